@@ -1,0 +1,177 @@
+"""Owns every message that crosses a process boundary inside an instance, and their encoding (msgpack)."""
+
+from typing import Union
+
+import msgspec
+
+from ramet.srt.sampling.sampling_params import SamplingParams
+
+
+class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Why a request ended. `type` is "stop", "length" or "abort"."""
+
+    type: str
+    matched: int | str | None = None  # the stop token id or stop string that ended it
+    length: int | None = None  # for "length": the number of generated tokens
+    message: str | None = None  # for "abort"
+    status_code: int | None = None  # for "abort": the HTTP status the client gets
+
+
+class TokenLogprobs(msgspec.Struct, kw_only=True, array_like=True):
+    """Log-probabilities of consecutive tokens, from the raw model distribution (before temperature)."""
+
+    logprobs: list[float | None]  # [num_tokens]; None for the first token of a prompt
+    token_ids: list[int]  # [num_tokens]
+    top_logprobs: list[list[float]]  # [num_tokens][top_logprobs_num]; empty lists when not asked for
+    top_token_ids: list[list[int]]
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Tokenizer manager to scheduler: one sequence to generate."""
+
+    rid: str
+    input_ids: list[int]
+    sampling_params: SamplingParams
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1  # -1: no prompt logprobs; k: from prompt position k
+    top_logprobs_num: int = 0
+
+
+class AbortReq(msgspec.Struct, kw_only=True, tag=True):
+    """Tokenizer manager to scheduler: end one request, or all of them."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Drop the prefix cache; refused while requests are running."""
+
+    request_id: str
+
+
+class FlushCacheReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+    success: bool
+    message: str
+
+
+class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
+    """Ask the scheduler for the numbers that /get_server_info and /metrics show."""
+
+    request_id: str
+
+
+class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_used_tokens: int  # KV slots held by running requests
+    num_cached_tokens: int  # KV slots held by the prefix cache alone
+    max_total_num_tokens: int
+    num_retracted_reqs: int  # total since the start
+    last_gen_throughput: float  # output tokens per second over the last window
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What one request gained since its last output."""
+
+    rid: str
+    token_ids: list[int]  # new output tokens
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int  # total so far
+    cached_tokens: int
+    input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
+    output_logprobs: TokenLogprobs | None = None  # of the new tokens
+
+
+class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
+    """Scheduler to detokenizer."""
+
+    outputs: list[RequestOutput]
+
+
+class DetokenizerRequest(msgspec.Struct, kw_only=True, tag=True):
+    """Tokenizer manager to detokenizer, before the first output: how to turn this request's tokens into text."""
+
+    rid: str
+    prompt_tail_ids: list[int]  # last prompt tokens, as decoding context
+    stop: list[str]
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+
+class RequestText(msgspec.Struct, kw_only=True):
+    """A RequestOutput with the text its tokens added. Text that might become a stop string is held back."""
+
+    text: str
+    output: RequestOutput
+
+
+class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
+    """Detokenizer to tokenizer manager."""
+
+    outputs: list[RequestText]
+
+
+class LoadReport(msgspec.Struct, kw_only=True):
+    """How one rank's arena was filled."""
+
+    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "dummy", joined by "+" when several took part
+    num_bytes: int
+    seconds: float
+    verified: bool  # content checksums were compared with the seed's
+    fallback_reason: str = ""  # why an earlier source was given up; empty when the first one served
+
+
+class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):
+    """Scheduler to its launcher over the start-up pipe: the rank can serve."""
+
+    world_rank: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    max_req_len: int  # longest prompt plus output, in tokens
+    load_report: LoadReport
+    phases: dict[str, float]  # start-up phase -> seconds since the launch of the instance
+
+
+class SchedulerFailed(msgspec.Struct, kw_only=True, tag=True):
+    """Scheduler to its launcher over the start-up pipe: one line that says why the rank can't serve."""
+
+    world_rank: int
+    message: str
+
+
+Message = Union[
+    TokenizedGenerateReqInput,
+    AbortReq,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    BatchTokenIDOutput,
+    DetokenizerRequest,
+    BatchStrOutput,
+    SchedulerReady,
+    SchedulerFailed,
+]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message as msgpack bytes."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """The typed message in `data`.
+
+    Raises:
+        msgspec.DecodeError: if `data` is not one of the messages above.
+    """
+    return _decoder.decode(data)

@@ -1,0 +1,240 @@
+"""Owns the server's configuration: the flags, their help, defaults and validation come from one dataclass."""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu")
+REMOTE_BACKENDS = ("transfer_engine",)
+LOCAL_MODES = ("auto", "map", "copy", "off")
+FALLBACKS = ("disk", "error")
+SCHEDULE_POLICIES = ("lpm", "fcfs")
+GRAMMAR_BACKENDS = ("llguidance", "none")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def flag(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
+    """A field of ServerArgs whose metadata makes the command-line flag."""
+    metadata = {"help": help, "choices": choices}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """Everything that can be said about how an instance runs. Validated when made, frozen after."""
+
+    # Model
+    model_path: str = flag(dataclasses.MISSING, "Folder or Hugging Face hub id of the model.")
+    tokenizer_path: str | None = flag(None, "Folder or hub id of the tokenizer; the model's when not given.")
+    served_model_name: str | None = flag(None, "Name of the model in the API; the model path when not given.")
+    revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
+    dtype: str = flag("auto", "Type of the weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")
+    chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
+    random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
+
+    # HTTP
+    host: str = flag("127.0.0.1", "Address that the HTTP server and the engine-info bootstrap server bind to.")
+    port: int = flag(30000, "Port of the HTTP server.")
+    api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
+    admin_api_key: str | None = flag(
+        None, "Bearer key for administrative calls (flush_cache, abort_request of all) and for registering weights."
+    )
+    log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
+    drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.")
+
+    # Runtime
+    device: str = flag("auto", "Where the model runs.", choices=DEVICES)
+    max_running_requests: int = flag(64, "Most requests that are decoded together.")
+    max_queued_requests: int = flag(4096, "Most requests that may wait; further ones get a 503.")
+    max_total_tokens: int | None = flag(None, "KV cache capacity in tokens; computed from free memory when not given.")
+    mem_fraction_static: float = flag(0.5, "Share of the free memory for weights and KV cache together.")
+    page_size: int = flag(16, "Tokens per KV cache page; also the granularity of prefix sharing.")
+    chunked_prefill_size: int = flag(2048, "Most prompt tokens in one forward pass; -1 never splits a prompt.")
+    schedule_policy: str = flag(
+        "lpm", "Order of waiting requests: longest cached prefix first, or first come first served.",
+        choices=SCHEDULE_POLICIES,
+    )
+    disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")
+    stream_interval: int = flag(1, "Output tokens between two streamed events of a request.")
+    grammar_backend: str = flag("llguidance", "Library for constrained output.", choices=GRAMMAR_BACKENDS)
+    watchdog_timeout: float = flag(300.0, "Seconds that one forward pass may take before the instance gives up.")
+
+    # Weights
+    load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
+    remote_instance_weight_loader_backend: str = flag(
+        "transfer_engine", "Transport for weights from another host.", choices=REMOTE_BACKENDS
+    )
+    remote_instance_weight_loader_seed_instance_ip: str | None = flag(None, "Address of the seed instance.")
+    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
+        None, "HTTP port of the seed instance."
+    )
+    remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
+        False, "Offer this instance's weights to others. A loaded client always does."
+    )
+    remote_instance_weight_loader_local_mode: str = flag(
+        "auto", "How to take weights from a seed on the same host: map shares its memory copy-on-write, copy copies "
+        "it, off goes through the transfer engine.", choices=LOCAL_MODES,
+    )
+    remote_instance_weight_loader_fallback: str = flag(
+        "disk", "What to do when no seed can give the weights: load from disk, or fail.", choices=FALLBACKS
+    )
+    remote_instance_weight_loader_timeout: float = flag(
+        60.0, "Seconds that one seed may take to answer, and a transfer may go without progress."
+    )
+    engine_info_bootstrap_port: int = flag(
+        6789, "Port of the engine-info bootstrap server; 0 takes a free one."
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
+        self._validate_ranges()
+        self._validate_remote_instance()
+
+    def _validate_ranges(self) -> None:
+        for name in ("port", "engine_info_bootstrap_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
+        for name in ("max_running_requests", "max_queued_requests", "page_size", "stream_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
+        for name in ("context_length", "max_total_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{flag_name(name)} must be at least 1; got {value}")
+        if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
+            raise ValueError(f"--chunked-prefill-size must be -1 or at least 1; got {self.chunked_prefill_size}")
+        if not 0 < self.mem_fraction_static < 1:
+            raise ValueError(f"--mem-fraction-static must be between 0 and 1; got {self.mem_fraction_static}")
+        for name in ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{flag_name(name)} must be above 0; got {getattr(self, name)}")
+        if not self.model_path:
+            raise ValueError("--model-path must not be empty")
+        if self.chat_template is not None and not os.path.isfile(self.chat_template):
+            raise ValueError(f"--chat-template: there is no file {self.chat_template}")
+
+    def _validate_remote_instance(self) -> None:
+        ip = self.remote_instance_weight_loader_seed_instance_ip
+        port = self.remote_instance_weight_loader_seed_instance_service_port
+        if self.load_format == "remote_instance":
+            if ip is None or port is None:
+                raise ValueError(
+                    "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
+                    "--remote-instance-weight-loader-seed-instance-service-port"
+                )
+            if not 1 <= port <= 65535:
+                raise ValueError(
+                    "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
+                    f"65535; got {port}"
+                )
+        elif ip is not None or port is not None:
+            raise ValueError(
+                "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format remote_instance"
+            )
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether the instance offers its weights: asked to, or grown out of another one."""
+        return (
+            self.remote_instance_weight_loader_start_seed_via_transfer_engine or self.load_format == "remote_instance"
+        )
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.served_model_name or self.model_path
+
+    def url(self) -> str:
+        """Where the HTTP server answers, for a caller on this host."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ServerArgs":
+        return cls(**json.loads(text))
+
+
+def flag_name(field_name: str) -> str:
+    """The command-line flag of a field: model_path -> --model-path."""
+    return "--" + field_name.replace("_", "-")
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of ServerArgs."""
+    hints = get_type_hints(ServerArgs)
+    for field in dataclasses.fields(ServerArgs):
+        required = field.default is dataclasses.MISSING
+        text = field.metadata["help"].replace("%", "%%")
+        if not required and field.default is not None and field.default is not False:
+            text += f" (default: {field.default})"
+        options: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
+        if hints[field.name] is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = next(t for t in (*get_args(hints[field.name]), hints[field.name]) if t in (int, float, str))
+            options["metavar"] = options["type"].__name__.upper()
+            options["required"] = required
+            if field.metadata["choices"]:
+                options["choices"] = field.metadata["choices"]
+                options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        parser.add_argument(flag_name(field.name), **options)
+
+
+def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") -> ServerArgs:
+    """The configuration that the command line asks for.
+
+    Raises:
+        ValueError: if a value is out of its range or two flags contradict each other.
+        SystemExit: for --help and for an unknown or missing flag (argparse prints a line; exit code 1).
+    """
+    parser = CliParser(
+        prog=prog,
+        description="Start one serving instance.",
+        allow_abbrev=False,
+    )
+    add_cli_args(parser)
+    return ServerArgs(**vars(parser.parse_args(argv)))
+
+
+class CliParser(argparse.ArgumentParser):
+    """An ArgumentParser that answers bad input with one line and exit code 1."""
+
+    def error(self, message: str) -> Any:
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortArgs:
+    """Addresses of the ZeroMQ sockets between one instance's processes (pyzmq address strings).
+
+    The tokenizer manager and the scheduler bind the socket that they read; the detokenizer binds its own.
+    """
+
+    tokenizer_ipc_name: str  # PULL at the tokenizer manager; from the detokenizer and the scheduler
+    scheduler_input_ipc_name: str  # PULL at the scheduler of rank 0; from the tokenizer manager
+    detokenizer_ipc_name: str  # PULL at the detokenizer; from the scheduler and the tokenizer manager
+
+    @classmethod
+    def in_directory(cls, directory: str) -> "PortArgs":
+        """Unix-socket addresses below `directory`, which only this user may enter."""
+        return cls(
+            tokenizer_ipc_name=f"ipc://{directory}/tokenizer",
+            scheduler_input_ipc_name=f"ipc://{directory}/scheduler",
+            detokenizer_ipc_name=f"ipc://{directory}/detokenizer",
+        )
