@@ -1,0 +1,25 @@
+"""Owns RMS normalisation, alone and fused with the residual addition before it."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ramet.srt.layers.parameter import declare_weight, shard_box
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019), in float32 inside."""
+
+    def __init__(self, size: int, name: str, *, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = declare_weight((size,), dtype, [shard_box(f"{name}.weight", (size,), 0, 0, size)])
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual)."""
+        residual = x + residual
+        return self.forward(residual), residual

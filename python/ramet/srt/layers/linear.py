@@ -1,0 +1,131 @@
+"""Owns the linear layers and the rule by which each is sharded over tensor-parallel ranks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
+from ramet.srt.layers.parameter import declare_weight, divide, shard_box
+from ramet.srt.model_loader.weight_manifest import WeightBox
+
+
+class MergedColumnParallelLinear(nn.Module):
+    """Several checkpoint matrices with the same input as one: y = x W^T + b, output rows split over the ranks.
+
+    Args:
+        names: checkpoint prefixes of the parts, in the order in which their rows stand.
+        output_sizes: rows of each part in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        names: Sequence[str],
+        output_sizes: Sequence[int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        parallel: ParallelConfig,
+    ):
+        super().__init__()
+        shards = [divide(size, parallel.tp_size, name) for name, size in zip(names, output_sizes, strict=True)]
+        ranges = [(parallel.tp_rank * shard, (parallel.tp_rank + 1) * shard) for shard in shards]
+        self._declare(input_size, names, output_sizes, ranges, bias, dtype)
+
+    def _declare(
+        self,
+        input_size: int,
+        names: Sequence[str],
+        output_sizes: Sequence[int],
+        ranges: Sequence[tuple[int, int]],
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """Stack rows `ranges[i]` of each checkpoint matrix."""
+        weight_boxes: list[WeightBox] = []
+        bias_boxes: list[WeightBox] = []
+        rows = 0
+        for name, size, (start, stop) in zip(names, output_sizes, ranges, strict=True):
+            weight_boxes.append(shard_box(f"{name}.weight", (size, input_size), 0, start, stop, rows))
+            bias_boxes.append(shard_box(f"{name}.bias", (size,), 0, start, stop, rows))
+            rows += stop - start
+        self.weight = declare_weight((rows, input_size), dtype, weight_boxes)  # [rows of this rank, input_size]
+        self.bias = declare_weight((rows,), dtype, bias_boxes) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """The q, k and v projections as one. Ranks beyond the number of KV heads share them (replication)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        prefix: str,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        parallel: ParallelConfig,
+    ):
+        nn.Module.__init__(self)
+        tp_size, tp_rank = parallel.tp_size, parallel.tp_rank
+        self.num_heads = divide(num_heads, tp_size, f"{prefix}: attention heads")
+        if num_kv_heads >= tp_size:
+            self.num_kv_heads = divide(num_kv_heads, tp_size, f"{prefix}: key/value heads")
+            kv_start = tp_rank * self.num_kv_heads
+        else:
+            self.num_kv_heads = 1
+            kv_start = tp_rank // divide(tp_size, num_kv_heads, f"{prefix}: ranks per key/value head")
+        self.q_size = self.num_heads * head_dim
+        self.kv_size = self.num_kv_heads * head_dim
+        q_range = (tp_rank * self.q_size, (tp_rank + 1) * self.q_size)
+        kv_range = (kv_start * head_dim, kv_start * head_dim + self.kv_size)
+        self._declare(
+            hidden_size,
+            [f"{prefix}.{part}_proj" for part in "qkv"],
+            [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim],
+            [q_range, kv_range, kv_range],
+            bias,
+            dtype,
+        )
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T + b with the input columns split over the ranks; the partial results are summed."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        name: str,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        parallel: ParallelConfig,
+    ):
+        super().__init__()
+        shard = divide(input_size, parallel.tp_size, name)
+        start = parallel.tp_rank * shard
+        box = shard_box(f"{name}.weight", (output_size, input_size), 1, start, start + shard)
+        self.weight = declare_weight((output_size, shard), dtype, [box])  # [output_size, columns of this rank]
+        self.bias = None
+        if bias:
+            self.bias = declare_weight(
+                (output_size,), dtype, [shard_box(f"{name}.bias", (output_size,), 0, 0, output_size)]
+            )
+        self.tp_size = parallel.tp_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
+        if self.tp_size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = tensor_model_parallel_all_reduce(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
