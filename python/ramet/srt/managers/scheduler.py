@@ -1,0 +1,362 @@
+"""Owns one rank's loop: which requests run in which pass, and what becomes of the tokens. One process for each rank."""
+
+import logging
+import random
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.layers.sampler import INVALID_TOKEN, SamplingInfo, compute_logprobs, sample, uniform
+from ramet.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenIDOutput,
+    FinishReason,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    Message,
+    TokenizedGenerateReqInput,
+)
+from ramet.srt.managers.schedule_batch import Req, ScheduleBatch
+from ramet.srt.managers.schedule_policy import PrefillAdder, order_waiting, pick_retracted
+from ramet.srt.managers.scheduler_channel import SchedulerChannel
+from ramet.srt.managers.scheduler_output import OutputProcessor, abort_output
+from ramet.srt.mem_cache.allocator import PageAllocator
+from ramet.srt.mem_cache.radix_cache import RadixCache
+from ramet.srt.mem_cache.request_cache import RequestCache
+from ramet.srt.model_executor.forward_batch_info import ForwardMode
+from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.sampling.grammar import Grammar, GrammarBackend
+from ramet.srt.sampling.penalties import apply_logit_rules
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_S = 1.0
+NEW_TOKEN_RATIO = 0.4  # share of the running requests' remaining tokens that is kept free at admission
+NEW_TOKEN_RATIO_STEP = 0.1  # added after a retraction
+NEW_TOKEN_RATIO_DECAY = 0.998  # per decode pass
+THROUGHPUT_WINDOW_S = 5.0
+
+
+class Scheduler:
+    """Continuous batching: waiting requests are prefilled, in chunks; running ones gain a token with every decode pass."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        model_config: ModelConfig,
+        model_runner: ModelRunner,
+        tokenizer: Tokenizer,
+        grammar_backend: GrammarBackend | None,
+        channel: SchedulerChannel,
+    ):
+        self.server_args = server_args
+        self.model_config = model_config
+        self.model_runner = model_runner
+        self.tokenizer = tokenizer
+        self.grammar_backend = grammar_backend
+        self.channel = channel
+        self.page_size = server_args.page_size
+        allocator = PageAllocator(model_runner.max_total_num_tokens // self.page_size)
+        tree = RadixCache(allocator, self.page_size, server_args.disable_radix_cache)
+        self.cache = RequestCache(model_runner.req_pool, allocator, tree, self.page_size)
+        self.output = OutputProcessor(tokenizer, model_config.eos_token_ids, server_args.stream_interval)
+        self.waiting: deque[Req] = deque()
+        self.running: list[Req] = []
+        self.chunked_req: Req | None = None
+        self.compiling: list[tuple[Req, Future[Grammar]]] = []
+        self.grammar_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
+        self.seeds = random.Random(server_args.random_seed)
+        self.last_was_prefill = False
+        self.new_token_ratio = NEW_TOKEN_RATIO
+        self.num_retracted = 0
+        self.forward_started: float | None = None  # time.monotonic() while a pass runs; the watchdog reads it
+        self.stopping = False
+        self._token_times: deque[tuple[float, int]] = deque()
+        self._sampling_key: list[str] = []
+        self._sampling_info: SamplingInfo | None = None
+
+    # -- The loop
+
+    def run(self) -> None:
+        """Serve until `stopping` is set."""
+        while not self.stopping:
+            for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
+                self._handle(message)
+            self._collect_grammars()
+            batch = self._next_batch()
+            if batch is not None:
+                self._run_batch(batch)
+            elif not self._has_work():
+                self.cache.check([])
+            elif self.compiling and not self.running and not self.waiting:
+                time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
+
+    def _has_work(self) -> bool:
+        return bool(self.running or self.waiting or self.chunked_req or self.compiling)
+
+    # -- Messages
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case TokenizedGenerateReqInput():
+                self._accept(message)
+            case AbortReq():
+                self._abort(message)
+            case FlushCacheReqInput():
+                self.channel.reply(self._flush_cache(message))
+            case GetInternalStateReq():
+                self.channel.reply(self._internal_state(message))
+            case _:
+                raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
+
+    def _accept(self, message: TokenizedGenerateReqInput) -> None:
+        seed = message.sampling_params.sampling_seed
+        req = Req(message, self.seeds.getrandbits(63) if seed is None else seed)
+        params = req.sampling_params
+        max_len = self.model_runner.max_req_len
+        if not req.origin_input_ids:
+            return self._refuse(req, "the prompt is empty", 400)
+        if len(req.origin_input_ids) >= max_len:
+            return self._refuse(
+                req, f"the prompt has {len(req.origin_input_ids)} tokens; at most {max_len - 1} fit with one of output", 400
+            )
+        params.max_new_tokens = min(params.max_new_tokens, max_len - len(req.origin_input_ids))
+        if len(self.waiting) >= self.server_args.max_queued_requests:
+            return self._refuse(req, f"the queue is full ({self.server_args.max_queued_requests} requests wait)", 503)
+        if params.regex or params.json_schema or params.ebnf:
+            if self.grammar_backend is None:
+                return self._refuse(req, "constrained output is off (--grammar-backend none)", 400)
+            self.compiling.append((req, self.grammar_threads.submit(self.grammar_backend.compile, params)))
+        else:
+            self.waiting.append(req)
+
+    def _refuse(self, req: Req, message: str, status_code: int) -> None:
+        self.channel.send(BatchTokenIDOutput(outputs=[abort_output(req, message, status_code)]))
+
+    def _collect_grammars(self) -> None:
+        """Queue the requests whose grammar is compiled."""
+        still_compiling = []
+        for req, future in self.compiling:
+            if req.abort_requested:
+                self._refuse(req, "aborted", 499)
+            elif not future.done():
+                still_compiling.append((req, future))
+            elif isinstance(error := future.exception(), ValueError):
+                self._refuse(req, str(error), 400)
+            else:
+                req.grammar = future.result()
+                self.waiting.append(req)
+        self.compiling = still_compiling
+
+    def _abort(self, message: AbortReq) -> None:
+        """Waiting requests end at once, running ones with the next pass."""
+        everyone = [*self.waiting, *self.running, *(req for req, _ in self.compiling)]
+        if self.chunked_req is not None:
+            everyone.append(self.chunked_req)
+        for req in everyone:
+            if message.abort_all or req.rid == message.rid:
+                req.abort_requested = True
+        for req in [req for req in self.waiting if req.abort_requested]:
+            self.waiting.remove(req)
+            self._refuse(req, "aborted", 499)
+
+    def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
+        if self._has_work():
+            text = f"not flushed: {len(self.running)} requests run and {len(self.waiting)} wait"
+            return FlushCacheReqOutput(request_id=message.request_id, success=False, message=text)
+        self.cache.flush()
+        return FlushCacheReqOutput(request_id=message.request_id, success=True, message="cache flushed")
+
+    def _internal_state(self, message: GetInternalStateReq) -> GetInternalStateReqOutput:
+        tree = self.cache.tree
+        num_free = self.cache.allocator.num_free
+        num_used = self.cache.allocator.num_pages - num_free - tree.num_evictable_pages
+        return GetInternalStateReqOutput(
+            request_id=message.request_id,
+            num_running_reqs=len(self.running) + (self.chunked_req is not None),
+            num_waiting_reqs=len(self.waiting) + len(self.compiling),
+            num_used_tokens=num_used * self.page_size,
+            num_cached_tokens=tree.num_evictable_pages * self.page_size,
+            max_total_num_tokens=self.model_runner.max_total_num_tokens,
+            num_retracted_reqs=self.num_retracted,
+            last_gen_throughput=self._throughput(),
+        )
+
+    def _throughput(self) -> float:
+        """Output tokens per second over the last few seconds."""
+        now = time.monotonic()
+        while self._token_times and now - self._token_times[0][0] > THROUGHPUT_WINDOW_S:
+            self._token_times.popleft()
+        return sum(count for _, count in self._token_times) / THROUGHPUT_WINDOW_S
+
+    # -- What runs next
+
+    def _next_batch(self) -> ScheduleBatch | None:
+        """Prefill and decode passes alternate while there is work for both, so that neither starves the other."""
+        self._drop_aborted()
+        if not (self.last_was_prefill and self.running):
+            batch = self._prefill_batch()
+            if batch is not None:
+                self.last_was_prefill = True
+                return batch
+        self.last_was_prefill = False
+        return self._decode_batch()
+
+    def _drop_aborted(self) -> None:
+        ended = [req for req in self.running if req.abort_requested]
+        if self.chunked_req is not None and self.chunked_req.abort_requested:
+            ended.append(self.chunked_req)
+            self.chunked_req = None
+        for req in ended:
+            req.finish_reason = FinishReason(type="abort", message="aborted", status_code=499)
+            self.cache.release(req.handle, req.fill_ids)
+        self.running = [req for req in self.running if not req.abort_requested]
+        self._send(ended)
+
+    def _prefill_batch(self) -> ScheduleBatch | None:
+        if not self.waiting and self.chunked_req is None:
+            return None
+        chunk = self.server_args.chunked_prefill_size
+        num_running = len(self.running) + (self.chunked_req is not None)
+        adder = PrefillAdder(
+            self.cache,
+            None if chunk == -1 else chunk,
+            self._reserve_pages(),
+            self.server_args.max_running_requests - num_running,
+        )
+        if self.chunked_req is not None:
+            adder.add_chunked(self.chunked_req)
+        queue = list(self.waiting)
+        order_waiting(queue, self.cache, self.server_args.schedule_policy)
+        for req in queue:
+            if adder.shares_uncached_prefix(req):
+                continue
+            if not adder.add(req):
+                break
+            self.waiting.remove(req)
+        self.chunked_req = adder.chunked_req
+        return ScheduleBatch.for_extend(adder.reqs) if adder.reqs else None
+
+    def _reserve_pages(self) -> int:
+        """Pages that admission leaves for the tokens which running requests will still make."""
+        tokens = sum(req.num_remaining_tokens for req in self.running) * self.new_token_ratio
+        return self.cache.num_pages(int(tokens)) + len(self.running)
+
+    def _decode_batch(self) -> ScheduleBatch | None:
+        if not self.running:
+            return None
+        kept: list[Req] = []
+        candidates = list(self.running)
+        while candidates:
+            req = candidates[0]
+            if self.cache.extend(req.handle, req.seq_len):
+                kept.append(candidates.pop(0))
+                continue
+            victim = pick_retracted([*kept, *candidates])
+            self._retract(victim)
+            (kept if victim in kept else candidates).remove(victim)
+        self.running = kept
+        self.new_token_ratio = max(0.1, self.new_token_ratio * NEW_TOKEN_RATIO_DECAY)
+        return ScheduleBatch.for_decode(list(kept)) if kept else None
+
+    def _retract(self, req: Req) -> None:
+        """Take a running request's cache away; it starts over from its tokens when there is room."""
+        self.cache.release(req.handle, req.fill_ids)
+        req.handle = None
+        self.waiting.appendleft(req)
+        self.num_retracted += 1
+        self.new_token_ratio = min(1.0, self.new_token_ratio + NEW_TOKEN_RATIO_STEP)
+        logger.info("KV cache full: retracted request %s after %d output tokens", req.rid, len(req.output_ids))
+
+    # -- A pass and its results
+
+    def _run_batch(self, batch: ScheduleBatch) -> None:
+        self.forward_started = time.monotonic()
+        forward_batch = batch.to_forward_batch(self.model_runner.req_pool, self.page_size)
+        hidden_states = self.model_runner.forward(forward_batch)
+        self._add_input_logprobs(batch, hidden_states)
+        token_ids: list[int] = []
+        if batch.sampled_reqs:
+            logits = self.model_runner.compute_logits(hidden_states[forward_batch.logits_rows])
+            token_ids = self._sample(batch.sampled_reqs, logits)
+        self.forward_started = None
+        self._process_result(batch, token_ids)
+
+    @torch.inference_mode()
+    def _sample(self, reqs: list[Req], logits: torch.Tensor) -> list[int]:
+        """One token for each request from its row of `logits`; records the log-probabilities that were asked for."""
+        with_logprobs = [row for row, req in enumerate(reqs) if req.return_logprob]
+        raw = logits[with_logprobs].clone() if with_logprobs else None
+        apply_logit_rules(logits, reqs, self.model_config.eos_token_ids)
+        uniforms = [uniform(req.sampling_seed, len(req.output_ids)) for req in reqs]
+        tokens = sample(logits, self._info_of(reqs), torch.tensor(uniforms, device=logits.device))
+        if raw is not None:
+            chosen = [reqs[row] for row in with_logprobs]
+            rows = compute_logprobs(raw, tokens[with_logprobs], [req.top_logprobs_num for req in chosen])
+            for index, (req, token_id) in enumerate(zip(chosen, tokens[with_logprobs].tolist(), strict=True)):
+                req.output_logprobs.logprobs.append(rows.logprobs[index])
+                req.output_logprobs.token_ids.append(token_id)
+                req.output_logprobs.top_logprobs.append(rows.top_logprobs[index])
+                req.output_logprobs.top_token_ids.append(rows.top_token_ids[index])
+        return tokens.tolist()
+
+    def _info_of(self, reqs: list[Req]) -> SamplingInfo:
+        """The requests' sampling parameters as tensors, made again only when the batch has changed."""
+        key = [req.rid for req in reqs]
+        if self._sampling_info is None or key != self._sampling_key:
+            params = [req.sampling_params for req in reqs]
+            self._sampling_key = key
+            self._sampling_info = SamplingInfo.from_params(
+                params, self.model_config.vocab_size, self.model_runner.device
+            )
+        return self._sampling_info
+
+    def _add_input_logprobs(self, batch: ScheduleBatch, hidden_states: torch.Tensor) -> None:
+        """Record the prompt log-probabilities that this pass gives."""
+        first_row = 0
+        for req in batch.reqs:
+            positions = req.input_logprob_positions() if batch.forward_mode is ForwardMode.EXTEND else range(0)
+            if positions:
+                start = first_row + positions.start - req.handle.kv_len
+                targets = req.origin_input_ids[positions.start + 1 : positions.stop + 1]
+                rows = self.model_runner.prompt_logprobs(
+                    hidden_states[start : start + len(positions)], targets, req.top_logprobs_num
+                )
+                req.input_logprobs.logprobs += rows.logprobs
+                req.input_logprobs.token_ids += targets
+                req.input_logprobs.top_logprobs += rows.top_logprobs
+                req.input_logprobs.top_token_ids += rows.top_token_ids
+            first_row += req.extend_len
+
+    def _process_result(self, batch: ScheduleBatch, token_ids: list[int]) -> None:
+        """Give the tokens to their requests, end those that are done and send what is new."""
+        for req in batch.reqs:
+            req.handle.kv_len += req.extend_len
+            if batch.forward_mode is ForwardMode.EXTEND:
+                self.cache.share(req.handle, req.fill_ids)
+        for req, token_id in zip(batch.sampled_reqs, token_ids, strict=True):
+            if token_id == INVALID_TOKEN:
+                message = "the model or the grammar left no token to choose"
+                req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
+            else:
+                self.output.append_token(req, token_id)
+            if req.finish_reason is not None:
+                self.cache.release(req.handle, req.fill_ids)
+        if batch.forward_mode is ForwardMode.EXTEND:
+            self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
+        else:
+            self.running = [req for req in self.running if req.finish_reason is None]
+        self._token_times.append((time.monotonic(), len(token_ids)))
+        self._send(batch.sampled_reqs)
+
+    def _send(self, reqs: list[Req]) -> None:
+        outputs = [output for req in reqs if (output := self.output.collect(req)) is not None]
+        if outputs:
+            self.channel.send(BatchTokenIDOutput(outputs=outputs))

@@ -1,0 +1,102 @@
+"""Owns what a request's new token means: whether it ends the request, and what is sent on of it."""
+
+from collections.abc import Sequence
+
+from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
+from ramet.srt.managers.schedule_batch import Req, empty_logprobs
+from ramet.srt.sampling.penalties import update_penalty_state
+from ramet.srt.utils.tokenizer import Tokenizer
+
+STOP_WINDOW_MARGIN = 8  # tokens decoded beyond the stop string's bytes: special tokens and cut characters are empty
+
+
+class OutputProcessor:
+    """Appends tokens, decides when a request ends and collects its unsent output."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int], stream_interval: int):
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.stream_interval = stream_interval
+
+    def append_token(self, req: Req, token_id: int) -> None:
+        """Add an output token to the request and set its finish reason if it is the last."""
+        req.output_ids.append(token_id)
+        update_penalty_state(req, token_id)
+        if req.grammar is not None:
+            req.grammar.accept(token_id)
+        req.finish_reason = self._finish_reason(req, token_id)
+
+    def _finish_reason(self, req: Req, token_id: int) -> FinishReason | None:
+        params = req.sampling_params
+        num_tokens = len(req.output_ids)
+        if num_tokens >= params.min_new_tokens:
+            if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
+                return FinishReason(type="stop", matched=token_id)
+            if params.stop and (matched := self._matched_stop(req)) is not None:
+                return FinishReason(type="stop", matched=matched)
+        if req.grammar is not None and req.grammar.is_terminated:
+            return FinishReason(type="stop", matched=token_id)
+        if num_tokens >= params.max_new_tokens:
+            return FinishReason(type="length", length=num_tokens)
+        return None
+
+    def _matched_stop(self, req: Req) -> str | None:
+        """The stop string that the newest token completed: of several, the one that begins first in the text.
+
+        A string of b bytes spans at most b tokens with text, so a short tail of the output suffices.
+        """
+        stop = req.sampling_params.stop
+        window = max(len(text.encode()) for text in stop) + STOP_WINDOW_MARGIN
+        tail = self.tokenizer.decode(
+            req.output_ids[-window:], skip_special_tokens=req.sampling_params.skip_special_tokens
+        )
+        found = [(position, text) for text in stop if (position := tail.find(text)) >= 0]
+        return min(found)[1] if found else None
+
+    def collect(self, req: Req) -> RequestOutput | None:
+        """What the request has gained since its last output, or None if it is not yet time to send it."""
+        num_new = len(req.output_ids) - req.num_sent_tokens
+        if req.finish_reason is None and (not req.stream or num_new < self._interval(req)):
+            return None
+        output = make_output(req, req.output_ids[req.num_sent_tokens :])
+        req.num_sent_tokens = len(req.output_ids)
+        req.input_logprobs = None
+        if req.return_logprob:
+            req.output_logprobs = empty_logprobs()
+        return output
+
+    def _interval(self, req: Req) -> int:
+        """The first token is never held back."""
+        return 1 if req.num_sent_tokens == 0 else self.stream_interval
+
+
+def make_output(req: Req, token_ids: list[int]) -> RequestOutput:
+    return RequestOutput(
+        rid=req.rid,
+        token_ids=token_ids,
+        finish_reason=req.finish_reason,
+        prompt_tokens=len(req.origin_input_ids),
+        completion_tokens=len(req.output_ids),
+        cached_tokens=req.cached_tokens,
+        input_logprobs=_with_first_token(req) if req.input_logprobs is not None else None,
+        output_logprobs=req.output_logprobs,
+    )
+
+
+def _with_first_token(req: Req) -> TokenLogprobs:
+    """The prompt log-probabilities; the prompt's first token has none, but stands there if it was asked for."""
+    logprobs = req.input_logprobs
+    if req.logprob_start_len > 0:
+        return logprobs
+    return TokenLogprobs(
+        logprobs=[None, *logprobs.logprobs],
+        token_ids=[req.origin_input_ids[0], *logprobs.token_ids],
+        top_logprobs=[[], *logprobs.top_logprobs],
+        top_token_ids=[[], *logprobs.top_token_ids],
+    )
+
+
+def abort_output(req: Req, message: str, status_code: int) -> RequestOutput:
+    """The output of a request that ends before it ran."""
+    req.finish_reason = FinishReason(type="abort", message=message, status_code=status_code)
+    return make_output(req, req.output_ids[req.num_sent_tokens :])

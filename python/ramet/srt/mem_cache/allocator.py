@@ -1,0 +1,34 @@
+"""Owns which KV cache pages are free."""
+
+
+class PageAllocator:
+    """Hands out page numbers from 1 to num_pages; page 0 is never given."""
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free = list(range(num_pages, 0, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def alloc(self, count: int) -> list[int]:
+        """`count` pages. The caller has checked that so many are free."""
+        if count == 0:
+            return []
+        assert count <= len(self._free), f"asked for {count} pages, {len(self._free)} are free"
+        pages = self._free[-count:]
+        del self._free[-count:]
+        return pages
+
+    def free(self, pages: list[int]) -> None:
+        self._free.extend(pages)
+
+    def check(self, held: set[int]) -> None:
+        """Assert that free pages and the `held` ones are all pages, each once."""
+        free = set(self._free)
+        assert len(free) == len(self._free), "a KV page was freed twice"
+        assert not free & held, f"KV pages {sorted(free & held)[:5]} are both free and held"
+        assert len(free) + len(held) == self.num_pages, (
+            f"{self.num_pages - len(free) - len(held)} of {self.num_pages} KV pages are lost"
+        )

@@ -1,0 +1,64 @@
+"""Owns the memory of the KV cache and the table of each running request's pages. Who gets which page is not decided here."""
+
+import torch
+
+
+class ReqToPagePool:
+    """Rows of page numbers, one for each request that holds KV cache."""
+
+    def __init__(self, size: int, max_pages_per_req: int, device: torch.device):
+        self.req_to_page = torch.zeros((size, max_pages_per_req), dtype=torch.int64, device=device)
+        self._free_rows = list(range(size - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free_rows)
+
+    def alloc(self) -> int:
+        """A free row. The caller has checked that there is one."""
+        return self._free_rows.pop()
+
+    def free(self, row: int) -> None:
+        self._free_rows.append(row)
+
+    def write(self, row: int, start: int, pages: list[int]) -> None:
+        """Set the pages of `row` from its page index `start` on."""
+        if pages:
+            self.req_to_page[row, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+
+
+class MHATokenToKVPool:
+    """Keys and values of all layers, addressed by slot = page * page_size + position in the page.
+
+    Page 0 belongs to nobody: padded reads and writes go there.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (num_layers, 2, (num_pages + 1) * page_size, num_kv_heads, head_dim)
+        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_size = page_size
+
+    @staticmethod
+    def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer: views [num_slots, num_kv_heads, head_dim]."""
+        layer = self.buffer[layer_id]
+        return layer[0], layer[1]
+
+    def set_kv_buffer(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [num_tokens, num_kv_heads, head_dim] to `slots` int64 [num_tokens]."""
+        layer = self.buffer[layer_id]
+        layer[0].index_copy_(0, slots, k)
+        layer[1].index_copy_(0, slots, v)

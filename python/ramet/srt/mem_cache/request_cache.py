@@ -1,0 +1,104 @@
+"""Owns what a request holds of the KV cache: its table row, its pages and its lock on the prefix tree."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ramet.srt.mem_cache.allocator import PageAllocator
+from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
+
+
+@dataclass
+class CacheHandle:
+    """One request's share of the KV cache."""
+
+    row: int
+    node: TreeNode  # locked while the handle lives
+    pages: list[int] = field(default_factory=list)
+    num_tree_pages: int = 0  # the first pages belong to the prefix tree, the others to the request
+    kv_len: int = 0  # tokens whose keys and values are in the pages
+
+
+class RequestCache:
+    """Gives requests pages, evicting cached prefixes when none are free, and takes them back."""
+
+    def __init__(self, req_pool: ReqToPagePool, allocator: PageAllocator, tree: RadixCache, page_size: int):
+        self.req_pool = req_pool
+        self.allocator = allocator
+        self.tree = tree
+        self.page_size = page_size
+
+    @property
+    def num_available_pages(self) -> int:
+        """Pages that are free or can be made so by eviction."""
+        return self.allocator.num_free + self.tree.num_evictable_pages
+
+    @property
+    def num_available_rows(self) -> int:
+        return self.req_pool.num_free
+
+    def num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def begin(self, token_ids: Sequence[int]) -> CacheHandle:
+        """A handle that holds the longest cached prefix of `token_ids`."""
+        pages, node = self.tree.match_prefix(token_ids)
+        self.tree.lock(node)
+        handle = CacheHandle(self.req_pool.alloc(), node, pages, len(pages), len(pages) * self.page_size)
+        self.req_pool.write(handle.row, 0, pages)
+        return handle
+
+    def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
+        """Give the handle pages for `num_tokens` in all; False, and no change, if there are not enough."""
+        missing = self.num_pages(num_tokens) - len(handle.pages)
+        if missing <= 0:
+            return True
+        if missing > self.num_available_pages:
+            return False
+        if missing > self.allocator.num_free:
+            self.tree.evict(missing - self.allocator.num_free)
+        pages = self.allocator.alloc(missing)
+        self.req_pool.write(handle.row, len(handle.pages), pages)
+        handle.pages.extend(pages)
+        return True
+
+    def share(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
+        """Put the handle's full pages into the prefix tree, for others to use while the request goes on.
+
+        Pages that the tree holds already replace the handle's own copies.
+        """
+        num_full = handle.kv_len // self.page_size
+        if self.tree.disabled or num_full <= handle.num_tree_pages:
+            return
+        token_ids = token_ids[: num_full * self.page_size]
+        num_held = self.tree.insert(token_ids, handle.pages)
+        self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
+        pages, node = self.tree.match_prefix(token_ids)
+        self.tree.lock(node)
+        self.tree.unlock(handle.node)
+        handle.node = node
+        if num_held > handle.num_tree_pages:
+            self.req_pool.write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
+        handle.pages[:num_full] = pages
+        handle.num_tree_pages = num_full
+
+    def release(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
+        """Take everything back; the full pages stay in the prefix tree."""
+        self.share(handle, token_ids)
+        self.allocator.free(handle.pages[handle.num_tree_pages :])
+        self.tree.unlock(handle.node)
+        self.req_pool.free(handle.row)
+
+    def flush(self) -> None:
+        """Drop every cached prefix. No handle may be alive."""
+        self.tree.evict(self.tree.num_evictable_pages)
+        self.tree.reset()
+
+    def check(self, handles: Sequence[CacheHandle]) -> None:
+        """Assert that every page is in exactly one place: free, in the tree, or with one handle."""
+        held = self.tree.pages()
+        for handle in handles:
+            own = handle.pages[handle.num_tree_pages :]
+            assert not held.intersection(own), "a KV page has two owners"
+            held.update(own)
+        self.allocator.check(held)

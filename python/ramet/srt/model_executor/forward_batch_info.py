@@ -1,0 +1,43 @@
+"""Owns the tensors of one forward pass: what the scheduler decided, in the form that layers and backends read."""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
+    from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+
+class ForwardMode(Enum):
+    """What the pass computes: prompt tokens, or one new token for each sequence."""
+
+    EXTEND = auto()
+    DECODE = auto()
+
+
+@dataclass
+class ForwardBatch:
+    """One forward pass over `batch_size` sequences, whose new tokens stand one behind the other."""
+
+    forward_mode: ForwardMode
+
+    # Set by the scheduler
+    input_ids: torch.Tensor  # int64 [num_tokens]
+    positions: torch.Tensor  # int64 [num_tokens]
+    out_cache_loc: torch.Tensor  # int64 [num_tokens]: KV slot of each new token
+    block_tables: torch.Tensor  # int64 [batch_size, max_pages]: KV pages of each sequence, 0 where there is none
+    seq_lens: torch.Tensor  # int32 [batch_size]: tokens in the cache after this pass
+    seq_lens_cpu: list[int]  # the same on the host
+    extend_lens_cpu: list[int]  # new tokens of each sequence; all 1 when decoding
+    logits_rows: torch.Tensor  # int64 [num_logits]: the tokens whose logits are wanted
+
+    # Set by the model runner
+    kv_pool: "MHATokenToKVPool | None" = None
+    attn_backend: "AttentionBackend | None" = None
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seq_lens_cpu)

@@ -1,0 +1,150 @@
+"""Owns one rank's model: its weights, its KV cache and the forward pass. What runs when is the scheduler's matter."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from ramet.srt.layers.sampler import LogprobRows, compute_logprobs
+from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
+from ramet.srt.model_executor.forward_batch_info import ForwardBatch
+from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_manifest import build_weight_manifest
+from ramet.srt.models.registry import get_model_class
+from ramet.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
+
+
+class ModelRunner:
+    """The model of one rank on one device."""
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        model_config: ModelConfig,
+        parallel: ParallelConfig,
+        on_phase: Callable[[str], None],
+    ):
+        self.server_args = server_args
+        self.model_config = model_config
+        self.parallel = parallel
+        self.device = torch.device("cpu")
+        self.dtype = getattr(torch, model_config.dtype)
+        self.page_size = server_args.page_size
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        free_bytes = psutil.virtual_memory().available
+        self.load_report = self._load_model(on_phase)
+        self._init_kv_cache(free_bytes)
+        on_phase("kv_cache")
+
+    def _load_model(self, on_phase: Callable[[str], None]) -> LoadReport:
+        config = self.model_config
+        self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
+        self.manifest = build_weight_manifest(
+            self.model.named_parameters(remove_duplicate=False),
+            model_name=self.server_args.model_name,
+            revision=config.revision,
+            dtype=config.dtype,
+            quantization="",
+            role="target",
+            parallel=self.parallel,
+        )
+        self.arena = WeightArena.allocate(self.manifest, self.device)
+        self.arena.bind(self.model)
+        on_phase("model")
+        self.loader = get_model_loader(LoadConfig.from_server_args(self.server_args))
+        report = self.loader.load_weights(self.manifest, self.arena, config.path)
+        self.model.prepare(self.device)
+        on_phase("weights")
+        return report
+
+    def _init_kv_cache(self, free_bytes: int) -> None:
+        """Size and make the KV cache.
+
+        Args:
+            free_bytes: memory that was free before the weights came.
+
+        Raises:
+            ValueError: if the memory does not suffice, or for one request of useful length.
+        """
+        args, config = self.server_args, self.model_config
+        num_kv_heads = self.model.model.layers[0].self_attn.attn.num_kv_heads
+        layout = (config.num_hidden_layers, num_kv_heads, config.head_dim, self.dtype)
+        token_bytes = MHATokenToKVPool.bytes_per_token(*layout)
+        budget = int(free_bytes * args.mem_fraction_static) - self.manifest.arena_nbytes
+        wanted = args.max_total_tokens or args.max_running_requests * config.context_len
+        if args.max_total_tokens is None:
+            wanted = min(wanted, budget // token_bytes)
+        elif wanted * token_bytes > psutil.virtual_memory().available:
+            raise ValueError(
+                f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache; "
+                f"{psutil.virtual_memory().available / 1e9:.2f} GB are free"
+            )
+        num_pages = wanted // self.page_size
+        if num_pages < 1:
+            raise ValueError(
+                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free, the weights take "
+                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
+                "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
+            )
+        self.max_total_num_tokens = num_pages * self.page_size
+        self.max_req_len = min(config.context_len, self.max_total_num_tokens)
+        self.kv_pool = MHATokenToKVPool(
+            num_pages=num_pages,
+            page_size=self.page_size,
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self.req_pool = ReqToPagePool(
+            args.max_running_requests, -(-self.max_req_len // self.page_size), self.device
+        )
+        self.attn_backend = TorchNativeAttnBackend(self.page_size)
+        logger.info(
+            "KV cache: %d tokens in pages of %d, %.2f GB",
+            self.max_total_num_tokens,
+            self.page_size,
+            self.kv_pool.buffer.nbytes / 1e9,
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of the batch; its keys and values are in the cache after."""
+        batch.kv_pool, batch.attn_backend = self.kv_pool, self.attn_backend
+        self.attn_backend.init_forward_metadata(batch)
+        return self.model(batch.input_ids, batch.positions, batch)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
+        return self.model.compute_logits(hidden_states)
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, hidden_states: torch.Tensor, token_ids: Sequence[int], top_num: int) -> LogprobRows:
+        """Log-probabilities of `token_ids`, each given the hidden state in its row, a few hundred rows at a time."""
+        rows = LogprobRows([], [], [])
+        for start in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
+            targets = torch.tensor(token_ids[start : start + PROMPT_LOGPROB_ROWS], device=hidden_states.device)
+            logits = self.compute_logits(hidden_states[start : start + PROMPT_LOGPROB_ROWS])
+            part = compute_logprobs(logits, targets, [top_num] * len(targets))
+            rows.logprobs += part.logprobs
+            rows.top_logprobs += part.top_logprobs
+            rows.top_token_ids += part.top_token_ids
+        return rows
+
+    def close(self) -> None:
+        """Withdraw what this rank has published."""
+        self.loader.close()

@@ -1,0 +1,197 @@
+"""Owns the dense decoder model: Llama, Mistral and Qwen2 differ from each other only in what their configs say."""
+
+import torch
+from torch import nn
+
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers.activation import act_and_mul, get_activation
+from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.layers.layernorm import RMSNorm
+from ramet.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from ramet.srt.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from ramet.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class LlamaMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), gate and up as one matrix."""
+
+    def __init__(self, config: ModelConfig, prefix: str, dtype: torch.dtype, parallel: ParallelConfig):
+        super().__init__()
+        bias = bool(config.hf_config.get("mlp_bias", False))
+        size = config.intermediate_size
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size,
+            [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
+            [size, size],
+            bias=bias,
+            dtype=dtype,
+            parallel=parallel,
+        )
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, f"{prefix}.down_proj", bias=bias, dtype=dtype, parallel=parallel
+        )
+        self.activation = get_activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
+        return self.down_proj(act_and_mul(self.gate_up_proj(x), self.activation))
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, model: "LlamaForCausalLM", layer_id: int, prefix: str):
+        super().__init__()
+        config, dtype, parallel = model.config, model.dtype, model.parallel
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            prefix,
+            bias=model.has_qkv_bias(),
+            dtype=dtype,
+            parallel=parallel,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            f"{prefix}.o_proj",
+            bias=model.has_o_bias(),
+            dtype=dtype,
+            parallel=parallel,
+        )
+        if model.has_qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, f"{prefix}.q_norm", eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, f"{prefix}.k_norm", eps=config.rms_norm_eps, dtype=dtype)
+        self.has_qk_norm = model.has_qk_norm
+        self.head_dim = config.head_dim
+        self.attn = RadixAttention(
+            num_heads=self.qkv_proj.num_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
+            head_dim=config.head_dim,
+            layer_id=layer_id,
+            sliding_window=config.layer_windows[layer_id],
+        )
+
+    def forward(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
+        sizes = [self.qkv_proj.q_size, self.qkv_proj.kv_size, self.qkv_proj.kv_size]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(sizes, dim=-1))
+        if self.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        return self.o_proj(self.attn(q, k, v, forward_batch).flatten(1))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm, with the residual carried beside the hidden states."""
+
+    def __init__(self, model: "LlamaForCausalLM", layer_id: int, prefix: str):
+        super().__init__()
+        config, dtype = model.config, model.dtype
+        self.self_attn = LlamaAttention(model, layer_id, f"{prefix}.self_attn")
+        self.mlp = LlamaMLP(config, f"{prefix}.mlp", dtype, model.parallel)
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, f"{prefix}.input_layernorm", eps=config.rms_norm_eps, dtype=dtype
+        )
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, f"{prefix}.post_attention_layernorm", eps=config.rms_norm_eps, dtype=dtype
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        forward_batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden states, residual), both [num_tokens, hidden_size]."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm.add_and_norm(x, residual)
+        x = self.self_attn(x, rotary, forward_batch)
+        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    """Embedding, decoder layers and the final norm."""
+
+    def __init__(self, model: "LlamaForCausalLM"):
+        super().__init__()
+        config, dtype = model.config, model.dtype
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, "model.embed_tokens", dtype=dtype, parallel=model.parallel
+        )
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(model, index, f"model.layers.{index}") for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, "model.norm", eps=config.rms_norm_eps, dtype=dtype)
+
+    def forward(
+        self, input_ids: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        """int64 [num_tokens] -> normalised hidden states [num_tokens, hidden_size]."""
+        x = self.embed_tokens(input_ids)
+        residual = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, rotary, forward_batch)
+        return self.norm.add_and_norm(x, residual)[0]
+
+
+class LlamaForCausalLM(nn.Module):
+    """The dense decoder with its output head. Parameters are made on the meta device and bound to an arena later."""
+
+    has_qk_norm = False
+    ignored_checkpoint_suffixes = ("rotary_emb.inv_freq",)  # derived tensors that old checkpoints carry
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.parallel = parallel
+        self.model = LlamaModel(self)
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, "lm_head", dtype=dtype, parallel=parallel
+        )
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.rotary: RotaryEmbedding | None = None
+
+    def has_qkv_bias(self) -> bool:
+        return bool(self.config.hf_config.get("attention_bias", False))
+
+    def has_o_bias(self) -> bool:
+        return bool(self.config.hf_config.get("attention_bias", False))
+
+    def prepare(self, device: torch.device) -> None:
+        """Make what is derived from the config alone, on the device where the weights are."""
+        self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim, self.dtype, device)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """int64 [num_tokens], int64 [num_tokens] -> hidden states [num_tokens, hidden_size]."""
+        return self.model(input_ids, self.rotary.cos_sin(positions), forward_batch)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
+        return self.lm_head.logits(hidden_states)
+
+
+class MistralForCausalLM(LlamaForCausalLM):
+    """Llama with a sliding window, which the config's layer windows already hold."""
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    """Llama with biases on q, k and v alone."""
+
+    def has_qkv_bias(self) -> bool:
+        return True
+
+    def has_o_bias(self) -> bool:
+        return False

@@ -1,0 +1,23 @@
+"""Owns the map from the architecture that a config names to the class that builds it."""
+
+import importlib
+from typing import Any
+
+_MODELS = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def get_model_class(architecture: str) -> Any:
+    """The model class for `architecture`.
+
+    Raises:
+        ValueError: if it is not supported; the message lists those that are.
+    """
+    if architecture not in _MODELS:
+        raise ValueError(f"architecture {architecture!r} is not supported; supported are {', '.join(sorted(_MODELS))}")
+    module = importlib.import_module(f"ramet.srt.models.{_MODELS[architecture]}")
+    return getattr(module, architecture)
