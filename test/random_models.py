@@ -1,4 +1,4 @@
-"""Makes small random Hugging Face models for tests, and the transformers answers to compare with; tests nothing itself."""
+"""Makes small random Hugging Face models for tests, and the transformers answers to compare them with."""
 
 import json
 import shutil
