@@ -1,0 +1,51 @@
+# Every target sets up what it needs; nothing has to be done before. `make` alone lists the targets.
+# Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13),
+# MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run), ARGS (more flags for run and bench).
+PYTHON ?= python3
+VENV ?= .venv
+EXTRA ?= cpu
+MODEL ?=
+TESTS ?= test/unit test/integration
+ARGS ?=
+
+STAMP := $(VENV)/.ramet-$(EXTRA)
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint format docs bench demo-model clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make the virtual environment and install everything
+$(STAMP): setup.py constraints.txt scripts/setup_env.sh
+	@bash scripts/setup_env.sh $(VENV) $(PYTHON) $(EXTRA)
+	@touch $@
+
+run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... takes a real model
+	@$(BIN)/python examples/clone_demo.py $(if $(MODEL),--model-path $(MODEL)) $(ARGS)
+
+test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... picks
+	@for part in $(TESTS); do echo "== $$part"; $(BIN)/python -m pytest -q $$part || exit $$?; done
+
+lint: $(STAMP) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## bring the code into the form that lint checks
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## write docs/flags.md anew from ServerArgs
+	$(BIN)/python scripts/make_flags_doc.py
+
+bench: $(STAMP) ## run all benchmarks; results go to .run/bench
+	$(BIN)/python benchmark/run_all.py $(ARGS)
+
+demo-model: $(STAMP) ## train examples/demo_model anew (some minutes)
+	$(BIN)/python examples/make_demo_model.py
+
+clean: ## remove the environment, caches and results
+	rm -rf $(VENV) .run build dist wheels .pytest_cache .ruff_cache .mypy_cache .hypothesis python/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,60 @@
+"""Owns the package's metadata and dependencies; docs/dependencies.md says why each of them is there."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "python/ramet/__init__.py").read_text()).group(1)
+
+REQUIREMENTS = [
+    "torch>=2.11",
+    "fastapi>=0.115",
+    "huggingface_hub>=0.30",
+    "jinja2>=3.1",
+    "llguidance>=1.0",
+    "msgspec>=0.19",
+    "numpy>=1.26",
+    "prometheus_client>=0.20",
+    "psutil>=5.9",
+    "pyzmq>=26",
+    "safetensors>=0.5",
+    "tokenizers>=0.21",
+    "uvicorn>=0.30",
+    "uvloop>=0.20",
+    "xxhash>=3.4",
+]
+
+EXTRAS = {
+    # Which build of Mooncake's TransferEngine carries weights between hosts: exactly one of the three.
+    "cpu": ["mooncake-transfer-engine-non-cuda>=0.3.10"],
+    "cuda12": ["mooncake-transfer-engine>=0.3.10"],
+    "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
+    "test": [
+        "hypothesis>=6.100",
+        "httpx>=0.27",
+        "mypy>=1.10",
+        "openai>=1.60",
+        "pytest>=8",
+        "pytest-asyncio>=0.23",
+        "pytest-timeout>=2.3",
+        "ruff>=0.9",
+        "transformers>=5.0",
+    ],
+}
+
+setup(
+    name="ramet",
+    version=VERSION,
+    description="An LLM serving engine whose new instances take their weights from running instances",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "python"},
+    packages=find_packages("python"),
+    python_requires=">=3.11",
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ramet=ramet.cli:main"]},
+)

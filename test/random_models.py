@@ -1,0 +1,221 @@
+"""Makes small random Hugging Face models for tests, and the transformers answers to compare them with."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_TEXT = (
+    "A ramet is one plant of a clonal colony: the new one grows out of one that is already alive. "
+    "The quick brown fox jumps over the lazy dog. Ein Ableger wächst aus der Mutterpflanze; çà et là, 植物は育つ. "
+    '{"name": "strawberry", "runners": 12, "alive": true} 0123456789 def grow(parent): return parent.clone()\n'
+)
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+BOS, EOS, IM_END = 1, 2, 4  # ids: the places in SPECIAL_TOKENS
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
+
+# The shapes are as unlike each other as they can be: head counts, tying, head_dim, sizes that are no power of two.
+_COMMON = {
+    "vocab_size": 331,  # above the tokenizer's 320, as real models have it, and no multiple of 64
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "num_hidden_layers": 3,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "use_cache": True,
+}
+_LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # short, so that a test prompt has all three kinds of frequencies
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama2": {  # as many key/value heads as query heads, untied
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 176,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False, "attention_bias": False,
+        "mlp_bias": False, "rope_theta": 10000.0, "rope_scaling": None,
+    },
+    "llama3": {  # grouped heads, llama3 rope scaling, tied
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 208,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+        "attention_bias": False, "mlp_bias": False, "rope_theta": 500000.0, "rope_scaling": _LLAMA3_SCALING,
+        "eos_token_id": [EOS, IM_END],
+    },
+    "mistral": {  # one key/value head, a sliding window shorter than the test prompts, untied
+        "model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 64, "intermediate_size": 144,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": False,
+        "sliding_window": 12, "rope_theta": 10000.0, "rope_scaling": None,
+    },
+    "qwen2": {  # biases at q, k and v, three query heads for a key/value head, tied
+        "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 96, "intermediate_size": 160,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True, "use_sliding_window": False,
+        "sliding_window": None, "max_window_layers": 3, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "rope_scaling": None,
+    },
+    "qwen3": {  # norms on q and k, heads wider together than the hidden size, untied
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 80, "intermediate_size": 224,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": False,
+        "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
+}  # fmt: skip
+
+
+def make_model(
+    folder: str | Path,
+    family: str,
+    *,
+    dtype: str = "float32",
+    rope_spelling: str = "new",
+    max_shard_size: str = "5GB",
+    seed: int = 0,
+    tokenizer: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Write a random model of `family` into `folder`: config, weights, tokenizer with a chat template.
+
+    Args:
+        family: one of FAMILIES.
+        dtype: float32, bfloat16 or float16, of the stored weights.
+        rope_spelling: "new" writes rope_parameters and dtype into config.json (transformers 5), "old" writes
+            rope_theta, rope_scaling and torch_dtype.
+        max_shard_size: below the model's size gives several files and an index, for example "100KB".
+        seed: of the weights; another seed is another model with the same layout.
+        tokenizer: whether to write a tokenizer.
+        overrides: entries of config.json, as the old spelling has them; a value of None stays null.
+
+    Returns:
+        `folder`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if rope_spelling not in ("new", "old"):
+        raise ValueError(f"rope_spelling must be new or old; got {rope_spelling!r}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _COMMON | FAMILIES[family] | overrides
+    _write_config(folder, config, dtype, rope_spelling)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    _randomize(model, seed)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    _write_config(folder, config, dtype, rope_spelling)  # save_pretrained wrote transformers' own spelling
+    if tokenizer:
+        write_tokenizer(folder)
+    return folder
+
+
+def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:
+    config = dict(config)
+    if rope_spelling == "new":
+        rope = config.pop("rope_scaling", None) or {"rope_type": "default"}
+        config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **rope}
+        config["dtype"] = dtype
+    else:
+        config["torch_dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _randomize(model: Any, seed: int) -> None:
+    """Fill every parameter so that each of them shows in the logits, and greedy decoding does not repeat itself."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied head is not listed twice
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_(0.3 * noise + (1.0 if "norm" in name else 0.0))
+            elif "embed_tokens" in name:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise * 2.0 / parameter.shape[1] ** 0.5)
+
+
+def write_tokenizer(folder: str | Path, *, vocab_size: int = 320, text: str = TOKENIZER_TEXT) -> None:
+    """Train a byte-level BPE tokenizer on `text` and write tokenizer.json and tokenizer_config.json."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    folder = Path(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+
+
+def without_weights(folder: str | Path, target: str | Path) -> Path:
+    """Copy a model folder without its weight files: config and tokenizer only. Returns `target`."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(*WEIGHT_FILES), dirs_exist_ok=True)
+    return Path(target)
+
+
+def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = 320) -> list[list[int]]:
+    """Token ids of one random prompt for each length, without special tokens."""
+    import random
+
+    generator = random.Random(seed)
+    return [[generator.randrange(len(SPECIAL_TOKENS), vocab_size) for _ in range(length)] for length in lengths]
+
+
+def load_hf(folder: str | Path) -> Any:
+    """The transformers model of `folder`, in float32 with plain (eager) attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
+
+
+def hf_greedy(folder: str | Path, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """The `n` greedy token ids that follow each prompt; end-of-sequence tokens do not stop it.
+
+    Every step computes the whole sequence anew: slow, but no cache can be wrong.
+    """
+    import torch
+
+    model = load_hf(folder)
+    outputs = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(n):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            outputs.append(ids[len(prompt) :])
+    return outputs
+
+
+def hf_logprobs(folder: str | Path, sequences: Sequence[Sequence[int]]) -> list[Any]:
+    """For each sequence the log-probabilities of the next token at each position: float32 [len, vocab_size]."""
+    import torch
+
+    model = load_hf(folder)
+    with torch.inference_mode():
+        return [model(torch.tensor([list(ids)]), use_cache=False).logits[0].log_softmax(-1) for ids in sequences]
