@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
 from ramet.srt.managers.schedule_batch import Req, empty_logprobs
 from ramet.srt.sampling.penalties import update_penalty_state
+from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, find_stop
 from ramet.srt.utils.tokenizer import Tokenizer
-
-STOP_WINDOW_MARGIN = 8  # tokens decoded beyond the stop string's bytes: special tokens and cut characters are empty
 
 
 class OutputProcessor:
@@ -23,35 +22,41 @@ class OutputProcessor:
         req.output_ids.append(token_id)
         update_penalty_state(req, token_id)
         if req.grammar is not None:
-            req.grammar.accept(token_id)
+            try:
+                req.grammar.accept(token_id)
+            except RuntimeError as error:  # the grammar library gave up, on a resource limit
+                req.finish_reason = FinishReason(type="abort", message=str(error), status_code=500)
+                return
         req.finish_reason = self._finish_reason(req, token_id)
 
     def _finish_reason(self, req: Req, token_id: int) -> FinishReason | None:
         params = req.sampling_params
         num_tokens = len(req.output_ids)
-        if num_tokens >= params.min_new_tokens:
-            if token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos):
-                return FinishReason(type="stop", matched=token_id)
-            if params.stop and (matched := self._matched_stop(req)) is not None:
-                return FinishReason(type="stop", matched=matched)
+        stop = self._matched_stop(req, token_id) if params.stop else None
+        if num_tokens >= params.min_new_tokens and (
+            token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos)
+        ):
+            return FinishReason(type="stop", matched=token_id)
+        if stop is not None:
+            return FinishReason(type="stop", matched=stop)
         if req.grammar is not None and req.grammar.is_terminated:
             return FinishReason(type="stop", matched=token_id)
         if num_tokens >= params.max_new_tokens:
             return FinishReason(type="length", length=num_tokens)
         return None
 
-    def _matched_stop(self, req: Req) -> str | None:
-        """The stop string that the newest token completed: of several, the one that begins first in the text.
-
-        A string of b bytes spans at most b tokens with text, so a short tail of the output suffices.
-        """
-        stop = req.sampling_params.stop
-        window = max(len(text.encode()) for text in stop) + STOP_WINDOW_MARGIN
-        tail = self.tokenizer.decode(
-            req.output_ids[-window:], skip_special_tokens=req.sampling_params.skip_special_tokens
-        )
-        found = [(position, text) for text in stop if (position := tail.find(text)) >= 0]
-        return min(found)[1] if found else None
+    def _matched_stop(self, req: Req, token_id: int) -> str | None:
+        """The stop string that the newest token completed. The detokenizer decodes the same way, so that both agree."""
+        params = req.sampling_params
+        if req.stop_decoder is None:
+            req.stop_decoder = IncrementalDecoder(
+                self.tokenizer, req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
+            )
+        kept = max(len(text) for text in params.stop) - 1
+        tail = req.stop_tail[len(req.stop_tail) - kept :] if kept else ""
+        req.stop_tail = tail + req.stop_decoder.push([token_id])
+        hit = find_stop(req.stop_tail, params.stop)
+        return hit[1] if hit else None
 
     def collect(self, req: Req) -> RequestOutput | None:
         """What the request has gained since its last output, or None if it is not yet time to send it."""

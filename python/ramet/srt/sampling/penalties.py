@@ -1,11 +1,14 @@
 """Owns the rules that change one request's logits before sampling: penalties, biases, banned and allowed tokens."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from ramet.srt.managers.schedule_batch import Req
+
+logger = logging.getLogger(__name__)
 
 
 def apply_logit_rules(logits: torch.Tensor, reqs: Sequence[Req], eos_token_ids: Sequence[int]) -> None:
@@ -57,6 +60,10 @@ def _apply_count_penalties(logits: torch.Tensor, req: Req) -> None:
 def _apply_grammar(logits: torch.Tensor, req: Req) -> None:
     """Ban what the grammar does not allow next. The mask has one bit for each token, lowest bit first."""
     words = np.zeros(-(-logits.shape[0] // 32), dtype=np.int32)
-    req.grammar.fill_mask(words)
+    try:
+        req.grammar.fill_mask(words)
+    except RuntimeError as error:  # the grammar library gave up, on a resource limit: nothing is allowed
+        logger.warning("request %s: %s", req.rid, error)
+        words[:] = 0
     allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[0]]
     logits.masked_fill_(~torch.from_numpy(allowed).bool().to(logits.device), float("-inf"))

@@ -1,0 +1,135 @@
+"""Runs a scheduler with its model in the test's own process: messages go in and come out without sockets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.managers.io_struct import (
+    BatchTokenIDOutput,
+    FinishReason,
+    Message,
+    RequestOutput,
+    TokenizedGenerateReqInput,
+    TokenLogprobs,
+)
+from ramet.srt.managers.scheduler import Scheduler
+from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.sampling.grammar import make_grammar_backend
+from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.tokenizer import Tokenizer
+
+
+class DirectChannel:
+    """Stands in for the scheduler's sockets."""
+
+    def __init__(self) -> None:
+        self.inbox: list[Message] = []
+        self.outputs: list[RequestOutput] = []
+        self.replies: list[Message] = []
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def send(self, output: BatchTokenIDOutput) -> None:
+        self.outputs += output.outputs
+
+    def reply(self, message: Message) -> None:
+        self.replies.append(message)
+
+
+class EngineHarness:
+    """A scheduler that a test steps by hand."""
+
+    def __init__(self, folder: str | Path, **server_args: Any):
+        defaults: dict[str, Any] = {"max_total_tokens": 2048, "max_running_requests": 16, "page_size": 4}
+        self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
+        config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
+        self.runner = ModelRunner(self.args, config, ParallelConfig(), lambda phase: None)
+        self.channel = DirectChannel()
+        tokenizer = Tokenizer.from_path(str(folder))
+        grammar_backend = make_grammar_backend(self.args.grammar_backend, tokenizer, config)
+        self.scheduler = Scheduler(self.args, config, self.runner, tokenizer, grammar_backend, self.channel)
+        self.num_batches = 0
+        self.max_batch_size = 0
+
+    def submit(self, rid: str, input_ids: Sequence[int], *, logprob_start_len: int | None = None, top: int = 0,
+               return_logprob: bool = False, stream: bool = False, **params: Any) -> None:
+        """Queue one request; `logprob_start_len` asks for prompt log-probabilities too."""
+        params = {"temperature": 0.0, "ignore_eos": True} | params
+        self.channel.inbox.append(
+            TokenizedGenerateReqInput(
+                rid=rid,
+                input_ids=list(input_ids),
+                sampling_params=SamplingParams(**params),
+                stream=stream,
+                return_logprob=return_logprob or logprob_start_len is not None,
+                logprob_start_len=-1 if logprob_start_len is None else logprob_start_len,
+                top_logprobs_num=top,
+            )
+        )
+
+    def send(self, message: Message) -> None:
+        self.channel.inbox.append(message)
+
+    def step(self) -> bool:
+        """Take in messages and run one pass; False when there was nothing to run."""
+        scheduler = self.scheduler
+        for message in self.channel.receive(0):
+            scheduler._handle(message)
+        scheduler._collect_grammars()
+        batch = scheduler._next_batch()
+        if batch is not None:
+            self.num_batches += 1
+            self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
+            scheduler._run_batch(batch)
+        return batch is not None
+
+    def run(self, max_steps: int = 5000) -> dict[str, "Result"]:
+        """Step until everything has ended, check that no cache page is lost, and return what each request got."""
+        for _ in range(max_steps):
+            if not self.step() and not self.scheduler._has_work():
+                break
+        else:
+            raise AssertionError(f"requests still run after {max_steps} passes")
+        self.scheduler.cache.check([])
+        return self.results()
+
+    def results(self) -> dict[str, "Result"]:
+        results: dict[str, Result] = {}
+        for output in self.channel.outputs:
+            results.setdefault(output.rid, Result()).add(output)
+        return results
+
+    def generate(self, prompts: Sequence[Sequence[int]], **params: Any) -> list["Result"]:
+        """Run the prompts together, and return their results in order."""
+        self.channel.outputs.clear()
+        for index, prompt in enumerate(prompts):
+            self.submit(str(index), prompt, **params)
+        results = self.run()
+        return [results[str(index)] for index in range(len(prompts))]
+
+
+class Result:
+    """Everything that one request got."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.cached_tokens = 0
+        self.input_logprobs: TokenLogprobs | None = None
+        self.output_logprobs: list[float | None] = []
+        self.top_logprobs: list[list[float]] = []
+
+    def add(self, output: RequestOutput) -> None:
+        self.token_ids += output.token_ids
+        self.finish_reason = output.finish_reason
+        self.cached_tokens = output.cached_tokens
+        if output.input_logprobs is not None:
+            self.input_logprobs = output.input_logprobs
+        if output.output_logprobs is not None:
+            self.output_logprobs += output.output_logprobs.logprobs
+            self.top_logprobs += output.output_logprobs.top_logprobs
