@@ -47,7 +47,8 @@ def test_client_grows_out_of_the_seed(tmp_path: Path, flags: list[str], source: 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     result = run_demo(tmp_path, "--model-path", str(tmp_path / "nothing"))
     assert result.returncode == 1
-    assert result.stderr.strip() == f"there is no model folder {tmp_path / 'nothing'}"
+    assert len(result.stderr.splitlines()) == 1
+    assert str(tmp_path / "nothing") in result.stderr
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
