@@ -26,7 +26,7 @@ run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... t
 	@$(BIN)/python examples/clone_demo.py $(if $(MODEL),--model-path $(MODEL)) $(ARGS)
 
 test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... picks
-	@for part in $(TESTS); do echo "== $$part"; $(BIN)/python -m pytest -q $$part || exit $$?; done
+	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .

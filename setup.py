@@ -32,6 +32,7 @@ EXTRAS = {
     "cuda12": ["mooncake-transfer-engine>=0.3.10"],
     "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
     "test": [
+        "aiohttp>=3.9",
         "hypothesis>=6.100",
         "httpx>=0.27",
         "mypy>=1.10",

@@ -111,18 +111,15 @@ def stop_all(instances: list[Instance]) -> bool:
 
 
 def find_model(path: str) -> Path:
-    """The local folder of a model: `path` itself, or what the Hugging Face hub has under that name."""
-    if Path(path).is_dir():
-        return Path(path).resolve()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise DemoError(f"there is no model folder {path}")
-    from huggingface_hub import snapshot_download
+    """The local folder of a model: `path` itself, or a snapshot of that Hugging Face hub id."""
+    from ramet.srt.utils.hub import resolve_model_path
 
-    print(f"fetching {path} from the Hugging Face hub")
+    if not Path(path).is_dir():
+        print(f"looking for {path} on the Hugging Face hub", flush=True)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
-    except Exception as error:  # the hub client's errors are many, and each of them ends the demo here
-        raise DemoError(f"{path} is neither a folder nor to be had from the hub: {error}") from error
+        return Path(resolve_model_path(path)).absolute()
+    except ValueError as error:
+        raise DemoError(str(error)) from error
 
 
 def copy_without_weights(folder: Path, target: Path) -> None:

@@ -97,10 +97,10 @@ class DetokenizerRequest(msgspec.Struct, kw_only=True, tag=True):
     """Tokenizer manager to detokenizer, before the first output: how to turn this request's tokens into text."""
 
     rid: str
-    prompt_tail_ids: list[int]  # last prompt tokens, as decoding context
+    prompt_tail_ids: list[int]  # last PROMPT_TAIL_TOKENS prompt tokens, as decoding context
     stop: list[str]
+    min_new_tokens: int = 0  # a stop string counts from the next token on
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
 
 
@@ -138,6 +138,16 @@ class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):
     phases: dict[str, float]  # start-up phase -> seconds since the launch of the instance
 
 
+class DetokenizerReady(msgspec.Struct, kw_only=True, tag=True):
+    """Detokenizer to its launcher over the start-up pipe: it can make text."""
+
+
+class DetokenizerFailed(msgspec.Struct, kw_only=True, tag=True):
+    """Detokenizer to its launcher over the start-up pipe: one line that says why it can't."""
+
+    message: str
+
+
 class SchedulerFailed(msgspec.Struct, kw_only=True, tag=True):
     """Scheduler to its launcher over the start-up pipe: one line that says why the rank can't serve."""
 
@@ -157,6 +167,8 @@ Message = Union[
     BatchStrOutput,
     SchedulerReady,
     SchedulerFailed,
+    DetokenizerReady,
+    DetokenizerFailed,
 ]
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,32 +1,151 @@
-"""Owns a request's sampling parameters: their defaults, ranges and meaning. No torch."""
+"""Owns a request's sampling parameters: their defaults, ranges, parsing and JSON schema. No torch."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
+
+from ramet.srt.managers.request_error import RequestError
+
+MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
+MAX_SEQUENCES = 128  # largest n
+GREEDY_TEMPERATURE = 1e-5  # below this a temperature means greedy: dividing by it would overflow
+GRAMMAR_FIELDS = ("regex", "json_schema", "ebnf")
+
+TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+StopString = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
-class SamplingParams(msgspec.Struct, kw_only=True):
+class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """How to choose a sequence's tokens and when to stop, already validated and resolved.
 
     The names and defaults are those of SGLang's /generate.
     """
 
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0  # 0 means greedy
-    top_p: float = 1.0
-    top_k: int = -1  # -1: the whole vocabulary
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    stop: list[str] = []
-    stop_token_ids: list[int] = []
+    max_new_tokens: TokenCount = 128
+    min_new_tokens: TokenCount = 0
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0  # 0 means greedy
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1  # -1: the whole vocabulary
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    stop: Annotated[list[StopString], Meta(max_length=64)] = []
+    stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=1024)] = []
     ignore_eos: bool = False
-    logit_bias: dict[int, float] = {}
-    sampling_seed: int | None = None
-    n: int = 1
+    logit_bias: dict[int, Bias] = {}
+    sampling_seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     regex: str | None = None
     json_schema: str | None = None
     ebnf: str | None = None
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
+
+
+def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+    """Sampling parameters from what a user wrote: JSON values, or their Python equals. None means not given.
+
+    `stop` may be one string, `json_schema` an object, and the keys of `logit_bias` strings.
+
+    Raises:
+        RequestError: (a ValueError) that names the parameter and what was expected of it.
+    """
+    if not isinstance(data, Mapping):
+        raise RequestError("sampling_params must be an object", param="sampling_params")
+    values = {name: value for name, value in data.items() if value is not None}
+    unknown = [str(name) for name in values if name not in SamplingParams.__struct_fields__]
+    if unknown:
+        known = ", ".join(SamplingParams.__struct_fields__)
+        raise RequestError(f"unknown sampling parameter {unknown[0]!r}; the known ones are {known}", param=unknown[0])
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RequestError(f"{name} must be a finite number", param=name)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    if isinstance(values.get("json_schema"), Mapping):
+        values["json_schema"] = json.dumps(values["json_schema"])
+    try:
+        params = msgspec.convert(values, SamplingParams, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise _named(error) from None
+    _check_together(params, vocab_size)
+    if params.temperature < GREEDY_TEMPERATURE:
+        params.temperature = 0.0
+    if params.top_k == 0:
+        params.top_k = -1
+    return params
+
+
+def _named(error: msgspec.ValidationError) -> RequestError:
+    """msgspec's message, which ends in "at `$.name…`", with the parameter's name in front."""
+    match = re.fullmatch(r"(?P<what>.*) - at (?:`key` in )?`\$\.(?P<name>\w+)(?P<rest>.*)`", str(error), re.DOTALL)
+    if match is None:
+        return RequestError(str(error), param="sampling_params")
+    what = match["what"].replace("`", "")
+    return RequestError(f"{match['name']}{match['rest']}: {what[0].lower()}{what[1:]}", param=match["name"])
+
+
+def _check_together(params: SamplingParams, vocab_size: int) -> None:
+    """What no single field's range can say.
+
+    Raises:
+        RequestError: that names the parameter.
+    """
+    if params.min_new_tokens > params.max_new_tokens:
+        raise RequestError(
+            f"min_new_tokens ({params.min_new_tokens}) is above max_new_tokens ({params.max_new_tokens})",
+            param="min_new_tokens",
+        )
+    for name in ("stop_token_ids", "logit_bias"):
+        for token_id in getattr(params, name):
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(f"{name}: token id {token_id} is not in [0, {vocab_size})", param=name)
+    for name, value in params.logit_bias.items():
+        if math.isnan(value):
+            raise RequestError(f"logit_bias[{name}] must be a finite number", param="logit_bias")
+    grammars = [name for name in GRAMMAR_FIELDS if getattr(params, name) is not None]
+    if len(grammars) > 1:
+        raise RequestError(f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}",
+                           param=grammars[1])
+    for text in (*params.stop, params.regex or "", params.json_schema or "", params.ebnf or ""):
+        if not is_unicode(text):
+            raise RequestError("a string holds a lone surrogate and can't be written as UTF-8", param="stop")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: a JSON string may hold lone surrogates, which can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def sampling_params_schema() -> dict[str, Any]:
+    """The JSON schema of what `parse_sampling_params` accepts."""
+    schema = msgspec.json.schema(SamplingParams)["$defs"]["SamplingParams"]
+    properties = schema["properties"]
+    properties["stop"]["anyOf"] = [
+        {"type": "string", "minLength": 1, "maxLength": 4096},
+        {name: properties["stop"].pop(name) for name in ("type", "items", "maxItems")},
+    ]
+    properties["json_schema"]["anyOf"].append({"type": "object"})
+    properties["logit_bias"]["propertyNames"] = {"pattern": r"^(0|[1-9][0-9]{0,8})$"}
+    for field in properties.values():
+        if "anyOf" not in field:
+            default = field.pop("default")
+            kept = dict(field)
+            field.clear()
+            field.update({"anyOf": [kept, {"type": "null"}], "default": default})
+        elif {"type": "null"} not in field["anyOf"]:
+            field["anyOf"].append({"type": "null"})
+    schema.pop("required", None)
+    return schema

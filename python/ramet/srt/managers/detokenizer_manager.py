@@ -1,0 +1,122 @@
+"""Owns the detokenizer process: it turns the scheduler's tokens into text for the tokenizer manager."""
+
+import logging
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import zmq
+
+from ramet.srt.managers.io_struct import (
+    BatchStrOutput,
+    BatchTokenIDOutput,
+    DetokenizerFailed,
+    DetokenizerReady,
+    DetokenizerRequest,
+    FinishReason,
+    RequestOutput,
+    RequestText,
+    decode,
+    encode,
+)
+from ramet.srt.observability.logs import configure_logging
+from ramet.srt.server_args import PortArgs
+from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.utils.hub import resolve_model_path
+from ramet.srt.utils.incremental_decode import IncrementalDecoder, TextStream
+from ramet.srt.utils.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_EARLY_REQUESTS = 4096  # requests whose tokens may be here before they are announced
+POLL_MS = 1000
+
+
+class Detokenizer:
+    """The texts of all running requests. A request is known from its announcement to its last output."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._streams: dict[str, TextStream] = {}
+        # The announcement and the tokens come over different connections, so tokens may overtake it.
+        self._early: OrderedDict[str, list[RequestOutput]] = OrderedDict()
+
+    def announce(self, request: DetokenizerRequest) -> list[RequestText]:
+        """Begin a request; the text of the tokens that were already here."""
+        decoder = IncrementalDecoder(self._tokenizer, request.prompt_tail_ids, request.skip_special_tokens)
+        self._streams[request.rid] = TextStream(
+            decoder, request.stop, min_new_tokens=request.min_new_tokens, keep_stop=request.no_stop_trim
+        )
+        return self.push(self._early.pop(request.rid, []))
+
+    def push(self, outputs: Sequence[RequestOutput]) -> list[RequestText]:
+        """The outputs with their text; a finished request is forgotten."""
+        texts = []
+        for output in outputs:
+            stream = self._streams.get(output.rid)
+            if stream is None:
+                self._keep_early(output)
+            else:
+                texts.append(self._text(stream, output))
+        return texts
+
+    def _text(self, stream: TextStream, output: RequestOutput) -> RequestText:
+        text = stream.push(output.token_ids, final=output.finish_reason is not None)
+        if output.finish_reason is not None:
+            del self._streams[output.rid]
+            if stream.matched is not None and output.finish_reason.type == "length":
+                output.finish_reason = FinishReason(type="stop", matched=stream.matched)
+        return RequestText(text=text, output=output)
+
+    def _keep_early(self, output: RequestOutput) -> None:
+        self._early.setdefault(output.rid, []).append(output)
+        if len(self._early) > MAX_EARLY_REQUESTS:
+            rid, _ = self._early.popitem(last=False)
+            logger.warning("dropped the tokens of request %s, which was never announced", rid)
+
+
+def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, status_fd: int) -> None:
+    """Serve until the parent has gone or kills this process."""
+    context = zmq.Context(io_threads=1)
+    reader = context.socket(zmq.PULL)
+    reader.setsockopt(zmq.RCVHWM, 0)
+    reader.bind(port_args.detokenizer_ipc_name)
+    writer = context.socket(zmq.PUSH)
+    writer.setsockopt(zmq.SNDHWM, 0)
+    writer.connect(port_args.tokenizer_ipc_name)
+    send_status(status_fd, encode(DetokenizerReady()))
+    detokenizer = Detokenizer(tokenizer)
+    while os.getppid() == parent_pid:
+        if not reader.poll(POLL_MS):
+            continue
+        message = decode(reader.recv())
+        if isinstance(message, DetokenizerRequest):
+            texts = detokenizer.announce(message)
+        elif isinstance(message, BatchTokenIDOutput):
+            texts = detokenizer.push(message.outputs)
+        else:
+            raise TypeError(f"the detokenizer got a {type(message).__name__}, which it doesn't handle")
+        if texts:
+            writer.send(encode(BatchStrOutput(outputs=texts)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of the process; see the launcher in entrypoints/child_processes.py for what it is given."""
+    status_fd = status_fd_argument(argv)
+    config = read_child_config()
+    die_with_parent(config.parent_pid)
+    server_args = config.make_server_args()
+    configure_logging(server_args.log_level, "detokenizer")
+    try:
+        folder = resolve_model_path(server_args.tokenizer_path or server_args.model_path, server_args.revision, False)
+        tokenizer = Tokenizer.from_path(folder, server_args.chat_template)
+    except ValueError as error:
+        send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
+        return 1
+    run_detokenizer(tokenizer, config.make_port_args(), config.parent_pid, status_fd)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

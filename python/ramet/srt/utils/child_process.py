@@ -1,0 +1,71 @@
+"""Owns the child's side of a start: its configuration from stdin, its one status message, and its end with the parent.
+
+The parent's side is entrypoints/child_processes.py.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import msgspec
+
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.server_args import PortArgs, ServerArgs
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class ChildConfig(msgspec.Struct, kw_only=True):
+    """What a child process gets as one JSON line on its stdin."""
+
+    server_args: dict[str, Any]
+    port_args: dict[str, str]
+    parallel: ParallelConfig
+    bootstrap_url: str | None  # of the engine-info bootstrap server, when the instance has one
+    launch_time: float  # unix seconds: when the instance was started
+    parent_pid: int
+
+    def make_server_args(self) -> ServerArgs:
+        return ServerArgs(**self.server_args)
+
+    def make_port_args(self) -> PortArgs:
+        return PortArgs(**self.port_args)
+
+
+def status_fd_argument(argv: Sequence[str]) -> int:
+    """The descriptor in `--status-fd N`.
+
+    Raises:
+        ValueError: if that is not what the arguments are.
+    """
+    if len(argv) != 2 or argv[0] != "--status-fd" or not argv[1].isdigit():
+        raise ValueError("this module is started by ramet itself, with --status-fd N and a configuration on stdin")
+    return int(argv[1])
+
+
+def read_child_config(stream: TextIO = sys.stdin) -> ChildConfig:
+    """The configuration that the parent writes.
+
+    Raises:
+        ValueError: if there is none: the parent has died, or somebody else started this process.
+    """
+    line = stream.readline()
+    if not line:
+        raise ValueError("there is no configuration on stdin: the launcher has gone")
+    return msgspec.json.decode(line, type=ChildConfig)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; at once if it already has."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send_status(status_fd: int, message: bytes) -> None:
+    """Send the one start-up message, an encoded SchedulerReady, SchedulerFailed or such, and close the pipe."""
+    with os.fdopen(status_fd, "wb") as pipe:
+        pipe.write(message)

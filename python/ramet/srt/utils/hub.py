@@ -1,0 +1,43 @@
+"""Owns the way from a model's name to a folder on this machine: a local folder, else a snapshot from the hub."""
+
+import os
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+# What an instance needs without weights: config, tokenizer, chat template.
+METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
+WEIGHTLESS_IGNORED = ("*.safetensors.index.json", "*.bin.index.json")
+
+
+def resolve_model_path(model: str, revision: str | None = None, weights: bool = True) -> str:
+    """The folder of `model`: `model` itself when it is a folder, else a snapshot of that hub id.
+
+    Args:
+        weights: whether the weight files are needed; without them only config and tokenizer are fetched.
+
+    Raises:
+        ValueError: if it is neither a folder nor a model that the hub (or its local cache) gives us.
+    """
+    if os.path.isdir(model):
+        return model
+    if not _looks_like_hub_id(model):
+        raise ValueError(f"model path {model} does not exist")
+    # Imported here: only models that are not on this machine need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=[*METADATA_PATTERNS, *(WEIGHT_PATTERNS if weights else ())],
+            ignore_patterns=None if weights else list(WEIGHTLESS_IGNORED),
+        )
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(f"model {model} is neither a folder nor available from the hub: {reason}") from None
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    """"name" or "owner/name", not a file path."""
+    parts = model.split("/")
+    return len(parts) <= 2 and all(part and part not in (".", "..") for part in parts) and not model.startswith("~")
