@@ -56,8 +56,17 @@ class EngineHarness:
         self.num_batches = 0
         self.max_batch_size = 0
 
-    def submit(self, rid: str, input_ids: Sequence[int], *, logprob_start_len: int | None = None, top: int = 0,
-               return_logprob: bool = False, stream: bool = False, **params: Any) -> None:
+    def submit(
+        self,
+        rid: str,
+        input_ids: Sequence[int],
+        *,
+        logprob_start_len: int | None = None,
+        top: int = 0,
+        return_logprob: bool = False,
+        stream: bool = False,
+        **params: Any,
+    ) -> None:
         """Queue one request; `logprob_start_len` asks for prompt log-probabilities too."""
         params = {"temperature": 0.0, "ignore_eos": True} | params
         self.channel.inbox.append(

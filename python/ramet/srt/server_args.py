@@ -60,7 +60,8 @@ class ServerArgs:
     page_size: int = flag(16, "Tokens per KV cache page; also the granularity of prefix sharing.")
     chunked_prefill_size: int = flag(2048, "Most prompt tokens in one forward pass; -1 never splits a prompt.")
     schedule_policy: str = flag(
-        "lpm", "Order of waiting requests: longest cached prefix first, or first come first served.",
+        "lpm",
+        "Order of waiting requests: longest cached prefix first, or first come first served.",
         choices=SCHEDULE_POLICIES,
     )
     disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")
@@ -74,15 +75,15 @@ class ServerArgs:
         "transfer_engine", "Transport for weights from another host.", choices=REMOTE_BACKENDS
     )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(None, "Address of the seed instance.")
-    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
-        None, "HTTP port of the seed instance."
-    )
+    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(None, "HTTP port of the seed instance.")
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
         False, "Offer this instance's weights to others. A loaded client always does."
     )
     remote_instance_weight_loader_local_mode: str = flag(
-        "auto", "How to take weights from a seed on the same host: map shares its memory copy-on-write, copy copies "
-        "it, off goes through the transfer engine.", choices=LOCAL_MODES,
+        "auto",
+        "How to take weights from a seed on the same host: map shares its memory copy-on-write, copy copies "
+        "it, off goes through the transfer engine.",
+        choices=LOCAL_MODES,
     )
     remote_instance_weight_loader_fallback: str = flag(
         "disk", "What to do when no seed can give the weights: load from disk, or fail.", choices=FALLBACKS
@@ -90,9 +91,7 @@ class ServerArgs:
     remote_instance_weight_loader_timeout: float = flag(
         60.0, "Seconds that one seed may take to answer, and a transfer may go without progress."
     )
-    engine_info_bootstrap_port: int = flag(
-        6789, "Port of the engine-info bootstrap server; 0 takes a free one."
-    )
+    engine_info_bootstrap_port: int = flag(6789, "Port of the engine-info bootstrap server; 0 takes a free one.")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -187,7 +186,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         if hints[field.name] is bool:
             options["action"] = "store_true"
         else:
-            options["type"] = next(t for t in (*get_args(hints[field.name]), hints[field.name]) if t in (int, float, str))
+            hint = hints[field.name]
+            options["type"] = next(kind for kind in (hint, *get_args(hint)) if kind in (int, float, str))
             options["metavar"] = options["type"].__name__.upper()
             options["required"] = required
             if field.metadata["choices"]:

@@ -74,7 +74,8 @@ class ModelConfig:
         head_dim = need.integer("head_dim", default=hidden_size // num_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
-                f"{need.file}: num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})"
+                f"{need.file}: num_attention_heads ({num_heads}) is not a multiple of "
+                f"num_key_value_heads ({num_kv_heads})"
             )
         rope = _rope_config(hf_config, need.file)
         return cls(

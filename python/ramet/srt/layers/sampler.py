@@ -25,9 +25,7 @@ class SamplingInfo:
     max_top_k: int
 
     @classmethod
-    def from_params(
-        cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device
-    ) -> "SamplingInfo":
+    def from_params(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> "SamplingInfo":
         greedy = [p.temperature < _GREEDY_TEMPERATURE or p.top_k == 1 for p in params]
         top_ks = [
             1 if is_greedy else (vocab_size if p.top_k < 1 else min(p.top_k, vocab_size))

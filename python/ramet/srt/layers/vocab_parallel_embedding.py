@@ -20,9 +20,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 class VocabParallelEmbedding(nn.Module):
     """Rows of the token table; rows beyond the vocabulary are zero."""
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, name: str, *, dtype: torch.dtype, parallel: ParallelConfig
-    ):
+    def __init__(self, vocab_size: int, hidden_size: int, name: str, *, dtype: torch.dtype, parallel: ParallelConfig):
         super().__init__()
         rows = padded_vocab_size(vocab_size, parallel.tp_size) // parallel.tp_size
         self.vocab_size = vocab_size

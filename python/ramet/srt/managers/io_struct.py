@@ -1,7 +1,5 @@
 """Owns every message that crosses a process boundary inside an instance, and their encoding (msgpack)."""
 
-from typing import Union
-
 import msgspec
 
 from ramet.srt.sampling.sampling_params import SamplingParams
@@ -120,7 +118,7 @@ class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
 class LoadReport(msgspec.Struct, kw_only=True):
     """How one rank's arena was filled."""
 
-    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "dummy", joined by "+" when several took part
+    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine" or "dummy"; several joined by "+"
     num_bytes: int
     seconds: float
     verified: bool  # content checksums were compared with the seed's
@@ -155,21 +153,21 @@ class SchedulerFailed(msgspec.Struct, kw_only=True, tag=True):
     message: str
 
 
-Message = Union[
-    TokenizedGenerateReqInput,
-    AbortReq,
-    FlushCacheReqInput,
-    FlushCacheReqOutput,
-    GetInternalStateReq,
-    GetInternalStateReqOutput,
-    BatchTokenIDOutput,
-    DetokenizerRequest,
-    BatchStrOutput,
-    SchedulerReady,
-    SchedulerFailed,
-    DetokenizerReady,
-    DetokenizerFailed,
-]
+Message = (
+    TokenizedGenerateReqInput
+    | AbortReq
+    | FlushCacheReqInput
+    | FlushCacheReqOutput
+    | GetInternalStateReq
+    | GetInternalStateReqOutput
+    | BatchTokenIDOutput
+    | DetokenizerRequest
+    | BatchStrOutput
+    | SchedulerReady
+    | SchedulerFailed
+    | DetokenizerReady
+    | DetokenizerFailed
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)

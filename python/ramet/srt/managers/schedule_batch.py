@@ -12,7 +12,7 @@ from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMod
 if TYPE_CHECKING:
     from ramet.srt.mem_cache.memory_pool import ReqToPagePool
     from ramet.srt.sampling.grammar import Grammar
-    from ramet.srt.utils.incremental_decode import IncrementalDecoder
+    from ramet.srt.utils.incremental_decode import TextStream
 
 
 def empty_logprobs() -> TokenLogprobs:
@@ -43,8 +43,7 @@ class Req:
         self.token_counts: torch.Tensor | None = None  # float32 [vocab_size]: output tokens, for penalties
         self.seen_tokens: torch.Tensor | None = None  # bool [vocab_size]: prompt and output tokens, for penalties
 
-        self.stop_decoder: IncrementalDecoder | None = None  # made for requests with stop strings
-        self.stop_tail = ""  # end of the output text, where a stop string may be completed
+        self.stop_stream: TextStream | None = None  # made for requests with stop strings
 
         # Output that has not been sent yet
         self.num_sent_tokens = 0

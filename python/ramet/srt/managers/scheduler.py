@@ -1,6 +1,7 @@
 """Owns one rank's loop: which requests run in which pass, and what becomes of the tokens. One process for each rank."""
 
 import logging
+import os
 import random
 import time
 from collections import deque
@@ -32,6 +33,7 @@ from ramet.srt.model_executor.forward_batch_info import ForwardMode
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import Grammar, GrammarBackend
 from ramet.srt.sampling.penalties import apply_logit_rules
+from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.tokenizer import Tokenizer
 
@@ -42,10 +44,11 @@ NEW_TOKEN_RATIO = 0.4  # share of the running requests' remaining tokens that is
 NEW_TOKEN_RATIO_STEP = 0.1  # added after a retraction
 NEW_TOKEN_RATIO_DECAY = 0.998  # per decode pass
 THROUGHPUT_WINDOW_S = 5.0
+WARM_UP_TOKENS = 8
 
 
 class Scheduler:
-    """Continuous batching: waiting requests are prefilled, in chunks; running ones gain a token with every decode pass."""
+    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass."""
 
     def __init__(
         self,
@@ -55,7 +58,9 @@ class Scheduler:
         tokenizer: Tokenizer,
         grammar_backend: GrammarBackend | None,
         channel: SchedulerChannel,
+        parent_pid: int | None = None,
     ):
+        self.parent_pid = parent_pid  # the launcher, without which the loop ends
         self.server_args = server_args
         self.model_config = model_config
         self.model_runner = model_runner
@@ -85,8 +90,8 @@ class Scheduler:
     # -- The loop
 
     def run(self) -> None:
-        """Serve until `stopping` is set."""
-        while not self.stopping:
+        """Serve until `stopping` is set or the launcher is gone."""
+        while not self.stopping and self.parent_pid in (None, os.getppid()):
             for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
                 self._handle(message)
             self._collect_grammars()
@@ -100,6 +105,20 @@ class Scheduler:
 
     def _has_work(self) -> bool:
         return bool(self.running or self.waiting or self.chunked_req or self.compiling)
+
+    def warm_up(self) -> None:
+        """Run a few tokens through the model, so that the first request doesn't pay for what is made on first use."""
+        length = min(WARM_UP_TOKENS, self.model_runner.max_req_len - WARM_UP_TOKENS)
+        if length < 1:
+            return
+        params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
+        req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
+        self.waiting.append(req)
+        while self._has_work():
+            batch = self._next_batch()
+            assert batch is not None, "the warm-up request can't be scheduled"
+            self._run_batch(batch, silent=True)
+        self.cache.flush()
 
     # -- Messages
 
@@ -124,9 +143,8 @@ class Scheduler:
         if not req.origin_input_ids:
             return self._refuse(req, "the prompt is empty", 400)
         if len(req.origin_input_ids) >= max_len:
-            return self._refuse(
-                req, f"the prompt has {len(req.origin_input_ids)} tokens; at most {max_len - 1} fit with one of output", 400
-            )
+            text = f"the prompt has {len(req.origin_input_ids)} tokens; at most {max_len - 1} fit with one of output"
+            return self._refuse(req, text, 400)
         params.max_new_tokens = min(params.max_new_tokens, max_len - len(req.origin_input_ids))
         if len(self.waiting) >= self.server_args.max_queued_requests:
             return self._refuse(req, f"the queue is full ({self.server_args.max_queued_requests} requests wait)", 503)
@@ -277,7 +295,8 @@ class Scheduler:
 
     # -- A pass and its results
 
-    def _run_batch(self, batch: ScheduleBatch) -> None:
+    def _run_batch(self, batch: ScheduleBatch, silent: bool = False) -> None:
+        """Compute a batch and deal with its tokens; `silent` sends nothing."""
         self.forward_started = time.monotonic()
         forward_batch = batch.to_forward_batch(self.model_runner.req_pool, self.page_size)
         hidden_states = self.model_runner.forward(forward_batch)
@@ -288,6 +307,8 @@ class Scheduler:
             token_ids = self._sample(batch.sampled_reqs, logits)
         self.forward_started = None
         self._process_result(batch, token_ids)
+        if not silent:
+            self._send(batch.sampled_reqs)
 
     @torch.inference_mode()
     def _sample(self, reqs: list[Req], logits: torch.Tensor) -> list[int]:
@@ -336,7 +357,7 @@ class Scheduler:
             first_row += req.extend_len
 
     def _process_result(self, batch: ScheduleBatch, token_ids: list[int]) -> None:
-        """Give the tokens to their requests, end those that are done and send what is new."""
+        """Give the tokens to their requests and end those that are done."""
         for req in batch.reqs:
             req.handle.kv_len += req.extend_len
             if batch.forward_mode is ForwardMode.EXTEND:
@@ -354,7 +375,6 @@ class Scheduler:
         else:
             self.running = [req for req in self.running if req.finish_reason is None]
         self._token_times.append((time.monotonic(), len(token_ids)))
-        self._send(batch.sampled_reqs)
 
     def _send(self, reqs: list[Req]) -> None:
         outputs = [output for req in reqs if (output := self.output.collect(req)) is not None]

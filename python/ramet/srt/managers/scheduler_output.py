@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
 from ramet.srt.managers.schedule_batch import Req, empty_logprobs
 from ramet.srt.sampling.penalties import update_penalty_state
-from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, find_stop
+from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.utils.tokenizer import Tokenizer
 
 
@@ -47,16 +47,14 @@ class OutputProcessor:
 
     def _matched_stop(self, req: Req, token_id: int) -> str | None:
         """The stop string that the newest token completed. The detokenizer decodes the same way, so that both agree."""
-        params = req.sampling_params
-        if req.stop_decoder is None:
-            req.stop_decoder = IncrementalDecoder(
+        if req.stop_stream is None:
+            params = req.sampling_params
+            decoder = IncrementalDecoder(
                 self.tokenizer, req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
             )
-        kept = max(len(text) for text in params.stop) - 1
-        tail = req.stop_tail[len(req.stop_tail) - kept :] if kept else ""
-        req.stop_tail = tail + req.stop_decoder.push([token_id])
-        hit = find_stop(req.stop_tail, params.stop)
-        return hit[1] if hit else None
+            req.stop_stream = TextStream(decoder, params.stop, params.min_new_tokens)
+        req.stop_stream.push([token_id])
+        return req.stop_stream.matched
 
     def collect(self, req: Req) -> RequestOutput | None:
         """What the request has gained since its last output, or None if it is not yet time to send it."""

@@ -4,20 +4,24 @@ The launcher writes one JSON line to its standard input and reads one message, S
 from the status pipe. Torch is imported here and nowhere above, after the process has tied its life to the launcher's.
 """
 
-import argparse
-import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import SchedulerFailed, SchedulerReady, encode
-from ramet.srt.server_args import PortArgs, ServerArgs
-from ramet.srt.utils.child_process import die_with_parent, write_status
+from ramet.srt.observability.logs import configure_logging
+from ramet.srt.utils.child_process import (
+    ChildConfig,
+    die_with_parent,
+    read_child_config,
+    send_status,
+    status_fd_argument,
+)
 
 if TYPE_CHECKING:
     from ramet.srt.managers.scheduler import Scheduler
@@ -29,14 +33,10 @@ WATCHDOG_EXIT_CODE = 70
 
 
 class StartUp:
-    """What the launcher said, and the clock of the start-up phases."""
+    """The clock of the start-up phases."""
 
-    def __init__(self, config: dict[str, Any]):
-        self.server_args = ServerArgs(**config["server_args"])
-        self.port_args = PortArgs(**config["port_args"])
-        self.parallel = ParallelConfig(**config["parallel"])
-        self.bootstrap_url: str | None = config["bootstrap_url"]
-        self.launch_time: float = config["launch_time"]
+    def __init__(self, launch_time: float):
+        self.launch_time = launch_time  # unix seconds
         self.phases: dict[str, float] = {}
 
     def on_phase(self, name: str) -> None:
@@ -44,41 +44,37 @@ class StartUp:
         self.phases[name] = round(time.time() - self.launch_time, 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--status-fd", type=int, required=True)
-    status_fd = parser.parse_args().status_fd
-    die_with_parent()
+def main(argv: Sequence[str]) -> int:
+    """Entry of the process; see the launcher in entrypoints/child_processes.py for what it is given."""
+    status_fd = status_fd_argument(argv)
+    config = read_child_config()
+    die_with_parent(config.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides what it means
-    start_up = StartUp(json.loads(sys.stdin.readline()))
-    world_rank = start_up.parallel.world_rank
-    logging.basicConfig(
-        level=start_up.server_args.log_level.upper(),
-        format=f"[%(asctime)s rank{world_rank}] %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    world_rank = config.parallel.world_rank
+    configure_logging(config.server_args["log_level"], f"scheduler {world_rank}")
     try:
-        scheduler, ready = start_scheduler(start_up)
+        scheduler, ready = start_scheduler(config)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         logger.debug("start failed", exc_info=True)
         message = str(error).strip() or type(error).__name__
-        write_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=message)))
-        sys.exit(1)
+        send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=message)))
+        return 1
 
     def stop(signum: int, frame: Any) -> None:
         scheduler.stopping = True
 
     signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=watch, args=(scheduler,), name="watchdog", daemon=True).start()
-    write_status(status_fd, encode(ready))
+    send_status(status_fd, encode(ready))
     try:
         scheduler.run()
     finally:
         scheduler.channel.close()
         scheduler.model_runner.close()
+    return 0
 
 
-def start_scheduler(start_up: StartUp) -> "tuple[Scheduler, SchedulerReady]":
+def start_scheduler(config: ChildConfig) -> "tuple[Scheduler, SchedulerReady]":
     """Build everything that the rank needs, warm it up, and let others find its weights.
 
     Raises:
@@ -92,9 +88,10 @@ def start_scheduler(start_up: StartUp) -> "tuple[Scheduler, SchedulerReady]":
     from ramet.srt.utils.hub import resolve_model_path
     from ramet.srt.utils.tokenizer import Tokenizer
 
+    start_up = StartUp(config.launch_time)
     start_up.on_phase("imports")
-    args = start_up.server_args
-    model_path = resolve_model_path(args.model_path, args.revision)
+    args = config.make_server_args()
+    model_path = resolve_model_path(args.model_path, args.revision, weights=args.load_format != "remote_instance")
     model_config = ModelConfig.from_path(
         model_path,
         model_name=args.model_name,
@@ -102,17 +99,17 @@ def start_scheduler(start_up: StartUp) -> "tuple[Scheduler, SchedulerReady]":
         dtype=args.dtype,
         context_length=args.context_length,
     )
-    runner = ModelRunner(args, model_config, start_up.parallel, start_up.on_phase)
-    tokenizer = Tokenizer.from_path(args.tokenizer_path or model_path)
+    runner = ModelRunner(args, model_config, config.parallel, start_up.on_phase)
+    tokenizer = Tokenizer.from_path(resolve_model_path(args.tokenizer_path or model_path, args.revision, weights=False))
     grammar_backend = make_grammar_backend(args.grammar_backend, tokenizer, model_config)
-    channel = SchedulerChannel(start_up.port_args)
-    scheduler = Scheduler(args, model_config, runner, tokenizer, grammar_backend, channel)
+    channel = SchedulerChannel(config.make_port_args())
+    scheduler = Scheduler(args, model_config, runner, tokenizer, grammar_backend, channel, config.parent_pid)
     scheduler.warm_up()
     start_up.on_phase("warm_up")
-    runner.publish(start_up.bootstrap_url)
+    runner.publish(config.bootstrap_url)
     start_up.on_phase("ready")
     ready = SchedulerReady(
-        world_rank=start_up.parallel.world_rank,
+        world_rank=config.parallel.world_rank,
         max_total_num_tokens=runner.max_total_num_tokens,
         max_running_requests=args.max_running_requests,
         max_req_len=runner.max_req_len,
@@ -134,4 +131,4 @@ def watch(scheduler: "Scheduler") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

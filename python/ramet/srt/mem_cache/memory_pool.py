@@ -1,4 +1,4 @@
-"""Owns the memory of the KV cache and the table of each running request's pages. Who gets which page is not decided here."""
+"""Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
 import torch
 

@@ -109,9 +109,7 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
-        self.req_pool = ReqToPagePool(
-            args.max_running_requests, -(-self.max_req_len // self.page_size), self.device
-        )
+        self.req_pool = ReqToPagePool(args.max_running_requests, -(-self.max_req_len // self.page_size), self.device)
         self.attn_backend = TorchNativeAttnBackend(self.page_size)
         logger.info(
             "KV cache: %d tokens in pages of %d, %.2f GB",

@@ -157,9 +157,7 @@ class LlamaForCausalLM(nn.Module):
         self.dtype = dtype
         self.parallel = parallel
         self.model = LlamaModel(self)
-        self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, "lm_head", dtype=dtype, parallel=parallel
-        )
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, "lm_head", dtype=dtype, parallel=parallel)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary: RotaryEmbedding | None = None

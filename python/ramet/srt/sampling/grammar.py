@@ -7,8 +7,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.managers.request_error import RequestError
 from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams
+from ramet.srt.utils.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +104,7 @@ class Grammar:
         self._ended = False
 
     def fill_mask(self, row: "npt.NDArray[np.int32]") -> None:
-        """Write which tokens may come next into `row`: int32 [ceil(vocab_size / 32)], bit i of word j is token 32 j + i.
+        """Write which tokens may come next into `row`: int32 [ceil(vocab_size / 32)], lowest bit first.
 
         Once the output is complete only the end-of-sequence tokens are allowed.
 
@@ -155,6 +157,13 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(f"constrained output can't go on: {_first_line(self._matcher.get_error())}")
+
+
+def make_grammar_backend(name: str, tokenizer: Tokenizer, model_config: ModelConfig) -> GrammarBackend | None:
+    """The backend that --grammar-backend names; None if constrained output is off, or the model has no end token."""
+    if name == "none" or not model_config.eos_token_ids:
+        return None
+    return GrammarBackend(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
 
 
 def _to_llguidance(name: str, text: str) -> str:

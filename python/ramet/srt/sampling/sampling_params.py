@@ -113,8 +113,9 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
             raise RequestError(f"logit_bias[{name}] must be a finite number", param="logit_bias")
     grammars = [name for name in GRAMMAR_FIELDS if getattr(params, name) is not None]
     if len(grammars) > 1:
-        raise RequestError(f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}",
-                           param=grammars[1])
+        raise RequestError(
+            f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
+        )
     for text in (*params.stop, params.regex or "", params.json_schema or "", params.ebnf or ""):
         if not is_unicode(text):
             raise RequestError("a string holds a lone surrogate and can't be written as UTF-8", param="stop")

@@ -38,6 +38,6 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
 
 
 def _looks_like_hub_id(model: str) -> bool:
-    """"name" or "owner/name", not a file path."""
+    """Whether `model` is a name or owner/name, not a file path."""
     parts = model.split("/")
     return len(parts) <= 2 and all(part and part not in (".", "..") for part in parts) and not model.startswith("~")

@@ -1,4 +1,4 @@
-"""Owns the tokenizer of a model folder: text to token ids and back. Without torch, and without transformers if it can."""
+"""Owns the tokenizer of a model folder: text to token ids and back. No torch, and transformers only if it must."""
 
 import json
 import os

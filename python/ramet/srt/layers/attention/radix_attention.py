@@ -9,9 +9,7 @@ from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 class RadixAttention(nn.Module):
     """Attention of one layer over the paged KV cache."""
 
-    def __init__(
-        self, *, num_heads: int, num_kv_heads: int, head_dim: int, layer_id: int, sliding_window: int | None
-    ):
+    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, layer_id: int, sliding_window: int | None):
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

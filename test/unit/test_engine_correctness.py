@@ -1,0 +1,99 @@
+"""Greedy tokens and log-probabilities against transformers, whatever the batching, chunking and caching."""
+
+import pytest
+import random_models as rm
+from engine_harness import EngineHarness
+
+PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
+NUM_TOKENS = 20
+VARIANTS = {
+    "plain": {},
+    "chunked": {"chunked_prefill_size": 7},
+    "whole prompts": {"chunked_prefill_size": -1},
+    "no prefix cache": {"disable_radix_cache": True},
+    "page of one token": {"page_size": 1},
+    "page of 16": {"page_size": 16},
+    "one at a time": {"max_running_requests": 1},
+    "retraction": {"max_total_tokens": 160},
+}
+
+
+@pytest.fixture(scope="module", params=sorted(rm.FAMILIES))
+def model(request, tmp_path_factory):
+    folder = rm.make_model(tmp_path_factory.mktemp(request.param), request.param)
+    return folder, rm.hf_greedy(folder, PROMPTS, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_tokens_equal_transformers(model, variant):
+    folder, expected = model
+    engine = EngineHarness(folder, **VARIANTS[variant])
+    first = engine.generate(PROMPTS, max_new_tokens=NUM_TOKENS)
+    assert [result.token_ids for result in first] == expected
+    again = engine.generate(PROMPTS, max_new_tokens=NUM_TOKENS)
+    assert [result.token_ids for result in again] == expected
+    if variant == "retraction":
+        assert engine.scheduler.num_retracted > 0
+    elif variant == "no prefix cache":
+        assert all(result.cached_tokens == 0 for result in again)
+    else:
+        assert again[-1].cached_tokens >= 48
+        assert engine.max_batch_size == (1 if variant == "one at a time" else len(PROMPTS))
+
+
+@pytest.mark.parametrize("chunk", [16, -1])
+def test_logprobs_equal_transformers(model, chunk):
+    folder, _ = model
+    engine = EngineHarness(folder, chunked_prefill_size=chunk)
+    for _ in range(2):  # the second time with a warm cache, which prompt log-probabilities must go around
+        results = engine.generate(PROMPTS, max_new_tokens=5, logprob_start_len=0, top=3)
+        sequences = [prompt + result.token_ids for prompt, result in zip(PROMPTS, results, strict=True)]
+        for ids, result, expected in zip(sequences, results, rm.hf_logprobs(folder, sequences), strict=True):
+            wanted = [expected[place, token].item() for place, token in enumerate(ids[1:])]
+            got = result.input_logprobs.logprobs + result.output_logprobs
+            assert got[0] is None
+            assert got[1:] == pytest.approx(wanted, abs=1e-4)
+            best = expected[-2].topk(3).values.tolist()
+            assert result.top_logprobs[-1] == pytest.approx(best, abs=1e-4)
+
+
+def test_prompt_logprobs_from_a_later_position(model):
+    folder, _ = model
+    prompt = PROMPTS[-1]
+    engine = EngineHarness(folder)
+    whole = engine.generate([prompt], max_new_tokens=1, logprob_start_len=0)[0].input_logprobs
+    part = engine.generate([prompt], max_new_tokens=1, logprob_start_len=41)[0]
+    assert part.input_logprobs.token_ids == prompt[41:]
+    assert part.input_logprobs.logprobs == pytest.approx(whole.logprobs[41:], abs=1e-4)
+    assert part.cached_tokens == 40
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
+    folder = rm.make_model(tmp_path, family, dtype=dtype)
+    prompts = rm.random_prompts([40])
+    result = EngineHarness(folder).generate(prompts, max_new_tokens=1, logprob_start_len=0)[0]
+    expected = rm.hf_logprobs(folder, prompts)[0]
+    wanted = [expected[place, token].item() for place, token in enumerate(prompts[0][1:])]
+    errors = [abs(a - b) for a, b in zip(result.input_logprobs.logprobs[1:], wanted, strict=True)]
+    assert sum(errors) / len(errors) < 0.2
+
+
+@pytest.mark.parametrize(
+    "family, overrides",
+    [
+        ("llama2", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+        ("llama3", {"tie_word_embeddings": False, "num_attention_heads": 6, "num_key_value_heads": 3}),
+        ("llama2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+        ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("rope_spelling", ["old", "new"])
+def test_configs_of_each_architecture(tmp_path, family, overrides, rope_spelling):
+    folder = rm.make_model(tmp_path, family, rope_spelling=rope_spelling, max_shard_size="100KB", **overrides)
+    expected = rm.hf_greedy(folder, PROMPTS[2:], 8)
+    results = EngineHarness(folder, chunked_prefill_size=32).generate(PROMPTS[2:], max_new_tokens=8)
+    assert [result.token_ids for result in results] == expected

@@ -1,0 +1,163 @@
+"""What the scheduler promises beside the right tokens: ends, aborts, limits, sharing, sampling."""
+
+import json
+
+import pytest
+import random_models as rm
+from engine_harness import EngineHarness
+
+from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return rm.make_model(tmp_path_factory.mktemp("model"), "llama3")
+
+
+@pytest.fixture()
+def engine(folder):
+    return EngineHarness(folder)
+
+
+def test_length_and_stop_tokens(engine):
+    prompt = rm.random_prompts([9])[0]
+    full = engine.generate([prompt], max_new_tokens=12)[0]
+    assert full.finish_reason.type == "length" and full.finish_reason.length == 12
+    stop = full.token_ids[5]
+    place = full.token_ids.index(stop)
+    stopped = engine.generate([prompt], max_new_tokens=12, stop_token_ids=[stop])[0]
+    assert stopped.token_ids == full.token_ids[: place + 1]
+    assert stopped.finish_reason.type == "stop" and stopped.finish_reason.matched == stop
+
+
+def test_min_new_tokens_holds_the_end_back(engine):
+    prompt = rm.random_prompts([9])[0]
+    full = engine.generate([prompt], max_new_tokens=12)[0].token_ids
+    result = engine.generate([prompt], max_new_tokens=12, min_new_tokens=8, stop_token_ids=full[:3])[0]
+    assert len(result.token_ids) >= 8
+    assert not set(result.token_ids[:8]) & set(full[:3])
+
+
+def test_eos_ends_unless_ignored(engine):
+    prompt = rm.random_prompts([9])[0]
+    bias = {rm.EOS: 1000.0}
+    ended = engine.generate([prompt], max_new_tokens=5, ignore_eos=False, logit_bias=bias)[0]
+    assert ended.token_ids == [rm.EOS] and ended.finish_reason.matched == rm.EOS
+    ignored = engine.generate([prompt], max_new_tokens=5, ignore_eos=True, logit_bias=bias)[0]
+    assert ignored.token_ids == [rm.EOS] * 5
+
+
+def test_stop_string_ends_at_the_token_that_completes_it(engine):
+    prompt = rm.random_prompts([9])[0]
+    full = engine.generate([prompt], max_new_tokens=30)[0].token_ids
+    decode = engine.scheduler.tokenizer.decode
+    texts = [decode(full[: count + 1]) for count in range(30)]
+    target = texts[20][-3:]
+    first = next(index for index, text in enumerate(texts) if target in text)
+    result = engine.generate([prompt], max_new_tokens=30, stop=["never to be seen", target])[0]
+    assert result.finish_reason.matched == target
+    assert result.token_ids == full[: first + 1]
+
+
+def test_seeded_sampling_does_not_depend_on_the_batch(engine):
+    prompts = rm.random_prompts([9, 14, 30])
+    params = {"max_new_tokens": 10, "temperature": 0.9, "top_p": 0.9, "sampling_seed": 7}
+    together = [result.token_ids for result in engine.generate(prompts, **params)]
+    alone = [engine.generate([prompt], **params)[0].token_ids for prompt in prompts]
+    assert together == alone
+    assert engine.generate(prompts[:1], **(params | {"sampling_seed": 8}))[0].token_ids != alone[0]
+
+
+def test_frequency_penalty_forbids_repetition(engine):
+    prompt = rm.random_prompts([9])[0]
+    tokens = engine.generate([prompt], max_new_tokens=40, frequency_penalty=2.0, logit_bias={17: 30.0})[0].token_ids
+    assert tokens.count(17) < 40
+    assert engine.generate([prompt], max_new_tokens=40, logit_bias={17: 1000.0})[0].token_ids == [17] * 40
+
+
+def test_json_schema_is_obeyed(engine):
+    schema = {
+        "type": "object",
+        "properties": {"alive": {"type": "boolean"}, "runners": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["alive", "runners"],
+        "additionalProperties": False,
+    }
+    prompts = rm.random_prompts([9, 12])
+    for result in engine.generate(
+        prompts, max_new_tokens=200, json_schema=json.dumps(schema), temperature=1.0, ignore_eos=False, sampling_seed=3
+    ):
+        assert result.finish_reason.type == "stop"
+        value = json.loads(engine.scheduler.tokenizer.decode(result.token_ids, skip_special_tokens=True))
+        assert set(value) == {"alive", "runners"} and 0 <= value["runners"] <= 99
+
+
+def test_a_grammar_that_cannot_be_compiled_is_a_bad_request(engine):
+    result = engine.generate([[5, 6]], max_new_tokens=5, regex="(unclosed")[0]
+    assert result.finish_reason.type == "abort" and result.finish_reason.status_code == 400
+    assert "regex" in result.finish_reason.message
+
+
+def test_a_prompt_beyond_the_limits_is_a_bad_request(folder):
+    engine = EngineHarness(folder, max_total_tokens=64)
+    result = engine.generate([[7] * 64])[0]
+    assert result.finish_reason.status_code == 400 and "64 tokens" in result.finish_reason.message
+    longest = engine.generate([[7] * 63], max_new_tokens=50)[0]
+    assert len(longest.token_ids) == 1 and longest.finish_reason.type == "length"
+
+
+def test_a_full_queue_refuses(folder):
+    engine = EngineHarness(folder, max_queued_requests=2, max_running_requests=1)
+    results = engine.generate([[7] * 8] * 4, max_new_tokens=4)
+    assert [result.finish_reason.type for result in results].count("abort") == 2
+    assert {result.finish_reason.status_code for result in results} == {None, 503}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 9])
+def test_abort_frees_everything(folder, steps):
+    engine = EngineHarness(folder, chunked_prefill_size=8)
+    engine.submit("a", rm.random_prompts([60])[0], max_new_tokens=100)
+    engine.submit("b", rm.random_prompts([12], seed=1)[0], max_new_tokens=20)
+    for _ in range(steps):
+        engine.step()
+    engine.send(AbortReq(rid="a"))
+    results = engine.run()
+    assert results["a"].finish_reason.type == "abort"
+    assert results["b"].finish_reason.type == "length" and len(results["b"].token_ids) == 20
+
+
+def test_same_prompts_share_one_prefill(engine):
+    prompt = rm.random_prompts([41])[0]
+    results = engine.generate([prompt] * 5, max_new_tokens=2)
+    assert sorted(result.cached_tokens for result in results) == [0, 40, 40, 40, 40]
+
+
+def test_flush_cache_only_when_idle(engine):
+    prompt = rm.random_prompts([20])[0]
+    engine.submit("a", prompt, max_new_tokens=5)
+    engine.step()
+    engine.send(FlushCacheReqInput(request_id="busy"))
+    engine.run()
+    engine.send(GetInternalStateReq(request_id="before"))
+    engine.send(FlushCacheReqInput(request_id="idle"))
+    engine.send(GetInternalStateReq(request_id="after"))
+    engine.step()
+    busy, before, idle, after = engine.channel.replies
+    assert not busy.success and idle.success
+    assert before.num_cached_tokens == 24 and after.num_cached_tokens == 0
+    assert engine.generate([prompt])[0].cached_tokens == 0
+
+
+def test_eviction_keeps_the_cache_within_its_size(folder):
+    engine = EngineHarness(folder, max_total_tokens=256)
+    for seed in range(12):
+        engine.generate(rm.random_prompts([50, 30], seed=seed), max_new_tokens=8)
+    assert engine.scheduler.cache.tree.num_evictable_pages <= 64
+
+
+def test_streamed_outputs_come_token_by_token(folder):
+    engine = EngineHarness(folder, stream_interval=3)
+    engine.submit("a", [9] * 10, max_new_tokens=8, stream=True, return_logprob=True)
+    engine.run()
+    sizes = [len(output.token_ids) for output in engine.channel.outputs]
+    assert sizes == [1, 3, 3, 1]
+    assert all(len(output.output_logprobs.logprobs) == len(output.token_ids) for output in engine.channel.outputs)
