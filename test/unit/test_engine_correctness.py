@@ -5,7 +5,7 @@ import random_models as rm
 from engine_harness import EngineHarness
 
 PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
-NUM_TOKENS = 20
+NUM_TOKENS = 14
 VARIANTS = {
     "plain": {},
     "chunked": {"chunked_prefill_size": 7},
@@ -84,7 +84,10 @@ def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
     "family, overrides",
     [
         ("llama2", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-        ("llama3", {"tie_word_embeddings": False, "num_attention_heads": 6, "num_key_value_heads": 3}),
+        (
+            "llama3",
+            {"tie_word_embeddings": False, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+        ),
         ("llama2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "tie_word_embeddings": True}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),

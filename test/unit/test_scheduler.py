@@ -5,7 +5,6 @@ import json
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
-
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
 

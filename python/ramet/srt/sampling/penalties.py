@@ -30,6 +30,7 @@ def apply_logit_rules(logits: torch.Tensor, reqs: Sequence[Req], eos_token_ids: 
             _apply_grammar(logits[row], req)
 
 
+@torch.inference_mode()
 def update_penalty_state(req: Req, token_id: int) -> None:
     """Count a new output token for the requests whose rules need it."""
     if req.token_counts is not None:
