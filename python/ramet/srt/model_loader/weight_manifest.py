@@ -1,8 +1,31 @@
 """Owns the description of what is in a weight arena: pure data, readable and comparable without torch."""
 
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import msgspec
 
 from ramet.srt.configs.parallel_config import ParallelConfig
+
+ENTRY_ALIGNMENT = 256  # bytes; enough for every CPU vector width and for CUDA's coalesced loads
+ROLES = ("target", "draft")
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 class WeightBox(msgspec.Struct, frozen=True, array_like=True):
@@ -29,6 +52,14 @@ class WeightEntry(msgspec.Struct, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
 
 
+class WeightChecksums(msgspec.Struct, frozen=True, kw_only=True):
+    """Content checksums of an arena, one hex string per entry of its manifest, in the same order."""
+
+    algorithm: str
+    values: tuple[str, ...]  # over all bytes of the entry
+    samples: tuple[str, ...]  # over three blocks of it: cheap to compare for memory that is shared, not copied
+
+
 class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank's arena holds, and of which model it is a part."""
 
@@ -40,3 +71,172 @@ class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelConfig
     arena_nbytes: int
     entries: tuple[WeightEntry, ...]
+    checksums: WeightChecksums | None = None  # once the weights are final
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes of all tensors, without the gaps that align them."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def build_weight_manifest(
+    named_parameters: Iterable[tuple[str, Any]],
+    *,
+    model_name: str,
+    revision: str,
+    dtype: str,
+    quantization: str,
+    role: str,
+    parallel: ParallelConfig,
+) -> WeightManifest:
+    """Lay the parameters out in an arena, in their order, each at an aligned offset.
+
+    A parameter needs `.shape`, `.dtype` and `.boxes`; the same object under several names becomes one
+    entry with aliases.
+
+    Raises:
+        ValueError: if a parameter has no boxes, an unknown dtype, or boxes that don't fit its shape.
+    """
+    if role not in ROLES:
+        raise ValueError(f"the model role must be one of {', '.join(ROLES)}; got {role!r}")
+    first_names: dict[int, str] = {}
+    parameters: dict[str, Any] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, parameter in named_parameters:
+        first = first_names.setdefault(id(parameter), name)
+        if first == name:
+            parameters[name] = parameter
+            aliases[name] = []
+        else:
+            aliases[first].append(name)
+    entries = []
+    offset = 0
+    for name, parameter in parameters.items():
+        entry = _build_entry(name, parameter, offset, tuple(aliases[name]))
+        entries.append(entry)
+        offset = align_up(offset + entry.nbytes, ENTRY_ALIGNMENT)
+    return WeightManifest(
+        model_name=model_name,
+        revision=revision,
+        dtype=dtype,
+        quantization=quantization,
+        role=role,
+        parallel=parallel,
+        arena_nbytes=offset,
+        entries=tuple(entries),
+    )
+
+
+def _build_entry(name: str, parameter: Any, offset: int, aliases: tuple[str, ...]) -> WeightEntry:
+    boxes = getattr(parameter, "boxes", None)
+    if boxes is None:
+        raise ValueError(f"parameter {name} has no boxes: its layer does not say which checkpoint tensors fill it")
+    dtype = dtype_name(parameter.dtype)
+    shape = tuple(int(extent) for extent in parameter.shape)
+    entry = WeightEntry(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        offset=offset,
+        nbytes=math.prod(shape) * element_size(dtype),
+        boxes=tuple(boxes),
+        aliases=aliases,
+    )
+    for box in entry.boxes:
+        check_box(entry, box)
+    return entry
+
+
+def check_box(entry: WeightEntry, box: WeightBox) -> None:
+    """Raise ValueError unless `box` lies inside the entry and has the same shape on both sides."""
+    if len(box.target) != len(entry.shape) or any(
+        not 0 <= start <= stop <= extent for (start, stop), extent in zip(box.target, entry.shape, strict=True)
+    ):
+        raise ValueError(f"{entry.name}: the box {box.target} does not fit the shape {entry.shape}")
+    if any(not 0 <= start <= stop for start, stop in box.source) or box_shape(box.source) != box_shape(box.target):
+        raise ValueError(
+            f"{entry.name}: the box {box.source} of {box.checkpoint_name} does not have the shape of {box.target}"
+        )
+
+
+def box_shape(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Extents of a box with those of 1 dropped: equal for the two sides of a WeightBox."""
+    return tuple(stop - start for start, stop in ranges if stop - start != 1)
+
+
+def align_up(value: int, alignment: int) -> int:
+    """The next multiple of `alignment` that is not below `value`."""
+    return -(-value // alignment) * alignment
+
+
+def dtype_name(dtype: Any) -> str:
+    """A dtype's plain name: torch.bfloat16 and "bfloat16" both give "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def element_size(dtype: str) -> int:
+    """Bytes of one element.
+
+    Raises:
+        ValueError: for a dtype that an arena cannot hold.
+    """
+    size = DTYPE_BYTES.get(dtype)
+    if size is None:
+        raise ValueError(f"unknown dtype {dtype!r}; known ones are {', '.join(DTYPE_BYTES)}")
+    return size
+
+
+def layout_digest(manifest: WeightManifest) -> str:
+    """Hex digest of everything that decides what lies where.
+
+    Two arenas with the same digest hold the same slices of the same checkpoint tensors at the same
+    offsets, so that one is a byte-for-byte copy of the other once both are filled from one checkpoint.
+    """
+    layout = [(e.name, e.dtype, e.shape, e.offset, e.nbytes, e.boxes) for e in manifest.entries]
+    return hashlib.sha256(msgspec.msgpack.encode((manifest.arena_nbytes, layout))).hexdigest()[:32]
+
+
+def check_manifest(manifest: WeightManifest) -> WeightManifest:
+    """Return a manifest that came from outside once its numbers are found consistent.
+
+    Raises:
+        ValueError: if an entry lies outside the arena, overlaps another, or its size or boxes don't fit its shape.
+    """
+    end = 0
+    for entry in sorted(manifest.entries, key=lambda e: (e.offset, e.nbytes)):
+        if any(extent < 0 for extent in entry.shape) or entry.nbytes != math.prod(entry.shape) * element_size(
+            entry.dtype
+        ):
+            raise ValueError(f"{entry.name}: {entry.nbytes} bytes do not fit shape {entry.shape} of {entry.dtype}")
+        if entry.offset < end or entry.offset + entry.nbytes > manifest.arena_nbytes:
+            raise ValueError(f"{entry.name}: offset {entry.offset} overlaps another tensor or leaves the arena")
+        for box in entry.boxes:
+            check_box(entry, box)
+        end = entry.offset + entry.nbytes
+    checksums = manifest.checksums
+    if checksums and not len(checksums.values) == len(checksums.samples) == len(manifest.entries):
+        raise ValueError(f"{len(checksums.values)} checksums for {len(manifest.entries)} tensors")
+    return manifest
+
+
+def manifest_to_msgpack(manifest: WeightManifest) -> bytes:
+    return msgspec.msgpack.encode(manifest)
+
+
+def manifest_from_msgpack(data: bytes) -> WeightManifest:
+    """Raises ValueError (msgspec.ValidationError and DecodeError are such) if `data` is no sound manifest."""
+    return check_manifest(msgspec.msgpack.decode(data, type=WeightManifest))
+
+
+def manifest_to_json(manifest: WeightManifest) -> bytes:
+    return msgspec.json.encode(manifest)
+
+
+def manifest_from_json(data: bytes | str) -> WeightManifest:
+    """Raises ValueError if `data` is no sound manifest."""
+    return check_manifest(msgspec.json.decode(data, type=WeightManifest))
+
+
+def manifest_from_builtins(data: Any) -> WeightManifest:
+    """The manifest in a part of an already decoded JSON document. Raises ValueError if there is none."""
+    return check_manifest(msgspec.convert(data, type=WeightManifest))

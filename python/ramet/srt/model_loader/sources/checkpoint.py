@@ -1,0 +1,135 @@
+"""Owns filling an arena from safetensors files. Knows the container and its failures; the planner says what to read."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from ramet.srt.model_loader.safetensors_header import TensorInfo, find_checkpoint_files, read_header
+from ramet.srt.model_loader.sources.file_reader import ShortReadError, fill_from_files
+from ramet.srt.model_loader.transfer_plan import PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_manifest import WeightManifest
+
+logger = logging.getLogger(__name__)
+
+# Tables that older checkpoints carry although every engine computes them, and the copy of the embedding that some
+# checkpoints carry for a tied head: a model that needs its own lm_head has a box for it.
+HARMLESS_SURPLUS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^lm_head\.weight$")
+MAX_NAMED_IN_ERROR = 5
+
+
+class CheckpointSource:
+    """The safetensors files of one model folder.
+
+    Everything about the files is checked when it is opened and planned, before the first byte of a
+    tensor is read. Errors are ValueErrors that name the file and the tensor.
+    """
+
+    name = "checkpoint"
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.files: dict[str, dict[str, TensorInfo]] = {}
+        for path, promised in find_checkpoint_files(folder).items():
+            tensors = read_header(path)
+            for name in sorted(promised or ()):
+                if name not in tensors:
+                    raise ValueError(f"{path} does not have {name}, though the index says so")
+            self.files[path] = tensors
+        self._reject_duplicates()
+
+    def _reject_duplicates(self) -> None:
+        first: dict[str, str] = {}
+        for path, tensors in self.files.items():
+            for name in tensors:
+                if name in first:
+                    raise ValueError(f"{name} is in two files, {first[name]} and {path}")
+                first[name] = path
+
+    def plan(self, manifest: WeightManifest) -> TransferPlan:
+        """What to read for a manifest; `op.source` is an index into the files.
+
+        Raises:
+            ValueError: if a tensor is missing, surplus or of the wrong shape or an unconvertible dtype.
+        """
+        self._check_names(manifest)
+        self._check_shapes(manifest)
+        sources = [
+            PlanSource(
+                name=path,
+                holdings={name: [whole_tensor(t.shape, t.offset, t.dtype)] for name, t in tensors.items()},
+                casts=True,
+            )
+            for path, tensors in self.files.items()
+        ]
+        return plan(manifest, sources)
+
+    def fill(self, transfer_plan: TransferPlan, arena: WeightArena) -> None:
+        """Read the planned ranges into the arena.
+
+        Raises:
+            MemoryError: if the arena does not fit into memory.
+            ValueError: if a file can't be read any more or has become shorter.
+        """
+        arena.restore_own_memory()
+        arena.require_memory()
+        arena.zero(zero_ranges(arena.manifest))
+        paths = list(self.files)
+        with ExitStack() as stack:
+            fds = []
+            for path in paths:
+                fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                stack.callback(os.close, fds[-1])
+            try:
+                fill_from_files(transfer_plan.ops, fds, arena.memory)
+            except ShortReadError as error:
+                raise ValueError(f"{paths[error.fd_index]} is truncated: {error}") from error
+            except OSError as error:
+                raise ValueError(f"cannot read the weights in {self.folder}: {error}") from error
+
+    def _tensors(self) -> Mapping[str, tuple[str, TensorInfo]]:
+        return {name: (path, info) for path, tensors in self.files.items() for name, info in tensors.items()}
+
+    def _check_names(self, manifest: WeightManifest) -> None:
+        tensors = self._tensors()
+        needed = {box.checkpoint_name: entry.name for entry in manifest.entries for box in entry.boxes}
+        missing = [f"{name} (for {needed[name]})" for name in needed if name not in tensors]
+        if missing:
+            raise ValueError(f"{self._describe()} lacks {_enumerate(missing)}")
+        parallel = manifest.parallel
+        if parallel.pp_size > 1 or parallel.ep_size > 1:
+            return  # the rest belongs to other ranks
+        surplus = []
+        for name, (path, _) in tensors.items():
+            if name not in needed and not HARMLESS_SURPLUS.search(name):
+                surplus.append(f"{name} in {os.path.basename(path)}")
+        if surplus:
+            raise ValueError(f"{self.folder} has tensors that the model does not have: {_enumerate(surplus)}")
+
+    def _check_shapes(self, manifest: WeightManifest) -> None:
+        """Each tensor's shape must be what the boxes reach to; ranks that read only a part can't see it all."""
+        tensors = self._tensors()
+        extents: dict[str, list[int]] = {}
+        for entry in manifest.entries:
+            for box in entry.boxes:
+                reach = extents.setdefault(box.checkpoint_name, [0] * len(box.source))
+                extents[box.checkpoint_name] = [max(a, stop) for a, (_, stop) in zip(reach, box.source, strict=False)]
+        parallel = manifest.parallel
+        is_whole = parallel.tp_size == parallel.pp_size == parallel.ep_size == 1
+        for name, reach in extents.items():
+            path, info = tensors[name]
+            too_small = len(info.shape) != len(reach) or any(a < b for a, b in zip(info.shape, reach, strict=True))
+            if too_small or (is_whole and info.shape != tuple(reach)):
+                shape = tuple(reach)
+                raise ValueError(f"{path}: {name} has the shape {info.shape}, the model needs {shape}")
+
+    def _describe(self) -> str:
+        paths = list(self.files)
+        return paths[0] if len(paths) == 1 else f"{self.folder} ({len(paths)} files)"
+
+
+def _enumerate(names: list[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMED_IN_ERROR])
+    return shown if len(names) <= MAX_NAMED_IN_ERROR else f"{shown} and {len(names) - MAX_NAMED_IN_ERROR} more"

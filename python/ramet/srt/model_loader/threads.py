@@ -1,0 +1,61 @@
+"""Owns how many threads move bytes, and how they share a list of jobs. Knows nothing of what the bytes are."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+MAX_COPY_THREADS = 16  # memory bandwidth of a socket is used up well before this
+
+Job = TypeVar("Job")
+
+
+def num_copy_threads() -> int:
+    """Threads for copying, hashing and touching memory: one per core that this process may use."""
+    return min(MAX_COPY_THREADS, len(os.sched_getaffinity(0)))
+
+
+def run_in_threads(jobs: Iterable[Job], make_worker: Callable[[], Callable[[Job], None]], name: str) -> None:
+    """Run every job; the first error stops the others at their next job and is raised.
+
+    Args:
+        make_worker: called once in each thread, so that a worker can own a buffer.
+    """
+    queue = _SharedIterator(jobs)
+
+    def work() -> None:
+        worker = make_worker()
+        try:
+            for job in queue:
+                worker(job)
+        except BaseException:
+            queue.stop()
+            raise
+
+    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix=name) as pool:
+        futures = [pool.submit(work) for _ in range(num_copy_threads())]
+    for future in futures:
+        future.result()
+
+
+class _SharedIterator(Generic[Job]):
+    """Hands each item of an iterable to exactly one of several threads."""
+
+    def __init__(self, items: Iterable[Job]) -> None:
+        self._items = iter(items)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def __iter__(self) -> "_SharedIterator[Job]":
+        return self
+
+    def __next__(self) -> Job:
+        with self._lock:
+            if self._stopped:
+                raise StopIteration
+            return next(self._items)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True

@@ -1,0 +1,85 @@
+"""Owns the content checksums of an arena: computing them in parallel and comparing them. Knows no transport."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import xxhash
+
+from ramet.srt.model_loader.threads import num_copy_threads
+from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry, WeightManifest
+
+ALGORITHM = "xxh3_64"
+SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
+
+
+def compute_checksums(manifest: WeightManifest, memory: memoryview) -> WeightChecksums:
+    """Checksums of every entry of the arena whose bytes are `memory`."""
+    return WeightChecksums(
+        algorithm=ALGORITHM,
+        values=_map_entries(manifest, memory, _hash_entry),
+        samples=_map_entries(manifest, memory, _hash_sample),
+    )
+
+
+def with_checksums(manifest: WeightManifest, checksums: WeightChecksums) -> WeightManifest:
+    return msgspec.structs.replace(manifest, checksums=checksums)
+
+
+def find_mismatches(
+    manifest: WeightManifest, memory: memoryview, expected: dict[str, str], *, samples_only: bool = False
+) -> list[str]:
+    """Names of the entries whose content in `memory` is not the expected one.
+
+    Args:
+        expected: name to checksum (to checksum of the sample, with `samples_only`); entries without one are skipped.
+    """
+    chosen = msgspec.structs.replace(manifest, entries=tuple(e for e in manifest.entries if e.name in expected))
+    actual = _map_entries(chosen, memory, _hash_sample if samples_only else _hash_entry)
+    return [entry.name for entry, value in zip(chosen.entries, actual, strict=True) if value != expected[entry.name]]
+
+
+def expected_checksums(
+    manifest: WeightManifest, seed_manifest: WeightManifest, *, samples_only: bool = False
+) -> dict[str, str]:
+    """What the seed says that the client's entries must hash to: for those that are made of the same boxes.
+
+    Empty when the seed's checksums are missing or of an algorithm that is not known here.
+    """
+    checksums = seed_manifest.checksums
+    if checksums is None or checksums.algorithm != ALGORITHM:
+        return {}
+    values = checksums.samples if samples_only else checksums.values
+    known = {_content_key(entry): value for entry, value in zip(seed_manifest.entries, values, strict=True)}
+    return {entry.name: known[_content_key(entry)] for entry in manifest.entries if _content_key(entry) in known}
+
+
+def _content_key(entry: WeightEntry) -> tuple:
+    return entry.name, entry.dtype, entry.shape, entry.boxes
+
+
+def _map_entries(
+    manifest: WeightManifest, memory: memoryview, function: Callable[[memoryview], str]
+) -> tuple[str, ...]:
+    def run(entry: WeightEntry) -> str:
+        return function(memory[entry.offset : entry.offset + entry.nbytes])
+
+    # The hash runs without the GIL. Large entries go first, so that no thread is left with one at the end.
+    order = sorted(range(len(manifest.entries)), key=lambda i: -manifest.entries[i].nbytes)
+    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="checksum") as pool:
+        hashed = dict(zip(order, pool.map(run, (manifest.entries[i] for i in order)), strict=True))
+    return tuple(hashed[i] for i in range(len(manifest.entries)))
+
+
+def _hash_entry(data: memoryview) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def _hash_sample(data: memoryview) -> str:
+    if data.nbytes <= 3 * SAMPLE_BYTES:
+        return xxhash.xxh3_64_hexdigest(data)
+    middle = data.nbytes // 2
+    digest = xxhash.xxh3_64(data[:SAMPLE_BYTES])
+    digest.update(data[middle : middle + SAMPLE_BYTES])
+    digest.update(data[-SAMPLE_BYTES:])
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""Owns the tests of the manifest, the arena and the checksums."""
+
+import gc
+import os
+
+import msgspec
+import pytest
+import torch
+import toy_model as toy
+from ramet.srt.model_loader import host_memory, weight_arena
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_checksums import (
+    compute_checksums,
+    expected_checksums,
+    find_mismatches,
+    with_checksums,
+)
+from ramet.srt.model_loader.weight_manifest import (
+    WeightBox,
+    check_manifest,
+    layout_digest,
+    manifest_from_builtins,
+    manifest_from_json,
+    manifest_from_msgpack,
+    manifest_to_json,
+    manifest_to_msgpack,
+)
+
+
+@pytest.fixture
+def manifest():
+    return toy.make_manifest(toy.make_model())
+
+
+def test_entries_are_aligned_in_parameter_order_and_tied_ones_are_aliases(manifest):
+    assert [e.name for e in manifest.entries][:2] == ["embed", "qkv"]
+    assert manifest.entries[0].aliases == ("lm_head",)
+    assert all(e.offset % 256 == 0 for e in manifest.entries)
+    assert check_manifest(manifest) is manifest
+
+
+def test_a_manifest_survives_both_encodings(manifest):
+    manifest = with_checksums(manifest, compute_checksums(manifest, memoryview(bytes(manifest.arena_nbytes))))
+    assert manifest_from_msgpack(manifest_to_msgpack(manifest)) == manifest
+    assert manifest_from_json(manifest_to_json(manifest)) == manifest
+    assert manifest_from_builtins(msgspec.json.decode(manifest_to_json(manifest))) == manifest
+
+
+def test_a_manifest_that_lies_is_refused(manifest):
+    def change(**fields):
+        first = msgspec.structs.replace(manifest.entries[0], **fields)
+        return msgspec.structs.replace(manifest, entries=(first, *manifest.entries[1:]))
+
+    for fields in ({"offset": 256}, {"offset": 10**9}, {"nbytes": 4}, {"shape": (1, 2)}, {"dtype": "float12"}):
+        with pytest.raises(ValueError, match="embed|qkv|dtype"):
+            manifest_from_json(manifest_to_json(change(**fields)))
+    with pytest.raises(ValueError, match="box"):
+        check_manifest(change(boxes=(WeightBox("x", ((0, 200), (0, 32)), ((0, 200), (0, 32))),)))
+    for text in (b"", b"{}", b"[1]", b"null", b'{"entries": 3}'):
+        with pytest.raises(ValueError):
+            manifest_from_json(text)
+
+
+def test_the_layout_digest_depends_on_the_slices_not_on_the_name(manifest):
+    renamed = msgspec.structs.replace(manifest, model_name="other")
+    assert layout_digest(renamed) == layout_digest(manifest)
+    digests = {layout_digest(toy.make_manifest(toy.make_model(2, r), 2, r)) for r in range(2)}
+    assert len(digests | {layout_digest(manifest)}) == 3
+
+
+def test_a_parameter_without_boxes_is_named():
+    model = toy.make_model()
+    del model.norm.boxes
+    with pytest.raises(ValueError, match="norm has no boxes"):
+        toy.make_manifest(model)
+
+
+def test_bound_parameters_are_views_that_outlive_the_arena(manifest):
+    model = toy.make_model()
+    arena = WeightArena.allocate(manifest, "cpu")
+    arena.bind(model)
+    assert model.embed is model.lm_head and model.embed.boxes
+    for entry in manifest.entries:
+        parameter = model.get_parameter(entry.name)
+        assert not parameter.requires_grad and parameter.device.type == "cpu"
+        assert entry.nbytes == 0 or parameter.data_ptr() == arena.address + entry.offset
+    arena.memory[:4] = b"\x00\x00\x80\x3f"
+    del arena
+    gc.collect()
+    assert model.embed[0, 0] == 1.0
+    model.embed[1, 1] = 2.0
+
+
+def test_binding_another_model_is_refused(manifest):
+    with pytest.raises(ValueError, match="embed is .* bfloat16"):
+        WeightArena.allocate(manifest, "cpu").bind(toy.make_model(dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="no weight arena for the device 'tpu'"):
+        WeightArena.allocate(manifest, "tpu")
+
+
+def filled_arena(manifest, byte=7):
+    arena = WeightArena.allocate(manifest, "cpu")
+    arena.memory[:] = bytes([byte]) * arena.nbytes
+    return arena
+
+
+def test_mapping_replaces_the_memory_in_place_and_writes_stay_private(manifest):
+    seed, client = filled_arena(manifest), filled_arena(manifest, 1)
+    model = toy.make_model()
+    client.bind(model)
+    with pytest.raises(ValueError, match="not sealed"):
+        client.map_seed_memory(seed.fd)
+    seed.publish()
+    client.map_seed_memory(seed.fd)
+    assert client.is_mapped and bytes(client.memory[:3]) == b"\7\7\7"
+    assert host_memory.resident_file_nbytes(client._own_fd) == 0
+    model.embed.zero_()
+    assert seed.memory[0] == 7
+    client.restore_own_memory()
+    assert not client.is_mapped and not any(client.memory[: manifest.arena_nbytes])
+    client.memory[0] = 5
+    assert model.embed.view(torch.uint8)[0, 0] == 5
+
+
+def test_a_mapping_survives_the_seed(manifest):
+    seed, client = filled_arena(manifest), WeightArena.allocate(manifest, "cpu")
+    seed.publish()
+    client.map_seed_memory(seed.fd)
+    del seed
+    gc.collect()
+    assert bytes(client.memory[:2]) == b"\7\7"
+    second = WeightArena.allocate(manifest, "cpu")
+    second.map_seed_memory(client.fd)
+    assert bytes(second.memory[:2]) == b"\7\7"
+
+
+def test_a_file_that_is_too_small_is_refused(manifest):
+    fd = host_memory.create_memfd("small", 4096)
+    host_memory.seal_for_sharing(fd)
+    with pytest.raises(ValueError, match="holds 4096 bytes"):
+        WeightArena.allocate(manifest, "cpu").map_seed_memory(fd)
+    os.close(fd)
+
+
+def test_a_published_arena_is_immutable(manifest):
+    arena = filled_arena(manifest)
+    arena.publish()
+    arena.publish()
+    for change in (arena.open_receive_window, lambda: arena.map_seed_memory(arena.fd)):
+        with pytest.raises(RuntimeError, match="immutable"):
+            change()
+    with pytest.raises(PermissionError):
+        os.pwrite(arena.fd, b"x", 0)
+
+
+def test_an_abandoned_writer_cannot_reach_the_arena(manifest):
+    arena = WeightArena.allocate(manifest, "cpu")
+    window = arena.open_receive_window()
+    late = host_memory.view_memory(window.address, window.nbytes)
+    late[0] = b"a"
+    assert arena.memory[0] == ord("a")
+    window.cut_off()
+    late[0] = b"b"
+    assert arena.memory[0] == ord("a")
+    window.close()
+
+
+def test_defect_13_mapping_and_refilling_hold_one_copy(manifest):
+    arena = filled_arena(manifest)
+    seed = filled_arena(manifest)
+    seed.publish()
+    arena.map_seed_memory(seed.fd)
+    arena.restore_own_memory()
+    assert host_memory.resident_file_nbytes(arena.fd) == 0
+
+
+def test_too_little_memory_is_an_error_before_it_is_taken(manifest, monkeypatch):
+    monkeypatch.setattr(weight_arena.host_memory, "available_memory_nbytes", lambda: 1000)
+    arena = WeightArena.allocate(manifest, "cpu")
+    with pytest.raises(MemoryError, match="rank 0 need .* GB more memory"):
+        arena.require_memory()
+    assert host_memory.resident_file_nbytes(arena.fd) == 0
+
+
+def test_available_memory_is_plausible():
+    assert 1 << 20 < host_memory.available_memory_nbytes() < 1 << 50
+
+
+def test_populating_takes_all_memory(manifest):
+    arena = WeightArena.allocate(manifest, "cpu")
+    arena.populate()
+    assert host_memory.resident_file_nbytes(arena.fd) == arena.nbytes
+
+
+def test_checksums_name_the_tensor_that_differs(manifest):
+    arena = filled_arena(manifest)
+    seed = with_checksums(manifest, compute_checksums(manifest, arena.memory))
+    for samples_only in (False, True):
+        expected = expected_checksums(manifest, seed, samples_only=samples_only)
+        assert len(expected) == len(manifest.entries)
+        assert find_mismatches(manifest, arena.memory, expected, samples_only=samples_only) == []
+    qkv = manifest.entries[1]
+    arena.memory[qkv.offset + 1] ^= 1
+    assert find_mismatches(manifest, arena.memory, expected_checksums(manifest, seed)) == ["qkv"]
+
+
+def test_unknown_checksum_algorithms_compare_nothing(manifest):
+    checksums = compute_checksums(manifest, memoryview(bytes(manifest.arena_nbytes)))
+    other = with_checksums(manifest, msgspec.structs.replace(checksums, algorithm="crc0"))
+    assert expected_checksums(manifest, other) == {}
+    assert expected_checksums(manifest, manifest) == {}
