@@ -3,7 +3,9 @@
 The children's side is utils/child_process.py.
 """
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import selectors
@@ -34,7 +36,7 @@ from ramet.srt.utils.child_process import ChildConfig
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER_MODULE = "ramet.srt.managers.scheduler"
+SCHEDULER_MODULE = "ramet.srt.managers.scheduler_process"
 DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
 STOP_TIMEOUT_S = 5.0
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
@@ -50,7 +52,7 @@ class Child:
 
     name: str
     process: subprocess.Popen[bytes]
-    status_fd: int
+    status_pipe: io.FileIO
     status: bytes = b""
 
 
@@ -104,7 +106,7 @@ class ChildProcesses:
         finally:
             os.close(write_fd)
         with self._lock:
-            self._children.append(Child(name, process, read_fd))
+            self._children.append(Child(name, process, io.FileIO(read_fd)))
         assert process.stdin is not None
         try:
             process.stdin.write(msgspec.json.encode(config) + b"\n")
@@ -121,15 +123,18 @@ class ChildProcesses:
             LaunchError: if a child says that it can't serve, or ends without a word.
         """
         ready = []
-        with selectors.DefaultSelector() as selector:
-            for child in self._children:
-                selector.register(child.status_fd, selectors.EVENT_READ, child)
+        with self._lock:
+            children = list(self._children)
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as pipes:
+            for child in children:
+                pipes.enter_context(child.status_pipe)
+                selector.register(child.status_pipe, selectors.EVENT_READ, child)
             while selector.get_map():
                 for key, _ in selector.select():
-                    chunk = os.read(key.fd, 1 << 16)
+                    chunk = key.data.status_pipe.read(1 << 16)
                     key.data.status += chunk
                     if not chunk:
-                        selector.unregister(key.fd)
+                        selector.unregister(key.fileobj)
                         message = self._status_message(key.data)
                         if isinstance(message, SchedulerReady):
                             ready.append(message)
@@ -175,7 +180,6 @@ class ChildProcesses:
                 logger.warning("the %s has not ended within %g s and is killed", child.name, timeout_s)
                 child.process.kill()
                 child.process.wait()
-            os.close(child.status_fd)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
+SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
+
+
+class EngineInfoSource(Protocol):
+    """What an instance needs of its engine-info bootstrap server."""
+
+    def get(self, role: str, rank: int) -> dict[str, Any] | None:
+        """The answer for a rank's registration, or None."""
 
 
 class Instance:
@@ -37,6 +45,7 @@ class Instance:
         self.server_args = server_args
         self.progress = Progress(launch_time)
         self.schedulers: list[SchedulerReady] = []
+        self.bootstrap: EngineInfoSource | None = None
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
         self.metrics: Metrics
@@ -44,6 +53,10 @@ class Instance:
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
+
+    def refusal(self) -> str | None:
+        """Why nothing at all can be answered now: the instance is not up yet, or is dead. None when it is up."""
+        return self.death if self.schedulers else "the model is still loading"
 
     def start(self) -> None:
         """Check the model folder and start the children. Imports little: what follows can overlap with their start.
@@ -115,19 +128,25 @@ class Instance:
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
-        self.manager.stop_accepting("the server is shutting down")
+        self.manager.stop_accepting(SHUTTING_DOWN)
         if await self.manager.drain(self.server_args.drain_timeout):
             return
         logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
         self.manager.abort_all()
         if not await self.manager.drain(ABORT_TIMEOUT_S):
-            self.manager.fail_all(ServiceError("the server is shutting down"))
+            self.manager.fail_all(ServiceError(SHUTTING_DOWN))
+
+    def fail_requests(self) -> None:
+        """Refuse new requests and give up those that still run: they get an error."""
+        if self._receiver is not None:
+            reason = self.death or SHUTTING_DOWN
+            self.manager.stop_accepting(reason)
+            self.manager.fail_all(ServiceError(reason))
 
     async def close(self) -> None:
         """End everything. Requests that still run get an error."""
+        self.fail_requests()
         if self._receiver is not None:
-            self.manager.stop_accepting(self.death or "the server is shutting down")
-            self.manager.fail_all(ServiceError(self.death or "the server is shutting down"))
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
             self.manager.close()
@@ -142,6 +161,10 @@ class Instance:
         """As `stop_processes`, but at once."""
         if self._children is not None:
             self._children.kill()
+
+    def transfer_engine_info(self, role: str, rank: int) -> dict[str, Any] | None:
+        """What /remote_instance_transfer_engine_info answers for a rank; None if it has not registered."""
+        return None if self.bootstrap is None else self.bootstrap.get(role, rank)
 
     def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 LONG_TEXT_CHARS = 4096  # from here on a prompt is tokenized in a thread, so that others needn't wait for it
 CONTROL_TIMEOUT_S = 10.0
 MAX_TOP_LOGPROBS = 128
+ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
 
 Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput)
 
@@ -315,7 +316,7 @@ class TokenizerManager:
             return
         self._forget(item.output.rid)
         self.metrics.observe_end(sequence, reason)
-        if reason.type == "abort" and reason.status_code is not None:
+        if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
                 generation.fail(RequestError(message, status_code=reason.status_code))
@@ -343,7 +344,6 @@ class TokenizerManager:
     async def _ask(
         self, message: Message, request_id: str, kind: type[Reply], timeout_s: float = CONTROL_TIMEOUT_S
     ) -> Reply:
-        self._check_accepting()
         future: asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput] = (
             asyncio.get_running_loop().create_future()
         )
