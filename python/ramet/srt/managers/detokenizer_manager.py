@@ -23,7 +23,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.server_args import PortArgs
 from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
-from ramet.srt.utils.hub import resolve_model_path
+from ramet.srt.utils.hub import resolve_tokenizer_path
 from ramet.srt.utils.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.utils.tokenizer import Tokenizer
 
@@ -109,8 +109,7 @@ def main(argv: Sequence[str]) -> int:
     server_args = config.make_server_args()
     configure_logging(server_args.log_level, "detokenizer")
     try:
-        folder = resolve_model_path(server_args.tokenizer_path or server_args.model_path, server_args.revision, False)
-        tokenizer = Tokenizer.from_path(folder, server_args.chat_template)
+        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(server_args))
     except ValueError as error:
         send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
         return 1

@@ -3,6 +3,7 @@
 It knows nothing of logits: the scheduler applies the mask. `llguidance` is imported when first needed.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,23 +55,24 @@ def check_grammar(params: SamplingParams) -> None:
 
 
 class GrammarBackend:
-    """Compiles constraints for one tokenizer and keeps the last ones. Making it takes up to a second.
+    """Compiles constraints for one tokenizer and keeps the last ones. `compile` may be called from several threads.
+
+    llguidance's form of the tokenizer takes up to a second to make: it is made with the first constraint.
 
     Args:
-        tokenizer_json: the content of a tokenizer.json.
         vocab_size: the model's, which may be above the tokenizer's.
         eos_ids: the tokens that may end a complete output.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_ids: Sequence[int]):
-        from llguidance import LLTokenizer
-
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
         if not eos_ids:
             raise ValueError("constrained output needs a model with an end-of-sequence token")
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = vocab_size
-        self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_ids))
+        self._tokenizer = tokenizer
+        self._ll_tokenizer: Any = None
         self._matchers: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
 
     def compile(self, params: SamplingParams) -> "Grammar | None":
         """The request's constraint at its start; None when its output is free.
@@ -81,18 +83,30 @@ class GrammarBackend:
         source = grammar_source(params)
         if source is None:
             return None
-        matcher = self._matchers.get(source)
+        with self._lock:
+            matcher = self._matchers.get(source)
         if matcher is None:
             from llguidance import LLMatcher
 
-            matcher = LLMatcher(self._tokenizer, source, log_level=0)
+            matcher = LLMatcher(self._make_ll_tokenizer(), source, log_level=0)
             if matcher.is_error():
                 raise _unusable(params, matcher.get_error())
+        with self._lock:
             self._matchers[source] = matcher
+            self._matchers.move_to_end(source)
             if len(self._matchers) > CACHED_GRAMMARS:
                 self._matchers.popitem(last=False)
-        self._matchers.move_to_end(source)
         return Grammar(matcher.deep_copy(), self.eos_ids)
+
+    def _make_ll_tokenizer(self) -> Any:
+        with self._lock:
+            if self._ll_tokenizer is None:
+                from llguidance import LLTokenizer
+
+                self._ll_tokenizer = LLTokenizer(
+                    self._tokenizer.to_json(), n_vocab=self.vocab_size, eos_token=list(self.eos_ids)
+                )
+            return self._ll_tokenizer
 
 
 class Grammar:
@@ -163,7 +177,7 @@ def make_grammar_backend(name: str, tokenizer: Tokenizer, model_config: ModelCon
     """The backend that --grammar-backend names; None if constrained output is off, or the model has no end token."""
     if name == "none" or not model_config.eos_token_ids:
         return None
-    return GrammarBackend(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
+    return GrammarBackend(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
 
 
 def _to_llguidance(name: str, text: str) -> str:

@@ -28,7 +28,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     The names and defaults are those of SGLang's /generate.
     """
 
-    max_new_tokens: TokenCount = 128
+    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 128
     min_new_tokens: TokenCount = 0
     temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0  # 0 means greedy
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0

@@ -2,6 +2,8 @@
 
 import os
 
+from ramet.srt.server_args import ServerArgs
+
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 # What an instance needs without weights: config, tokenizer, chat template.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -35,6 +37,13 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"model {model} is neither a folder nor available from the hub: {reason}") from None
+
+
+def resolve_tokenizer_path(server_args: ServerArgs) -> str:
+    """The folder of the tokenizer: the one asked for, else the model's. Raises what `resolve_model_path` raises."""
+    if server_args.tokenizer_path is not None:
+        return resolve_model_path(server_args.tokenizer_path, weights=False)
+    return resolve_model_path(server_args.model_path, server_args.revision, weights=False)
 
 
 def _looks_like_hub_id(model: str) -> bool:

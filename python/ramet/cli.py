@@ -1,0 +1,40 @@
+"""Owns the console script `ramet`: its subcommands, each of which is also a module of its own."""
+
+import sys
+from collections.abc import Sequence
+
+USAGE = """usage: ramet <command> …
+
+commands:
+  serve MODEL [flags]   start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
+  version               print the version
+
+ramet serve --help lists the flags.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the arguments name; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else ""
+    if command == "serve":
+        from ramet.launch_server import main as launch_main
+
+        if arguments and not arguments[0].startswith("-"):
+            arguments = ["--model-path", *arguments]
+        return launch_main(arguments, prog="ramet serve")
+    if command == "version":
+        import ramet
+
+        sys.stdout.write(f"{ramet.__version__}\n")
+        return 0
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    sys.stderr.write(f"ramet: error: {'unknown command ' + repr(command) if command else 'a command is needed'}\n")
+    sys.stderr.write(USAGE)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Owns the processes of an instance besides the main one: their start, their status, their deaths and their end.
+
+The children's side is utils/child_process.py.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+import ramet
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.managers.io_struct import (
+    DetokenizerFailed,
+    DetokenizerReady,
+    Message,
+    SchedulerFailed,
+    SchedulerReady,
+    decode,
+)
+from ramet.srt.server_args import PortArgs, ServerArgs
+from ramet.srt.utils.child_process import ChildConfig
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER_MODULE = "ramet.srt.managers.scheduler_process"
+DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
+STOP_TIMEOUT_S = 5.0
+MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
+
+
+class LaunchError(RuntimeError):
+    """The instance can't start; the message is one line for its user."""
+
+
+@dataclass
+class Child:
+    """One started process and the end of the pipe on which it reports."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    status_pipe: io.FileIO
+    status: bytes = b""
+
+
+class ChildProcesses:
+    """All children of one instance. Start them in a thread that lives as long as they shall: they die with it."""
+
+    def __init__(self, scheduler_module: str = SCHEDULER_MODULE):
+        self._scheduler_module = scheduler_module
+        self._directory = tempfile.mkdtemp(prefix="ramet-")  # only this user may enter it
+        self.port_args = PortArgs.in_directory(self._directory)
+        self._children: list[Child] = []
+        self._stopping = False
+        self._lock = threading.Lock()
+        longest = max(dataclasses.astuple(self.port_args), key=len).removeprefix("ipc://")
+        if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+            self.stop()
+            raise ValueError(f"the temporary folder's path is too long for a socket ({longest}); set TMPDIR to another")
+
+    def start(self, server_args: ServerArgs, launch_time: float, bootstrap_url: str | None) -> None:
+        """Start the scheduler of every rank, which takes longest, and the detokenizer.
+
+        Raises:
+            LaunchError: if a process can't be started.
+        """
+        config = ChildConfig(
+            server_args=dataclasses.asdict(server_args),
+            port_args=dataclasses.asdict(self.port_args),
+            parallel=ParallelConfig(),
+            bootstrap_url=bootstrap_url,
+            launch_time=launch_time,
+            parent_pid=os.getpid(),
+        )
+        self._start_one(f"scheduler (rank {config.parallel.world_rank})", self._scheduler_module, config)
+        self._start_one("detokenizer", DETOKENIZER_MODULE, config)
+
+    def _start_one(self, name: str, module: str, config: ChildConfig) -> None:
+        read_fd, write_fd = os.pipe()
+        package_root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
+        python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, "--status-fd", str(write_fd)],
+                stdin=subprocess.PIPE,
+                pass_fds=(write_fd,),
+                env={**os.environ, "PYTHONPATH": python_path},
+                process_group=0,  # a Ctrl-C in the terminal is for the main process, which then stops its children
+            )
+        except OSError as error:
+            os.close(read_fd)
+            raise LaunchError(f"the {name} can't be started: {error}") from None
+        finally:
+            os.close(write_fd)
+        with self._lock:
+            self._children.append(Child(name, process, io.FileIO(read_fd)))
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(config) + b"\n")
+            process.stdin.close()
+        except BrokenPipeError:
+            logger.debug("the %s ended before it had its configuration", name)
+
+    def wait_ready(self) -> list[SchedulerReady]:
+        """Wait until every child says that it can serve; the schedulers' messages. Ends when a child or `stop` does.
+
+        How long a start may take is for the children to say: each of their waits has a timeout.
+
+        Raises:
+            LaunchError: if a child says that it can't serve, or ends without a word.
+        """
+        ready = []
+        with self._lock:
+            children = list(self._children)
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as pipes:
+            for child in children:
+                pipes.enter_context(child.status_pipe)
+                selector.register(child.status_pipe, selectors.EVENT_READ, child)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    chunk = key.data.status_pipe.read(1 << 16)
+                    key.data.status += chunk
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                        message = self._status_message(key.data)
+                        if isinstance(message, SchedulerReady):
+                            ready.append(message)
+        return sorted(ready, key=lambda message: message.world_rank)
+
+    def _status_message(self, child: Child) -> Message:
+        if not child.status:
+            try:
+                return_code: int | None = child.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return_code = None
+            raise LaunchError(f"the {child.name} {describe_end(return_code)} while starting")
+        message = decode(child.status)
+        if isinstance(message, SchedulerFailed | DetokenizerFailed):
+            raise LaunchError(message.message)
+        if not isinstance(message, SchedulerReady | DetokenizerReady):
+            raise LaunchError(f"the {child.name} reported a {type(message).__name__} while starting")
+        return message
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """Call `on_death` with one line, in a thread of its own, when a child ends though nobody has stopped it."""
+
+        def wait_for(child: Child) -> None:
+            return_code = child.process.wait()
+            if not self._stopping:
+                on_death(f"the {child.name}, process {child.process.pid}, {describe_end(return_code)}")
+
+        for child in self._children:
+            threading.Thread(target=wait_for, args=(child,), name=f"watch {child.name}", daemon=True).start()
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """End every child, at the latest `timeout_s` from now, and remove the sockets. May be called again."""
+        self._stopping = True
+        with self._lock:
+            children, self._children = self._children, []
+        for child in children:
+            child.process.terminate()
+        deadline = time.monotonic() + timeout_s
+        for child in children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                logger.warning("the %s has not ended within %g s and is killed", child.name, timeout_s)
+                child.process.kill()
+                child.process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def kill(self) -> None:
+        """End every child at once, without asking."""
+        self.stop(timeout_s=0.0)
+
+
+def describe_end(return_code: int | None) -> str:
+    """ "was killed by SIGKILL", "ended with exit code 3"."""
+    if return_code is None:
+        return "closed its status pipe"
+    if return_code >= 0:
+        return f"ended with exit code {return_code}"
+    try:
+        return f"was killed by {signal.Signals(-return_code).name}"
+    except ValueError:
+        return f"was killed by signal {-return_code}"

@@ -1,0 +1,147 @@
+"""Owns the native request, SGLang's /generate: what it may hold, the sequences it asks for, and its answer's shape.
+
+The HTTP route and `Engine` both use it.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import Field, ValidationError, WithJsonSchema
+
+from ramet.srt.entrypoints.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds, describe_validation_errors
+from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.io_struct import TokenLogprobs
+from ramet.srt.managers.request_error import RequestError
+from ramet.srt.managers.tokenizer_manager import MAX_TOP_LOGPROBS, SequenceInput
+from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
+from ramet.srt.utils.tokenizer import Tokenizer
+
+SamplingParamsBody = Annotated[
+    dict[str, Any] | list[dict[str, Any]] | None,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                sampling_params_schema(),
+                {"type": "array", "items": sampling_params_schema(), "minItems": 1},
+                {"type": "null"},
+            ],
+            "description": "How to sample: one object for all prompts, or a list with one for each.",
+        }
+    ),
+]
+
+
+class GenerateReqInput(RequestBody):
+    """One or several prompts, as `text` or as `input_ids`, to be continued."""
+
+    text: PromptText | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    sampling_params: SamplingParamsBody = None
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = -1
+    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    return_text_in_logprobs: bool = False
+    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+    @classmethod
+    def make(cls, **fields: Any) -> "GenerateReqInput":
+        """As the constructor, but a mistake is a RequestError that names the field."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            message, param, code = describe_validation_errors(error.errors())
+            raise RequestError(message, param=param, code=code) from None
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list.
+
+        Raises:
+            RequestError: unless exactly one of `text` and `input_ids` is given.
+        """
+        if (self.text is None) == (self.input_ids is None):
+            raise RequestError("exactly one of text and input_ids must be given", param="text")
+        if isinstance(self.text, str):
+            return [self.text]
+        if self.text is not None:
+            return self.text
+        assert self.input_ids is not None
+        return [self.input_ids] if isinstance(self.input_ids[0], int) else self.input_ids  # type: ignore[list-item,return-value]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the client gave a list of prompts, and so gets a list of answers."""
+        return isinstance(self.text, list) or (self.input_ids is not None and isinstance(self.input_ids[0], list))
+
+    def sequence_inputs(self, vocab_size: int) -> list[SequenceInput]:
+        """One for each prompt.
+
+        Raises:
+            RequestError: that names what is wrong.
+        """
+        prompts = self.prompts()
+        given = self.sampling_params or {}
+        if isinstance(given, list) and len(given) != len(prompts):
+            raise RequestError(
+                f"sampling_params has {len(given)} entries for {len(prompts)} prompts", param="sampling_params"
+            )
+        each = given if isinstance(given, list) else [given] * len(prompts)
+        return [
+            SequenceInput(
+                text=prompt if isinstance(prompt, str) else None,
+                input_ids=None if isinstance(prompt, str) else prompt,
+                sampling_params=parse_sampling_params(params, vocab_size),
+                fit_max_new_tokens=params.get("max_new_tokens") is None,
+                return_logprob=self.return_logprob,
+                logprob_start_len=self.logprob_start_len,
+                top_logprobs_num=self.top_logprobs_num,
+                stream=self.stream,
+                param="text" if isinstance(prompt, str) else "input_ids",
+            )
+            for prompt, params in zip(prompts, each, strict=True)
+        ]
+
+
+def native_output(
+    sequence: RunningSequence, request: GenerateReqInput, tokenizer: Tokenizer, index: int | None = None
+) -> dict[str, Any]:
+    """The sequence's output so far, as /generate answers it; with its `index` in streams of several."""
+    reason = sequence.finish_reason
+    meta_info: dict[str, Any] = {
+        "id": sequence.request.rid,
+        "finish_reason": None if reason is None else msgspec.to_builtins(reason),
+        "prompt_tokens": sequence.prompt_tokens,
+        "completion_tokens": len(sequence.output_ids),
+        "cached_tokens": sequence.cached_tokens,
+        "e2e_latency": sequence.e2e_latency_s,
+    }
+    if request.return_logprob:
+        with_text = tokenizer if request.return_text_in_logprobs else None
+        for name, logprobs in (("input", sequence.input_logprobs), ("output", sequence.output_logprobs)):
+            meta_info[f"{name}_token_logprobs"] = token_logprobs(logprobs, with_text)
+            if request.top_logprobs_num:
+                meta_info[f"{name}_top_logprobs"] = top_logprobs(logprobs, with_text)
+    output = {"text": sequence.text, "output_ids": sequence.output_ids, "meta_info": meta_info}
+    if index is not None:
+        output["index"] = index
+    return output
+
+
+def token_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> list[list[Any]]:
+    """[[logprob, token id, text or None], …]; text where a tokenizer is given."""
+    return [
+        [logprob, token_id, _text(token_id, tokenizer)]
+        for logprob, token_id in zip(logprobs.logprobs, logprobs.token_ids, strict=True)
+    ]
+
+
+def top_logprobs(logprobs: TokenLogprobs, tokenizer: Tokenizer | None) -> list[list[list[Any]] | None]:
+    """For each token a list as of `token_logprobs`; None for a prompt's first token."""
+    return [
+        [[logprob, token_id, _text(token_id, tokenizer)] for logprob, token_id in zip(values, ids, strict=True)] or None
+        for values, ids in zip(logprobs.top_logprobs, logprobs.top_token_ids, strict=True)
+    ]
+
+
+def _text(token_id: int, tokenizer: Tokenizer | None) -> str | None:
+    return None if tokenizer is None else tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

@@ -1,0 +1,268 @@
+"""Owns the HTTP routes of an instance and their OpenAPI description; when the server lives is http_server.py's."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request
+from pydantic import BaseModel, Field
+from starlette.responses import Response
+
+import ramet
+from ramet.srt.entrypoints.event_stream import (
+    CLIENT_GONE_STATUS,
+    ClientGone,
+    event_stream,
+    json_response,
+    until_disconnect,
+)
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.http_access import AccessMiddleware
+from ramet.srt.entrypoints.http_errors import ErrorResponse, error_response, install_error_handlers
+from ramet.srt.entrypoints.http_validation import RequestBody
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.entrypoints.openai.serving_chat import ChatServing
+from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.managers.request_error import RequestError, ServiceError
+from ramet.srt.managers.tokenizer_manager import SequenceInput
+from ramet.srt.observability.metrics import CONTENT_TYPE
+from ramet.srt.sampling.sampling_params import SamplingParams
+
+HEALTH_TIMEOUT_S = 20.0
+METRICS_TIMEOUT_S = 2.0
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "Something in the request is wrong; `param` names it."},
+    401: {"model": ErrorResponse, "description": "The key is missing or wrong."},
+    413: {"model": ErrorResponse, "description": "The body is too long."},
+    500: {"model": ErrorResponse, "description": "The instance has failed."},
+    503: {"model": ErrorResponse, "description": "The instance is loading, full or stopping."},
+}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "description": "There is no such thing."}}
+BAD_HEALTH: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
+
+
+class AbortBody(RequestBody):
+    """Which request to end: one by its id, or all of them."""
+
+    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    abort_all: bool = False
+
+
+class Status(BaseModel):
+    """How the instance is."""
+
+    status: str
+
+
+class Done(BaseModel):
+    """What an administrative call has done."""
+
+    success: bool
+    message: str
+
+
+def create_app(instance: Instance) -> FastAPI:
+    """The application that serves `instance`."""
+    args = instance.server_args
+    app = FastAPI(title="Ramet", version=ramet.__version__)
+    install_error_handlers(app)
+
+    @app.exception_handler(ClientGone)
+    async def on_client_gone(request: Request, error: ClientGone) -> Response:
+        return error_response(CLIENT_GONE_STATUS, "the client has gone")
+
+    for router in (_health_routes(instance), _native_routes(instance), _admin_routes(instance), _openai_routes(instance)):
+        app.include_router(router)
+    app.add_middleware(
+        AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
+    )
+    _describe(app, has_keys=bool(args.api_key or args.admin_api_key))
+    return app
+
+
+def _health_routes(instance: Instance) -> APIRouter:
+    router = APIRouter(tags=["health"], responses=BAD_HEALTH)
+
+    def check() -> None:
+        refusal = instance.refusal() or instance.manager.refusal
+        if refusal is not None:
+            raise ServiceError(refusal)
+
+    @router.get("/health", response_model=Status)
+    async def health() -> Response:
+        """Whether the instance takes requests."""
+        check()
+        return json_response({"status": "ready"})
+
+    @router.get("/health_generate", response_model=Status)
+    async def health_generate(request: Request) -> Response:
+        """Whether the instance really generates: makes one token."""
+        check()
+        params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+        prompt = SequenceInput(input_ids=[0], sampling_params=params)
+
+        async def generate() -> None:
+            generation = await instance.manager.generate([prompt])
+            await generation.finish()
+
+        try:
+            await until_disconnect(request, asyncio.wait_for(generate(), HEALTH_TIMEOUT_S))
+        except TimeoutError:
+            raise ServiceError(f"no token was made within {HEALTH_TIMEOUT_S:g} s") from None
+        return json_response({"status": "ready"})
+
+    return router
+
+
+def _native_routes(instance: Instance) -> APIRouter:
+    router = APIRouter(tags=["native"], responses=ERRORS)
+
+    @router.post("/generate", responses={200: {"content": EVENTS}})
+    async def generate(body: GenerateReqInput, request: Request) -> Response:
+        """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
+        if body.stream:
+            return await event_stream(request, stream(body))
+        return await until_disconnect(request, answer(body))
+
+    async def answer(body: GenerateReqInput) -> Response:
+        manager = instance.manager
+        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
+        sequences = await generation.finish()
+        outputs = [native_output(sequence, body, manager.tokenizer) for sequence in sequences]
+        return json_response(outputs if body.is_batch or len(outputs) > 1 else outputs[0])
+
+    async def stream(body: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
+        manager = instance.manager
+        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
+        has_several = body.is_batch or len(generation.sequences) > 1
+        async with aclosing(generation.updates()) as updates:
+            async for update in updates:
+                sequence = generation.sequences[update.index]
+                yield native_output(sequence, body, manager.tokenizer, update.index if has_several else None)
+
+    @router.get("/get_model_info")
+    async def get_model_info() -> dict[str, Any]:
+        """What is served."""
+        return instance.model_info()
+
+    @router.get("/get_server_info")
+    async def get_server_info() -> Response:
+        """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers."""
+        return json_response(instance.server_info(await instance.manager.internal_state()))
+
+    @router.get("/remote_instance_transfer_engine_info", responses=NOT_FOUND)
+    @router.get("/get_remote_instance_transfer_engine_info", responses=NOT_FOUND, deprecated=True)
+    async def remote_instance_transfer_engine_info(
+        rank: Annotated[int, Query(ge=0, le=2**31 - 1)], role: str = "target"
+    ) -> dict[str, Any]:
+        """Where another instance finds the weights of this instance's `rank`. WIRE: SGLang's bootstrap protocol."""
+        info = instance.transfer_engine_info(role, rank)
+        if info is None:
+            raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
+        return info
+
+    return router
+
+
+def _admin_routes(instance: Instance) -> APIRouter:
+    router = APIRouter(tags=["administration"], responses=ERRORS)
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"], response_model=Done)
+    async def flush_cache() -> Response:
+        """Drop the prefix cache; refused while requests run."""
+        reply = await instance.manager.flush_cache()
+        if not reply.success:
+            return error_response(400, reply.message)
+        return json_response({"success": True, "message": reply.message})
+
+    @router.post("/abort_request", response_model=Done)
+    async def abort_request(body: AbortBody, request: Request) -> Response:
+        """End a request by its id, or all of them. Succeeds for an unknown id too: it may just have ended."""
+        if body.abort_all == (body.rid is not None):
+            raise RequestError("exactly one of rid and abort_all must be given", param="rid")
+        if body.abort_all and not request.scope["is_admin"]:
+            return error_response(401, "abort_all needs the admin key", code="invalid_api_key")
+        number = instance.manager.abort_all() if body.rid is None else instance.manager.abort(body.rid)
+        return json_response({"success": True, "message": f"{number} sequences are being aborted"})
+
+    @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        try:
+            instance.metrics.observe_state(await instance.manager.internal_state(METRICS_TIMEOUT_S))
+        except ServiceError:
+            pass  # the scheduler is busy with a long pass: its numbers are those of the last time
+        return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def _openai_routes(instance: Instance) -> APIRouter:
+    router = APIRouter(tags=["openai"], prefix="/v1", responses=ERRORS | NOT_FOUND)
+    started = int(time.time())
+
+    @router.post("/completions", responses={200: {"content": EVENTS}})
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continue one or several prompts."""
+        serving = CompletionServing(instance.manager, instance.server_args.model_name)
+        return await serving.create(body, request)
+
+    @router.post("/chat/completions", responses={200: {"content": EVENTS}})
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        return await ChatServing(instance.manager, instance.server_args.model_name).create(body, request)
+
+    def model_card() -> dict[str, Any]:
+        return {
+            "id": instance.server_args.model_name,
+            "object": "model",
+            "created": started,
+            "owned_by": "ramet",
+            "root": instance.server_args.model_path,
+            "max_model_len": instance.manager.limits.max_req_len,
+        }
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """The models that can be named: one."""
+        return {"object": "list", "data": [model_card()]}
+
+    @router.get("/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """One model."""
+        if model != instance.server_args.model_name:
+            raise RequestError(
+                f"the model {model!r} does not exist", param="model", code="model_not_found", status_code=404
+            )
+        return model_card()
+
+    return router
+
+
+def _describe(app: FastAPI, has_keys: bool) -> None:
+    """Correct the generated OpenAPI description: bad input is answered with 400 here, never 422; keys are named."""
+    generate_schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = generate_schema()
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            schemas = schema["components"]["schemas"]
+            schemas.pop("HTTPValidationError", None)
+            schemas.pop("ValidationError", None)
+            if has_keys:
+                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                for path, operations in schema["paths"].items():
+                    if not path.startswith("/health"):
+                        for operation in operations.values():
+                            operation["security"] = [{"key": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,116 @@
+"""Owns the serving of an instance over HTTP from its start to its end: readiness, signals, drain, the exit code."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import uvicorn
+
+from ramet.srt.entrypoints.child_processes import LaunchError
+from ramet.srt.entrypoints.http_api import create_app
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.listener import BACKLOG
+
+logger = logging.getLogger(__name__)
+
+FLUSH_TIMEOUT_S = 3  # for the last answers to reach their clients once nothing runs any more
+KEEP_ALIVE_S = 60
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def serve(instance: Instance, listener: socket.socket) -> None:
+    """Serve a started `instance` on `listener` until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Raises:
+        ValueError: if the tokenizer can't be read.
+        LaunchError: if the instance can't start, or has ended because a child has.
+    """
+    loop_factory = None
+    if find_spec("uvloop") is not None:
+        import uvloop
+
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(HttpServer(instance, listener).run())
+
+
+class HttpServer:
+    """One run of the HTTP server and the instance behind it."""
+
+    def __init__(self, instance: Instance, listener: socket.socket):
+        self._instance = instance
+        self._listener = listener
+        self._end = asyncio.Event()  # set by a signal or a death
+        config = uvicorn.Config(
+            create_app(instance),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+        )
+        self._server = SignalFreeServer(config)
+
+    async def run(self) -> None:
+        """Serve until the end. Raises what `serve` raises."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        instance = self._instance
+        serving: asyncio.Task[None] | None = None
+        try:
+            instance.open(on_death=lambda line: self._end.set())
+            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+            if await self._wait_ready():
+                logger.info(instance.ready_line())
+                await self._end.wait()
+                if instance.death is None:
+                    await instance.drain()
+        finally:
+            # Running requests get their error first, then the server waits for them to be sent.
+            instance.fail_requests()
+            if serving is not None:
+                self._server.should_exit = True
+                await serving
+            await instance.close()
+        if instance.death is not None:
+            raise LaunchError(instance.death)
+
+    async def _wait_ready(self) -> bool:
+        """Whether the instance has become ready; False when a signal came first."""
+        ready = asyncio.create_task(self._instance.wait_ready())
+        ended = asyncio.create_task(self._end.wait())
+        await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if ready.done():
+            await ready
+            return True
+        await asyncio.to_thread(self._instance.stop_processes)
+        with contextlib.suppress(LaunchError):
+            await ready
+        return False
+
+    def _on_signal(self, name: str) -> None:
+        if self._end.is_set():
+            logger.warning("%s again: ending at once", name)
+            self._instance.kill_processes()
+            logging.shutdown()
+            os._exit(1)
+        logger.info("%s: running requests may end within %g s", name, self._instance.server_args.drain_timeout)
+        self._end.set()
+
+
+class SignalFreeServer(uvicorn.Server):
+    """uvicorn's server without its own idea of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+

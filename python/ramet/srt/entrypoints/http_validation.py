@@ -1,0 +1,41 @@
+"""Owns what request bodies have in common: pieces of their schema, and words for what is wrong with them."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ramet.srt.sampling.sampling_params import MAX_TOKENS
+
+MAX_PROMPTS = 4096  # in one request
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+PromptText = Annotated[str, Field(min_length=1)]
+
+
+class RequestBody(BaseModel):
+    """A JSON object with known fields of exact types: no unknown ones, no "1" for 1, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None]:
+    """Message, parameter and code for what pydantic found first.
+
+    A location is ("body", "messages", 0, "user", "content", "str"), or the same without "body" outside HTTP: besides
+    names and places it has the members of unions that were tried, so only its first name is surely a parameter.
+    """
+    first = errors[0]
+    path = list(first["loc"])
+    if path and path[0] in ("body", "query", "path"):
+        path = path[1:]
+    if first["type"] == "json_invalid":
+        return f"the body is not valid JSON: {first['ctx']['error']}", None, None
+    if not path:
+        return f"the body can't be used: {first['msg']}; it must be a JSON object", None, None
+    if first["type"] == "extra_forbidden":
+        name = str(path[-1])
+        where = "" if len(path) == 1 else f" in {path[0]}"
+        return f"unknown or unsupported parameter {name!r}{where}", name, "unsupported_parameter"
+    param = str(path[0])
+    place = "".join(f"[{part}]" for part in path[1:] if isinstance(part, int))
+    return f"{param}{place}: {first['msg']}", param, None

@@ -1,0 +1,208 @@
+"""Owns one instance as a whole, without HTTP: its children, its tokenizer manager, its bootstrap server, its end.
+
+The HTTP server and `Engine` are both thin layers over it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+import ramet
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
+from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
+from ramet.srt.managers.request_error import ServiceError
+from ramet.srt.observability.progress import Progress
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
+
+if TYPE_CHECKING:
+    from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.observability.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
+SHUTTING_DOWN = "the server is shutting down"
+SECRET_FIELDS = ("api_key", "admin_api_key")
+
+
+class EngineInfoSource(Protocol):
+    """What an instance needs of its engine-info bootstrap server."""
+
+    def get(self, role: str, rank: int) -> dict[str, Any] | None:
+        """The answer for a rank's registration, or None."""
+
+
+class Instance:
+    """One serving instance: `start` (any long-lived thread), then on one event loop `open`, `wait_ready`, `close`."""
+
+    def __init__(self, server_args: ServerArgs, launch_time: float, scheduler_module: str = SCHEDULER_MODULE):
+        self.server_args = server_args
+        self.progress = Progress(launch_time)
+        self.schedulers: list[SchedulerReady] = []
+        self.bootstrap: EngineInfoSource | None = None
+        self.death: str | None = None  # the one line about the child whose end has ended the instance
+        self.manager: TokenizerManager
+        self.metrics: Metrics
+        self.model_config: ModelConfig
+        self._scheduler_module = scheduler_module
+        self._children: ChildProcesses | None = None
+        self._receiver: asyncio.Task[None] | None = None
+
+    def refusal(self) -> str | None:
+        """Why nothing at all can be answered now: the instance is not up yet, or is dead. None when it is up."""
+        return self.death if self.schedulers else "the model is still loading"
+
+    def start(self) -> None:
+        """Check the model folder and start the children. Imports little: what follows can overlap with their start.
+
+        Raises:
+            ValueError: if the model folder or its config is wrong.
+            LaunchError: if a process can't be started.
+        """
+        args = self.server_args
+        folder = resolve_model_path(args.model_path, args.revision, weights=False)
+        self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
+        self._children = ChildProcesses(self._scheduler_module)
+        self._children.start(args, self.progress.launch_time, bootstrap_url=None)
+        self.progress.mark("children started")
+
+    def open(self, on_death: Callable[[str], None]) -> None:
+        """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
+
+        Raises:
+            ValueError: if the tokenizer can't be read.
+        """
+        from ramet.srt.managers.tokenizer_manager import Limits, TokenizerManager
+        from ramet.srt.observability.metrics import Metrics
+        from ramet.srt.utils.tokenizer import Tokenizer
+
+        assert self._children is not None
+        args = self.server_args
+        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(args), args.chat_template)
+        if tokenizer.chat_template is not None and args.chat_template is not None:
+            tokenizer.chat_template.compile()
+        limits = Limits(
+            vocab_size=self.model_config.vocab_size,
+            max_req_len=self.model_config.context_len,
+            has_eos=bool(self.model_config.eos_token_ids),
+            grammars=args.grammar_backend != "none",
+        )
+        self.metrics = Metrics(args.model_name)
+        self.manager = TokenizerManager(tokenizer, limits, self._children.port_args, self.metrics)
+        self._receiver = asyncio.create_task(self.manager.receive_forever())
+        loop = asyncio.get_running_loop()
+
+        def take_death(line: str) -> None:
+            self.death = line
+            self.manager.stop_accepting(line)
+            self.manager.fail_all(ServiceError(line))
+            on_death(line)
+
+        self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
+        self._receiver.add_done_callback(self._receiver_ended)
+        self.progress.mark("tokenizer ready")
+
+    async def wait_ready(self) -> None:
+        """Wait until the children can serve, then take requests.
+
+        Raises:
+            LaunchError: if one of them can't.
+        """
+        assert self._children is not None
+        self.schedulers = await asyncio.to_thread(self._children.wait_ready)
+        if not self.schedulers:
+            raise LaunchError("no scheduler has reported")
+        self._children.watch(self._on_death)
+        for scheduler in self.schedulers:
+            self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
+            self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
+        self.progress.mark("ready")
+        self.metrics.startup_seconds.set(self.progress.phases["ready"])
+        self.manager.start_accepting(self.schedulers[0].max_req_len)
+
+    async def drain(self) -> None:
+        """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
+        self.manager.stop_accepting(SHUTTING_DOWN)
+        if await self.manager.drain(self.server_args.drain_timeout):
+            return
+        logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
+        self.manager.abort_all()
+        if not await self.manager.drain(ABORT_TIMEOUT_S):
+            self.manager.fail_all(ServiceError(SHUTTING_DOWN))
+
+    def fail_requests(self) -> None:
+        """Refuse new requests and give up those that still run: they get an error."""
+        if self._receiver is not None:
+            reason = self.death or SHUTTING_DOWN
+            self.manager.stop_accepting(reason)
+            self.manager.fail_all(ServiceError(reason))
+
+    async def close(self) -> None:
+        """End everything. Requests that still run get an error."""
+        self.fail_requests()
+        if self._receiver is not None:
+            self._receiver.cancel()
+            await asyncio.wait([self._receiver])
+            self.manager.close()
+        await asyncio.to_thread(self.stop_processes)
+
+    def stop_processes(self) -> None:
+        """End the children, and what else outlives this object. May be called from any thread, and again."""
+        if self._children is not None:
+            self._children.stop()
+
+    def kill_processes(self) -> None:
+        """As `stop_processes`, but at once."""
+        if self._children is not None:
+            self._children.kill()
+
+    def transfer_engine_info(self, role: str, rank: int) -> dict[str, Any] | None:
+        """What /remote_instance_transfer_engine_info answers for a rank; None if it has not registered."""
+        return None if self.bootstrap is None else self.bootstrap.get(role, rank)
+
+    def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
+        """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
+        args = {name: value for name, value in asdict(self.server_args).items() if name not in SECRET_FIELDS}
+        return {
+            **args,
+            "version": ramet.__version__,
+            "max_total_num_tokens": self.schedulers[0].max_total_num_tokens,
+            "max_req_len": self.schedulers[0].max_req_len,
+            "weight_load": [msgspec.to_builtins(scheduler.load_report) for scheduler in self.schedulers],
+            "startup_phases": self.progress.phases,
+            "internal_states": [
+                {name: value for name, value in msgspec.to_builtins(state).items() if name not in ("type", "request_id")}
+            ],
+        }
+
+    def model_info(self) -> dict[str, Any]:
+        """What /get_model_info shows."""
+        return {
+            "model_path": self.server_args.model_path,
+            "served_model_name": self.server_args.model_name,
+            "tokenizer_path": self.server_args.tokenizer_path or self.server_args.model_path,
+            "is_generation": True,
+            "architecture": self.model_config.architecture,
+            "dtype": self.model_config.dtype,
+            "context_length": self.model_config.context_len,
+            "vocab_size": self.model_config.vocab_size,
+        }
+
+    def ready_line(self) -> str:
+        """The log line of a start that has come to its end."""
+        report = self.schedulers[0].load_report
+        rate = report.num_bytes / max(report.seconds, 1e-9) / 1e9
+        return (
+            f"ready on {self.server_args.url()} {self.progress.phases['ready']:.2f} s after the launch; weights from "
+            f"{report.source}: {report.num_bytes / 1e9:.3f} GB in {report.seconds:.3f} s ({rate:.2f} GB/s)"
+        )
+
+    def _receiver_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._on_death(f"the tokenizer manager failed: {task.exception()!r}")

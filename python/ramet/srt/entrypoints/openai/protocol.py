@@ -1,0 +1,143 @@
+"""Owns the bodies of the OpenAI routes: their fields, types and ranges. What is not here is refused by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ramet.srt.entrypoints.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
+from ramet.srt.sampling.sampling_params import MAX_SEQUENCES, MAX_TOKENS
+
+MAX_OPENAI_LOGPROBS = 20
+StopText = Annotated[str, Field(min_length=1, max_length=4096)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenLimit = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+class StreamOptions(RequestBody):
+    """Only with `stream`."""
+
+    include_usage: bool = False
+
+
+class SamplingBody(RequestBody):
+    """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them."""
+
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = 1
+    max_tokens: TokenLimit | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    frequency_penalty: Penalty | None = 0.0
+    presence_penalty: Penalty | None = 0.0
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        None
+    )
+
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = 1.0
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
+    no_stop_trim: bool | None = False
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: (
+        PromptText
+        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool | None = False
+    logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
+    json_schema: str | dict[str, Any] | None = None
+
+
+class TextPart(RequestBody):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+MessageContent = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class SystemMessage(RequestBody):
+    """Instructions; "developer" is OpenAI's newer word for the same."""
+
+    role: Literal["system", "developer"]
+    content: MessageContent
+    name: str | None = None
+
+
+class UserMessage(RequestBody):
+    """What the person says."""
+
+    role: Literal["user"]
+    content: MessageContent
+    name: str | None = None
+
+
+class AssistantMessage(RequestBody):
+    """What the model has said. The empty fields are those of our own answers, which clients send back."""
+
+    role: Literal["assistant"]
+    content: MessageContent
+    name: str | None = None
+    refusal: None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class JsonSchemaSpec(RequestBody):
+    """A named JSON schema. It is always kept to, `strict` or not."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextFormat(RequestBody):
+    """Free text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(RequestBody):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(RequestBody):
+    """JSON that keeps to a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaSpec
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class ChatCompletionRequest(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_completion_tokens: TokenLimit | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None

@@ -1,0 +1,152 @@
+"""Owns POST /v1/completions: prompts to sequences, and their outputs to OpenAI's answer and stream."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ramet.srt.entrypoints.event_stream import event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.openai.protocol import CompletionRequest
+from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
+from ramet.srt.managers.generation import RunningSequence, Update
+from ramet.srt.managers.io_struct import TokenLogprobs
+from ramet.srt.managers.tokenizer_manager import SequenceInput
+from ramet.srt.utils.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class CompletionServing(OpenAIServing):
+    """The completions route of one instance."""
+
+    async def create(self, body: CompletionRequest, request: Request) -> Response:
+        """Answer `body`.
+
+        Raises:
+            RequestError: if it can't be served.
+            ServiceError: if the instance can't serve it.
+            ClientGone: if the client goes away first.
+        """
+        self.check_body(body)
+        inputs = self._inputs(body)
+        head = answer_head("text_completion", "cmpl", self.model_name)
+        if body.stream:
+            return await event_stream(request, self._stream(body, inputs, head))
+        return await until_disconnect(request, self._answer(body, inputs, head))
+
+    def _inputs(self, body: CompletionRequest) -> list[SequenceInput]:
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = self.sampling_params(body, max_tokens, body.json_schema)
+        return [
+            SequenceInput(
+                text=prompt if isinstance(prompt, str) else None,
+                input_ids=None if isinstance(prompt, str) else prompt,
+                sampling_params=params,
+                fit_max_new_tokens=body.max_tokens is None,
+                return_logprob=body.logprobs is not None,
+                logprob_start_len=0 if body.echo and body.logprobs is not None else -1,
+                top_logprobs_num=body.logprobs or 0,
+                stream=bool(body.stream),
+                param="prompt",
+            )
+            for prompt in _prompts(body)
+        ]
+
+    async def _answer(self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]) -> Response:
+        generation = await self.start(inputs)
+        sequences = await generation.finish()
+        choices = []
+        for index, sequence in enumerate(sequences):
+            writer = ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
+            assert sequence.finish_reason is not None
+            choices.append(writer.choice(index, sequence.text, 0, len(sequence.output_ids)))
+        return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})
+
+    async def _stream(
+        self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        generation = await self.start(inputs)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        if include_usage:
+            head["usage"] = None
+        writers = [
+            ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
+            for index, sequence in enumerate(generation.sequences)
+        ]
+        async with aclosing(generation.updates()) as updates:
+            async for update in updates:
+                writer = writers[update.index]
+                if writer.has_news(update):
+                    choice = writer.choice(update.index, update.text, update.first_token, update.end_token)
+                    yield {**head, "choices": [choice]}
+        if include_usage:
+            yield {**head, "choices": [], "usage": usage(generation.sequences, body.n or 1)}
+
+    def _echo(self, body: CompletionRequest, inputs: list[SequenceInput], index: int) -> str:
+        """The prompt's text in front of output `index`; "" without echo."""
+        if not body.echo:
+            return ""
+        prompt = inputs[index // (body.n or 1)]
+        return prompt.text if prompt.text is not None else self.manager.tokenizer.decode(prompt.input_ids or [])
+
+
+class ChoiceWriter:
+    """Writes one choice, or the pieces of one: the prompt's echo comes with the first piece."""
+
+    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer, sequence: RunningSequence, echo: str):
+        self._body = body
+        self._tokenizer = tokenizer
+        self._sequence = sequence
+        self._echo = echo
+        self._is_first = True
+        self._offset = 0
+
+    def has_news(self, update: Update) -> bool:
+        """Whether the update has something to show: the text may be held back."""
+        has_logprobs = self._body.logprobs is not None and update.end_token > update.first_token
+        return bool(update.text or update.finish_reason or has_logprobs or (self._is_first and self._echo))
+
+    def choice(self, index: int, text: str, first_token: int, end_token: int) -> dict[str, Any]:
+        """A choice with `text` and the output tokens [first_token, end_token)."""
+        reason = self._sequence.finish_reason
+        is_last = reason is not None and end_token == len(self._sequence.output_ids)
+        logprobs = None if self._body.logprobs is None else self._logprobs(first_token, end_token)
+        if self._is_first:
+            text = self._echo + text
+            self._is_first = False
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": reason.type if is_last and reason is not None else None,
+        }
+
+    def _logprobs(self, first_token: int, end_token: int) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if self._is_first and self._body.echo:
+            logprobs = self._sequence.input_logprobs
+            self._add(columns, logprobs, 0, len(logprobs.token_ids))
+        self._add(columns, self._sequence.output_logprobs, first_token, end_token)
+        return columns
+
+    def _add(self, columns: dict[str, list[Any]], logprobs: TokenLogprobs, first: int, end: int) -> None:
+        for place in range(first, end):
+            text = token_text(self._tokenizer, logprobs.token_ids[place])
+            top = {
+                token_text(self._tokenizer, token_id): value
+                for token_id, value in zip(logprobs.top_token_ids[place], logprobs.top_logprobs[place], strict=True)
+            }
+            columns["tokens"].append(text)
+            columns["token_logprobs"].append(logprobs.logprobs[place])
+            columns["top_logprobs"].append(top or None)
+            columns["text_offset"].append(self._offset)
+            self._offset += len(text)
+
+
+def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return prompt

@@ -1,0 +1,147 @@
+"""Owns one client request while its sequences run: what each has gained, and the updates for whoever waits for them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from ramet.srt.managers.io_struct import FinishReason, RequestText, TokenizedGenerateReqInput, TokenLogprobs
+
+
+def no_logprobs() -> TokenLogprobs:
+    return TokenLogprobs(logprobs=[], token_ids=[], top_logprobs=[], top_token_ids=[])
+
+
+@dataclass(kw_only=True)
+class RunningSequence:
+    """One sequence: its request and everything that has come out of it so far. Times are of time.monotonic()."""
+
+    request: TokenizedGenerateReqInput
+    created_s: float
+    text: str = ""
+    output_ids: list[int] = field(default_factory=list)
+    input_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
+    output_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    first_output_s: float | None = None
+    last_output_s: float | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.input_ids)
+
+    @property
+    def e2e_latency_s(self) -> float:
+        """Seconds from the request to its newest output."""
+        return (self.last_output_s or time.monotonic()) - self.created_s
+
+    def add(self, item: RequestText, now: float) -> None:
+        """Take in what the scheduler and the detokenizer say."""
+        output = item.output
+        self.text += item.text
+        self.output_ids += output.token_ids
+        self.cached_tokens = output.cached_tokens
+        for total, new in ((self.input_logprobs, output.input_logprobs), (self.output_logprobs, output.output_logprobs)):
+            if new is not None:
+                total.logprobs += new.logprobs
+                total.token_ids += new.token_ids
+                total.top_logprobs += new.top_logprobs
+                total.top_token_ids += new.top_token_ids
+        self.finish_reason = output.finish_reason
+        self.last_output_s = now
+        if self.first_output_s is None:
+            self.first_output_s = now
+
+
+@dataclass(kw_only=True)
+class Update:
+    """What sequence `index` gained: text, and the output tokens [first_token, end_token)."""
+
+    index: int
+    text: str
+    first_token: int
+    end_token: int
+    finish_reason: FinishReason | None
+
+
+class Generation:
+    """All sequences of one client request.
+
+    Args:
+        rid: the request's id, by which it can be aborted as a whole.
+        release: called once at the end, when finished or given up, with this object.
+    """
+
+    def __init__(
+        self,
+        rid: str,
+        requests: Sequence[TokenizedGenerateReqInput],
+        release: Callable[["Generation"], None],
+    ):
+        now = time.monotonic()
+        self.rid = rid
+        self.sequences = [RunningSequence(request=request, created_s=now) for request in requests]
+        self._release = release
+        self._news: asyncio.Queue[Update | Exception] = asyncio.Queue()
+
+    def unfinished(self) -> list[RunningSequence]:
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    def add(self, index: int, item: RequestText, now: float) -> None:
+        """Take in an output of sequence `index` and wake the waiting one."""
+        sequence = self.sequences[index]
+        first_token = len(sequence.output_ids)
+        sequence.add(item, now)
+        self._news.put_nowait(
+            Update(
+                index=index,
+                text=item.text,
+                first_token=first_token,
+                end_token=len(sequence.output_ids),
+                finish_reason=sequence.finish_reason,
+            )
+        )
+
+    def fail(self, error: Exception) -> None:
+        """Have whoever waits get `error`."""
+        self._news.put_nowait(error)
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """What the sequences gain, until all have finished. A slow reader gets several updates merged into one.
+
+        Leaving early, by an exception or aclose(), aborts what still runs.
+
+        Raises:
+            RequestError: if the scheduler refuses a sequence.
+            ServiceError: if the instance can't finish the request.
+        """
+        try:
+            num_running = len(self.sequences)
+            while num_running:
+                for update in self._merge(await self._news.get()):
+                    num_running -= update.finish_reason is not None
+                    yield update
+        finally:
+            self._release(self)
+
+    async def finish(self) -> list[RunningSequence]:
+        """Wait until all sequences have finished. Raises what `updates` raises; cancelling it aborts."""
+        async for _ in self.updates():
+            pass
+        return self.sequences
+
+    def _merge(self, first: Update | Exception) -> list[Update]:
+        """`first` and all that waits behind it, merged by sequence."""
+        merged: dict[int, Update] = {}
+        item: Update | Exception = first
+        while True:
+            if isinstance(item, Exception):
+                raise item
+            before = merged.get(item.index)
+            if before is not None:
+                item.text, item.first_token = before.text + item.text, before.first_token
+            merged[item.index] = item
+            if self._news.empty():
+                return list(merged.values())
+            item = self._news.get_nowait()

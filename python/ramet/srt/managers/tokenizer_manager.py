@@ -1,0 +1,373 @@
+"""Owns the main process's side of a request: from prompts to tokens for the scheduler, and its outputs to who waits.
+
+It runs on one asyncio event loop and knows nothing of HTTP.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ramet.srt.managers.generation import Generation
+from ramet.srt.managers.io_struct import (
+    AbortReq,
+    BatchStrOutput,
+    DetokenizerRequest,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    Message,
+    RequestText,
+    TokenizedGenerateReqInput,
+    decode,
+    encode,
+)
+from ramet.srt.managers.request_error import RequestError, ServiceError
+from ramet.srt.observability.metrics import Metrics
+from ramet.srt.sampling.grammar import check_grammar
+from ramet.srt.sampling.sampling_params import SamplingParams, is_unicode
+from ramet.srt.server_args import PortArgs
+from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS
+from ramet.srt.utils.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT_CHARS = 4096  # from here on a prompt is tokenized in a thread, so that others needn't wait for it
+CONTROL_TIMEOUT_S = 10.0
+MAX_TOP_LOGPROBS = 128
+ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
+
+Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput)
+
+
+@dataclass(kw_only=True)
+class SequenceInput:
+    """One prompt as a client gives it, `text` or `input_ids`, with validated parameters: `n` sequences."""
+
+    text: str | None = None
+    input_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    sampling_params: SamplingParams
+    fit_max_new_tokens: bool = False  # max_new_tokens is a default: lower it to what the context has room for
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    stream: bool = False
+    param: str = "text"  # what the client calls the prompt, for errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model and its scheduler allow."""
+
+    vocab_size: int
+    max_req_len: int  # prompt plus output, in tokens
+    has_eos: bool
+    grammars: bool  # whether constrained output is there
+
+
+class TokenizerManager:
+    """Takes requests, sends them to the scheduler, and hands back what comes out.
+
+    Until `start_accepting`, and after `stop_accepting`, every request gets a ServiceError.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits, port_args: PortArgs, metrics: Metrics):
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self.metrics = metrics
+        self._refusal: str | None = "the model is still loading"
+        self._running: dict[str, tuple[Generation, int]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._replies: dict[str, asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput]] = {}
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._reader = self._context.socket(zmq.PULL)
+        self._reader.setsockopt(zmq.RCVHWM, 0)
+        self._reader.bind(port_args.tokenizer_ipc_name)
+        self._to_scheduler = self._connect(port_args.scheduler_input_ipc_name)
+        self._to_detokenizer = self._connect(port_args.detokenizer_ipc_name)
+
+    def _connect(self, address: str) -> zmq.Socket[bytes]:
+        """A socket that never blocks: messages wait in memory until the other side takes them."""
+        socket = zmq.Socket(self._context, zmq.PUSH)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.connect(address)
+        return socket
+
+    # ---- life ----
+
+    def start_accepting(self, max_req_len: int) -> None:
+        """The instance is ready."""
+        self.limits = Limits(
+            vocab_size=self.limits.vocab_size,
+            max_req_len=max_req_len,
+            has_eos=self.limits.has_eos,
+            grammars=self.limits.grammars,
+        )
+        self._refusal = None
+
+    def stop_accepting(self, reason: str) -> None:
+        """Refuse new requests, with `reason`; running ones go on."""
+        self._refusal = reason
+
+    @property
+    def refusal(self) -> str | None:
+        """Why requests are refused now; None when they are taken."""
+        return self._refusal
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have not finished."""
+        return len(self._running)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing runs; False if something still does after `timeout_s`."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def fail_all(self, error: ServiceError) -> None:
+        """Give up every running request: their clients get `error`."""
+        for generation in {id(generation): generation for generation, _ in self._running.values()}.values():
+            generation.fail(error)
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def close(self) -> None:
+        """Close the sockets; unsent messages are dropped."""
+        for socket in (self._reader, self._to_scheduler, self._to_detokenizer):
+            socket.close(linger=0)
+        self._context.term()
+
+    # ---- requests ----
+
+    async def generate(self, inputs: list[SequenceInput], rid: str | None = None) -> Generation:
+        """Start the sequences of one client request: `n` of each input, in order.
+
+        They have the id `rid`, or if they are several `rid` with their number behind it.
+
+        Raises:
+            RequestError: if an input can't be served; nothing is started then.
+            ServiceError: if the instance takes no requests now.
+        """
+        self._check_accepting()
+        rid = rid or uuid.uuid4().hex
+        prepared = [await self._tokenize(one) for one in inputs]
+        requests = [request for one in prepared for request in _copies(one)]
+        for number, request in enumerate(requests):
+            request.rid = rid if len(requests) == 1 else f"{rid}_{number}"
+        self._check_accepting()
+        if any(request.rid in self._running for request in requests):
+            raise RequestError(f"a request with the id {rid!r} is already running", param="rid")
+        generation = Generation(rid, requests, self._release)
+        self._idle.clear()
+        for index, request in enumerate(requests):
+            self._running[request.rid] = generation, index
+            self._send_request(request)
+        return generation
+
+    def abort(self, rid: str) -> int:
+        """Ask the scheduler to end a request or one of its sequences; the number of sequences that this concerns."""
+        rids = [one for one, (generation, _) in self._running.items() if rid in (one, generation.rid)]
+        for one in rids:
+            self._send(self._to_scheduler, AbortReq(rid=one))
+        return len(rids)
+
+    def abort_all(self) -> int:
+        """Ask the scheduler to end everything; the number of sequences that this concerns."""
+        self._send(self._to_scheduler, AbortReq(abort_all=True))
+        return len(self._running)
+
+    async def flush_cache(self) -> FlushCacheReqOutput:
+        """Drop the prefix cache. Raises ServiceError if the scheduler doesn't answer."""
+        request_id = uuid.uuid4().hex
+        return await self._ask(FlushCacheReqInput(request_id=request_id), request_id, FlushCacheReqOutput)
+
+    async def internal_state(self, timeout_s: float = CONTROL_TIMEOUT_S) -> GetInternalStateReqOutput:
+        """The scheduler's numbers. Raises ServiceError if it doesn't answer."""
+        request_id = uuid.uuid4().hex
+        message = GetInternalStateReq(request_id=request_id)
+        return await self._ask(message, request_id, GetInternalStateReqOutput, timeout_s)
+
+    async def receive_forever(self) -> None:
+        """Hand what comes from the other processes to who waits for it. Runs until cancelled."""
+        while True:
+            message = decode(await self._reader.recv())
+            if isinstance(message, BatchStrOutput):
+                now = time.monotonic()
+                for item in message.outputs:
+                    self._take_output(item, now)
+            elif isinstance(message, FlushCacheReqOutput | GetInternalStateReqOutput):
+                future = self._replies.get(message.request_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            else:
+                raise TypeError(f"the tokenizer manager got a {type(message).__name__}, which it doesn't handle")
+
+    # ---- inside ----
+
+    def _check_accepting(self) -> None:
+        if self._refusal is not None:
+            raise ServiceError(self._refusal)
+
+    async def _tokenize(self, one: SequenceInput) -> TokenizedGenerateReqInput:
+        params = one.sampling_params
+        input_ids = one.input_ids
+        if input_ids is None:
+            input_ids = await self._encode(one)
+        self._check_prompt(one, input_ids)
+        await self._check_grammar(params)
+        room = self.limits.max_req_len - len(input_ids)
+        if params.max_new_tokens > room:
+            if not one.fit_max_new_tokens:
+                raise RequestError(
+                    f"the prompt has {len(input_ids)} tokens; with {params.max_new_tokens} more it would be "
+                    f"longer than the context of {self.limits.max_req_len} tokens",
+                    param="max_new_tokens",
+                    code="context_length_exceeded",
+                )
+            params = msgspec.structs.replace(params, max_new_tokens=room)
+        return TokenizedGenerateReqInput(
+            rid="",
+            input_ids=input_ids,
+            sampling_params=params,
+            stream=one.stream,
+            return_logprob=one.return_logprob,
+            logprob_start_len=one.logprob_start_len,
+            top_logprobs_num=one.top_logprobs_num,
+        )
+
+    async def _encode(self, one: SequenceInput) -> list[int]:
+        text = one.text or ""
+        if not is_unicode(text):
+            raise RequestError(f"{one.param} holds a lone surrogate, which is no text", param=one.param)
+        if len(text) < LONG_TEXT_CHARS:
+            return self.tokenizer.encode(text, one.add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, one.add_special_tokens)
+
+    def _check_prompt(self, one: SequenceInput, input_ids: list[int]) -> None:
+        limits = self.limits
+        if not input_ids:
+            raise RequestError(f"{one.param} must not be empty", param=one.param)
+        if min(input_ids) < 0 or max(input_ids) >= limits.vocab_size:
+            raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
+        if len(input_ids) >= limits.max_req_len:
+            raise RequestError(
+                f"the prompt has {len(input_ids)} tokens; the context of {limits.max_req_len} tokens has no room for "
+                "it and an answer",
+                param=one.param,
+                code="context_length_exceeded",
+            )
+        if not -1 <= one.logprob_start_len <= len(input_ids):
+            raise RequestError(
+                f"logprob_start_len must be from -1 to the prompt's {len(input_ids)} tokens", param="logprob_start_len"
+            )
+        if one.top_logprobs_num > min(MAX_TOP_LOGPROBS, limits.vocab_size):
+            raise RequestError(
+                f"at most {min(MAX_TOP_LOGPROBS, limits.vocab_size)} top logprobs can be had", param="top_logprobs_num"
+            )
+
+    async def _check_grammar(self, params: SamplingParams) -> None:
+        name = next((name for name in ("regex", "json_schema", "ebnf") if getattr(params, name) is not None), None)
+        if name is None:
+            return
+        if not self.limits.grammars:
+            raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
+        if not self.limits.has_eos:
+            raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
+        await asyncio.to_thread(check_grammar, params)
+
+    def _send_request(self, request: TokenizedGenerateReqInput) -> None:
+        params = request.sampling_params
+        announcement = DetokenizerRequest(
+            rid=request.rid,
+            prompt_tail_ids=request.input_ids[-PROMPT_TAIL_TOKENS:],
+            stop=params.stop,
+            min_new_tokens=params.min_new_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            no_stop_trim=params.no_stop_trim,
+        )
+        self._send(self._to_detokenizer, announcement)
+        self._send(self._to_scheduler, request)
+
+    def _take_output(self, item: RequestText, now: float) -> None:
+        entry = self._running.get(item.output.rid)
+        if entry is None:
+            return  # its client has gone
+        generation, index = entry
+        sequence = generation.sequences[index]
+        reason = item.output.finish_reason
+        previous_s = sequence.last_output_s
+        generation.add(index, item, now)
+        self.metrics.observe_output(sequence, len(item.output.token_ids), previous_s)
+        if reason is None:
+            return
+        self._forget(item.output.rid)
+        self.metrics.observe_end(sequence, reason)
+        if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
+            message = reason.message or "the request was refused"
+            if reason.status_code < 500:
+                generation.fail(RequestError(message, status_code=reason.status_code))
+            else:
+                generation.fail(ServiceError(message, status_code=reason.status_code))
+
+    def _release(self, generation: Generation) -> None:
+        """The client has all it wanted, or has gone: end what still runs."""
+        for sequence in generation.unfinished():
+            rid = sequence.request.rid
+            if rid in self._running:
+                self._send(self._to_scheduler, AbortReq(rid=rid))
+                self._forget(rid)
+                self.metrics.observe_abort()
+
+    def _forget(self, rid: str) -> None:
+        del self._running[rid]
+        if not self._running:
+            self._idle.set()
+
+    def _send(self, socket: zmq.Socket[bytes], message: Message) -> None:
+        if not socket.closed:
+            socket.send(encode(message), zmq.NOBLOCK)
+
+    async def _ask(
+        self, message: Message, request_id: str, kind: type[Reply], timeout_s: float = CONTROL_TIMEOUT_S
+    ) -> Reply:
+        future: asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._replies[request_id] = future
+        try:
+            self._send(self._to_scheduler, message)
+            reply = await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise ServiceError(f"the scheduler has not answered for {timeout_s:g} s") from None
+        finally:
+            del self._replies[request_id]
+        assert isinstance(reply, kind)
+        return reply
+
+
+def _copies(request: TokenizedGenerateReqInput) -> list[TokenizedGenerateReqInput]:
+    """The `n` sequences that the request asks for; a given seed becomes `n` seeds that follow each other."""
+    params = request.sampling_params
+    copies = []
+    for number in range(params.n):
+        seed = None if params.sampling_seed is None else params.sampling_seed + number
+        copies.append(
+            msgspec.structs.replace(
+                request, sampling_params=msgspec.structs.replace(params, n=1, sampling_seed=seed)
+            )
+        )
+    return copies

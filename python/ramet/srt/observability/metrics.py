@@ -1,0 +1,107 @@
+"""Owns the instance's Prometheus metrics. Names are SGLang's, with our prefix, where the concept is the same."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LoadReport
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6)
+
+
+class Metrics:
+    """One instance's metrics in a registry of their own, so that several instances fit into one process."""
+
+    def __init__(self, model_name: str):
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": model_name}
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"ramet:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"ramet:{name}", text, ["model_name"], registry=self.registry).labels(**self._labels)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            whole = Histogram(f"ramet:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
+            return whole.labels(**self._labels)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got an output.")
+        self.generation_tokens = counter("generation_tokens", "Output tokens.")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens that came from the prefix cache.")
+        self.num_requests = counter("num_requests", "Sequences that have finished, aborted ones not counted.")
+        self.num_aborted = counter("num_aborted_requests", "Sequences that were aborted or refused by the scheduler.")
+        self.time_to_first_token = histogram(
+            "time_to_first_token_seconds", "From a request to its first output.", LATENCY_BUCKETS
+        )
+        self.inter_token_latency = histogram(
+            "inter_token_latency_seconds", "Between two output tokens of a request.", TOKEN_BUCKETS
+        )
+        self.e2e_latency = histogram("e2e_request_latency_seconds", "From a request to its end.", LATENCY_BUCKETS)
+        self.num_running_reqs = gauge("num_running_reqs", "Requests that are being computed.")
+        self.num_queue_reqs = gauge("num_queue_reqs", "Requests that wait.")
+        self.num_used_tokens = gauge("num_used_tokens", "KV cache slots held by running requests.")
+        self.num_prefix_tokens = gauge("num_prefix_cache_tokens", "KV cache slots held by the prefix cache alone.")
+        self.token_usage = gauge("token_usage", "Share of the KV cache that running requests hold.")
+        self.gen_throughput = gauge("gen_throughput", "Output tokens per second, lately.")
+        self.num_retracted = gauge("num_retracted_reqs", "Requests that were put back for lack of KV cache, in total.")
+        self.cache_hit_rate = gauge("cache_hit_rate", "Share of all prompt tokens that came from the prefix cache.")
+        self.startup_seconds = gauge("startup_seconds", "From the launch to ready.")
+        self._load = {
+            name: Gauge(f"ramet:weight_load_{name}", text, ["model_name", "source", "rank"], registry=self.registry)
+            for name, text in (
+                ("bytes", "Bytes of weights in the rank's arena."),
+                ("seconds", "Seconds that filling the arena took."),
+            )
+        }
+        self._num_prompt_tokens = 0
+        self._num_cached_tokens = 0
+
+    def observe_load(self, rank: int, report: LoadReport) -> None:
+        """How a rank's weights came."""
+        labels = {**self._labels, "source": report.source, "rank": str(rank)}
+        self._load["bytes"].labels(**labels).set(report.num_bytes)
+        self._load["seconds"].labels(**labels).set(report.seconds)
+
+    def observe_output(self, sequence: RunningSequence, num_tokens: int, previous_s: float | None) -> None:
+        """A sequence has got `num_tokens` more; its output before that came at `previous_s`."""
+        assert sequence.last_output_s is not None
+        self.generation_tokens.inc(num_tokens)
+        if previous_s is None:
+            self.prompt_tokens.inc(sequence.prompt_tokens)
+            self.cached_tokens.inc(sequence.cached_tokens)
+            self._num_prompt_tokens += sequence.prompt_tokens
+            self._num_cached_tokens += sequence.cached_tokens
+            self.time_to_first_token.observe(sequence.last_output_s - sequence.created_s)
+        elif num_tokens:
+            latency_s = (sequence.last_output_s - previous_s) / num_tokens
+            for _ in range(num_tokens):
+                self.inter_token_latency.observe(latency_s)
+
+    def observe_end(self, sequence: RunningSequence, reason: FinishReason) -> None:
+        """A sequence has finished."""
+        if reason.type == "abort":
+            self.observe_abort()
+        else:
+            self.num_requests.inc()
+            self.e2e_latency.observe(sequence.e2e_latency_s)
+
+    def observe_abort(self) -> None:
+        """A sequence was given up."""
+        self.num_aborted.inc()
+
+    def observe_state(self, state: GetInternalStateReqOutput) -> None:
+        """The scheduler's numbers."""
+        self.num_running_reqs.set(state.num_running_reqs)
+        self.num_queue_reqs.set(state.num_waiting_reqs)
+        self.num_used_tokens.set(state.num_used_tokens)
+        self.num_prefix_tokens.set(state.num_cached_tokens)
+        self.token_usage.set(state.num_used_tokens / max(1, state.max_total_num_tokens))
+        self.gen_throughput.set(state.last_gen_throughput)
+        self.num_retracted.set(state.num_retracted_reqs)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        self.cache_hit_rate.set(self._num_cached_tokens / max(1, self._num_prompt_tokens))
+        return generate_latest(self.registry)
