@@ -8,7 +8,13 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import Field, ValidationError, WithJsonSchema
 
-from ramet.srt.entrypoints.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds, describe_validation_errors
+from ramet.srt.entrypoints.http_validation import (
+    MAX_PROMPTS,
+    PromptText,
+    RequestBody,
+    TokenIds,
+    describe_validation_errors,
+)
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.request_error import RequestError

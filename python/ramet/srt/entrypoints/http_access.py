@@ -22,9 +22,7 @@ class AccessMiddleware:
         refusal: says why nothing can be answered now, or None.
     """
 
-    def __init__(
-        self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, refusal: Callable[[], str | None]
-    ):
+    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, refusal: Callable[[], str | None]):
         self._app = app
         self._api_key = api_key
         self._admin_api_key = admin_api_key

@@ -75,7 +75,12 @@ def create_app(instance: Instance) -> FastAPI:
     async def on_client_gone(request: Request, error: ClientGone) -> Response:
         return error_response(CLIENT_GONE_STATUS, "the client has gone")
 
-    for router in (_health_routes(instance), _native_routes(instance), _admin_routes(instance), _openai_routes(instance)):
+    for router in (
+        _health_routes(instance),
+        _native_routes(instance),
+        _admin_routes(instance),
+        _openai_routes(instance),
+    ):
         app.include_router(router)
     app.add_middleware(
         AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal

@@ -177,7 +177,11 @@ class Instance:
             "weight_load": [msgspec.to_builtins(scheduler.load_report) for scheduler in self.schedulers],
             "startup_phases": self.progress.phases,
             "internal_states": [
-                {name: value for name, value in msgspec.to_builtins(state).items() if name not in ("type", "request_id")}
+                {
+                    name: value
+                    for name, value in msgspec.to_builtins(state).items()
+                    if name not in ("type", "request_id")
+                }
             ],
         }
 

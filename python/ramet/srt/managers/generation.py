@@ -42,7 +42,10 @@ class RunningSequence:
         self.text += item.text
         self.output_ids += output.token_ids
         self.cached_tokens = output.cached_tokens
-        for total, new in ((self.input_logprobs, output.input_logprobs), (self.output_logprobs, output.output_logprobs)):
+        for total, new in (
+            (self.input_logprobs, output.input_logprobs),
+            (self.output_logprobs, output.output_logprobs),
+        ):
             if new is not None:
                 total.logprobs += new.logprobs
                 total.token_ids += new.token_ids

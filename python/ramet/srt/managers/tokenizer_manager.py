@@ -366,8 +366,6 @@ def _copies(request: TokenizedGenerateReqInput) -> list[TokenizedGenerateReqInpu
     for number in range(params.n):
         seed = None if params.sampling_seed is None else params.sampling_seed + number
         copies.append(
-            msgspec.structs.replace(
-                request, sampling_params=msgspec.structs.replace(params, n=1, sampling_seed=seed)
-            )
+            msgspec.structs.replace(request, sampling_params=msgspec.structs.replace(params, n=1, sampling_seed=seed))
         )
     return copies

@@ -142,7 +142,3 @@ class ModelRunner:
             rows.top_logprobs += part.top_logprobs
             rows.top_token_ids += part.top_token_ids
         return rows
-
-    def close(self) -> None:
-        """Withdraw what this rank has published."""
-        self.loader.close()

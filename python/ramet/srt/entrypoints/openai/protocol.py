@@ -33,9 +33,9 @@ class SamplingBody(RequestBody):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
