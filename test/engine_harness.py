@@ -1,6 +1,7 @@
 """Runs a scheduler with its model in the test's own process: messages go in and come out without sockets."""
 
 from collections.abc import Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from ramet.srt.sampling.grammar import make_grammar_backend
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.tokenizer import Tokenizer
+
+GRAMMAR_TIMEOUT_S = 30.0
 
 
 class DirectChannel:
@@ -100,6 +103,7 @@ class EngineHarness:
     def run(self, max_steps: int = 5000) -> dict[str, "Result"]:
         """Step until everything has ended, check that no cache page is lost, and return what each request got."""
         for _ in range(max_steps):
+            wait([future for _, future in self.scheduler.compiling], timeout=GRAMMAR_TIMEOUT_S)
             if not self.step() and not self.scheduler._has_work():
                 break
         else:
