@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.sampling.sampling_params import SamplingParams
 
 INVALID_TOKEN = -1  # what is sampled from a row that has no finite logit
@@ -100,15 +101,6 @@ def uniform(seed: int, position: int) -> float:
     return (state >> 40) / (1 << 24)
 
 
-@dataclass
-class LogprobRows:
-    """Log-probabilities on the host for a number of rows."""
-
-    logprobs: list[float]  # of the token of each row
-    top_logprobs: list[list[float]]
-    top_token_ids: list[list[int]]
-
-
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, top_nums: Sequence[int]) -> LogprobRows:
     """Log-probabilities of `token_ids` [num_rows] and of the `top_nums[i]` likeliest tokens of each row.
 
@@ -119,8 +111,8 @@ def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, top_nums: Se
     chosen = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
     most = min(max(top_nums, default=0), logits.shape[1])
     if most == 0:
-        return LogprobRows(chosen, [[] for _ in chosen], [[] for _ in chosen])
+        return LogprobRows(logprobs=chosen, top_logprobs=[[] for _ in chosen], top_token_ids=[[] for _ in chosen])
     values, indices = torch.topk(logprobs, most, dim=-1)
     top = [row[:num] for row, num in zip(values.tolist(), top_nums, strict=True)]
     top_ids = [row[:num] for row, num in zip(indices.tolist(), top_nums, strict=True)]
-    return LogprobRows(chosen, top, top_ids)
+    return LogprobRows(logprobs=chosen, top_logprobs=top, top_token_ids=top_ids)

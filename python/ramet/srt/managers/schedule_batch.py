@@ -1,18 +1,20 @@
 """Owns a running request (`Req`) and the batch that one forward pass computes (`ScheduleBatch`)."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.model_executor.batch_plan import BatchPlan, PageWrite, SamplingState, SequencePlan
 
 if TYPE_CHECKING:
-    from ramet.srt.mem_cache.memory_pool import ReqToPagePool
     from ramet.srt.sampling.grammar import Grammar
     from ramet.srt.utils.incremental_decode import TextStream
+
+logger = logging.getLogger(__name__)
 
 
 def empty_logprobs() -> TokenLogprobs:
@@ -40,8 +42,6 @@ class Req:
         self.handle: CacheHandle | None = None
         self.extend_len = 0  # tokens that this pass computes
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
-        self.token_counts: torch.Tensor | None = None  # float32 [vocab_size]: output tokens, for penalties
-        self.seen_tokens: torch.Tensor | None = None  # bool [vocab_size]: prompt and output tokens, for penalties
 
         self.stop_stream: TextStream | None = None  # made for requests with stop strings
 
@@ -80,6 +80,29 @@ class Req:
         """Whether this pass computes the sequence to its end, so that a token comes out."""
         return self.handle.kv_len + self.extend_len == self.seq_len
 
+    def grammar_mask(self, vocab_size: int) -> bytes:
+        """Which tokens the grammar allows next: one bit each, in int32 words; none if the grammar gave up."""
+        words = np.zeros(-(-vocab_size // 32), dtype=np.int32)
+        try:
+            self.grammar.fill_mask(words)
+        except RuntimeError as error:  # a resource limit of the grammar library
+            logger.warning("request %s: %s", self.rid, error)
+            words[:] = 0
+        return words.tobytes()
+
+    def sampling_state(self) -> SamplingState:
+        """What the sampling rank must know before it chooses this request's next token."""
+        params = self.sampling_params
+        return SamplingState(
+            rid=self.rid,
+            params=params,
+            seed=self.sampling_seed,
+            prompt_ids=self.origin_input_ids if params.repetition_penalty != 1.0 else [],
+            output_ids=list(self.output_ids),
+            return_logprob=self.return_logprob,
+            top_logprobs_num=self.top_logprobs_num,
+        )
+
     def input_logprob_positions(self) -> range:
         """Prompt positions in this pass whose logits give a prompt logprob: that of the token behind each."""
         if not self.wants_input_logprobs or self.output_ids:
@@ -94,57 +117,50 @@ class ScheduleBatch:
     """The requests of one forward pass."""
 
     reqs: list[Req]
-    forward_mode: ForwardMode
+    is_decode: bool
     sampled_reqs: list[Req] = field(default_factory=list)  # those that get a token from this pass
 
     @classmethod
     def for_extend(cls, reqs: list[Req]) -> "ScheduleBatch":
         """Compute `extend_len` prompt tokens of each request."""
-        return cls(reqs, ForwardMode.EXTEND, [req for req in reqs if req.is_last_chunk])
+        return cls(reqs, False, [req for req in reqs if req.is_last_chunk])
 
     @classmethod
     def for_decode(cls, reqs: list[Req]) -> "ScheduleBatch":
         """Compute the newest token of each request."""
         for req in reqs:
             req.extend_len = 1
-        return cls(reqs, ForwardMode.DECODE, reqs)
+        return cls(reqs, True, reqs)
 
-    def to_forward_batch(self, req_pool: "ReqToPagePool", page_size: int) -> ForwardBatch:
-        """The batch as tensors on the pool's device."""
-        device = req_pool.req_to_page.device
-        starts = [req.handle.kv_len for req in self.reqs]
-        lens = [req.extend_len for req in self.reqs]
-        ends = [start + new for start, new in zip(starts, lens, strict=True)]
-        if self.forward_mode is ForwardMode.DECODE:
-            input_ids = [req.output_ids[-1] for req in self.reqs]
-            positions = torch.tensor(starts, dtype=torch.int64, device=device)
-            sequence = torch.arange(len(self.reqs), device=device)
-            logits_rows = sequence
-        else:
-            input_ids, rows = [], []
-            for req, start, end in zip(self.reqs, starts, ends, strict=True):
-                input_ids.extend(req.fill_ids[start:end])
-                if req.is_last_chunk:
-                    rows.append(len(input_ids) - 1)
-            positions = torch.cat(
-                [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
+    def to_plan(
+        self, page_writes: list[PageWrite], new_states: list[SamplingState], ended_rids: list[str], vocab_size: int
+    ) -> BatchPlan:
+        """The pass as the ranks get it."""
+        return BatchPlan(
+            is_decode=self.is_decode,
+            sequences=[self._sequence(req) for req in self.reqs],
+            page_writes=page_writes,
+            new_states=new_states,
+            ended_rids=ended_rids,
+            grammar_masks={
+                req.rid: req.grammar_mask(vocab_size) for req in self.sampled_reqs if req.grammar is not None
+            },
+        )
+
+    def _sequence(self, req: Req) -> SequencePlan:
+        start = req.handle.kv_len
+        if self.is_decode:
+            return SequencePlan(
+                rid=req.rid, row=req.handle.row, start=start, input_ids=[req.output_ids[-1]], is_sampled=True
             )
-            sequence = torch.repeat_interleave(
-                torch.arange(len(self.reqs), device=device), torch.tensor(lens, device=device)
-            )
-            logits_rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        max_pages = -(-max(ends) // page_size)
-        table_rows = torch.tensor([req.handle.row for req in self.reqs], dtype=torch.int64, device=device)
-        block_tables = req_pool.req_to_page[table_rows, :max_pages]
-        pages = block_tables[sequence, positions // page_size]
-        return ForwardBatch(
-            forward_mode=self.forward_mode,
-            input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-            positions=positions,
-            out_cache_loc=pages * page_size + positions % page_size,
-            block_tables=block_tables,
-            seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-            seq_lens_cpu=ends,
-            extend_lens_cpu=lens,
-            logits_rows=logits_rows,
+        positions = req.input_logprob_positions()
+        return SequencePlan(
+            rid=req.rid,
+            row=req.handle.row,
+            start=start,
+            input_ids=req.fill_ids[start : start + req.extend_len],
+            is_sampled=req.is_last_chunk,
+            logprob_offset=positions.start - start if positions else 0,
+            logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
+            top_logprobs_num=req.top_logprobs_num,
         )

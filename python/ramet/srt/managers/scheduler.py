@@ -7,10 +7,8 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.layers.sampler import INVALID_TOKEN, SamplingInfo, compute_logprobs, sample, uniform
+from ramet.srt.layers.sampler import INVALID_TOKEN
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -25,14 +23,14 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.schedule_batch import Req, ScheduleBatch
 from ramet.srt.managers.schedule_policy import PrefillAdder, order_waiting, pick_retracted
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
-from ramet.srt.managers.scheduler_output import OutputProcessor, abort_output
-from ramet.srt.mem_cache.allocator import PageAllocator
+from ramet.srt.managers.scheduler_output import OutputProcessor, abort_output, add_logprobs
+from ramet.srt.managers.tp_worker import TpModelWorker
+from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
-from ramet.srt.model_executor.forward_batch_info import ForwardMode
+from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import Grammar, GrammarBackend
-from ramet.srt.sampling.penalties import apply_logit_rules
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.tokenizer import Tokenizer
@@ -68,9 +66,11 @@ class Scheduler:
         self.grammar_backend = grammar_backend
         self.channel = channel
         self.page_size = server_args.page_size
+        self.worker = TpModelWorker(model_runner)
         allocator = PageAllocator(model_runner.max_total_num_tokens // self.page_size)
         tree = RadixCache(allocator, self.page_size, server_args.disable_radix_cache)
-        self.cache = RequestCache(model_runner.req_pool, allocator, tree, self.page_size)
+        rows = RowAllocator(server_args.max_running_requests)
+        self.cache = RequestCache(rows, allocator, tree, self.page_size)
         self.output = OutputProcessor(tokenizer, model_config.eos_token_ids, server_args.stream_interval)
         self.waiting: deque[Req] = deque()
         self.running: list[Req] = []
@@ -84,8 +84,8 @@ class Scheduler:
         self.forward_started: float | None = None  # time.monotonic() while a pass runs; the watchdog reads it
         self.stopping = False
         self._token_times: deque[tuple[float, int]] = deque()
-        self._sampling_key: list[str] = []
-        self._sampling_info: SamplingInfo | None = None
+        self.sampling_rids: set[str] = set()  # requests whose sampling state the ranks hold
+        self.ended_rids: list[str] = []  # those of them that the ranks may forget
 
     # -- The loop
 
@@ -234,7 +234,7 @@ class Scheduler:
             self.chunked_req = None
         for req in ended:
             req.finish_reason = FinishReason(type="abort", message="aborted", status_code=499)
-            self.cache.release(req.handle, req.fill_ids)
+            self._release(req)
         self.running = [req for req in self.running if not req.abort_requested]
         self._send(ended)
 
@@ -286,8 +286,7 @@ class Scheduler:
 
     def _retract(self, req: Req) -> None:
         """Take a running request's cache away; it starts over from its tokens when there is room."""
-        self.cache.release(req.handle, req.fill_ids)
-        req.handle = None
+        self._release(req)
         self.waiting.appendleft(req)
         self.num_retracted += 1
         self.new_token_ratio = min(1.0, self.new_token_ratio + NEW_TOKEN_RATIO_STEP)
@@ -298,83 +297,51 @@ class Scheduler:
     def _run_batch(self, batch: ScheduleBatch, silent: bool = False) -> None:
         """Compute a batch and deal with its tokens; `silent` sends nothing."""
         self.forward_started = time.monotonic()
-        forward_batch = batch.to_forward_batch(self.model_runner.req_pool, self.page_size)
-        hidden_states = self.model_runner.forward(forward_batch)
-        self._add_input_logprobs(batch, hidden_states)
-        token_ids: list[int] = []
-        if batch.sampled_reqs:
-            logits = self.model_runner.compute_logits(hidden_states[forward_batch.logits_rows])
-            token_ids = self._sample(batch.sampled_reqs, logits)
+        result = self.worker.run(self._plan(batch))
         self.forward_started = None
-        self._process_result(batch, token_ids)
+        self._process_result(batch, result)
         if not silent:
             self._send(batch.sampled_reqs)
 
-    @torch.inference_mode()
-    def _sample(self, reqs: list[Req], logits: torch.Tensor) -> list[int]:
-        """One token for each request from its row of `logits`; records the log-probabilities that were asked for."""
-        with_logprobs = [row for row, req in enumerate(reqs) if req.return_logprob]
-        raw = logits[with_logprobs].clone() if with_logprobs else None
-        apply_logit_rules(logits, reqs, self.model_config.eos_token_ids)
-        uniforms = [uniform(req.sampling_seed, len(req.output_ids)) for req in reqs]
-        tokens = sample(logits, self._info_of(reqs), torch.tensor(uniforms, device=logits.device))
-        if raw is not None:
-            chosen = [reqs[row] for row in with_logprobs]
-            rows = compute_logprobs(raw, tokens[with_logprobs], [req.top_logprobs_num for req in chosen])
-            for index, (req, token_id) in enumerate(zip(chosen, tokens[with_logprobs].tolist(), strict=True)):
-                req.output_logprobs.logprobs.append(rows.logprobs[index])
-                req.output_logprobs.token_ids.append(token_id)
-                req.output_logprobs.top_logprobs.append(rows.top_logprobs[index])
-                req.output_logprobs.top_token_ids.append(rows.top_token_ids[index])
-        return tokens.tolist()
+    def _plan(self, batch: ScheduleBatch) -> BatchPlan:
+        new_states = [req.sampling_state() for req in batch.sampled_reqs if req.rid not in self.sampling_rids]
+        self.sampling_rids.update(state.rid for state in new_states)
+        ended, self.ended_rids = self.ended_rids, []
+        return batch.to_plan(self.cache.take_page_writes(), new_states, ended, self.model_config.vocab_size)
 
-    def _info_of(self, reqs: list[Req]) -> SamplingInfo:
-        """The requests' sampling parameters as tensors, made again only when the batch has changed."""
-        key = [req.rid for req in reqs]
-        if self._sampling_info is None or key != self._sampling_key:
-            params = [req.sampling_params for req in reqs]
-            self._sampling_key = key
-            self._sampling_info = SamplingInfo.from_params(
-                params, self.model_config.vocab_size, self.model_runner.device
-            )
-        return self._sampling_info
-
-    def _add_input_logprobs(self, batch: ScheduleBatch, hidden_states: torch.Tensor) -> None:
-        """Record the prompt log-probabilities that this pass gives."""
-        first_row = 0
+    def _process_result(self, batch: ScheduleBatch, result: BatchResult) -> None:
+        """Give the tokens and log-probabilities to their requests and end those that are done."""
         for req in batch.reqs:
-            positions = req.input_logprob_positions() if batch.forward_mode is ForwardMode.EXTEND else range(0)
-            if positions:
-                start = first_row + positions.start - req.handle.kv_len
-                targets = req.origin_input_ids[positions.start + 1 : positions.stop + 1]
-                rows = self.model_runner.prompt_logprobs(
-                    hidden_states[start : start + len(positions)], targets, req.top_logprobs_num
-                )
-                req.input_logprobs.logprobs += rows.logprobs
-                req.input_logprobs.token_ids += targets
-                req.input_logprobs.top_logprobs += rows.top_logprobs
-                req.input_logprobs.top_token_ids += rows.top_token_ids
-            first_row += req.extend_len
-
-    def _process_result(self, batch: ScheduleBatch, token_ids: list[int]) -> None:
-        """Give the tokens to their requests and end those that are done."""
-        for req in batch.reqs:
+            if (rows := result.prompt_logprobs.get(req.rid)) is not None:
+                first = req.input_logprob_positions().start + 1
+                targets = req.origin_input_ids[first : first + len(rows.logprobs)]
+                add_logprobs(req.input_logprobs, targets, rows)
             req.handle.kv_len += req.extend_len
-            if batch.forward_mode is ForwardMode.EXTEND:
+            if not batch.is_decode:
                 self.cache.share(req.handle, req.fill_ids)
-        for req, token_id in zip(batch.sampled_reqs, token_ids, strict=True):
+        for req, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True):
             if token_id == INVALID_TOKEN:
                 message = "the model or the grammar left no token to choose"
                 req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
             else:
                 self.output.append_token(req, token_id)
+                if req.return_logprob:
+                    add_logprobs(req.output_logprobs, [token_id], result.output_logprobs[req.rid])
             if req.finish_reason is not None:
-                self.cache.release(req.handle, req.fill_ids)
-        if batch.forward_mode is ForwardMode.EXTEND:
+                self._release(req)
+        if not batch.is_decode:
             self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
         else:
             self.running = [req for req in self.running if req.finish_reason is None]
-        self._token_times.append((time.monotonic(), len(token_ids)))
+        self._token_times.append((time.monotonic(), len(result.token_ids)))
+
+    def _release(self, req: Req) -> None:
+        """Take back what a request that stops running holds, here and on the ranks."""
+        self.cache.release(req.handle, req.fill_ids)
+        req.handle = None
+        if req.rid in self.sampling_rids:
+            self.sampling_rids.remove(req.rid)
+            self.ended_rids.append(req.rid)
 
     def _send(self, reqs: list[Req]) -> None:
         outputs = [output for req in reqs if (output := self.output.collect(req)) is not None]

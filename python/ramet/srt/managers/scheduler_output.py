@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
 from ramet.srt.managers.schedule_batch import Req, empty_logprobs
-from ramet.srt.sampling.penalties import update_penalty_state
+from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.utils.tokenizer import Tokenizer
 
@@ -20,7 +20,6 @@ class OutputProcessor:
     def append_token(self, req: Req, token_id: int) -> None:
         """Add an output token to the request and set its finish reason if it is the last."""
         req.output_ids.append(token_id)
-        update_penalty_state(req, token_id)
         if req.grammar is not None:
             try:
                 req.grammar.accept(token_id)
@@ -97,6 +96,14 @@ def _with_first_token(req: Req) -> TokenLogprobs:
         top_logprobs=[[], *logprobs.top_logprobs],
         top_token_ids=[[], *logprobs.top_token_ids],
     )
+
+
+def add_logprobs(logprobs: TokenLogprobs, token_ids: Sequence[int], rows: LogprobRows) -> None:
+    """Append the log-probabilities of `token_ids`."""
+    logprobs.logprobs += rows.logprobs
+    logprobs.token_ids += token_ids
+    logprobs.top_logprobs += rows.top_logprobs
+    logprobs.top_token_ids += rows.top_token_ids
 
 
 def abort_output(req: Req, message: str, status_code: int) -> RequestOutput:

@@ -1,4 +1,4 @@
-"""Owns which KV cache pages are free."""
+"""Owns which KV cache pages and which rows of the page table are free."""
 
 
 class PageAllocator:
@@ -32,3 +32,21 @@ class PageAllocator:
         assert len(free) + len(held) == self.num_pages, (
             f"{self.num_pages - len(free) - len(held)} of {self.num_pages} KV pages are lost"
         )
+
+
+class RowAllocator:
+    """Hands out rows of the page table, one for each request that holds KV cache."""
+
+    def __init__(self, num_rows: int):
+        self._free = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def alloc(self) -> int:
+        """A free row. The caller has checked that there is one."""
+        return self._free.pop()
+
+    def free(self, row: int) -> None:
+        self._free.append(row)

@@ -4,27 +4,14 @@ import torch
 
 
 class ReqToPagePool:
-    """Rows of page numbers, one for each request that holds KV cache."""
+    """Rows of page numbers, one for each request that holds KV cache: a rank's copy of what the scheduler decided."""
 
     def __init__(self, size: int, max_pages_per_req: int, device: torch.device):
         self.req_to_page = torch.zeros((size, max_pages_per_req), dtype=torch.int64, device=device)
-        self._free_rows = list(range(size - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free_rows)
-
-    def alloc(self) -> int:
-        """A free row. The caller has checked that there is one."""
-        return self._free_rows.pop()
-
-    def free(self, row: int) -> None:
-        self._free_rows.append(row)
 
     def write(self, row: int, start: int, pages: list[int]) -> None:
         """Set the pages of `row` from its page index `start` on."""
-        if pages:
-            self.req_to_page[row, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+        self.req_to_page[row, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int64)
 
 
 class MHATokenToKVPool:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ramet.srt.mem_cache.allocator import PageAllocator
-from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from ramet.srt.model_executor.batch_plan import PageWrite
 
 
 @dataclass
@@ -22,11 +22,12 @@ class CacheHandle:
 class RequestCache:
     """Gives requests pages, evicting cached prefixes when none are free, and takes them back."""
 
-    def __init__(self, req_pool: ReqToPagePool, allocator: PageAllocator, tree: RadixCache, page_size: int):
-        self.req_pool = req_pool
+    def __init__(self, rows: RowAllocator, allocator: PageAllocator, tree: RadixCache, page_size: int):
+        self.rows = rows
         self.allocator = allocator
         self.tree = tree
         self.page_size = page_size
+        self._page_writes: list[PageWrite] = []  # changes of the page table that the ranks have not been told yet
 
     @property
     def num_available_pages(self) -> int:
@@ -35,7 +36,7 @@ class RequestCache:
 
     @property
     def num_available_rows(self) -> int:
-        return self.req_pool.num_free
+        return self.rows.num_free
 
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -44,8 +45,8 @@ class RequestCache:
         """A handle that holds the longest cached prefix of `token_ids`."""
         pages, node = self.tree.match_prefix(token_ids)
         self.tree.lock(node)
-        handle = CacheHandle(self.req_pool.alloc(), node, pages, len(pages), len(pages) * self.page_size)
-        self.req_pool.write(handle.row, 0, pages)
+        handle = CacheHandle(self.rows.alloc(), node, pages, len(pages), len(pages) * self.page_size)
+        self._write(handle.row, 0, pages)
         return handle
 
     def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
@@ -58,7 +59,7 @@ class RequestCache:
         if missing > self.allocator.num_free:
             self.tree.evict(missing - self.allocator.num_free)
         pages = self.allocator.alloc(missing)
-        self.req_pool.write(handle.row, len(handle.pages), pages)
+        self._write(handle.row, len(handle.pages), pages)
         handle.pages.extend(pages)
         return True
 
@@ -78,7 +79,7 @@ class RequestCache:
         self.tree.unlock(handle.node)
         handle.node = node
         if num_held > handle.num_tree_pages:
-            self.req_pool.write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
+            self._write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
         handle.pages[:num_full] = pages
         handle.num_tree_pages = num_full
 
@@ -87,7 +88,16 @@ class RequestCache:
         self.share(handle, token_ids)
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
-        self.req_pool.free(handle.row)
+        self.rows.free(handle.row)
+
+    def take_page_writes(self) -> list[PageWrite]:
+        """The changes of the page table since the last call, in order."""
+        writes, self._page_writes = self._page_writes, []
+        return writes
+
+    def _write(self, row: int, start: int, pages: list[int]) -> None:
+        if pages:
+            self._page_writes.append(PageWrite(row, start, list(pages)))
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""

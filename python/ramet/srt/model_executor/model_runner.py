@@ -11,9 +11,10 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from ramet.srt.layers.sampler import LogprobRows, compute_logprobs
+from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
+from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.weight_arena import WeightArena
@@ -133,7 +134,7 @@ class ModelRunner:
     @torch.inference_mode()
     def prompt_logprobs(self, hidden_states: torch.Tensor, token_ids: Sequence[int], top_num: int) -> LogprobRows:
         """Log-probabilities of `token_ids`, each given the hidden state in its row, a few hundred rows at a time."""
-        rows = LogprobRows([], [], [])
+        rows = LogprobRows(logprobs=[], top_logprobs=[], top_token_ids=[])
         for start in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
             targets = torch.tensor(token_ids[start : start + PROMPT_LOGPROB_ROWS], device=hidden_states.device)
             logits = self.compute_logits(hidden_states[start : start + PROMPT_LOGPROB_ROWS])

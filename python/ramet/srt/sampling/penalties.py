@@ -1,70 +1,76 @@
 """Owns the rules that change one request's logits before sampling: penalties, biases, banned and allowed tokens."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from ramet.srt.managers.schedule_batch import Req
-
-logger = logging.getLogger(__name__)
+from ramet.srt.model_executor.batch_plan import SamplingState
 
 
-def apply_logit_rules(logits: torch.Tensor, reqs: Sequence[Req], eos_token_ids: Sequence[int]) -> None:
-    """Change float32 `logits` [batch_size, vocab_size] in place, row i by the rules of `reqs[i]`."""
-    for row, req in enumerate(reqs):
-        params = req.sampling_params
+class SamplingRow:
+    """One request's sampling state on the rank that samples, with what its penalties have counted."""
+
+    def __init__(self, state: SamplingState):
+        self.state = state
+        self.num_output_tokens = len(state.output_ids)
+        self.token_counts: torch.Tensor | None = None  # float32 [vocab_size]: output tokens
+        self.seen_tokens: torch.Tensor | None = None  # bool [vocab_size]: prompt and output tokens
+
+    def append(self, token_id: int) -> None:
+        """Count a new output token; a negative one stands for none."""
+        self.num_output_tokens += 1
+        if token_id < 0:
+            return
+        if self.token_counts is not None:
+            self.token_counts[token_id] += 1
+        if self.seen_tokens is not None:
+            self.seen_tokens[token_id] = True
+
+
+def apply_logit_rules(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], grammar_masks: Mapping[str, bytes], eos_token_ids: Sequence[int]
+) -> None:
+    """Change float32 `logits` [batch_size, vocab_size] in place, row i by the rules of `rows[i]`."""
+    for index, row in enumerate(rows):
+        params = row.state.params
         if params.repetition_penalty != 1.0:
-            _apply_repetition_penalty(logits[row], req)
+            _apply_repetition_penalty(logits[index], row)
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
-            _apply_count_penalties(logits[row], req)
+            _apply_count_penalties(logits[index], row)
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[row, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        if len(req.output_ids) < params.min_new_tokens:
+            logits[index, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        if row.num_output_tokens < params.min_new_tokens:
             banned = [*eos_token_ids, *params.stop_token_ids]
             if banned:
-                logits[row, torch.tensor(banned, device=logits.device)] = float("-inf")
-        if req.grammar is not None:
-            _apply_grammar(logits[row], req)
+                logits[index, torch.tensor(banned, device=logits.device)] = float("-inf")
+        mask = grammar_masks.get(row.state.rid)
+        if mask is not None:
+            _apply_grammar_mask(logits[index], mask)
 
 
-@torch.inference_mode()
-def update_penalty_state(req: Req, token_id: int) -> None:
-    """Count a new output token for the requests whose rules need it."""
-    if req.token_counts is not None:
-        req.token_counts[token_id] += 1
-    if req.seen_tokens is not None:
-        req.seen_tokens[token_id] = True
-
-
-def _apply_repetition_penalty(logits: torch.Tensor, req: Req) -> None:
+def _apply_repetition_penalty(logits: torch.Tensor, row: SamplingRow) -> None:
     """Logits of tokens in prompt and output: divided by the penalty if positive, else multiplied (CTRL, 2019)."""
-    if req.seen_tokens is None:
-        req.seen_tokens = torch.zeros_like(logits, dtype=torch.bool)
-        req.seen_tokens[torch.tensor(req.fill_ids, device=logits.device)] = True
-    penalty = req.sampling_params.repetition_penalty
+    state = row.state
+    if row.seen_tokens is None:
+        row.seen_tokens = torch.zeros_like(logits, dtype=torch.bool)
+        row.seen_tokens[torch.tensor(state.prompt_ids + state.output_ids, device=logits.device)] = True
+    penalty = state.params.repetition_penalty
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-    logits.copy_(torch.where(req.seen_tokens, penalised, logits))
+    logits.copy_(torch.where(row.seen_tokens, penalised, logits))
 
 
-def _apply_count_penalties(logits: torch.Tensor, req: Req) -> None:
+def _apply_count_penalties(logits: torch.Tensor, row: SamplingRow) -> None:
     """Subtract frequency_penalty * count and presence_penalty from output tokens (OpenAI's API reference)."""
-    if req.token_counts is None:
-        ids = torch.tensor(req.output_ids, dtype=torch.int64, device=logits.device)
-        req.token_counts = torch.bincount(ids, minlength=logits.shape[0]).to(logits.dtype)
-    params = req.sampling_params
-    logits -= params.frequency_penalty * req.token_counts + params.presence_penalty * (req.token_counts > 0)
+    if row.token_counts is None:
+        ids = torch.tensor(row.state.output_ids, dtype=torch.int64, device=logits.device)
+        row.token_counts = torch.bincount(ids, minlength=logits.shape[0]).to(logits.dtype)
+    params = row.state.params
+    logits -= params.frequency_penalty * row.token_counts + params.presence_penalty * (row.token_counts > 0)
 
 
-def _apply_grammar(logits: torch.Tensor, req: Req) -> None:
-    """Ban what the grammar does not allow next. The mask has one bit for each token, lowest bit first."""
-    words = np.zeros(-(-logits.shape[0] // 32), dtype=np.int32)
-    try:
-        req.grammar.fill_mask(words)
-    except RuntimeError as error:  # the grammar library gave up, on a resource limit: nothing is allowed
-        logger.warning("request %s: %s", req.rid, error)
-        words[:] = 0
-    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[0]]
+def _apply_grammar_mask(logits: torch.Tensor, mask: bytes) -> None:
+    """Ban the tokens whose bit is 0; lowest bit first."""
+    allowed = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: logits.shape[0]]
     logits.masked_fill_(~torch.from_numpy(allowed).bool().to(logits.device), float("-inf"))

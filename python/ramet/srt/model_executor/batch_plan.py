@@ -1,0 +1,65 @@
+"""Owns what the scheduler tells the ranks of its replica to compute, and what they answer. Pure data, no torch."""
+
+import msgspec
+
+from ramet.srt.sampling.sampling_params import SamplingParams
+
+
+class PageWrite(msgspec.Struct, array_like=True):
+    """Set the KV pages of a request's table row from page index `start` on."""
+
+    row: int
+    start: int
+    pages: list[int]
+
+
+class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
+    """One sequence's part of a pass."""
+
+    rid: str
+    row: int  # of the page table
+    start: int  # tokens in the KV cache before the pass
+    input_ids: list[int]  # the new tokens
+    is_sampled: bool  # whether a token comes out
+    logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
+    logprob_targets: list[int] = []  # the tokens behind it and those after it
+    top_logprobs_num: int = 0
+
+
+class SamplingState(msgspec.Struct, kw_only=True):
+    """What the sampling rank must know of a request, sent before its first token."""
+
+    rid: str
+    params: SamplingParams
+    seed: int
+    prompt_ids: list[int]  # empty unless a penalty looks at the prompt
+    output_ids: list[int]  # tokens that it has already, after a retraction
+    return_logprob: bool
+    top_logprobs_num: int
+
+
+class BatchPlan(msgspec.Struct, kw_only=True):
+    """One forward pass, in full: a rank that has run all plans before it needs nothing else."""
+
+    is_decode: bool  # one new token for each sequence
+    sequences: list[SequencePlan]
+    page_writes: list[PageWrite]
+    new_states: list[SamplingState]
+    ended_rids: list[str]  # states that are no longer needed
+    grammar_masks: dict[str, bytes]  # rid -> one bit for each token of the vocabulary, int32 words, lowest bit first
+
+
+class LogprobRows(msgspec.Struct, kw_only=True):
+    """Log-probabilities of a number of rows."""
+
+    logprobs: list[float]  # of the token of each row
+    top_logprobs: list[list[float]]
+    top_token_ids: list[list[int]]
+
+
+class BatchResult(msgspec.Struct, kw_only=True):
+    """What a pass gave."""
+
+    token_ids: list[int]  # of the sampled sequences, in the plan's order
+    output_logprobs: dict[str, LogprobRows]  # rid -> one row, for the sequences that asked
+    prompt_logprobs: dict[str, LogprobRows]  # rid -> a row for each of the sequence's logprob_targets
