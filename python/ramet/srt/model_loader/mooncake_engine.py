@@ -1,5 +1,6 @@
 """Owns Mooncake's TransferEngine: starting it, one registration, and reads that can be given up."""
 
+import ctypes
 import os
 import threading
 from collections.abc import Sequence
@@ -83,17 +84,16 @@ class MooncakeEngine:
 
     def abandon(self) -> None:
         """Leave the engine behind, after a read that failed: closing it could wait for the peer."""
-        _abandoned.append(self._engine)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
 
     def close(self) -> None:
-        """Withdraw the registration and stop."""
+        """Withdraw the registration and stop. No read may be under way."""
         if self._registered is not None:
             self._engine.unregister_memory(self._registered)
             self._registered = None
-        self._engine = None
-
-
-_abandoned: list[Any] = []  # engines that a native call may still be inside of
+        # Its destructor waits up to a second for a thread that polls: nobody has to wait with it.
+        engines, self._engine = [self._engine], None
+        threading.Thread(target=engines.clear, name="mooncake-close", daemon=True).start()
 
 
 def choose_protocol() -> str:

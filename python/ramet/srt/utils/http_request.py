@@ -43,6 +43,10 @@ def http_request(
                 answer += chunk
                 if len(answer) > max_nbytes:
                     raise ValueError(f"the answer is longer than {max_nbytes} bytes")
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        if response.length:
+            raise ValueError(f"the answer ended {response.length} bytes early")
         return response.status, bytes(answer)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
