@@ -11,9 +11,6 @@ import time
 import numpy as np
 import pytest
 import seed_process
-from safetensors.numpy import save_file
-from seed_process import DEFAULTS, SeedProcess
-
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader import host_memory, remote_instance_weight_loader_utils, seed_registration
 from ramet.srt.model_loader.errors import WeightTransferError
@@ -22,6 +19,8 @@ from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.sources import transfer_engine
 from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_seed import WeightSeed
+from safetensors.numpy import save_file
+from seed_process import DEFAULTS, SeedProcess
 
 BIG = {"shapes": {f"w{i}": [6 << 20] for i in range(4)}}  # 96 MB of float32
 SMALL_BATCH = 8 << 20
@@ -107,10 +106,10 @@ def test_an_upstream_client_can_read_from_our_seed(small_seed):
     answer = seed_registration.parse_answer(body)
     target = np.zeros(256000, np.uint8)
     address, num_elements, size = answer.weights_info["b"]
-    engine = MooncakeEngine("127.0.0.1", 0)
+    engine = MooncakeEngine.acquire("127.0.0.1", 0)
     engine.register(target.ctypes.data, target.nbytes)
     engine.read(answer.session_id, [target.ctypes.data], [address], [num_elements * size], 10)
-    engine.close()
+    engine.unregister(target.ctypes.data)
     assert np.array_equal(target, seed_process.make_tensors(small_seed.config)["b"])
 
 

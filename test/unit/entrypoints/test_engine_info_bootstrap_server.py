@@ -57,7 +57,7 @@ def test_a_registration_is_answered_as_upstream_does(server):
     assert status == 200
     expected = {"rank": 0, "remote_instance_transfer_engine_info": ["10.0.0.1:12345", {"w": [4096, 10, 2]}]}
     assert answer == expected
-    assert json.loads(server.get("target", 0)) == expected
+    assert server.get("target", 0) == expected
     assert server.get("draft", 0) is None
 
 
@@ -145,7 +145,7 @@ def test_what_is_ours_comes_back(server):
         "something_newer": 1,
     }
     assert put(server, document)[0] == 200
-    answer = parse_answer(server.get("target", 0))
+    answer = parse_answer(server.get_json("target", 0))
     assert answer.manifest == manifest and answer.arena_address == 4096 and answer.local_handle.socket_path == "/s"
     assert put(server, document | {"role": "draft"})[0] == 400
     assert put(server, document | {"arena_address": None})[0] == 400

@@ -8,6 +8,7 @@ import socketserver
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -72,8 +73,13 @@ class EngineInfoBootstrapServer:
             self._thread.join()
         self._http.server_close()
 
-    def get(self, role: str, rank: int) -> bytes | None:
-        """The JSON answer for a rank, or None if it has not registered."""
+    def get(self, role: str, rank: int) -> dict[str, Any] | None:
+        """The answer for a rank, or None if it has not registered."""
+        answer = self.get_json(role, rank)
+        return None if answer is None else msgspec.json.decode(answer)
+
+    def get_json(self, role: str, rank: int) -> bytes | None:
+        """The answer for a rank as JSON text, or None if it has not registered."""
         with self._lock:
             return self._answers.get((role, rank))
 
@@ -84,7 +90,7 @@ class EngineInfoBootstrapServer:
             return 400, _error(f"rank must be a whole number that is not negative; got {rank!r}")
         if role not in ROLES:
             return 400, _error(f"role must be one of {', '.join(ROLES)}; got {role!r}")
-        found = self.get(role, int(rank))
+        found = self.get_json(role, int(rank))
         if found is None:
             return 404, _error(f"rank {int(rank)} of the {role} model has not registered")
         return 200, found

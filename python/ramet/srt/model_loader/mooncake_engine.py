@@ -1,4 +1,4 @@
-"""Owns Mooncake's TransferEngine: starting it, one registration, and reads that can be given up."""
+"""Owns Mooncake's TransferEngine: starting it, registering memory, and reads that can be given up."""
 
 import ctypes
 import os
@@ -14,7 +14,10 @@ HANDSHAKE = "P2PHANDSHAKE"  # the engines find each other by session id, without
 
 
 class MooncakeEngine:
-    """One TransferEngine with one registered range of memory. WIRE.md's traps are dealt with in here."""
+    """One TransferEngine of this process. WIRE.md's traps are dealt with in here.
+
+    It is never destroyed: its destructor holds the GIL for a second, and waits for reads that are stuck.
+    """
 
     def __init__(self, host: str, rank: int) -> None:
         """
@@ -31,13 +34,26 @@ class MooncakeEngine:
             from mooncake.engine import TransferEngine
         except ImportError as error:
             raise WeightTransferError("start", rank, host, f"Mooncake can't be used: {error}") from error
+        self._key = host
         self._rank = rank
         self._engine: Any = TransferEngine()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
         code = self._engine.initialize(host, HANDSHAKE, protocol, envs.MOONCAKE_DEVICE.get())
         if code != 0:
             raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {protocol} answers {code}")
         self.session_id = f"{host}:{self._engine.get_rpc_port()}"
-        self._registered: int | None = None
+
+    @classmethod
+    def acquire(cls, host: str, rank: int) -> "MooncakeEngine":
+        """The process's engine for an address: the one that a client has received with also serves what it offers.
+
+        Raises:
+            WeightTransferError: if Mooncake is not installed or does not start.
+        """
+        with _lock:
+            if host not in _engines:
+                _engines[host] = cls(host, rank)
+            return _engines[host]
 
     def register(self, address: int, nbytes: int) -> None:
         """Make memory readable for others, and usable as the target of reads.
@@ -48,7 +64,10 @@ class MooncakeEngine:
         code = self._engine.register_memory(address, nbytes)
         if code != 0:
             raise WeightTransferError("register", self._rank, self.session_id, f"register_memory answers {code}")
-        self._registered = address
+
+    def unregister(self, address: int) -> None:
+        """Withdraw a registration. No read of this process into it may be under way."""
+        self._engine.unregister_memory(address)
 
     def read(
         self, session_id: str, local: Sequence[int], remote: Sequence[int], nbytes: Sequence[int], timeout_s: float
@@ -83,17 +102,14 @@ class MooncakeEngine:
             raise WeightTransferError("transfer", self._rank, session_id, f"Mooncake answers {result}")
 
     def abandon(self) -> None:
-        """Leave the engine behind, after a read that failed: closing it could wait for the peer."""
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
+        """Never use the engine again, after a read that failed: it may still be inside of it."""
+        with _lock:
+            if _engines.get(self._key) is self:
+                del _engines[self._key]
 
-    def close(self) -> None:
-        """Withdraw the registration and stop. No read may be under way."""
-        if self._registered is not None:
-            self._engine.unregister_memory(self._registered)
-            self._registered = None
-        # Its destructor waits up to a second for a thread that polls: nobody has to wait with it.
-        engines, self._engine = [self._engine], None
-        threading.Thread(target=engines.clear, name="mooncake-close", daemon=True).start()
+
+_engines: dict[str, MooncakeEngine] = {}
+_lock = threading.Lock()
 
 
 def choose_protocol() -> str:

@@ -27,6 +27,7 @@ from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightManife
 logger = logging.getLogger(__name__)
 
 MAX_NAMED_IN_ERROR = 5
+LOCAL_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
 
 class RemoteInstanceModelLoader:
@@ -89,7 +90,7 @@ class RemoteInstanceModelLoader:
             logger.info("rank %d: the seed %s is on another host", rank, self.seed)
             return None
         try:
-            with LocalSource(answer.manifest, handle, self._config.timeout_s) as source:
+            with LocalSource(answer.manifest, handle, min(self._config.timeout_s, LOCAL_TIMEOUT_S)) as source:
                 is_mapped = mode == "map" or (mode == "auto" and source.can_map(arena))
                 if is_mapped and not source.can_map(arena):
                     raise ValueError("the seed's memory is laid out differently and can't be mapped")

@@ -47,12 +47,12 @@ class WeightSeed:
         arena.checksums = checksums
         arena.publish()
         rank = manifest.parallel.world_rank
-        engine = MooncakeEngine(reachable_host(host), rank)
+        engine = MooncakeEngine.acquire(reachable_host(host), rank)
         engine.register(arena.address, arena.nbytes)
         try:
             share = LocalShareServer(arena, share_directory)
         except OSError:
-            engine.close()
+            engine.unregister(arena.address)
             raise
         registration = SeedRegistration(
             rank=rank,
@@ -87,7 +87,7 @@ class WeightSeed:
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
         self._share.close()
-        self._engine.close()
+        self._engine.unregister(self._arena.address)
 
 
 def weights_info(manifest: WeightManifest, arena_address: int) -> dict[str, tuple[int, int, int]]:

@@ -60,7 +60,7 @@ class TransferEngineSource:
         arena.restore_own_memory()
         arena.require_memory()
         arena.zero(zero_ranges(arena.manifest))
-        engine = MooncakeEngine(host, arena.manifest.parallel.world_rank)
+        engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
         window = arena.open_receive_window()
         try:
             engine.register(window.address, window.nbytes)
@@ -73,7 +73,7 @@ class TransferEngineSource:
             window.cut_off()
             engine.abandon()
             raise
-        engine.close()
+        engine.unregister(window.address)
         window.close()
 
     def _read(self, engine: MooncakeEngine, address: int, timeout_s: float) -> None:
