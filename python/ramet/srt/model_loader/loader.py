@@ -1,17 +1,15 @@
-"""Owns the choice of a source and the order in which sources are tried. Each source owns how it moves bytes."""
+"""Owns the choice of a loader, and making weights up. The loaders choose their sources; those move the bytes."""
 
 import hashlib
-import logging
 import time
 from typing import Protocol
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import LoadReport
-from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
+from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest
-
-logger = logging.getLogger(__name__)
 
 DUMMY_SCALE = 0.02
 DUMMY_PATTERN_LEN = 1_048_573  # a prime, so that repeating the pattern makes no two rows of a matrix equal
@@ -37,22 +35,9 @@ def get_model_loader(config: LoadConfig) -> ModelLoader:
         return DefaultModelLoader()
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
+    if config.load_format == "remote_instance":
+        return RemoteInstanceModelLoader(config)
     raise ValueError(f"unknown load format {config.load_format!r}")
-
-
-class DefaultModelLoader:
-    """Reads safetensors files."""
-
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
-        start = time.perf_counter()
-        source = CheckpointSource(model_path)
-        transfer_plan = source.plan(manifest)
-        source.fill(transfer_plan, arena)
-        report = LoadReport(
-            source=source.name, num_bytes=transfer_plan.nbytes, seconds=time.perf_counter() - start, verified=False
-        )
-        log_report(manifest, report)
-        return report
 
 
 class DummyModelLoader:
@@ -85,17 +70,3 @@ class DummyModelLoader:
             pattern = pattern.mul_(2 * DUMMY_SCALE).add_(1.0 if "norm" in box.checkpoint_name else 0.0)
             repeats = -(-view.numel() // max(1, pattern.numel()))
             view.copy_(pattern.to(view.dtype).repeat(repeats)[: view.numel()].view(view.shape))
-
-
-def log_report(manifest: WeightManifest, report: LoadReport) -> None:
-    """The one summary line of a load."""
-    logger.info(
-        "rank %d: loaded %s weights from %s: %.3f GB in %.2f s, %.2f GB/s%s",
-        manifest.parallel.world_rank,
-        manifest.role,
-        report.source,
-        report.num_bytes / 1e9,
-        report.seconds,
-        report.num_bytes / 1e9 / max(report.seconds, 1e-9),
-        ", checksums verified" if report.verified else "",
-    )

@@ -56,6 +56,19 @@ class CopyOp(msgspec.Struct, frozen=True, kw_only=True):
     def is_contiguous(self) -> bool:
         return self.num_rows == 1 and not self.source_dtype
 
+    def rows(self) -> "Iterator[CopyOp]":
+        """Its rows as operations of their own."""
+        if self.num_rows == 1:
+            yield self
+            return
+        for row in range(self.num_rows):
+            yield msgspec.structs.replace(
+                self,
+                source_offset=self.source_offset + row * self.source_stride,
+                target_offset=self.target_offset + row * self.target_stride,
+                num_rows=1,
+            )
+
     @property
     def target_stop(self) -> int:
         return self.target_offset + (self.num_rows - 1) * self.target_stride + self.row_nbytes

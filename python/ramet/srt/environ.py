@@ -1,0 +1,28 @@
+"""Owns the environment variables that are read: their names, types and defaults."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EnvStr:
+    """A variable that holds text."""
+
+    name: str
+    default: str
+
+    def get(self) -> str:
+        """The value now; the default when it is unset or empty."""
+        return os.environ.get(self.name) or self.default
+
+
+class Envs:
+    """Every variable, under its own name."""
+
+    # Mooncake transport, "rdma" or "tcp"; empty chooses rdma where there is an RDMA device.
+    MOONCAKE_PROTOCOL = EnvStr("MOONCAKE_PROTOCOL", "")
+    # RDMA devices that Mooncake may use, comma-separated; empty means all.
+    MOONCAKE_DEVICE = EnvStr("MOONCAKE_DEVICE", "")
+
+
+envs = Envs()

@@ -1,0 +1,40 @@
+"""Owns loading a rank's weights from files, and the summary line of every load."""
+
+import logging
+import time
+
+from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_manifest import WeightManifest
+
+logger = logging.getLogger(__name__)
+
+
+class DefaultModelLoader:
+    """Reads safetensors files."""
+
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+        start = time.perf_counter()
+        source = CheckpointSource(model_path)
+        transfer_plan = source.plan(manifest)
+        source.fill(transfer_plan, arena)
+        report = LoadReport(
+            source=source.name, num_bytes=transfer_plan.nbytes, seconds=time.perf_counter() - start, verified=False
+        )
+        log_report(manifest, report)
+        return report
+
+
+def log_report(manifest: WeightManifest, report: LoadReport) -> None:
+    """The one summary line of a load."""
+    logger.info(
+        "rank %d: loaded %s weights from %s: %.3f GB in %.2f s, %.2f GB/s%s",
+        manifest.parallel.world_rank,
+        manifest.role,
+        report.source,
+        report.num_bytes / 1e9,
+        report.seconds,
+        report.num_bytes / 1e9 / max(report.seconds, 1e-9),
+        ", checksums verified" if report.verified else "",
+    )

@@ -1,0 +1,19 @@
+"""Owns the error of a weight transfer between instances."""
+
+
+class WeightTransferError(Exception):
+    """Weights could not be taken from a seed, or be offered to others.
+
+    Attributes:
+        stage: what was being done, for example "ask", "agree", "map", "transfer", "verify", "register".
+        rank: the world rank whose weights they are.
+        seed: the address of the other side.
+        cause: what went wrong.
+    """
+
+    def __init__(self, stage: str, rank: int, seed: str, cause: object) -> None:
+        super().__init__(f"{stage} failed for rank {rank} of {seed}: {cause}")
+        self.stage = stage
+        self.rank = rank
+        self.seed = seed
+        self.cause = cause

@@ -1,0 +1,179 @@
+"""Owns the talk with a seed's HTTP ports: registering a rank, asking for one, and what two sides must agree on."""
+
+import logging
+import os
+import socket
+import time
+from urllib.parse import urlsplit
+
+import msgspec
+
+from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.seed_registration import (
+    MAX_REGISTRATION_BYTES,
+    SeedAnswer,
+    SeedRegistration,
+    parse_answer,
+)
+from ramet.srt.model_loader.weight_manifest import WeightManifest
+from ramet.srt.utils.http_request import http_request
+
+logger = logging.getLogger(__name__)
+
+# The second is upstream's name for the first, and the only one that an upstream seed knows.
+SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
+POLL_PERIOD_S = 0.25
+ABSENT_GRACE_S = 2.0  # a seed that is not there, or knows no such rank, gets this long to appear
+REQUEST_TIMEOUT_S = 10.0
+RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)  # not ready: worth the whole time
+
+
+def register_transfer_engine_info(
+    url: str, registration: SeedRegistration, *, admin_api_key: str | None, timeout_s: float
+) -> None:
+    """Register a rank with its instance's bootstrap server, retrying until the deadline.
+
+    Raises:
+        WeightTransferError: if it was refused, or not accepted within `timeout_s`.
+    """
+    parts = urlsplit(url)
+    headers = {"Content-Type": "application/json"}
+    if admin_api_key is not None:
+        headers["Authorization"] = f"Bearer {admin_api_key}"
+    body = msgspec.json.encode(registration)
+    deadline = time.monotonic() + timeout_s
+    reason = "no time was given"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            status, answer = http_request(
+                parts.hostname or "",
+                parts.port or 80,
+                "PUT",
+                "/register_transfer_engine_info",
+                timeout_s=min(left, REQUEST_TIMEOUT_S),
+                max_nbytes=1 << 16,
+                body=body,
+                headers=headers,
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        else:
+            if status == 200:
+                return
+            reason = f"HTTP {status}: {_excerpt(answer)}"
+            if status in (400, 401, 403, 413):
+                break  # trying again would not help
+        time.sleep(max(0.0, min(POLL_PERIOD_S, deadline - time.monotonic())))
+    raise WeightTransferError("register", registration.world_rank, url, reason)
+
+
+def fetch_seed_answer(host: str, port: int, rank: int, role: str, timeout_s: float) -> SeedAnswer:
+    """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
+
+    Raises:
+        WeightTransferError: if no sound answer came within `timeout_s`.
+    """
+    seed = format_address(host, port)
+    start = time.monotonic()
+    query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
+    reason = "no time was given"
+    is_waiting = False
+    while (left := start + timeout_s - time.monotonic()) > 0:
+        try:
+            status, path, body = _ask(host, port, query, left)
+        except ConnectionRefusedError as error:
+            reason = f"it is not there ({error.strerror})"
+            if time.monotonic() - start > ABSENT_GRACE_S:
+                break
+        except TimeoutError as error:
+            reason = str(error)
+        except (OSError, ValueError) as error:
+            raise WeightTransferError("ask", rank, seed, error) from error
+        else:
+            if status == 200:
+                return _parse(body, rank, role, seed)
+            reason = f"it does not have them (HTTP {status} for {path}: {_excerpt(body)})"
+            if status not in RETRIED_STATUS and (status != 404 or time.monotonic() - start > ABSENT_GRACE_S):
+                break
+        if not is_waiting:
+            logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, timeout_s, seed, reason)
+            is_waiting = True
+        time.sleep(max(0.0, min(POLL_PERIOD_S, start + timeout_s - time.monotonic())))
+    raise WeightTransferError("ask", rank, seed, reason)
+
+
+def _ask(host: str, port: int, query: str, timeout_s: float) -> tuple[int, str, bytes]:
+    """Status, path and body of the first route that the seed knows."""
+    deadline = time.monotonic() + timeout_s
+    for path in SEED_PATHS:
+        left = max(0.001, deadline - time.monotonic())
+        status, body = http_request(host, port, "GET", path + query, timeout_s=left, max_nbytes=MAX_REGISTRATION_BYTES)
+        if status not in (404, 405):
+            break
+    return status, path, body
+
+
+def _parse(body: bytes, rank: int, role: str, seed: str) -> SeedAnswer:
+    try:
+        answer = parse_answer(body)
+        if answer.rank != rank or answer.role != role:
+            raise ValueError(f"it is about rank {answer.rank} of the {answer.role} model")
+    except ValueError as error:
+        raise WeightTransferError("ask", rank, seed, f"its answer is of no use: {error}") from error
+    return answer
+
+
+def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | None:
+    """Why a client must not take a seed's weights, as far as names and numbers tell; None if nothing speaks against it.
+
+    Layout and coverage are the planner's to judge.
+    """
+    for field in ("role", "quantization", "dtype"):
+        ours, theirs = getattr(client, field), getattr(seed, field)
+        if ours != theirs:
+            return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
+    if client.revision and seed.revision and client.revision != seed.revision:
+        return f"its revision is {seed.revision}, not {client.revision}"
+    if client.model_name != seed.model_name:
+        if _is_path(client.model_name) or _is_path(seed.model_name):
+            logger.info(
+                "the seed calls its model %s, here it is %s: folders can't be compared; --served-model-name can",
+                seed.model_name,
+                client.model_name,
+            )
+        else:
+            return f"its model is {seed.model_name}, not {client.model_name}"
+    return None
+
+
+def _is_path(model_name: str) -> bool:
+    return model_name.startswith((os.sep, ".", "~")) or os.path.isdir(model_name)
+
+
+def format_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def host_identity() -> str:
+    """Equal for two processes exactly if they run under one kernel and in one network namespace."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot_id = file.read().strip()
+    return f"{boot_id}:{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def reachable_host(host: str) -> str:
+    """The address by which other hosts reach a server that is bound to `host`."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    family = socket.AF_INET6 if host == "::" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # Sends nothing: it only makes the kernel choose the interface that leads outside.
+            probe.connect(("2001:db8::1", 9) if family == socket.AF_INET6 else ("192.0.2.1", 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return "::1" if family == socket.AF_INET6 else "127.0.0.1"
+
+
+def _excerpt(body: bytes) -> str:
+    return body[:200].decode("utf-8", "replace").strip() or "empty"

@@ -1,0 +1,107 @@
+"""Owns what a seed says of one rank's weights: the registration on the wire, and the checks of what is received."""
+
+import msgspec
+
+from ramet.srt.model_loader.weight_manifest import ROLES, WeightManifest, check_manifest
+
+MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
+
+
+class TransferEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Upstream's part of a registration."""
+
+    session_id: str  # Mooncake's address of the rank, "host:port"
+    weights_info_dict: dict[str, tuple[int, int, int]]  # name -> (address, number of elements, bytes of an element)
+
+
+class LocalHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process on the same host gets the arena's memory."""
+
+    host_identity: str
+    socket_path: str
+
+
+class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of PUT /register_transfer_engine_info. All but `rank` and `transfer_engine_info` is ours."""
+
+    transfer_engine_info: TransferEngineInfo
+    rank: int | None = None
+    tp_rank: int | None = None  # what older peers send in place of `rank`
+    role: str = "target"
+    manifest: WeightManifest | None = None
+    arena_address: int | None = None  # where the manifest's offset 0 is
+    local_handle: LocalHandle | None = None
+
+    @property
+    def world_rank(self) -> int:
+        rank = self.tp_rank if self.rank is None else self.rank
+        assert rank is not None
+        return rank
+
+
+class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to GET /get_transfer_engine_info, and to the routes on the engine's own HTTP port."""
+
+    rank: int
+    remote_instance_transfer_engine_info: tuple[str, dict[str, tuple[int, int, int]]]
+    role: str = "target"
+    manifest: WeightManifest | None = None
+    arena_address: int | None = None
+    local_handle: LocalHandle | None = None
+
+    @property
+    def session_id(self) -> str:
+        return self.remote_instance_transfer_engine_info[0]
+
+    @property
+    def weights_info(self) -> dict[str, tuple[int, int, int]]:
+        return self.remote_instance_transfer_engine_info[1]
+
+
+def parse_registration(body: bytes) -> SeedRegistration:
+    """Raises ValueError with the reason if `body` is not a sound registration."""
+    registration = msgspec.json.decode(body, type=SeedRegistration)
+    if registration.rank is None and registration.tp_rank is None:
+        raise ValueError("rank is missing")
+    if registration.world_rank < 0:
+        raise ValueError(f"rank must not be negative; got {registration.world_rank}")
+    _check(registration.role, registration.transfer_engine_info, registration.manifest, registration.arena_address)
+    return registration
+
+
+def make_answer(registration: SeedRegistration) -> bytes:
+    """What whoever asks for this registration gets, as JSON."""
+    info = registration.transfer_engine_info
+    answer = SeedAnswer(
+        rank=registration.world_rank,
+        remote_instance_transfer_engine_info=(info.session_id, info.weights_info_dict),
+        role=registration.role,
+        manifest=registration.manifest,
+        arena_address=registration.arena_address,
+        local_handle=registration.local_handle,
+    )
+    return msgspec.json.encode(answer)
+
+
+def parse_answer(body: bytes) -> SeedAnswer:
+    """Raises ValueError with the reason if `body` is not a sound answer."""
+    answer = msgspec.json.decode(body, type=SeedAnswer)
+    info = TransferEngineInfo(session_id=answer.session_id, weights_info_dict=answer.weights_info)
+    _check(answer.role, info, answer.manifest, answer.arena_address)
+    return answer
+
+
+def _check(role: str, info: TransferEngineInfo, manifest: WeightManifest | None, arena_address: int | None) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}; got {role!r}")
+    if not info.session_id:
+        raise ValueError("session_id is empty")
+    for name, (address, num_elements, element_nbytes) in info.weights_info_dict.items():
+        if address < 0 or num_elements < 0 or element_nbytes < 1 or address + num_elements * element_nbytes >= 1 << 64:
+            raise ValueError(f"{name}: [{address}, {num_elements}, {element_nbytes}] is no piece of memory")
+    if manifest is not None:
+        check_manifest(manifest)
+        if manifest.role != role:
+            raise ValueError(f"the manifest is of the role {manifest.role}, the registration of {role}")
+        if arena_address is None or not 0 <= arena_address < (1 << 64) - manifest.arena_nbytes:
+            raise ValueError("arena_address is missing or no address")
