@@ -1,6 +1,7 @@
 """Owns the HTTP routes of an instance and their OpenAPI description; when the server lives is http_server.py's."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -197,10 +198,8 @@ def _admin_routes(instance: Instance) -> APIRouter:
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
         """Prometheus metrics."""
-        try:
+        with contextlib.suppress(ServiceError):  # the scheduler is in a long pass: its last numbers are shown
             instance.metrics.observe_state(await instance.manager.internal_state(METRICS_TIMEOUT_S))
-        except ServiceError:
-            pass  # the scheduler is busy with a long pass: its numbers are those of the last time
         return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
 
     return router

@@ -4,6 +4,7 @@ The HTTP server and `Engine` are both thin layers over it.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -39,7 +40,10 @@ class EngineInfoSource(Protocol):
 
 
 class Instance:
-    """One serving instance: `start` (any long-lived thread), then on one event loop `open`, `wait_ready`, `close`."""
+    """One serving instance.
+
+    Its life: `start` in a long-lived thread; on an event loop `open`, `wait_ready` and at last `close`; `stop_processes`.
+    """
 
     def __init__(self, server_args: ServerArgs, launch_time: float, scheduler_module: str = SCHEDULER_MODULE):
         self.server_args = server_args
@@ -108,23 +112,35 @@ class Instance:
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
 
-    async def wait_ready(self) -> None:
-        """Wait until the children can serve, then take requests.
+    async def wait_ready(self, give_up: asyncio.Event) -> bool:
+        """Wait until the children can serve, then take requests; False, and no more children, if `give_up` comes first.
 
         Raises:
-            LaunchError: if one of them can't.
+            LaunchError: if a child can't serve.
         """
         assert self._children is not None
-        self.schedulers = await asyncio.to_thread(self._children.wait_ready)
-        if not self.schedulers:
-            raise LaunchError("no scheduler has reported")
-        self._children.watch(self._on_death)
-        for scheduler in self.schedulers:
+        ready = asyncio.create_task(asyncio.to_thread(self._children.wait_ready))
+        given_up = asyncio.create_task(give_up.wait())
+        await asyncio.wait((ready, given_up), return_when=asyncio.FIRST_COMPLETED)
+        given_up.cancel()
+        if not ready.done():
+            await asyncio.to_thread(self.stop_processes)
+            with contextlib.suppress(LaunchError):
+                await ready
+            return False
+        self._start_serving(await ready)
+        return True
+
+    def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
+        assert self._children is not None
+        for scheduler in schedulers:
             self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
+        self.schedulers = schedulers
         self.progress.mark("ready")
         self.metrics.startup_seconds.set(self.progress.phases["ready"])
-        self.manager.start_accepting(self.schedulers[0].max_req_len)
+        self.manager.start_accepting(schedulers[0].max_req_len)
+        self._children.watch(self._on_death)
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
@@ -144,13 +160,12 @@ class Instance:
             self.manager.fail_all(ServiceError(reason))
 
     async def close(self) -> None:
-        """End everything. Requests that still run get an error."""
+        """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
         if self._receiver is not None:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
             self.manager.close()
-        await asyncio.to_thread(self.stop_processes)
 
     def stop_processes(self) -> None:
         """End the children, and what else outlives this object. May be called from any thread, and again."""
