@@ -164,12 +164,12 @@ def _native_routes(instance: Instance) -> APIRouter:
     @router.get("/get_remote_instance_transfer_engine_info", responses=NOT_FOUND, deprecated=True)
     async def remote_instance_transfer_engine_info(
         rank: Annotated[int, Query(ge=0, le=2**31 - 1)], role: str = "target"
-    ) -> dict[str, Any]:
+    ) -> Response:
         """Where another instance finds the weights of this instance's `rank`. WIRE: SGLang's bootstrap protocol."""
         info = instance.transfer_engine_info(role, rank)
         if info is None:
             raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
-        return info
+        return Response(info, media_type="application/json")
 
     return router
 

@@ -5,10 +5,10 @@ The HTTP server and `Engine` are both thin layers over it.
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -22,6 +22,7 @@ from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
+    from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.observability.metrics import Metrics
 
@@ -32,24 +33,17 @@ SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
 
 
-class EngineInfoSource(Protocol):
-    """What an instance needs of its engine-info bootstrap server."""
-
-    def get(self, role: str, rank: int) -> dict[str, Any] | None:
-        """The answer for a rank's registration, or None."""
-
-
 class Instance:
     """One serving instance.
 
-    Its life: `start` in a long-lived thread; on an event loop `open`, `wait_ready` and at last `close`; `stop_processes`.
+    Its life: `start` in a long-lived thread; on an event loop `open`, `wait_ready` and `close`; `stop_processes`.
     """
 
     def __init__(self, server_args: ServerArgs, launch_time: float, scheduler_module: str = SCHEDULER_MODULE):
         self.server_args = server_args
         self.progress = Progress(launch_time)
         self.schedulers: list[SchedulerReady] = []
-        self.bootstrap: EngineInfoSource | None = None
+        self.bootstrap: EngineInfoBootstrapServer | None = None  # of an instance that gives its weights
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
         self.metrics: Metrics
@@ -72,9 +66,25 @@ class Instance:
         args = self.server_args
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
         self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
+        if args.is_seed:
+            self.bootstrap = self._start_bootstrap()
         self._children = ChildProcesses(self._scheduler_module)
-        self._children.start(args, self.progress.launch_time, bootstrap_url=None)
+        bootstrap_url = None if self.bootstrap is None else self.bootstrap.url
+        self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
+
+    def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
+        from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
+
+        args = self.server_args
+        try:
+            bootstrap = EngineInfoBootstrapServer(
+                args.host, args.engine_info_bootstrap_port, admin_api_key=args.admin_api_key
+            )
+        except OSError as error:
+            raise ValueError(error.strerror) from None
+        self.server_args = dataclasses.replace(args, engine_info_bootstrap_port=bootstrap.port)
+        return bootstrap
 
     def open(self, on_death: Callable[[str], None]) -> None:
         """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
@@ -168,22 +178,26 @@ class Instance:
             self.manager.close()
 
     def stop_processes(self) -> None:
-        """End the children, and what else outlives this object. May be called from any thread, and again."""
+        """End the children and the bootstrap server. May be called from any thread, and again."""
         if self._children is not None:
             self._children.stop()
+        if self.bootstrap is not None:
+            self.bootstrap.close()
 
     def kill_processes(self) -> None:
         """As `stop_processes`, but at once."""
         if self._children is not None:
             self._children.kill()
 
-    def transfer_engine_info(self, role: str, rank: int) -> dict[str, Any] | None:
-        """What /remote_instance_transfer_engine_info answers for a rank; None if it has not registered."""
+    def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
+        """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
         return None if self.bootstrap is None else self.bootstrap.get(role, rank)
 
     def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
-        args = {name: value for name, value in asdict(self.server_args).items() if name not in SECRET_FIELDS}
+        args = {
+            name: value for name, value in dataclasses.asdict(self.server_args).items() if name not in SECRET_FIELDS
+        }
         return {
             **args,
             "version": ramet.__version__,
