@@ -5,6 +5,7 @@ What can be wrong is found first, then the children are started, and only then t
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ from ramet.srt.entrypoints.listener import bind
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
 from ramet.srt.server_args import ServerArgs, parse_server_args
+
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(BaseException):
@@ -44,6 +48,7 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
         try:
             with contextlib.closing(bind(server_args.host, server_args.port)) as listener:
                 server_args = dataclasses.replace(server_args, port=listener.getsockname()[1])
+                logger.info("listening on %s", server_args.url())
                 instance = Instance(server_args, launch_time, scheduler_module)
                 instance.start()
                 from ramet.srt.entrypoints.http_server import serve  # heavy: the scheduler imports torch meanwhile

@@ -6,7 +6,7 @@ The HTTP route and `Engine` both use it.
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ramet.srt.entrypoints.http_validation import (
     MAX_PROMPTS,
@@ -37,8 +37,24 @@ SamplingParamsBody = Annotated[
 ]
 
 
+EXACTLY_ONE_PROMPT = {
+    "oneOf": [
+        {
+            "required": ["text"],
+            "properties": {"text": {"type": ["string", "array"]}, "input_ids": {"type": "null"}},
+        },
+        {
+            "required": ["input_ids"],
+            "properties": {"input_ids": {"type": "array"}, "text": {"type": "null"}},
+        },
+    ]
+}
+
+
 class GenerateReqInput(RequestBody):
     """One or several prompts, as `text` or as `input_ids`, to be continued."""
+
+    model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_PROMPT)
 
     text: PromptText | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -86,7 +102,7 @@ class GenerateReqInput(RequestBody):
             RequestError: that names what is wrong.
         """
         prompts = self.prompts()
-        given = self.sampling_params or {}
+        given = {} if self.sampling_params is None else self.sampling_params
         if isinstance(given, list) and len(given) != len(prompts):
             raise RequestError(
                 f"sampling_params has {len(given)} entries for {len(prompts)} prompts", param="sampling_params"

@@ -1,13 +1,16 @@
 """Owns the HTTP routes of an instance and their OpenAPI description; when the server lives is http_server.py's."""
 
 import asyncio
+import contextlib
+import re
 import time
+import warnings
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 import ramet
@@ -19,7 +22,7 @@ from ramet.srt.entrypoints.event_stream import (
     until_disconnect,
 )
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
-from ramet.srt.entrypoints.http_access import AccessMiddleware
+from ramet.srt.entrypoints.http_access import HEALTH_PATHS, AccessMiddleware
 from ramet.srt.entrypoints.http_errors import ErrorResponse, error_response, install_error_handlers
 from ramet.srt.entrypoints.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
@@ -33,7 +36,7 @@ from ramet.srt.sampling.sampling_params import SamplingParams
 
 HEALTH_TIMEOUT_S = 20.0
 METRICS_TIMEOUT_S = 2.0
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: dict[str, Any] = {"text/event-stream": {}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Something in the request is wrong; `param` names it."},
     401: {"model": ErrorResponse, "description": "The key is missing or wrong."},
@@ -45,8 +48,18 @@ NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "des
 BAD_HEALTH: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 
 
+EXACTLY_ONE_TARGET = {
+    "oneOf": [
+        {"required": ["rid"], "properties": {"rid": {"type": "string"}, "abort_all": {"const": False}}},
+        {"required": ["abort_all"], "properties": {"rid": {"type": "null"}, "abort_all": {"const": True}}},
+    ]
+}
+
+
 class AbortBody(RequestBody):
     """Which request to end: one by its id, or all of them."""
+
+    model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_TARGET)
 
     rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     abort_all: bool = False
@@ -163,12 +176,12 @@ def _native_routes(instance: Instance) -> APIRouter:
     @router.get("/get_remote_instance_transfer_engine_info", responses=NOT_FOUND, deprecated=True)
     async def remote_instance_transfer_engine_info(
         rank: Annotated[int, Query(ge=0, le=2**31 - 1)], role: str = "target"
-    ) -> dict[str, Any]:
+    ) -> Response:
         """Where another instance finds the weights of this instance's `rank`. WIRE: SGLang's bootstrap protocol."""
         info = instance.transfer_engine_info(role, rank)
         if info is None:
             raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
-        return info
+        return Response(info, media_type="application/json")
 
     return router
 
@@ -197,10 +210,8 @@ def _admin_routes(instance: Instance) -> APIRouter:
     @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:
         """Prometheus metrics."""
-        try:
+        with contextlib.suppress(ServiceError):  # the scheduler is in a long pass: its last numbers are shown
             instance.metrics.observe_state(await instance.manager.internal_state(METRICS_TIMEOUT_S))
-        except ServiceError:
-            pass  # the scheduler is busy with a long pass: its numbers are those of the last time
         return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
 
     return router
@@ -254,19 +265,19 @@ def _describe(app: FastAPI, has_keys: bool) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schema = generate_schema()
-            for operations in schema["paths"].values():
-                for operation in operations.values():
-                    operation["responses"].pop("422", None)
-            schemas = schema["components"]["schemas"]
-            schemas.pop("HTTPValidationError", None)
-            schemas.pop("ValidationError", None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a route with two methods has one operation id, until below
+                schema = generate_schema()
+            schema["components"]["schemas"].pop("HTTPValidationError", None)
+            schema["components"]["schemas"].pop("ValidationError", None)
             if has_keys:
                 schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                for path, operations in schema["paths"].items():
-                    if not path.startswith("/health"):
-                        for operation in operations.values():
-                            operation["security"] = [{"key": []}]
+            for path, operations in schema["paths"].items():
+                for method, operation in operations.items():
+                    operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
+                    operation["responses"].pop("422", None)
+                    if has_keys and path not in HEALTH_PATHS:
+                        operation["security"] = [{"key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -68,7 +68,7 @@ class HttpServer:
         try:
             instance.open(on_death=lambda line: self._end.set())
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-            if await self._wait_ready():
+            if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())
                 await self._end.wait()
                 if instance.death is None:
@@ -82,20 +82,6 @@ class HttpServer:
             await instance.close()
         if instance.death is not None:
             raise LaunchError(instance.death)
-
-    async def _wait_ready(self) -> bool:
-        """Whether the instance has become ready; False when a signal came first."""
-        ready = asyncio.create_task(self._instance.wait_ready())
-        ended = asyncio.create_task(self._end.wait())
-        await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if ready.done():
-            await ready
-            return True
-        await asyncio.to_thread(self._instance.stop_processes)
-        with contextlib.suppress(LaunchError):
-            await ready
-        return False
 
     def _on_signal(self, name: str) -> None:
         if self._end.is_set():

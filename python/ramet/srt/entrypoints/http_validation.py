@@ -1,10 +1,10 @@
 """Owns what request bodies have in common: pieces of their schema, and words for what is wrong with them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from ramet.srt.sampling.sampling_params import MAX_TOKENS
+from ramet.srt.sampling.sampling_params import MAX_TOKENS, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
@@ -16,6 +16,17 @@ class RequestBody(BaseModel):
     """A JSON object with known fields of exact types: no unknown ones, no "1" for 1, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _accept_whole_floats(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """3.0 is an integer in JSON: try again with 3. The usual body pays nothing for this."""
+        try:
+            return handler(data)
+        except ValidationError as error:
+            if not any(one["type"] == "int_type" and isinstance(one["input"], float) for one in error.errors()):
+                raise
+        return handler(with_whole_numbers(data))
 
 
 def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None]:

@@ -4,10 +4,11 @@ The HTTP server and `Engine` are both thin layers over it.
 """
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,6 +22,7 @@ from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
+    from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.observability.metrics import Metrics
 
@@ -31,21 +33,17 @@ SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
 
 
-class EngineInfoSource(Protocol):
-    """What an instance needs of its engine-info bootstrap server."""
-
-    def get(self, role: str, rank: int) -> dict[str, Any] | None:
-        """The answer for a rank's registration, or None."""
-
-
 class Instance:
-    """One serving instance: `start` (any long-lived thread), then on one event loop `open`, `wait_ready`, `close`."""
+    """One serving instance.
+
+    Its life: `start` in a long-lived thread; on an event loop `open`, `wait_ready` and `close`; `stop_processes`.
+    """
 
     def __init__(self, server_args: ServerArgs, launch_time: float, scheduler_module: str = SCHEDULER_MODULE):
         self.server_args = server_args
         self.progress = Progress(launch_time)
         self.schedulers: list[SchedulerReady] = []
-        self.bootstrap: EngineInfoSource | None = None
+        self.bootstrap: EngineInfoBootstrapServer | None = None  # of an instance that gives its weights
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
         self.metrics: Metrics
@@ -68,9 +66,25 @@ class Instance:
         args = self.server_args
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
         self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
+        if args.is_seed:
+            self.bootstrap = self._start_bootstrap()
         self._children = ChildProcesses(self._scheduler_module)
-        self._children.start(args, self.progress.launch_time, bootstrap_url=None)
+        bootstrap_url = None if self.bootstrap is None else self.bootstrap.url
+        self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
+
+    def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
+        from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
+
+        args = self.server_args
+        try:
+            bootstrap = EngineInfoBootstrapServer(
+                args.host, args.engine_info_bootstrap_port, admin_api_key=args.admin_api_key
+            )
+        except OSError as error:
+            raise ValueError(error.strerror) from None
+        self.server_args = dataclasses.replace(args, engine_info_bootstrap_port=bootstrap.port)
+        return bootstrap
 
     def open(self, on_death: Callable[[str], None]) -> None:
         """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
@@ -108,23 +122,35 @@ class Instance:
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
 
-    async def wait_ready(self) -> None:
-        """Wait until the children can serve, then take requests.
+    async def wait_ready(self, give_up: asyncio.Event) -> bool:
+        """Wait until the children can serve, then take requests; False, and no more children, if `give_up` comes first.
 
         Raises:
-            LaunchError: if one of them can't.
+            LaunchError: if a child can't serve.
         """
         assert self._children is not None
-        self.schedulers = await asyncio.to_thread(self._children.wait_ready)
-        if not self.schedulers:
-            raise LaunchError("no scheduler has reported")
-        self._children.watch(self._on_death)
-        for scheduler in self.schedulers:
+        ready = asyncio.create_task(asyncio.to_thread(self._children.wait_ready))
+        given_up = asyncio.create_task(give_up.wait())
+        await asyncio.wait((ready, given_up), return_when=asyncio.FIRST_COMPLETED)
+        given_up.cancel()
+        if not ready.done():
+            await asyncio.to_thread(self.stop_processes)
+            with contextlib.suppress(LaunchError):
+                await ready
+            return False
+        self._start_serving(await ready)
+        return True
+
+    def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
+        assert self._children is not None
+        for scheduler in schedulers:
             self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
+        self.schedulers = schedulers
         self.progress.mark("ready")
         self.metrics.startup_seconds.set(self.progress.phases["ready"])
-        self.manager.start_accepting(self.schedulers[0].max_req_len)
+        self.manager.start_accepting(schedulers[0].max_req_len)
+        self._children.watch(self._on_death)
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
@@ -144,31 +170,34 @@ class Instance:
             self.manager.fail_all(ServiceError(reason))
 
     async def close(self) -> None:
-        """End everything. Requests that still run get an error."""
+        """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
         if self._receiver is not None:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
             self.manager.close()
-        await asyncio.to_thread(self.stop_processes)
 
     def stop_processes(self) -> None:
-        """End the children, and what else outlives this object. May be called from any thread, and again."""
+        """End the children and the bootstrap server. May be called from any thread, and again."""
         if self._children is not None:
             self._children.stop()
+        if self.bootstrap is not None:
+            self.bootstrap.close()
 
     def kill_processes(self) -> None:
         """As `stop_processes`, but at once."""
         if self._children is not None:
             self._children.kill()
 
-    def transfer_engine_info(self, role: str, rank: int) -> dict[str, Any] | None:
-        """What /remote_instance_transfer_engine_info answers for a rank; None if it has not registered."""
+    def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
+        """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
         return None if self.bootstrap is None else self.bootstrap.get(role, rank)
 
     def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
-        args = {name: value for name, value in asdict(self.server_args).items() if name not in SECRET_FIELDS}
+        args = {
+            name: value for name, value in dataclasses.asdict(self.server_args).items() if name not in SECRET_FIELDS
+        }
         return {
             **args,
             "version": ramet.__version__,

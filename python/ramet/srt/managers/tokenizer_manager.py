@@ -270,9 +270,9 @@ class TokenizerManager:
                 param=one.param,
                 code="context_length_exceeded",
             )
-        if not -1 <= one.logprob_start_len <= len(input_ids):
+        if one.return_logprob and one.logprob_start_len > len(input_ids):
             raise RequestError(
-                f"logprob_start_len must be from -1 to the prompt's {len(input_ids)} tokens", param="logprob_start_len"
+                f"logprob_start_len is beyond the prompt's {len(input_ids)} tokens", param="logprob_start_len"
             )
         if one.top_logprobs_num > min(MAX_TOP_LOGPROBS, limits.vocab_size):
             raise RequestError(

@@ -1,6 +1,6 @@
 """Owns the instance's Prometheus metrics. Names are SGLang's, with our prefix, where the concept is the same."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LoadReport
@@ -14,6 +14,7 @@ class Metrics:
     """One instance's metrics in a registry of their own, so that several instances fit into one process."""
 
     def __init__(self, model_name: str):
+        disable_created_metrics()  # the library's "…_created" samples, which nobody asks for
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
 

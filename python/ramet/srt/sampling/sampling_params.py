@@ -13,6 +13,8 @@ from ramet.srt.managers.request_error import RequestError
 
 MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
 MAX_SEQUENCES = 128  # largest n
+MAX_SEED = 9 * 10**18  # an int64 that is exact as a double too: JSON schemas write their bounds as doubles
+TOKEN_KEY = r"^(0|[1-9][0-9]{0,8})$"  # a token id as the key of a JSON object
 GREEDY_TEMPERATURE = 1e-5  # below this a temperature means greedy: dividing by it would overflow
 GRAMMAR_FIELDS = ("regex", "json_schema", "ebnf")
 
@@ -41,7 +43,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=1024)] = []
     ignore_eos: bool = False
     logit_bias: dict[int, Bias] = {}
-    sampling_seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    sampling_seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     regex: str | None = None
     json_schema: str | None = None
@@ -73,7 +75,7 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
     if isinstance(values.get("json_schema"), Mapping):
         values["json_schema"] = json.dumps(values["json_schema"])
     try:
-        params = msgspec.convert(values, SamplingParams, str_keys=True)
+        params = _convert(values)
     except msgspec.ValidationError as error:
         raise _named(error) from None
     _check_together(params, vocab_size)
@@ -82,6 +84,24 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
     if params.top_k == 0:
         params.top_k = -1
     return params
+
+
+def _convert(values: dict[str, Any]) -> SamplingParams:
+    try:
+        return msgspec.convert(values, SamplingParams, str_keys=True)
+    except msgspec.ValidationError:
+        return msgspec.convert(with_whole_numbers(values), SamplingParams, str_keys=True)
+
+
+def with_whole_numbers(value: Any) -> Any:
+    """A JSON value with 3 where it has 3.0: the same number in JSON, though not in Python."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [with_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {name: with_whole_numbers(item) for name, item in value.items()}
+    return value
 
 
 def _named(error: msgspec.ValidationError) -> RequestError:
@@ -139,7 +159,7 @@ def sampling_params_schema() -> dict[str, Any]:
         {name: properties["stop"].pop(name) for name in ("type", "items", "maxItems")},
     ]
     properties["json_schema"]["anyOf"].append({"type": "object"})
-    properties["logit_bias"]["propertyNames"] = {"pattern": r"^(0|[1-9][0-9]{0,8})$"}
+    properties["logit_bias"]["propertyNames"] = {"pattern": TOKEN_KEY}
     for field in properties.values():
         if "anyOf" not in field:
             default = field.pop("default")

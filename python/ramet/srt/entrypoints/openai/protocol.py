@@ -2,15 +2,34 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from ramet.srt.entrypoints.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
-from ramet.srt.sampling.sampling_params import MAX_SEQUENCES, MAX_TOKENS
+from ramet.srt.sampling.sampling_params import MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
 
 MAX_OPENAI_LOGPROBS = 20
 StopText = Annotated[str, Field(min_length=1, max_length=4096)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": TOKEN_KEY},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        }
+    ),
+]
 TokenLimit = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+
+
+def only_with(option: str, switch: str) -> dict[str, Any]:
+    """JSON schema: `option` may be given (and not null) only where `switch` is true."""
+    return {
+        "if": {"required": [option], "properties": {option: {"not": {"type": "null"}}}},
+        "then": {"required": [switch], "properties": {switch: {"const": True}}},
+    }
 
 
 class StreamOptions(RequestBody):
@@ -30,12 +49,10 @@ class SamplingBody(RequestBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = None
+    logit_bias: LogitBias | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
@@ -51,6 +68,8 @@ class SamplingBody(RequestBody):
 
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
+
+    model_config = ConfigDict(json_schema_extra=only_with("stream_options", "stream"))
 
     prompt: (
         PromptText
@@ -134,6 +153,10 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 class ChatCompletionRequest(SamplingBody):
     """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [only_with("stream_options", "stream"), only_with("top_logprobs", "logprobs")]}
+    )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_PROMPTS)]
     max_completion_tokens: TokenLimit | None = None

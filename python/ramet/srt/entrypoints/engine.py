@@ -1,0 +1,296 @@
+"""Owns `Engine`: one instance inside a Python program, without HTTP, for synchronous and asynchronous callers.
+
+The instance lives on an event loop in a thread of its own, so the caller may have a running loop or none.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.managers.generation import Generation
+from ramet.srt.managers.request_error import RequestError, ServiceError
+from ramet.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Output = dict[str, Any]
+Prompt = str | list[str]
+Ids = list[int] | list[list[int]]
+STREAM_END = None
+ENDED = "the engine has been shut down"
+
+
+class Engine:
+    """One instance in this program. Takes every field of ServerArgs; the HTTP ones have no meaning here.
+
+    Usable as a context manager. What is still running when the program ends is ended with it.
+
+    Raises:
+        ValueError: for a wrong argument, model folder or tokenizer.
+        LaunchError: (a RuntimeError) if the instance can't start; the message says why.
+    """
+
+    scheduler_module = SCHEDULER_MODULE  # tests put another in its place
+
+    def __init__(self, **server_args: Any):
+        self.server_args = make_server_args(server_args)
+        self._core = EngineCore(Instance(self.server_args, time.time(), self.scheduler_module))
+        # Not `self.shutdown`: that would keep the engine alive until the program ends.
+        self._finalizer = weakref.finalize(self, self._core.stop)
+        self._core.start()
+
+    def generate(
+        self,
+        prompt: Prompt | None = None,
+        sampling_params: Output | list[Output] | None = None,
+        input_ids: Ids | None = None,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> Output | list[Output] | Iterator[Output]:
+        """Continue one or several prompts.
+
+        Args:
+            prompt: text, or a list of texts; or else `input_ids`: token ids, or a list of lists.
+            sampling_params: as in /generate; one object, or one for each prompt.
+            stream: yield outputs as they grow, each with all text so far.
+            options: the other fields of /generate: return_logprob, logprob_start_len, top_logprobs_num, …
+
+        Returns:
+            What /generate answers: one output, or a list for a list of prompts or for n above 1.
+
+        Raises:
+            ValueError: for a wrong argument; the message names it.
+            ServiceError: (a RuntimeError) if the engine has been shut down or a process of it has died.
+        """
+        request = self._request(prompt, sampling_params, input_ids, stream, options)
+        if stream:
+            return self._core.iterate(request)
+        return self._core.call(self._core.answer(request))
+
+    async def async_generate(
+        self,
+        prompt: Prompt | None = None,
+        sampling_params: Output | list[Output] | None = None,
+        input_ids: Ids | None = None,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> Output | list[Output] | AsyncIterator[Output]:
+        """As `generate`, for a running event loop: await it; with `stream` the result is an async iterator."""
+        request = self._request(prompt, sampling_params, input_ids, stream, options)
+        if stream:
+            return self._core.aiterate(request)
+        return await self._core.acall(self._core.answer(request))
+
+    def get_server_info(self) -> Output:
+        """What /get_server_info answers."""
+        return self._core.call(self._core.server_info())
+
+    def flush_cache(self) -> bool:
+        """Drop the prefix cache; False if requests are running."""
+        return self._core.call(self._core.flush_cache())
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """End the request with the id `rid`, or all of them: they finish with what they have."""
+        if abort_all == bool(rid):
+            raise ValueError("exactly one of rid and abort_all must be given")
+        self._core.call(self._core.abort(rid))
+
+    def shutdown(self) -> None:
+        """End the instance and its processes. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    @staticmethod
+    def _request(
+        prompt: Prompt | None, sampling_params: Any, input_ids: Ids | None, stream: bool, options: dict[str, Any]
+    ) -> GenerateReqInput:
+        return GenerateReqInput.make(
+            text=prompt, input_ids=input_ids, sampling_params=sampling_params, stream=stream, **options
+        )
+
+
+def make_server_args(fields: dict[str, Any]) -> ServerArgs:
+    """ServerArgs of keyword arguments. Raises ValueError for an unknown or missing one, and for a wrong value."""
+    known = [field.name for field in dataclasses.fields(ServerArgs)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]!r}; the known ones are {', '.join(known)}")
+    if "model_path" not in fields:
+        raise ValueError("model_path must be given")
+    return ServerArgs(**fields)
+
+
+class EngineCore:
+    """The thread, the event loop and the instance in it. Holds no reference to its Engine."""
+
+    def __init__(self, instance: Instance):
+        self.instance = instance
+        self._loop = asyncio.new_event_loop()
+        self._end = asyncio.Event()
+        self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        # The children die with the thread that starts them: it is this one, which lives as long as they shall.
+        self._thread = threading.Thread(target=self._run, name="ramet engine", daemon=True)
+
+    def start(self) -> None:
+        """Return when the instance is ready. Raises ValueError or LaunchError if it can't be."""
+        self._thread.start()
+        try:
+            error = self._started.get()
+        except BaseException:  # a Ctrl-C while the weights are loading
+            self.stop()
+            raise
+        if error is not None:
+            self._thread.join()
+            raise error
+
+    def stop(self) -> None:
+        """End the instance and the thread."""
+        if self._thread.is_alive():
+            with contextlib.suppress(RuntimeError):  # the loop has just ended by itself
+                self._loop.call_soon_threadsafe(self._end.set)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.instance.start()
+            self._loop.run_until_complete(self._serve())
+        except (ValueError, LaunchError) as error:
+            self._started.put(error)
+        finally:
+            self.instance.stop_processes()
+            self._close_loop()
+
+    def _close_loop(self) -> None:
+        """As asyncio.Runner does it, but without a new thread: there are none while the interpreter ends."""
+        self._loop.run_until_complete(_cancel_other_tasks())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        try:
+            self.instance.open(on_death=self._on_death)
+            if await self.instance.wait_ready(self._end):
+                self._started.put(None)
+                await self._end.wait()
+        finally:
+            await self.instance.close()
+
+    def _on_death(self, line: str) -> None:
+        logger.error("%s; the engine has ended", line)
+        self._end.set()
+
+    # ---- for callers in other threads ----
+
+    def call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, run on the engine's loop."""
+        try:
+            return self._submit(work).result()
+        except concurrent.futures.CancelledError:
+            raise ServiceError(ENDED) from None
+
+    async def acall(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """As `call`, from a coroutine on another loop. Cancelling it cancels `work`."""
+        return await asyncio.wrap_future(self._submit(work))
+
+    def iterate(self, request: GenerateReqInput) -> Iterator[Output]:
+        """The outputs of a streamed request; leaving the loop early aborts it."""
+        outputs: queue.SimpleQueue[Output | Exception | None] = queue.SimpleQueue()
+        future = self._submit(self._stream_into(request, outputs.put))
+        try:
+            while (item := outputs.get()) is not STREAM_END:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            future.cancel()
+
+    async def aiterate(self, request: GenerateReqInput) -> AsyncIterator[Output]:
+        """As `iterate`, from a coroutine on another loop."""
+        outputs: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(item: Output | Exception | None) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, item)
+
+        future = self._submit(self._stream_into(request, put))
+        try:
+            while (item := await outputs.get()) is not STREAM_END:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            future.cancel()
+
+    def _submit(self, work: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
+        if self._loop.is_closed() or not self._thread.is_alive():
+            work.close()
+            raise ServiceError(self.instance.death or ENDED)
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    # ---- on the engine's loop ----
+
+    async def answer(self, request: GenerateReqInput) -> Output | list[Output]:
+        """The outputs of a request that is not streamed."""
+        generation = await self._generate(request)
+        sequences = await generation.finish()
+        outputs = [native_output(sequence, request, self.instance.manager.tokenizer) for sequence in sequences]
+        return outputs if request.is_batch or len(outputs) > 1 else outputs[0]
+
+    async def server_info(self) -> Output:
+        """What /get_server_info answers."""
+        return self.instance.server_info(await self.instance.manager.internal_state())
+
+    async def flush_cache(self) -> bool:
+        """Whether the prefix cache was dropped."""
+        return (await self.instance.manager.flush_cache()).success
+
+    async def abort(self, rid: str) -> int:
+        """End the request `rid`, or all for "": the number of sequences that this concerns."""
+        return self.instance.manager.abort(rid) if rid else self.instance.manager.abort_all()
+
+    async def _generate(self, request: GenerateReqInput) -> Generation:
+        manager = self.instance.manager
+        return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
+
+    async def _stream_into(self, request: GenerateReqInput, put: Callable[[Output | Exception | None], None]) -> None:
+        try:
+            generation = await self._generate(request)
+            has_several = request.is_batch or len(generation.sequences) > 1
+            async with aclosing(generation.updates()) as updates:
+                async for update in updates:
+                    sequence = generation.sequences[update.index]
+                    index = update.index if has_several else None
+                    put(native_output(sequence, request, self.instance.manager.tokenizer, index))
+        except (RequestError, ServiceError) as error:
+            put(error)
+        except asyncio.CancelledError:
+            put(ServiceError(ENDED))
+            raise
+        put(STREAM_END)
+
+
+async def _cancel_other_tasks() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

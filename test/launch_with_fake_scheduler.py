@@ -1,0 +1,10 @@
+"""`ramet.launch_server` with the fake scheduler in the place of the real one."""
+
+import sys
+
+from ramet.launch_server import launch
+from ramet.srt.observability.progress import process_start_time
+from ramet.srt.server_args import parse_server_args
+
+if __name__ == "__main__":
+    sys.exit(launch(parse_server_args(sys.argv[1:]), process_start_time(), "fake_scheduler"))

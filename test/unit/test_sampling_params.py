@@ -1,0 +1,80 @@
+"""Sampling parameters: what is accepted, what is refused, and that a refusal names the parameter."""
+
+from typing import Any
+
+import pytest
+from ramet.srt.managers.request_error import RequestError
+from ramet.srt.sampling.sampling_params import SamplingParams, parse_sampling_params, sampling_params_schema
+
+VOCAB_SIZE = 100
+
+
+def test_defaults() -> None:
+    assert parse_sampling_params({}, VOCAB_SIZE) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "expected"),
+    [
+        ({"stop": "a"}, "stop", ["a"]),
+        ({"stop": None}, "stop", []),
+        ({"json_schema": {"type": "object"}}, "json_schema", '{"type": "object"}'),
+        ({"logit_bias": {"7": 1}}, "logit_bias", {7: 1.0}),
+        ({"logit_bias": {7: -1.5}}, "logit_bias", {7: -1.5}),
+        ({"temperature": 1e-9}, "temperature", 0.0),
+        ({"temperature": 1}, "temperature", 1.0),
+        ({"top_k": 0}, "top_k", -1),
+        ({"max_new_tokens": 3.0}, "max_new_tokens", 3),
+        ({"sampling_seed": -5}, "sampling_seed", -5),
+    ],
+)
+def test_accepted_and_resolved(given: dict[str, Any], name: str, expected: Any) -> None:
+    assert getattr(parse_sampling_params(given, VOCAB_SIZE), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "words"),
+    [
+        ({"tempratur": 1}, "tempratur", "the known ones are max_new_tokens"),
+        ({"temperature": -1}, "temperature", "temperature"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
+        ({"temperature": float("inf")}, "temperature", "finite"),
+        ({"temperature": "1"}, "temperature", "got str"),
+        ({"top_p": 0}, "top_p", "> 0.0"),
+        ({"top_p": 1.1}, "top_p", "<= 1.0"),
+        ({"top_k": -2}, "top_k", ">= -1"),
+        ({"top_k": 1.5}, "top_k", "int"),
+        ({"min_p": 2}, "min_p", "<= 1.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "> 0.0"),
+        ({"presence_penalty": 3}, "presence_penalty", "<= 2.0"),
+        ({"frequency_penalty": -3}, "frequency_penalty", ">= -2.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens", ">= 1"),
+        ({"max_new_tokens": True}, "max_new_tokens", "bool"),
+        ({"max_new_tokens": 10**30}, "max_new_tokens", "<="),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens", "max_new_tokens"),
+        ({"stop": ""}, "stop", "length >= 1"),
+        ({"stop": ["a", 1]}, "stop", "str"),
+        ({"stop": ["\ud800"]}, "stop", "surrogate"),
+        ({"stop_token_ids": [100]}, "stop_token_ids", "[0, 100)"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "int"),
+        ({"logit_bias": {"100": 1}}, "logit_bias", "[0, 100)"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "100"),
+        ({"logit_bias": {"1": float("nan")}}, "logit_bias", ""),
+        ({"n": 0}, "n", ">= 1"),
+        ({"ignore_eos": 1}, "ignore_eos", "bool"),
+        ({"regex": "a", "ebnf": "b"}, "ebnf", "only one of"),
+        ([], "sampling_params", "object"),
+    ],
+)
+def test_refused_by_name(given: Any, param: str, words: str) -> None:
+    with pytest.raises(RequestError, match=None) as caught:
+        parse_sampling_params(given, VOCAB_SIZE)
+    assert caught.value.param == param
+    assert words in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_schema_knows_every_parameter() -> None:
+    schema = sampling_params_schema()
+    assert set(schema["properties"]) == set(SamplingParams.__struct_fields__)
+    assert schema["additionalProperties"] is False
