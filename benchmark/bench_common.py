@@ -118,7 +118,7 @@ class Server:
 
     def rank_info(self) -> dict[str, Any]:
         """What rank 0 reported when it was ready: load_report and phases among it."""
-        return self.call("/get_server_info")["internal"]["ranks"][0]
+        return self.call("/get_server_info")["ranks"][0]
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -81,7 +81,7 @@ class Instance:
 
     def load_report(self) -> dict[str, Any]:
         """How the instance's weights were loaded, summed over its ranks."""
-        reports = [rank["load_report"] for rank in self.call("/get_server_info")["internal"]["ranks"]]
+        reports = [rank["load_report"] for rank in self.call("/get_server_info")["ranks"]]
         return {
             "source": "+".join(sorted({report["source"] for report in reports})),
             "num_bytes": sum(report["num_bytes"] for report in reports),

@@ -191,7 +191,7 @@ class Instance:
 
     def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
         """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
-        return None if self.bootstrap is None else self.bootstrap.get(role, rank)
+        return None if self.bootstrap is None else self.bootstrap.get_json(role, rank)
 
     def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
@@ -203,7 +203,7 @@ class Instance:
             "version": ramet.__version__,
             "max_total_num_tokens": self.schedulers[0].max_total_num_tokens,
             "max_req_len": self.schedulers[0].max_req_len,
-            "weight_load": [msgspec.to_builtins(scheduler.load_report) for scheduler in self.schedulers],
+            "ranks": [msgspec.to_builtins(scheduler) for scheduler in self.schedulers],
             "startup_phases": self.progress.phases,
             "internal_states": [
                 {

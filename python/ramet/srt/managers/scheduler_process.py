@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
         scheduler.run()
     finally:
         scheduler.channel.close()
+        scheduler.model_runner.close()
     return 0
 
 
@@ -105,6 +106,8 @@ def start_scheduler(config: ChildConfig) -> "tuple[Scheduler, SchedulerReady]":
     scheduler = Scheduler(args, model_config, runner, tokenizer, grammar_backend, channel, config.parent_pid)
     scheduler.warm_up()
     start_up.on_phase("warm_up")
+    if config.bootstrap_url is not None:
+        runner.publish(config.bootstrap_url)
     start_up.on_phase("ready")
     ready = SchedulerReady(
         world_rank=config.parallel.world_rank,

@@ -19,11 +19,13 @@ from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import build_weight_manifest
+from ramet.srt.model_loader.weight_seed import WeightSeed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
+REGISTRATION_TIMEOUT_S = 30.0
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 
@@ -43,6 +45,7 @@ class ModelRunner:
         self.device = torch.device("cpu")
         self.dtype = getattr(torch, model_config.dtype)
         self.page_size = server_args.page_size
+        self._seed: WeightSeed | None = None
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         free_bytes = psutil.virtual_memory().available
         self.load_report = self._load_model(on_phase)
@@ -118,6 +121,28 @@ class ModelRunner:
             self.page_size,
             self.kv_pool.buffer.nbytes / 1e9,
         )
+
+    def publish(self, bootstrap_url: str) -> None:
+        """Offer the weights, which are final from now on, and let other instances find them.
+
+        Raises:
+            WeightTransferError: if the offer can't be made or the bootstrap server doesn't take the registration.
+        """
+        self._seed = WeightSeed.start(self.manifest, self.arena, host=self.server_args.host)
+        self._register_to_engine_info_bootstrap(bootstrap_url)
+
+    def _register_to_engine_info_bootstrap(self, bootstrap_url: str) -> None:
+        """Tell the instance's bootstrap server where this rank's weights are; a rank that nobody finds doesn't run."""
+        assert self._seed is not None, "the weights are registered after they are offered"
+        self._seed.register(
+            bootstrap_url, admin_api_key=self.server_args.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
+        )
+
+    def close(self) -> None:
+        """Withdraw the offer of the weights."""
+        if self._seed is not None:
+            self._seed.close()
+            self._seed = None
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
