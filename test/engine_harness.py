@@ -15,6 +15,7 @@ from ramet.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     TokenLogprobs,
 )
+from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import make_grammar_backend
@@ -58,6 +59,14 @@ class EngineHarness:
         self.scheduler = Scheduler(self.args, config, self.runner, tokenizer, grammar_backend, self.channel)
         self.num_batches = 0
         self.max_batch_size = 0
+        launch = self.scheduler._launch
+
+        def counted_launch(batch: ScheduleBatch) -> None:
+            self.num_batches += 1
+            self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
+            launch(batch)
+
+        self.scheduler._launch = counted_launch
 
     def submit(
         self,
@@ -92,13 +101,7 @@ class EngineHarness:
         scheduler = self.scheduler
         for message in self.channel.receive(0):
             scheduler._handle(message)
-        scheduler._collect_grammars()
-        batch = scheduler._next_batch()
-        if batch is not None:
-            self.num_batches += 1
-            self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
-            scheduler._run_batch(batch)
-        return batch is not None
+        return scheduler.step()
 
     def run(self, max_steps: int = 5000) -> dict[str, "Result"]:
         """Step until everything has ended, check that no cache page is lost, and return what each request got."""

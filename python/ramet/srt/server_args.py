@@ -15,13 +15,14 @@ REMOTE_BACKENDS = ("transfer_engine",)
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
+LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[str] | None = None) -> Any:
-    """A field of ServerArgs whose metadata makes the command-line flag."""
-    metadata = {"help": help, "choices": choices}
+def flag(default: Any, help: str, *, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
+    """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it."""
+    metadata = {"help": help, "choices": choices, "aliases": aliases}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,6 +70,28 @@ class ServerArgs:
     grammar_backend: str = flag("llguidance", "Library for constrained output.", choices=GRAMMAR_BACKENDS)
     watchdog_timeout: float = flag(300.0, "Seconds that one forward pass may take before the instance gives up.")
 
+    # Parallelism
+    tp_size: int = flag(
+        1, "Tensor-parallel ranks: each holds a slice of every layer.", aliases=("--tensor-parallel-size", "--tp")
+    )
+    pp_size: int = flag(
+        1, "Pipeline stages: each holds a run of the layers.", aliases=("--pipeline-parallel-size", "--pp")
+    )
+    dp_size: int = flag(
+        1, "Data-parallel replicas: each holds the whole model.", aliases=("--data-parallel-size", "--dp")
+    )
+    load_balance_method: str = flag(
+        "round_robin",
+        "How requests are spread over the data-parallel replicas: in turn, or to the one with fewest running.",
+        choices=LOAD_BALANCE_METHODS,
+    )
+    nnodes: int = flag(1, "Nodes that the instance runs on.")
+    node_rank: int = flag(0, "This node's place among them; node 0 serves the users.")
+    dist_init_addr: str | None = flag(None, "host:port on node 0 where the ranks of all nodes meet.")
+    dist_timeout: float = flag(
+        120.0, "Seconds that a node or rank may be late at the start, and that one operation between ranks may take."
+    )
+
     # Weights
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
     remote_instance_weight_loader_backend: str = flag(
@@ -100,13 +123,15 @@ class ServerArgs:
             if choices and value not in choices:
                 raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
         self._validate_ranges()
+        self._validate_parallelism()
         self._validate_remote_instance()
 
     def _validate_ranges(self) -> None:
         for name in ("port", "engine_info_bootstrap_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
-        for name in ("max_running_requests", "max_queued_requests", "page_size", "stream_interval"):
+        positive = ("max_running_requests", "max_queued_requests", "page_size", "stream_interval")
+        for name in (*positive, "tp_size", "pp_size", "dp_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
         for name in ("context_length", "max_total_tokens"):
@@ -117,13 +142,32 @@ class ServerArgs:
             raise ValueError(f"--chunked-prefill-size must be -1 or at least 1; got {self.chunked_prefill_size}")
         if not 0 < self.mem_fraction_static < 1:
             raise ValueError(f"--mem-fraction-static must be between 0 and 1; got {self.mem_fraction_static}")
-        for name in ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout"):
+        for name in ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout", "dist_timeout"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag_name(name)} must be above 0; got {getattr(self, name)}")
         if not self.model_path:
             raise ValueError("--model-path must not be empty")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
+
+    def _validate_parallelism(self) -> None:
+        if not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"--node-rank must be in [0, {self.nnodes}) with --nnodes {self.nnodes}; got {self.node_rank}"
+            )
+        if self.world_size % self.nnodes:
+            raise ValueError(
+                f"{self.world_size} ranks (--tp-size {self.tp_size} x --pp-size {self.pp_size} x --dp-size "
+                f"{self.dp_size}) can't be spread evenly over --nnodes {self.nnodes}"
+            )
+        if self.dist_init_addr is not None:
+            split_address(self.dist_init_addr, "--dist-init-addr")
+        if self.nnodes == 1:
+            return
+        if self.dist_init_addr is None:
+            raise ValueError("--nnodes above 1 needs --dist-init-addr host:port, the same on every node")
+        if self.is_seed and self.engine_info_bootstrap_port == 0:
+            raise ValueError("--engine-info-bootstrap-port 0 is for one node: others can't know which port it is")
 
     def _validate_remote_instance(self) -> None:
         ip = self.remote_instance_weight_loader_seed_instance_ip
@@ -152,6 +196,24 @@ class ServerArgs:
         )
 
     @property
+    def world_size(self) -> int:
+        """Number of ranks of the instance, over all nodes."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+    @property
+    def local_ranks(self) -> range:
+        """World ranks that run on this node."""
+        count = self.world_size // self.nnodes
+        return range(self.node_rank * count, (self.node_rank + 1) * count)
+
+    @property
+    def head_host(self) -> str:
+        """Host of node 0, as the ranks of this node reach it."""
+        if self.nnodes == 1 or self.dist_init_addr is None:
+            return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return split_address(self.dist_init_addr, "--dist-init-addr")[0]
+
+    @property
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model_path
@@ -174,6 +236,18 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def split_address(address: str, flag: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[ipv6]:port".
+
+    Raises:
+        ValueError: if it is neither; the message names the flag.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ValueError(f"{flag} must be host:port; got {address!r}")
+    return host.strip("[]"), int(port)
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of ServerArgs."""
     hints = get_type_hints(ServerArgs)
@@ -193,7 +267,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
             if field.metadata["choices"]:
                 options["choices"] = field.metadata["choices"]
                 options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
-        parser.add_argument(flag_name(field.name), **options)
+        parser.add_argument(flag_name(field.name), *field.metadata["aliases"], **options)
 
 
 def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") -> ServerArgs:
@@ -223,18 +297,15 @@ class CliParser(argparse.ArgumentParser):
 class PortArgs:
     """Addresses of the ZeroMQ sockets between one instance's processes (pyzmq address strings).
 
-    The tokenizer manager and the scheduler bind the socket that they read; the detokenizer binds its own.
+    Whoever reads a socket binds it. Where each scheduler reads, its SchedulerReady says.
     """
 
-    tokenizer_ipc_name: str  # PULL at the tokenizer manager; from the detokenizer and the scheduler
-    scheduler_input_ipc_name: str  # PULL at the scheduler of rank 0; from the tokenizer manager
-    detokenizer_ipc_name: str  # PULL at the detokenizer; from the scheduler and the tokenizer manager
+    tokenizer_ipc_name: str  # PULL at the tokenizer manager; from the detokenizer and the schedulers
+    detokenizer_ipc_name: str  # PULL at the detokenizer; from the schedulers and the tokenizer manager
+    tokenizer_fd: int | None = None  # listening socket behind the address, where that is TCP
+    detokenizer_fd: int | None = None
 
     @classmethod
     def in_directory(cls, directory: str) -> "PortArgs":
         """Unix-socket addresses below `directory`, which only this user may enter."""
-        return cls(
-            tokenizer_ipc_name=f"ipc://{directory}/tokenizer",
-            scheduler_input_ipc_name=f"ipc://{directory}/scheduler",
-            detokenizer_ipc_name=f"ipc://{directory}/detokenizer",
-        )
+        return cls(tokenizer_ipc_name=f"ipc://{directory}/tokenizer", detokenizer_ipc_name=f"ipc://{directory}/detok")

@@ -1,6 +1,11 @@
 """Owns a rank's parallel coordinates and the numbers derived from them; knows nothing of process groups."""
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+if TYPE_CHECKING:
+    from ramet.srt.configs.model_config import ModelConfig
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +29,41 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
             if not 0 <= rank < size:
                 raise ValueError(f"{dimension}_rank must be in [0, {size}), got {rank}")
 
+    @classmethod
+    def of_rank(cls, world_rank: int, *, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1) -> "ParallelConfig":
+        """The coordinates of a world rank: tensor-parallel ranks are neighbours, then stages, then replicas."""
+        shard_rank, tp_rank = divmod(world_rank, tp_size)
+        dp_rank, pp_rank = divmod(shard_rank, pp_size)
+        return cls(tp_size=tp_size, tp_rank=tp_rank, pp_size=pp_size, pp_rank=pp_rank, dp_size=dp_size, dp_rank=dp_rank)
+
+    def layer_range(self, num_layers: int) -> range:
+        """The layers of this rank's pipeline stage."""
+        count = num_layers // self.pp_size
+        return range(self.pp_rank * count, (self.pp_rank + 1) * count)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def leader_rank(self) -> int:
+        """World rank of the rank that schedules for this one's replica: its first."""
+        return self.dp_rank * self.pp_size * self.tp_size
+
+    @property
+    def sampling_rank(self) -> int:
+        """World rank of the rank that chooses the tokens of this one's replica: the first of the last stage."""
+        return self.leader_rank + (self.pp_size - 1) * self.tp_size
+
+    @property
+    def replica_ranks(self) -> range:
+        """World ranks of this rank's replica."""
+        return range(self.leader_rank, self.leader_rank + self.pp_size * self.tp_size)
+
     @property
     def shard_rank(self) -> int:
         """The rank's place in one replica: what ModelExpress calls worker_rank."""
@@ -38,3 +78,24 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def world_size(self) -> int:
         """Number of ranks in the instance."""
         return self.dp_size * self.pp_size * self.tp_size
+
+
+def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int) -> None:
+    """Find out whether a model can be split so, before anything is started.
+
+    Raises:
+        ValueError: if a dimension of the model does not divide; the message says which and by what.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % tp_size:
+        raise ValueError(f"--tp-size {tp_size} does not divide the model's {heads} attention heads")
+    if kv_heads % tp_size and tp_size % kv_heads:
+        raise ValueError(
+            f"--tp-size {tp_size} neither divides the model's {kv_heads} key/value heads nor is a multiple"
+        )
+    if config.intermediate_size % tp_size:
+        raise ValueError(
+            f"--tp-size {tp_size} does not divide the model's intermediate size {config.intermediate_size}"
+        )
+    if config.num_hidden_layers % pp_size:
+        raise ValueError(f"--pp-size {pp_size} does not divide the model's {config.num_hidden_layers} layers")

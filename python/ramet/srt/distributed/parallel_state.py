@@ -1,16 +1,92 @@
-"""Owns the process groups of this rank. Layers ask here which group they reduce over; sizes live in ParallelConfig."""
+"""Owns the process groups of this rank. Sizes and coordinates live in ParallelConfig."""
 
+import datetime
+from dataclasses import dataclass
+
+import torch
 import torch.distributed as dist
 
-_tp_group: dist.ProcessGroup | None = None
+from ramet.srt.configs.parallel_config import ParallelConfig
 
 
-def set_tp_group(group: dist.ProcessGroup | None) -> None:
-    """Make `group` the tensor-parallel group of this process; None for a single rank."""
-    global _tp_group
-    _tp_group = group
+@dataclass
+class _Groups:
+    """The groups that this rank is in; None where it is the only member."""
+
+    tp: dist.ProcessGroup | None = None
+    replica: dist.ProcessGroup | None = None
+    parallel: ParallelConfig = ParallelConfig()
+
+
+_groups = _Groups()
+
+
+def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: str, timeout_s: float) -> None:
+    """Join the instance's ranks into groups. Every rank calls it; with one rank in the world there is nothing to do.
+
+    Args:
+        backend: "gloo" or "nccl".
+        timeout_s: for every operation between the ranks.
+    """
+    global _groups
+    if parallel.world_size == 1:
+        return
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=parallel.world_rank,
+        world_size=parallel.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    groups = _Groups(parallel=parallel)
+    replica_size = parallel.pp_size * parallel.tp_size
+    for start in range(0, parallel.world_size, replica_size):  # every rank makes every group, in the same order
+        replica = _new_group(list(range(start, start + replica_size)), parallel)
+        groups.replica = replica or groups.replica
+        for stage in range(parallel.pp_size):
+            first = start + stage * parallel.tp_size
+            tp = _new_group(list(range(first, first + parallel.tp_size)), parallel)
+            groups.tp = tp or groups.tp
+    _groups = groups
+
+
+def _new_group(ranks: list[int], parallel: ParallelConfig) -> dist.ProcessGroup | None:
+    """A group of `ranks`; None for those outside it, and for a single rank."""
+    if len(ranks) == 1:
+        return None
+    group = dist.new_group(ranks)
+    return group if parallel.world_rank in ranks else None
+
+
+def destroy_process_groups() -> None:
+    """Leave all groups."""
+    global _groups
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _groups = _Groups()
 
 
 def get_tp_group() -> dist.ProcessGroup | None:
     """The tensor-parallel group, or None when this rank is its only member."""
-    return _tp_group
+    return _groups.tp
+
+
+def min_over_replica(value: int) -> int:
+    """The smallest of the values that the ranks of the replica give."""
+    if _groups.replica is None:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN, group=_groups.replica)
+    return int(tensor.item())
+
+
+def send_to_next_stage(tensor: torch.Tensor) -> dist.Work:
+    """Begin to send `tensor` to this rank's neighbour in the next pipeline stage. Keep it until the work is done."""
+    work = dist.isend(tensor, _groups.parallel.world_rank + _groups.parallel.tp_size)
+    assert work is not None
+    return work
+
+
+def receive_from_previous_stage(tensor: torch.Tensor) -> None:
+    """Fill `tensor` with what this rank's neighbour in the previous stage sends."""
+    dist.recv(tensor, _groups.parallel.world_rank - _groups.parallel.tp_size)

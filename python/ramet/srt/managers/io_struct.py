@@ -132,6 +132,7 @@ class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):
     max_total_num_tokens: int
     max_running_requests: int
     max_req_len: int  # longest prompt plus output, in tokens
+    scheduler_addresses: list[str]  # of world rank 0: where the scheduler of each replica reads requests
     load_report: LoadReport
     phases: dict[str, float]  # start-up phase -> seconds since the launch of the instance
 

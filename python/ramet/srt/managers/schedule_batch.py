@@ -30,6 +30,7 @@ class Req:
         self.sampling_params = message.sampling_params
         self.sampling_seed = sampling_seed
         self.stream = message.stream
+        self.silent = False  # nothing of it is sent: the warm-up
         self.return_logprob = message.return_logprob
         self.logprob_start_len = message.logprob_start_len
         self.top_logprobs_num = message.top_logprobs_num
@@ -37,6 +38,7 @@ class Req:
         self.grammar: Grammar | None = None
         self.finish_reason: FinishReason | None = None
         self.abort_requested = False
+        self.in_flight = False  # a pass that gives its next token has been launched and has not come back
 
         # Set by the scheduler while the request runs
         self.handle: CacheHandle | None = None
@@ -103,6 +105,11 @@ class Req:
             top_logprobs_num=self.top_logprobs_num,
         )
 
+    @property
+    def next_logprob_target(self) -> int:
+        """Position of the prompt token whose log-probability comes next."""
+        return max(1, self.logprob_start_len) + len(self.input_logprobs.token_ids)
+
     def input_logprob_positions(self) -> range:
         """Prompt positions in this pass whose logits give a prompt logprob: that of the token behind each."""
         if not self.wants_input_logprobs or self.output_ids:
@@ -119,6 +126,7 @@ class ScheduleBatch:
     reqs: list[Req]
     is_decode: bool
     sampled_reqs: list[Req] = field(default_factory=list)  # those that get a token from this pass
+    launched: float = 0.0  # time.monotonic()
 
     @classmethod
     def for_extend(cls, reqs: list[Req]) -> "ScheduleBatch":

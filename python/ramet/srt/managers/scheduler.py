@@ -1,7 +1,6 @@
 """Owns one rank's loop: which requests run in which pass, and what becomes of the tokens. One process for each rank."""
 
 import logging
-import os
 import random
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from ramet.srt.managers.io_struct import (
     Message,
     TokenizedGenerateReqInput,
 )
+from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.schedule_batch import Req, ScheduleBatch
 from ramet.srt.managers.schedule_policy import PrefillAdder, order_waiting, pick_retracted
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
@@ -38,6 +38,7 @@ from ramet.srt.utils.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
+RESULT_POLL_S = 0.05
 NEW_TOKEN_RATIO = 0.4  # share of the running requests' remaining tokens that is kept free at admission
 NEW_TOKEN_RATIO_STEP = 0.1  # added after a retraction
 NEW_TOKEN_RATIO_DECAY = 0.998  # per decode pass
@@ -56,9 +57,9 @@ class Scheduler:
         tokenizer: Tokenizer,
         grammar_backend: GrammarBackend | None,
         channel: SchedulerChannel,
-        parent_pid: int | None = None,
+        plan_sender: PlanSender | None = None,
     ):
-        self.parent_pid = parent_pid  # the launcher, without which the loop ends
+        self.plan_sender = plan_sender  # to the replica's other ranks, if it has any
         self.server_args = server_args
         self.model_config = model_config
         self.model_runner = model_runner
@@ -81,30 +82,44 @@ class Scheduler:
         self.last_was_prefill = False
         self.new_token_ratio = NEW_TOKEN_RATIO
         self.num_retracted = 0
-        self.forward_started: float | None = None  # time.monotonic() while a pass runs; the watchdog reads it
-        self.stopping = False
+        self.in_flight: deque[ScheduleBatch] = deque()  # launched passes, oldest first
+        self.max_in_flight = model_runner.parallel.pp_size  # so many keep every pipeline stage busy
         self._token_times: deque[tuple[float, int]] = deque()
         self.sampling_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self.ended_rids: list[str] = []  # those of them that the ranks may forget
 
     # -- The loop
 
-    def run(self) -> None:
-        """Serve until `stopping` is set or the launcher is gone."""
-        while not self.stopping and self.parent_pid in (None, os.getppid()):
-            for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
-                self._handle(message)
-            self._collect_grammars()
-            batch = self._next_batch()
-            if batch is not None:
-                self._run_batch(batch)
-            elif not self._has_work():
-                self.cache.check([])
-            elif self.compiling and not self.running and not self.waiting:
-                time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
+    def run_once(self) -> None:
+        """Take messages in, waiting a moment for the first when there is nothing to do, and take one step."""
+        for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
+            self._handle(message)
+        if not self.step() and not self._has_work():
+            self.cache.check([])
+
+    def step(self) -> bool:
+        """Launch the next pass if the pipeline has room, and take in results; False if there was neither."""
+        self._collect_grammars()
+        batch = self._next_batch() if len(self.in_flight) < self.max_in_flight else None
+        if batch is not None:
+            self._launch(batch)
+        elif self.in_flight:
+            assert self.plan_sender is not None, "a single rank's passes come back at once"
+            result = self.plan_sender.receive(RESULT_POLL_S)
+            if result is not None:
+                self._finish(result)
+        elif self.compiling:
+            time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
+        return batch is not None or bool(self.in_flight)
 
     def _has_work(self) -> bool:
-        return bool(self.running or self.waiting or self.chunked_req or self.compiling)
+        return bool(self.running or self.waiting or self.chunked_req or self.compiling or self.in_flight)
+
+    @property
+    def oldest_launch(self) -> float | None:
+        """time.monotonic() of the launch of the oldest pass that has not come back; the watchdog reads it."""
+        in_flight = self.in_flight
+        return in_flight[0].launched if in_flight else None
 
     def warm_up(self) -> None:
         """Run a few tokens through the model, so that the first request doesn't pay for what is made on first use."""
@@ -113,11 +128,10 @@ class Scheduler:
             return
         params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
         req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
+        req.silent = True
         self.waiting.append(req)
         while self._has_work():
-            batch = self._next_batch()
-            assert batch is not None, "the warm-up request can't be scheduled"
-            self._run_batch(batch, silent=True)
+            self.step()
         self.cache.flush()
 
     # -- Messages
@@ -175,10 +189,7 @@ class Scheduler:
 
     def _abort(self, message: AbortReq) -> None:
         """Waiting requests end at once, running ones with the next pass."""
-        everyone = [*self.waiting, *self.running, *(req for req, _ in self.compiling)]
-        if self.chunked_req is not None:
-            everyone.append(self.chunked_req)
-        for req in everyone:
+        for req in [*self.waiting, *self._admitted(), *(req for req, _ in self.compiling)]:
             if message.abort_all or req.rid == message.rid:
                 req.abort_requested = True
         for req in [req for req in self.waiting if req.abort_requested]:
@@ -198,7 +209,7 @@ class Scheduler:
         num_used = self.cache.allocator.num_pages - num_free - tree.num_evictable_pages
         return GetInternalStateReqOutput(
             request_id=message.request_id,
-            num_running_reqs=len(self.running) + (self.chunked_req is not None),
+            num_running_reqs=len(self._admitted()),
             num_waiting_reqs=len(self.waiting) + len(self.compiling),
             num_used_tokens=num_used * self.page_size,
             num_cached_tokens=tree.num_evictable_pages * self.page_size,
@@ -227,27 +238,33 @@ class Scheduler:
         self.last_was_prefill = False
         return self._decode_batch()
 
+    def _admitted(self) -> list[Req]:
+        """Every request that holds KV cache."""
+        admitted = dict.fromkeys([*self.running, *(req for batch in self.in_flight for req in batch.reqs)])
+        if self.chunked_req is not None:
+            admitted[self.chunked_req] = None
+        return [req for req in admitted if req.finish_reason is None]
+
     def _drop_aborted(self) -> None:
-        ended = [req for req in self.running if req.abort_requested]
-        if self.chunked_req is not None and self.chunked_req.abort_requested:
-            ended.append(self.chunked_req)
-            self.chunked_req = None
+        ended = [req for req in self._admitted() if req.abort_requested]
         for req in ended:
             req.finish_reason = FinishReason(type="abort", message="aborted", status_code=499)
             self._release(req)
-        self.running = [req for req in self.running if not req.abort_requested]
-        self._send(ended)
+        if ended:
+            self.running = [req for req in self.running if req.finish_reason is None]
+            if self.chunked_req in ended:
+                self.chunked_req = None
+            self._send(ended)
 
     def _prefill_batch(self) -> ScheduleBatch | None:
         if not self.waiting and self.chunked_req is None:
             return None
         chunk = self.server_args.chunked_prefill_size
-        num_running = len(self.running) + (self.chunked_req is not None)
         adder = PrefillAdder(
             self.cache,
             None if chunk == -1 else chunk,
             self._reserve_pages(),
-            self.server_args.max_running_requests - num_running,
+            self.server_args.max_running_requests - len(self._admitted()),
         )
         if self.chunked_req is not None:
             adder.add_chunked(self.chunked_req)
@@ -268,25 +285,29 @@ class Scheduler:
         return self.cache.num_pages(int(tokens)) + len(self.running)
 
     def _decode_batch(self) -> ScheduleBatch | None:
-        if not self.running:
-            return None
-        kept: list[Req] = []
-        candidates = list(self.running)
+        """The running requests whose last token is known; with a pipeline, one micro-batch of them."""
+        ready = [req for req in self.running if not req.in_flight]
+        candidates = deque(ready[: -(-len(self.running) // self.max_in_flight)])
+        batch: list[Req] = []
         while candidates:
-            req = candidates[0]
-            if self.cache.extend(req.handle, req.seq_len):
-                kept.append(candidates.pop(0))
-                continue
-            victim = pick_retracted([*kept, *candidates])
-            self._retract(victim)
-            (kept if victim in kept else candidates).remove(victim)
-        self.running = kept
+            req = candidates.popleft()
+            while not self.cache.extend(req.handle, req.seq_len):
+                victim = pick_retracted([other for other in self.running if not other.in_flight])
+                self._retract(victim)
+                if victim is req:
+                    break
+                for others in (batch, candidates):
+                    if victim in others:
+                        others.remove(victim)
+            else:
+                batch.append(req)
         self.new_token_ratio = max(0.1, self.new_token_ratio * NEW_TOKEN_RATIO_DECAY)
-        return ScheduleBatch.for_decode(list(kept)) if kept else None
+        return ScheduleBatch.for_decode(batch) if batch else None
 
     def _retract(self, req: Req) -> None:
         """Take a running request's cache away; it starts over from its tokens when there is room."""
         self._release(req)
+        self.running.remove(req)
         self.waiting.appendleft(req)
         self.num_retracted += 1
         self.new_token_ratio = min(1.0, self.new_token_ratio + NEW_TOKEN_RATIO_STEP)
@@ -294,14 +315,25 @@ class Scheduler:
 
     # -- A pass and its results
 
-    def _run_batch(self, batch: ScheduleBatch, silent: bool = False) -> None:
-        """Compute a batch and deal with its tokens; `silent` sends nothing."""
-        self.forward_started = time.monotonic()
-        result = self.worker.run(self._plan(batch))
-        self.forward_started = None
-        self._process_result(batch, result)
-        if not silent:
-            self._send(batch.sampled_reqs)
+    def _launch(self, batch: ScheduleBatch) -> None:
+        """Have every rank of the replica compute a batch. The ranks run passes in the order of their launch.
+
+        So what a pass writes counts as written from now on: later passes may build on it.
+        """
+        plan = self._plan(batch)
+        batch.launched = time.monotonic()
+        self.in_flight.append(batch)
+        for req in batch.sampled_reqs:
+            req.in_flight = True
+        for req in batch.reqs:
+            req.handle.kv_len += req.extend_len
+            if not batch.is_decode:
+                self.cache.share(req.handle, req.fill_ids)
+        if self.plan_sender is not None:
+            self.plan_sender.send(plan)
+        result = self.worker.run(plan)
+        if result is not None:
+            self._finish(result)
 
     def _plan(self, batch: ScheduleBatch) -> BatchPlan:
         new_states = [req.sampling_state() for req in batch.sampled_reqs if req.rid not in self.sampling_rids]
@@ -309,31 +341,34 @@ class Scheduler:
         ended, self.ended_rids = self.ended_rids, []
         return batch.to_plan(self.cache.take_page_writes(), new_states, ended, self.model_config.vocab_size)
 
-    def _process_result(self, batch: ScheduleBatch, result: BatchResult) -> None:
-        """Give the tokens and log-probabilities to their requests and end those that are done."""
+    def _finish(self, result: BatchResult) -> None:
+        """Give the tokens and log-probabilities of the oldest pass to their requests; end those that are done."""
+        batch = self.in_flight.popleft()
         for req in batch.reqs:
-            if (rows := result.prompt_logprobs.get(req.rid)) is not None:
-                first = req.input_logprob_positions().start + 1
-                targets = req.origin_input_ids[first : first + len(rows.logprobs)]
-                add_logprobs(req.input_logprobs, targets, rows)
-            req.handle.kv_len += req.extend_len
-            if not batch.is_decode:
-                self.cache.share(req.handle, req.fill_ids)
+            if (rows := result.prompt_logprobs.get(req.rid)) is not None and req.input_logprobs is not None:
+                first = req.next_logprob_target
+                add_logprobs(req.input_logprobs, req.origin_input_ids[first : first + len(rows.logprobs)], rows)
         for req, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True):
-            if token_id == INVALID_TOKEN:
-                message = "the model or the grammar left no token to choose"
-                req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
-            else:
-                self.output.append_token(req, token_id)
-                if req.return_logprob:
-                    add_logprobs(req.output_logprobs, [token_id], result.output_logprobs[req.rid])
-            if req.finish_reason is not None:
-                self._release(req)
-        if not batch.is_decode:
-            self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
-        else:
+            req.in_flight = False
+            if req.finish_reason is None:
+                self._take_token(req, token_id, result)
+        if batch.is_decode:
             self.running = [req for req in self.running if req.finish_reason is None]
+        else:
+            self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
         self._token_times.append((time.monotonic(), len(result.token_ids)))
+        self._send(batch.sampled_reqs)
+
+    def _take_token(self, req: Req, token_id: int, result: BatchResult) -> None:
+        if token_id == INVALID_TOKEN:
+            message = "the model or the grammar left no token to choose"
+            req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
+        else:
+            self.output.append_token(req, token_id)
+            if req.return_logprob:
+                add_logprobs(req.output_logprobs, [token_id], result.output_logprobs[req.rid])
+        if req.finish_reason is not None:
+            self._release(req)
 
     def _release(self, req: Req) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""
@@ -344,6 +379,6 @@ class Scheduler:
             self.ended_rids.append(req.rid)
 
     def _send(self, reqs: list[Req]) -> None:
-        outputs = [output for req in reqs if (output := self.output.collect(req)) is not None]
+        outputs = [output for req in reqs if not req.silent and (output := self.output.collect(req)) is not None]
         if outputs:
             self.channel.send(BatchTokenIDOutput(outputs=outputs))

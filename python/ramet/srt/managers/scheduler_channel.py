@@ -12,11 +12,20 @@ LINGER_MS = 1000
 class SchedulerChannel:
     """PULL from the tokenizer manager; PUSH to the detokenizer (outputs) and the tokenizer manager (replies)."""
 
-    def __init__(self, port_args: PortArgs):
+    def __init__(self, address: str):
+        """
+        Args:
+            address: where to listen for requests, a pyzmq address; "tcp://IP:*" takes a free port.
+        """
         self._context = zmq.Context()
         self._requests = self._context.socket(zmq.PULL)
         self._requests.setsockopt(zmq.RCVHWM, 0)
-        self._requests.bind(port_args.scheduler_input_ipc_name)
+        self._requests.setsockopt(zmq.IPV6, "[" in address)
+        self._requests.bind(address)
+        self.address: str = self._requests.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def connect(self, port_args: PortArgs) -> None:
+        """Connect to the detokenizer and the tokenizer manager, on node 0."""
         self._outputs = self._push(port_args.detokenizer_ipc_name)
         self._replies = self._push(port_args.tokenizer_ipc_name)
 
@@ -25,6 +34,7 @@ class SchedulerChannel:
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
         socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.IPV6, 1)
         socket.connect(address)
         return socket
 

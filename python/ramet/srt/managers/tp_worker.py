@@ -16,23 +16,27 @@ class TpModelWorker:
 
     def __init__(self, model_runner: ModelRunner):
         self.model_runner = model_runner
+        self._samples = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
         self._rows: dict[str, SamplingRow] = {}
         self._info_key: list[str] = []
         self._info: SamplingInfo | None = None
 
     @torch.inference_mode()
-    def run(self, plan: BatchPlan) -> BatchResult:
-        """Compute a pass and choose its tokens."""
+    def run(self, plan: BatchPlan) -> BatchResult | None:
+        """Compute this rank's part of a pass; the tokens and log-probabilities if it is the rank that samples."""
         self._take_states(plan)
         batch = self._forward_batch(plan)
         hidden_states = self.model_runner.forward(batch)
+        if hidden_states is None:
+            return None
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
         self._add_prompt_logprobs(plan, hidden_states, result)
         sampled = [sequence.rid for sequence in plan.sequences if sequence.is_sampled]
         if sampled:
             logits = self.model_runner.compute_logits(hidden_states[batch.logits_rows])
-            self._sample(sampled, logits, plan, result)
-        return result
+            if self._samples:
+                self._sample(sampled, logits, plan, result)
+        return result if self._samples else None
 
     def _take_states(self, plan: BatchPlan) -> None:
         for rid in plan.ended_rids:

@@ -10,6 +10,7 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport
@@ -46,8 +47,10 @@ class ModelRunner:
         self.dtype = getattr(torch, model_config.dtype)
         self.page_size = server_args.page_size
         self._seed: WeightSeed | None = None
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        free_bytes = psutil.virtual_memory().available
+        self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
+        num_local_ranks = len(server_args.local_ranks)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
+        free_bytes = psutil.virtual_memory().available // num_local_ranks  # the ranks of a node share its memory
         self.load_report = self._load_model(on_phase)
         self._init_kv_cache(free_bytes)
         on_phase("kv_cache")
@@ -83,8 +86,8 @@ class ModelRunner:
             ValueError: if the memory does not suffice, or for one request of useful length.
         """
         args, config = self.server_args, self.model_config
-        num_kv_heads = self.model.model.layers[0].self_attn.attn.num_kv_heads
-        layout = (config.num_hidden_layers, num_kv_heads, config.head_dim, self.dtype)
+        num_kv_heads, num_layers = self.model.num_kv_heads, len(self.model.layer_ids)
+        layout = (num_layers, num_kv_heads, config.head_dim, self.dtype)
         token_bytes = MHATokenToKVPool.bytes_per_token(*layout)
         budget = int(free_bytes * args.mem_fraction_static) - self.manifest.arena_nbytes
         wanted = args.max_total_tokens or args.max_running_requests * config.context_len
@@ -95,7 +98,7 @@ class ModelRunner:
                 f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache; "
                 f"{psutil.virtual_memory().available / 1e9:.2f} GB are free"
             )
-        num_pages = wanted // self.page_size
+        num_pages = min_over_replica(wanted // self.page_size)
         if num_pages < 1:
             raise ValueError(
                 f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free, the weights take "
@@ -107,7 +110,7 @@ class ModelRunner:
         self.kv_pool = MHATokenToKVPool(
             num_pages=num_pages,
             page_size=self.page_size,
-            num_layers=config.num_hidden_layers,
+            num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             dtype=self.dtype,
@@ -145,11 +148,27 @@ class ModelRunner:
             self._seed = None
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] of the batch; its keys and values are in the cache after."""
+    def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Run this rank's layers over the batch; its keys and values are in the cache after.
+
+        Returns:
+            Hidden states [num_tokens, hidden_size] in the last pipeline stage; None in the others, which send
+            theirs to the next.
+        """
         batch.kv_pool, batch.attn_backend = self.kv_pool, self.attn_backend
         self.attn_backend.init_forward_metadata(batch)
-        return self.model(batch.input_ids, batch.positions, batch)
+        inputs = batch.input_ids
+        if not self.parallel.is_first_stage:
+            shape = (len(batch.positions), self.model_config.hidden_size)
+            inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
+            receive_from_previous_stage(inputs)
+        output = self.model(inputs, batch.positions, batch)
+        if self.parallel.is_last_stage:
+            return output
+        if self._sending is not None:
+            self._sending[0].wait()
+        self._sending = (send_to_next_stage(output), output)
+        return None
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class LlamaAttention(nn.Module):
             num_heads=self.qkv_proj.num_heads,
             num_kv_heads=self.qkv_proj.num_kv_heads,
             head_dim=config.head_dim,
-            layer_id=layer_id,
+            layer_id=layer_id - model.layer_ids.start,
             sliding_window=config.layer_windows[layer_id],
         )
 
@@ -121,28 +121,35 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """Embedding, decoder layers and the final norm."""
+    """One pipeline stage: the embedding in the first, a run of decoder layers, the final norm in the last."""
 
     def __init__(self, model: "LlamaForCausalLM"):
         super().__init__()
-        config, dtype = model.config, model.dtype
-        self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, "model.embed_tokens", dtype=dtype, parallel=model.parallel
+        config, dtype, parallel = model.config, model.dtype, model.parallel
+        if parallel.is_first_stage:
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, "model.embed_tokens", dtype=dtype, parallel=parallel
+            )
+        # Keyed by their numbers in the whole model, so that names don't depend on the stage.
+        self.layers = nn.ModuleDict(
+            {str(index): LlamaDecoderLayer(model, index, f"model.layers.{index}") for index in model.layer_ids}
         )
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(model, index, f"model.layers.{index}") for index in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, "model.norm", eps=config.rms_norm_eps, dtype=dtype)
+        if parallel.is_last_stage:
+            self.norm = RMSNorm(config.hidden_size, "model.norm", eps=config.rms_norm_eps, dtype=dtype)
+        self.parallel = parallel
 
     def forward(
-        self, input_ids: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
+        self, inputs: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        """int64 [num_tokens] -> normalised hidden states [num_tokens, hidden_size]."""
-        x = self.embed_tokens(input_ids)
+        """Token ids, or the stage before's output -> this stage's output, normalised in the last stage.
+
+        Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size].
+        """
+        x = self.embed_tokens(inputs) if self.parallel.is_first_stage else inputs
         residual = None
-        for layer in self.layers:
+        for layer in self.layers.values():
             x, residual = layer(x, residual, rotary, forward_batch)
-        return self.norm.add_and_norm(x, residual)[0]
+        return self.norm.add_and_norm(x, residual)[0] if self.parallel.is_last_stage else x + residual
 
 
 class LlamaForCausalLM(nn.Module):
@@ -156,10 +163,14 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.dtype = dtype
         self.parallel = parallel
+        self.layer_ids = parallel.layer_range(config.num_hidden_layers)
         self.model = LlamaModel(self)
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, "lm_head", dtype=dtype, parallel=parallel)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        if parallel.is_last_stage:
+            tied = config.tie_word_embeddings
+            name = "model.embed_tokens" if tied else "lm_head"  # a stage of its own holds a copy of the tied table
+            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, name, dtype=dtype, parallel=parallel)
+            if tied and parallel.is_first_stage:
+                self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary: RotaryEmbedding | None = None
 
     def has_qkv_bias(self) -> bool:
@@ -172,9 +183,14 @@ class LlamaForCausalLM(nn.Module):
         """Make what is derived from the config alone, on the device where the weights are."""
         self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim, self.dtype, device)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """int64 [num_tokens], int64 [num_tokens] -> hidden states [num_tokens, hidden_size]."""
-        return self.model(input_ids, self.rotary.cos_sin(positions), forward_batch)
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads of this rank, in every layer."""
+        return next(iter(self.model.layers.values())).self_attn.qkv_proj.num_kv_heads
+
+    def forward(self, inputs: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Inputs of this stage and int64 positions [num_tokens] -> its output [num_tokens, hidden_size]."""
+        return self.model(inputs, self.rotary.cos_sin(positions), forward_batch)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""

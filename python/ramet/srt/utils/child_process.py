@@ -22,7 +22,8 @@ class ChildConfig(msgspec.Struct, kw_only=True):
     """What a child process gets as one JSON line on its stdin."""
 
     server_args: dict[str, Any]
-    port_args: dict[str, str]
+    port_args: dict[str, str | int | None]
+    directory: str  # for Unix sockets; only this user may enter it
     parallel: ParallelConfig
     bootstrap_url: str | None  # of the engine-info bootstrap server, when the instance has one
     launch_time: float  # unix seconds: when the instance was started
@@ -32,7 +33,7 @@ class ChildConfig(msgspec.Struct, kw_only=True):
         return ServerArgs(**self.server_args)
 
     def make_port_args(self) -> PortArgs:
-        return PortArgs(**self.port_args)
+        return PortArgs(**self.port_args)  # type: ignore[arg-type]
 
 
 def status_fd_argument(argv: Sequence[str]) -> int:

@@ -1,0 +1,166 @@
+"""Owns how the ranks of an instance find each other and notice that one has gone: a key-value store and a pulse."""
+
+import datetime
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch.distributed as dist
+
+from ramet.srt.server_args import split_address
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.02
+PULSE_PERIOD_S = 1.0
+PULSE_TIMEOUT_S = 15.0
+STORE_TIMEOUT_S = 10.0
+
+
+class Rendezvous:
+    """The store of one instance, where ranks leave addresses and news for each other.
+
+    Args:
+        address: "file:PATH" for ranks of one node, or "host:port" where world rank 0 listens.
+    """
+
+    def __init__(self, address: str, world_rank: int, world_size: int, nnodes: int, timeout_s: float):
+        self.world_rank = world_rank
+        self.world_size = world_size
+        self.nnodes = nnodes
+        self.timeout_s = timeout_s
+        self._address = address
+        self.store = self._open(timeout_s, is_master=world_rank == 0)
+        self._pulse: threading.Thread | None = None
+        self._closing = threading.Event()
+
+    def _open(self, timeout_s: float, is_master: bool = False) -> dist.Store:
+        """A connection to the store.
+
+        Raises:
+            ValueError: if world rank 0 can't listen there, or can't be reached in time.
+        """
+        if self._address.startswith("file:"):
+            return dist.FileStore(self._address.removeprefix("file:"), self.world_size)
+        host, port = split_address(self._address, "--dist-init-addr")
+        try:
+            return dist.TCPStore(
+                host,
+                port,
+                world_size=None,
+                is_master=is_master,
+                timeout=datetime.timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            what = "listen on" if is_master else f"reach node 0 within {timeout_s:g} s at"
+            raise ValueError(
+                f"rank {self.world_rank} can't {what} {self._address} (--dist-init-addr): {_first_line(error)}"
+            ) from None
+
+    def put(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+
+    def get(self, key: str) -> str:
+        """The value of a key that is known to be there."""
+        return self.store.get(key).decode()
+
+    def wait_all(self, key: str, ranks: Sequence[int], timeout_s: float | None = None) -> list[str]:
+        """The values that `ranks` have put under `key`.
+
+        Args:
+            timeout_s: None waits for as long as all nodes have a pulse.
+
+        Raises:
+            ValueError: if some did not in time; the message names the ranks and their nodes.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        missing = list(ranks)
+        while missing := [rank for rank in missing if not self.store.check([f"{key}/{rank}"])]:
+            if deadline is not None and time.monotonic() > deadline:
+                nodes = sorted({rank * self.nnodes // self.world_size for rank in missing})
+                raise ValueError(
+                    f"rank {', '.join(map(str, missing))} of node {', '.join(map(str, nodes))} did not come within "
+                    f"{timeout_s:g} s (--dist-timeout)"
+                )
+            time.sleep(POLL_S)
+        return [self.get(f"{key}/{rank}") for rank in ranks]
+
+    def join(self) -> None:
+        """Wait until every rank of every node is here.
+
+        Raises:
+            ValueError: if one does not come in time.
+        """
+        self.put(f"joined/{self.world_rank}", "")
+        self.wait_all("joined", range(self.world_size), self.timeout_s)
+
+    def start_pulse(self, on_loss: Callable[[str], None], on_end: Callable[[], None]) -> None:
+        """Tell the other nodes that this one lives, and watch them; needed once per node, where there are several.
+
+        Args:
+            on_loss: called, in a thread, with a line that names the node that has gone.
+            on_end: called, in a thread, when node 0 has ended the instance in good order.
+        """
+        self._pulse = threading.Thread(target=self._beat, args=(on_loss, on_end), name="pulse", daemon=True)
+        self._pulse.start()
+
+    def _beat(self, on_loss: Callable[[str], None], on_end: Callable[[], None]) -> None:
+        node = self.world_rank * self.nnodes // self.world_size
+        seen = {other: ("", time.monotonic()) for other in range(self.nnodes) if other != node}
+        count = 0
+        try:
+            store = self._open(STORE_TIMEOUT_S)  # of its own: a store's connection is not for several threads
+            store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT_S))
+            while not self._closing.wait(PULSE_PERIOD_S):
+                count += 1
+                store.set(f"pulse/{node}", str(count))
+                if store.check(["ended"]):
+                    on_end()
+                    return
+                for other, (value, when) in seen.items():
+                    new = store.get(f"pulse/{other}").decode() if store.check([f"pulse/{other}"]) else ""
+                    if new != value:
+                        seen[other] = (new, time.monotonic())
+                    elif time.monotonic() - when > PULSE_TIMEOUT_S:
+                        on_loss(f"node {other} has not been heard of for {PULSE_TIMEOUT_S:g} s")
+                        return
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            if not self._closing.is_set():
+                on_loss(f"node 0 can't be reached any more: {_first_line(error)}")
+
+    def end(self) -> None:
+        """Say to the other nodes that the instance ends in good order."""
+        if self.nnodes > 1:
+            self.put("ended", "")
+
+    def close(self) -> None:
+        self._closing.set()
+
+
+def local_address(peer: str | None) -> str:
+    """This node's address as seen from `peer`, "host:port"; loopback without a peer."""
+    if peer is None:
+        return "127.0.0.1"
+    host, port = split_address(peer, "--dist-init-addr")
+    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing: it only makes the kernel choose the interface
+        return probe.getsockname()[0]
+
+
+def choose_interface(address: str) -> None:
+    """Have gloo and NCCL use the interface that holds `address`, unless the user has chosen one."""
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, name)
+            return
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

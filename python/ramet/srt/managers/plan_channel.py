@@ -1,0 +1,106 @@
+"""Owns how a replica's leader sends batch plans to its other ranks, and how the sampling rank sends results back."""
+
+import os
+
+import msgspec
+import zmq
+
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
+
+SEND_TIMEOUT_MS = 30_000
+PLANS_KEY = "plans"
+RESULTS_KEY = "results"
+
+_plan_decoder = msgspec.msgpack.Decoder(BatchPlan)
+_result_decoder = msgspec.msgpack.Decoder(BatchResult)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class PlanSender:
+    """The leader's side. `bind` first, `connect` once every rank has joined."""
+
+    def __init__(self, rendezvous: Rendezvous, address: str):
+        self._rendezvous = rendezvous
+        self._context = zmq.Context()
+        self._results = bind_reader(self._context, rendezvous, RESULTS_KEY, address)
+        self._followers: list[zmq.Socket[bytes]] = []
+
+    def connect(self, parallel: ParallelConfig) -> None:
+        """Connect to the followers, which have joined and so have said where they read."""
+        for rank in parallel.replica_ranks:
+            if rank != parallel.world_rank:
+                self._followers.append(connect_writer(self._context, self._rendezvous.get(f"{PLANS_KEY}/{rank}")))
+
+    def send(self, plan: BatchPlan) -> None:
+        """Hand the plan to every follower."""
+        data = _encoder.encode(plan)
+        for follower in self._followers:
+            follower.send(data)
+
+    def receive(self, timeout_s: float) -> BatchResult | None:
+        """The next result, in the order of the plans; None if there is none within `timeout_s`."""
+        if not self._results.poll(timeout_s * 1000):
+            return None
+        return _result_decoder.decode(self._results.recv())
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+class PlanReceiver:
+    """A follower's side. `connect` once every rank has joined."""
+
+    def __init__(self, rendezvous: Rendezvous, address: str):
+        self._rendezvous = rendezvous
+        self._context = zmq.Context()
+        self._plans = bind_reader(self._context, rendezvous, PLANS_KEY, address)
+        self._results: zmq.Socket[bytes] | None = None
+
+    def connect(self, parallel: ParallelConfig) -> None:
+        """Connect to the leader if this rank is the one that samples."""
+        if parallel.world_rank == parallel.sampling_rank:
+            address = self._rendezvous.get(f"{RESULTS_KEY}/{parallel.leader_rank}")
+            self._results = connect_writer(self._context, address)
+
+    def receive(self, timeout_s: float) -> BatchPlan | None:
+        """The next plan; None if there is none within `timeout_s`."""
+        if not self._plans.poll(timeout_s * 1000):
+            return None
+        return _plan_decoder.decode(self._plans.recv())
+
+    def send(self, result: BatchResult) -> None:
+        """Send the result of a plan to the leader."""
+        assert self._results is not None, "only the sampling rank has results"
+        self._results.send(_encoder.encode(result))
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def bind_reader(context: "zmq.Context[zmq.Socket[bytes]]", rendezvous: Rendezvous, key: str, address: str):
+    """A PULL socket at `address`, announced under `key` of this rank.
+
+    Args:
+        address: a folder for Unix sockets, or the IP address of this node.
+    """
+    socket = context.socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    if address.startswith(os.sep):
+        socket.bind(f"ipc://{address}/{key}-{rendezvous.world_rank}")
+    else:
+        socket.setsockopt(zmq.IPV6, ":" in address)
+        socket.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
+    rendezvous.put(f"{key}/{rendezvous.world_rank}", socket.getsockopt_string(zmq.LAST_ENDPOINT))
+    return socket
+
+
+def connect_writer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+    """A PUSH socket to `address`. Sending fails after half a minute without a reader."""
+    socket = context.socket(zmq.PUSH)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.connect(address)
+    return socket
