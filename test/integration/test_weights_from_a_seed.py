@@ -360,6 +360,17 @@ def test_defect_13_a_seed_that_is_killed_mid_transfer_gives_way_to_disk(tmp_path
     assert host_memory.resident_file_nbytes(client.arena.fd) <= client.arena.nbytes
 
 
+def test_what_a_dead_seed_has_sent_is_kept_if_the_files_complete_it(tmp_path, monkeypatch):
+    with SeedProcess(**BIG) as seed:
+        Interrupted(monkeypatch, seed.kill)
+        client = Client(seed.port, BIG, fallback="disk", timeout_s=10)
+        disk = disk_folder(tmp_path, client.config, fill=seed.config["fill"])
+        report = client.load(tmp_path)
+    assert report.source == "transfer_engine+checkpoint" and report.verified and report.fallback_reason
+    assert seed_process.holds(client.arena, disk)
+    assert report.num_bytes == client.manifest.payload_nbytes
+
+
 def test_a_seed_that_stalls_is_given_up_and_cannot_write_later(tmp_path, monkeypatch):
     with SeedProcess(**BIG) as seed:
         interrupted = Interrupted(monkeypatch, seed.pause)

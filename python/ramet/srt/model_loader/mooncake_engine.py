@@ -27,7 +27,7 @@ class MooncakeEngine:
         Raises:
             WeightTransferError: if Mooncake is not installed or does not start.
         """
-        protocol = choose_protocol()
+        self.protocol = choose_protocol()
         # Mooncake logs to stderr, past Python's logging; its warnings say nothing that a return code does not.
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         try:
@@ -38,9 +38,9 @@ class MooncakeEngine:
         self._rank = rank
         self._engine: Any = TransferEngine()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
-        code = self._engine.initialize(host, HANDSHAKE, protocol, envs.MOONCAKE_DEVICE.get())
+        code = self._engine.initialize(host, HANDSHAKE, self.protocol, envs.MOONCAKE_DEVICE.get())
         if code != 0:
-            raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {protocol} answers {code}")
+            raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {self.protocol} answers {code}")
         self.session_id = f"{host}:{self._engine.get_rpc_port()}"
 
     @classmethod

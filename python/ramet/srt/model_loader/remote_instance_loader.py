@@ -17,6 +17,7 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     reachable_host,
 )
 from ramet.srt.model_loader.seed_registration import SeedAnswer
+from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
 from ramet.srt.model_loader.sources.transfer_engine import TransferEngineSource
 from ramet.srt.model_loader.transfer_plan import PlanError
@@ -39,9 +40,11 @@ class RemoteInstanceModelLoader:
         self._config = config
         self._host, self._port = config.seed_instance_ip, config.seed_instance_service_port
         self.seed = format_address(self._host, self._port)
+        self._broken_off: TransferEngineSource | None = None  # a transfer that has filled a part of the arena
 
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
         """Fill the arena in place; see ModelLoader."""
+        self._broken_off = None
         try:
             report = self._load_from_seed(manifest, arena)
         except WeightTransferError as error:
@@ -61,10 +64,41 @@ class RemoteInstanceModelLoader:
         self, manifest: WeightManifest, arena: WeightArena, model_path: str, reason: WeightTransferError
     ) -> LoadReport:
         try:
-            report = DefaultModelLoader().load_weights(manifest, arena, model_path)
+            report = self._finish_from_disk(manifest, arena, model_path)
+            if report is None:
+                report = DefaultModelLoader().load_weights(manifest, arena, model_path)
         except ValueError as error:
             raise ValueError(f"no weights from the seed ({reason}), and none from disk ({error})") from error
         return msgspec.structs.replace(report, fallback_reason=str(reason))
+
+    def _finish_from_disk(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport | None:
+        """Read only what the seed has not sent. None if it sent nothing that can be used, or has other weights."""
+        broken_off = self._broken_off
+        if broken_off is None or len(broken_off.unfinished) == len(broken_off.plan.ops):
+            return None
+        start = time.perf_counter()
+        disk = CheckpointSource(model_path)
+        rest = disk.plan(manifest, broken_off.unfinished)
+        disk.fill(rest, arena)
+        try:
+            verified = broken_off.seed_manifest and self._verify(
+                manifest, arena, broken_off.seed_manifest, samples_only=False
+            )
+        except WeightTransferError as error:
+            logger.info("rank %d: the files are not what the seed has: reading all of them (%s)",
+                        manifest.parallel.world_rank, error)  # fmt: skip
+            return None
+        if not verified:
+            return None
+        received = broken_off.plan.nbytes - sum(op.nbytes for op in broken_off.unfinished)
+        report = LoadReport(
+            source=f"{broken_off.name}+{disk.name}",
+            num_bytes=received + rest.nbytes,
+            seconds=time.perf_counter() - start,
+            verified=True,
+        )
+        log_report(manifest, report)
+        return report
 
     def _load_from_seed(self, manifest: WeightManifest, arena: WeightArena) -> LoadReport:
         rank = manifest.parallel.world_rank
@@ -113,7 +147,11 @@ class RemoteInstanceModelLoader:
 
     def _transfer(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport:
         source = TransferEngineSource(answer, manifest)
-        source.fill(arena, reachable_host(self._config.host), self._config.timeout_s)
+        try:
+            source.fill(arena, reachable_host(self._config.host), self._config.timeout_s)
+        except WeightTransferError:
+            self._broken_off = source
+            raise
         verified = answer.manifest is not None and self._verify(manifest, arena, answer.manifest, samples_only=False)
         return LoadReport(source=source.name, num_bytes=source.plan.nbytes, seconds=0.0, verified=verified)
 

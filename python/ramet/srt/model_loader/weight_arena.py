@@ -160,7 +160,7 @@ class WeightArena:
         except OSError:
             os.close(kept)
             raise
-        host_memory.drop_file_memory(self._own_fd, self.nbytes)
+        self.drop_memory()
         self._mapped_fd = kept
         self._mapped_closer = weakref.finalize(self, os.close, kept)
         self._mapped_closer.atexit = False
@@ -172,6 +172,11 @@ class WeightArena:
             self._map_own()
             self._mapped_fd = None
             self._mapped_closer()
+
+    def drop_memory(self) -> None:
+        """Give the own memory back: the arena reads as zeros, and who still writes to the old pages harms nobody."""
+        self._require_private()
+        host_memory.drop_file_memory(self._own_fd, self.nbytes)
 
     def publish(self) -> None:
         """Declare the content final: from now on others may map or read it, and no source may fill it."""

@@ -3,12 +3,12 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from ramet.srt.model_loader.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.sources.file_reader import ShortReadError, fill_from_files
-from ramet.srt.model_loader.transfer_plan import PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
+from ramet.srt.model_loader.transfer_plan import CopyOp, PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest
 
@@ -48,8 +48,11 @@ class CheckpointSource:
                     raise ValueError(f"{name} is in two files, {first[name]} and {path}")
                 first[name] = path
 
-    def plan(self, manifest: WeightManifest) -> TransferPlan:
+    def plan(self, manifest: WeightManifest, unfinished: Sequence[CopyOp] | None = None) -> TransferPlan:
         """What to read for a manifest; `op.source` is an index into the files.
+
+        Args:
+            unfinished: of another source's plan: only that is read.
 
         Raises:
             ValueError: if a tensor is missing, surplus or of the wrong shape or an unconvertible dtype.
@@ -64,7 +67,7 @@ class CheckpointSource:
             )
             for path, tensors in self.files.items()
         ]
-        return plan(manifest, sources)
+        return plan(manifest, sources, unfinished=unfinished)
 
     def fill(self, transfer_plan: TransferPlan, arena: WeightArena) -> None:
         """Read the planned ranges into the arena.
