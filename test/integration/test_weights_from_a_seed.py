@@ -292,9 +292,9 @@ def test_a_seed_that_is_not_there_or_not_ready_is_waited_for_in_bounds(monkeypat
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(WeightTransferError, match="it is not there"):
             Client(closed.getsockname()[1]).load()
-    with answering(b"starting", status=503) as port, pytest.raises(WeightTransferError, match="503 .*starting"):
+    with answering(b"starting", status=503) as port, pytest.raises(WeightTransferError, match="503 to .*starting"):
         Client(port, timeout_s=0.6).load()
-    with answering(b"what?", status=404) as port, pytest.raises(WeightTransferError, match="404 .*what"):
+    with answering(b"what?", status=404) as port, pytest.raises(WeightTransferError, match="404 to .*what"):
         Client(port).load()
     with answering(b"", status=403) as port, pytest.raises(WeightTransferError, match="403"):
         Client(port).load()

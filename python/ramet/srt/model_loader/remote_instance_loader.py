@@ -102,7 +102,10 @@ class RemoteInstanceModelLoader:
 
     def _load_from_seed(self, manifest: WeightManifest, arena: WeightArena) -> LoadReport:
         rank = manifest.parallel.world_rank
-        answer = fetch_seed_answer(self._host, self._port, rank, manifest.role, self._config.timeout_s)
+        config = self._config
+        answer = fetch_seed_answer(
+            self._host, self._port, rank, manifest.role, config.timeout_s, api_key=config.api_key
+        )
         if answer.manifest is not None:
             disagreement = find_disagreement(manifest, answer.manifest)
             if disagreement:

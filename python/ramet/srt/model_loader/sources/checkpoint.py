@@ -76,9 +76,7 @@ class CheckpointSource:
             MemoryError: if the arena does not fit into memory.
             ValueError: if a file can't be read any more or has become shorter.
         """
-        arena.restore_own_memory()
-        arena.require_memory()
-        arena.zero(zero_ranges(arena.manifest))
+        arena.prepare_fill(zero_ranges(arena.manifest))
         paths = list(self.files)
         with ExitStack() as stack:
             fds = []

@@ -59,9 +59,7 @@ class TransferEngineSource:
             WeightTransferError: if the seed fails or stalls. Nothing of it reaches the arena afterwards.
             MemoryError: if the weights don't fit into memory.
         """
-        arena.restore_own_memory()
-        arena.require_memory()
-        arena.zero(zero_ranges(arena.manifest))
+        arena.prepare_fill(zero_ranges(arena.manifest))
         engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
         window = arena.open_receive_window()
         try:
