@@ -17,7 +17,7 @@ class LocalSource:
         """Raises OSError if the seed can't be reached, ValueError if it refuses."""
         self._manifest = seed_manifest
         self._digest = layout_digest(seed_manifest)
-        self._fd = request_memory(handle.socket_path, self._digest, timeout_s)
+        self._fd = request_memory(handle.socket_name, self._digest, timeout_s)
 
     def __enter__(self) -> "LocalSource":
         return self
