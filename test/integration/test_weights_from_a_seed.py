@@ -178,6 +178,24 @@ def test_defect_6_float16_is_never_read_as_bfloat16():
         Client(seed.port, {"dtype": "bfloat16"}).load()
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+@pytest.mark.parametrize("without_manifest", [False, True])
+def test_another_model_of_the_same_shapes_is_told_apart_by_the_files(tmp_path, mode, without_manifest):
+    with SeedProcess(without_manifest=without_manifest) as seed:
+        config = {"fields": {"model_name": str(tmp_path)}}
+        # No files: the shapes must do. The same weights in the files: as good.
+        assert Client(seed.port, config, local_mode=mode).load(tmp_path).source != "checkpoint"
+        disk_folder(tmp_path, seed.config, fill=seed.config["fill"])
+        assert Client(seed.port, config, local_mode=mode).load(tmp_path).source != "checkpoint"
+        disk = disk_folder(tmp_path, seed.config, fill=9)
+        client = Client(seed.port, config, local_mode=mode, fallback="disk")
+        report = client.load(tmp_path)
+        assert report.source == "checkpoint" and "other weights than the files" in report.fallback_reason
+        assert seed_process.holds(client.arena, disk)
+        if not without_manifest:  # the same name on both sides says that it is meant
+            assert Client(seed.port, local_mode=mode).load(tmp_path).source != "checkpoint"
+
+
 @pytest.mark.parametrize("mode", ["copy", "off"])
 def test_weights_that_do_not_have_their_checksums_are_not_used(tmp_path, mode):
     with SeedProcess(lie=True) as seed:

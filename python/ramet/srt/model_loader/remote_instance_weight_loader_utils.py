@@ -139,20 +139,15 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
             return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
-    if client.model_name != seed.model_name:
-        if _is_path(client.model_name) or _is_path(seed.model_name):
-            logger.info(
-                "the seed calls its model %s, here it is %s: folders can't be compared; --served-model-name can",
-                seed.model_name,
-                client.model_name,
-            )
-        else:
-            return f"its model is {seed.model_name}, not {client.model_name}"
+    if client.model_name != seed.model_name and not is_folder_name(client, seed):
+        return f"its model is {seed.model_name}, not {client.model_name}"
     return None
 
 
-def _is_path(model_name: str) -> bool:
-    return model_name.startswith((os.sep, ".", "~")) or os.path.isdir(model_name)
+def is_folder_name(client: WeightManifest, seed: WeightManifest) -> bool:
+    """Whether one side goes by a folder's name, which says nothing to the other."""
+    names = (client.model_name, seed.model_name)
+    return any(name.startswith((os.sep, ".", "~")) or os.path.isdir(name) for name in names)
 
 
 def format_address(host: str, port: int) -> str:
