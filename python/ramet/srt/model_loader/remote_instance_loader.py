@@ -133,7 +133,7 @@ class RemoteInstanceModelLoader:
             different = CheckpointSource(model_path).find_difference(arena)
         except ValueError as error:
             logger.info(
-                "rank %d: names don't tell whether the seed %s has the same model, and no files do (%s): its shapes fit",
+                "rank %d: neither names nor files tell whether the seed %s has the same model (%s): its shapes fit",
                 rank,
                 self.seed,
                 error,
