@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 
 import zmq
-
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.managers.io_struct import (
     AbortReq,
