@@ -18,7 +18,6 @@ from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
 from ramet.srt.server_args import ServerArgs, parse_server_args
 
-
 logger = logging.getLogger(__name__)
 
 
