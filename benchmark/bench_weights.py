@@ -108,7 +108,7 @@ class Bench:
             folder / "model.safetensors",
         )
         assert self.answer.local_handle
-        self.seed_fd = request_memory(self.answer.local_handle.socket_path, layout_digest(self.manifest), TIMEOUT_S)
+        self.seed_fd = request_memory(self.answer.local_handle.socket_name, layout_digest(self.manifest), TIMEOUT_S)
         self.seed_view = mmap.mmap(self.seed_fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
 

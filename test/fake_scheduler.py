@@ -170,9 +170,12 @@ def main(argv: list[str]) -> int:
     if fault == "hang_at_start":
         time.sleep(3600)
     model_config = ModelConfig.from_path(args.model_path, context_length=args.context_length)
-    scheduler = FakeScheduler(
-        Tokenizer.from_path(args.model_path), model_config, args.max_queued_requests, args.max_running_requests
-    )
+    try:
+        tokenizer = Tokenizer.from_path(args.model_path)
+    except ValueError as error:
+        send_status(status_fd, encode(SchedulerFailed(world_rank=0, message=str(error))))
+        return 1
+    scheduler = FakeScheduler(tokenizer, model_config, args.max_queued_requests, args.max_running_requests)
     context = zmq.Context()
     reader = context.socket(zmq.PULL)
     reader.bind(ports.scheduler_input_ipc_name)

@@ -178,6 +178,24 @@ def test_defect_6_float16_is_never_read_as_bfloat16():
         Client(seed.port, {"dtype": "bfloat16"}).load()
 
 
+@pytest.mark.parametrize("mode", ["auto", "off"])
+@pytest.mark.parametrize("without_manifest", [False, True])
+def test_another_model_of_the_same_shapes_is_told_apart_by_the_files(tmp_path, mode, without_manifest):
+    with SeedProcess(without_manifest=without_manifest) as seed:
+        config = {"fields": {"model_name": str(tmp_path)}}
+        # No files: the shapes must do. The same weights in the files: as good.
+        assert Client(seed.port, config, local_mode=mode).load(tmp_path).source != "checkpoint"
+        disk_folder(tmp_path, seed.config, fill=seed.config["fill"])
+        assert Client(seed.port, config, local_mode=mode).load(tmp_path).source != "checkpoint"
+        disk = disk_folder(tmp_path, seed.config, fill=9)
+        client = Client(seed.port, config, local_mode=mode, fallback="disk")
+        report = client.load(tmp_path)
+        assert report.source == "checkpoint" and "other weights than the files" in report.fallback_reason
+        assert seed_process.holds(client.arena, disk)
+        if not without_manifest:  # the same name on both sides says that it is meant
+            assert Client(seed.port, local_mode=mode).load(tmp_path).source != "checkpoint"
+
+
 @pytest.mark.parametrize("mode", ["copy", "off"])
 def test_weights_that_do_not_have_their_checksums_are_not_used(tmp_path, mode):
     with SeedProcess(lie=True) as seed:
@@ -292,9 +310,9 @@ def test_a_seed_that_is_not_there_or_not_ready_is_waited_for_in_bounds(monkeypat
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(WeightTransferError, match="it is not there"):
             Client(closed.getsockname()[1]).load()
-    with answering(b"starting", status=503) as port, pytest.raises(WeightTransferError, match="503 .*starting"):
+    with answering(b"starting", status=503) as port, pytest.raises(WeightTransferError, match="503 to .*starting"):
         Client(port, timeout_s=0.6).load()
-    with answering(b"what?", status=404) as port, pytest.raises(WeightTransferError, match="404 .*what"):
+    with answering(b"what?", status=404) as port, pytest.raises(WeightTransferError, match="404 to .*what"):
         Client(port).load()
     with answering(b"", status=403) as port, pytest.raises(WeightTransferError, match="403"):
         Client(port).load()
@@ -358,6 +376,17 @@ def test_defect_13_a_seed_that_is_killed_mid_transfer_gives_way_to_disk(tmp_path
     assert seed_process.holds(client.arena, disk)
     # Refilled in place: the memory file holds one copy, and nothing else was taken.
     assert host_memory.resident_file_nbytes(client.arena.fd) <= client.arena.nbytes
+
+
+def test_what_a_dead_seed_has_sent_is_kept_if_the_files_complete_it(tmp_path, monkeypatch):
+    with SeedProcess(**BIG) as seed:
+        Interrupted(monkeypatch, seed.kill)
+        client = Client(seed.port, BIG, fallback="disk", timeout_s=10)
+        disk = disk_folder(tmp_path, client.config, fill=seed.config["fill"])
+        report = client.load(tmp_path)
+    assert report.source == "transfer_engine+checkpoint" and report.verified and report.fallback_reason
+    assert seed_process.holds(client.arena, disk)
+    assert report.num_bytes == client.manifest.payload_nbytes
 
 
 def test_a_seed_that_stalls_is_given_up_and_cannot_write_later(tmp_path, monkeypatch):

@@ -141,12 +141,12 @@ def test_what_is_ours_comes_back(server):
         "transfer_engine_info": INFO,
         "manifest": json.loads(manifest_to_json(manifest)),
         "arena_address": 4096,
-        "local_handle": {"host_identity": "h", "socket_path": "/s"},
+        "local_handle": {"host_identity": "h", "socket_name": "s"},
         "something_newer": 1,
     }
     assert put(server, document)[0] == 200
     answer = parse_answer(server.get_json("target", 0))
-    assert answer.manifest == manifest and answer.arena_address == 4096 and answer.local_handle.socket_path == "/s"
+    assert answer.manifest == manifest and answer.arena_address == 4096 and answer.local_handle.socket_name == "s"
     assert put(server, document | {"role": "draft"})[0] == 400
     assert put(server, document | {"arena_address": None})[0] == 400
 

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import stat
 
 import pytest
 import toy_model as toy
@@ -28,7 +27,7 @@ def server(arena):
 
 
 def test_the_memory_file_arrives_and_can_only_be_read(arena, server):
-    fd = request_memory(server.path, layout_digest(arena.manifest), 5)
+    fd = request_memory(server.name, layout_digest(arena.manifest), 5)
     assert os.pread(fd, 3, 0) == b"abc" and not os.get_inheritable(fd)
     with pytest.raises(PermissionError):
         os.pwrite(fd, b"x", 0)
@@ -37,26 +36,18 @@ def test_the_memory_file_arrives_and_can_only_be_read(arena, server):
     os.close(fd)
 
 
-def test_the_socket_is_in_a_private_directory_that_goes_away(arena):
+def test_a_server_that_is_closed_leaves_nothing(arena):
     server = LocalShareServer(arena)
-    directory = os.path.dirname(server.path)
-    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
     server.close()
-    assert not os.path.exists(directory)
-    with pytest.raises(FileNotFoundError):
-        request_memory(server.path, "", 1)
-
-
-def test_a_directory_of_the_caller_stays(arena, tmp_path):
-    server = LocalShareServer(arena, str(tmp_path))
-    assert list(tmp_path.iterdir())
-    server.close()
-    assert tmp_path.exists() and not list(tmp_path.iterdir())
+    with pytest.raises(ConnectionRefusedError):
+        request_memory(server.name, "", 1)
+    with open("/proc/net/unix", encoding="ascii") as file:
+        assert server.name not in file.read()
 
 
 def test_another_layout_is_refused(server):
     with pytest.raises(ValueError, match="another layout"):
-        request_memory(server.path, "0" * 32, 5)
+        request_memory(server.name, "0" * 32, 5)
 
 
 def test_another_user_is_refused_by_both_sides(arena, server, monkeypatch):
@@ -65,28 +56,27 @@ def test_another_user_is_refused_by_both_sides(arena, server, monkeypatch):
 
     def seen_by_the_server_as_another(connection):
         calls.append(connection)
-        return real(connection) + (connection.getsockname() == server.path)
+        return real(connection) + (connection.getsockname() == b"\0" + server.name.encode())
 
     monkeypatch.setattr(local_share, "peer_uid", seen_by_the_server_as_another)
     with pytest.raises(ValueError, match="may not have the memory"):
-        request_memory(server.path, layout_digest(arena.manifest), 5)
+        request_memory(server.name, layout_digest(arena.manifest), 5)
     monkeypatch.setattr(local_share, "peer_uid", lambda connection: os.geteuid() + 1)
     with pytest.raises(ValueError, match="the socket belongs to user"):
-        request_memory(server.path, layout_digest(arena.manifest), 5)
+        request_memory(server.name, layout_digest(arena.manifest), 5)
 
 
 def test_garbage_does_not_stop_the_server(arena, server):
     for data in (b"", b"\xc1", b"x" * 5000):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.connect(server.path)
+            connection.connect("\0" + server.name)
             connection.send(data)
-    os.close(request_memory(server.path, layout_digest(arena.manifest), 5))
+    os.close(request_memory(server.name, layout_digest(arena.manifest), 5))
 
 
-def test_a_server_that_never_answers_is_given_up(tmp_path):
-    path = str(tmp_path / "silent")
+def test_a_server_that_never_answers_is_given_up():
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind(path)
+        silent.bind("\0ramet-test-silent-" + str(os.getpid()))
         silent.listen()
         with pytest.raises(TimeoutError):
-            request_memory(path, "", 0.2)
+            request_memory(silent.getsockname()[1:].decode(), "", 0.2)

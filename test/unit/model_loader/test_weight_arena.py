@@ -146,7 +146,8 @@ def test_a_published_arena_is_immutable(manifest):
     arena = filled_arena(manifest)
     arena.publish()
     arena.publish()
-    for change in (arena.open_receive_window, lambda: arena.map_seed_memory(arena.fd)):
+    changes = (arena.open_receive_window, lambda: arena.map_seed_memory(arena.fd), lambda: arena.prepare_fill([]))
+    for change in (*changes, arena.drop_memory):
         with pytest.raises(RuntimeError, match="immutable"):
             change()
     with pytest.raises(PermissionError):
@@ -178,8 +179,14 @@ def test_too_little_memory_is_an_error_before_it_is_taken(manifest, monkeypatch)
     monkeypatch.setattr(weight_arena.host_memory, "available_memory_nbytes", lambda: 1000)
     arena = WeightArena.allocate(manifest, "cpu")
     with pytest.raises(MemoryError, match="rank 0 need .* GB more memory"):
-        arena.require_memory()
+        arena.prepare_fill([])
     assert host_memory.resident_file_nbytes(arena.fd) == 0
+
+
+def test_preparing_clears_what_the_source_will_not_write(manifest):
+    arena = filled_arena(manifest)
+    arena.prepare_fill([(1, 3)])
+    assert bytes(arena.memory[:4]) == b"\7\0\0\7"
 
 
 def test_available_memory_is_plausible():

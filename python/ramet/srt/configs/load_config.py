@@ -20,6 +20,7 @@ class LoadConfig:
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
     timeout_s: float = 60.0  # for a seed to answer, and for a transfer without progress
     host: str = "127.0.0.1"  # address of this instance, for the transfer engine
+    api_key: str | None = None  # the instances of a fleet share it: a seed with a key wants to see it
 
     @classmethod
     def from_server_args(cls, args: "ServerArgs") -> "LoadConfig":
@@ -33,4 +34,5 @@ class LoadConfig:
             fallback=args.remote_instance_weight_loader_fallback,
             timeout_s=args.remote_instance_weight_loader_timeout,
             host=args.host,
+            api_key=args.api_key,
         )

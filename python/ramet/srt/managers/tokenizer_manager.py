@@ -233,8 +233,8 @@ class TokenizerManager:
         if params.max_new_tokens > room:
             if not one.fit_max_new_tokens:
                 raise RequestError(
-                    f"the prompt has {len(input_ids)} tokens; with {params.max_new_tokens} more it would be "
-                    f"longer than the context of {self.limits.max_req_len} tokens",
+                    f"max_new_tokens is {params.max_new_tokens} and the prompt has {len(input_ids)} tokens: together "
+                    f"more than the context of {self.limits.max_req_len} tokens",
                     param="max_new_tokens",
                     code="context_length_exceeded",
                 )

@@ -1,4 +1,8 @@
-"""Owns the error of a weight transfer between instances."""
+"""Owns the error of a weight transfer between instances, and how errors name tensors."""
+
+from collections.abc import Sequence
+
+MAX_NAMED = 5
 
 
 class WeightTransferError(Exception):
@@ -17,3 +21,9 @@ class WeightTransferError(Exception):
         self.rank = rank
         self.seed = seed
         self.cause = cause
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few of what may be thousands of names, and how many more there are."""
+    shown = ", ".join(names[:MAX_NAMED])
+    return shown if len(names) <= MAX_NAMED else f"{shown} and {len(names) - MAX_NAMED} more"

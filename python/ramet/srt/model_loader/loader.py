@@ -2,14 +2,17 @@
 
 import hashlib
 import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest
+from ramet.srt.model_loader.weight_manifest import WeightBox, WeightManifest
+
+if TYPE_CHECKING:
+    import torch
 
 DUMMY_SCALE = 0.02
 DUMMY_PATTERN_LEN = 1_048_573  # a prime, so that repeating the pattern makes no two rows of a matrix equal
@@ -47,26 +50,30 @@ class DummyModelLoader:
         self.random_seed = random_seed
 
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+        """Fill the arena; see ModelLoader. `model_path` is not read."""
+        import torch
+
         start = time.perf_counter()
-        arena.restore_own_memory()
-        arena.require_memory()
+        arena.prepare_fill([(0, manifest.arena_nbytes)])
+        # Twice the pattern, so that it can be read from any place in its first half on.
+        noise = torch.rand(DUMMY_PATTERN_LEN, generator=torch.Generator().manual_seed(self.random_seed)).sub_(0.5)
+        noise = noise.mul_(2 * DUMMY_SCALE).repeat(2)
         for entry in manifest.entries:
-            self._fill_entry(entry, arena)
+            tensor = arena.tensor(entry)
+            for box in entry.boxes:
+                self._fill_box(tensor[tuple(slice(start, stop) for start, stop in box.target)], box, noise)
         report = LoadReport(
             source="dummy", num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
         log_report(manifest, report)
         return report
 
-    def _fill_entry(self, entry: WeightEntry, arena: WeightArena) -> None:
-        import torch
-
-        tensor = arena.tensor(entry)
-        for box in entry.boxes:
-            view = tensor[tuple(slice(start, stop) for start, stop in box.target)]
-            identity = f"{self.random_seed} {box.checkpoint_name} {box.source}".encode()
-            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(identity).digest()[:7], "little"))
-            pattern = torch.rand(min(view.numel(), DUMMY_PATTERN_LEN), generator=generator).sub_(0.5)
-            pattern = pattern.mul_(2 * DUMMY_SCALE).add_(1.0 if "norm" in box.checkpoint_name else 0.0)
-            repeats = -(-view.numel() // max(1, pattern.numel()))
-            view.copy_(pattern.to(view.dtype).repeat(repeats)[: view.numel()].view(view.shape))
+    def _fill_box(self, view: "torch.Tensor", box: WeightBox, noise: "torch.Tensor") -> None:
+        """Fill a slice of a parameter; where the pattern starts depends on which slice of which tensor it is."""
+        identity = f"{box.checkpoint_name} {box.source}".encode()
+        first = int.from_bytes(hashlib.sha256(identity).digest()[:8], "little") % DUMMY_PATTERN_LEN
+        pattern = noise[first : first + DUMMY_PATTERN_LEN]
+        if "norm" in box.checkpoint_name:
+            pattern = pattern + 1.0
+        num_repeats = -(-view.numel() // DUMMY_PATTERN_LEN)
+        view.copy_(pattern.to(view.dtype).repeat(num_repeats)[: view.numel()].view(view.shape))

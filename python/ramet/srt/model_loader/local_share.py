@@ -3,10 +3,9 @@
 import contextlib
 import logging
 import os
-import shutil
+import secrets
 import socket
 import struct
-import tempfile
 import threading
 
 import msgspec
@@ -34,26 +33,22 @@ class ShareReply(msgspec.Struct, frozen=True):
 
 
 class LocalShareServer:
-    """A Unix socket in a private directory, served by a thread; each connection is one request."""
+    """A Unix socket that is served by a thread; each connection is one request.
 
-    def __init__(self, arena: WeightArena, directory: str | None = None) -> None:
-        """
-        Args:
-            directory: for the socket, private to this user and removed by its owner; one of its own when not given.
-        """
+    Its name is in the abstract namespace (unix(7)): it reaches as far as the network namespace, leaves nothing
+    behind when the process is killed, and who may connect is decided by the kernel's word on the peer's user.
+    """
+
+    def __init__(self, arena: WeightArena) -> None:
         self._arena = arena
         self._digest = layout_digest(arena.manifest)
-        self._own_directory = tempfile.mkdtemp(prefix="ramet-weights-") if directory is None else None
-        parallel = arena.manifest.parallel
-        name = f"weights-{arena.manifest.role}-{parallel.world_rank}"
-        self.path = os.path.join(directory or self._own_directory or "", name)
+        self.name = f"ramet-weights-{secrets.token_hex(16)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._socket.bind(self.path)
+            self._socket.bind("\0" + self.name)
             self._socket.listen(64)
         except OSError:
             self._socket.close()
-            self._remove()
             raise
         self._thread = threading.Thread(target=self._serve, name="local-share", daemon=True)
         self._thread.start()
@@ -64,13 +59,6 @@ class LocalShareServer:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()
-        self._remove()
-
-    def _remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        if self._own_directory:
-            shutil.rmtree(self._own_directory, ignore_errors=True)
 
     def _serve(self) -> None:
         while True:
@@ -98,7 +86,7 @@ class LocalShareServer:
                 logger.debug("a local client went away: %s", error)
 
 
-def request_memory(path: str, digest: str, timeout_s: float) -> int:
+def request_memory(name: str, digest: str, timeout_s: float) -> int:
     """The descriptor of a seed's memory file; the caller closes it.
 
     Raises:
@@ -107,7 +95,7 @@ def request_memory(path: str, digest: str, timeout_s: float) -> int:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.settimeout(timeout_s)
-        connection.connect(path)
+        connection.connect("\0" + name)
         uid = peer_uid(connection)
         if uid != os.geteuid():
             raise ValueError(f"the socket belongs to user {uid}, not to {os.geteuid()}")

@@ -1,15 +1,17 @@
 """Owns Mooncake's TransferEngine: starting it, registering memory, and reads that can be given up."""
 
+import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ramet.srt.environ import envs
 from ramet.srt.model_loader.errors import WeightTransferError
 
 RDMA_DEVICES = "/sys/class/infiniband"
+HARMLESS_LOG = (b"Logging before InitGoogleLogging() is written", b"Local segment descriptor not found")
 HANDSHAKE = "P2PHANDSHAKE"  # the engines find each other by session id, without a metadata server
 
 
@@ -27,7 +29,7 @@ class MooncakeEngine:
         Raises:
             WeightTransferError: if Mooncake is not installed or does not start.
         """
-        protocol = choose_protocol()
+        self.protocol = choose_protocol()
         # Mooncake logs to stderr, past Python's logging; its warnings say nothing that a return code does not.
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
         try:
@@ -38,9 +40,10 @@ class MooncakeEngine:
         self._rank = rank
         self._engine: Any = TransferEngine()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
-        code = self._engine.initialize(host, HANDSHAKE, protocol, envs.MOONCAKE_DEVICE.get())
+        with _without_harmless_log():
+            code = self._engine.initialize(host, HANDSHAKE, self.protocol, envs.MOONCAKE_DEVICE.get())
         if code != 0:
-            raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {protocol} answers {code}")
+            raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {self.protocol} answers {code}")
         self.session_id = f"{host}:{self._engine.get_rpc_port()}"
 
     @classmethod
@@ -110,6 +113,21 @@ class MooncakeEngine:
 
 _engines: dict[str, MooncakeEngine] = {}
 _lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_harmless_log() -> Iterator[None]:
+    """Hold stderr back for a moment, and let it pass without the lines that every good start writes as errors."""
+    held, stderr = os.memfd_create("mooncake-log", os.MFD_CLOEXEC), os.dup(2)
+    os.dup2(held, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        lines = os.pread(held, os.fstat(held).st_size, 0).splitlines(keepends=True)
+        os.write(2, b"".join(line for line in lines if not any(text in line for text in HARMLESS_LOG)))
+        os.close(held)
+        os.close(stderr)
 
 
 def choose_protocol() -> str:

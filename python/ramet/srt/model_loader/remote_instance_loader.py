@@ -8,15 +8,17 @@ import msgspec
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
-from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.errors import WeightTransferError, name_some
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     fetch_seed_answer,
     find_disagreement,
     format_address,
     host_identity,
+    is_folder_name,
     reachable_host,
 )
 from ramet.srt.model_loader.seed_registration import SeedAnswer
+from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
 from ramet.srt.model_loader.sources.transfer_engine import TransferEngineSource
 from ramet.srt.model_loader.transfer_plan import PlanError
@@ -26,7 +28,6 @@ from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightManife
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMED_IN_ERROR = 5
 LOCAL_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
 
@@ -39,11 +40,15 @@ class RemoteInstanceModelLoader:
         self._config = config
         self._host, self._port = config.seed_instance_ip, config.seed_instance_service_port
         self.seed = format_address(self._host, self._port)
+        self._broken_off: TransferEngineSource | None = None  # a transfer that has filled a part of the arena
+        self._start = 0.0
 
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
         """Fill the arena in place; see ModelLoader."""
+        self._broken_off = None
+        self._start = time.perf_counter()
         try:
-            report = self._load_from_seed(manifest, arena)
+            report = self._load_from_seed(manifest, arena, model_path)
         except WeightTransferError as error:
             if self._config.fallback == "error":
                 raise
@@ -61,14 +66,47 @@ class RemoteInstanceModelLoader:
         self, manifest: WeightManifest, arena: WeightArena, model_path: str, reason: WeightTransferError
     ) -> LoadReport:
         try:
-            report = DefaultModelLoader().load_weights(manifest, arena, model_path)
+            report = self._finish_from_disk(manifest, arena, model_path)
+            if report is None:
+                report = DefaultModelLoader().load_weights(manifest, arena, model_path)
         except ValueError as error:
             raise ValueError(f"no weights from the seed ({reason}), and none from disk ({error})") from error
         return msgspec.structs.replace(report, fallback_reason=str(reason))
 
-    def _load_from_seed(self, manifest: WeightManifest, arena: WeightArena) -> LoadReport:
+    def _finish_from_disk(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport | None:
+        """Read only what the seed has not sent. None if it sent nothing that can be used, or has other weights."""
+        broken_off = self._broken_off
+        if broken_off is None or len(broken_off.unfinished) == len(broken_off.plan.ops):
+            return None
+        disk = CheckpointSource(model_path)
+        rest = disk.plan(manifest, broken_off.unfinished)
+        disk.fill(rest, arena)
+        try:
+            verified = broken_off.seed_manifest and self._verify(
+                manifest, arena, broken_off.seed_manifest, samples_only=False
+            )
+        except WeightTransferError as error:
+            logger.info("rank %d: the files are not what the seed has: reading all of them (%s)",
+                        manifest.parallel.world_rank, error)  # fmt: skip
+            return None
+        if not verified:
+            return None
+        received = broken_off.plan.nbytes - sum(op.nbytes for op in broken_off.unfinished)
+        report = LoadReport(
+            source=f"{broken_off.name}+{disk.name}",
+            num_bytes=received + rest.nbytes,
+            seconds=time.perf_counter() - self._start,
+            verified=True,
+        )
+        log_report(manifest, report)
+        return report
+
+    def _load_from_seed(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
         rank = manifest.parallel.world_rank
-        answer = fetch_seed_answer(self._host, self._port, rank, manifest.role, self._config.timeout_s)
+        config = self._config
+        answer = fetch_seed_answer(
+            self._host, self._port, rank, manifest.role, config.timeout_s, api_key=config.api_key
+        )
         if answer.manifest is not None:
             disagreement = find_disagreement(manifest, answer.manifest)
             if disagreement:
@@ -78,7 +116,35 @@ class RemoteInstanceModelLoader:
             report = self._load_locally(manifest, arena, answer) or self._transfer(manifest, arena, answer)
         except PlanError as error:
             raise WeightTransferError("agree", rank, self.seed, error) from error
+        if answer.manifest is None or (
+            answer.manifest.model_name != manifest.model_name and is_folder_name(manifest, answer.manifest)
+        ):
+            self._compare_with_files(manifest, arena, model_path)
         return msgspec.structs.replace(report, seconds=time.perf_counter() - start)
+
+    def _compare_with_files(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> None:
+        """Where names can't tell one model from another of the same shape, own files can, if there are any.
+
+        Raises:
+            WeightTransferError: if the files hold other weights.
+        """
+        rank = manifest.parallel.world_rank
+        try:
+            different = CheckpointSource(model_path).find_difference(arena)
+        except ValueError as error:
+            logger.info(
+                "rank %d: neither names nor files tell whether the seed %s has the same model (%s): its shapes fit",
+                rank,
+                self.seed,
+                error,
+            )
+            return
+        if different:
+            cause = (
+                f"it has other weights than the files in {model_path}: {different} differs (give both instances the "
+                "same --served-model-name if that is meant)"
+            )
+            raise WeightTransferError("agree", rank, self.seed, cause)
 
     def _load_locally(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport | None:
         """By mapping or copying the seed's memory; None where that is not possible and the network must do."""
@@ -91,9 +157,11 @@ class RemoteInstanceModelLoader:
             return None
         try:
             with LocalSource(answer.manifest, handle, min(self._config.timeout_s, LOCAL_TIMEOUT_S)) as source:
-                is_mapped = mode == "map" or (mode == "auto" and source.can_map(arena))
-                if is_mapped and not source.can_map(arena):
-                    raise ValueError("the seed's memory is laid out differently and can't be mapped")
+                is_mapped = mode != "copy" and source.can_map(arena)
+                if mode == "map" and not is_mapped:
+                    logger.warning(
+                        "rank %d: the memory of the seed %s is laid out differently: copying", rank, self.seed
+                    )
                 num_bytes = source.map(arena) if is_mapped else source.copy(arena)
         except PlanError:
             raise
@@ -113,7 +181,11 @@ class RemoteInstanceModelLoader:
 
     def _transfer(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport:
         source = TransferEngineSource(answer, manifest)
-        source.fill(arena, reachable_host(self._config.host), self._config.timeout_s)
+        try:
+            source.fill(arena, reachable_host(self._config.host), self._config.timeout_s)
+        except WeightTransferError:
+            self._broken_off = source
+            raise
         verified = answer.manifest is not None and self._verify(manifest, arena, answer.manifest, samples_only=False)
         return LoadReport(source=source.name, num_bytes=source.plan.nbytes, seconds=0.0, verified=verified)
 
@@ -129,8 +201,7 @@ class RemoteInstanceModelLoader:
         expected = expected_checksums(manifest, seed_manifest, samples_only=samples_only)
         mismatches = find_mismatches(manifest, arena.memory, expected, samples_only=samples_only)
         if mismatches:
-            named = ", ".join(mismatches[:MAX_NAMED_IN_ERROR])
-            cause = f"the checksums of {len(mismatches)} tensors differ from the seed's: {named}"
+            cause = f"the checksums of {len(mismatches)} tensors differ from the seed's: {name_some(mismatches)}"
             raise WeightTransferError("verify", rank, self.seed, cause)
         if len(expected) < len(manifest.entries):
             logger.warning(

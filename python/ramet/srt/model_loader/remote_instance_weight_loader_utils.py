@@ -67,20 +67,23 @@ def register_transfer_engine_info(
     raise WeightTransferError("register", registration.world_rank, url, reason)
 
 
-def fetch_seed_answer(host: str, port: int, rank: int, role: str, timeout_s: float) -> SeedAnswer:
+def fetch_seed_answer(
+    host: str, port: int, rank: int, role: str, timeout_s: float, api_key: str | None = None
+) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Raises:
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
     seed = format_address(host, port)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     start = time.monotonic()
     query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
     reason = "no time was given"
     is_waiting = False
     while (left := start + timeout_s - time.monotonic()) > 0:
         try:
-            status, path, body = _ask(host, port, query, left)
+            status, path, body = _ask(host, port, query, headers, left)
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
             if time.monotonic() - start > ABSENT_GRACE_S:
@@ -92,7 +95,7 @@ def fetch_seed_answer(host: str, port: int, rank: int, role: str, timeout_s: flo
         else:
             if status == 200:
                 return _parse(body, rank, role, seed)
-            reason = f"it does not have them (HTTP {status} for {path}: {_excerpt(body)})"
+            reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
             if status not in RETRIED_STATUS and (status != 404 or time.monotonic() - start > ABSENT_GRACE_S):
                 break
         if not is_waiting:
@@ -102,12 +105,14 @@ def fetch_seed_answer(host: str, port: int, rank: int, role: str, timeout_s: flo
     raise WeightTransferError("ask", rank, seed, reason)
 
 
-def _ask(host: str, port: int, query: str, timeout_s: float) -> tuple[int, str, bytes]:
+def _ask(host: str, port: int, query: str, headers: dict[str, str], timeout_s: float) -> tuple[int, str, bytes]:
     """Status, path and body of the first route that the seed knows."""
     deadline = time.monotonic() + timeout_s
     for path in SEED_PATHS:
         left = max(0.001, deadline - time.monotonic())
-        status, body = http_request(host, port, "GET", path + query, timeout_s=left, max_nbytes=MAX_REGISTRATION_BYTES)
+        status, body = http_request(
+            host, port, "GET", path + query, timeout_s=left, max_nbytes=MAX_REGISTRATION_BYTES, headers=headers
+        )
         if status not in (404, 405):
             break
     return status, path, body
@@ -134,20 +139,15 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
             return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
-    if client.model_name != seed.model_name:
-        if _is_path(client.model_name) or _is_path(seed.model_name):
-            logger.info(
-                "the seed calls its model %s, here it is %s: folders can't be compared; --served-model-name can",
-                seed.model_name,
-                client.model_name,
-            )
-        else:
-            return f"its model is {seed.model_name}, not {client.model_name}"
+    if client.model_name != seed.model_name and not is_folder_name(client, seed):
+        return f"its model is {seed.model_name}, not {client.model_name}"
     return None
 
 
-def _is_path(model_name: str) -> bool:
-    return model_name.startswith((os.sep, ".", "~")) or os.path.isdir(model_name)
+def is_folder_name(client: WeightManifest, seed: WeightManifest) -> bool:
+    """Whether one side goes by a folder's name, which says nothing to the other."""
+    names = (client.model_name, seed.model_name)
+    return any(name.startswith((os.sep, ".", "~")) or os.path.isdir(name) for name in names)
 
 
 def format_address(host: str, port: int) -> str:

@@ -18,7 +18,7 @@ class LocalHandle(msgspec.Struct, frozen=True, kw_only=True):
     """How a process on the same host gets the arena's memory."""
 
     host_identity: str
-    socket_path: str
+    socket_name: str  # of a Unix socket in the abstract namespace
 
 
 class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

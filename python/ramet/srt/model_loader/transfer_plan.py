@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ramet.srt.model_loader.errors import name_some
 from ramet.srt.model_loader.weight_boxes import (
     ByteRange,
     Region,
@@ -23,7 +24,6 @@ from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, 
 
 MAX_OP_BYTES = 64 << 20
 MAX_MERGED_GAP_BYTES = 1 << 20
-MAX_NAMED_IN_ERROR = 5
 CASTABLE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -103,9 +103,9 @@ class PlanError(ValueError):
         self.mismatches = tuple(mismatches)
         parts = []
         if mismatches:
-            parts.append(f"dtype or number of dimensions differs for {_enumerate(mismatches)}")
+            parts.append(f"dtype or number of dimensions differs for {name_some(mismatches)}")
         if uncovered:
-            parts.append(f"no source has {_enumerate(uncovered)}")
+            parts.append(f"no source has {name_some(uncovered)}")
         super().__init__("; ".join(parts))
 
 
@@ -373,8 +373,3 @@ def _share(ops: Sequence[CopyOp], members: Sequence[int]) -> Iterator[CopyOp]:
 
 def _format_region(region: Region) -> str:
     return "[" + ", ".join(f"{start}:{stop}" for start, stop in region) + "]"
-
-
-def _enumerate(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMED_IN_ERROR])
-    return shown if len(names) <= MAX_NAMED_IN_ERROR else f"{shown} and {len(names) - MAX_NAMED_IN_ERROR} more"

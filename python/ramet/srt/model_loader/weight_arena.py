@@ -4,10 +4,12 @@ import ctypes
 import math
 import os
 import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ramet.srt.model_loader import host_memory
 from ramet.srt.model_loader.threads import run_in_threads
+from ramet.srt.model_loader.weight_boxes import ByteRange
 from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry, WeightManifest, align_up, dtype_name
 
 if TYPE_CHECKING:
@@ -104,12 +106,21 @@ class WeightArena:
 
     # Memory
 
-    def require_memory(self) -> None:
-        """Make sure that filling the arena does not bring the machine out of memory.
+    def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
+        """Get the own memory ready for a source that writes to it.
+
+        Args:
+            zeroed: byte ranges to clear, because the source will not write them.
 
         Raises:
-            MemoryError: if less is free than the arena still has to take.
+            MemoryError: if less memory is free than the arena still has to take. It is an error now rather than
+                a killed process later.
         """
+        self._require_private()
+        self.restore_own_memory()
+        if host_memory.resident_file_nbytes(self._own_fd):  # a fresh file is all zeros
+            for start, stop in zeroed:
+                ctypes.memset(self.address + start, 0, stop - start)
         needed = self.nbytes - host_memory.resident_file_nbytes(self._own_fd)
         available = host_memory.available_memory_nbytes()
         if needed > available:
@@ -132,13 +143,6 @@ class WeightArena:
 
         run_in_threads(blocks, lambda: populate_block, "populate")
 
-    def zero(self, ranges: list[tuple[int, int]]) -> None:
-        """Clear (start, stop) byte ranges; pages that nobody has written yet are left alone."""
-        if host_memory.resident_file_nbytes(self._own_fd) == 0:
-            return
-        for start, stop in ranges:
-            ctypes.memset(self.address + start, 0, stop - start)
-
     def map_seed_memory(self, fd: int) -> None:
         """Show another arena's memfd at the arena's addresses, copy-on-write, and give the own memory back.
 
@@ -160,18 +164,23 @@ class WeightArena:
         except OSError:
             os.close(kept)
             raise
-        host_memory.drop_file_memory(self._own_fd, self.nbytes)
+        self.drop_memory()
         self._mapped_fd = kept
         self._mapped_closer = weakref.finalize(self, os.close, kept)
         self._mapped_closer.atexit = False
 
     def restore_own_memory(self) -> None:
         """Show the own (empty) memfd again, after `map_seed_memory`."""
+        self._require_private()
         if self._mapped_fd is not None:
-            self._require_private()
             self._map_own()
             self._mapped_fd = None
             self._mapped_closer()
+
+    def drop_memory(self) -> None:
+        """Give the own memory back: the arena reads as zeros, and who still writes to the old pages harms nobody."""
+        self._require_private()
+        host_memory.drop_file_memory(self._own_fd, self.nbytes)
 
     def publish(self) -> None:
         """Declare the content final: from now on others may map or read it, and no source may fill it."""
@@ -182,7 +191,6 @@ class WeightArena:
     def open_receive_window(self) -> "ReceiveWindow":
         """A second mapping of the own memory for a writer that may have to be abandoned."""
         self._require_private()
-        self.restore_own_memory()
         return ReceiveWindow(self._own_fd, self.nbytes)
 
     def _map_own(self) -> None:

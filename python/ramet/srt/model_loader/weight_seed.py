@@ -29,14 +29,11 @@ class WeightSeed:
         self._share = share
 
     @classmethod
-    def start(
-        cls, manifest: WeightManifest, arena: WeightArena, *, host: str, share_directory: str | None = None
-    ) -> "WeightSeed":
+    def start(cls, manifest: WeightManifest, arena: WeightArena, *, host: str) -> "WeightSeed":
         """Publish an arena whose content is final.
 
         Args:
             host: address that the instance is bound to.
-            share_directory: private to this user, for the local socket; one of its own when not given.
 
         Raises:
             WeightTransferError: if Mooncake does not start.
@@ -50,7 +47,7 @@ class WeightSeed:
         engine = MooncakeEngine.acquire(reachable_host(host), rank)
         engine.register(arena.address, arena.nbytes)
         try:
-            share = LocalShareServer(arena, share_directory)
+            share = LocalShareServer(arena)
         except OSError:
             engine.unregister(arena.address)
             raise
@@ -62,7 +59,7 @@ class WeightSeed:
             ),
             manifest=with_checksums(manifest, checksums),
             arena_address=arena.address,
-            local_handle=LocalHandle(host_identity=host_identity(), socket_path=share.path),
+            local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
         )
         logger.info(
             "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",

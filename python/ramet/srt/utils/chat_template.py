@@ -61,7 +61,15 @@ class ChatTemplate:
         }
         try:
             return self._template.render(values)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
 
     @cached_property

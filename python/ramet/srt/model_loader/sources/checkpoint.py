@@ -1,23 +1,34 @@
 """Owns filling an arena from safetensors files. Knows the container and its failures; the planner says what to read."""
 
 import logging
+import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from ramet.srt.model_loader.errors import name_some
 from ramet.srt.model_loader.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.sources.file_reader import ShortReadError, fill_from_files
-from ramet.srt.model_loader.transfer_plan import PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
+from ramet.srt.model_loader.transfer_plan import (
+    CopyOp,
+    PlanSource,
+    TransferPlan,
+    plan,
+    split_op,
+    whole_tensor,
+    zero_ranges,
+)
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_BYTES = 4096
+
 # Tables that older checkpoints carry although every engine computes them, and the copy of the embedding that some
 # checkpoints carry for a tied head: a model that needs its own lm_head has a box for it.
 HARMLESS_SURPLUS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^lm_head\.weight$")
-MAX_NAMED_IN_ERROR = 5
 
 
 class CheckpointSource:
@@ -48,8 +59,11 @@ class CheckpointSource:
                     raise ValueError(f"{name} is in two files, {first[name]} and {path}")
                 first[name] = path
 
-    def plan(self, manifest: WeightManifest) -> TransferPlan:
+    def plan(self, manifest: WeightManifest, unfinished: Sequence[CopyOp] | None = None) -> TransferPlan:
         """What to read for a manifest; `op.source` is an index into the files.
+
+        Args:
+            unfinished: of another source's plan: only that is read.
 
         Raises:
             ValueError: if a tensor is missing, surplus or of the wrong shape or an unconvertible dtype.
@@ -64,7 +78,7 @@ class CheckpointSource:
             )
             for path, tensors in self.files.items()
         ]
-        return plan(manifest, sources)
+        return plan(manifest, sources, unfinished=unfinished)
 
     def fill(self, transfer_plan: TransferPlan, arena: WeightArena) -> None:
         """Read the planned ranges into the arena.
@@ -73,9 +87,26 @@ class CheckpointSource:
             MemoryError: if the arena does not fit into memory.
             ValueError: if a file can't be read any more or has become shorter.
         """
-        arena.restore_own_memory()
-        arena.require_memory()
-        arena.zero(zero_ranges(arena.manifest))
+        arena.prepare_fill(zero_ranges(arena.manifest))
+        self._read(transfer_plan.ops, arena.memory)
+
+    def find_difference(self, arena: WeightArena) -> str | None:
+        """A tensor whose content in the arena is not that of the files, going by a few kilobytes of each operation.
+
+        Raises:
+            ValueError: if the files don't have the arena's tensors, or can't be read.
+        """
+        samples = [next(split_op(op, SAMPLE_BYTES)) for op in self.plan(arena.manifest).ops]
+        # As large as the arena, but memory is only taken where a sample is written.
+        with mmap.mmap(-1, arena.nbytes) as scratch, memoryview(scratch) as memory:
+            self._read(samples, memory)
+            for row in (row for op in samples for row in op.rows()):
+                span = slice(row.target_offset, row.target_stop)
+                if memory[span] != arena.memory[span]:
+                    return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
+        return None
+
+    def _read(self, ops: Sequence[CopyOp], memory: memoryview) -> None:
         paths = list(self.files)
         with ExitStack() as stack:
             fds = []
@@ -83,7 +114,7 @@ class CheckpointSource:
                 fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 stack.callback(os.close, fds[-1])
             try:
-                fill_from_files(transfer_plan.ops, fds, arena.memory)
+                fill_from_files(ops, fds, memory)
             except ShortReadError as error:
                 raise ValueError(f"{paths[error.fd_index]} is truncated: {error}") from error
             except OSError as error:
@@ -97,7 +128,7 @@ class CheckpointSource:
         needed = {box.checkpoint_name: entry.name for entry in manifest.entries for box in entry.boxes}
         missing = [f"{name} (for {needed[name]})" for name in needed if name not in tensors]
         if missing:
-            raise ValueError(f"{self._describe()} lacks {_enumerate(missing)}")
+            raise ValueError(f"{self._describe()} lacks {name_some(missing)}")
         parallel = manifest.parallel
         if parallel.pp_size > 1 or parallel.ep_size > 1:
             return  # the rest belongs to other ranks
@@ -106,7 +137,7 @@ class CheckpointSource:
             if name not in needed and not HARMLESS_SURPLUS.search(name):
                 surplus.append(f"{name} in {os.path.basename(path)}")
         if surplus:
-            raise ValueError(f"{self.folder} has tensors that the model does not have: {_enumerate(surplus)}")
+            raise ValueError(f"{self.folder} has tensors that the model does not have: {name_some(surplus)}")
 
     def _check_shapes(self, manifest: WeightManifest) -> None:
         """Each tensor's shape must be what the boxes reach to; ranks that read only a part can't see it all."""
@@ -128,8 +159,3 @@ class CheckpointSource:
     def _describe(self) -> str:
         paths = list(self.files)
         return paths[0] if len(paths) == 1 else f"{self.folder} ({len(paths)} files)"
-
-
-def _enumerate(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMED_IN_ERROR])
-    return shown if len(names) <= MAX_NAMED_IN_ERROR else f"{shown} and {len(names) - MAX_NAMED_IN_ERROR} more"

@@ -17,7 +17,7 @@ class LocalSource:
         """Raises OSError if the seed can't be reached, ValueError if it refuses."""
         self._manifest = seed_manifest
         self._digest = layout_digest(seed_manifest)
-        self._fd = request_memory(handle.socket_path, self._digest, timeout_s)
+        self._fd = request_memory(handle.socket_name, self._digest, timeout_s)
 
     def __enter__(self) -> "LocalSource":
         return self
@@ -46,9 +46,7 @@ class LocalSource:
             MemoryError: if they don't fit into memory.
         """
         transfer_plan = plan(arena.manifest, [source_from_manifest("the seed", self._manifest)])
-        arena.restore_own_memory()
-        arena.require_memory()
-        arena.zero(zero_ranges(arena.manifest))
+        arena.prepare_fill(zero_ranges(arena.manifest))
         # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
         fill_from_files(transfer_plan.ops, [self._fd], arena.memory)
         return transfer_plan.nbytes

@@ -38,6 +38,7 @@ class TransferEngineSource:
         Raises:
             PlanError: if the seed does not have it, or in another dtype.
         """
+        self.seed_manifest = answer.manifest
         self._session_id = answer.session_id
         self._base = 0 if answer.manifest is None else answer.arena_address or 0
         if answer.manifest is not None:
@@ -45,6 +46,7 @@ class TransferEngineSource:
         else:
             source = source_from_names(answer, manifest)
         self.plan = plan(manifest, [source], max_op_nbytes=MAX_BATCH_BYTES)
+        self.unfinished: list[CopyOp] = list(self.plan.ops)  # what the arena does not have yet
 
     def fill(self, arena: WeightArena, host: str, timeout_s: float) -> None:
         """Read everything into the arena's own memory.
@@ -57,9 +59,7 @@ class TransferEngineSource:
             WeightTransferError: if the seed fails or stalls. Nothing of it reaches the arena afterwards.
             MemoryError: if the weights don't fit into memory.
         """
-        arena.restore_own_memory()
-        arena.require_memory()
-        arena.zero(zero_ranges(arena.manifest))
+        arena.prepare_fill(zero_ranges(arena.manifest))
         engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
         window = arena.open_receive_window()
         try:
@@ -72,12 +72,18 @@ class TransferEngineSource:
         except BaseException:
             window.cut_off()
             engine.abandon()
+            if engine.protocol != "tcp":
+                # A network card writes to pages, not to addresses: leave it those that it has.
+                arena.drop_memory()
+                self.unfinished = list(self.plan.ops)
             raise
         engine.unregister(window.address)
         window.close()
 
     def _read(self, engine: MooncakeEngine, address: int, timeout_s: float) -> None:
-        for batch in make_batches(self.plan.ops):
+        batches = list(make_batches(self.plan.ops))
+        for number, batch in enumerate(batches):
+            self.unfinished = [op for later in batches[number:] for op in later]
             engine.read(
                 self._session_id,
                 [address + op.target_offset for op in batch],
@@ -85,6 +91,7 @@ class TransferEngineSource:
                 [op.row_nbytes for op in batch],
                 timeout_s,
             )
+        self.unfinished = []
 
 
 def source_from_names(answer: SeedAnswer, manifest: WeightManifest) -> PlanSource:

@@ -1,0 +1,61 @@
+"""From a model's name to a folder, and the console script."""
+
+from pathlib import Path
+
+import pytest
+import ramet
+from ramet import cli
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve_model_path(str(tmp_path)) == str(tmp_path)
+    args = ServerArgs(model_path=str(tmp_path / "missing"), tokenizer_path=str(tmp_path))
+    assert resolve_tokenizer_path(args) == str(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./a", "a/b/c", "../x", "~/model", "a/"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="does not exist"):
+        resolve_model_path(path)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_a_hub_id_is_fetched(weights: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda model, **options: calls.append((model, options)) or "/snapshot"
+    )
+    assert resolve_model_path("owner/model", "v1", weights) == "/snapshot"
+    ((model, options),) = calls
+    assert (model, options["revision"]) == ("owner/model", "v1")
+    assert ("*.safetensors" in options["allow_patterns"]) is weights
+
+
+def test_what_the_hub_refuses_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refuse(*args: object, **options: object) -> str:
+        raise LocalEntryNotFoundError("no network\nand a long story")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ValueError, match="neither a folder nor available from the hub: no network$"):
+        resolve_model_path("owner/model")
+
+
+def test_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.strip() == ramet.__version__
+    assert cli.main(["--help"]) == 0
+    assert "serve MODEL" in capsys.readouterr().out
+    assert cli.main([]) == 1
+    assert cli.main(["grow"]) == 1
+    assert "unknown command 'grow'" in capsys.readouterr().err
+    launched = []
+    monkeypatch.setattr("ramet.launch_server.main", lambda argv, prog: launched.append((argv, prog)) or 0)
+    assert cli.main(["serve", "my/model", "--port", "0"]) == 0
+    assert launched == [(["--model-path", "my/model", "--port", "0"], "ramet serve")]
+    assert cli.main(["serve", "--model-path", "m"]) == 0
+    assert launched[1][0] == ["--model-path", "m"]

@@ -1,0 +1,130 @@
+"""The tokenizer of a model folder against transformers, token bytes, and what is wrong with broken folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ramet.srt.utils.tokenizer import Tokenizer
+from random_models import write_tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as BackendTokenizer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_tokenizer(tmp_path)
+    return tmp_path
+
+
+def configure(folder: Path, **settings: Any) -> Tokenizer:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return Tokenizer.from_path(str(folder))
+
+
+def test_same_as_transformers(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_path(str(folder))
+    for text in ("a ramet", "植物 🌱", " x\n\n", "<|im_start|>user\nhi<|im_end|>", "<s>a</s>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text)
+        for skip in (False, True):
+            assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert ours.chat_template is not None
+    for prompt in (False, True):
+        assert ours.chat_template.render(messages, add_generation_prompt=prompt) == theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        )
+
+
+def test_token_bytes_join_to_the_text(folder: Path) -> None:
+    tokenizer = Tokenizer.from_path(str(folder))
+    text = "clone 植物 🌱\n<|im_end|>"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.token_bytes(330) == b"", "an id that no token has"
+
+
+def test_begin_and_end_marks(folder: Path) -> None:
+    plain = Tokenizer.from_path(str(folder)).encode("a")
+    assert configure(folder, add_bos_token=True).encode("a") == [1, *plain]
+    assert configure(folder, add_bos_token=True, add_eos_token=True).encode("a") == [1, *plain, 2]
+    assert configure(folder, add_bos_token=True).encode("a", add_special_tokens=False) == plain
+    assert configure(folder, add_eos_token=False).encode("<s>a") == [1, *plain], "never twice"
+
+
+def test_bos_of_the_post_processor_can_be_turned_off(folder: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_path(str(folder)).encode("a")[0] == 1
+    assert configure(folder, add_bos_token=False, add_eos_token=False).encode("a")[0] != 1
+
+
+def test_truncation_and_padding_are_off(folder: Path) -> None:
+    ids = Tokenizer.from_path(str(folder)).encode("12345678")
+    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(folder / "tokenizer.json"))
+    assert len(ids) > 4
+    assert Tokenizer.from_path(str(folder)).encode("12345678") == ids
+
+
+def test_tokens_of_the_config_file(folder: Path) -> None:
+    tokenizer = configure(
+        folder,
+        added_tokens_decoder={"320": {"content": "<new>", "special": True}, "321": {"content": "<tool>"}},
+        eos_token={"content": "<new>"},
+    )
+    assert tokenizer.encode("a<new>b<tool>")[1:] == [320, *tokenizer.encode("b"), 321]
+    assert tokenizer.decode([320, 321], skip_special_tokens=True) == "<tool>"
+    assert tokenizer.special_token_id("eos_token") == 320
+    with pytest.raises(ValueError, match="id 500"):
+        configure(folder, added_tokens_decoder={"500": {"content": "<far>"}})
+
+
+def test_special_token_that_the_file_does_not_mark(folder: Path) -> None:
+    backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<end>", special=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    assert configure(folder, eos_token="<end>").decode([backend.token_to_id("<end>")], skip_special_tokens=True) == ""
+
+
+def test_chat_template_sources(folder: Path) -> None:
+    def rendered(tokenizer: Tokenizer) -> str:
+        assert tokenizer.chat_template is not None
+        return tokenizer.chat_template.render([{"role": "user", "content": "x"}])
+
+    listed = [{"name": "tool_use", "template": "tool"}, {"name": "default", "template": "listed"}]
+    assert rendered(configure(folder, chat_template=listed)) == "listed"
+    (folder / "chat_template.jinja").write_text("file {{ messages[0].content }}")
+    assert rendered(Tokenizer.from_path(str(folder))) == "file x"
+    (folder / "mine.jinja").write_text("mine")
+    assert rendered(Tokenizer.from_path(str(folder), str(folder / "mine.jinja"))) == "mine"
+    (folder / "chat_template.jinja").unlink()
+    assert configure(folder, chat_template=None).chat_template is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.from_path(str(folder))
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        Tokenizer.from_path(str(tmp_path))
