@@ -178,7 +178,8 @@ def main(argv: list[str]) -> int:
     scheduler = FakeScheduler(tokenizer, model_config, args.max_queued_requests, args.max_running_requests)
     context = zmq.Context()
     reader = context.socket(zmq.PULL)
-    reader.bind(ports.scheduler_input_ipc_name)
+    address = f"ipc://{config.directory}/scheduler-0"
+    reader.bind(address)
     to_detokenizer, to_manager = context.socket(zmq.PUSH), context.socket(zmq.PUSH)
     to_detokenizer.connect(ports.detokenizer_ipc_name)
     to_manager.connect(ports.tokenizer_ipc_name)
@@ -188,6 +189,7 @@ def main(argv: list[str]) -> int:
         max_total_num_tokens=MAX_TOTAL_TOKENS,
         max_running_requests=args.max_running_requests,
         max_req_len=model_config.context_len,
+        scheduler_addresses=[address],
         load_report=report,
         phases={"imports": 0.1},
     )

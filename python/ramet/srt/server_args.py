@@ -152,9 +152,7 @@ class ServerArgs:
 
     def _validate_parallelism(self) -> None:
         if not 0 <= self.node_rank < self.nnodes:
-            raise ValueError(
-                f"--node-rank must be in [0, {self.nnodes}) with --nnodes {self.nnodes}; got {self.node_rank}"
-            )
+            raise ValueError(f"--node-rank must be from 0 to {self.nnodes - 1} (--nnodes); got {self.node_rank}")
         if self.world_size % self.nnodes:
             raise ValueError(
                 f"{self.world_size} ranks (--tp-size {self.tp_size} x --pp-size {self.pp_size} x --dp-size "
@@ -220,8 +218,7 @@ class ServerArgs:
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return format_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -234,6 +231,10 @@ class ServerArgs:
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: model_path -> --model-path."""
     return "--" + field_name.replace("_", "-")
+
+
+def format_url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def split_address(address: str, flag: str) -> tuple[str, int]:

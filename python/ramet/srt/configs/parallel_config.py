@@ -90,12 +90,8 @@ def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int) -
     if heads % tp_size:
         raise ValueError(f"--tp-size {tp_size} does not divide the model's {heads} attention heads")
     if kv_heads % tp_size and tp_size % kv_heads:
-        raise ValueError(
-            f"--tp-size {tp_size} neither divides the model's {kv_heads} key/value heads nor is a multiple"
-        )
+        raise ValueError(f"--tp-size {tp_size} is neither a divisor nor a multiple of {kv_heads} key/value heads")
     if config.intermediate_size % tp_size:
-        raise ValueError(
-            f"--tp-size {tp_size} does not divide the model's intermediate size {config.intermediate_size}"
-        )
+        raise ValueError(f"--tp-size {tp_size} does not divide the intermediate size {config.intermediate_size}")
     if config.num_hidden_layers % pp_size:
         raise ValueError(f"--pp-size {pp_size} does not divide the model's {config.num_hidden_layers} layers")

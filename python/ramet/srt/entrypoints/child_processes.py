@@ -11,6 +11,7 @@ import os
 import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -63,32 +64,64 @@ class ChildProcesses:
         self._scheduler_module = scheduler_module
         self._directory = tempfile.mkdtemp(prefix="ramet-")  # only this user may enter it
         self.port_args = PortArgs.in_directory(self._directory)
+        self._listeners: list[socket.socket] = []  # behind the addresses that other nodes connect to
         self._children: list[Child] = []
         self._stopping = False
         self._lock = threading.Lock()
-        longest = max(dataclasses.astuple(self.port_args), key=len).removeprefix("ipc://")
+        longest = self.port_args.tokenizer_ipc_name.removeprefix("ipc://")
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
             self.stop()
             raise ValueError(f"the temporary folder's path is too long for a socket ({longest}); set TMPDIR to another")
 
     def start(self, server_args: ServerArgs, launch_time: float, bootstrap_url: str | None) -> None:
-        """Start the scheduler of every rank, which takes longest, and the detokenizer.
+        """Start the scheduler of every rank of this node, which takes longest, and on node 0 the detokenizer.
 
         Raises:
             LaunchError: if a process can't be started.
         """
+        args = server_args
+        if args.nnodes > 1 and args.node_rank == 0:
+            self._listen_for_other_nodes(args.head_host)
         config = ChildConfig(
-            server_args=dataclasses.asdict(server_args),
+            server_args=dataclasses.asdict(args),
             port_args=dataclasses.asdict(self.port_args),
+            directory=self._directory,
             parallel=ParallelConfig(),
             bootstrap_url=bootstrap_url,
             launch_time=launch_time,
             parent_pid=os.getpid(),
         )
-        self._start_one(f"scheduler (rank {config.parallel.world_rank})", self._scheduler_module, config)
-        self._start_one("detokenizer", DETOKENIZER_MODULE, config)
+        for rank in args.local_ranks:
+            parallel = ParallelConfig.of_rank(rank, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
+            rank_config = msgspec.structs.replace(config, parallel=parallel)
+            self._start_one(f"scheduler (rank {rank})", self._scheduler_module, rank_config)
+        if args.node_rank == 0:
+            fds = () if self.port_args.detokenizer_fd is None else (self.port_args.detokenizer_fd,)
+            self._start_one("detokenizer", DETOKENIZER_MODULE, config, fds)
 
-    def _start_one(self, name: str, module: str, config: ChildConfig) -> None:
+    def _listen_for_other_nodes(self, host: str) -> None:
+        """Take TCP ports for the tokenizer manager and the detokenizer, which schedulers on other nodes talk to.
+
+        Raises:
+            LaunchError: if `host` is no address of this node.
+        """
+        addresses = []
+        for _ in range(2):
+            try:
+                listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+            except OSError as error:
+                raise LaunchError(f"node 0 can't listen on {host} (--dist-init-addr): {error.strerror}") from None
+            self._listeners.append(listener)
+            port = listener.getsockname()[1]
+            addresses.append(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        self.port_args = PortArgs(
+            tokenizer_ipc_name=addresses[0],
+            detokenizer_ipc_name=addresses[1],
+            tokenizer_fd=self._listeners[0].fileno(),
+            detokenizer_fd=self._listeners[1].fileno(),
+        )
+
+    def _start_one(self, name: str, module: str, config: ChildConfig, fds: tuple[int, ...] = ()) -> None:
         read_fd, write_fd = os.pipe()
         package_root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
         python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
@@ -96,7 +129,7 @@ class ChildProcesses:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, "--status-fd", str(write_fd)],
                 stdin=subprocess.PIPE,
-                pass_fds=(write_fd,),
+                pass_fds=(write_fd, *fds),
                 env={**os.environ, "PYTHONPATH": python_path},
                 process_group=0,  # a Ctrl-C in the terminal is for the main process, which then stops its children
             )
@@ -154,12 +187,20 @@ class ChildProcesses:
             raise LaunchError(f"the {child.name} reported a {type(message).__name__} while starting")
         return message
 
-    def watch(self, on_death: Callable[[str], None]) -> None:
-        """Call `on_death` with one line, in a thread of its own, when a child ends though nobody has stopped it."""
+    def watch(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:
+        """Call `on_death` with one line, in a thread of its own, when a child ends though nobody has stopped it.
+
+        Args:
+            on_end: called instead when a child has ended in good order; without it, that is a death too.
+        """
 
         def wait_for(child: Child) -> None:
             return_code = child.process.wait()
-            if not self._stopping:
+            if self._stopping:
+                return
+            if return_code == 0 and on_end is not None:
+                on_end()
+            else:
                 on_death(f"the {child.name}, process {child.process.pid}, {describe_end(return_code)}")
 
         for child in self._children:
@@ -180,6 +221,8 @@ class ChildProcesses:
                 logger.warning("the %s has not ended within %g s and is killed", child.name, timeout_s)
                 child.process.kill()
                 child.process.wait()
+        for listener in self._listeners:
+            listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def kill(self) -> None:

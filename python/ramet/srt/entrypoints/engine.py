@@ -258,7 +258,7 @@ class EngineCore:
 
     async def server_info(self) -> Output:
         """What /get_server_info answers."""
-        return self.instance.server_info(await self.instance.manager.internal_state())
+        return self.instance.server_info(await self.instance.manager.internal_states())
 
     async def flush_cache(self) -> bool:
         """Whether the prefix cache was dropped."""

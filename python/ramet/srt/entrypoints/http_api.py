@@ -88,18 +88,29 @@ def create_app(instance: Instance) -> FastAPI:
     async def on_client_gone(request: Request, error: ClientGone) -> Response:
         return error_response(CLIENT_GONE_STATUS, "the client has gone")
 
-    for router in (
-        _health_routes(instance),
-        _native_routes(instance),
-        _admin_routes(instance),
-        _openai_routes(instance),
-    ):
-        app.include_router(router)
+    routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
+    for make_router in routes:
+        app.include_router(make_router(instance))
     app.add_middleware(
         AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
     )
     _describe(app, has_keys=bool(args.api_key or args.admin_api_key))
     return app
+
+
+def _node_routes(instance: Instance) -> APIRouter:
+    """All that a node other than 0 answers: users are served by node 0."""
+    router = APIRouter(tags=["health"], responses=BAD_HEALTH)
+
+    @router.get("/health", response_model=Status)
+    async def health() -> Response:
+        """Whether this node's ranks are running."""
+        refusal = instance.refusal()
+        if refusal is not None:
+            raise ServiceError(refusal)
+        return json_response({"status": "ready"})
+
+    return router
 
 
 def _health_routes(instance: Instance) -> APIRouter:
@@ -170,7 +181,7 @@ def _native_routes(instance: Instance) -> APIRouter:
     @router.get("/get_server_info")
     async def get_server_info() -> Response:
         """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers."""
-        return json_response(instance.server_info(await instance.manager.internal_state()))
+        return json_response(instance.server_info(await instance.manager.internal_states()))
 
     @router.get("/remote_instance_transfer_engine_info", responses=NOT_FOUND)
     @router.get("/get_remote_instance_transfer_engine_info", responses=NOT_FOUND, deprecated=True)
@@ -211,7 +222,7 @@ def _admin_routes(instance: Instance) -> APIRouter:
     async def metrics() -> Response:
         """Prometheus metrics."""
         with contextlib.suppress(ServiceError):  # the scheduler is in a long pass: its last numbers are shown
-            instance.metrics.observe_state(await instance.manager.internal_state(METRICS_TIMEOUT_S))
+            instance.metrics.observe_states(await instance.manager.internal_states(METRICS_TIMEOUT_S))
         return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
 
     return router

@@ -66,7 +66,7 @@ class HttpServer:
         instance = self._instance
         serving: asyncio.Task[None] | None = None
         try:
-            instance.open(on_death=lambda line: self._end.set())
+            instance.open(on_death=lambda line: self._end.set(), on_end=self._end.set)
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
             if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())

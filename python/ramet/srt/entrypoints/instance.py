@@ -7,18 +7,19 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 import ramet
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
 from ramet.srt.managers.request_error import ServiceError
 from ramet.srt.observability.progress import Progress
-from ramet.srt.server_args import ServerArgs
+from ramet.srt.server_args import ServerArgs, format_url
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Instance:
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
 
+    @property
+    def is_head(self) -> bool:
+        """Whether this is the node that serves users."""
+        return self.server_args.node_rank == 0
+
     def refusal(self) -> str | None:
         """Why nothing at all can be answered now: the instance is not up yet, or is dead. None when it is up."""
         return self.death if self.schedulers else "the model is still loading"
@@ -66,10 +72,14 @@ class Instance:
         args = self.server_args
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
         self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
-        if args.is_seed:
+        check_parallel_sizes(self.model_config, tp_size=args.tp_size, pp_size=args.pp_size)
+        bootstrap_url = None
+        if args.is_seed and self.is_head:
             self.bootstrap = self._start_bootstrap()
+            bootstrap_url = self.bootstrap.url
+        elif args.is_seed:
+            bootstrap_url = format_url(args.head_host, args.engine_info_bootstrap_port)
         self._children = ChildProcesses(self._scheduler_module)
-        bootstrap_url = None if self.bootstrap is None else self.bootstrap.url
         self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
 
@@ -86,12 +96,28 @@ class Instance:
         self.server_args = dataclasses.replace(args, engine_info_bootstrap_port=bootstrap.port)
         return bootstrap
 
-    def open(self, on_death: Callable[[str], None]) -> None:
+    def open(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:
         """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
+
+        Args:
+            on_end: called there on a node other than 0 when node 0 has ended the instance in good order.
 
         Raises:
             ValueError: if the tokenizer can't be read.
         """
+        loop = asyncio.get_running_loop()
+
+        def take_death(line: str) -> None:
+            self.death = line
+            self.fail_requests()
+            on_death(line)
+
+        self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
+        self._on_end = None if on_end is None else lambda: loop.call_soon_threadsafe(on_end)
+        if self.is_head:
+            self._open_manager()
+
+    def _open_manager(self) -> None:
         from ramet.srt.managers.tokenizer_manager import Limits, TokenizerManager
         from ramet.srt.observability.metrics import Metrics
         from ramet.srt.utils.tokenizer import Tokenizer
@@ -108,17 +134,10 @@ class Instance:
             grammars=args.grammar_backend != "none",
         )
         self.metrics = Metrics(args.model_name)
-        self.manager = TokenizerManager(tokenizer, limits, self._children.port_args, self.metrics)
+        self.manager = TokenizerManager(
+            tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
+        )
         self._receiver = asyncio.create_task(self.manager.receive_forever())
-        loop = asyncio.get_running_loop()
-
-        def take_death(line: str) -> None:
-            self.death = line
-            self.manager.stop_accepting(line)
-            self.manager.fail_all(ServiceError(line))
-            on_death(line)
-
-        self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
 
@@ -144,16 +163,21 @@ class Instance:
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
         assert self._children is not None
         for scheduler in schedulers:
-            self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
         self.schedulers = schedulers
         self.progress.mark("ready")
-        self.metrics.startup_seconds.set(self.progress.phases["ready"])
-        self.manager.start_accepting(schedulers[0].max_req_len)
-        self._children.watch(self._on_death)
+        if self.is_head:
+            for scheduler in schedulers:
+                self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
+            self.metrics.startup_seconds.set(self.progress.phases["ready"])
+            max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
+            self.manager.start_accepting(max_req_len, schedulers[0].scheduler_addresses)
+        self._children.watch(self._on_death, None if self.is_head else self._on_end)
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
+        if not self.is_head:
+            return
         self.manager.stop_accepting(SHUTTING_DOWN)
         if await self.manager.drain(self.server_args.drain_timeout):
             return
@@ -193,7 +217,7 @@ class Instance:
         """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
         return None if self.bootstrap is None else self.bootstrap.get_json(role, rank)
 
-    def server_info(self, state: GetInternalStateReqOutput) -> dict[str, Any]:
+    def server_info(self, states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
         args = {
             name: value for name, value in dataclasses.asdict(self.server_args).items() if name not in SECRET_FIELDS
@@ -211,6 +235,7 @@ class Instance:
                     for name, value in msgspec.to_builtins(state).items()
                     if name not in ("type", "request_id")
                 }
+                for state in states
             ],
         }
 

@@ -81,9 +81,12 @@ def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, 
     context = zmq.Context(io_threads=1)
     reader = context.socket(zmq.PULL)
     reader.setsockopt(zmq.RCVHWM, 0)
+    if port_args.detokenizer_fd is not None:
+        reader.setsockopt(zmq.USE_FD, port_args.detokenizer_fd)
     reader.bind(port_args.detokenizer_ipc_name)
     writer = context.socket(zmq.PUSH)
     writer.setsockopt(zmq.SNDHWM, 0)
+    writer.setsockopt(zmq.IPV6, 1)
     writer.connect(port_args.tokenizer_ipc_name)
     send_status(status_fd, encode(DetokenizerReady()))
     detokenizer = Detokenizer(tokenizer)

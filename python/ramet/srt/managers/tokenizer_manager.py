@@ -4,9 +4,11 @@ It runs on one asyncio event loop and knows nothing of HTTP.
 """
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from ramet.srt.managers.data_parallel_controller import DataParallelController
 from ramet.srt.managers.generation import Generation
 from ramet.srt.managers.io_struct import (
     AbortReq,
@@ -79,7 +82,14 @@ class TokenizerManager:
     Until `start_accepting`, and after `stop_accepting`, every request gets a ServiceError.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits, port_args: PortArgs, metrics: Metrics):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        port_args: PortArgs,
+        metrics: Metrics,
+        load_balance_method: str = "round_robin",
+    ):
         self.tokenizer = tokenizer
         self.limits = limits
         self.metrics = metrics
@@ -91,8 +101,11 @@ class TokenizerManager:
         self._context = zmq.asyncio.Context(io_threads=1)
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
+        if port_args.tokenizer_fd is not None:
+            self._reader.setsockopt(zmq.USE_FD, port_args.tokenizer_fd)
         self._reader.bind(port_args.tokenizer_ipc_name)
-        self._to_scheduler = self._connect(port_args.scheduler_input_ipc_name)
+        self._controller = DataParallelController(load_balance_method)
+        self._to_schedulers: list[zmq.Socket[bytes]] = []
         self._to_detokenizer = self._connect(port_args.detokenizer_ipc_name)
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
@@ -100,13 +113,16 @@ class TokenizerManager:
         socket = zmq.Socket(self._context, zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IPV6, 1)
         socket.connect(address)
         return socket
 
     # ---- life ----
 
-    def start_accepting(self, max_req_len: int) -> None:
-        """The instance is ready."""
+    def start_accepting(self, max_req_len: int, scheduler_addresses: Sequence[str]) -> None:
+        """The instance is ready; the scheduler of each replica reads at its address."""
+        self._to_schedulers = [self._connect(address) for address in scheduler_addresses]
+        self._controller.connect([functools.partial(self._send, socket) for socket in self._to_schedulers])
         self.limits = Limits(
             vocab_size=self.limits.vocab_size,
             max_req_len=max_req_len,
@@ -147,7 +163,7 @@ class TokenizerManager:
 
     def close(self) -> None:
         """Close the sockets; unsent messages are dropped."""
-        for socket in (self._reader, self._to_scheduler, self._to_detokenizer):
+        for socket in (self._reader, *self._to_schedulers, self._to_detokenizer):
             socket.close(linger=0)
         self._context.term()
 
@@ -182,24 +198,22 @@ class TokenizerManager:
         """Ask the scheduler to end a request or one of its sequences; the number of sequences that this concerns."""
         rids = [one for one, (generation, _) in self._running.items() if rid in (one, generation.rid)]
         for one in rids:
-            self._send(self._to_scheduler, AbortReq(rid=one))
+            self._controller.abort(one)
         return len(rids)
 
     def abort_all(self) -> int:
         """Ask the scheduler to end everything; the number of sequences that this concerns."""
-        self._send(self._to_scheduler, AbortReq(abort_all=True))
+        self._controller.broadcast(AbortReq(abort_all=True))
         return len(self._running)
 
     async def flush_cache(self) -> FlushCacheReqOutput:
-        """Drop the prefix cache. Raises ServiceError if the scheduler doesn't answer."""
-        request_id = uuid.uuid4().hex
-        return await self._ask(FlushCacheReqInput(request_id=request_id), request_id, FlushCacheReqOutput)
+        """Drop every replica's prefix cache; the first refusal, if any. Raises ServiceError without an answer."""
+        replies = await self._ask_all(FlushCacheReqInput, FlushCacheReqOutput)
+        return min(replies, key=lambda reply: reply.success)
 
-    async def internal_state(self, timeout_s: float = CONTROL_TIMEOUT_S) -> GetInternalStateReqOutput:
-        """The scheduler's numbers. Raises ServiceError if it doesn't answer."""
-        request_id = uuid.uuid4().hex
-        message = GetInternalStateReq(request_id=request_id)
-        return await self._ask(message, request_id, GetInternalStateReqOutput, timeout_s)
+    async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
+        """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
+        return await self._ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
 
     async def receive_forever(self) -> None:
         """Hand what comes from the other processes to who waits for it. Runs until cancelled."""
@@ -300,7 +314,7 @@ class TokenizerManager:
             no_stop_trim=params.no_stop_trim,
         )
         self._send(self._to_detokenizer, announcement)
-        self._send(self._to_scheduler, request)
+        self._controller.dispatch(request)
 
     def _take_output(self, item: RequestText, now: float) -> None:
         entry = self._running.get(item.output.rid)
@@ -328,12 +342,13 @@ class TokenizerManager:
         for sequence in generation.unfinished():
             rid = sequence.request.rid
             if rid in self._running:
-                self._send(self._to_scheduler, AbortReq(rid=rid))
+                self._controller.abort(rid)
                 self._forget(rid)
                 self.metrics.observe_abort()
 
     def _forget(self, rid: str) -> None:
         del self._running[rid]
+        self._controller.forget(rid)
         if not self._running:
             self._idle.set()
 
@@ -341,15 +356,34 @@ class TokenizerManager:
         if not socket.closed:
             socket.send(encode(message), zmq.NOBLOCK)
 
+    async def _ask_all(
+        self,
+        question: type[FlushCacheReqInput] | type[GetInternalStateReq],
+        kind: type[Reply],
+        timeout_s: float = CONTROL_TIMEOUT_S,
+    ) -> list[Reply]:
+        """Every replica's answer, in the order of the data-parallel ranks."""
+        request_id = uuid.uuid4().hex
+        replicas = range(self._controller.num_replicas)
+        questions = [question(request_id=f"{request_id}-{replica}") for replica in replicas]
+        return await asyncio.gather(
+            *(self._ask(replica, message, kind, timeout_s) for replica, message in enumerate(questions))
+        )
+
     async def _ask(
-        self, message: Message, request_id: str, kind: type[Reply], timeout_s: float = CONTROL_TIMEOUT_S
+        self,
+        replica: int,
+        message: FlushCacheReqInput | GetInternalStateReq,
+        kind: type[Reply],
+        timeout_s: float,
     ) -> Reply:
+        request_id = message.request_id
         future: asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput] = (
             asyncio.get_running_loop().create_future()
         )
         self._replies[request_id] = future
         try:
-            self._send(self._to_scheduler, message)
+            self._controller.send(replica, message)
             reply = await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
             raise ServiceError(f"the scheduler has not answered for {timeout_s:g} s") from None

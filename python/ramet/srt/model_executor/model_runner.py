@@ -49,7 +49,8 @@ class ModelRunner:
         self._seed: WeightSeed | None = None
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
         num_local_ranks = len(server_args.local_ranks)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
         free_bytes = psutil.virtual_memory().available // num_local_ranks  # the ranks of a node share its memory
         self.load_report = self._load_model(on_phase)
         self._init_kv_cache(free_bytes)

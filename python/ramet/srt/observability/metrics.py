@@ -1,5 +1,7 @@
 """Owns the instance's Prometheus metrics. Names are SGLang's, with our prefix, where the concept is the same."""
 
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ramet.srt.managers.generation import RunningSequence
@@ -92,15 +94,16 @@ class Metrics:
         """A sequence was given up."""
         self.num_aborted.inc()
 
-    def observe_state(self, state: GetInternalStateReqOutput) -> None:
-        """The scheduler's numbers."""
-        self.num_running_reqs.set(state.num_running_reqs)
-        self.num_queue_reqs.set(state.num_waiting_reqs)
-        self.num_used_tokens.set(state.num_used_tokens)
-        self.num_prefix_tokens.set(state.num_cached_tokens)
-        self.token_usage.set(state.num_used_tokens / max(1, state.max_total_num_tokens))
-        self.gen_throughput.set(state.last_gen_throughput)
-        self.num_retracted.set(state.num_retracted_reqs)
+    def observe_states(self, states: Sequence[GetInternalStateReqOutput]) -> None:
+        """The numbers of the replicas' schedulers; what is shown is their sum."""
+        used = sum(state.num_used_tokens for state in states)
+        self.num_running_reqs.set(sum(state.num_running_reqs for state in states))
+        self.num_queue_reqs.set(sum(state.num_waiting_reqs for state in states))
+        self.num_used_tokens.set(used)
+        self.num_prefix_tokens.set(sum(state.num_cached_tokens for state in states))
+        self.token_usage.set(used / max(1, sum(state.max_total_num_tokens for state in states)))
+        self.gen_throughput.set(sum(state.last_gen_throughput for state in states))
+        self.num_retracted.set(sum(state.num_retracted_reqs for state in states))
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""
