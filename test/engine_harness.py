@@ -47,7 +47,7 @@ class DirectChannel:
 class EngineHarness:
     """A scheduler that a test steps by hand."""
 
-    def __init__(self, folder: str | Path, **server_args: Any):
+    def __init__(self, folder: str | Path, *, overlap: bool = False, **server_args: Any):
         defaults: dict[str, Any] = {"max_total_tokens": 2048, "max_running_requests": 16, "page_size": 4}
         self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
         config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
@@ -55,7 +55,9 @@ class EngineHarness:
         self.channel = DirectChannel()
         tokenizer = Tokenizer.from_path(str(folder))
         grammar_backend = make_grammar_backend(self.args.grammar_backend, tokenizer, config)
-        self.scheduler = Scheduler(self.args, config, self.runner, tokenizer, grammar_backend, self.channel)
+        self.scheduler = Scheduler(
+            self.args, config, self.runner, tokenizer, grammar_backend, self.channel, overlap=overlap
+        )
         self.num_batches = 0
         self.max_batch_size = 0
 
@@ -93,11 +95,10 @@ class EngineHarness:
         for message in self.channel.receive(0):
             scheduler._handle(message)
         scheduler._collect_grammars()
-        batch = scheduler._next_batch()
+        batch = scheduler.step()
         if batch is not None:
             self.num_batches += 1
             self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
-            scheduler._run_batch(batch)
         return batch is not None
 
     def run(self, max_steps: int = 5000) -> dict[str, "Result"]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.model_executor.batch_plan import BatchPlan, PageWrite, SamplingState, SequencePlan
+from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SamplingState, SequencePlan
 
 if TYPE_CHECKING:
     from ramet.srt.sampling.grammar import Grammar
@@ -37,11 +37,13 @@ class Req:
         self.grammar: Grammar | None = None
         self.finish_reason: FinishReason | None = None
         self.abort_requested = False
+        self.is_silent = False  # whether nobody waits for the output
 
         # Set by the scheduler while the request runs
         self.handle: CacheHandle | None = None
         self.extend_len = 0  # tokens that this pass computes
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
+        self.num_pending = 0  # tokens that passes under way will give
 
         self.stop_stream: TextStream | None = None  # made for requests with stop strings
 
@@ -61,12 +63,13 @@ class Req:
 
     @property
     def seq_len(self) -> int:
-        return len(self.origin_input_ids) + len(self.output_ids)
+        """Tokens of prompt and output, those included that are not known yet."""
+        return len(self.origin_input_ids) + len(self.output_ids) + self.num_pending
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Output tokens that may still come."""
-        return self.sampling_params.max_new_tokens - len(self.output_ids)
+        """Output tokens that may still come from further passes."""
+        return self.sampling_params.max_new_tokens - len(self.output_ids) - self.num_pending
 
     @property
     def max_prefix_len(self) -> int:
@@ -150,9 +153,8 @@ class ScheduleBatch:
     def _sequence(self, req: Req) -> SequencePlan:
         start = req.handle.kv_len
         if self.is_decode:
-            return SequencePlan(
-                rid=req.rid, row=req.handle.row, start=start, input_ids=[req.output_ids[-1]], is_sampled=True
-            )
+            token = LAST_TOKEN if req.num_pending else req.output_ids[-1]
+            return SequencePlan(rid=req.rid, row=req.handle.row, start=start, input_ids=[token], is_sampled=True)
         positions = req.input_logprob_positions()
         return SequencePlan(
             rid=req.rid,

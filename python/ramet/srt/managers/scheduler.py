@@ -5,7 +5,9 @@ import os
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.layers.sampler import INVALID_TOKEN
@@ -45,8 +47,21 @@ THROUGHPUT_WINDOW_S = 5.0
 WARM_UP_TOKENS = 8
 
 
+@dataclass
+class PassUnderWay:
+    """A pass that the device computes."""
+
+    batch: ScheduleBatch
+    plan: BatchPlan
+    wait: Callable[[], BatchResult]
+
+
 class Scheduler:
-    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass."""
+    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass.
+
+    With `overlap`, a pass is planned and queued before the tokens of the one before it are known: the ranks take
+    its input from their own memory. What ends a request is seen one pass late, and the token too many is dropped.
+    """
 
     def __init__(
         self,
@@ -57,6 +72,7 @@ class Scheduler:
         grammar_backend: GrammarBackend | None,
         channel: SchedulerChannel,
         parent_pid: int | None = None,
+        overlap: bool = False,
     ):
         self.parent_pid = parent_pid  # the launcher, without which the loop ends
         self.server_args = server_args
@@ -83,6 +99,8 @@ class Scheduler:
         self.num_retracted = 0
         self.forward_started: float | None = None  # time.monotonic() while a pass runs; the watchdog reads it
         self.stopping = False
+        self.overlap = overlap
+        self.under_way: PassUnderWay | None = None
         self._token_times: deque[tuple[float, int]] = deque()
         self.sampling_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self.ended_rids: list[str] = []  # those of them that the ranks may forget
@@ -95,16 +113,30 @@ class Scheduler:
             for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
                 self._handle(message)
             self._collect_grammars()
-            batch = self._next_batch()
-            if batch is not None:
-                self._run_batch(batch)
-            elif not self._has_work():
+            if self.step() is not None:
+                continue
+            if not self._has_work():
                 self.cache.check([])
             elif self.compiling and not self.running and not self.waiting:
                 time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
 
+    def step(self) -> ScheduleBatch | None:
+        """Plan the next pass and queue it, and deal with the tokens of the last one meanwhile.
+
+        Without overlap, with those of the same pass. Returns what was queued.
+        """
+        batch = self._next_batch()
+        last, self.under_way = self.under_way, None
+        if batch is not None:
+            self.under_way = self._launch(batch)
+        if last is not None:
+            self._finish(last)
+        if not self.overlap:
+            self._finish_under_way()
+        return batch
+
     def _has_work(self) -> bool:
-        return bool(self.running or self.waiting or self.chunked_req or self.compiling)
+        return bool(self.running or self.waiting or self.chunked_req or self.compiling or self.under_way)
 
     def warm_up(self) -> None:
         """Run a few tokens through the model, so that the first request doesn't pay for what is made on first use."""
@@ -113,11 +145,10 @@ class Scheduler:
             return
         params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
         req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
+        req.is_silent = True
         self.waiting.append(req)
         while self._has_work():
-            batch = self._next_batch()
-            assert batch is not None, "the warm-up request can't be scheduled"
-            self._run_batch(batch, silent=True)
+            self.step()
         self.cache.flush()
 
     # -- Messages
@@ -218,6 +249,8 @@ class Scheduler:
 
     def _next_batch(self) -> ScheduleBatch | None:
         """Prefill and decode passes alternate while there is work for both, so that neither starves the other."""
+        if any(req.grammar is not None for req in self.running):
+            self._finish_under_way()  # the next tokens' grammar masks depend on the last ones
         self._drop_aborted()
         if not (self.last_was_prefill and self.running):
             batch = self._prefill_batch()
@@ -228,6 +261,8 @@ class Scheduler:
         return self._decode_batch()
 
     def _drop_aborted(self) -> None:
+        if any(req.abort_requested for req in self.running):
+            self._finish_under_way()
         ended = [req for req in self.running if req.abort_requested]
         if self.chunked_req is not None and self.chunked_req.abort_requested:
             ended.append(self.chunked_req)
@@ -268,21 +303,23 @@ class Scheduler:
         return self.cache.num_pages(int(tokens)) + len(self.running)
 
     def _decode_batch(self) -> ScheduleBatch | None:
-        if not self.running:
-            return None
+        ending = [req for req in self.running if req.num_remaining_tokens <= 0]  # with the pass under way
         kept: list[Req] = []
-        candidates = list(self.running)
+        candidates = [req for req in self.running if req.num_remaining_tokens > 0]
         while candidates:
             req = candidates[0]
             if self.cache.extend(req.handle, req.seq_len):
                 kept.append(candidates.pop(0))
                 continue
+            if self.under_way is not None:  # its tokens may end requests; if not, they must be known to start over
+                self._finish_under_way()
+                return self._decode_batch()
             victim = pick_retracted([*kept, *candidates])
             self._retract(victim)
             (kept if victim in kept else candidates).remove(victim)
-        self.running = kept
+        self.running = [*kept, *ending]
         self.new_token_ratio = max(0.1, self.new_token_ratio * NEW_TOKEN_RATIO_DECAY)
-        return ScheduleBatch.for_decode(list(kept)) if kept else None
+        return ScheduleBatch.for_decode(kept) if kept else None
 
     def _retract(self, req: Req) -> None:
         """Take a running request's cache away; it starts over from its tokens when there is room."""
@@ -294,14 +331,31 @@ class Scheduler:
 
     # -- A pass and its results
 
-    def _run_batch(self, batch: ScheduleBatch, silent: bool = False) -> None:
-        """Compute a batch and deal with its tokens; `silent` sends nothing."""
+    def _launch(self, batch: ScheduleBatch) -> "PassUnderWay":
+        """Queue a pass. From here on the cache holds what it computes, for every pass that is queued after it."""
+        plan = self._plan(batch)
         self.forward_started = time.monotonic()
-        result = self.worker.run(self._plan(batch))
-        self.forward_started = None
-        self._process_result(batch, result)
-        if not silent:
-            self._send(batch.sampled_reqs)
+        wait = self.worker.launch(plan)
+        for req in batch.reqs:
+            req.handle.kv_len += req.extend_len
+            if not batch.is_decode:
+                self.cache.share(req.handle, req.fill_ids)
+        for req in batch.sampled_reqs:
+            req.num_pending += 1
+        if not batch.is_decode:
+            self.running += batch.sampled_reqs
+        return PassUnderWay(batch, plan, wait)
+
+    def _finish_under_way(self) -> None:
+        """Wait for the pass under way, if there is one, and deal with its tokens."""
+        if self.under_way is not None:
+            last, self.under_way = self.under_way, None
+            self._finish(last)
+
+    def _finish(self, finished: "PassUnderWay") -> None:
+        result = finished.wait()
+        self.forward_started = time.monotonic() if self.under_way is not None else None
+        self._send([req for req in self._process_result(finished, result) if not req.is_silent])
 
     def _plan(self, batch: ScheduleBatch) -> BatchPlan:
         new_states = [req.sampling_state() for req in batch.sampled_reqs if req.rid not in self.sampling_rids]
@@ -309,17 +363,20 @@ class Scheduler:
         ended, self.ended_rids = self.ended_rids, []
         return batch.to_plan(self.cache.take_page_writes(), new_states, ended, self.model_config.vocab_size)
 
-    def _process_result(self, batch: ScheduleBatch, result: BatchResult) -> None:
-        """Give the tokens and log-probabilities to their requests and end those that are done."""
-        for req in batch.reqs:
-            if (rows := result.prompt_logprobs.get(req.rid)) is not None:
-                first = req.input_logprob_positions().start + 1
-                targets = req.origin_input_ids[first : first + len(rows.logprobs)]
-                add_logprobs(req.input_logprobs, targets, rows)
-            req.handle.kv_len += req.extend_len
-            if not batch.is_decode:
-                self.cache.share(req.handle, req.fill_ids)
-        for req, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True):
+    def _process_result(self, finished: "PassUnderWay", result: BatchResult) -> list[Req]:
+        """Give the tokens and log-probabilities to their requests and end those that are done.
+
+        A request that has ended since the pass was queued drops its token. Returns the others.
+        """
+        gaining: list[Req] = []
+        for req, sequence in zip(finished.batch.reqs, finished.plan.sequences, strict=True):
+            if (rows := result.prompt_logprobs.get(req.rid)) is not None and req.input_logprobs is not None:
+                add_logprobs(req.input_logprobs, sequence.logprob_targets, rows)
+        for req, token_id in zip(finished.batch.sampled_reqs, result.token_ids, strict=True):
+            req.num_pending -= 1
+            if req.finish_reason is not None:
+                continue
+            gaining.append(req)
             if token_id == INVALID_TOKEN:
                 message = "the model or the grammar left no token to choose"
                 req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
@@ -329,11 +386,9 @@ class Scheduler:
                     add_logprobs(req.output_logprobs, [token_id], result.output_logprobs[req.rid])
             if req.finish_reason is not None:
                 self._release(req)
-        if not batch.is_decode:
-            self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
-        else:
-            self.running = [req for req in self.running if req.finish_reason is None]
-        self._token_times.append((time.monotonic(), len(result.token_ids)))
+        self.running = [req for req in self.running if req.finish_reason is None]
+        self._token_times.append((time.monotonic(), len(gaining)))
+        return gaining
 
     def _release(self, req: Req) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""
