@@ -15,7 +15,6 @@ from ramet.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     TokenLogprobs,
 )
-from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import make_grammar_backend
@@ -48,7 +47,7 @@ class DirectChannel:
 class EngineHarness:
     """A scheduler that a test steps by hand."""
 
-    def __init__(self, folder: str | Path, **server_args: Any):
+    def __init__(self, folder: str | Path, *, overlap: bool = False, **server_args: Any):
         defaults: dict[str, Any] = {"max_total_tokens": 2048, "max_running_requests": 16, "page_size": 4}
         self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
         config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
@@ -56,17 +55,11 @@ class EngineHarness:
         self.channel = DirectChannel()
         tokenizer = Tokenizer.from_path(str(folder))
         grammar_backend = make_grammar_backend(self.args.grammar_backend, tokenizer, config)
-        self.scheduler = Scheduler(self.args, config, self.runner, tokenizer, grammar_backend, self.channel)
+        self.scheduler = Scheduler(
+            self.args, config, self.runner, tokenizer, grammar_backend, self.channel, overlap=overlap
+        )
         self.num_batches = 0
         self.max_batch_size = 0
-        launch = self.scheduler._launch
-
-        def counted_launch(batch: ScheduleBatch) -> None:
-            self.num_batches += 1
-            self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
-            launch(batch)
-
-        self.scheduler._launch = counted_launch
 
     def submit(
         self,
@@ -101,7 +94,11 @@ class EngineHarness:
         scheduler = self.scheduler
         for message in self.channel.receive(0):
             scheduler._handle(message)
-        return scheduler.step()
+        batch = scheduler.step()
+        if batch is not None:
+            self.num_batches += 1
+            self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
+        return batch is not None
 
     def run(self, max_steps: int = 5000) -> dict[str, "Result"]:
         """Step until everything has ended, check that no cache page is lost, and return what each request got."""

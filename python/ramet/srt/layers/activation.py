@@ -1,9 +1,24 @@
 """Owns the gated activations of the MLP layers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from ramet.srt.layers.kernels.runtime import use_kernels
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An element-wise function and the name that configs give it."""
+
+    name: str
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -14,7 +29,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def get_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def get_activation(name: str) -> Activation:
     """The activation that a config calls `name`.
 
     Raises:
@@ -22,10 +37,14 @@ def get_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported; known are {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    return Activation(name, _ACTIVATIONS[name])
 
 
-def act_and_mul(x: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def act_and_mul(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """[num_tokens, 2 * n] -> [num_tokens, n]: activation of the first half times the second half."""
+    if use_kernels(x):
+        from ramet.srt.layers.kernels import activation as kernel
+
+        return kernel.act_and_mul(x, activation.name)
     gate, up = x.chunk(2, dim=-1)
     return activation(gate).mul_(up)

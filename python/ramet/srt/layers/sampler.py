@@ -3,20 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.utils.device import to_device
 
 INVALID_TOKEN = -1  # what is sampled from a row that has no finite logit
 _GREEDY_TEMPERATURE = 1e-6
 _MASK64 = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass
 class SamplingInfo:
-    """The sampling parameters of a batch as tensors; rows that are greedy have top_k 1."""
+    """The sampling parameters of a batch as tensors."""
 
+    seeds: np.ndarray  # uint64 [batch_size]
+    is_greedy: torch.Tensor  # bool [batch_size]
     temperatures: torch.Tensor  # float32 [batch_size, 1]
     top_ps: torch.Tensor  # float32 [batch_size, 1]
     top_ks: torch.Tensor  # int64 [batch_size, 1]; the vocabulary size where there is no limit
@@ -26,35 +31,40 @@ class SamplingInfo:
     max_top_k: int
 
     @classmethod
-    def from_params(cls, params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> "SamplingInfo":
+    def from_params(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int, device: torch.device
+    ) -> "SamplingInfo":
         greedy = [p.temperature < _GREEDY_TEMPERATURE or p.top_k == 1 for p in params]
-        top_ks = [
-            1 if is_greedy else (vocab_size if p.top_k < 1 else min(p.top_k, vocab_size))
-            for p, is_greedy in zip(params, greedy, strict=True)
+        # A greedy row's token is the best one whatever is filtered: let it not ask for filters.
+        drawn = [p for p, is_greedy in zip(params, greedy, strict=True) if not is_greedy]
+        limits = [
+            vocab_size if g or p.top_k < 1 else min(p.top_k, vocab_size) for p, g in zip(params, greedy, strict=True)
         ]
 
         def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+            return to_device(values, dtype, device).unsqueeze(1)
 
         return cls(
+            seeds=np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64),
+            is_greedy=to_device(greedy, torch.bool, device),
             temperatures=column(
                 [1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)], torch.float32
             ),
             top_ps=column([p.top_p for p in params], torch.float32),
-            top_ks=column(top_ks, torch.int64),
+            top_ks=column(limits, torch.int64),
             min_ps=column([p.min_p for p in params], torch.float32),
             all_greedy=all(greedy),
-            is_filtered=any(k < vocab_size or p.top_p < 1 or p.min_p > 0 for k, p in zip(top_ks, params, strict=True)),
-            max_top_k=max(top_ks),
+            is_filtered=min(limits) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in drawn),
+            max_top_k=max(limits),
         )
 
 
-def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor) -> torch.Tensor:
+def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | None) -> torch.Tensor:
     """Choose one token for each row.
 
     Args:
         logits: float32 [batch_size, vocab_size], after all logit rules.
-        uniforms: float32 [batch_size], one number in [0, 1) for each row. A row's token depends on nothing else in
+        uniforms: float32 [batch_size], one number in [0, 1) for each row; none if all are greedy. A row's token depends on nothing else in
             the batch, so a seeded request gives the same tokens in any company.
 
     Returns:
@@ -62,57 +72,75 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor) -> 
     """
     best, tokens = logits.max(dim=-1)
     if not info.all_greedy:
-        tokens = _sample_inverse_cdf(logits / info.temperatures, info, uniforms)
+        assert uniforms is not None
+        tokens = torch.where(info.is_greedy, tokens, _sample_inverse_cdf(logits / info.temperatures, info, uniforms))
     return tokens.masked_fill(~torch.isfinite(best), INVALID_TOKEN)
 
 
 def _sample_inverse_cdf(scaled: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first token, by falling probability, at which the cumulated kept probability passes the uniform number."""
+    """The first token, by id, at which the cumulated probability of the kept ones passes the uniform number."""
     probs = torch.softmax(scaled, dim=-1)
-    if not info.is_filtered:
-        cumulative = probs.cumsum(dim=-1)
-        targets = uniforms.unsqueeze(1) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, targets, right=True).clamp(max=probs.shape[1] - 1).squeeze(1)
-    values, indices = torch.topk(probs, info.max_top_k, dim=-1)
+    if info.is_filtered:
+        probs = probs.masked_fill(probs < _least_kept(probs, info), 0.0)
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # The product can round up to the total, beyond the last token that has any probability.
+    targets = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+
+
+def _least_kept(probs: torch.Tensor, info: SamplingInfo) -> torch.Tensor:
+    """float32 [batch_size, 1]: the lowest probability that top_k, top_p and min_p keep. Equal ones stay together."""
+    values, _ = torch.topk(probs, info.max_top_k, dim=-1)
     cumulative = values.cumsum(dim=-1)
     ranks = torch.arange(values.shape[1], device=values.device)
     dropped = (ranks >= info.top_ks) | (values < info.min_ps * values[:, :1])
     # top_p is of the distribution that top_k leaves, as in transformers' warpers
     kept_total = cumulative.gather(1, info.top_ks.clamp(max=values.shape[1]) - 1)
     dropped |= (cumulative - values) > info.top_ps * kept_total
-    dropped[:, 0] = False
-    cumulative = values.masked_fill(dropped, 0.0).cumsum(dim=-1)
-    targets = uniforms.unsqueeze(1) * cumulative[:, -1:]
-    picks = torch.searchsorted(cumulative, targets, right=True).clamp(max=values.shape[1] - 1)
-    return indices.gather(1, picks).squeeze(1)
+    num_kept = (~dropped).sum(dim=-1, keepdim=True).clamp(min=1)
+    return values.gather(1, num_kept - 1)
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on the request's seed and the token's place in its output.
+def uniforms_of(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float32, that depend on a request's seed and the token's place in its output alone.
 
     Two rounds of SplitMix64's finaliser (Steele, Lea and Flood, 2014).
+
+    Args:
+        seeds, positions: uint64 [batch_size].
     """
-    state = (seed * 0x9E3779B97F4A7C15 + position + 1) & _MASK64
+    state = seeds * _GOLDEN + positions + np.uint64(1)  # uint64 arithmetic wraps around, as it must
     for _ in range(2):
-        state = (state + 0x9E3779B97F4A7C15) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return (state >> 40) / (1 << 24)
+        state += _GOLDEN
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return ((state >> np.uint64(40)) / float(1 << 24)).astype(np.float32)
 
 
-def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, top_nums: Sequence[int]) -> LogprobRows:
-    """Log-probabilities of `token_ids` [num_rows] and of the `top_nums[i]` likeliest tokens of each row.
+@dataclass
+class LogprobTensors:
+    """Log-probabilities on the device, for `num_rows` rows."""
+
+    chosen: torch.Tensor  # float32 [num_rows]: of the token of each row
+    values: torch.Tensor  # float32 [num_rows, most]: of the likeliest tokens, falling
+    token_ids: torch.Tensor  # int64 [num_rows, most]
+
+    def to_rows(self, top_nums: Sequence[int]) -> LogprobRows:
+        """On the host, with the `top_nums[i]` likeliest tokens of row i."""
+        top = [row[:num] for row, num in zip(self.values.tolist(), top_nums, strict=True)]
+        top_ids = [row[:num] for row, num in zip(self.token_ids.tolist(), top_nums, strict=True)]
+        return LogprobRows(logprobs=self.chosen.tolist(), top_logprobs=top, top_token_ids=top_ids)
+
+
+def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, most: int) -> LogprobTensors:
+    """Log-probabilities of `token_ids` [num_rows] and of the `most` likeliest tokens of each row.
 
     Args:
         logits: float32 [num_rows, vocab_size], as the model gave them.
     """
     logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
-    most = min(max(top_nums, default=0), logits.shape[1])
-    if most == 0:
-        return LogprobRows(logprobs=chosen, top_logprobs=[[] for _ in chosen], top_token_ids=[[] for _ in chosen])
-    values, indices = torch.topk(logprobs, most, dim=-1)
-    top = [row[:num] for row, num in zip(values.tolist(), top_nums, strict=True)]
-    top_ids = [row[:num] for row, num in zip(indices.tolist(), top_nums, strict=True)]
-    return LogprobRows(logprobs=chosen, top_logprobs=top, top_token_ids=top_ids)
+    chosen = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
+    values, indices = torch.topk(logprobs, min(most, logits.shape[1]), dim=-1)
+    return LogprobTensors(chosen, values, indices)

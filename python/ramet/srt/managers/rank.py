@@ -181,9 +181,9 @@ class Rank:
         worker = TpModelWorker(self.runner)
         while self._goes_on():
             plan = self._plans.receive(FOLLOWER_POLL_S)
-            result = worker.run(plan) if plan is not None else None
-            if result is not None:
-                self._plans.send(result)
+            wait = worker.launch(plan) if plan is not None else None
+            if wait is not None:
+                self._plans.send(wait())
 
     def _goes_on(self) -> bool:
         return not self.stopping and os.getppid() == self.config.parent_pid

@@ -8,7 +8,7 @@ import numpy as np
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.model_executor.batch_plan import BatchPlan, PageWrite, SamplingState, SequencePlan
+from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SamplingState, SequencePlan
 
 if TYPE_CHECKING:
     from ramet.srt.sampling.grammar import Grammar
@@ -30,7 +30,6 @@ class Req:
         self.sampling_params = message.sampling_params
         self.sampling_seed = sampling_seed
         self.stream = message.stream
-        self.silent = False  # nothing of it is sent: the warm-up
         self.return_logprob = message.return_logprob
         self.logprob_start_len = message.logprob_start_len
         self.top_logprobs_num = message.top_logprobs_num
@@ -38,12 +37,13 @@ class Req:
         self.grammar: Grammar | None = None
         self.finish_reason: FinishReason | None = None
         self.abort_requested = False
-        self.in_flight = False  # a pass that gives its next token has been launched and has not come back
+        self.is_silent = False  # whether nobody waits for the output
 
         # Set by the scheduler while the request runs
         self.handle: CacheHandle | None = None
         self.extend_len = 0  # tokens that this pass computes
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
+        self.num_pending = 0  # tokens that passes under way will give
 
         self.stop_stream: TextStream | None = None  # made for requests with stop strings
 
@@ -63,12 +63,13 @@ class Req:
 
     @property
     def seq_len(self) -> int:
-        return len(self.origin_input_ids) + len(self.output_ids)
+        """Tokens of prompt and output, those included that are not known yet."""
+        return len(self.origin_input_ids) + len(self.output_ids) + self.num_pending
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Output tokens that may still come."""
-        return self.sampling_params.max_new_tokens - len(self.output_ids)
+        """Output tokens that may still come from further passes."""
+        return self.sampling_params.max_new_tokens - len(self.output_ids) - self.num_pending
 
     @property
     def max_prefix_len(self) -> int:
@@ -105,11 +106,6 @@ class Req:
             top_logprobs_num=self.top_logprobs_num,
         )
 
-    @property
-    def next_logprob_target(self) -> int:
-        """Position of the prompt token whose log-probability comes next."""
-        return max(1, self.logprob_start_len) + len(self.input_logprobs.token_ids)
-
     def input_logprob_positions(self) -> range:
         """Prompt positions in this pass whose logits give a prompt logprob: that of the token behind each."""
         if not self.wants_input_logprobs or self.output_ids:
@@ -126,7 +122,6 @@ class ScheduleBatch:
     reqs: list[Req]
     is_decode: bool
     sampled_reqs: list[Req] = field(default_factory=list)  # those that get a token from this pass
-    launched: float = 0.0  # time.monotonic()
 
     @classmethod
     def for_extend(cls, reqs: list[Req]) -> "ScheduleBatch":
@@ -158,9 +153,8 @@ class ScheduleBatch:
     def _sequence(self, req: Req) -> SequencePlan:
         start = req.handle.kv_len
         if self.is_decode:
-            return SequencePlan(
-                rid=req.rid, row=req.handle.row, start=start, input_ids=[req.output_ids[-1]], is_sampled=True
-            )
+            token = LAST_TOKEN if req.num_pending else req.output_ids[-1]
+            return SequencePlan(rid=req.rid, row=req.handle.row, start=start, input_ids=[token], is_sampled=True)
         positions = req.input_logprob_positions()
         return SequencePlan(
             rid=req.rid,

@@ -4,7 +4,9 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.layers.sampler import INVALID_TOKEN
@@ -46,8 +48,23 @@ THROUGHPUT_WINDOW_S = 5.0
 WARM_UP_TOKENS = 8
 
 
+@dataclass
+class PassUnderWay:
+    """A pass that the ranks compute."""
+
+    batch: ScheduleBatch
+    plan: BatchPlan
+    wait: Callable[[], BatchResult] | None  # for its result; None if another rank sends it
+    launched: float  # time.monotonic()
+
+
 class Scheduler:
-    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass."""
+    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass.
+
+    With `overlap`, a pass is planned and queued before the tokens of the one before it are known: the ranks take
+    its input from their own memory. What ends a request is seen one pass late, and the token too many is dropped.
+    In a pipeline as many passes are under way as there are stages, each for other requests.
+    """
 
     def __init__(
         self,
@@ -58,6 +75,7 @@ class Scheduler:
         grammar_backend: GrammarBackend | None,
         channel: SchedulerChannel,
         plan_sender: PlanSender | None = None,
+        overlap: bool = False,
     ):
         self.plan_sender = plan_sender  # to the replica's other ranks, if it has any
         self.server_args = server_args
@@ -82,8 +100,10 @@ class Scheduler:
         self.last_was_prefill = False
         self.new_token_ratio = NEW_TOKEN_RATIO
         self.num_retracted = 0
-        self.in_flight: deque[ScheduleBatch] = deque()  # launched passes, oldest first
-        self.max_in_flight = model_runner.parallel.pp_size  # so many keep every pipeline stage busy
+        self.overlap = overlap
+        self.is_pipeline = model_runner.parallel.pp_size > 1
+        self.under_way: deque[PassUnderWay] = deque()  # oldest first
+        self.max_under_way = max(2, model_runner.parallel.pp_size)  # so many keep every pipeline stage busy
         self._token_times: deque[tuple[float, int]] = deque()
         self.sampling_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self.ended_rids: list[str] = []  # those of them that the ranks may forget
@@ -94,32 +114,47 @@ class Scheduler:
         """Take messages in, waiting a moment for the first when there is nothing to do, and take one step."""
         for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
             self._handle(message)
-        if not self.step() and not self._has_work():
-            self.cache.check([])
+        if self.step() is None:
+            if not self._has_work():
+                self.cache.check([])
+            elif not self.under_way and self.compiling:
+                time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
 
-    def step(self) -> bool:
-        """Launch the next pass if the pipeline has room, and take in results; False if there was neither."""
+    def step(self) -> ScheduleBatch | None:
+        """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
         self._collect_grammars()
-        batch = self._next_batch() if len(self.in_flight) < self.max_in_flight else None
+        batch = self._next_batch() if len(self.under_way) < self.max_under_way else None
         if batch is not None:
-            self._launch(batch)
-        elif self.in_flight:
-            assert self.plan_sender is not None, "a single rank's passes come back at once"
-            result = self.plan_sender.receive(RESULT_POLL_S)
+            self.under_way.append(self._launch(batch))
+        if self.is_pipeline:
+            self._take_result(0.0 if batch is not None else RESULT_POLL_S)
+        else:
+            self._finish_under_way(keep=1 if self.overlap and batch is not None else 0)
+        return batch
+
+    def _take_result(self, timeout_s: float) -> None:
+        """Deal with the next result that the last pipeline stage sends, if it comes in time."""
+        if self.under_way:
+            assert self.plan_sender is not None, "a pipeline has more than one rank"
+            result = self.plan_sender.receive(timeout_s)
             if result is not None:
-                self._finish(result)
-        elif self.compiling:
-            time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
-        return batch is not None or bool(self.in_flight)
+                self._finish(self.under_way.popleft(), result)
+
+    def _finish_under_way(self, keep: int = 0) -> None:
+        """Wait for the passes under way, but for the newest `keep`, and deal with their tokens."""
+        while len(self.under_way) > keep:
+            oldest = self.under_way.popleft()
+            assert oldest.wait is not None, "without a pipeline the leader samples"
+            self._finish(oldest, oldest.wait())
 
     def _has_work(self) -> bool:
-        return bool(self.running or self.waiting or self.chunked_req or self.compiling or self.in_flight)
+        return bool(self.running or self.waiting or self.chunked_req or self.compiling or self.under_way)
 
     @property
     def oldest_launch(self) -> float | None:
         """time.monotonic() of the launch of the oldest pass that has not come back; the watchdog reads it."""
-        in_flight = self.in_flight
-        return in_flight[0].launched if in_flight else None
+        under_way = list(self.under_way)
+        return under_way[0].launched if under_way else None
 
     def warm_up(self) -> None:
         """Run a few tokens through the model, so that the first request doesn't pay for what is made on first use."""
@@ -128,7 +163,7 @@ class Scheduler:
             return
         params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
         req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
-        req.silent = True
+        req.is_silent = True
         self.waiting.append(req)
         while self._has_work():
             self.step()
@@ -229,6 +264,8 @@ class Scheduler:
 
     def _next_batch(self) -> ScheduleBatch | None:
         """Prefill and decode passes alternate while there is work for both, so that neither starves the other."""
+        if not self.is_pipeline and any(req.grammar is not None for req in self.running):
+            self._finish_under_way()  # the next tokens' grammar masks depend on the last ones
         self._drop_aborted()
         if not (self.last_was_prefill and self.running):
             batch = self._prefill_batch()
@@ -238,23 +275,23 @@ class Scheduler:
         self.last_was_prefill = False
         return self._decode_batch()
 
-    def _admitted(self) -> list[Req]:
-        """Every request that holds KV cache."""
-        admitted = dict.fromkeys([*self.running, *(req for batch in self.in_flight for req in batch.reqs)])
-        if self.chunked_req is not None:
-            admitted[self.chunked_req] = None
-        return [req for req in admitted if req.finish_reason is None]
-
     def _drop_aborted(self) -> None:
+        if not any(req.abort_requested for req in self._admitted()):
+            return
+        if not self.is_pipeline:
+            self._finish_under_way()
         ended = [req for req in self._admitted() if req.abort_requested]
         for req in ended:
             req.finish_reason = FinishReason(type="abort", message="aborted", status_code=499)
             self._release(req)
-        if ended:
-            self.running = [req for req in self.running if req.finish_reason is None]
-            if self.chunked_req in ended:
-                self.chunked_req = None
-            self._send(ended)
+        if self.chunked_req in ended:
+            self.chunked_req = None
+        self.running = [req for req in self.running if not req.abort_requested]
+        self._send(ended)
+
+    def _admitted(self) -> list[Req]:
+        """Every request that holds KV cache."""
+        return self.running if self.chunked_req is None else [*self.running, self.chunked_req]
 
     def _prefill_batch(self) -> ScheduleBatch | None:
         if not self.waiting and self.chunked_req is None:
@@ -285,14 +322,20 @@ class Scheduler:
         return self.cache.num_pages(int(tokens)) + len(self.running)
 
     def _decode_batch(self) -> ScheduleBatch | None:
-        """The running requests whose last token is known; with a pipeline, one micro-batch of them."""
-        ready = [req for req in self.running if not req.in_flight]
-        candidates = deque(ready[: -(-len(self.running) // self.max_in_flight)])
+        """The running requests that can gain a token now; in a pipeline, one micro-batch of them."""
+        if self.is_pipeline:
+            ready = [req for req in self.running if req.num_pending == 0]
+            candidates = deque(ready[: -(-len(self.running) // self.max_under_way)])
+        else:  # the others end with the pass under way
+            candidates = deque(req for req in self.running if req.num_remaining_tokens > 0)
         batch: list[Req] = []
         while candidates:
             req = candidates.popleft()
             while not self.cache.extend(req.handle, req.seq_len):
-                victim = pick_retracted([other for other in self.running if not other.in_flight])
+                if self.under_way and not self.is_pipeline:
+                    self._finish_under_way()  # its tokens may end requests; if not, they must be known to start over
+                    return self._decode_batch()
+                victim = pick_retracted([other for other in self.running if other.num_pending == 0])
                 self._retract(victim)
                 if victim is req:
                     break
@@ -315,25 +358,25 @@ class Scheduler:
 
     # -- A pass and its results
 
-    def _launch(self, batch: ScheduleBatch) -> None:
-        """Have every rank of the replica compute a batch. The ranks run passes in the order of their launch.
+    def _launch(self, batch: ScheduleBatch) -> PassUnderWay:
+        """Queue a pass on every rank of the replica; the ranks run passes in the order in which they are queued.
 
-        So what a pass writes counts as written from now on: later passes may build on it.
+        So from here on the cache holds what the pass computes, for every pass after it.
         """
         plan = self._plan(batch)
-        batch.launched = time.monotonic()
-        self.in_flight.append(batch)
-        for req in batch.sampled_reqs:
-            req.in_flight = True
+        launched = time.monotonic()
+        if self.plan_sender is not None:
+            self.plan_sender.send(plan)
+        wait = self.worker.launch(plan)
         for req in batch.reqs:
             req.handle.kv_len += req.extend_len
             if not batch.is_decode:
                 self.cache.share(req.handle, req.fill_ids)
-        if self.plan_sender is not None:
-            self.plan_sender.send(plan)
-        result = self.worker.run(plan)
-        if result is not None:
-            self._finish(result)
+        for req in batch.sampled_reqs:
+            req.num_pending += 1
+        if not batch.is_decode:
+            self.running += batch.sampled_reqs
+        return PassUnderWay(batch, plan, wait, launched)
 
     def _plan(self, batch: ScheduleBatch) -> BatchPlan:
         new_states = [req.sampling_state() for req in batch.sampled_reqs if req.rid not in self.sampling_rids]
@@ -341,23 +384,23 @@ class Scheduler:
         ended, self.ended_rids = self.ended_rids, []
         return batch.to_plan(self.cache.take_page_writes(), new_states, ended, self.model_config.vocab_size)
 
-    def _finish(self, result: BatchResult) -> None:
-        """Give the tokens and log-probabilities of the oldest pass to their requests; end those that are done."""
-        batch = self.in_flight.popleft()
-        for req in batch.reqs:
+    def _finish(self, finished: PassUnderWay, result: BatchResult) -> None:
+        """Give the tokens and log-probabilities of a pass to their requests; end and send on those that are done.
+
+        A request that has ended since the pass was queued drops its token.
+        """
+        for req, sequence in zip(finished.batch.reqs, finished.plan.sequences, strict=True):
             if (rows := result.prompt_logprobs.get(req.rid)) is not None and req.input_logprobs is not None:
-                first = req.next_logprob_target
-                add_logprobs(req.input_logprobs, req.origin_input_ids[first : first + len(rows.logprobs)], rows)
-        for req, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True):
-            req.in_flight = False
+                add_logprobs(req.input_logprobs, sequence.logprob_targets, rows)
+        gaining: list[Req] = []
+        for req, token_id in zip(finished.batch.sampled_reqs, result.token_ids, strict=True):
+            req.num_pending -= 1
             if req.finish_reason is None:
                 self._take_token(req, token_id, result)
-        if batch.is_decode:
-            self.running = [req for req in self.running if req.finish_reason is None]
-        else:
-            self.running += [req for req in batch.sampled_reqs if req.finish_reason is None]
-        self._token_times.append((time.monotonic(), len(result.token_ids)))
-        self._send(batch.sampled_reqs)
+                gaining.append(req)
+        self.running = [req for req in self.running if req.finish_reason is None]
+        self._token_times.append((time.monotonic(), len(gaining)))
+        self._send([req for req in gaining if not req.is_silent])
 
     def _take_token(self, req: Req, token_id: int, result: BatchResult) -> None:
         if token_id == INVALID_TOKEN:
@@ -379,6 +422,6 @@ class Scheduler:
             self.ended_rids.append(req.rid)
 
     def _send(self, reqs: list[Req]) -> None:
-        outputs = [output for req in reqs if not req.silent and (output := self.output.collect(req)) is not None]
+        outputs = [output for req in reqs if (output := self.output.collect(req)) is not None]
         if outputs:
             self.channel.send(BatchTokenIDOutput(outputs=outputs))

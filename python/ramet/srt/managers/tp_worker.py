@@ -1,14 +1,16 @@
 """Owns the execution of batch plans on one rank: plan to tensors, forward pass, sampling. Decides nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from ramet.srt.layers.sampler import SamplingInfo, compute_logprobs, sample, uniform
-from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult, LogprobRows
+from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
+from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, BatchResult, LogprobRows
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.penalties import SamplingRow, apply_logit_rules
+from ramet.srt.utils.device import HostCopies, to_device
 
 
 class TpModelWorker:
@@ -16,67 +18,93 @@ class TpModelWorker:
 
     def __init__(self, model_runner: ModelRunner):
         self.model_runner = model_runner
-        self._samples = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
+        self.device = model_runner.device
+        self._reports = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
         self._rows: dict[str, SamplingRow] = {}
-        self._info_key: list[str] = []
+        self._info_rows: list[SamplingRow] = []
         self._info: SamplingInfo | None = None
+        # The newest token of each row of the page table: the next pass takes it from here before the host has seen it.
+        num_rows = model_runner.req_pool.req_to_page.shape[0]
+        self._last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
 
     @torch.inference_mode()
-    def run(self, plan: BatchPlan) -> BatchResult | None:
-        """Compute this rank's part of a pass; the tokens and log-probabilities if it is the rank that samples."""
-        self._take_states(plan)
-        batch = self._forward_batch(plan)
-        hidden_states = self.model_runner.forward(batch)
-        if hidden_states is None:
-            return None
-        result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
-        self._add_prompt_logprobs(plan, hidden_states, result)
-        sampled = [sequence.rid for sequence in plan.sequences if sequence.is_sampled]
-        if sampled:
-            logits = self.model_runner.compute_logits(hidden_states[batch.logits_rows])
-            if self._samples:
-                self._sample(sampled, logits, plan, result)
-        return result if self._samples else None
+    def launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:
+        """Queue this rank's part of a pass on the device.
 
-    def _take_states(self, plan: BatchPlan) -> None:
+        Returns:
+            On the rank that reports its replica's results, a function that waits for them; None on the others.
+        """
+        wait = self._launch(plan)
+        return wait if self._reports else None
+
+    def _launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:
         for rid in plan.ended_rids:
             self._rows.pop(rid, None)
         for state in plan.new_states:
             self._rows[state.rid] = SamplingRow(state)
+        self.model_runner.req_pool.write(plan.page_writes)
+        result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
+        sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
+        table_rows = [sequence.row for sequence in plan.sequences]
+        batch = self._decode_batch(plan, table_rows) if plan.is_decode else self._extend_batch(plan, table_rows)
+        hidden_states = self.model_runner.forward(batch)
+        if hidden_states is None:  # they go on to the next pipeline stage
+            return None
+        self._add_prompt_logprobs(plan, hidden_states, result)
+        if not sampled:
+            return lambda: result
+        logits = self.model_runner.compute_logits(hidden_states[batch.logits_rows])
+        return self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result)
 
-    def _forward_batch(self, plan: BatchPlan) -> ForwardBatch:
-        """The plan as tensors on the rank's device."""
+    def _decode_batch(self, plan: BatchPlan, table_rows: list[int]) -> ForwardBatch:
+        """One new token for each sequence, as tensors on the device."""
         runner = self.model_runner
-        for write in plan.page_writes:
-            runner.req_pool.write(write.row, write.start, write.pages)
-        device, page_size = runner.device, runner.page_size
-        lens = [len(sequence.input_ids) for sequence in plan.sequences]
         starts = [sequence.start for sequence in plan.sequences]
-        ends = [start + new for start, new in zip(starts, lens, strict=True)]
-        input_ids = [token_id for sequence in plan.sequences for token_id in sequence.input_ids]
-        if plan.is_decode:
-            positions = torch.tensor(starts, dtype=torch.int64, device=device)
-            sequence_of_token = torch.arange(len(starts), device=device)
-        else:
-            positions = torch.cat(
-                [torch.arange(start, end, device=device) for start, end in zip(starts, ends, strict=True)]
-            )
-            sequence_of_token = torch.repeat_interleave(
-                torch.arange(len(starts), device=device), torch.tensor(lens, device=device)
-            )
-        table_rows = torch.tensor([sequence.row for sequence in plan.sequences], dtype=torch.int64, device=device)
-        block_tables = runner.req_pool.req_to_page[table_rows, : -(-max(ends) // page_size)]
-        pages = block_tables[sequence_of_token, positions // page_size]
+        last = [sequence.input_ids[0] for sequence in plan.sequences]
+        rows, positions, input_ids = to_device([table_rows, starts, last], torch.int64, self.device)
+        if LAST_TOKEN in last:
+            input_ids = self._last_tokens[rows]
+        num_pages = max(starts) // runner.page_size + 1
+        block_tables = runner.req_pool.req_to_page[rows, :num_pages]
+        pages = block_tables.gather(1, (positions // runner.page_size).unsqueeze(1)).squeeze(1)
         return ForwardBatch(
-            forward_mode=ForwardMode.DECODE if plan.is_decode else ForwardMode.EXTEND,
-            input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
+            forward_mode=ForwardMode.DECODE,
+            input_ids=input_ids,
             positions=positions,
-            out_cache_loc=pages * page_size + positions % page_size,
+            out_cache_loc=pages * runner.page_size + positions % runner.page_size,
             block_tables=block_tables,
-            seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+            seq_lens=(positions + 1).to(torch.int32),
+            seq_lens_cpu=[start + 1 for start in starts],
+            extend_lens_cpu=[1] * len(starts),
+            logits_rows=torch.arange(len(starts), device=self.device),
+        )
+
+    def _extend_batch(self, plan: BatchPlan, table_rows: list[int]) -> ForwardBatch:
+        """New prompt tokens of several sequences, as tensors on the device."""
+        runner = self.model_runner
+        lens = [len(sequence.input_ids) for sequence in plan.sequences]
+        ends = [sequence.start + new for sequence, new in zip(plan.sequences, lens, strict=True)]
+        tokens = np.stack(
+            [
+                np.concatenate([np.asarray(sequence.input_ids, dtype=np.int64) for sequence in plan.sequences]),
+                np.concatenate([np.arange(end - new, end) for new, end in zip(lens, ends, strict=True)]),
+                np.repeat(np.arange(len(lens)), lens),
+            ]
+        )
+        input_ids, positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
+        rows, seq_lens = to_device([table_rows, ends], torch.int64, self.device)
+        block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends) // runner.page_size)]
+        pages = block_tables[sequence_of_token, positions // runner.page_size]
+        return ForwardBatch(
+            forward_mode=ForwardMode.EXTEND,
+            input_ids=input_ids,
+            positions=positions,
+            out_cache_loc=pages * runner.page_size + positions % runner.page_size,
+            block_tables=block_tables,
+            seq_lens=seq_lens.to(torch.int32),
             seq_lens_cpu=ends,
             extend_lens_cpu=lens,
-            logits_rows=torch.tensor(_last_rows(plan, lens), dtype=torch.int64, device=device),
+            logits_rows=to_device(_last_rows(plan, lens), torch.int64, self.device),
         )
 
     def _add_prompt_logprobs(self, plan: BatchPlan, hidden_states: torch.Tensor, result: BatchResult) -> None:
@@ -91,35 +119,66 @@ class TpModelWorker:
                 )
             first_row += len(sequence.input_ids)
 
-    def _sample(self, rids: list[str], logits: torch.Tensor, plan: BatchPlan, result: BatchResult) -> None:
-        """Choose one token for each row of `logits`; note the log-probabilities that were asked for."""
+    def _sample(
+        self, rids: list[str], table_rows: list[int], logits: torch.Tensor, plan: BatchPlan, result: BatchResult
+    ) -> Callable[[], BatchResult]:
+        """Choose one token for each row of `logits`; the function returned waits for them."""
         rows = [self._rows[rid] for rid in rids]
         asked = [index for index, row in enumerate(rows) if row.state.return_logprob]
-        raw = logits[asked].clone() if asked else None
+        places = to_device(asked, torch.int64, self.device) if asked else None
+        raw = logits[places] if places is not None else None
         apply_logit_rules(logits, rows, plan.grammar_masks, self.model_runner.model_config.eos_token_ids)
-        uniforms = [uniform(row.state.seed, row.num_output_tokens) for row in rows]
-        tokens = sample(logits, self._info_of(rids, rows), torch.tensor(uniforms, device=logits.device))
-        result.token_ids = tokens.tolist()
-        for row, token_id in zip(rows, result.token_ids, strict=True):
-            row.append(token_id)
+        info = self._info_of(rows)
+        uniforms = None
+        if not info.all_greedy:
+            num_output_tokens = np.array([row.num_output_tokens for row in rows], dtype=np.uint64)
+            uniforms = to_device(uniforms_of(info.seeds, num_output_tokens), torch.float32, self.device)
+        tokens = sample(logits, info, uniforms)
+        usable = tokens.clamp(min=0)  # a request that got no token ends, but maybe not before the next pass
+        self._last_tokens.index_copy_(0, to_device(table_rows, torch.int64, self.device), usable)
+        for index, row in enumerate(rows):
+            row.append(usable[index : index + 1])
+
+        copies = HostCopies()
+        host_tokens = copies.add(tokens)
+        logprobs = None
         if raw is not None:
             nums = [rows[index].state.top_logprobs_num for index in asked]
-            logprobs = compute_logprobs(raw, tokens[asked], nums)
-            for place, index in enumerate(asked):
-                result.output_logprobs[rids[index]] = LogprobRows(
-                    logprobs=[logprobs.logprobs[place]],
-                    top_logprobs=[logprobs.top_logprobs[place]],
-                    top_token_ids=[logprobs.top_token_ids[place]],
-                )
+            chosen = compute_logprobs(raw, tokens[places], max(nums))
+            logprobs = LogprobTensors(*(copies.add(part) for part in (chosen.chosen, chosen.values, chosen.token_ids)))
+        copies.close(self.device)
 
-    def _info_of(self, rids: list[str], rows: Sequence[SamplingRow]) -> SamplingInfo:
+        def wait() -> BatchResult:
+            copies.wait()
+            result.token_ids = host_tokens.tolist()
+            if logprobs is not None:
+                result.output_logprobs = _by_request([rids[index] for index in asked], logprobs.to_rows(nums))
+            return result
+
+        return wait
+
+    def _info_of(self, rows: list[SamplingRow]) -> SamplingInfo:
         """The requests' sampling parameters as tensors, made again only when the batch has changed."""
-        if self._info is None or rids != self._info_key:
-            self._info_key = rids
+        if self._info is None or rows != self._info_rows:  # the same objects: a request id can come again
+            self._info_rows = rows
             self._info = SamplingInfo.from_params(
-                [row.state.params for row in rows], self.model_runner.model_config.vocab_size, self.model_runner.device
+                [row.state.params for row in rows],
+                [row.state.seed for row in rows],
+                self.model_runner.model_config.vocab_size,
+                self.device,
             )
         return self._info
+
+
+def _by_request(rids: Sequence[str], rows: LogprobRows) -> dict[str, LogprobRows]:
+    return {
+        rid: LogprobRows(
+            logprobs=rows.logprobs[place : place + 1],
+            top_logprobs=rows.top_logprobs[place : place + 1],
+            top_token_ids=rows.top_token_ids[place : place + 1],
+        )
+        for place, rid in enumerate(rids)
+    }
 
 
 def _last_rows(plan: BatchPlan, lens: Sequence[int]) -> list[int]:

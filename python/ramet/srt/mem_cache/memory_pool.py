@@ -1,6 +1,11 @@
 """Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
+from collections.abc import Sequence
+
 import torch
+
+from ramet.srt.model_executor.batch_plan import PageWrite
+from ramet.srt.utils.device import to_device
 
 
 class ReqToPagePool:
@@ -9,9 +14,16 @@ class ReqToPagePool:
     def __init__(self, size: int, max_pages_per_req: int, device: torch.device):
         self.req_to_page = torch.zeros((size, max_pages_per_req), dtype=torch.int64, device=device)
 
-    def write(self, row: int, start: int, pages: list[int]) -> None:
-        """Set the pages of `row` from its page index `start` on."""
-        self.req_to_page[row, start : start + len(pages)] = torch.tensor(pages, dtype=torch.int64)
+    def write(self, writes: Sequence[PageWrite]) -> None:
+        """Change the table, in order, as one step of the current stream."""
+        width = self.req_to_page.shape[1]
+        changes: dict[int, int] = {}  # a later write of the same place replaces an earlier one
+        for write in writes:
+            first = write.row * width + write.start
+            changes.update(zip(range(first, first + len(write.pages)), write.pages, strict=True))
+        if changes:
+            places, pages = to_device([list(changes), list(changes.values())], torch.int64, self.req_to_page.device)
+            self.req_to_page.view(-1).index_copy_(0, places, pages)
 
 
 class MHATokenToKVPool:

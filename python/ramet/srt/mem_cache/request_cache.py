@@ -67,8 +67,11 @@ class RequestCache:
         """Put the handle's full pages into the prefix tree, for others to use while the request goes on.
 
         Pages that the tree holds already replace the handle's own copies.
+
+        Args:
+            token_ids: of the sequence; the cache may hold one more, which isn't known yet.
         """
-        num_full = handle.kv_len // self.page_size
+        num_full = min(handle.kv_len, len(token_ids)) // self.page_size
         if self.tree.disabled or num_full <= handle.num_tree_pages:
             return
         token_ids = token_ids[: num_full * self.page_size]

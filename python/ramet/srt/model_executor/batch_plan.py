@@ -4,6 +4,8 @@ import msgspec
 
 from ramet.srt.sampling.sampling_params import SamplingParams
 
+LAST_TOKEN = -1  # in place of an input id: the token that the row's last pass chose and that only the ranks know yet
+
 
 class PageWrite(msgspec.Struct, array_like=True):
     """Set the KV pages of a request's table row from page index `start` on."""
@@ -19,7 +21,7 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     rid: str
     row: int  # of the page table
     start: int  # tokens in the KV cache before the pass
-    input_ids: list[int]  # the new tokens
+    input_ids: list[int]  # the new tokens; LAST_TOKEN may stand for one in a decode pass
     is_sampled: bool  # whether a token comes out
     logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
     logprob_targets: list[int] = []  # the tokens behind it and those after it

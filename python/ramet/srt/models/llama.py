@@ -9,7 +9,7 @@ from ramet.srt.layers.activation import act_and_mul, get_activation
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from ramet.srt.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+from ramet.srt.layers.rotary_embedding import RotaryEmbedding
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -63,11 +63,10 @@ class LlamaAttention(nn.Module):
             dtype=dtype,
             parallel=parallel,
         )
+        self.q_norm = self.k_norm = None
         if model.has_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, f"{prefix}.q_norm", eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, f"{prefix}.k_norm", eps=config.rms_norm_eps, dtype=dtype)
-        self.has_qk_norm = model.has_qk_norm
-        self.head_dim = config.head_dim
         self.attn = RadixAttention(
             num_heads=self.qkv_proj.num_heads,
             num_kv_heads=self.qkv_proj.num_kv_heads,
@@ -80,11 +79,7 @@ class LlamaAttention(nn.Module):
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        sizes = [self.qkv_proj.q_size, self.qkv_proj.kv_size, self.qkv_proj.kv_size]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(sizes, dim=-1))
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        q, k, v = self.attn.norm_and_rotate(self.qkv_proj(x), rotary, self.q_norm, self.k_norm, forward_batch)
         return self.o_proj(self.attn(q, k, v, forward_batch).flatten(1))
 
 

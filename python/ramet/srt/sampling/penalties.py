@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ramet.srt.model_executor.batch_plan import SamplingState
+from ramet.srt.utils.device import to_device
 
 
 class SamplingRow:
@@ -17,15 +18,13 @@ class SamplingRow:
         self.token_counts: torch.Tensor | None = None  # float32 [vocab_size]: output tokens
         self.seen_tokens: torch.Tensor | None = None  # bool [vocab_size]: prompt and output tokens
 
-    def append(self, token_id: int) -> None:
-        """Count a new output token; a negative one stands for none."""
+    def append(self, token: torch.Tensor) -> None:
+        """Count a new output token, int64 [1] and not negative, where it lies: on the device."""
         self.num_output_tokens += 1
-        if token_id < 0:
-            return
         if self.token_counts is not None:
-            self.token_counts[token_id] += 1
+            self.token_counts.index_add_(0, token, torch.ones(1, dtype=torch.float32, device=token.device))
         if self.seen_tokens is not None:
-            self.seen_tokens[token_id] = True
+            self.seen_tokens.index_fill_(0, token, True)
 
 
 def apply_logit_rules(
@@ -39,12 +38,13 @@ def apply_logit_rules(
         if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
             _apply_count_penalties(logits[index], row)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[index, ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+            ids = to_device(list(params.logit_bias), torch.int64, logits.device)
+            biases = to_device(list(params.logit_bias.values()), torch.float32, logits.device)
+            logits[index].index_add_(0, ids, biases)
         if row.num_output_tokens < params.min_new_tokens:
             banned = [*eos_token_ids, *params.stop_token_ids]
             if banned:
-                logits[index, torch.tensor(banned, device=logits.device)] = float("-inf")
+                logits[index].index_fill_(0, to_device(banned, torch.int64, logits.device), float("-inf"))
         mask = grammar_masks.get(row.state.rid)
         if mask is not None:
             _apply_grammar_mask(logits[index], mask)
@@ -55,7 +55,7 @@ def _apply_repetition_penalty(logits: torch.Tensor, row: SamplingRow) -> None:
     state = row.state
     if row.seen_tokens is None:
         row.seen_tokens = torch.zeros_like(logits, dtype=torch.bool)
-        row.seen_tokens[torch.tensor(state.prompt_ids + state.output_ids, device=logits.device)] = True
+        row.seen_tokens.index_fill_(0, to_device(state.prompt_ids + state.output_ids, torch.int64, logits.device), True)
     penalty = state.params.repetition_penalty
     penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
     logits.copy_(torch.where(row.seen_tokens, penalised, logits))
@@ -64,8 +64,8 @@ def _apply_repetition_penalty(logits: torch.Tensor, row: SamplingRow) -> None:
 def _apply_count_penalties(logits: torch.Tensor, row: SamplingRow) -> None:
     """Subtract frequency_penalty * count and presence_penalty from output tokens (OpenAI's API reference)."""
     if row.token_counts is None:
-        ids = torch.tensor(row.state.output_ids, dtype=torch.int64, device=logits.device)
-        row.token_counts = torch.bincount(ids, minlength=logits.shape[0]).to(logits.dtype)
+        counts = torch.bincount(torch.tensor(row.state.output_ids, dtype=torch.int64), minlength=logits.shape[0])
+        row.token_counts = to_device(counts.numpy(), torch.float32, logits.device)
     params = row.state.params
     logits -= params.frequency_penalty * row.token_counts + params.presence_penalty * (row.token_counts > 0)
 
@@ -73,4 +73,4 @@ def _apply_count_penalties(logits: torch.Tensor, row: SamplingRow) -> None:
 def _apply_grammar_mask(logits: torch.Tensor, mask: bytes) -> None:
     """Ban the tokens whose bit is 0; lowest bit first."""
     allowed = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: logits.shape[0]]
-    logits.masked_fill_(~torch.from_numpy(allowed).bool().to(logits.device), float("-inf"))
+    logits.masked_fill_(~to_device(allowed, torch.bool, logits.device), float("-inf"))

@@ -1,0 +1,40 @@
+"""Owns getting small things to the device and back without making the host wait."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def to_device(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers as a tensor on the device. The copy is queued on the current stream; the host goes on at once."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopies:
+    """Copies of device tensors to the host that are under way."""
+
+    def __init__(self) -> None:
+        self._event: torch.cuda.Event | None = None
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Queue a copy; the tensor returned is not to be read before `wait`."""
+        if not tensor.is_cuda:
+            return tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        return copy
+
+    def close(self, device: torch.device) -> None:
+        """All copies have been queued."""
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until all copies are there."""
+        if self._event is not None:
+            self._event.synchronize()

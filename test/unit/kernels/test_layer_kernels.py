@@ -1,0 +1,67 @@
+"""The kernels of norm, activation and rotation against the layers' own torch code."""
+
+import pytest
+import torch
+from ramet.srt.configs.model_config import RopeConfig
+from ramet.srt.layers.activation import get_activation
+from ramet.srt.layers.rotary_embedding import RotaryEmbedding, apply_rotary
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=TOLERANCE[actual.dtype], rtol=TOLERANCE[actual.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows, size", [(1, 64), (5, 80), (3, 1000), (0, 64)])
+def test_rms_norm(device, dtype, num_rows, size):
+    from ramet.srt.layers.kernels.norm import rms_norm
+
+    x, residual = torch.randn(2, num_rows, size, device=device, dtype=dtype)
+    weight = torch.randn(size, device=device, dtype=dtype)
+    close(rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (size,), weight, 1e-5))
+    total = x + residual
+    close(rms_norm(x, weight, 1e-5, residual), torch.nn.functional.rms_norm(total, (size,), weight, 1e-5))
+    close(residual, total)
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"])
+def test_gated_activation(device, name):
+    from ramet.srt.layers.kernels.activation import act_and_mul
+
+    x = 3 * torch.randn(3, 2 * 1100, device=device)
+    gate, up = x.chunk(2, dim=-1)
+    close(act_and_mul(x, name), get_activation(name)(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim, has_norm", [(4, 2, 16, True), (6, 3, 24, False)])
+def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, head_dim, has_norm):
+    from ramet.srt.layers.kernels.rotary import rotate_and_store
+
+    num_tokens, num_slots = 5, 12
+    rotary = RotaryEmbedding(RopeConfig(theta=10000.0), head_dim, dtype, device)
+    positions = torch.tensor([0, 3, 17, 511, 40000], device=device)
+    cos, sin = rotary.cos_sin(positions)
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    qkv = torch.randn(num_tokens, sum(sizes), device=device, dtype=dtype)
+    norms = torch.randn(2, head_dim, device=device, dtype=dtype) if has_norm else (None, None)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.clone().split(sizes, dim=-1))
+    if has_norm:
+        q, k = (torch.nn.functional.rms_norm(x, (head_dim,), w, 1e-6) for x, w in zip((q, k), norms, strict=True))
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+
+    cache = torch.full((2, num_slots, num_kv_heads, head_dim), 7.0, device=device, dtype=dtype)
+    slots = torch.tensor([3, 1, 11, 0, 6], device=device)
+    rotate_and_store(
+        qkv, cos, sin, slots, cache[0], cache[1],
+        num_q_heads=num_heads, q_norm=norms[0], k_norm=norms[1], eps=1e-6,
+    )  # fmt: skip
+    new_q, new_k, new_v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.split(sizes, dim=-1))
+    close(new_q, q)
+    close(new_k, k)
+    assert torch.equal(new_v, v)
+    assert torch.equal(cache[0][slots], new_k) and torch.equal(cache[1][slots], v)
+    others = [slot for slot in range(num_slots) if slot not in slots.tolist()]
+    assert (cache[:, others] == 7.0).all()
