@@ -420,7 +420,7 @@ def test_information(http: httpx.Client, model: str) -> None:
     assert info["is_generation"] is True
     info = http.get("/get_server_info").json()
     assert info["max_req_len"] == CONTEXT_LEN
-    assert info["weight_load"][0]["source"] == "dummy"
+    assert info["ranks"][0]["load_report"]["source"] == "dummy"
     assert info["startup_phases"]["ready"] > 0
     assert "api_key" not in info
     assert info["internal_states"][0]["num_running_reqs"] == 0

@@ -45,7 +45,7 @@ def test_accepted_and_resolved(given: dict[str, Any], name: str, expected: Any) 
         ({"top_k": -2}, "top_k", ">= -1"),
         ({"top_k": 1.5}, "top_k", "int"),
         ({"min_p": 2}, "min_p", "<= 1.0"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "> 0.0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", ">= 0.01"),
         ({"presence_penalty": 3}, "presence_penalty", "<= 2.0"),
         ({"frequency_penalty": -3}, "frequency_penalty", ">= -2.0"),
         ({"max_new_tokens": 0}, "max_new_tokens", ">= 1"),

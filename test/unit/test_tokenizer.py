@@ -66,13 +66,13 @@ def test_bos_of_the_post_processor_can_be_turned_off(folder: Path) -> None:
 
 
 def test_truncation_and_padding_are_off(folder: Path) -> None:
-    ids = Tokenizer.from_path(str(folder)).encode("12345678")
+    ids = Tokenizer.from_path(str(folder)).encode("植物は育つ!?")
     backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     backend.save(str(folder / "tokenizer.json"))
     assert len(ids) > 4
-    assert Tokenizer.from_path(str(folder)).encode("12345678") == ids
+    assert Tokenizer.from_path(str(folder)).encode("植物は育つ!?") == ids
 
 
 def test_tokens_of_the_config_file(folder: Path) -> None:

@@ -20,7 +20,7 @@ from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.managers.generation import Generation
-from ramet.srt.managers.request_error import RequestError, ServiceError
+from ramet.srt.managers.request_error import ServiceError
 from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ class EngineCore:
         self.instance = instance
         self._loop = asyncio.new_event_loop()
         self._end = asyncio.Event()
+        self._closed = False
+        self._lock = threading.Lock()  # nothing is submitted to a loop that nobody will run again
         self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         # The children die with the thread that starts them: it is this one, which lives as long as they shall.
         self._thread = threading.Thread(target=self._run, name="ramet engine", daemon=True)
@@ -182,6 +184,8 @@ class EngineCore:
 
     def _close_loop(self) -> None:
         """As asyncio.Runner does it, but without a new thread: there are none while the interpreter ends."""
+        with self._lock:
+            self._closed = True
         self._loop.run_until_complete(_cancel_other_tasks())
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
@@ -206,19 +210,26 @@ class EngineCore:
         try:
             return self._submit(work).result()
         except concurrent.futures.CancelledError:
-            raise ServiceError(ENDED) from None
+            raise self._ended_error() from None
 
     async def acall(self, work: Coroutine[Any, Any, Result]) -> Result:
         """As `call`, from a coroutine on another loop. Cancelling it cancels `work`."""
-        return await asyncio.wrap_future(self._submit(work))
+        future = self._submit(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise self._ended_error() from None  # the engine's loop has ended, not the caller
 
     def iterate(self, request: GenerateReqInput) -> Iterator[Output]:
         """The outputs of a streamed request; leaving the loop early aborts it."""
-        outputs: queue.SimpleQueue[Output | Exception | None] = queue.SimpleQueue()
-        future = self._submit(self._stream_into(request, outputs.put))
+        outputs: queue.SimpleQueue[Output | BaseException | None] = queue.SimpleQueue()
+        future = self._submit_stream(request, outputs.put)
         try:
             while (item := outputs.get()) is not STREAM_END:
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
@@ -226,26 +237,43 @@ class EngineCore:
 
     async def aiterate(self, request: GenerateReqInput) -> AsyncIterator[Output]:
         """As `iterate`, from a coroutine on another loop."""
-        outputs: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+        outputs: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def put(item: Output | Exception | None) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, item)
+        def put(item: Output | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop has been closed
+                loop.call_soon_threadsafe(outputs.put_nowait, item)
 
-        future = self._submit(self._stream_into(request, put))
+        future = self._submit_stream(request, put)
         try:
             while (item := await outputs.get()) is not STREAM_END:
-                if isinstance(item, Exception):
+                if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
             future.cancel()
 
     def _submit(self, work: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
-        if self._loop.is_closed() or not self._thread.is_alive():
-            work.close()
-            raise ServiceError(self.instance.death or ENDED)
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise self._ended_error()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _submit_stream(
+        self, request: GenerateReqInput, put: Callable[[Output | BaseException | None], None]
+    ) -> "concurrent.futures.Future[None]":
+        """`put` gets the outputs, and at last an exception or STREAM_END."""
+
+        def put_end(future: "concurrent.futures.Future[None]") -> None:
+            put(self._ended_error() if future.cancelled() else future.exception() or STREAM_END)
+
+        future = self._submit(self._stream_into(request, put))
+        future.add_done_callback(put_end)
+        return future
+
+    def _ended_error(self) -> ServiceError:
+        return ServiceError(self.instance.death or ENDED)
 
     # ---- on the engine's loop ----
 
@@ -272,21 +300,14 @@ class EngineCore:
         manager = self.instance.manager
         return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
 
-    async def _stream_into(self, request: GenerateReqInput, put: Callable[[Output | Exception | None], None]) -> None:
-        try:
-            generation = await self._generate(request)
-            has_several = request.is_batch or len(generation.sequences) > 1
-            async with aclosing(generation.updates()) as updates:
-                async for update in updates:
-                    sequence = generation.sequences[update.index]
-                    index = update.index if has_several else None
-                    put(native_output(sequence, request, self.instance.manager.tokenizer, index))
-        except (RequestError, ServiceError) as error:
-            put(error)
-        except asyncio.CancelledError:
-            put(ServiceError(ENDED))
-            raise
-        put(STREAM_END)
+    async def _stream_into(self, request: GenerateReqInput, put: Callable[[Output], None]) -> None:
+        generation = await self._generate(request)
+        has_several = request.is_batch or len(generation.sequences) > 1
+        async with aclosing(generation.updates()) as updates:
+            async for update in updates:
+                sequence = generation.sequences[update.index]
+                index = update.index if has_several else None
+                put(native_output(sequence, request, self.instance.manager.tokenizer, index))
 
 
 async def _cancel_other_tasks() -> None:

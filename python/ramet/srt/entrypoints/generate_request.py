@@ -17,8 +17,8 @@ from ramet.srt.entrypoints.http_validation import (
 )
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
+from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, SequenceInput
 from ramet.srt.managers.request_error import RequestError
-from ramet.srt.managers.tokenizer_manager import MAX_TOP_LOGPROBS, SequenceInput
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
 from ramet.srt.utils.tokenizer import Tokenizer
 

@@ -29,8 +29,8 @@ from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.request_error import RequestError, ServiceError
-from ramet.srt.managers.tokenizer_manager import SequenceInput
 from ramet.srt.observability.metrics import CONTENT_TYPE
 from ramet.srt.sampling.sampling_params import SamplingParams
 

@@ -118,7 +118,8 @@ class Instance:
             self._open_manager()
 
     def _open_manager(self) -> None:
-        from ramet.srt.managers.tokenizer_manager import Limits, TokenizerManager
+        from ramet.srt.managers.prepare_requests import Limits
+        from ramet.srt.managers.tokenizer_manager import TokenizerManager
         from ramet.srt.observability.metrics import Metrics
         from ramet.srt.utils.tokenizer import Tokenizer
 
@@ -227,16 +228,9 @@ class Instance:
             "version": ramet.__version__,
             "max_total_num_tokens": self.schedulers[0].max_total_num_tokens,
             "max_req_len": self.schedulers[0].max_req_len,
-            "ranks": [msgspec.to_builtins(scheduler) for scheduler in self.schedulers],
+            "ranks": [_without(scheduler, "type") for scheduler in self.schedulers],
             "startup_phases": self.progress.phases,
-            "internal_states": [
-                {
-                    name: value
-                    for name, value in msgspec.to_builtins(state).items()
-                    if name not in ("type", "request_id")
-                }
-                for state in states
-            ],
+            "internal_states": [_without(state, "type", "request_id") for state in states],
         }
 
     def model_info(self) -> dict[str, Any]:
@@ -263,4 +257,10 @@ class Instance:
 
     def _receiver_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:
+            logger.error("the tokenizer manager failed", exc_info=task.exception())
             self._on_death(f"the tokenizer manager failed: {task.exception()!r}")
+
+
+def _without(message: msgspec.Struct, *names: str) -> dict[str, Any]:
+    """The message's fields as JSON values, but those with `names`."""
+    return {name: value for name, value in msgspec.to_builtins(message).items() if name not in names}

@@ -9,10 +9,9 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TypeVar
 
-import msgspec
 import zmq
 import zmq.asyncio
 
@@ -32,48 +31,19 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.observability.metrics import Metrics
-from ramet.srt.sampling.grammar import check_grammar
-from ramet.srt.sampling.sampling_params import SamplingParams, is_unicode
 from ramet.srt.server_args import PortArgs
 from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS
 from ramet.srt.utils.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT_CHARS = 4096  # from here on a prompt is tokenized in a thread, so that others needn't wait for it
 CONTROL_TIMEOUT_S = 10.0
-MAX_TOP_LOGPROBS = 128
 ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
 
 Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput)
-
-
-@dataclass(kw_only=True)
-class SequenceInput:
-    """One prompt as a client gives it, `text` or `input_ids`, with validated parameters: `n` sequences."""
-
-    text: str | None = None
-    input_ids: list[int] | None = None
-    add_special_tokens: bool = True
-    sampling_params: SamplingParams
-    fit_max_new_tokens: bool = False  # max_new_tokens is a default: lower it to what the context has room for
-    return_logprob: bool = False
-    logprob_start_len: int = -1
-    top_logprobs_num: int = 0
-    stream: bool = False
-    param: str = "text"  # what the client calls the prompt, for errors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What the model and its scheduler allow."""
-
-    vocab_size: int
-    max_req_len: int  # prompt plus output, in tokens
-    has_eos: bool
-    grammars: bool  # whether constrained output is there
 
 
 class TokenizerManager:
@@ -123,12 +93,7 @@ class TokenizerManager:
         """The instance is ready; the scheduler of each replica reads at its address."""
         self._to_schedulers = [self._connect(address) for address in scheduler_addresses]
         self._controller.connect([functools.partial(self._send, socket) for socket in self._to_schedulers])
-        self.limits = Limits(
-            vocab_size=self.limits.vocab_size,
-            max_req_len=max_req_len,
-            has_eos=self.limits.has_eos,
-            grammars=self.limits.grammars,
-        )
+        self.limits = replace(self.limits, max_req_len=max_req_len)
         self._refusal = None
 
     def stop_accepting(self, reason: str) -> None:
@@ -180,10 +145,8 @@ class TokenizerManager:
         """
         self._check_accepting()
         rid = rid or uuid.uuid4().hex
-        prepared = [await self._tokenize(one) for one in inputs]
-        requests = [request for one in prepared for request in _copies(one)]
-        for number, request in enumerate(requests):
-            request.rid = rid if len(requests) == 1 else f"{rid}_{number}"
+        prepare = functools.partial(prepare_requests, inputs, rid, self.tokenizer, self.limits)
+        requests = await asyncio.to_thread(prepare) if is_slow(inputs) else prepare()
         self._check_accepting()
         if any(request.rid in self._running for request in requests):
             raise RequestError(f"a request with the id {rid!r} is already running", param="rid")
@@ -235,73 +198,6 @@ class TokenizerManager:
     def _check_accepting(self) -> None:
         if self._refusal is not None:
             raise ServiceError(self._refusal)
-
-    async def _tokenize(self, one: SequenceInput) -> TokenizedGenerateReqInput:
-        params = one.sampling_params
-        input_ids = one.input_ids
-        if input_ids is None:
-            input_ids = await self._encode(one)
-        self._check_prompt(one, input_ids)
-        await self._check_grammar(params)
-        room = self.limits.max_req_len - len(input_ids)
-        if params.max_new_tokens > room:
-            if not one.fit_max_new_tokens:
-                raise RequestError(
-                    f"max_new_tokens is {params.max_new_tokens} and the prompt has {len(input_ids)} tokens: together "
-                    f"more than the context of {self.limits.max_req_len} tokens",
-                    param="max_new_tokens",
-                    code="context_length_exceeded",
-                )
-            params = msgspec.structs.replace(params, max_new_tokens=room)
-        return TokenizedGenerateReqInput(
-            rid="",
-            input_ids=input_ids,
-            sampling_params=params,
-            stream=one.stream,
-            return_logprob=one.return_logprob,
-            logprob_start_len=one.logprob_start_len,
-            top_logprobs_num=one.top_logprobs_num,
-        )
-
-    async def _encode(self, one: SequenceInput) -> list[int]:
-        text = one.text or ""
-        if not is_unicode(text):
-            raise RequestError(f"{one.param} holds a lone surrogate, which is no text", param=one.param)
-        if len(text) < LONG_TEXT_CHARS:
-            return self.tokenizer.encode(text, one.add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, one.add_special_tokens)
-
-    def _check_prompt(self, one: SequenceInput, input_ids: list[int]) -> None:
-        limits = self.limits
-        if not input_ids:
-            raise RequestError(f"{one.param} must not be empty", param=one.param)
-        if min(input_ids) < 0 or max(input_ids) >= limits.vocab_size:
-            raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
-        if len(input_ids) >= limits.max_req_len:
-            raise RequestError(
-                f"the prompt has {len(input_ids)} tokens; the context of {limits.max_req_len} tokens has no room for "
-                "it and an answer",
-                param=one.param,
-                code="context_length_exceeded",
-            )
-        if one.return_logprob and one.logprob_start_len > len(input_ids):
-            raise RequestError(
-                f"logprob_start_len is beyond the prompt's {len(input_ids)} tokens", param="logprob_start_len"
-            )
-        if one.top_logprobs_num > min(MAX_TOP_LOGPROBS, limits.vocab_size):
-            raise RequestError(
-                f"at most {min(MAX_TOP_LOGPROBS, limits.vocab_size)} top logprobs can be had", param="top_logprobs_num"
-            )
-
-    async def _check_grammar(self, params: SamplingParams) -> None:
-        name = next((name for name in ("regex", "json_schema", "ebnf") if getattr(params, name) is not None), None)
-        if name is None:
-            return
-        if not self.limits.grammars:
-            raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
-        if not self.limits.has_eos:
-            raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
-        await asyncio.to_thread(check_grammar, params)
 
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:
         params = request.sampling_params
@@ -391,15 +287,3 @@ class TokenizerManager:
             del self._replies[request_id]
         assert isinstance(reply, kind)
         return reply
-
-
-def _copies(request: TokenizedGenerateReqInput) -> list[TokenizedGenerateReqInput]:
-    """The `n` sequences that the request asks for; a given seed becomes `n` seeds that follow each other."""
-    params = request.sampling_params
-    copies = []
-    for number in range(params.n):
-        seed = None if params.sampling_seed is None else params.sampling_seed + number
-        copies.append(
-            msgspec.structs.replace(request, sampling_params=msgspec.structs.replace(params, n=1, sampling_seed=seed))
-        )
-    return copies

@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=MAX_TOKENS)] = -1  # -1: the whole vocabulary
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] = 1.0  # smaller ones overflow
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     stop: Annotated[list[StopString], Meta(max_length=64)] = []

@@ -56,7 +56,7 @@ class SamplingBody(RequestBody):
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = False

@@ -7,8 +7,9 @@ from typing import Any
 
 from ramet.srt.entrypoints.openai.protocol import SamplingBody
 from ramet.srt.managers.generation import Generation, RunningSequence
+from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.request_error import RequestError
-from ramet.srt.managers.tokenizer_manager import SequenceInput, TokenizerManager
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, SamplingParams, parse_sampling_params
 from ramet.srt.utils.tokenizer import Tokenizer
 

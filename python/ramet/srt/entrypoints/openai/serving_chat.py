@@ -11,8 +11,8 @@ from ramet.srt.entrypoints.event_stream import event_stream, json_response, unti
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatMessage, JsonSchemaFormat
 from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
 from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.request_error import RequestError
-from ramet.srt.managers.tokenizer_manager import SequenceInput
 from ramet.srt.utils.tokenizer import Tokenizer
 
 TEMPLATE_OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "self"})

@@ -12,7 +12,7 @@ from ramet.srt.entrypoints.openai.protocol import CompletionRequest
 from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
 from ramet.srt.managers.generation import RunningSequence, Update
 from ramet.srt.managers.io_struct import TokenLogprobs
-from ramet.srt.managers.tokenizer_manager import SequenceInput
+from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.utils.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16

@@ -1,0 +1,167 @@
+"""Owns the way from what a client asks for to requests that the scheduler can run: tokens, checks, defaults.
+
+Pure functions: a long prompt or a grammar can be prepared in a thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
+from ramet.srt.managers.request_error import RequestError
+from ramet.srt.sampling.grammar import check_grammar
+from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams, is_unicode
+from ramet.srt.utils.tokenizer import Tokenizer
+
+MAX_SEQUENCES_OF_REQUEST = 4096
+MAX_TOP_LOGPROBS = 128
+SLOW_CHARS = 4096  # from here on the tokenizing is worth a thread
+PROBE_CHARS_PER_TOKEN = 8  # this much text for each token of the context seldom fits into it
+
+
+@dataclass(kw_only=True)
+class SequenceInput:
+    """One prompt as a client gives it, `text` or `input_ids`, with validated parameters: `n` sequences."""
+
+    text: str | None = None
+    input_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    sampling_params: SamplingParams
+    fit_max_new_tokens: bool = False  # max_new_tokens is a default: lower it to what the context has room for
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    stream: bool = False
+    param: str = "text"  # what the client calls the prompt, for errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model and its scheduler allow."""
+
+    vocab_size: int
+    max_req_len: int  # prompt plus output, in tokens
+    has_eos: bool
+    grammars: bool  # whether constrained output is there
+
+
+def is_slow(inputs: Sequence[SequenceInput]) -> bool:
+    """Whether preparing these takes so long that others on the event loop would notice."""
+    num_chars = sum(len(one.text) for one in inputs if one.text is not None)
+    return num_chars > SLOW_CHARS or any(_grammar_field(one.sampling_params) for one in inputs)
+
+
+def prepare_requests(
+    inputs: Sequence[SequenceInput], rid: str, tokenizer: Tokenizer, limits: Limits
+) -> list[TokenizedGenerateReqInput]:
+    """The sequences of one client request: `n` of each input, in order.
+
+    They have the id `rid`, or if they are several `rid` with their number behind it.
+
+    Raises:
+        RequestError: that names what is wrong.
+    """
+    if sum(one.sampling_params.n for one in inputs) > MAX_SEQUENCES_OF_REQUEST:
+        raise RequestError(f"a request may have at most {MAX_SEQUENCES_OF_REQUEST} sequences", param="n")
+    requests = [copy for one in inputs for copy in _copies(_prepare(one, tokenizer, limits))]
+    for number, request in enumerate(requests):
+        request.rid = rid if len(requests) == 1 else f"{rid}_{number}"
+    return requests
+
+
+def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> TokenizedGenerateReqInput:
+    input_ids = _encode(one, tokenizer, limits) if one.input_ids is None else one.input_ids
+    _check_prompt(one, input_ids, limits)
+    _check_grammar(one.sampling_params, limits)
+    return TokenizedGenerateReqInput(
+        rid="",
+        input_ids=input_ids,
+        sampling_params=_with_room(one, len(input_ids), limits),
+        stream=one.stream,
+        return_logprob=one.return_logprob,
+        logprob_start_len=one.logprob_start_len,
+        top_logprobs_num=one.top_logprobs_num,
+    )
+
+
+def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[int]:
+    text = one.text or ""
+    if not is_unicode(text):
+        raise RequestError(f"{one.param} holds a lone surrogate, which is no text", param=one.param)
+    num_probed = PROBE_CHARS_PER_TOKEN * limits.max_req_len
+    if len(text) > 2 * num_probed:  # don't tokenize megabytes to find that they are too long
+        num_tokens = len(tokenizer.encode(text[:num_probed], one.add_special_tokens))
+        if num_tokens > limits.max_req_len:
+            raise _too_long(one, f"more than {num_tokens}", limits)
+    return tokenizer.encode(text, one.add_special_tokens)
+
+
+def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> None:
+    if not input_ids:
+        raise RequestError(f"{one.param} must not be empty", param=one.param)
+    if min(input_ids) < 0 or max(input_ids) >= limits.vocab_size:
+        raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
+    if len(input_ids) >= limits.max_req_len:
+        raise _too_long(one, str(len(input_ids)), limits)
+    if one.return_logprob and one.logprob_start_len > len(input_ids):
+        raise RequestError(
+            f"logprob_start_len is beyond the prompt's {len(input_ids)} tokens", param="logprob_start_len"
+        )
+    if one.top_logprobs_num > min(MAX_TOP_LOGPROBS, limits.vocab_size):
+        raise RequestError(
+            f"at most {min(MAX_TOP_LOGPROBS, limits.vocab_size)} top logprobs can be had", param="top_logprobs_num"
+        )
+
+
+def _too_long(one: SequenceInput, num_tokens: str, limits: Limits) -> RequestError:
+    return RequestError(
+        f"{one.param} has {num_tokens} tokens; the context of {limits.max_req_len} tokens has no room for them and an "
+        "answer",
+        param=one.param,
+        code="context_length_exceeded",
+    )
+
+
+def _check_grammar(params: SamplingParams, limits: Limits) -> None:
+    name = _grammar_field(params)
+    if name is None:
+        return
+    if not limits.grammars:
+        raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
+    if not limits.has_eos:
+        raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
+    check_grammar(params)
+
+
+def _grammar_field(params: SamplingParams) -> str | None:
+    return next((name for name in GRAMMAR_FIELDS if getattr(params, name) is not None), None)
+
+
+def _with_room(one: SequenceInput, num_prompt_tokens: int, limits: Limits) -> SamplingParams:
+    """The parameters with a max_new_tokens that the context has room for."""
+    params = one.sampling_params
+    room = limits.max_req_len - num_prompt_tokens
+    for name in ("min_new_tokens", "max_new_tokens"):
+        wanted = getattr(params, name)
+        if wanted > room and not (name == "max_new_tokens" and one.fit_max_new_tokens):
+            raise RequestError(
+                f"{name} is {wanted} and the prompt has {num_prompt_tokens} tokens: together more than the context of "
+                f"{limits.max_req_len} tokens",
+                param=name,
+                code="context_length_exceeded",
+            )
+    if params.max_new_tokens <= room:
+        return params
+    return msgspec.structs.replace(params, max_new_tokens=room)
+
+
+def _copies(request: TokenizedGenerateReqInput) -> list[TokenizedGenerateReqInput]:
+    """The `n` sequences that the request asks for; a given seed becomes `n` seeds that follow each other."""
+    params = request.sampling_params
+    copies = []
+    for number in range(params.n):
+        seed = None if params.sampling_seed is None else params.sampling_seed + number
+        one = msgspec.structs.replace(params, n=1, sampling_seed=seed)
+        copies.append(msgspec.structs.replace(request, sampling_params=one))
+    return copies
