@@ -67,6 +67,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3,
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
     },
+    "qwen3_moe": {  # experts but in the second layer, whose MLP is wider; no power of two among the expert counts
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "tie_word_embeddings": False, "attention_bias": False,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_scaling": None,
+    },
+    "mixtral": {  # experts in every layer, a sliding window shorter than the test prompts
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 72,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
+        "rope_scaling": None,
+    },
 }  # fmt: skip
 
 
@@ -141,7 +155,7 @@ def _randomize(model: Any, seed: int) -> None:
             elif "embed_tokens" in name:
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise * 2.0 / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise * 2.0 / parameter.shape[-1] ** 0.5)
 
 
 def write_tokenizer(folder: str | Path, *, vocab_size: int = 320, text: str = TOKENIZER_TEXT) -> None:
