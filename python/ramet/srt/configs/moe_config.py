@@ -66,9 +66,7 @@ def _make(need: IntegerReader, **fields: Any) -> MoeConfig:
     num_experts = need.integer(spelling)
     per_token = need.integer("num_experts_per_tok")
     if per_token > num_experts:
-        raise ValueError(
-            f"{need.file}: 'num_experts_per_tok' ({per_token}) is more than {spelling!r} ({num_experts})"
-        )
+        raise ValueError(f"{need.file}: 'num_experts_per_tok' ({per_token}) is more than {spelling!r} ({num_experts})")
     return MoeConfig(num_experts=num_experts, num_experts_per_tok=per_token, **fields)
 
 

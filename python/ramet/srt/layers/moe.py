@@ -127,9 +127,7 @@ class FusedMoE(nn.Module):
         Args:
             weights, expert_ids: [num_tokens, top_k], of all experts and equal on every rank.
         """
-        y = fused_experts(
-            x, self.w13_weight, self.w2_weight, weights, expert_ids - self.first_expert, self.activation
-        )
+        y = fused_experts(x, self.w13_weight, self.w2_weight, weights, expert_ids - self.first_expert, self.activation)
         return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 
 
