@@ -30,20 +30,26 @@ def fused_experts(
     Returns:
         [num_tokens, hidden_size] in the type of x.
     """
-    num_experts, top_k = w13.shape[0], expert_ids.shape[1]
+    num_experts, (num_tokens, top_k) = w13.shape[0], expert_ids.shape
     ids = expert_ids.flatten()
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
-    order = ids.argsort(stable=True)
-    tokens = order // top_k  # [num_tokens * top_k], the token of each assignment in the order of experts
-    weights = weights.flatten()[order].unsqueeze(-1)
+    order = ids.argsort(stable=True)  # [num_tokens * top_k]: assignments, those of the first expert first
+    tokens = order // top_k
     counts = ids.bincount(minlength=num_experts + 1).tolist()
-    y = torch.zeros_like(x, dtype=torch.float32)
+    parts = x.new_zeros(num_tokens * top_k, x.shape[1])
     start = 0
     for expert, count in enumerate(counts[:num_experts]):
-        if count == 0:
-            continue
-        rows = tokens[start : start + count]
-        hidden = act_and_mul(F.linear(x[rows], w13[expert]), activation)
-        y.index_add_(0, rows, F.linear(hidden, w2[expert]) * weights[start : start + count])
-        start += count
-    return y.to(x.dtype)
+        if count:
+            chosen = slice(start, start + count)
+            hidden = act_and_mul(F.linear(x[tokens[chosen]], w13[expert]), activation)
+            parts[order[chosen]] = F.linear(hidden, w2[expert])
+            start += count
+    return _weighted_sum(parts.view(num_tokens, top_k, -1), weights).to(x.dtype)
+
+
+def _weighted_sum(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, top_k, hidden_size] and float32 [num_tokens, top_k] -> float32 [num_tokens, hidden_size]."""
+    total = torch.zeros_like(parts[:, 0], dtype=torch.float32)
+    for place in range(weights.shape[1]):
+        total.addcmul_(parts[:, place], weights[:, place, None])
+    return total
