@@ -91,6 +91,7 @@ def make_model(
     dtype: str = "float32",
     rope_spelling: str = "new",
     max_shard_size: str = "5GB",
+    stacked_experts: bool = False,
     seed: int = 0,
     tokenizer: bool = True,
     **overrides: Any,
@@ -103,6 +104,8 @@ def make_model(
         rope_spelling: "new" writes rope_parameters and dtype into config.json (transformers 5), "old" writes
             rope_theta, rope_scaling and torch_dtype.
         max_shard_size: below the model's size gives several files and an index, for example "100KB".
+        stacked_experts: write a layer's experts as one tensor each, as transformers 5 has them in memory, and not
+            in the spelling of published checkpoints.
         seed: of the weights; another seed is another model with the same layout.
         tokenizer: whether to write a tokenizer.
         overrides: entries of config.json, as the old spelling has them; a value of None stays null.
@@ -124,11 +127,20 @@ def make_model(
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     _randomize(model, seed)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
+    )
     _write_config(folder, config, dtype, rope_spelling)  # save_pretrained wrote transformers' own spelling
     if tokenizer:
         write_tokenizer(folder)
     return folder
+
+
+def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **overrides: Any) -> Path:
+    """Write the config.json of a model of `family` and nothing else, without importing transformers."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _write_config(Path(folder), _COMMON | FAMILIES[family] | overrides, dtype, "old")
+    return Path(folder)
 
 
 def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:

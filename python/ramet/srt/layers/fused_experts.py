@@ -36,15 +36,16 @@ def fused_experts(
     order = ids.argsort(stable=True)  # [num_tokens * top_k]: assignments, those of the first expert first
     tokens = order // top_k
     counts = ids.bincount(minlength=num_experts + 1).tolist()
-    parts = x.new_zeros(num_tokens * top_k, x.shape[1])
+    parts = x.new_zeros(num_tokens, top_k, x.shape[1])
+    flat_parts = parts.flatten(0, 1)
     start = 0
     for expert, count in enumerate(counts[:num_experts]):
         if count:
             chosen = slice(start, start + count)
             hidden = act_and_mul(F.linear(x[tokens[chosen]], w13[expert]), activation)
-            parts[order[chosen]] = F.linear(hidden, w2[expert])
+            flat_parts[order[chosen]] = F.linear(hidden, w2[expert])
             start += count
-    return _weighted_sum(parts.view(num_tokens, top_k, -1), weights).to(x.dtype)
+    return _weighted_sum(parts, weights).to(x.dtype)
 
 
 def _weighted_sum(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
