@@ -71,10 +71,10 @@ def _make(need: IntegerReader, **fields: Any) -> MoeConfig:
 
 
 def _flag(need: IntegerReader, name: str) -> bool:
-    value = need.config.get(name, False)
-    if not isinstance(value, bool):
+    value = need.config.get(name)
+    if value is not None and not isinstance(value, bool):
         raise ValueError(f"{need.file}: {name!r} must be true or false; got {value!r}")
-    return value
+    return bool(value)
 
 
 def _sparse_layers(need: IntegerReader, num_layers: int) -> tuple[bool, ...]:
