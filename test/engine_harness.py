@@ -5,6 +5,7 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import (
@@ -52,6 +53,7 @@ class EngineHarness:
         self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
         config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
         self.runner = ModelRunner(self.args, config, ParallelConfig(), lambda phase: None)
+        torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()
         tokenizer = Tokenizer.from_path(str(folder))
         grammar_backend = make_grammar_backend(self.args.grammar_backend, tokenizer, config)

@@ -67,6 +67,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3,
         "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
     },
+    "qwen3_moe": {  # experts but in the second layer, whose MLP is wider; no power of two among the expert counts
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "tie_word_embeddings": False, "attention_bias": False,
+        "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "rope_scaling": None,
+    },
+    "mixtral": {  # experts in every layer, a sliding window shorter than the test prompts
+        "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 72,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
+        "rope_scaling": None,
+    },
 }  # fmt: skip
 
 
@@ -77,6 +91,7 @@ def make_model(
     dtype: str = "float32",
     rope_spelling: str = "new",
     max_shard_size: str = "5GB",
+    stacked_experts: bool = False,
     seed: int = 0,
     tokenizer: bool = True,
     **overrides: Any,
@@ -89,6 +104,8 @@ def make_model(
         rope_spelling: "new" writes rope_parameters and dtype into config.json (transformers 5), "old" writes
             rope_theta, rope_scaling and torch_dtype.
         max_shard_size: below the model's size gives several files and an index, for example "100KB".
+        stacked_experts: write a layer's experts as one tensor each, as transformers 5 has them in memory, and not
+            in the spelling of published checkpoints.
         seed: of the weights; another seed is another model with the same layout.
         tokenizer: whether to write a tokenizer.
         overrides: entries of config.json, as the old spelling has them; a value of None stays null.
@@ -110,11 +127,20 @@ def make_model(
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     _randomize(model, seed)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
+    )
     _write_config(folder, config, dtype, rope_spelling)  # save_pretrained wrote transformers' own spelling
     if tokenizer:
         write_tokenizer(folder)
     return folder
+
+
+def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **overrides: Any) -> Path:
+    """Write the config.json of a model of `family` and nothing else, without importing transformers."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _write_config(Path(folder), _COMMON | FAMILIES[family] | overrides, dtype, "old")
+    return Path(folder)
 
 
 def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:
@@ -141,7 +167,7 @@ def _randomize(model: Any, seed: int) -> None:
             elif "embed_tokens" in name:
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(noise * 2.0 / parameter.shape[1] ** 0.5)
+                parameter.copy_(noise * 2.0 / parameter.shape[-1] ** 0.5)
 
 
 def write_tokenizer(folder: str | Path, *, vocab_size: int = 320, text: str = TOKENIZER_TEXT) -> None:

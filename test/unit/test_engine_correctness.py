@@ -68,7 +68,7 @@ def test_prompt_logprobs_from_a_later_position(model):
     assert part.cached_tokens == 40
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
     folder = rm.make_model(tmp_path, family, dtype=dtype)
@@ -92,6 +92,10 @@ def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
         ("mistral", {"sliding_window": None, "num_key_value_heads": 4, "tie_word_embeddings": True}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
         ("qwen3", {"tie_word_embeddings": True, "attention_bias": True, "head_dim": 16}),
+        ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False, "attention_bias": True}),
+        ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 6}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "tie_word_embeddings": True}),
+        ("mixtral", {"num_local_experts": 9, "num_experts_per_tok": 4, "sliding_window": None, "hidden_act": "gelu"}),
     ],
 )
 @pytest.mark.parametrize("rope_spelling", ["old", "new"])
@@ -99,4 +103,12 @@ def test_configs_of_each_architecture(tmp_path, family, overrides, rope_spelling
     folder = rm.make_model(tmp_path, family, rope_spelling=rope_spelling, max_shard_size="100KB", **overrides)
     expected = rm.hf_greedy(folder, PROMPTS[2:], 8)
     results = EngineHarness(folder, chunked_prefill_size=32).generate(PROMPTS[2:], max_new_tokens=8)
+    assert [result.token_ids for result in results] == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_that_the_checkpoint_holds_in_one_tensor(tmp_path, family):
+    folder = rm.make_model(tmp_path, family, stacked_experts=True, max_shard_size="100KB")
+    expected = rm.hf_greedy(folder, PROMPTS[2:], 8)
+    results = EngineHarness(folder).generate(PROMPTS[2:], max_new_tokens=8)
     assert [result.token_ids for result in results] == expected

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
+
 DTYPE_NAMES = {"float32", "bfloat16", "float16"}
 DEFAULT_ROPE_THETA = 10000.0
 
@@ -41,6 +43,7 @@ class ModelConfig:
     rope: RopeConfig
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
     eos_token_ids: tuple[int, ...]
+    moe: MoeConfig | None  # None for a dense model
     hf_config: dict[str, Any]
 
     @classmethod
@@ -98,6 +101,7 @@ class ModelConfig:
             rope=rope,
             layer_windows=_layer_windows(hf_config, num_layers, need.file),
             eos_token_ids=_eos_token_ids(path, hf_config),
+            moe=read_moe_config(architectures[0], need, num_layers),
             hf_config=hf_config,
         )
 
@@ -194,7 +198,8 @@ def _layer_windows(hf_config: dict[str, Any], num_layers: int, file: str) -> tup
         if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"{file}: 'layer_types' must give full_attention or sliding_attention for each layer")
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    if "use_sliding_window" in hf_config:
+    # Qwen3-MoE has the fields of Qwen3, but a window that is used is used in every layer.
+    if "use_sliding_window" in hf_config and hf_config.get("model_type") != "qwen3_moe":
         first = int(hf_config.get("max_window_layers", 0))
         return tuple(window if index >= first else None for index in range(num_layers))
     return (window,) * num_layers

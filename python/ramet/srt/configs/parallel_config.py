@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of the instance's parallel dimensions and this rank's place in each of them."""
+    """Sizes of the instance's parallel dimensions and this rank's place in each of them.
+
+    Expert parallelism splits the tensor-parallel group: its `ep_size` runs of neighbouring ranks each hold
+    a part of the experts, and the ranks of a run split these experts' matrices.
+    """
 
     tp_size: int = 1
     tp_rank: int = 0
@@ -28,6 +32,23 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{dimension}_size must be at least 1, got {size}")
             if not 0 <= rank < size:
                 raise ValueError(f"{dimension}_rank must be in [0, {size}), got {rank}")
+        if self.tp_size % self.ep_size:
+            raise ValueError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
+        if self.ep_rank != self.tp_rank // self.moe_tp_size:
+            raise ValueError(
+                f"tp_rank {self.tp_rank} of {self.tp_size} has ep_rank {self.tp_rank // self.moe_tp_size} "
+                f"of {self.ep_size}, not {self.ep_rank}"
+            )
+
+    @property
+    def moe_tp_size(self) -> int:
+        """Number of ranks that share the matrices of one expert."""
+        return self.tp_size // self.ep_size
+
+    @property
+    def moe_tp_rank(self) -> int:
+        """The rank's place among those that share its experts' matrices."""
+        return self.tp_rank % self.moe_tp_size
 
     @classmethod
     def of_rank(cls, world_rank: int, *, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1) -> "ParallelConfig":

@@ -90,7 +90,8 @@ class LlamaDecoderLayer(nn.Module):
         super().__init__()
         config, dtype = model.config, model.dtype
         self.self_attn = LlamaAttention(model, layer_id, f"{prefix}.self_attn")
-        self.mlp = LlamaMLP(config, f"{prefix}.mlp", dtype, model.parallel)
+        self.mlp_name = model.mlp_name
+        self.add_module(self.mlp_name, model.make_mlp(layer_id, f"{prefix}.{self.mlp_name}"))
         self.input_layernorm = RMSNorm(
             config.hidden_size, f"{prefix}.input_layernorm", eps=config.rms_norm_eps, dtype=dtype
         )
@@ -112,7 +113,7 @@ class LlamaDecoderLayer(nn.Module):
             x, residual = self.input_layernorm.add_and_norm(x, residual)
         x = self.self_attn(x, rotary, forward_batch)
         x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
-        return self.mlp(x), residual
+        return getattr(self, self.mlp_name)(x), residual
 
 
 class LlamaModel(nn.Module):
@@ -151,6 +152,7 @@ class LlamaForCausalLM(nn.Module):
     """The dense decoder with its output head. Parameters are made on the meta device and bound to an arena later."""
 
     has_qk_norm = False
+    mlp_name = "mlp"  # of a decoder layer's second half, as an attribute and in checkpoints
     ignored_checkpoint_suffixes = ("rotary_emb.inv_freq",)  # derived tensors that old checkpoints carry
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig):
@@ -173,6 +175,10 @@ class LlamaForCausalLM(nn.Module):
 
     def has_o_bias(self) -> bool:
         return bool(self.config.hf_config.get("attention_bias", False))
+
+    def make_mlp(self, layer_id: int, prefix: str) -> nn.Module:
+        """The second half of a decoder layer: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
+        return LlamaMLP(self.config, prefix, self.dtype, self.parallel)
 
     def prepare(self, device: torch.device) -> None:
         """Make what is derived from the config alone, on the device where the weights are."""

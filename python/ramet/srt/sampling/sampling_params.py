@@ -128,9 +128,9 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
         for token_id in getattr(params, name):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"{name}: token id {token_id} is not in [0, {vocab_size})", param=name)
-    for name, value in params.logit_bias.items():
-        if math.isnan(value):
-            raise RequestError(f"logit_bias[{name}] must be a finite number", param="logit_bias")
+    for token_id, bias in params.logit_bias.items():
+        if math.isnan(bias):
+            raise RequestError(f"logit_bias[{token_id}] must be a finite number", param="logit_bias")
     grammars = [name for name in GRAMMAR_FIELDS if getattr(params, name) is not None]
     if len(grammars) > 1:
         raise RequestError(

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from ramet.srt.model_loader.errors import name_some
 from ramet.srt.model_loader.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.sources.file_reader import ShortReadError, fill_from_files
+from ramet.srt.model_loader.stacked_experts import split_stacked_experts
 from ramet.srt.model_loader.transfer_plan import (
     CopyOp,
     PlanSource,
@@ -68,6 +69,9 @@ class CheckpointSource:
         Raises:
             ValueError: if a tensor is missing, surplus or of the wrong shape or an unconvertible dtype.
         """
+        wanted = {box.checkpoint_name for entry in manifest.entries for box in entry.boxes}
+        self.files = {path: split_stacked_experts(path, tensors, wanted) for path, tensors in self.files.items()}
+        self._reject_duplicates()
         self._check_names(manifest)
         self._check_shapes(manifest)
         sources = [
