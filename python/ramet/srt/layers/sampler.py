@@ -64,8 +64,8 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
 
     Args:
         logits: float32 [batch_size, vocab_size], after all logit rules.
-        uniforms: float32 [batch_size], one number in [0, 1) for each row; none if all are greedy. A row's token depends on nothing else in
-            the batch, so a seeded request gives the same tokens in any company.
+        uniforms: float32 [batch_size], one number in [0, 1) for each row; none if all are greedy. A row's token
+            depends on nothing else in the batch, so a seeded request gives the same tokens in any company.
 
     Returns:
         int64 [batch_size]; INVALID_TOKEN where a row has NaN or no finite logit.
