@@ -6,6 +6,7 @@ It runs on one asyncio event loop and knows nothing of HTTP.
 import asyncio
 import functools
 import logging
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ class TokenizerManager:
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
         if port_args.tokenizer_fd is not None:
-            self._reader.setsockopt(zmq.USE_FD, port_args.tokenizer_fd)
+            self._reader.setsockopt(zmq.USE_FD, os.dup(port_args.tokenizer_fd))  # zmq closes what it gets
         self._reader.bind(port_args.tokenizer_ipc_name)
         self._controller = DataParallelController(load_balance_method)
         self._to_schedulers: list[zmq.Socket[bytes]] = []
