@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import toy_model as toy
 from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers import fused_experts as fe
 from ramet.srt.layers.activation import get_activation
-from ramet.srt.layers.fused_experts import fused_experts
 from ramet.srt.layers.moe import FusedMoE, TopKRouter
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 48, 8, 3
@@ -21,6 +21,13 @@ MOE = MoeConfig(
 )
 NAMES = ("gate_proj", "up_proj", "down_proj")
 SHARDED = [topology for topology in sm.TOPOLOGIES if topology != (1, 1)]
+
+
+@pytest.fixture(params=["in turn", "grouped"])
+def algorithm(request, monkeypatch):
+    """Both ways to run the experts; the grouped one is meant for GPUs and runs on CPUs too."""
+    if request.param == "grouped":
+        monkeypatch.setattr(fe, "run_experts_in_turn", fe.run_experts_grouped)
 
 
 def make_experts(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> FusedMoE:
@@ -59,6 +66,7 @@ def routing(num_tokens: int, experts: list[int], seed: int = 1) -> tuple[torch.T
     return x, weights, ids
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 200])
 @pytest.mark.parametrize("experts", [list(range(EXPERTS)), [0, 1, 2], [5, 6, 7]])
 def test_experts_equal_the_formula(num_tokens, experts):
@@ -68,6 +76,7 @@ def test_experts_equal_the_formula(num_tokens, experts):
     torch.testing.assert_close(y, reference(tensors, x, weights, ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("algorithm")
 @pytest.mark.parametrize("topology", SHARDED, ids=sm.topology_name)
 @pytest.mark.parametrize("num_tokens", [0, 1, 40])
 @pytest.mark.parametrize("experts", [list(range(EXPERTS)), [0, 1, 2]])  # the second leaves ranks without tokens
@@ -82,6 +91,7 @@ def test_the_ranks_parts_add_up(topology, num_tokens, experts):
         assert not parts[2].any() and not parts[3].any()
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_half_precision_sums_in_float32():
     tensors = checkpoint()
     x, weights, ids = routing(30, list(range(EXPERTS)))
@@ -90,11 +100,12 @@ def test_half_precision_sums_in_float32():
     torch.testing.assert_close(y.float(), reference(tensors, x, weights, ids), atol=0.02, rtol=0.05)
 
 
+@pytest.mark.usefixtures("algorithm")
 def test_ids_of_other_ranks_add_nothing():
     x, weights, _ = routing(4, list(range(EXPERTS)))
     layer = filled(make_experts(ParallelConfig()), checkpoint())
     ids = torch.tensor([[-1, EXPERTS, 2], [-5, -1, EXPERTS + 9], [2, 2, -1], [0, 1, EXPERTS]])
-    y = fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, get_activation("silu"))
+    y = fe.fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, get_activation("silu"))
     known = (ids >= 0) & (ids < EXPERTS)
     expected = layer(x, weights * known, ids.where(known, 0))
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)

@@ -18,8 +18,6 @@ def fused_experts(
 ) -> torch.Tensor:
     """Sum over each token's experts of weight * W2 (act(W1 x) * W3 x); the sum is taken in float32.
 
-    Tokens are sorted by expert, so that each expert that has any takes one pair of matrix products.
-
     Args:
         x: [num_tokens, hidden_size].
         w13: [num_experts, 2 * size, hidden_size], the rows of W1 above those of W3.
@@ -31,26 +29,60 @@ def fused_experts(
         [num_tokens, hidden_size] in the type of x.
     """
     num_experts, (num_tokens, top_k) = w13.shape[0], expert_ids.shape
+    if num_tokens == 0:
+        return torch.zeros_like(x)
     ids = expert_ids.flatten()
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
-    order = ids.argsort(stable=True)  # [num_tokens * top_k]: assignments, those of the first expert first
-    tokens = order // top_k
-    counts = ids.bincount(minlength=num_experts + 1).tolist()
+    ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
+    ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True)
     parts = x.new_zeros(num_tokens, top_k, x.shape[1])
-    flat_parts = parts.flatten(0, 1)
-    start = 0
-    for expert, count in enumerate(counts[:num_experts]):
-        if count:
-            chosen = slice(start, start + count)
-            hidden = act_and_mul(F.linear(x[tokens[chosen]], w13[expert]), activation)
-            flat_parts[order[chosen]] = F.linear(hidden, w2[expert])
-            start += count
-    return _weighted_sum(parts, weights).to(x.dtype)
-
-
-def _weighted_sum(parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """[num_tokens, top_k, hidden_size] and float32 [num_tokens, top_k] -> float32 [num_tokens, hidden_size]."""
-    total = torch.zeros_like(parts[:, 0], dtype=torch.float32)
-    for place in range(weights.shape[1]):
+    run_experts = run_experts_grouped if x.is_cuda else run_experts_in_turn
+    run_experts(x, w13, w2, activation, order // top_k, order, ends, parts.flatten(0, 1))
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
-    return total
+    return total.to(x.dtype)
+
+
+def run_experts_in_turn(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Each expert's output for its tokens: one pair of matrix products for every expert that has any.
+
+    Args:
+        tokens: int64 [num_assignments], the token of each assignment, sorted by expert.
+        order: int64 [num_assignments], the row of `out` for it.
+        ends: int64 [num_experts], where each expert's run ends. What follows the last is not computed.
+        out: [num_assignments, hidden_size], zeros.
+    """
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if start < end:
+            hidden = act_and_mul(F.linear(x[tokens[start:end]], w13[expert]), activation)
+            out[order[start:end]] = F.linear(hidden, w2[expert])
+            start = end
+
+
+def run_experts_grouped(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The same without the counts on the host, so that a CUDA graph can hold it; takes more memory on the way."""
+    offsets = ends.int()
+    hidden = act_and_mul(F.grouped_mm(x[tokens], w13.transpose(1, 2), offs=offsets), activation)
+    y = F.grouped_mm(hidden, w2.transpose(1, 2), offs=offsets)
+    is_computed = torch.arange(len(tokens), device=x.device) < ends[-1]  # the other rows hold anything, NaN too
+    out.index_copy_(0, order, y.masked_fill_(~is_computed.unsqueeze(-1), 0))
