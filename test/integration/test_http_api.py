@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from ramet.srt.entrypoints import answers
+from ramet.srt.entrypoints.answers import NativeOutput
 from ramet.srt.utils.tokenizer import Tokenizer
 from server_process import MODEL_NAME, ServerProcess, wait_until, write_weightless_model
 
@@ -67,7 +69,10 @@ def repeated(tokenizer: Tokenizer, prompt: str, num_tokens: int) -> str:
 def generate(http: httpx.Client, **body: Any) -> Any:
     response = http.post("/generate", json=body)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer = response.json()
+    for one in answer if isinstance(answer, list) else [answer]:
+        NativeOutput.model_validate(one)
+    return answer
 
 
 def events(http: httpx.Client, path: str, body: dict[str, Any]) -> list[Any]:
@@ -479,6 +484,33 @@ def test_openapi_describes_every_error_as_we_send_it(http: httpx.Client) -> None
                 assert {"400", "401", "500", "503"} <= set(operation["responses"])
     ids = [operation["operationId"] for operations in schema["paths"].values() for operation in operations.values()]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "description"),
+    [
+        ("GET", "/health", None, answers.Status),
+        ("GET", "/v1/models", None, answers.ModelList),
+        ("GET", f"/v1/models/{MODEL_NAME}", None, answers.ModelCard),
+        ("GET", "/get_model_info", None, answers.ModelInfo),
+        ("POST", "/flush_cache", None, answers.Done),
+        ("POST", "/abort_request", {"rid": "x"}, answers.Done),
+        ("POST", "/generate", {"text": "a", "return_logprob": True, "top_logprobs_num": 2}, NativeOutput),
+        ("POST", "/v1/completions", {"prompt": "a", "logprobs": 2, "echo": True}, answers.Completion),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 2},
+            answers.ChatCompletion,
+        ),
+    ],
+)
+def test_answers_are_as_described(http: httpx.Client, method: str, path: str, body: Any, description: Any) -> None:
+    if body is not None and path.startswith("/v1"):
+        body = {"model": MODEL_NAME, **body}
+    response = http.request(method, path, json=body)
+    assert response.status_code == 200, response.text
+    description.model_validate_json(response.text)
 
 
 # ---- aborts ----

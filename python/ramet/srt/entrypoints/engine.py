@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
+from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.managers.generation import Generation
@@ -170,14 +170,17 @@ class EngineCore:
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):  # the loop has just ended by itself
                 self._loop.call_soon_threadsafe(self._end.set)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:  # it is, if the garbage collector calls from there
+                self._thread.join()
 
     def _run(self) -> None:
         try:
             self.instance.start()
             self._loop.run_until_complete(self._serve())
-        except (ValueError, LaunchError) as error:
-            self._started.put(error)
+        except BaseException as error:
+            self._started.put(error)  # `start` raises it, if it still waits
+            if self.instance.schedulers:
+                raise
         finally:
             self.instance.stop_processes()
             self._close_loop()

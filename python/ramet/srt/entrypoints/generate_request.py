@@ -143,7 +143,7 @@ def native_output(
             meta_info[f"{name}_token_logprobs"] = token_logprobs(logprobs, with_text)
             if request.top_logprobs_num:
                 meta_info[f"{name}_top_logprobs"] = top_logprobs(logprobs, with_text)
-    output = {"text": sequence.text, "output_ids": sequence.output_ids, "meta_info": meta_info}
+    output = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
     if index is not None:
         output["index"] = index
     return output

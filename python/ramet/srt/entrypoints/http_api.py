@@ -10,10 +10,20 @@ from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import Response
+from pydantic import ConfigDict, Field
+from starlette.responses import PlainTextResponse, Response
 
 import ramet
+from ramet.srt.entrypoints.answers import (
+    ChatCompletion,
+    Completion,
+    Done,
+    ModelCard,
+    ModelInfo,
+    ModelList,
+    NativeOutput,
+    Status,
+)
 from ramet.srt.entrypoints.event_stream import (
     CLIENT_GONE_STATUS,
     ClientGone,
@@ -65,19 +75,6 @@ class AbortBody(RequestBody):
     abort_all: bool = False
 
 
-class Status(BaseModel):
-    """How the instance is."""
-
-    status: str
-
-
-class Done(BaseModel):
-    """What an administrative call has done."""
-
-    success: bool
-    message: str
-
-
 def create_app(instance: Instance) -> FastAPI:
     """The application that serves `instance`."""
     args = instance.server_args
@@ -121,13 +118,13 @@ def _health_routes(instance: Instance) -> APIRouter:
         if refusal is not None:
             raise ServiceError(refusal)
 
-    @router.get("/health", response_model=Status)
+    @router.get("/health", responses={200: {"model": Status}})
     async def health() -> Response:
         """Whether the instance takes requests."""
         check()
         return json_response({"status": "ready"})
 
-    @router.get("/health_generate", response_model=Status)
+    @router.get("/health_generate", responses={200: {"model": Status}})
     async def health_generate(request: Request) -> Response:
         """Whether the instance really generates: makes one token."""
         check()
@@ -150,7 +147,7 @@ def _health_routes(instance: Instance) -> APIRouter:
 def _native_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["native"], responses=ERRORS)
 
-    @router.post("/generate", responses={200: {"content": EVENTS}})
+    @router.post("/generate", responses={200: {"model": NativeOutput | list[NativeOutput], "content": EVENTS}})
     async def generate(body: GenerateReqInput, request: Request) -> Response:
         """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
         if body.stream:
@@ -173,10 +170,10 @@ def _native_routes(instance: Instance) -> APIRouter:
                 sequence = generation.sequences[update.index]
                 yield native_output(sequence, body, manager.tokenizer, update.index if has_several else None)
 
-    @router.get("/get_model_info")
-    async def get_model_info() -> dict[str, Any]:
+    @router.get("/get_model_info", responses={200: {"model": ModelInfo}})
+    async def get_model_info() -> Response:
         """What is served."""
-        return instance.model_info()
+        return json_response(instance.model_info())
 
     @router.get("/get_server_info")
     async def get_server_info() -> Response:
@@ -200,7 +197,7 @@ def _native_routes(instance: Instance) -> APIRouter:
 def _admin_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["administration"], responses=ERRORS)
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"], response_model=Done)
+    @router.api_route("/flush_cache", methods=["GET", "POST"], responses={200: {"model": Done}})
     async def flush_cache() -> Response:
         """Drop the prefix cache; refused while requests run."""
         reply = await instance.manager.flush_cache()
@@ -208,7 +205,7 @@ def _admin_routes(instance: Instance) -> APIRouter:
             return error_response(400, reply.message)
         return json_response({"success": True, "message": reply.message})
 
-    @router.post("/abort_request", response_model=Done)
+    @router.post("/abort_request", responses={200: {"model": Done}})
     async def abort_request(body: AbortBody, request: Request) -> Response:
         """End a request by its id, or all of them. Succeeds for an unknown id too: it may just have ended."""
         if body.abort_all == (body.rid is not None):
@@ -218,7 +215,7 @@ def _admin_routes(instance: Instance) -> APIRouter:
         number = instance.manager.abort_all() if body.rid is None else instance.manager.abort(body.rid)
         return json_response({"success": True, "message": f"{number} sequences are being aborted"})
 
-    @router.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         with contextlib.suppress(ServiceError):  # the scheduler is in a long pass: its last numbers are shown
@@ -232,13 +229,13 @@ def _openai_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["openai"], prefix="/v1", responses=ERRORS | NOT_FOUND)
     started = int(time.time())
 
-    @router.post("/completions", responses={200: {"content": EVENTS}})
+    @router.post("/completions", responses={200: {"model": Completion, "content": EVENTS}})
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue one or several prompts."""
         serving = CompletionServing(instance.manager, instance.server_args.model_name)
         return await serving.create(body, request)
 
-    @router.post("/chat/completions", responses={200: {"content": EVENTS}})
+    @router.post("/chat/completions", responses={200: {"model": ChatCompletion, "content": EVENTS}})
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         return await ChatServing(instance.manager, instance.server_args.model_name).create(body, request)
@@ -253,19 +250,19 @@ def _openai_routes(instance: Instance) -> APIRouter:
             "max_model_len": instance.manager.limits.max_req_len,
         }
 
-    @router.get("/models")
-    async def models() -> dict[str, Any]:
+    @router.get("/models", responses={200: {"model": ModelList}})
+    async def models() -> Response:
         """The models that can be named: one."""
-        return {"object": "list", "data": [model_card()]}
+        return json_response({"object": "list", "data": [model_card()]})
 
-    @router.get("/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    @router.get("/models/{model:path}", responses={200: {"model": ModelCard}})
+    async def model(model: str) -> Response:
         """One model."""
         if model != instance.server_args.model_name:
             raise RequestError(
                 f"the model {model!r} does not exist", param="model", code="model_not_found", status_code=404
             )
-        return model_card()
+        return json_response(model_card())
 
     return router
 

@@ -108,9 +108,10 @@ class Instance:
         loop = asyncio.get_running_loop()
 
         def take_death(line: str) -> None:
-            self.death = line
-            self.fail_requests()
-            on_death(line)
+            if self.death is None:  # what dies after the first one dies of it
+                self.death = line
+                self.fail_requests()
+                on_death(line)
 
         self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
         self._on_end = None if on_end is None else lambda: loop.call_soon_threadsafe(on_end)
