@@ -80,6 +80,11 @@ class ServerArgs:
     dp_size: int = flag(
         1, "Data-parallel replicas: each holds the whole model.", aliases=("--data-parallel-size", "--dp")
     )
+    ep_size: int = flag(
+        1,
+        "Groups that the experts of a mixture-of-experts model are split over; divides --tp-size.",
+        aliases=("--expert-parallel-size", "--ep"),
+    )
     load_balance_method: str = flag(
         "round_robin",
         "How requests are spread over the data-parallel replicas: in turn, or to the one with fewest running.",
@@ -131,7 +136,7 @@ class ServerArgs:
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
         positive = ("max_running_requests", "max_queued_requests", "page_size", "stream_interval")
-        for name in (*positive, "tp_size", "pp_size", "dp_size", "nnodes"):
+        for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
         for name in ("context_length", "max_total_tokens"):
@@ -151,6 +156,8 @@ class ServerArgs:
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
 
     def _validate_parallelism(self) -> None:
+        if self.tp_size % self.ep_size:
+            raise ValueError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if not 0 <= self.node_rank < self.nnodes:
             raise ValueError(f"--node-rank must be from 0 to {self.nnodes - 1} (--nnodes); got {self.node_rank}")
         if self.world_size % self.nnodes:

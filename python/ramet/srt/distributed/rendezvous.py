@@ -16,6 +16,7 @@ from ramet.srt.server_args import split_address
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
+CONNECT_PERIOD_S = 0.1
 PULSE_PERIOD_S = 1.0
 PULSE_TIMEOUT_S = 15.0
 STORE_TIMEOUT_S = 10.0
@@ -47,6 +48,9 @@ class Rendezvous:
         if self._address.startswith("file:"):
             return dist.FileStore(self._address.removeprefix("file:"), self.world_size)
         host, port = split_address(self._address, "--dist-init-addr")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # below it are only complaints about missing DNS names
+        if not is_master:
+            self._wait_for_listener(host, port, timeout_s)
         try:
             return dist.TCPStore(
                 host,
@@ -57,10 +61,29 @@ class Rendezvous:
                 wait_for_workers=False,
             )
         except (dist.DistError, RuntimeError) as error:
-            what = "listen on" if is_master else f"reach node 0 within {timeout_s:g} s at"
+            what = "listen on" if is_master else "use the store at"
             raise ValueError(
                 f"rank {self.world_rank} can't {what} {self._address} (--dist-init-addr): {_first_line(error)}"
             ) from None
+
+    def _wait_for_listener(self, host: str, port: int, timeout_s: float) -> None:
+        """Wait until world rank 0 listens. Torch's store can wait too, but fills the log with stack traces.
+
+        Raises:
+            ValueError: if it does not within `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"rank {self.world_rank} could not reach node 0 at {self._address} (--dist-init-addr) within "
+                        f"{timeout_s:g} s (--dist-timeout): {error}"
+                    ) from None
+                time.sleep(CONNECT_PERIOD_S)
 
     def put(self, key: str, value: str) -> None:
         self.store.set(key, value)
