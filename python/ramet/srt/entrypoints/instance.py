@@ -6,6 +6,7 @@ The HTTP server and `Engine` are both thin layers over it.
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,13 @@ class Instance:
                 self.fail_requests()
                 on_death(line)
 
-        self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
-        self._on_end = None if on_end is None else lambda: loop.call_soon_threadsafe(on_end)
+        def report_death(line: str) -> None:
+            loop.call_soon_threadsafe(take_death, line)
+
+        self._on_death = report_death
+        self._on_end: Callable[[], None] | None = None
+        if on_end is not None:
+            self._on_end = functools.partial(loop.call_soon_threadsafe, on_end)
         if self.is_head:
             self._open_manager()
 
