@@ -6,7 +6,6 @@ The HTTP server and `Engine` are both thin layers over it.
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -117,10 +116,12 @@ class Instance:
         def report_death(line: str) -> None:
             loop.call_soon_threadsafe(take_death, line)
 
+        def report_end() -> None:
+            assert on_end is not None
+            loop.call_soon_threadsafe(on_end)
+
         self._on_death = report_death
-        self._on_end: Callable[[], None] | None = None
-        if on_end is not None:
-            self._on_end = functools.partial(loop.call_soon_threadsafe, on_end)
+        self._on_end = None if on_end is None else report_end
         if self.is_head:
             self._open_manager()
 
