@@ -3,6 +3,7 @@
 The HTTP route and `Engine` both use it.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -37,7 +38,7 @@ SamplingParamsBody = Annotated[
 ]
 
 
-EXACTLY_ONE_PROMPT = {
+EXACTLY_ONE_PROMPT: dict[str, Any] = {
     "oneOf": [
         {
             "required": ["text"],
@@ -75,7 +76,7 @@ class GenerateReqInput(RequestBody):
             message, param, code = describe_validation_errors(error.errors())
             raise RequestError(message, param=param, code=code) from None
 
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> Sequence[str | list[int]]:
         """The prompts as a list.
 
         Raises:
@@ -87,8 +88,8 @@ class GenerateReqInput(RequestBody):
             return [self.text]
         if self.text is not None:
             return self.text
-        assert self.input_ids is not None
-        return [self.input_ids] if isinstance(self.input_ids[0], int) else self.input_ids  # type: ignore[list-item,return-value]
+        ids: Any = self.input_ids
+        return [ids] if isinstance(ids[0], int) else ids
 
     @property
     def is_batch(self) -> bool:
@@ -143,7 +144,7 @@ def native_output(
             meta_info[f"{name}_token_logprobs"] = token_logprobs(logprobs, with_text)
             if request.top_logprobs_num:
                 meta_info[f"{name}_top_logprobs"] = top_logprobs(logprobs, with_text)
-    output = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
+    output: dict[str, Any] = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
     if index is not None:
         output["index"] = index
     return output

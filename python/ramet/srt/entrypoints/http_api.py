@@ -58,7 +58,7 @@ NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorResponse, "des
 BAD_HEALTH: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 
 
-EXACTLY_ONE_TARGET = {
+EXACTLY_ONE_TARGET: dict[str, Any] = {
     "oneOf": [
         {"required": ["rid"], "properties": {"rid": {"type": "string"}, "abort_all": {"const": False}}},
         {"required": ["abort_all"], "properties": {"rid": {"type": "null"}, "abort_all": {"const": True}}},
@@ -78,7 +78,7 @@ class AbortBody(RequestBody):
 def create_app(instance: Instance) -> FastAPI:
     """The application that serves `instance`."""
     args = instance.server_args
-    app = FastAPI(title="Ramet", version=ramet.__version__)
+    app = FastAPI(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)

@@ -113,8 +113,15 @@ class Instance:
                 self.fail_requests()
                 on_death(line)
 
-        self._on_death = lambda line: loop.call_soon_threadsafe(take_death, line)
-        self._on_end = None if on_end is None else lambda: loop.call_soon_threadsafe(on_end)
+        def report_death(line: str) -> None:
+            loop.call_soon_threadsafe(take_death, line)
+
+        def report_end() -> None:
+            assert on_end is not None
+            loop.call_soon_threadsafe(on_end)
+
+        self._on_death = report_death
+        self._on_end = None if on_end is None else report_end
         if self.is_head:
             self._open_manager()
 

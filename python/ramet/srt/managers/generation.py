@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ramet.srt.managers.io_struct import FinishReason, RequestText, TokenizedGenerateReqInput, TokenLogprobs
@@ -110,7 +110,7 @@ class Generation:
         """Have whoever waits get `error`."""
         self._news.put_nowait(error)
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         """What the sequences gain, until all have finished. A slow reader gets several updates merged into one.
 
         Leaving early, by an exception or aclose(), aborts what still runs.

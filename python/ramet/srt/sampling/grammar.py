@@ -185,7 +185,9 @@ def _to_llguidance(name: str, text: str) -> str:
 
     if name == "json_schema":
         return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_WHITESPACE})
-    return grammar_from(name, text)  # "regex", or "ebnf": GBNF (root ::= …) or Lark (start: …)
+    if name == "regex":
+        return LLMatcher.grammar_from_regex(text)
+    return grammar_from("ebnf", text)  # GBNF (root ::= …) or Lark (start: …)
 
 
 def _unusable(params: SamplingParams, message: str) -> RequestError:

@@ -170,6 +170,7 @@ def _add_missing_tokens(backend: BackendTokenizer, config: dict[str, Any], speci
 
 def _chat_template(folder: str, config: dict[str, Any], template_file: str | None) -> ChatTemplate | None:
     """The template of `template_file`, else of chat_template.jinja, else of tokenizer_config.json."""
+    source: Any
     file = template_file or os.path.join(folder, "chat_template.jinja")
     if os.path.isfile(file):
         with open(file, encoding="utf-8") as stream:
