@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 import redis.asyncio
+from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import ConstantBackoff
-from redis.exceptions import ConnectionError, RedisError, TimeoutError
 
 from ramet.srt.modelexpress import redis_layout as layout
 from ramet.srt.modelexpress.proto import p2p_pb2
@@ -145,7 +145,7 @@ class RedisStore:
             socket_timeout=ANSWER_TIMEOUT_S,
             socket_connect_timeout=CONNECT_TIMEOUT_S,
             retry=Retry(ConstantBackoff(0.05), 1),
-            retry_on_error=[ConnectionError, TimeoutError],
+            retry_on_error=[exceptions.ConnectionError, exceptions.TimeoutError],
         )
         self._redis = redis.asyncio.Redis.from_pool(pool)
         self._list = self._redis.register_script(LIST)
@@ -250,7 +250,7 @@ async def guard(operation: Callable[[], Awaitable[T]]) -> T:
     """The operation's result; what Redis or the way to it has against it becomes a StoreError."""
     try:
         return await operation()
-    except (RedisError, OSError) as error:
+    except (exceptions.RedisError, OSError) as error:
         raise StoreError(f"Redis: {error or type(error).__name__}") from error
 
 
