@@ -115,36 +115,49 @@ def search(
     """
     ages = AgeTracker(wall_ms=None)
     deadline = time.monotonic() + timeout_s
-    failing_since: float | None = None
+    outage_since: float | None = None
     awaited = ""
     while True:
+        now = time.monotonic()
         try:
-            sources, coming = look(client, identity, shard_rank, failed, ages)
-            if not sources and not coming and claim is not None and claim.try_acquire(client):
-                # Whoever held the claim before may have become a source since the look.
-                sources, coming = look(client, identity, shard_rank, failed, ages)
-                if not sources and not coming:
-                    return Search(sources=[], holds_claim=True)
-            if sources or coming:
-                release(claim)
-            if sources:
-                return Search(sources=sources)
-            failing_since = None
+            found, coming = look_and_claim(client, identity, shard_rank, claim, failed, ages)
+            if found is not None:
+                return found
+            outage_since = None
+            what = "a source that is initializing" if coming else "whoever claims the files"
         except ModelExpressError as error:
-            failing_since = failing_since or time.monotonic()
-            if time.monotonic() - failing_since >= min(OUTAGE_S, timeout_s):
+            outage_since = outage_since or now
+            if now - outage_since >= OUTAGE_S or now >= deadline:
                 release(claim)
                 raise
-            logger.warning("%s; trying again", error)
-            coming = []
-        what = "a source that is initializing" if coming else "whoever claims the files"
+            what = f"the server to answer ({error})"
         if what != awaited:
             awaited = what
-            logger.info("no source of %s is ready; waiting for %s", identity.model_name, what)
-        if time.monotonic() >= deadline:
+            logger.info("no source of %s is known to be ready; waiting for %s", identity.model_name, what)
+        if now >= deadline:
             release(claim)
             return Search(sources=[], reason=f"no source became ready within {timeout_s:.0f} s of waiting for {what}")
         time.sleep(min(poll_s * random.uniform(0.7, 1.3), max(0.0, deadline - time.monotonic())))
+
+
+def look_and_claim(
+    client: ModelExpressClient,
+    identity: p2p_pb2.SourceIdentity,
+    shard_rank: int,
+    claim: FileClaim | None,
+    failed: Collection[str],
+    ages: AgeTracker,
+) -> tuple[Search | None, bool]:
+    """One step of a search: what it came to, if it came to an end; and whether a source is coming."""
+    sources, coming = look(client, identity, shard_rank, failed, ages)
+    if not sources and not coming and claim is not None and claim.try_acquire(client):
+        # Whoever held the claim before may have become a source since the look.
+        sources, coming = look(client, identity, shard_rank, failed, ages)
+        if not sources and not coming:
+            return Search(sources=[], holds_claim=True), False
+    if sources or coming:
+        release(claim)
+    return Search(sources=sources) if sources else None, bool(coming)
 
 
 def release(claim: FileClaim | None) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from ramet.srt.modelexpress.ages import AgeTracker, wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.server_metrics import ServerMetrics
-from ramet.srt.modelexpress.store import MetadataStore, StoreError
+from ramet.srt.modelexpress.store import MetadataStore, Row, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,18 @@ class Reaper:
         for row in rows:
             age_s = self._ages.row_age_s(row)
             if row.status in ACTIVE and age_s > self._heartbeat_timeout_s:
-                num_stale += await self._store.mark_stale(row, wall_clock_ms())
+                num_stale += await self._mark_stale(row)
             elif row.status == p2p_pb2.SOURCE_STATUS_STALE and age_s > self._gc_timeout_s:
                 num_removed += await self._store.remove(row)
         self._count(Counter(row.status for row in rows), num_stale, num_removed)
         return num_stale, num_removed
+
+    async def _mark_stale(self, row: Row) -> bool:
+        now = wall_clock_ms()
+        marked = await self._store.mark_stale(row, now)
+        if marked:
+            self._ages.age_s(row.source_id, row.worker_id, row.worker_rank, now)
+        return marked
 
     def _count(self, statuses: Counter[int], num_stale: int, num_removed: int) -> None:
         for name, value in p2p_pb2.SourceStatus.items():

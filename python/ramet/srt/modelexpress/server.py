@@ -205,13 +205,13 @@ def read_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
 
 def bind_grpc(server: grpc.aio.Server, options: ServerOptions, credentials: grpc.ServerCredentials | None) -> int:
     """Bind --port and return the port, which is another one if that is 0."""
+    listen_on(options.host, options.port, "--port").close()  # says what is wrong better than grpc does
     address = join_address(options.host, options.port)
     try:
         if credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError:
-        probe_port(options.host, options.port, "--port")
         raise ValueError(
             f"cannot serve gRPC on {address}; are --tls-cert and --tls-key a certificate and its key?"
         ) from None
@@ -219,33 +219,31 @@ def bind_grpc(server: grpc.aio.Server, options: ServerOptions, credentials: grpc
 
 def bind_http(options: ServerOptions) -> socket.socket:
     """A listening socket on --metrics-port."""
-    return probe_port(options.host, options.metrics_port, "--metrics-port", close=False)
+    return listen_on(options.host, options.metrics_port, "--metrics-port")
 
 
-def probe_port(host: str, port: int, flag: str, close: bool = True) -> socket.socket:
-    """A listening socket, closed again if asked to.
+def listen_on(host: str, port: int, flag: str) -> socket.socket:
+    """A listening socket.
 
     Raises:
         ValueError: if the port cannot be bound; the message names it and its flag.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        probe = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
         try:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(128)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
         except OSError:
-            probe.close()
+            listener.close()
             raise
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
             f"cannot bind {join_address(host, port)}: {reason}; choose another with {flag} or --host"
         ) from None
-    if close:
-        probe.close()
-    return probe
+    return listener
 
 
 def join_address(host: str, port: int) -> str:
