@@ -202,6 +202,7 @@ def test_update_status_stamps_and_revives(client: ModelExpressClient) -> None:
     assert not client.list_sources(make_identity())[0].HasField("source_load")
 
 
+@pytest.mark.slow
 def test_a_large_record(client: ModelExpressClient, call: Any) -> None:
     """50 MB of tensors, in one field: the answer has them in both and just fits a message."""
     worker = p2p_pb2.WorkerMetadata(status=READY, updated_at=wall_clock_ms())

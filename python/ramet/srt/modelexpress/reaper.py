@@ -1,6 +1,7 @@
 """Owns when a record stops counting: marked STALE when its worker falls silent, removed when it stays that way."""
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 
@@ -37,9 +38,9 @@ class Reaper:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._gc_timeout_s = gc_timeout_s
 
-    async def run(self, interval_s: float) -> None:
-        """Reap now and every `interval_s` until cancelled."""
-        while True:
+    async def run(self, interval_s: float, stop: asyncio.Event) -> None:
+        """Reap now and every `interval_s` until `stop` is set: redis may swallow a cancellation."""
+        while not stop.is_set():
             try:
                 await self.reap()
                 self._metrics.store_up.set(1)
@@ -48,7 +49,8 @@ class Reaper:
                 logger.warning(
                     "the reaper could not read the records, and tries again in %.0f s: %s", interval_s, error
                 )
-            await asyncio.sleep(interval_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), interval_s)
 
     async def reap(self) -> tuple[int, int]:
         """One pass. Returns how many records were marked stale and how many were removed."""

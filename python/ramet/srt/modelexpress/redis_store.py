@@ -43,33 +43,36 @@ local function ranks(key)
 end
 """
 
-# KEYS: source keys. Answers, per source, its attributes and then worker id and summary of every rank. A worker with
-# one rank, the usual case, costs no look into its record.
+# KEYS: source keys. Answers two texts per source: its attributes, and a JSON array of worker id and summary, in turns,
+# of every rank: one long text is read much faster than a thousand short ones. A worker with one rank, the usual case,
+# costs no look into its record.
 LIST = (
     LIVE_SUMMARY
     + """
+local function add(rows, worker_id, summary)
+  if string.sub(summary, 1, 1) == '{' and string.sub(summary, -1) == '}' then
+    rows[#rows + 1] = '[' .. cjson.encode(worker_id) .. ',' .. summary .. ']'
+  end
+end
 local answer = {}
-for i, source in ipairs(KEYS) do
-  local fields, rows = redis.call('HGETALL', source), {''}
-  for j = 1, #fields, 2 do
-    local worker_id, summary = fields[j], fields[j + 1]
+for _, source in ipairs(KEYS) do
+  local fields, attributes, rows = redis.call('HGETALL', source), '', {}
+  for i = 1, #fields, 2 do
+    local worker_id, summary = fields[i], fields[i + 1]
     if worker_id == '__attributes__' then
-      rows[1] = summary
+      attributes = summary
     else
       local key = source .. ':' .. worker_id
       local size = redis.call('HLEN', key)
       if size > 0 and size <= 2 and string.sub(summary, 1, 1) == '{' then
-        rows[#rows + 1] = worker_id
-        rows[#rows + 1] = summary
+        add(rows, worker_id, summary)
       elseif size > 0 then
-        for _, rank in ipairs(ranks(key)) do
-          rows[#rows + 1] = worker_id
-          rows[#rows + 1] = live_summary(key, rank)
-        end
+        for _, rank in ipairs(ranks(key)) do add(rows, worker_id, live_summary(key, rank)) end
       end
     end
   end
-  answer[i] = rows
+  answer[#answer + 1] = attributes
+  answer[#answer + 1] = '[' .. table.concat(rows, ',') .. ']'
 end
 return answer
 """
@@ -175,15 +178,15 @@ class RedisStore:
         return source_id
 
     async def sources(self, source_id: str | None = None) -> list[Source]:
-        async def read() -> tuple[list[str], list[list[bytes]]]:
+        async def read() -> tuple[list[str], list[bytes]]:
             keys = [layout.source_key(source_id)] if source_id is not None else await self._source_keys()
             return keys, await self._list(keys=keys) if keys else []
 
-        keys, answers = await guard(read)
+        keys, texts = await guard(read)
         return [
-            make_source(key.removeprefix(layout.SOURCE_PREFIX), fields)
-            for key, fields in zip(keys, answers, strict=True)
-            if fields != [b""]
+            make_source(key.removeprefix(layout.SOURCE_PREFIX), attributes, rows)
+            for key, attributes, rows in zip(keys, texts[::2], texts[1::2], strict=True)
+            if attributes or rows != b"[]"
         ]
 
     async def _source_keys(self) -> list[str]:
@@ -254,33 +257,45 @@ async def guard(operation: Callable[[], Awaitable[T]]) -> T:
         raise StoreError(f"Redis: {error or type(error).__name__}") from error
 
 
-def make_source(source_id: str, fields: list[bytes]) -> Source:
-    """A source from its attributes and the worker ids and summaries after them. What cannot be read is left out."""
-    identity, rows = p2p_pb2.SourceIdentity(), []
+def make_source(source_id: str, attributes: bytes, rows: bytes) -> Source:
+    """A source from the two texts that LIST answers. What cannot be read is left out."""
     try:
-        identity = layout.decode_identity(fields[0])
+        identity = layout.decode_identity(attributes)
     except ValueError:
         logger.warning("the identity of source %s in Redis cannot be read", source_id)
-    for worker_id, text in zip(fields[1::2], fields[2::2], strict=True):
-        try:
-            summary = msgspec.json.decode(text, type=layout.SummaryJson)
-        except ValueError:
-            logger.warning("the row of worker %r of source %s in Redis cannot be read", worker_id, source_id)
-            continue
-        load = summary.source_load if isinstance(summary.source_load, float) else None
-        rows.append(
-            Row(
-                source_id=source_id,
-                worker_id=worker_id.decode(),
-                worker_rank=summary.worker_rank,
-                status=summary.status,
-                updated_at=summary.updated_at,
-                accelerator=summary.accelerator,
-                source_load=load,
-                topology=summary.topology,
-            )
-        )
-    return Source(source_id, identity, rows)
+        identity = p2p_pb2.SourceIdentity()
+    try:
+        summaries = msgspec.json.decode(rows, type=list[tuple[str, layout.SummaryJson]])
+    except ValueError:
+        summaries = read_one_by_one(source_id, rows)
+    return Source(source_id, identity, [make_row(source_id, *summary) for summary in summaries])
+
+
+def read_one_by_one(source_id: str, rows: bytes) -> list[tuple[str, layout.SummaryJson]]:
+    """The rows of a source some of which cannot be read."""
+    readable = []
+    try:
+        for worker_id, text in msgspec.json.decode(rows, type=list[tuple[str, msgspec.Raw]]):
+            try:
+                readable.append((worker_id, msgspec.json.decode(text, type=layout.SummaryJson)))
+            except ValueError:
+                logger.warning("the row of worker %s of source %s in Redis cannot be read", worker_id, source_id)
+    except ValueError:
+        logger.warning("the rows of source %s in Redis cannot be read", source_id)
+    return readable
+
+
+def make_row(source_id: str, worker_id: str, summary: layout.SummaryJson) -> Row:
+    return Row(
+        source_id=source_id,
+        worker_id=worker_id,
+        worker_rank=summary.worker_rank,
+        status=summary.status,
+        updated_at=summary.updated_at,
+        accelerator=summary.accelerator,
+        source_load=summary.source_load if isinstance(summary.source_load, float) else None,
+        topology=summary.topology,
+    )
 
 
 def redact(url: str) -> str:

@@ -124,7 +124,7 @@ class ModelExpressServer:
             http = self._make_http_server(Fleet(store, ages, self._heartbeat_timeout_s))
             reaper = Reaper(store, ages, self.metrics, self._heartbeat_timeout_s, self._gc_timeout_s)
             await grpc_server.start()
-            reaping = asyncio.create_task(reaper.run(self._interval_s))
+            reaping = asyncio.create_task(reaper.run(self._interval_s, self._stop))
             serving = asyncio.create_task(http.serve([http_socket]))
             self.address = join_address(self.options.host, port)
             scheme = "https" if self.options.tls_cert else "http"
@@ -139,9 +139,8 @@ class ModelExpressServer:
             await self._stop.wait()
             health.stop_serving()
             http.should_exit = True
-            reaping.cancel()
             await grpc_server.stop(self._grace_s)
-            await asyncio.gather(reaping, serving, return_exceptions=True)
+            await asyncio.wait((reaping, serving), timeout=self._grace_s)
         await store.close()
 
     def _make_grpc_server(self, service: P2pService, health: HealthService) -> grpc.aio.Server:

@@ -27,6 +27,34 @@ class Row(msgspec.Struct, kw_only=True):
     accelerator: str = ""
     source_load: float | None = None
     topology: Mapping[str, str] = {}
+    encoded: tuple[p2p_pb2.SourceIdentity, bytes] | None = None  # what encode_ref answered last
+
+    def encode_ref(self, identity: p2p_pb2.SourceIdentity) -> bytes:
+        """The serialized SourceInstanceRef of this row of a source with that identity."""
+        if self.encoded is None or self.encoded[0] is not identity:
+            self.encoded = (identity, self._make_ref(identity).SerializeToString())
+        return self.encoded[1]
+
+    def _make_ref(self, identity: p2p_pb2.SourceIdentity) -> p2p_pb2.SourceInstanceRef:
+        return p2p_pb2.SourceInstanceRef(
+            mx_source_id=self.source_id,
+            worker_id=self.worker_id,
+            model_name=identity.model_name,
+            worker_rank=self.worker_rank,
+            accelerator=self.accelerator,
+            updated_at=self.updated_at,
+            training_step=training_step(identity),
+            layout_signature=identity.extra_parameters.get("layout_signature") or None,
+            topology=self.topology,
+            source_load=self.source_load,
+        )
+
+
+def training_step(identity: p2p_pb2.SourceIdentity) -> int | None:
+    """The step that a trainer published with its identity, under either of the two names that are in use."""
+    parameters = identity.extra_parameters
+    text = parameters["training_step"] if "training_step" in parameters else parameters.get("version", "")
+    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**64 else None
 
 
 class Source(msgspec.Struct):
@@ -156,7 +184,9 @@ class MemoryStore:
         record = source.records.get((worker_id, worker_rank)) if source else None
         if record is None:
             return False
-        record.row = msgspec.structs.replace(record.row, status=status, updated_at=updated_at, source_load=load)
+        record.row = msgspec.structs.replace(
+            record.row, status=status, updated_at=updated_at, source_load=load, encoded=None
+        )
         return True
 
     async def mark_stale(self, row: Row, updated_at: int) -> bool:
