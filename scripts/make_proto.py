@@ -1,6 +1,7 @@
 """Writes *_pb2.py and *_pb2.pyi beside each proto file; test/unit/modelexpress checks that they are current."""
 
 import base64
+import re
 import sys
 import tempfile
 import textwrap
@@ -36,7 +37,9 @@ def compile_proto(path: Path) -> tuple[bytes, str]:
         if protoc.main(arguments) != 0:
             raise ValueError(f"protoc does not accept {path}")
         files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes()).file
-        return files[0].SerializeToString(deterministic=True), (Path(folder) / f"{path.stem}_pb2.pyi").read_text()
+        stub = (Path(folder) / f"{path.stem}_pb2.pyi").read_text()
+        stub = re.sub(r"_Union\[([\w.]+), str\]", r"_Union[\1, int, str]", stub)  # messages take an enum's number too
+        return files[0].SerializeToString(deterministic=True), stub
 
 
 def main() -> int:

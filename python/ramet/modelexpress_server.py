@@ -39,9 +39,9 @@ FLAGS: dict[str, tuple[type, str]] = {
 }
 
 
-def make_parser(defaults: dict[str, object]) -> CliParser:
+def make_parser(defaults: dict[str, object], prog: str) -> CliParser:
     parser = CliParser(
-        prog="ramet.modelexpress_server",
+        prog=prog,
         description="Serve ModelExpress metadata: which instance holds which weights.",
         allow_abbrev=False,
     )
@@ -55,15 +55,15 @@ def make_parser(defaults: dict[str, object]) -> CliParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "ramet.modelexpress_server") -> int:
     """Serve until SIGTERM or SIGINT. Exit code 1, and one line, when the server cannot start."""
     try:
         from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
     except ImportError as error:
-        print(f"ramet.modelexpress_server: {error}; install ramet[modelexpress]", file=sys.stderr)
+        sys.stderr.write(f"{prog}: error: {error}; install ramet[modelexpress]\n")
         return 1
     defaults = {field.name: field.default for field in dataclasses.fields(ServerOptions)}
-    values = vars(make_parser(defaults).parse_args(argv))
+    values = vars(make_parser(defaults, prog).parse_args(argv))
     configure_logging(values.pop("log_level"), "modelexpress")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         server = ModelExpressServer(ServerOptions(**values))
         server.start()
     except ValueError as error:
-        print(f"ramet.modelexpress_server: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"{prog}: error: {error}\n")
         return 1
     while not stop.wait(WATCH_INTERVAL_S):
         if not server.is_alive():

@@ -198,8 +198,9 @@ def test_update_status_stamps_and_revives(client: ModelExpressClient) -> None:
     (ref,) = client.list_sources(make_identity(), status=READY)
     assert ref.updated_at >= before and ref.source_load == 0.25 and "ramet" in ref.topology and ref.accelerator == "cpu"
     assert client.get_metadata(source_id, "w1").worker.status == READY
-    assert client.update_status(source_id, "w1", 0, READY)
-    assert not client.list_sources(make_identity())[0].HasField("source_load")
+    for no_load in (None, float("nan"), float("inf")):
+        assert client.update_status(source_id, "w1", 0, READY, load=no_load)
+        assert not client.list_sources(make_identity())[0].HasField("source_load")
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ class Publisher:
         self._load_probe = load_probe
         self._interval_s = heartbeat_interval_s or env_seconds("MX_HEARTBEAT_INTERVAL_SECS", HEARTBEAT_INTERVAL_S)
         self._changed = threading.Condition()
-        self._wanted = INITIALIZING
+        self._wanted: int = INITIALIZING
         self._told: int | None = None  # the status that the server has acknowledged
         self._source_id = ""  # "" while the record must be published
         self._num_changes = 0  # of what is wanted; wakes the thread
@@ -179,7 +179,7 @@ class Publisher:
     def _publish(self, worker: p2p_pb2.WorkerMetadata, status: int) -> str:
         record = p2p_pb2.WorkerMetadata()
         record.CopyFrom(worker)
-        record.status, record.updated_at = status, wall_clock_ms()
+        record.MergeFrom(p2p_pb2.WorkerMetadata(status=status, updated_at=wall_clock_ms()))
         source_id = self._client.publish(self.identity, self.worker_id, record)
         with self._changed:
             self._stats.num_publishes += 1

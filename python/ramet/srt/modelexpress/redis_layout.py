@@ -163,10 +163,10 @@ def decode_record(text: bytes, summary: SummaryJson | None) -> p2p_pb2.WorkerMet
         ValueError: if one of its numbers is out of range.
     """
     record = msgspec.json.decode(text, type=RecordJson)
+    if summary is not None and summary.updated_at >= record.updated_at:
+        record.status, record.updated_at = summary.status, summary.updated_at
     worker = p2p_pb2.WorkerMetadata(**{name: getattr(record, name) for name in SAME_RECORD_FIELDS})
     worker.topology.update(record.topology)
-    if summary is not None and summary.updated_at >= record.updated_at:
-        worker.status, worker.updated_at = summary.status, summary.updated_at
     if record.backend_type == "transfer_engine" or (record.backend_type is None and record.transfer_engine_session_id):
         worker.transfer_engine_session_id = record.transfer_engine_session_id or ""
     elif record.backend_type == "nixl" or (record.backend_type is None and record.nixl_metadata):

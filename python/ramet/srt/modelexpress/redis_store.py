@@ -237,12 +237,12 @@ class RedisStore:
     ) -> bool:
         keys = [layout.worker_key(source_id, worker_id), layout.source_key(source_id)]
         load_text = "" if load is None else repr(load)
-        args = [worker_id, worker_rank, status, updated_at, load_text, old_status, old_updated_at]
+        args: list[str | int] = [worker_id, worker_rank, status, updated_at, load_text, old_status, old_updated_at]
         return bool(await guard(lambda: self._update(keys=keys, args=args)))
 
     async def remove(self, row: Row) -> bool:
         keys = [layout.worker_key(row.source_id, row.worker_id), layout.source_key(row.source_id)]
-        args = [row.worker_id, row.worker_rank, row.status, row.updated_at]
+        args: list[str | int] = [row.worker_id, row.worker_rank, row.status, row.updated_at]
         return bool(await guard(lambda: self._remove(keys=keys, args=args)))
 
     async def close(self) -> None:

@@ -1,6 +1,7 @@
 """Owns the answers of P2pService: what is asked for, what is found, and that errors are flags in the answer."""
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -133,7 +134,8 @@ class P2pService:
             return p2p_pb2.UpdateStatusResponse(success=False, message=reason), INVALID
         key = (request.mx_source_id, request.worker_id, request.worker_rank)
         now = wall_clock_ms()
-        load = request.source_load if request.HasField("source_load") else None
+        known = request.HasField("source_load") and math.isfinite(request.source_load)
+        load = request.source_load if known else None
         try:
             found = await self._store.update_status(*key, request.status, now, load)
         except StoreError as error:
