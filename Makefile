@@ -1,18 +1,20 @@
 # Every target sets up what it needs; nothing has to be done before. `make` alone lists the targets.
 # Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13),
-# MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run), ARGS (more flags for run and bench).
+# MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run),
+# MARKS (make test: pytest's -m; empty runs the slow tests too), ARGS (more flags for run and bench).
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
 MODEL ?=
 TESTS ?= test/unit test/integration
+MARKS ?= not slow
 ARGS ?=
 
 STAMP := $(VENV)/.ramet-$(EXTRA)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format docs bench demo-model clean
+.PHONY: help setup run test lint format docs proto bench demo-model clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -26,7 +28,7 @@ run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... t
 	@$(BIN)/python examples/clone_demo.py $(if $(MODEL),--model-path $(MODEL)) $(ARGS)
 
 test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... picks
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -m "$(MARKS)" $(TESTS)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -39,6 +41,9 @@ format: $(STAMP) ## bring the code into the form that lint checks
 
 docs: $(STAMP) ## write docs/flags.md anew from ServerArgs
 	$(BIN)/python scripts/make_flags_doc.py
+
+proto: $(STAMP) ## write the stubs of ModelExpress anew from its proto files
+	$(BIN)/python scripts/make_proto.py
 
 bench: $(STAMP) ## run all benchmarks; results go to .run/bench
 	$(BIN)/python benchmark/run_all.py $(ARGS)

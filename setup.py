@@ -31,8 +31,12 @@ EXTRAS = {
     "cpu": ["mooncake-transfer-engine-non-cuda>=0.3.10"],
     "cuda12": ["mooncake-transfer-engine>=0.3.10"],
     "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
+    # Finding seeds through a metadata server, and that server.
+    "modelexpress": ["grpcio>=1.66", "protobuf>=5.27", "redis>=5.1"],
     "test": [
         "aiohttp>=3.9",
+        "grpcio-health-checking>=1.66",
+        "grpcio-tools>=1.66",
         "hypothesis>=6.100",
         "httpx>=0.27",
         "mypy>=1.10",
@@ -54,6 +58,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "python"},
     packages=find_packages("python"),
+    package_data={"ramet.srt.modelexpress": ["fleet.html", "proto/*.proto", "proto/*.pyi"]},
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

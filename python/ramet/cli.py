@@ -6,10 +6,11 @@ from collections.abc import Sequence
 USAGE = """usage: ramet <command> …
 
 commands:
-  serve MODEL [flags]   start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
-  version               print the version
+  serve MODEL [flags]            start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
+  modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
+  version                        print the version
 
-ramet serve --help lists the flags.
+ramet serve --help and ramet modelexpress-server --help list the flags.
 """
 
 
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-"):
             arguments = ["--model-path", *arguments]
         return launch_main(arguments, prog="ramet serve")
+    if command == "modelexpress-server":
+        from ramet.modelexpress_server import main as modelexpress_main
+
+        return modelexpress_main(arguments, prog="ramet modelexpress-server")
     if command == "version":
         import ramet
 

@@ -1,0 +1,194 @@
+"""Owns the search for weights: who can give them, in which order to ask, when to wait and when to read the files."""
+
+import logging
+import random
+import time
+from collections.abc import Collection
+
+import msgspec
+
+from ramet.srt.modelexpress.ages import AgeTracker
+from ramet.srt.modelexpress.claim import FileClaim
+from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.publisher import INITIALIZING, INITIALIZING_INTERVAL_S, READY
+from ramet.srt.modelexpress.records import SourceRecord, read_source
+from ramet.srt.modelexpress.source_identity import compute_source_id, same_model
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.3
+UNKNOWN_LOAD = 0.5  # of a source that does not say how busy it is
+INITIALIZING_SILENCE_S = 4 * INITIALIZING_INTERVAL_S  # an initializing source that is silent for so long has died
+OUTAGE_S = 10.0  # a server that fails for so long while one waits is given up
+
+
+class Search(msgspec.Struct, kw_only=True):
+    """What a search came to: sources to try in this order, or, when there are none, the files."""
+
+    sources: list[p2p_pb2.SourceInstanceRef]
+    holds_claim: bool = False  # with no sources: the claim to read the files is ours
+    reason: str = ""  # with no sources and no claim: why nothing was found
+
+
+class OtherTopology(msgspec.Struct, kw_only=True):
+    """READY sources of the same model, sharded in another way."""
+
+    identity: p2p_pb2.SourceIdentity
+    sources: list[p2p_pb2.SourceInstanceRef]  # of all ranks, of all instances
+
+
+def order_sources(refs: list[p2p_pb2.SourceInstanceRef]) -> list[p2p_pb2.SourceInstanceRef]:
+    """The least busy first; those that are equally busy in random order, so that clients spread over them."""
+
+    def busyness(ref: p2p_pb2.SourceInstanceRef) -> tuple[float, float]:
+        load = ref.source_load if ref.HasField("source_load") else UNKNOWN_LOAD
+        return (round(min(1.0, max(0.0, load)), 2), random.random())
+
+    return sorted(refs, key=busyness)
+
+
+def find_sources(
+    client: ModelExpressClient, identity: p2p_pb2.SourceIdentity, shard_rank: int
+) -> list[p2p_pb2.SourceInstanceRef]:
+    """READY sources of the same identity and shard rank, in the order in which to try them.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached.
+    """
+    return order_sources(client.list_sources(identity, status=READY, worker_rank=shard_rank))
+
+
+def fetch_source(client: ModelExpressClient, ref: p2p_pb2.SourceInstanceRef) -> SourceRecord | None:
+    """The record behind a row of a listing; None if it has gone or is no longer READY.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached.
+    """
+    answer = client.get_metadata(ref.mx_source_id, ref.worker_id)
+    return read_source(answer) if answer.found and answer.worker.status == READY else None
+
+
+def find_other_topologies(client: ModelExpressClient, identity: p2p_pb2.SourceIdentity) -> list[OtherTopology]:
+    """READY sources of the same model, revision, type and quantisation with other tp, pp or ep sizes.
+
+    Servers before 0.7 do not say under which identity a record was published; there nothing is found.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached.
+    """
+    own_id = compute_source_id(identity)
+    groups: dict[str, list[p2p_pb2.SourceInstanceRef]] = {}
+    for ref in client.list_sources(status=READY, model_name=identity.model_name):
+        if ref.mx_source_id != own_id:
+            groups.setdefault(ref.mx_source_id, []).append(ref)
+    found = []
+    for refs in groups.values():
+        answer = client.get_metadata(refs[0].mx_source_id, refs[0].worker_id)
+        if answer.found and answer.HasField("identity") and same_model(identity, answer.identity):
+            found.append(OtherTopology(identity=answer.identity, sources=order_sources(refs)))
+    return found
+
+
+def search(
+    client: ModelExpressClient,
+    identity: p2p_pb2.SourceIdentity,
+    shard_rank: int,
+    *,
+    claim: FileClaim | None,
+    timeout_s: float,
+    failed: Collection[str] = (),
+    poll_s: float = POLL_S,
+) -> Search:
+    """Find sources; wait while one is coming; claim the files when none is.
+
+    One rank searches for its whole instance and tells the others what came of it: if each rank claimed for itself, two
+    instances could wait for each other.
+
+    Args:
+        claim: None for an instance that has no files or may not read them: it waits until the end.
+        timeout_s: how long to wait for a source that is coming, or for somebody else's claim.
+        failed: worker ids that were tried in vain.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached for some seconds.
+    """
+    ages = AgeTracker(wall_ms=None)
+    deadline = time.monotonic() + timeout_s
+    outage_since: float | None = None
+    awaited = ""
+    while True:
+        now = time.monotonic()
+        try:
+            found, coming = look_and_claim(client, identity, shard_rank, claim, failed, ages)
+            if found is not None:
+                return found
+            outage_since = None
+            what = "a source that is initializing" if coming else "whoever claims the files"
+        except ModelExpressError as error:
+            outage_since = outage_since or now
+            if now - outage_since >= OUTAGE_S or now >= deadline:
+                release(claim)
+                raise
+            what = f"the server to answer ({error})"
+        if what != awaited:
+            awaited = what
+            logger.info("no source of %s is known to be ready; waiting for %s", identity.model_name, what)
+        if now >= deadline:
+            release(claim)
+            return Search(sources=[], reason=f"no source became ready within {timeout_s:.0f} s of waiting for {what}")
+        time.sleep(min(poll_s * random.uniform(0.7, 1.3), max(0.0, deadline - time.monotonic())))
+
+
+def look_and_claim(
+    client: ModelExpressClient,
+    identity: p2p_pb2.SourceIdentity,
+    shard_rank: int,
+    claim: FileClaim | None,
+    failed: Collection[str],
+    ages: AgeTracker,
+) -> tuple[Search | None, bool]:
+    """One step of a search: what it came to, if it came to an end; and whether a source is coming."""
+    sources, coming = look(client, identity, shard_rank, failed, ages)
+    if not sources and not coming and claim is not None and claim.try_acquire(client):
+        # Whoever held the claim before may have become a source since the look.
+        sources, coming = look(client, identity, shard_rank, failed, ages)
+        if not sources and not coming:
+            return Search(sources=[], holds_claim=True), False
+    if sources or coming:
+        release(claim)
+    return Search(sources=sources) if sources else None, bool(coming)
+
+
+def release(claim: FileClaim | None) -> None:
+    if claim is not None:
+        claim.release()
+
+
+def look(
+    client: ModelExpressClient,
+    identity: p2p_pb2.SourceIdentity,
+    shard_rank: int,
+    failed: Collection[str],
+    ages: AgeTracker,
+) -> tuple[list[p2p_pb2.SourceInstanceRef], list[p2p_pb2.SourceInstanceRef]]:
+    """The sources that are READY, and when there are none, those that are coming; without those that failed."""
+    sources = [ref for ref in find_sources(client, identity, shard_rank) if ref.worker_id not in failed]
+    coming = [] if sources else find_coming(client, identity, shard_rank, ages)
+    return sources, [ref for ref in coming if ref.worker_id not in failed]
+
+
+def find_coming(
+    client: ModelExpressClient, identity: p2p_pb2.SourceIdentity, shard_rank: int, ages: AgeTracker
+) -> list[p2p_pb2.SourceInstanceRef]:
+    """INITIALIZING sources of the same identity and shard rank that show signs of life.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached.
+    """
+    refs = client.list_sources(identity, status=INITIALIZING, worker_rank=shard_rank)
+    return [
+        ref
+        for ref in refs
+        if ages.age_s(ref.mx_source_id, ref.worker_id, ref.worker_rank, ref.updated_at) <= INITIALIZING_SILENCE_S
+    ]

@@ -1,0 +1,103 @@
+"""Owns what a user can say about ModelExpress: the --modelexpress-config value and the MX_* environment variables."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+DEFAULT_ADDRESS = "localhost:8001"
+EMBEDDED_URL = "embedded"
+TRANSPORTS = ("transfer_engine",)
+FLAG = "--modelexpress-config"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelExpressConfig:
+    """The value of --modelexpress-config. What is None is taken from the engine."""
+
+    url: str | None = None  # host:port of the metadata server; "embedded" starts one in the head process
+    source: bool | None = None  # True: this instance is a seed and never takes its weights from another one
+    transport: str = "transfer_engine"
+    model_name: str | None = None
+    tp_size: int | None = None
+    pp_size: int | None = None
+    ep_size: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(ModelExpressConfig)
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), hints[field.name])
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"{FLAG} transport must be one of {', '.join(TRANSPORTS)}; got {self.transport!r}")
+        for name in ("url", "model_name", "dtype"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{FLAG} {name} must not be empty; leave it out to take the engine's")
+        for name in ("tp_size", "pp_size", "ep_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{FLAG} {name} must be at least 1; got {value}")
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise ValueError when a config value has another type than its field; true is no integer here."""
+    allowed = get_args(hint) or (hint,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise ValueError(f"{FLAG} {name} must be {wanted}; got {value!r}")
+
+
+def parse_modelexpress_config(text: str | None) -> ModelExpressConfig:
+    """The configuration in a JSON object, or in the JSON file whose path `text` is; the defaults for None and "".
+
+    Raises:
+        ValueError: naming the key that is unknown or has a bad value, or saying what is not JSON.
+    """
+    if not text or not text.strip():
+        return ModelExpressConfig()
+    where = ""
+    if not text.lstrip().startswith("{"):
+        try:
+            where, text = f" in {text}", Path(text).read_text()
+        except OSError as error:
+            raise ValueError(f"{FLAG} must be a JSON object or the path of a JSON file: {error}") from None
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{FLAG}: this is not JSON{where}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{FLAG} must be a JSON object{where}; got {values!r}")
+    known = [field.name for field in fields(ModelExpressConfig)]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{FLAG}: unknown key {unknown[0]!r}{where}; known are {', '.join(known)}")
+    return ModelExpressConfig(**values)
+
+
+def resolve_address(url: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """host:port of the metadata server: `url`, else MODEL_EXPRESS_URL, else MX_SERVER_ADDRESS, else localhost:8001."""
+    address = url or environ.get("MODEL_EXPRESS_URL") or environ.get("MX_SERVER_ADDRESS") or DEFAULT_ADDRESS
+    for prefix in ("http://", "https://"):
+        address = address.removeprefix(prefix)
+    return address.rstrip("/")
+
+
+def env_seconds(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:
+    """A duration from the environment.
+
+    Raises:
+        ValueError: if it is set to something else than a number above 0.
+    """
+    text = environ.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(f"the environment variable {name} must be a number of seconds above 0; got {text!r}")
+    return value
