@@ -80,6 +80,11 @@ class ServerArgs:
     dp_size: int = flag(
         1, "Data-parallel replicas: each holds the whole model.", aliases=("--data-parallel-size", "--dp")
     )
+    ep_size: int = flag(
+        1,
+        "Parts that the experts of a model are split into; the tensor-parallel ranks of one part share its experts.",
+        aliases=("--expert-parallel-size", "--ep"),
+    )
     load_balance_method: str = flag(
         "round_robin",
         "How requests are spread over the data-parallel replicas: in turn, or to the one with fewest running.",
@@ -131,7 +136,7 @@ class ServerArgs:
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
         positive = ("max_running_requests", "max_queued_requests", "page_size", "stream_interval")
-        for name in (*positive, "tp_size", "pp_size", "dp_size", "nnodes"):
+        for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
         for name in ("context_length", "max_total_tokens"):
@@ -157,6 +162,10 @@ class ServerArgs:
             raise ValueError(
                 f"{self.world_size} ranks (--tp-size {self.tp_size} x --pp-size {self.pp_size} x --dp-size "
                 f"{self.dp_size}) can't be spread evenly over --nnodes {self.nnodes}"
+            )
+        if self.tp_size % self.ep_size:
+            raise ValueError(
+                f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}"
             )
         if self.dist_init_addr is not None:
             split_address(self.dist_init_addr, "--dist-init-addr")

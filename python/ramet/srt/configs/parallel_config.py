@@ -51,11 +51,26 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.tp_rank % self.moe_tp_size
 
     @classmethod
-    def of_rank(cls, world_rank: int, *, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1) -> "ParallelConfig":
-        """The coordinates of a world rank: tensor-parallel ranks are neighbours, then stages, then replicas."""
+    def of_rank(
+        cls, world_rank: int, *, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1, ep_size: int = 1
+    ) -> "ParallelConfig":
+        """The coordinates of a world rank: tensor-parallel ranks are neighbours, then stages, then replicas.
+
+        Raises:
+            ValueError: if ep_size does not divide tp_size.
+        """
         shard_rank, tp_rank = divmod(world_rank, tp_size)
         dp_rank, pp_rank = divmod(shard_rank, pp_size)
-        return cls(tp_size=tp_size, tp_rank=tp_rank, pp_size=pp_size, pp_rank=pp_rank, dp_size=dp_size, dp_rank=dp_rank)
+        return cls(
+            tp_size=tp_size,
+            tp_rank=tp_rank,
+            pp_size=pp_size,
+            pp_rank=pp_rank,
+            dp_size=dp_size,
+            dp_rank=dp_rank,
+            ep_size=ep_size,
+            ep_rank=tp_rank * ep_size // tp_size,
+        )
 
     def layer_range(self, num_layers: int) -> range:
         """The layers of this rank's pipeline stage."""
@@ -101,7 +116,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_size * self.pp_size * self.tp_size
 
 
-def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int) -> None:
+def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int, ep_size: int) -> None:
     """Find out whether a model can be split so, before anything is started.
 
     Raises:
@@ -112,7 +127,12 @@ def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int) -
         raise ValueError(f"--tp-size {tp_size} does not divide the model's {heads} attention heads")
     if kv_heads % tp_size and tp_size % kv_heads:
         raise ValueError(f"--tp-size {tp_size} is neither a divisor nor a multiple of {kv_heads} key/value heads")
-    if config.intermediate_size % tp_size:
+    if config.moe is not None:
+        config.moe.check_split(tp_size, ep_size)
+    elif ep_size > 1:
+        raise ValueError(f"--ep-size {ep_size} is for models with experts; {config.architecture} has none")
+    has_plain_mlp = config.moe is None or not all(config.moe.sparse_layers)
+    if has_plain_mlp and config.intermediate_size % tp_size:
         raise ValueError(f"--tp-size {tp_size} does not divide the intermediate size {config.intermediate_size}")
     if config.num_hidden_layers % pp_size:
         raise ValueError(f"--pp-size {pp_size} does not divide the model's {config.num_hidden_layers} layers")
