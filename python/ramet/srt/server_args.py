@@ -164,9 +164,7 @@ class ServerArgs:
                 f"{self.dp_size}) can't be spread evenly over --nnodes {self.nnodes}"
             )
         if self.tp_size % self.ep_size:
-            raise ValueError(
-                f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}"
-            )
+            raise ValueError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if self.dist_init_addr is not None:
             split_address(self.dist_init_addr, "--dist-init-addr")
         if self.nnodes == 1:
