@@ -19,8 +19,7 @@ TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4)]  # (tp_size, ep_si
 
 def all_ranks(tp_size: int, ep_size: int = 1) -> list[ParallelConfig]:
     """The coordinates of every rank."""
-    share = tp_size // ep_size
-    return [ParallelConfig(tp_size=tp_size, tp_rank=r, ep_size=ep_size, ep_rank=r // share) for r in range(tp_size)]
+    return [ParallelConfig.of_rank(rank, tp_size=tp_size, ep_size=ep_size) for rank in range(tp_size)]
 
 
 def topology_name(topology: tuple[int, int]) -> str:

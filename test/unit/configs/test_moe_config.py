@@ -3,6 +3,7 @@
 import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.parallel_config import ParallelConfig, check_parallel_sizes
 
 
 def read(folder, family, **overrides) -> ModelConfig:
@@ -76,5 +77,29 @@ def test_splits(tmp_path):
     for tp_size, ep_size in ((1, 1), (2, 2), (4, 2), (6, 6), (3, 3), (8, 1)):
         moe.check_split(tp_size, ep_size)
     for tp_size, ep_size in ((4, 4), (3, 1), (4, 3), (32, 2)):
-        with pytest.raises(ValueError, match="ep_size"):
+        with pytest.raises(ValueError, match="--ep-size .* does not divide"):
             moe.check_split(tp_size, ep_size)
+
+
+def test_a_split_is_checked_before_anything_starts(tmp_path):
+    qwen, mixtral, dense = (read(tmp_path / name, name) for name in ("qwen3_moe", "mixtral", "qwen3"))
+    check_parallel_sizes(qwen, tp_size=2, pp_size=3, ep_size=2)
+    check_parallel_sizes(mixtral, tp_size=4, pp_size=1, ep_size=4)
+    with pytest.raises(ValueError, match="--ep-size 4 does not divide the model's 6 experts"):
+        check_parallel_sizes(qwen, tp_size=4, pp_size=1, ep_size=4)
+    with pytest.raises(ValueError, match="--ep-size 2 is for models with experts; Qwen3ForCausalLM has none"):
+        check_parallel_sizes(dense, tp_size=2, pp_size=1, ep_size=2)
+
+
+def test_only_plain_mlps_need_the_intermediate_size_divided(tmp_path):
+    sizes = {"intermediate_size": 98, "moe_intermediate_size": 40}
+    check_parallel_sizes(read(tmp_path, "qwen3_moe", mlp_only_layers=[], **sizes), tp_size=4, pp_size=1, ep_size=1)
+    with pytest.raises(ValueError, match="--tp-size 4 does not divide the intermediate size 98"):
+        check_parallel_sizes(read(tmp_path, "qwen3_moe", **sizes), tp_size=4, pp_size=1, ep_size=1)
+
+
+def test_expert_parallel_ranks_of_a_world():
+    ranks = [ParallelConfig.of_rank(rank, tp_size=4, dp_size=2, ep_size=2) for rank in range(8)]
+    assert [(rank.dp_rank, rank.tp_rank, rank.ep_rank, rank.moe_tp_rank) for rank in ranks] == [
+        (dp, tp, tp // 2, tp % 2) for dp in range(2) for tp in range(4)
+    ]

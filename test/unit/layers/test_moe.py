@@ -133,14 +133,9 @@ def test_router(norm_topk_prob, dtype):
 @pytest.mark.parametrize(
     ("tp_size", "ep_size", "moe", "message"),
     [
-        (8, 8, {"num_experts": 12}, "12 experts can't be split over ep_size 8"),
-        (
-            2,
-            1,
-            {"intermediate_size": 5},
-            r"size \(5\) can't be split over 2 ranks \(tp_size 2 / ep_size 1\)",
-        ),
-        (4, 2, {"intermediate_size": 5}, r"over 2 ranks \(tp_size 4 / ep_size 2\)"),
+        (8, 8, {"num_experts": 12}, "--ep-size 8 does not divide the model's 12 experts"),
+        (2, 1, {"intermediate_size": 5}, "--tp-size 2 / --ep-size 1 = 2 does not divide the experts' .* size 5"),
+        (4, 2, {"intermediate_size": 5}, "--tp-size 4 / --ep-size 2 = 2 does not divide"),
     ],
 )
 def test_a_split_that_does_not_divide_is_refused(tp_size, ep_size, moe, message):

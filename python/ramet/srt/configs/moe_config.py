@@ -26,14 +26,14 @@ class MoeConfig:
     def check_split(self, tp_size: int, ep_size: int) -> None:
         """Raise ValueError, with the number that is in the way, unless the experts split over so many ranks."""
         if tp_size % ep_size:
-            raise ValueError(f"ep_size {ep_size} does not divide tp_size {tp_size}: it splits the tp group's ranks")
+            raise ValueError(f"--ep-size {ep_size} does not divide --tp-size {tp_size}")
         if self.num_experts % ep_size:
-            raise ValueError(f"the model's {self.num_experts} experts can't be split over ep_size {ep_size}")
+            raise ValueError(f"--ep-size {ep_size} does not divide the model's {self.num_experts} experts")
         moe_tp_size = tp_size // ep_size
         if self.intermediate_size % moe_tp_size:
             raise ValueError(
-                f"the experts' intermediate size ({self.intermediate_size}) can't be split over {moe_tp_size} ranks "
-                f"(tp_size {tp_size} / ep_size {ep_size})"
+                f"--tp-size {tp_size} / --ep-size {ep_size} = {moe_tp_size} does not divide the experts' "
+                f"intermediate size {self.intermediate_size}"
             )
 
 

@@ -36,12 +36,17 @@ def fused_experts(
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
     ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True)
     parts = x.new_zeros(num_tokens, top_k, x.shape[1])
-    run_experts = run_experts_grouped if x.is_cuda else run_experts_in_turn
+    run_experts = run_experts_grouped if _can_group(x, w2) else run_experts_in_turn
     run_experts(x, w13, w2, activation, order // top_k, order, ends, parts.flatten(0, 1))
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
     return total.to(x.dtype)
+
+
+def _can_group(x: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Whether the GPU's grouped product takes these shapes: it needs rows of whole 16 bytes."""
+    return x.is_cuda and all(extent * x.element_size() % 16 == 0 for extent in w2.shape[1:])
 
 
 def run_experts_in_turn(
