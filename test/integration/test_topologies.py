@@ -97,7 +97,7 @@ def test_a_node_that_never_comes_is_named(model, tmp_path: Path, present: int) -
     [
         (["--tp-size", "3"], "--tp-size 3 does not divide the model's 4 attention heads"),
         (["--pp-size", "3"], "--pp-size 3 does not divide the model's 4 layers"),
-        (["--tp-size", "4", "--ep-size", "4"], "6 experts can't be split over ep_size 4"),
+        (["--tp-size", "4", "--ep-size", "4"], "--ep-size 4 does not divide the model's 6 experts"),
         (["--tp-size", "3", "--nnodes", "2", "--dist-init-addr", "127.0.0.1:5"], "can't be spread evenly"),
         (["--nnodes", "2", "--tp-size", "2"], "--dist-init-addr"),
     ],
