@@ -133,8 +133,8 @@ class ModelRunner:
         num_pages = min_over_replica(wanted // self.page_size)
         if num_pages < 1:
             raise ValueError(
-                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the weights "
-                f"take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
+                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the "
+                f"weights take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
                 "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
             )
         return num_pages
@@ -167,7 +167,9 @@ class ModelRunner:
             if num_tokens <= self.max_req_len:
                 self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
         is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
-        if is_wanted and self.attn_backend.can_be_captured:
+        # Torch's grouped product asks the host for the groups' sizes unless the type is bfloat16.
+        has_fixed_shapes = self.model_config.moe is None or self.dtype == torch.bfloat16
+        if is_wanted and has_fixed_shapes and self.attn_backend.can_be_captured:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
 

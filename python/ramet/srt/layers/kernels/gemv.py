@@ -80,9 +80,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activ
     num_rows = weight.shape[0] // 2 if activation else weight.shape[0]
     assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous()
     out = torch.empty((1, num_rows), dtype=x.dtype, device=x.device)
-    launch_gemv(
-        x, weight, bias, out, activation, (BLOCK_ROWS // 2 if activation else BLOCK_ROWS), BLOCK_COLUMNS, NUM_WARPS
-    )
+    launch_gemv(x, weight, bias, out, activation, BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS)
     return out
 
 
