@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import (
@@ -50,9 +51,11 @@ class EngineHarness:
 
     def __init__(self, folder: str | Path, *, overlap: bool = False, **server_args: Any):
         defaults: dict[str, Any] = {"max_total_tokens": 2048, "max_running_requests": 16, "page_size": 4}
-        self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
+        args = ServerArgs(model_path=str(folder), **(defaults | server_args))
+        device = pick_device(args.device, 0)
+        self.args = args.with_device_defaults(device.type)
         config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
-        self.runner = ModelRunner(self.args, config, ParallelConfig(), lambda phase: None)
+        self.runner = ModelRunner(self.args, config, ParallelConfig(), device, lambda phase: None)
         torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()
         tokenizer = Tokenizer.from_path(str(folder))

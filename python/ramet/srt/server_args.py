@@ -10,13 +10,18 @@ from typing import Any, get_args, get_type_hints
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
 REMOTE_BACKENDS = ("transfer_engine",)
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
 GRAMMAR_BACKENDS = ("llguidance", "none")
+DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"max_running_requests": 64, "mem_fraction_static": 0.5, "chunked_prefill_size": 2048},
+    "cuda": {"max_running_requests": 256, "mem_fraction_static": 0.85, "chunked_prefill_size": 8192},
+}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -54,12 +59,29 @@ class ServerArgs:
 
     # Runtime
     device: str = flag("auto", "Where the model runs.", choices=DEVICES)
-    max_running_requests: int = flag(64, "Most requests that are decoded together.")
+    attention_backend: str = flag(
+        "auto",
+        "Kernels for attention; auto takes the fastest one that runs on the device.",
+        choices=ATTENTION_BACKENDS,
+    )
+    disable_cuda_graph: bool = flag(False, "Launch every kernel of a decode pass by itself.")
+    disable_overlap_schedule: bool = flag(
+        False, "Plan a pass only when the tokens of the one before it are known, on a GPU too."
+    )
+    max_running_requests: int | None = flag(
+        None, "Most requests that are decoded together; 64 on a CPU and 256 on a GPU when not given."
+    )
     max_queued_requests: int = flag(4096, "Most requests that may wait; further ones get a 503.")
     max_total_tokens: int | None = flag(None, "KV cache capacity in tokens; computed from free memory when not given.")
-    mem_fraction_static: float = flag(0.5, "Share of the free memory for weights and KV cache together.")
+    mem_fraction_static: float | None = flag(
+        None, "Share of the free memory for weights and KV cache together; 0.5 on a CPU and 0.85 on a GPU by default."
+    )
     page_size: int = flag(16, "Tokens per KV cache page; also the granularity of prefix sharing.")
-    chunked_prefill_size: int = flag(2048, "Most prompt tokens in one forward pass; -1 never splits a prompt.")
+    chunked_prefill_size: int | None = flag(
+        None,
+        "Most prompt tokens in one forward pass, 2048 on a CPU and 8192 on a GPU when not given; -1 never splits a "
+        "prompt.",
+    )
     schedule_policy: str = flag(
         "lpm",
         "Order of waiting requests: longest cached prefix first, or first come first served.",
@@ -135,17 +157,17 @@ class ServerArgs:
         for name in ("port", "engine_info_bootstrap_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
-        positive = ("max_running_requests", "max_queued_requests", "page_size", "stream_interval")
+        positive = ("max_queued_requests", "page_size", "stream_interval")
         for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
-        for name in ("context_length", "max_total_tokens"):
+        for name in ("context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {value}")
-        if self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
+        if self.chunked_prefill_size is not None and self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
             raise ValueError(f"--chunked-prefill-size must be -1 or at least 1; got {self.chunked_prefill_size}")
-        if not 0 < self.mem_fraction_static < 1:
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
             raise ValueError(f"--mem-fraction-static must be between 0 and 1; got {self.mem_fraction_static}")
         for name in ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout", "dist_timeout"):
             if getattr(self, name) <= 0:
@@ -226,6 +248,12 @@ class ServerArgs:
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""
         return format_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
+
+    def with_device_defaults(self, device_type: str) -> "ServerArgs":
+        """The same with a value for whatever depends on the device ("cpu" or "cuda") and was not given."""
+        defaults = DEVICE_DEFAULTS[device_type]
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -65,3 +65,19 @@ def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, h
     assert torch.equal(cache[0][slots], new_k) and torch.equal(cache[1][slots], v)
     others = [slot for slot in range(num_slots) if slot not in slots.tolist()]
     assert (cache[:, others] == 7.0).all()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("num_rows, num_columns", [(6, 64), (10, 200)])
+def test_gemv(device, num_rows, num_columns, activation, has_bias):
+    from ramet.srt.layers.kernels.gemv import gemv
+
+    x = torch.randn(1, num_columns, device=device)
+    weight = torch.randn(num_rows, num_columns, device=device) / num_columns**0.5
+    bias = torch.randn(num_rows, device=device) if has_bias else None
+    expected = torch.nn.functional.linear(x, weight, bias)
+    if activation:
+        gate, up = expected.chunk(2, dim=-1)
+        expected = get_activation(activation)(gate) * up
+    close(gemv(x, weight, bias, activation), expected)

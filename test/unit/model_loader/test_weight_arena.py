@@ -40,7 +40,7 @@ def test_entries_are_aligned_in_parameter_order_and_tied_ones_are_aliases(manife
 
 
 def test_a_manifest_survives_both_encodings(manifest):
-    manifest = with_checksums(manifest, compute_checksums(manifest, memoryview(bytes(manifest.arena_nbytes))))
+    manifest = with_checksums(manifest, compute_checksums(manifest, WeightArena.allocate(manifest, "cpu")))
     assert manifest_from_msgpack(manifest_to_msgpack(manifest)) == manifest
     assert manifest_from_json(manifest_to_json(manifest)) == manifest
     assert manifest_from_builtins(msgspec.json.decode(manifest_to_json(manifest))) == manifest
@@ -201,18 +201,19 @@ def test_populating_takes_all_memory(manifest):
 
 def test_checksums_name_the_tensor_that_differs(manifest):
     arena = filled_arena(manifest)
-    seed = with_checksums(manifest, compute_checksums(manifest, arena.memory))
+    seed = with_checksums(manifest, compute_checksums(manifest, arena))
     for samples_only in (False, True):
-        expected = expected_checksums(manifest, seed, samples_only=samples_only)
+        expected = expected_checksums(arena, seed, samples_only=samples_only)
         assert len(expected) == len(manifest.entries)
-        assert find_mismatches(manifest, arena.memory, expected, samples_only=samples_only) == []
+        assert find_mismatches(manifest, arena, expected, samples_only=samples_only) == []
     qkv = manifest.entries[1]
     arena.memory[qkv.offset + 1] ^= 1
-    assert find_mismatches(manifest, arena.memory, expected_checksums(manifest, seed)) == ["qkv"]
+    assert find_mismatches(manifest, arena, expected_checksums(arena, seed)) == ["qkv"]
 
 
 def test_unknown_checksum_algorithms_compare_nothing(manifest):
-    checksums = compute_checksums(manifest, memoryview(bytes(manifest.arena_nbytes)))
+    arena = WeightArena.allocate(manifest, "cpu")
+    checksums = compute_checksums(manifest, arena)
     other = with_checksums(manifest, msgspec.structs.replace(checksums, algorithm="crc0"))
-    assert expected_checksums(manifest, other) == {}
-    assert expected_checksums(manifest, manifest) == {}
+    assert expected_checksums(arena, other) == {}
+    assert expected_checksums(arena, manifest) == {}

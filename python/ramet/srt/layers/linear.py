@@ -8,8 +8,19 @@ from torch import nn
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
+from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
+
+
+def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b for x [num_tokens, input_size] and W [output_size, input_size]."""
+    if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
+        from ramet.srt.layers.kernels.gemv import gemv
+
+        return gemv(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -57,7 +68,15 @@ class MergedColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return F.linear(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias)
+
+    def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
+        if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
+            from ramet.srt.layers.kernels.gemv import gemv
+
+            return gemv(x, self.weight, self.bias, activation.name)
+        return act_and_mul(self.forward(x), activation)
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
@@ -126,6 +145,6 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
-            return F.linear(x, self.weight, self.bias)
-        y = tensor_model_parallel_all_reduce(F.linear(x, self.weight))
+            return project(x, self.weight, self.bias)
+        y = tensor_model_parallel_all_reduce(project(x, self.weight))
         return y if self.bias is None else y + self.bias

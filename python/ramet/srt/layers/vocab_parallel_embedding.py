@@ -6,6 +6,7 @@ from torch import nn
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
+from ramet.srt.layers.linear import project
 from ramet.srt.layers.parameter import declare_weight, shard_box
 
 VOCAB_PADDING = 64  # rows; SGLang pads to the same multiple, so that the tensors of both have one size
@@ -46,5 +47,5 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> float32 [num_tokens, vocab_size], the same on every rank."""
-        logits = tensor_model_parallel_all_gather(F.linear(hidden_states, self.weight))
+        logits = tensor_model_parallel_all_gather(project(hidden_states, self.weight))
         return logits[:, : self.vocab_size].float()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.distributed.parallel_state import init_process_groups
 from ramet.srt.distributed.rendezvous import Rendezvous, choose_interface, local_address
@@ -62,7 +63,9 @@ class Rank:
         Raises:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
-        args = self.args
+        self.device = pick_device(self.args.device, self.args.local_ranks.index(self.parallel.world_rank))
+        self.args = args = self.args.with_device_defaults(self.device.type)
+        self._on_phase("device")
         model_path = resolve_model_path(args.model_path, args.revision, weights=args.load_format != "remote_instance")
         config = ModelConfig.from_path(
             model_path,
@@ -72,7 +75,7 @@ class Rank:
             context_length=args.context_length,
         )
         self._meet()
-        self.runner = ModelRunner(args, config, self.parallel, self._on_phase)
+        self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase)
         if self.is_leader:
             self._make_scheduler(config)
         if self.config.bootstrap_url is not None:
@@ -106,7 +109,8 @@ class Rank:
                 meeting_point, parallel.world_rank, parallel.world_size, args.nnodes, args.dist_timeout
             )
             port_args = self._exchange_addresses(self.rendezvous, address, port_args)
-            init_process_groups(parallel, self.rendezvous.store, "gloo", args.dist_timeout)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            init_process_groups(parallel, self.rendezvous.store, backend, args.dist_timeout)
             self._on_phase("joined")
         if self._channel is not None:
             self._channel.connect(port_args)
@@ -139,6 +143,7 @@ class Rank:
             make_grammar_backend(self.args.grammar_backend, tokenizer, config),
             self._channel,
             self._plans if isinstance(self._plans, PlanSender) else None,
+            overlap=self.device.type == "cuda" and not self.args.disable_overlap_schedule,
         )
 
     def _get_ready(self) -> list[str]:

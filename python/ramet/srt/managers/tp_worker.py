@@ -23,9 +23,8 @@ class TpModelWorker:
         self._rows: dict[str, SamplingRow] = {}
         self._info_rows: list[SamplingRow] = []
         self._info: SamplingInfo | None = None
-        # The newest token of each row of the page table: the next pass takes it from here before the host has seen it.
-        num_rows = model_runner.req_pool.req_to_page.shape[0]
-        self._last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        # A decode pass takes its input from here, before the host has seen it.
+        self._last_tokens = model_runner.req_pool.last_tokens
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:
@@ -45,41 +44,32 @@ class TpModelWorker:
         self.model_runner.req_pool.write(plan.page_writes)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
         sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
-        table_rows = [sequence.row for sequence in plan.sequences]
-        batch = self._decode_batch(plan, table_rows) if plan.is_decode else self._extend_batch(plan, table_rows)
-        hidden_states = self.model_runner.forward(batch)
-        if hidden_states is None:  # they go on to the next pipeline stage
+        if plan.is_decode:
+            last_hidden_states = self._decode(plan)
+        else:
+            batch = self._extend_batch(plan)
+            hidden_states = self.model_runner.forward(batch)
+            last_hidden_states = None
+            if hidden_states is not None:
+                self._add_prompt_logprobs(plan, hidden_states, result)
+                last_hidden_states = hidden_states[batch.logits_rows]
+        if last_hidden_states is None:  # they go on to the next pipeline stage
             return None
-        self._add_prompt_logprobs(plan, hidden_states, result)
         if not sampled:
             return lambda: result
-        logits = self.model_runner.compute_logits(hidden_states[batch.logits_rows])
+        logits = self.model_runner.compute_logits(last_hidden_states)
         return self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result)
 
-    def _decode_batch(self, plan: BatchPlan, table_rows: list[int]) -> ForwardBatch:
-        """One new token for each sequence, as tensors on the device."""
-        runner = self.model_runner
-        starts = [sequence.start for sequence in plan.sequences]
+    def _decode(self, plan: BatchPlan) -> torch.Tensor | None:
+        """Hidden states [batch_size, hidden_size] of one new token for each sequence, in the last pipeline stage."""
+        table_rows = [sequence.row for sequence in plan.sequences]
         last = [sequence.input_ids[0] for sequence in plan.sequences]
-        rows, positions, input_ids = to_device([table_rows, starts, last], torch.int64, self.device)
-        if LAST_TOKEN in last:
-            input_ids = self._last_tokens[rows]
-        num_pages = max(starts) // runner.page_size + 1
-        block_tables = runner.req_pool.req_to_page[rows, :num_pages]
-        pages = block_tables.gather(1, (positions // runner.page_size).unsqueeze(1)).squeeze(1)
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            input_ids=input_ids,
-            positions=positions,
-            out_cache_loc=pages * runner.page_size + positions % runner.page_size,
-            block_tables=block_tables,
-            seq_lens=(positions + 1).to(torch.int32),
-            seq_lens_cpu=[start + 1 for start in starts],
-            extend_lens_cpu=[1] * len(starts),
-            logits_rows=torch.arange(len(starts), device=self.device),
-        )
+        if LAST_TOKEN not in last:
+            places, tokens = to_device([table_rows, last], torch.int64, self.device)
+            self._last_tokens.index_copy_(0, places, tokens)
+        return self.model_runner.decode(table_rows, [sequence.start for sequence in plan.sequences])
 
-    def _extend_batch(self, plan: BatchPlan, table_rows: list[int]) -> ForwardBatch:
+    def _extend_batch(self, plan: BatchPlan) -> ForwardBatch:
         """New prompt tokens of several sequences, as tensors on the device."""
         runner = self.model_runner
         lens = [len(sequence.input_ids) for sequence in plan.sequences]
@@ -92,7 +82,7 @@ class TpModelWorker:
             ]
         )
         input_ids, positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
-        rows, seq_lens = to_device([table_rows, ends], torch.int64, self.device)
+        rows, seq_lens = to_device([[s.row for s in plan.sequences], ends], torch.int64, self.device)
         block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends) // runner.page_size)]
         pages = block_tables[sequence_of_token, positions // runner.page_size]
         return ForwardBatch(

@@ -9,10 +9,15 @@ from ramet.srt.utils.device import to_device
 
 
 class ReqToPagePool:
-    """Rows of page numbers, one for each request that holds KV cache: a rank's copy of what the scheduler decided."""
+    """What a rank keeps for each running request, by its row: the page numbers of its KV cache, its newest token.
+
+    Row `size` belongs to nobody: its pages are page 0, and what pads a batch stands there.
+    """
 
     def __init__(self, size: int, max_pages_per_req: int, device: torch.device):
-        self.req_to_page = torch.zeros((size, max_pages_per_req), dtype=torch.int64, device=device)
+        self.padding_row = size
+        self.req_to_page = torch.zeros((size + 1, max_pages_per_req), dtype=torch.int64, device=device)
+        self.last_tokens = torch.zeros(size + 1, dtype=torch.int64, device=device)
 
     def write(self, writes: Sequence[PageWrite]) -> None:
         """Change the table, in order, as one step of the current stream."""

@@ -3,30 +3,34 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import torch
 
+from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from ramet.srt.layers.attention.registry import make_attn_backend
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.batch_plan import LogprobRows
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch
+from ramet.srt.model_executor.cuda_graph_runner import CudaGraphRunner
+from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import build_weight_manifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.device import to_device
 
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
+WARM_UP_LENGTHS = (1, 32, 128)  # tokens; each takes another tile of the prefill kernel
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 
@@ -38,27 +42,54 @@ class ModelRunner:
         server_args: ServerArgs,
         model_config: ModelConfig,
         parallel: ParallelConfig,
+        device: torch.device,
         on_phase: Callable[[str], None],
     ):
+        """
+        Args:
+            server_args: with the device's defaults.
+            device: see pick_device.
+
+        Raises:
+            ValueError, MemoryError: if the model can't run there; the message says why.
+        """
         self.server_args = server_args
         self.model_config = model_config
         self.parallel = parallel
-        self.device = torch.device("cpu")
+        self.device = device
         self.dtype = getattr(torch, model_config.dtype)
         self.page_size = server_args.page_size
+        self.graph_runner: CudaGraphRunner | None = None
         self._seed: WeightSeed | None = None
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
         num_local_ranks = len(server_args.local_ranks)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
-        free_bytes = psutil.virtual_memory().available // num_local_ranks  # the ranks of a node share its memory
-        self.load_report = self._load_model(on_phase)
-        self._init_kv_cache(free_bytes)
-        on_phase("kv_cache")
+        free_bytes = free_memory_nbytes(device)
+        if device.type == "cpu":
+            free_bytes //= num_local_ranks  # the ranks of a node share its memory
+        self._build_model()
+        num_pages = self._num_kv_pages(free_bytes)
+        self.attn_backend = make_attn_backend(server_args.attention_backend, device, self.page_size)
+        self.arena = WeightArena.allocate(self.manifest, device)
+        self.arena.bind(self.model)
+        on_phase("model")
+        # Everything that needs only the addresses of the weights is made while they come.
+        with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
+            loading = pool.submit(self._load_weights)
+            self._make_kv_cache(num_pages)
+            on_phase("kv_cache")
+            if device.type == "cuda":
+                self._prepare_kernels()
+                on_phase("graphs")
+            self.load_report = loading.result()
+        on_phase("weights")
 
-    def _load_model(self, on_phase: Callable[[str], None]) -> LoadReport:
+    def _build_model(self) -> None:
+        """Make the model without memory, and lay its weights out."""
         config = self.model_config
         self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
+        self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
             self.model.named_parameters(remove_duplicate=False),
             model_name=self.server_args.model_name,
@@ -68,63 +99,79 @@ class ModelRunner:
             role="target",
             parallel=self.parallel,
         )
-        self.arena = WeightArena.allocate(self.manifest, self.device)
-        self.arena.bind(self.model)
-        on_phase("model")
-        self.loader = get_model_loader(LoadConfig.from_server_args(self.server_args))
-        report = self.loader.load_weights(self.manifest, self.arena, config.path)
-        self.model.prepare(self.device)
-        on_phase("weights")
-        return report
 
-    def _init_kv_cache(self, free_bytes: int) -> None:
-        """Size and make the KV cache.
+    def _load_weights(self) -> LoadReport:
+        """Runs in a thread of its own."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.loader = get_model_loader(LoadConfig.from_server_args(self.server_args))
+        return self.loader.load_weights(self.manifest, self.arena, self.model_config.path)
+
+    def _kv_layout(self) -> tuple[int, int, int, torch.dtype]:
+        return len(self.model.layer_ids), self.model.num_kv_heads, self.model_config.head_dim, self.dtype
+
+    def _num_kv_pages(self, free_bytes: int) -> int:
+        """Pages of KV cache that fit beside the weights.
 
         Args:
-            free_bytes: memory that was free before the weights came.
+            free_bytes: memory that is free before the weights come.
 
         Raises:
             ValueError: if the memory does not suffice, or for one request of useful length.
         """
-        args, config = self.server_args, self.model_config
-        num_kv_heads, num_layers = self.model.num_kv_heads, len(self.model.layer_ids)
-        layout = (num_layers, num_kv_heads, config.head_dim, self.dtype)
-        token_bytes = MHATokenToKVPool.bytes_per_token(*layout)
+        args = self.server_args
+        token_bytes = MHATokenToKVPool.bytes_per_token(*self._kv_layout())
         budget = int(free_bytes * args.mem_fraction_static) - self.manifest.arena_nbytes
-        wanted = args.max_total_tokens or args.max_running_requests * config.context_len
+        wanted = args.max_total_tokens or args.max_running_requests * self.model_config.context_len
         if args.max_total_tokens is None:
             wanted = min(wanted, budget // token_bytes)
-        elif wanted * token_bytes > psutil.virtual_memory().available:
+        elif wanted * token_bytes > free_bytes - self.manifest.arena_nbytes:
             raise ValueError(
-                f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache; "
-                f"{psutil.virtual_memory().available / 1e9:.2f} GB are free"
+                f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache beside "
+                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on {self.device}"
             )
         num_pages = min_over_replica(wanted // self.page_size)
         if num_pages < 1:
             raise ValueError(
-                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free, the weights take "
-                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
+                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the "
+                f"weights take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
                 "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
             )
+        return num_pages
+
+    def _make_kv_cache(self, num_pages: int) -> None:
+        num_layers, num_kv_heads, head_dim, dtype = self._kv_layout()
         self.max_total_num_tokens = num_pages * self.page_size
-        self.max_req_len = min(config.context_len, self.max_total_num_tokens)
+        self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens)
         self.kv_pool = MHATokenToKVPool(
             num_pages=num_pages,
             page_size=self.page_size,
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
-            head_dim=config.head_dim,
-            dtype=self.dtype,
+            head_dim=head_dim,
+            dtype=dtype,
             device=self.device,
         )
-        self.req_pool = ReqToPagePool(args.max_running_requests, -(-self.max_req_len // self.page_size), self.device)
-        self.attn_backend = TorchNativeAttnBackend(self.page_size)
+        max_pages = -(-self.max_req_len // self.page_size)
+        self.req_pool = ReqToPagePool(self.server_args.max_running_requests, max_pages, self.device)
         logger.info(
             "KV cache: %d tokens in pages of %d, %.2f GB",
             self.max_total_num_tokens,
             self.page_size,
             self.kv_pool.buffer.nbytes / 1e9,
         )
+
+    def _prepare_kernels(self) -> None:
+        """Compile what prompts need and capture what decoding needs. The values don't matter: page 0 takes them."""
+        for num_tokens in WARM_UP_LENGTHS:
+            if num_tokens <= self.max_req_len:
+                self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
+        is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
+        # Torch's grouped product asks the host for the groups' sizes unless the type is bfloat16.
+        has_fixed_shapes = self.model_config.moe is None or self.dtype == torch.bfloat16
+        if is_wanted and has_fixed_shapes and self.attn_backend.can_be_captured:
+            self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
+            self.graph_runner.capture()
 
     def publish(self, bootstrap_url: str) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.
@@ -172,6 +219,19 @@ class ModelRunner:
         return None
 
     @torch.inference_mode()
+    def decode(self, rows: Sequence[int], starts: Sequence[int]) -> torch.Tensor | None:
+        """Like `forward`, for the newest token of each request. The result is valid until the next call.
+
+        Args:
+            rows: of the page table, where the tokens stand too.
+            starts: tokens of each request in the cache before the pass.
+        """
+        if self.graph_runner is not None and len(rows) <= self.graph_runner.max_batch_size:
+            return self.graph_runner.replay(rows, starts)
+        table_rows, positions = to_device([rows, starts], torch.int64, self.device)
+        return self.forward(make_decode_batch(self.req_pool, self.page_size, table_rows, positions, list(starts)))
+
+    @torch.inference_mode()
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
         return self.model.compute_logits(hidden_states)
@@ -188,3 +248,19 @@ class ModelRunner:
             rows.top_logprobs += part.top_logprobs
             rows.top_token_ids += part.top_token_ids
         return rows
+
+
+def _padding_prompt(num_tokens: int, page_size: int, device: torch.device) -> ForwardBatch:
+    """A prompt that belongs to nobody: it reads and writes page 0 alone."""
+    positions = torch.arange(num_tokens, device=device)
+    return ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        input_ids=torch.zeros_like(positions),
+        positions=positions,
+        out_cache_loc=positions % page_size,
+        block_tables=torch.zeros((1, -(-num_tokens // page_size)), dtype=torch.int64, device=device),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        seq_lens_cpu=[num_tokens],
+        extend_lens_cpu=[num_tokens],
+        logits_rows=positions[-1:],
+    )

@@ -57,7 +57,7 @@ class DummyModelLoader:
         arena.prepare_fill([(0, manifest.arena_nbytes)])
         # Twice the pattern, so that it can be read from any place in its first half on.
         noise = torch.rand(DUMMY_PATTERN_LEN, generator=torch.Generator().manual_seed(self.random_seed)).sub_(0.5)
-        noise = noise.mul_(2 * DUMMY_SCALE).repeat(2)
+        noise = noise.mul_(2 * DUMMY_SCALE).repeat(2).to(arena.tensor(manifest.entries[0]).device)
         for entry in manifest.entries:
             tensor = arena.tensor(entry)
             for box in entry.boxes:

@@ -23,7 +23,7 @@ from ramet.srt.model_loader.sources.local import LocalSource
 from ramet.srt.model_loader.sources.transfer_engine import TransferEngineSource
 from ramet.srt.model_loader.transfer_plan import PlanError
 from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_checksums import ALGORITHM, expected_checksums, find_mismatches
+from ramet.srt.model_loader.weight_checksums import expected_checksums, find_mismatches
 from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightManifest
 
 logger = logging.getLogger(__name__)
@@ -198,8 +198,8 @@ class RemoteInstanceModelLoader:
             WeightTransferError: if one differs.
         """
         rank = manifest.parallel.world_rank
-        expected = expected_checksums(manifest, seed_manifest, samples_only=samples_only)
-        mismatches = find_mismatches(manifest, arena.memory, expected, samples_only=samples_only)
+        expected = expected_checksums(arena, seed_manifest, samples_only=samples_only)
+        mismatches = find_mismatches(manifest, arena, expected, samples_only=samples_only)
         if mismatches:
             cause = f"the checksums of {len(mismatches)} tensors differ from the seed's: {name_some(mismatches)}"
             raise WeightTransferError("verify", rank, self.seed, cause)
@@ -212,10 +212,10 @@ class RemoteInstanceModelLoader:
                 len(manifest.entries),
             )
             return False
-        values = expected_checksums(manifest, seed_manifest)
-        samples = expected_checksums(manifest, seed_manifest, samples_only=True)
+        values = expected_checksums(arena, seed_manifest)
+        samples = expected_checksums(arena, seed_manifest, samples_only=True)
         arena.checksums = WeightChecksums(
-            algorithm=ALGORITHM,
+            algorithm=arena.checksum_algorithm,
             values=tuple(values[entry.name] for entry in manifest.entries),
             samples=tuple(samples[entry.name] for entry in manifest.entries),
         )

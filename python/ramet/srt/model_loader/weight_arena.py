@@ -4,8 +4,9 @@ import ctypes
 import math
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ramet.srt.model_loader import host_memory
 from ramet.srt.model_loader.threads import run_in_threads
@@ -18,55 +19,35 @@ if TYPE_CHECKING:
 POPULATE_BLOCK_BYTES = 32 << 20
 
 
-class WeightArena:
-    """A rank's weights at addresses that never change, in host memory: one memfd, mapped once.
+class WeightArena(ABC):
+    """A rank's weights at addresses that never change, on some device."""
 
-    The mapping lives until this object and every tensor that views it are gone. It takes no memory
-    until somebody fills it, so that another process's arena can be mapped in its place at no cost.
-    """
-
-    device = "cpu"
+    device: str  # "cpu" or "cuda"
+    checksum_algorithm: str
+    nbytes: int
+    address: int
 
     def __init__(self, manifest: WeightManifest) -> None:
         self.manifest = manifest
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
         self.is_published = False
-        self.nbytes = max(align_up(manifest.arena_nbytes, host_memory.PAGE_BYTES), host_memory.PAGE_BYTES)
-        self.address = host_memory.reserve_addresses(self.nbytes)
-        self._buffer = host_memory.view_memory(self.address, self.nbytes)
-        weakref.finalize(self._buffer, host_memory.unmap, self.address, self.nbytes).atexit = False
-        self._own_fd = host_memory.create_memfd("ramet-weights", self.nbytes)
-        weakref.finalize(self, os.close, self._own_fd).atexit = False
-        self._mapped_fd: int | None = None  # somebody else's memfd that is mapped in place of ours
-        self._map_own()
 
-    @classmethod
-    def allocate(cls, manifest: WeightManifest, device: str) -> "WeightArena":
-        """The arena for a manifest on a device ("cpu").
+    @staticmethod
+    def allocate(manifest: WeightManifest, device: Any) -> "WeightArena":
+        """The arena for a manifest on a device: "cpu", "cuda", "cuda:1" or a torch.device.
 
         Raises:
-            ValueError: if arenas on that device are not supported.
+            ValueError: if there are no arenas on such a device.
+            MemoryError: if the device does not have the memory.
         """
-        if str(device).split(":")[0] != "cpu":
-            raise ValueError(f"there is no weight arena for the device {device!r}; use cpu")
-        return cls(manifest)
+        kind = str(device).split(":")[0]
+        if kind == "cpu":
+            return HostWeightArena(manifest)
+        if kind == "cuda":
+            from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
 
-    @property
-    def memory(self) -> memoryview:
-        """All bytes of the arena, writable."""
-        return memoryview(self._buffer).cast("B")
-
-    @property
-    def fd(self) -> int:
-        """The memfd whose content the arena shows: what a process on the same host can map."""
-        return self._own_fd if self._mapped_fd is None else self._mapped_fd
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether another process's arena is mapped in place of own memory."""
-        return self._mapped_fd is not None
-
-    # Parameters
+            return CudaWeightArena(manifest, str(device))
+        raise ValueError(f"there is no weight arena for the device {str(device)!r}; use cpu or cuda")
 
     def bind(self, model: "torch.nn.Module") -> None:
         """Make every parameter of the model a view into the arena; tied ones stay one object.
@@ -94,18 +75,11 @@ class WeightArena:
             module_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module_name), attribute, bound[entry.name])
 
+    @abstractmethod
     def tensor(self, entry: WeightEntry) -> "torch.Tensor":
         """The entry's view into the arena, of the entry's shape and dtype."""
-        import torch
 
-        dtype = getattr(torch, entry.dtype)
-        if entry.nbytes == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        count = math.prod(entry.shape)
-        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
-
-    # Memory
-
+    @abstractmethod
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         """Get the own memory ready for a source that writes to it.
 
@@ -116,6 +90,71 @@ class WeightArena:
             MemoryError: if less memory is free than the arena still has to take. It is an error now rather than
                 a killed process later.
         """
+
+    @abstractmethod
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        """A few of the arena's bytes, on the host."""
+
+    def publish(self) -> None:
+        """Declare the content final: from now on others may read it, and no source may fill it."""
+        self.is_published = True
+
+    def _require_private(self) -> None:
+        if self.is_published:
+            raise RuntimeError("a published arena is immutable")
+
+
+class HostWeightArena(WeightArena):
+    """An arena in host memory: one memfd, mapped once.
+
+    The mapping lives until this object and every tensor that views it are gone. It takes no memory
+    until somebody fills it, so that another process's arena can be mapped in its place at no cost.
+    """
+
+    device = "cpu"
+    checksum_algorithm = "xxh3_64"
+
+    def __init__(self, manifest: WeightManifest) -> None:
+        super().__init__(manifest)
+        self.nbytes = max(align_up(manifest.arena_nbytes, host_memory.PAGE_BYTES), host_memory.PAGE_BYTES)
+        self.address = host_memory.reserve_addresses(self.nbytes)
+        self._buffer = host_memory.view_memory(self.address, self.nbytes)
+        weakref.finalize(self._buffer, host_memory.unmap, self.address, self.nbytes).atexit = False
+        self._own_fd = host_memory.create_memfd("ramet-weights", self.nbytes)
+        weakref.finalize(self, os.close, self._own_fd).atexit = False
+        self._mapped_fd: int | None = None  # somebody else's memfd that is mapped in place of ours
+        self._map_own()
+
+    @property
+    def memory(self) -> memoryview:
+        """All bytes of the arena, writable."""
+        return memoryview(self._buffer).cast("B")
+
+    @property
+    def fd(self) -> int:
+        """The memfd whose content the arena shows: what a process on the same host can map."""
+        return self._own_fd if self._mapped_fd is None else self._mapped_fd
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether another process's arena is mapped in place of own memory."""
+        return self._mapped_fd is not None
+
+    def tensor(self, entry: WeightEntry) -> "torch.Tensor":
+        import torch
+
+        dtype = getattr(torch, entry.dtype)
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        count = math.prod(entry.shape)
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+
+    # Memory
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        return bytes(self.memory[start:stop])
+
+    def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
         self.restore_own_memory()
         if host_memory.resident_file_nbytes(self._own_fd):  # a fresh file is all zeros
@@ -186,7 +225,7 @@ class WeightArena:
         """Declare the content final: from now on others may map or read it, and no source may fill it."""
         if self._mapped_fd is None:
             host_memory.seal_for_sharing(self._own_fd)
-        self.is_published = True
+        super().publish()
 
     def open_receive_window(self) -> "ReceiveWindow":
         """A second mapping of the own memory for a writer that may have to be abandoned."""
@@ -195,10 +234,6 @@ class WeightArena:
 
     def _map_own(self) -> None:
         host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
-
-    def _require_private(self) -> None:
-        if self.is_published:
-            raise RuntimeError("a published arena is immutable")
 
 
 class ReceiveWindow:

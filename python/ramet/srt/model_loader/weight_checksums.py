@@ -1,4 +1,4 @@
-"""Owns the content checksums of an arena: computing them in parallel and comparing them. Knows no transport."""
+"""Owns the content checksums of an arena: computing them where it lies and comparing them. Knows no transport."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,18 +7,18 @@ import msgspec
 import xxhash
 
 from ramet.srt.model_loader.threads import num_copy_threads
+from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry, WeightManifest
 
-ALGORITHM = "xxh3_64"
 SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
 
 
-def compute_checksums(manifest: WeightManifest, memory: memoryview) -> WeightChecksums:
-    """Checksums of every entry of the arena whose bytes are `memory`."""
+def compute_checksums(manifest: WeightManifest, arena: WeightArena) -> WeightChecksums:
+    """Checksums of every entry of the arena, by its device's algorithm."""
     return WeightChecksums(
-        algorithm=ALGORITHM,
-        values=_map_entries(manifest, memory, _hash_entry),
-        samples=_map_entries(manifest, memory, _hash_sample),
+        algorithm=arena.checksum_algorithm,
+        values=_hash_entries(manifest, arena, samples_only=False),
+        samples=_hash_entries(manifest, arena, samples_only=True),
     )
 
 
@@ -27,35 +27,44 @@ def with_checksums(manifest: WeightManifest, checksums: WeightChecksums) -> Weig
 
 
 def find_mismatches(
-    manifest: WeightManifest, memory: memoryview, expected: dict[str, str], *, samples_only: bool = False
+    manifest: WeightManifest, arena: WeightArena, expected: dict[str, str], *, samples_only: bool = False
 ) -> list[str]:
-    """Names of the entries whose content in `memory` is not the expected one.
+    """Names of the entries whose content in the arena is not the expected one.
 
     Args:
         expected: name to checksum (to checksum of the sample, with `samples_only`); entries without one are skipped.
     """
     chosen = msgspec.structs.replace(manifest, entries=tuple(e for e in manifest.entries if e.name in expected))
-    actual = _map_entries(chosen, memory, _hash_sample if samples_only else _hash_entry)
+    actual = _hash_entries(chosen, arena, samples_only=samples_only)
     return [entry.name for entry, value in zip(chosen.entries, actual, strict=True) if value != expected[entry.name]]
 
 
 def expected_checksums(
-    manifest: WeightManifest, seed_manifest: WeightManifest, *, samples_only: bool = False
+    arena: WeightArena, seed_manifest: WeightManifest, *, samples_only: bool = False
 ) -> dict[str, str]:
     """What the seed says that the client's entries must hash to: for those that are made of the same boxes.
 
-    Empty when the seed's checksums are missing or of an algorithm that is not known here.
+    Empty when the seed's checksums are missing or of another algorithm than this arena's.
     """
     checksums = seed_manifest.checksums
-    if checksums is None or checksums.algorithm != ALGORITHM:
+    if checksums is None or checksums.algorithm != arena.checksum_algorithm:
         return {}
     values = checksums.samples if samples_only else checksums.values
     known = {_content_key(entry): value for entry, value in zip(seed_manifest.entries, values, strict=True)}
-    return {entry.name: known[_content_key(entry)] for entry in manifest.entries if _content_key(entry) in known}
+    entries = arena.manifest.entries
+    return {entry.name: known[_content_key(entry)] for entry in entries if _content_key(entry) in known}
 
 
 def _content_key(entry: WeightEntry) -> tuple:
     return entry.name, entry.dtype, entry.shape, entry.boxes
+
+
+def _hash_entries(manifest: WeightManifest, arena: WeightArena, *, samples_only: bool) -> tuple[str, ...]:
+    if arena.device == "cuda":
+        from ramet.srt.model_loader.cuda_checksums import hash_entries
+
+        return hash_entries(manifest, arena)  # so fast that samples would save nothing
+    return _map_entries(manifest, arena.memory, _hash_sample if samples_only else _hash_entry)
 
 
 def _map_entries(

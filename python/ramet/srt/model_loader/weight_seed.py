@@ -40,7 +40,7 @@ class WeightSeed:
             OSError: if the local socket can't be made.
         """
         start = time.perf_counter()
-        checksums = arena.checksums or compute_checksums(manifest, arena.memory)
+        checksums = arena.checksums or compute_checksums(manifest, arena)
         arena.checksums = checksums
         arena.publish()
         rank = manifest.parallel.world_rank

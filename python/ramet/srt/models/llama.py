@@ -5,7 +5,7 @@ from torch import nn
 
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.activation import act_and_mul, get_activation
+from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -36,7 +36,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        return self.down_proj(act_and_mul(self.gate_up_proj(x), self.activation))
+        return self.down_proj(self.gate_up_proj.gated(x, self.activation))
 
 
 class LlamaAttention(nn.Module):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 class AttentionBackend(ABC):
     """Computes attention over the paged KV cache for every layer of a forward pass."""
 
+    can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
+
     @abstractmethod
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Prepare what all layers of the pass share; called once before the model runs."""

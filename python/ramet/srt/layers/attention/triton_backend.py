@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class TritonAttnBackend(AttentionBackend):
     """Reads keys and values where they lie; nothing is gathered. Decoding can be captured in a CUDA graph."""
 
+    can_be_captured = True
+
     def __init__(self, page_size: int):
         self.page_size = page_size
         self._starts: torch.Tensor | None = None  # int32 [batch_size + 1]

@@ -92,7 +92,7 @@ class CheckpointSource:
             ValueError: if a file can't be read any more or has become shorter.
         """
         arena.prepare_fill(zero_ranges(arena.manifest))
-        self._read(transfer_plan.ops, arena.memory)
+        self._read(transfer_plan.ops, arena)
 
     def find_difference(self, arena: WeightArena) -> str | None:
         """A tensor whose content in the arena is not that of the files, going by a few kilobytes of each operation.
@@ -106,11 +106,11 @@ class CheckpointSource:
             self._read(samples, memory)
             for row in (row for op in samples for row in op.rows()):
                 span = slice(row.target_offset, row.target_stop)
-                if memory[span] != arena.memory[span]:
+                if memory[span] != arena.read_bytes(row.target_offset, row.target_stop):
                     return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
         return None
 
-    def _read(self, ops: Sequence[CopyOp], memory: memoryview) -> None:
+    def _read(self, ops: Sequence[CopyOp], target: WeightArena | memoryview) -> None:
         paths = list(self.files)
         with ExitStack() as stack:
             fds = []
@@ -118,7 +118,7 @@ class CheckpointSource:
                 fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 stack.callback(os.close, fds[-1])
             try:
-                fill_from_files(ops, fds, memory)
+                fill_from_files(ops, fds, target)
             except ShortReadError as error:
                 raise ValueError(f"{paths[error.fd_index]} is truncated: {error}") from error
             except OSError as error:

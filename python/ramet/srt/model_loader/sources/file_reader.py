@@ -7,6 +7,7 @@ import numpy as np
 
 from ramet.srt.model_loader.threads import run_in_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
+from ramet.srt.model_loader.weight_arena import WeightArena
 
 READ_BYTES = 8 << 20  # one call's read: long enough to be efficient, short enough to share the work evenly
 BLOCK_BYTES = 4 << 20  # buffer of a thread for rows that are gathered or converted
@@ -21,14 +22,27 @@ class ShortReadError(OSError):
         self.fd_index = fd_index
 
 
-def fill_from_files(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryview) -> None:
+def fill_from_files(ops: Sequence[CopyOp], fds: Sequence[int], target: WeightArena | memoryview) -> None:
     """Execute operations whose sources are open files: `op.source` is an index into `fds`.
-
-    Plain rows are read straight into `memory`; short strided rows and rows of another dtype go through
-    a buffer of a few megabytes per thread.
 
     Raises:
         OSError: if a file can't be read or is shorter than planned.
+    """
+    if isinstance(target, memoryview):
+        _fill_memory(ops, fds, target)
+    elif target.device == "cuda":
+        from ramet.srt.model_loader.sources.cuda_file_reader import fill_cuda_from_files
+
+        fill_cuda_from_files(ops, fds, target)
+    else:
+        _fill_memory(ops, fds, target.memory)
+
+
+def _fill_memory(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryview) -> None:
+    """Fill host memory.
+
+    Plain rows are read straight into `memory`; short strided rows and rows of another dtype go through
+    a buffer of a few megabytes per thread.
     """
 
     def make_worker() -> Callable[[CopyOp], None]:
@@ -36,12 +50,12 @@ def fill_from_files(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryvie
 
         def run(op: CopyOp) -> None:
             if op.is_contiguous:
-                _read(fds, op.source, op.source_offset, memory[op.target_offset : op.target_stop])
+                read_range(fds, op.source, op.source_offset, memory[op.target_offset : op.target_stop])
             elif not op.source_dtype and op.row_nbytes >= MIN_DIRECT_ROW_BYTES:
                 for row in range(op.num_rows):
                     start = op.target_offset + row * op.target_stride
                     source = op.source_offset + row * op.source_stride
-                    _read(fds, op.source, source, memory[start : start + op.row_nbytes])
+                    read_range(fds, op.source, source, memory[start : start + op.row_nbytes])
             else:
                 nonlocal buffer
                 needed = (op.num_rows - 1) * op.source_stride + op.source_row_nbytes
@@ -63,7 +77,8 @@ def _cut(op: CopyOp) -> list[CopyOp]:
     return list(split_op(op, max(1, int(BLOCK_BYTES / reach))))
 
 
-def _read(fds: Sequence[int], index: int, offset: int, into: memoryview) -> None:
+def read_range(fds: Sequence[int], index: int, offset: int, into: memoryview) -> None:
+    """Fill `into` from an offset of a file."""
     done = 0
     while done < len(into):
         count = os.preadv(fds[index], [into[done:]], offset + done)
@@ -74,7 +89,7 @@ def _read(fds: Sequence[int], index: int, offset: int, into: memoryview) -> None
 
 def _read_rows(op: CopyOp, fds: Sequence[int], memory: memoryview, block: memoryview) -> None:
     """Read a span of the file that holds all rows, then copy or convert the rows out of it."""
-    _read(fds, op.source, op.source_offset, block)
+    read_range(fds, op.source, op.source_offset, block)
     if op.source_dtype:
         _convert_rows(op, memory, block)
         return

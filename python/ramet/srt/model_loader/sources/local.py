@@ -48,5 +48,5 @@ class LocalSource:
         transfer_plan = plan(arena.manifest, [source_from_manifest("the seed", self._manifest)])
         arena.prepare_fill(zero_ranges(arena.manifest))
         # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
-        fill_from_files(transfer_plan.ops, [self._fd], arena.memory)
+        fill_from_files(transfer_plan.ops, [self._fd], arena)
         return transfer_plan.nbytes

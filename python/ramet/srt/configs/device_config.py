@@ -1,0 +1,46 @@
+"""Owns the choice of the device that a rank runs on, and how much of its memory is free."""
+
+import os
+
+import psutil
+import torch
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device for --device `name`: "cpu", "cuda", or "auto" for a GPU where there is one.
+
+    Args:
+        local_rank: the rank's place among those of the instance on this host; each takes a GPU of its own.
+
+    Raises:
+        ValueError: if a GPU is asked for and can't be used; the message says why.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.backends.cuda.is_built():
+        raise ValueError(f"--device cuda needs a torch with CUDA; this is {torch.__version__}")
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # no driver, one too old for this torch, no device
+        raise ValueError(f"--device cuda: {' '.join(str(error).split())}") from error
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise ValueError(f"rank {local_rank} of this host has no GPU: there are {count}{limit}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:  # no memory left for as much as a context, or a GPU that others may not use
+        raise ValueError(
+            f"GPU {local_rank} can't be used: {' '.join(str(error).split('For debugging')[0].split())}"
+        ) from error
+    return device
+
+
+def free_memory_nbytes(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,91 @@
+"""Owns the CUDA graphs of decode passes: one for each of some batch sizes, captured once, replayed for every pass."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ramet.srt.model_executor.forward_batch_info import make_decode_batch
+
+if TYPE_CHECKING:
+    from ramet.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+MAX_BATCH_SIZE = 512
+
+
+def graph_batch_sizes(max_running_requests: int) -> list[int]:
+    """Batch sizes to capture: close together where padding costs most, up to the largest batch or MAX_BATCH_SIZE."""
+    largest = min(max_running_requests, MAX_BATCH_SIZE)
+    sizes = [1, 2, 4, 8, 16, 24, *range(32, 128, 16), *range(128, MAX_BATCH_SIZE + 1, 32)]
+    return [size for size in sizes if size < largest] + [largest]
+
+
+class CudaGraphRunner:
+    """Replays the model's kernels for a decode pass with one launch.
+
+    The graphs read the weights, the KV cache and the page table at their fixed addresses, so that they can be
+    captured before the weights have arrived. A batch is padded to the next captured size with the table's padding
+    row, whose reads and writes go to page 0.
+    """
+
+    def __init__(self, model_runner: "ModelRunner", max_batch_size: int):
+        self._runner = model_runner
+        self._sizes = graph_batch_sizes(max_batch_size)
+        self.max_batch_size = self._sizes[-1]
+        device = model_runner.device
+        self._inputs = torch.zeros(2 * self.max_batch_size, dtype=torch.int64, device=device)  # rows, then starts
+        hidden_size = model_runner.model_config.hidden_size
+        self._hidden_states = torch.empty((self.max_batch_size, hidden_size), dtype=model_runner.dtype, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture a graph for every size, the largest first, so that the others fit into its memory."""
+        start = time.perf_counter()
+        device = self._runner.device
+        stream = torch.cuda.Stream(device)
+        pool = torch.cuda.graph_pool_handle()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        for size in reversed(self._sizes):
+            self._inputs[:size] = self._runner.req_pool.padding_row
+            self._inputs[size : 2 * size] = 0
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._forward(size)  # kernels are compiled and libraries initialised outside of the capture
+            graph = torch.cuda.CUDAGraph()
+            # Another thread fills the arena meanwhile: what it does must not count as part of this capture.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._forward(size)
+            self._graphs[size] = graph
+        torch.cuda.current_stream(device).wait_stream(stream)
+        logger.info(
+            "captured decode graphs for %d batch sizes in %.2f s", len(self._sizes), time.perf_counter() - start
+        )
+
+    def _forward(self, size: int) -> None:
+        """One pass over the first `size` places, in terms of fixed addresses only."""
+        runner = self._runner
+        rows, starts = self._inputs[: 2 * size].view(2, size)
+        longest = runner.req_pool.req_to_page.shape[1] * runner.page_size - 1
+        batch = make_decode_batch(runner.req_pool, runner.page_size, rows, starts, [longest] * size)
+        self._hidden_states[:size].copy_(runner.forward(batch))
+
+    @torch.inference_mode()
+    def replay(self, rows: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
+        """Hidden states [batch_size, hidden_size] of the newest token of each request, valid until the next replay.
+
+        Args:
+            rows: of the page table.
+            starts: tokens of each request in the cache before the pass.
+        """
+        count = len(rows)
+        size = next(size for size in self._sizes if size >= count)
+        padding = [self._runner.req_pool.padding_row] * (size - count)
+        inputs = torch.tensor([*rows, *padding, *starts, *[0] * (size - count)], dtype=torch.int64, pin_memory=True)
+        self._inputs[: 2 * size].copy_(inputs, non_blocking=True)
+        self._graphs[size].replay()
+        return self._hidden_states[:count]

@@ -1,0 +1,31 @@
+"""The checksum kernel against the formula in its docstring, in plain Python."""
+
+import random
+
+import pytest
+import torch
+
+MASK = (1 << 64) - 1
+
+
+def mix(state):
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & MASK
+    return state ^ (state >> 31)
+
+
+def mix64(data):
+    words = [int.from_bytes(data[start : start + 8], "little") for start in range(0, len(data), 8)]
+    return sum(mix(word ^ mix(index + 1)) for index, word in enumerate(words)) & MASK
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 8, 13, 4096 * 8, 4096 * 8 * 2 + 5])
+def test_mix64(device, nbytes):
+    from ramet.srt.model_loader import cuda_checksums
+
+    data = random.Random(nbytes).randbytes(nbytes)
+    padded = bytearray(data + b"\xff" * (-nbytes % 8 + 16))  # what lies behind must not count
+    words = torch.frombuffer(padded, dtype=torch.int64).to(device)
+    out = torch.zeros((), dtype=torch.int64, device=device)
+    cuda_checksums.mix64(words, nbytes, out)
+    assert int(out) & MASK == mix64(data)
