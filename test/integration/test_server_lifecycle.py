@@ -156,7 +156,7 @@ def test_waiting_requests_get_an_error_when_a_child_dies(model: Path, tmp_path: 
         assert server.wait_exit(10) == 1
 
 
-def test_children_die_with_a_killed_server(model: Path, tmp_path: Path) -> None:
+def test_a_killed_server_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     with ServerProcess(model, tmp_path / "log") as server:
         server.wait_ready()
         children = server.children()
@@ -164,6 +164,7 @@ def test_children_die_with_a_killed_server(model: Path, tmp_path: Path) -> None:
         server.wait_exit()
     for child in children:
         wait_until(lambda child=child: not Path(f"/proc/{child}").exists(), f"the end of process {child}", 10)
+    wait_until(lambda: server.leftovers() == [], "the end of its sockets", 10)
 
 
 def test_port_in_use(model: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 import logging
 import os
+import shutil
+import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import FrameType
 
 import zmq
 
@@ -22,7 +25,13 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.server_args import PortArgs
-from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.utils.child_process import (
+    ChildConfig,
+    die_with_parent,
+    read_child_config,
+    send_status,
+    status_fd_argument,
+)
 from ramet.srt.utils.hub import resolve_tokenizer_path
 from ramet.srt.utils.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.utils.tokenizer import Tokenizer
@@ -86,6 +95,7 @@ def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, 
     reader.bind(port_args.detokenizer_ipc_name)
     writer = context.socket(zmq.PUSH)
     writer.setsockopt(zmq.SNDHWM, 0)
+    writer.setsockopt(zmq.LINGER, 0)
     writer.setsockopt(zmq.IPV6, 1)
     writer.connect(port_args.tokenizer_ipc_name)
     send_status(status_fd, encode(DetokenizerReady()))
@@ -108,7 +118,20 @@ def main(argv: Sequence[str]) -> int:
     """Entry of the process; see the launcher in entrypoints/child_processes.py for what it is given."""
     status_fd = status_fd_argument(argv)
     config = read_child_config()
-    die_with_parent(config.parent_pid)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        die_with_parent(config.parent_pid, signal.SIGTERM)
+        return _serve(config, status_fd)
+    except SystemExit:
+        shutil.rmtree(config.directory, ignore_errors=True)  # the launcher does it too, unless it has been killed
+        raise
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _serve(config: ChildConfig, status_fd: int) -> int:
     server_args = config.make_server_args()
     configure_logging(server_args.log_level, "detokenizer")
     try:
