@@ -35,8 +35,7 @@ class SparseMoeBlock(nn.Module):
         parallel: ParallelConfig,
     ):
         super().__init__()
-        if config.moe is None:
-            raise ValueError(f"{config.path}: architecture {config.architecture!r} has no experts in its config")
+        assert config.moe is not None, "the config of an architecture with experts describes them"
         self.gate = TopKRouter(config.hidden_size, config.moe, f"{prefix}.gate", dtype=dtype)
         self.experts = FusedMoE(
             config.hidden_size,

@@ -10,7 +10,8 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     """Qwen3 whose sparse layers have experts in place of the MLP."""
 
     def make_mlp(self, layer_id: int, prefix: str) -> nn.Module:
-        if self.config.moe is not None and not self.config.moe.sparse_layers[layer_id]:
+        assert self.config.moe is not None
+        if not self.config.moe.sparse_layers[layer_id]:
             return super().make_mlp(layer_id, prefix)
         names = ("gate_proj", "up_proj", "down_proj")
         return SparseMoeBlock(self.config, prefix, names, self.dtype, self.parallel)
