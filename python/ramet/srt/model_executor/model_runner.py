@@ -128,7 +128,8 @@ class ModelRunner:
         elif wanted * token_bytes > free_bytes - self.manifest.arena_nbytes:
             raise ValueError(
                 f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache beside "
-                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on {self.device}"
+                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on "
+                f"{self.device}"
             )
         num_pages = min_over_replica(wanted // self.page_size)
         if num_pages < 1:
