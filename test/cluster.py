@@ -34,15 +34,17 @@ class Case:
     pp_size: int = 1
     dp_size: int = 1
     ep_size: int = 1
+    dp_attention: bool = False
 
     @property
     def world_size(self) -> int:
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.pp_size * (1 if self.dp_attention else self.dp_size)
 
     def flags(self) -> list[str]:
         sizes = {"--tp-size": self.tp_size, "--pp-size": self.pp_size, "--dp-size": self.dp_size}
         sizes |= {"--ep-size": self.ep_size, "--nnodes": self.nnodes}
-        return [word for name, size in sizes.items() for word in (name, str(size))]
+        words = [word for name, size in sizes.items() for word in (name, str(size))]
+        return [*words, "--enable-dp-attention"] if self.dp_attention else words
 
 
 CASES = {

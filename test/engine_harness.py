@@ -113,7 +113,7 @@ class EngineHarness:
                 break
         else:
             raise AssertionError(f"requests still run after {max_steps} passes")
-        self.scheduler.cache.check([])
+        self.scheduler._check_caches()
         return self.results()
 
     def results(self) -> dict[str, "Result"]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ SINGLE_NODE = {
     "tp2_pp2": Case(tp_size=2, pp_size=2),
     "dp2_tp2": Case(dp_size=2, tp_size=2),
     "ep2": Case(tp_size=2, ep_size=2),
+    "dp_attention2": Case(tp_size=2, dp_size=2, ep_size=2, dp_attention=True),
+    "dp_attention2_tp4": Case(tp_size=4, dp_size=2, dp_attention=True),
 }
 
 
@@ -33,6 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
 def assert_answers(cluster: Cluster, expected: list[list[int]]) -> None:
     for _ in range(2):  # over every replica, and with a warm prefix cache
         assert [cluster.head.generate(prompt, NUM_TOKENS) for prompt in PROMPTS] == expected
+    with ThreadPoolExecutor() as pool:  # all at once: several micro-batches, several attention groups in one pass
+        answers = pool.map(lambda prompt: cluster.head.generate(prompt, NUM_TOKENS), PROMPTS * 3)
+        assert list(answers) == expected * 3
 
 
 @pytest.mark.parametrize("name", [*SINGLE_NODE, *CASES])
@@ -95,6 +101,7 @@ def test_a_node_that_never_comes_is_named(model, tmp_path: Path, present: int) -
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--tp-size", "3", "--dp-size", "2", "--enable-dp-attention"], "--enable-dp-attention needs"),
         (["--tp-size", "3"], "--tp-size 3 does not divide the model's 4 attention heads"),
         (["--pp-size", "3"], "--pp-size 3 does not divide the model's 4 layers"),
         (["--tp-size", "4", "--ep-size", "4"], "--ep-size 4 does not divide the model's 6 experts"),

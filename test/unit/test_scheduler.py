@@ -150,7 +150,7 @@ def test_eviction_keeps_the_cache_within_its_size(folder):
     engine = EngineHarness(folder, max_total_tokens=256)
     for seed in range(12):
         engine.generate(rm.random_prompts([50, 30], seed=seed), max_new_tokens=8)
-    assert engine.scheduler.cache.tree.num_evictable_pages <= 64
+    assert engine.scheduler.caches[0].tree.num_evictable_pages <= 64
 
 
 def test_streamed_outputs_come_token_by_token(folder):

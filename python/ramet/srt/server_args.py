@@ -107,6 +107,11 @@ class ServerArgs:
         "Groups that the experts of a mixture-of-experts model are split over; divides --tp-size.",
         aliases=("--expert-parallel-size", "--ep"),
     )
+    enable_dp_attention: bool = flag(
+        False,
+        "Split the tensor-parallel ranks into --dp-size groups that each hold all attention heads and the KV cache of "
+        "their own requests; the other layers stay split over all ranks.",
+    )
     load_balance_method: str = flag(
         "round_robin",
         "How requests are spread over the data-parallel replicas: in turn, or to the one with fewest running.",
@@ -178,14 +183,19 @@ class ServerArgs:
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
 
     def _validate_parallelism(self) -> None:
+        if self.enable_dp_attention and (self.dp_size == 1 or self.tp_size % self.dp_size):
+            raise ValueError(
+                f"--enable-dp-attention needs a --dp-size above 1 that divides --tp-size; got {self.dp_size} and "
+                f"{self.tp_size}"
+            )
         if self.tp_size % self.ep_size:
             raise ValueError(f"--ep-size {self.ep_size} does not divide --tp-size {self.tp_size}")
         if not 0 <= self.node_rank < self.nnodes:
             raise ValueError(f"--node-rank must be from 0 to {self.nnodes - 1} (--nnodes); got {self.node_rank}")
         if self.world_size % self.nnodes:
             raise ValueError(
-                f"{self.world_size} ranks (--tp-size {self.tp_size} x --pp-size {self.pp_size} x --dp-size "
-                f"{self.dp_size}) can't be spread evenly over --nnodes {self.nnodes}"
+                f"{self.world_size} ranks (--tp-size {self.tp_size} x --pp-size {self.pp_size} x "
+                f"{self.num_replicas} replicas) can't be spread evenly over --nnodes {self.nnodes}"
             )
         if self.dist_init_addr is not None:
             split_address(self.dist_init_addr, "--dist-init-addr")
@@ -225,7 +235,17 @@ class ServerArgs:
     @property
     def world_size(self) -> int:
         """Number of ranks of the instance, over all nodes."""
-        return self.tp_size * self.pp_size * self.dp_size
+        return self.tp_size * self.pp_size * self.num_replicas
+
+    @property
+    def num_replicas(self) -> int:
+        """Whole copies of the model, each with a scheduler of its own."""
+        return 1 if self.enable_dp_attention else self.dp_size
+
+    @property
+    def attn_dp_size(self) -> int:
+        """Groups that the tensor-parallel ranks are split into for the attention layers."""
+        return self.dp_size if self.enable_dp_attention else 1
 
     @property
     def local_ranks(self) -> range:

@@ -12,7 +12,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the instance's parallel dimensions and this rank's place in each of them.
 
     Expert parallelism splits the tensor-parallel group: its `ep_size` runs of neighbouring ranks each hold
-    a part of the experts, and the ranks of a run split these experts' matrices.
+    a part of the experts, and the ranks of a run split these experts' matrices. Data-parallel attention splits it
+    for the attention layers: each of its `attn_dp_size` runs has all heads, and computes other sequences.
     """
 
     tp_size: int = 1
@@ -23,6 +24,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     dp_rank: int = 0
     ep_size: int = 1
     ep_rank: int = 0
+    attn_dp_size: int = 1
 
     def __post_init__(self) -> None:
         for dimension in ("tp", "pp", "dp", "ep"):
@@ -34,6 +36,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{dimension}_rank must be in [0, {size}), got {rank}")
         if self.tp_size % self.ep_size:
             raise ValueError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
+        if self.tp_size % self.attn_dp_size:
+            raise ValueError(f"attn_dp_size {self.attn_dp_size} does not divide tp_size {self.tp_size}")
         if self.ep_rank != self.tp_rank // self.moe_tp_size:
             raise ValueError(
                 f"tp_rank {self.tp_rank} of {self.tp_size} has ep_rank {self.tp_rank // self.moe_tp_size} "
@@ -50,9 +54,27 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """The rank's place among those that share its experts' matrices."""
         return self.tp_rank % self.moe_tp_size
 
+    @property
+    def attn_dp_rank(self) -> int:
+        """Which of the tensor-parallel group's attention groups the rank is in."""
+        return self.tp_rank // (self.tp_size // self.attn_dp_size)
+
+    @property
+    def attention(self) -> "ParallelConfig":
+        """How the attention layers are split: over the ranks of one attention group."""
+        size = self.tp_size // self.attn_dp_size
+        return ParallelConfig(tp_size=size, tp_rank=self.tp_rank % size)
+
     @classmethod
     def of_rank(
-        cls, world_rank: int, *, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1, ep_size: int = 1
+        cls,
+        world_rank: int,
+        *,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        dp_size: int = 1,
+        ep_size: int = 1,
+        attn_dp_size: int = 1,
     ) -> "ParallelConfig":
         """The coordinates of a world rank: tensor-parallel ranks are neighbours, then stages, then replicas."""
         shard_rank, tp_rank = divmod(world_rank, tp_size)
@@ -66,6 +88,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
             dp_rank=dp_rank,
             ep_size=ep_size,
             ep_rank=tp_rank // (tp_size // ep_size),
+            attn_dp_size=attn_dp_size,
         )
 
     def layer_range(self, num_layers: int) -> range:
@@ -112,17 +135,19 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_size * self.pp_size * self.tp_size
 
 
-def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int, ep_size: int) -> None:
+def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int, ep_size: int, attn_dp_size: int) -> None:
     """Find out whether a model can be split so, before anything is started.
 
     Raises:
         ValueError: if a dimension of the model does not divide; the message says which and by what.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % tp_size:
-        raise ValueError(f"--tp-size {tp_size} does not divide the model's {heads} attention heads")
-    if kv_heads % tp_size and tp_size % kv_heads:
-        raise ValueError(f"--tp-size {tp_size} is neither a divisor nor a multiple of {kv_heads} key/value heads")
+    attn_tp_size = tp_size // attn_dp_size
+    what = f"--tp-size {tp_size}" if attn_dp_size == 1 else f"--tp-size {tp_size} / --dp-size {attn_dp_size}"
+    if heads % attn_tp_size:
+        raise ValueError(f"{what} does not divide the model's {heads} attention heads")
+    if kv_heads % attn_tp_size and attn_tp_size % kv_heads:
+        raise ValueError(f"{what} is neither a divisor nor a multiple of {kv_heads} key/value heads")
     has_mlp = config.moe is None or not all(config.moe.sparse_layers)
     if has_mlp and config.intermediate_size % tp_size:
         raise ValueError(f"--tp-size {tp_size} does not divide the intermediate size {config.intermediate_size}")

@@ -93,7 +93,12 @@ class ChildProcesses:
         )
         for rank in args.local_ranks:
             parallel = ParallelConfig.of_rank(
-                rank, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size, ep_size=args.ep_size
+                rank,
+                tp_size=args.tp_size,
+                pp_size=args.pp_size,
+                dp_size=args.num_replicas,
+                ep_size=args.ep_size,
+                attn_dp_size=args.attn_dp_size,
             )
             rank_config = msgspec.structs.replace(config, parallel=parallel)
             self._start_one(f"scheduler (rank {rank})", self._scheduler_module, rank_config)

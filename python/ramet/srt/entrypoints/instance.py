@@ -72,7 +72,13 @@ class Instance:
         args = self.server_args
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
         self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
-        check_parallel_sizes(self.model_config, tp_size=args.tp_size, pp_size=args.pp_size, ep_size=args.ep_size)
+        check_parallel_sizes(
+            self.model_config,
+            tp_size=args.tp_size,
+            pp_size=args.pp_size,
+            ep_size=args.ep_size,
+            attn_dp_size=args.attn_dp_size,
+        )
         bootstrap_url = None
         if args.is_seed and self.is_head:
             self.bootstrap = self._start_bootstrap()

@@ -140,7 +140,11 @@ class RowParallelLinear(nn.Module):
             self.bias = declare_weight(
                 (output_size,), dtype, [shard_box(f"{name}.bias", (output_size,), 0, 0, output_size)]
             )
-        self.tp_size = parallel.tp_size
+        self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
+        return project(x, self.weight, self.bias if self.tp_rank == 0 else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""

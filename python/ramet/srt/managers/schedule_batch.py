@@ -43,6 +43,7 @@ class Req:
         self.handle: CacheHandle | None = None
         self.extend_len = 0  # tokens that this pass computes
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache
+        self.group = 0  # attention group whose ranks hold the request's KV cache
         self.num_pending = 0  # tokens that passes under way will give
 
         self.stop_stream: TextStream | None = None  # made for requests with stop strings
@@ -154,11 +155,14 @@ class ScheduleBatch:
         start = req.handle.kv_len
         if self.is_decode:
             token = LAST_TOKEN if req.num_pending else req.output_ids[-1]
-            return SequencePlan(rid=req.rid, row=req.handle.row, start=start, input_ids=[token], is_sampled=True)
+            return SequencePlan(
+                rid=req.rid, row=req.handle.row, group=req.group, start=start, input_ids=[token], is_sampled=True
+            )
         positions = req.input_logprob_positions()
         return SequencePlan(
             rid=req.rid,
             row=req.handle.row,
+            group=req.group,
             start=start,
             input_ids=req.fill_ids[start : start + req.extend_len],
             is_sampled=req.is_last_chunk,

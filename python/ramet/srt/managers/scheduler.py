@@ -86,14 +86,13 @@ class Scheduler:
         self.channel = channel
         self.page_size = server_args.page_size
         self.worker = TpModelWorker(model_runner)
-        allocator = PageAllocator(model_runner.max_total_num_tokens // self.page_size)
-        tree = RadixCache(allocator, self.page_size, server_args.disable_radix_cache)
-        rows = RowAllocator(server_args.max_running_requests)
-        self.cache = RequestCache(rows, allocator, tree, self.page_size)
+        self.rows = RowAllocator(server_args.max_running_requests)
+        # One for each attention group: its ranks alone hold the keys and values of its requests.
+        self.caches = [self._make_cache() for _ in range(model_runner.parallel.attn_dp_size)]
         self.output = OutputProcessor(tokenizer, model_config.eos_token_ids, server_args.stream_interval)
         self.waiting: deque[Req] = deque()
         self.running: list[Req] = []
-        self.chunked_req: Req | None = None
+        self.chunked: dict[int, Req] = {}  # by attention group: whose prompt did not fit into the last prefill pass
         self.compiling: list[tuple[Req, Future[Grammar]]] = []
         self.grammar_threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammar")
         self.seeds = random.Random(server_args.random_seed)
@@ -108,6 +107,11 @@ class Scheduler:
         self.sampling_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self.ended_rids: list[str] = []  # those of them that the ranks may forget
 
+    def _make_cache(self) -> RequestCache:
+        allocator = PageAllocator(self.model_runner.max_total_num_tokens // self.page_size)
+        tree = RadixCache(allocator, self.page_size, self.server_args.disable_radix_cache)
+        return RequestCache(self.rows, allocator, tree, self.page_size)
+
     # -- The loop
 
     def run_once(self) -> None:
@@ -116,7 +120,7 @@ class Scheduler:
             self._handle(message)
         if self.step() is None:
             if not self._has_work():
-                self.cache.check([])
+                self._check_caches()
             elif not self.under_way and self.compiling:
                 time.sleep(0.001)  # a grammar is being compiled and nothing else is to do
 
@@ -147,8 +151,13 @@ class Scheduler:
             assert oldest.wait is not None, "without a pipeline the leader samples"
             self._finish(oldest, oldest.wait())
 
+    def _check_caches(self) -> None:
+        """Assert, while nothing runs, that no page is lost."""
+        for cache in self.caches:
+            cache.check([])
+
     def _has_work(self) -> bool:
-        return bool(self.running or self.waiting or self.chunked_req or self.compiling or self.under_way)
+        return bool(self.running or self.waiting or self.chunked or self.compiling or self.under_way)
 
     @property
     def oldest_launch(self) -> float | None:
@@ -167,7 +176,11 @@ class Scheduler:
         self.waiting.append(req)
         while self._has_work():
             self.step()
-        self.cache.flush()
+        self._flush_caches()
+
+    def _flush_caches(self) -> None:
+        for cache in self.caches:
+            cache.flush()
 
     # -- Messages
 
@@ -187,6 +200,7 @@ class Scheduler:
     def _accept(self, message: TokenizedGenerateReqInput) -> None:
         seed = message.sampling_params.sampling_seed
         req = Req(message, self.seeds.getrandbits(63) if seed is None else seed)
+        req.group = self._least_busy_group()
         params = req.sampling_params
         max_len = self.model_runner.max_req_len
         if not req.origin_input_ids:
@@ -235,20 +249,20 @@ class Scheduler:
         if self._has_work():
             text = f"not flushed: {len(self.running)} requests run and {len(self.waiting)} wait"
             return FlushCacheReqOutput(request_id=message.request_id, success=False, message=text)
-        self.cache.flush()
+        self._flush_caches()
         return FlushCacheReqOutput(request_id=message.request_id, success=True, message="cache flushed")
 
     def _internal_state(self, message: GetInternalStateReq) -> GetInternalStateReqOutput:
-        tree = self.cache.tree
-        num_free = self.cache.allocator.num_free
-        num_used = self.cache.allocator.num_pages - num_free - tree.num_evictable_pages
+        num_pages = sum(cache.allocator.num_pages for cache in self.caches)
+        num_free = sum(cache.allocator.num_free for cache in self.caches)
+        num_cached = sum(cache.tree.num_evictable_pages for cache in self.caches)
         return GetInternalStateReqOutput(
             request_id=message.request_id,
             num_running_reqs=len(self._admitted()),
             num_waiting_reqs=len(self.waiting) + len(self.compiling),
-            num_used_tokens=num_used * self.page_size,
-            num_cached_tokens=tree.num_evictable_pages * self.page_size,
-            max_total_num_tokens=self.model_runner.max_total_num_tokens,
+            num_used_tokens=(num_pages - num_free - num_cached) * self.page_size,
+            num_cached_tokens=num_cached * self.page_size,
+            max_total_num_tokens=num_pages * self.page_size,
             num_retracted_reqs=self.num_retracted,
             last_gen_throughput=self._throughput(),
         )
@@ -284,42 +298,57 @@ class Scheduler:
         for req in ended:
             req.finish_reason = FinishReason(type="abort", message="aborted", status_code=499)
             self._release(req)
-        if self.chunked_req in ended:
-            self.chunked_req = None
+        self.chunked = {group: req for group, req in self.chunked.items() if not req.abort_requested}
         self.running = [req for req in self.running if not req.abort_requested]
         self._send(ended)
 
     def _admitted(self) -> list[Req]:
         """Every request that holds KV cache."""
-        return self.running if self.chunked_req is None else [*self.running, self.chunked_req]
+        return [*self.running, *self.chunked.values()]
 
     def _prefill_batch(self) -> ScheduleBatch | None:
-        if not self.waiting and self.chunked_req is None:
+        if not self.waiting and not self.chunked:
             return None
+        reqs = [req for group in range(len(self.caches)) for req in self._prefill_reqs(group)]
+        return ScheduleBatch.for_extend(reqs) if reqs else None
+
+    def _prefill_reqs(self, group: int) -> list[Req]:
+        """The requests of one attention group that the next pass prefills, or a chunk of them."""
+        cache = self.caches[group]
         chunk = self.server_args.chunked_prefill_size
         adder = PrefillAdder(
-            self.cache,
+            cache,
             None if chunk == -1 else chunk,
-            self._reserve_pages(),
+            self._reserve_pages(group),
             self.server_args.max_running_requests - len(self._admitted()),
         )
-        if self.chunked_req is not None:
-            adder.add_chunked(self.chunked_req)
-        queue = list(self.waiting)
-        order_waiting(queue, self.cache, self.server_args.schedule_policy)
+        chunked = self.chunked.pop(group, None)
+        if chunked is not None:
+            adder.add_chunked(chunked)
+        queue = [req for req in self.waiting if req.group == group]
+        order_waiting(queue, cache, self.server_args.schedule_policy)
         for req in queue:
             if adder.shares_uncached_prefix(req):
                 continue
             if not adder.add(req):
                 break
             self.waiting.remove(req)
-        self.chunked_req = adder.chunked_req
-        return ScheduleBatch.for_extend(adder.reqs) if adder.reqs else None
+        if adder.chunked_req is not None:
+            self.chunked[group] = adder.chunked_req
+        return adder.reqs
 
-    def _reserve_pages(self) -> int:
+    def _reserve_pages(self, group: int) -> int:
         """Pages that admission leaves for the tokens which running requests will still make."""
-        tokens = sum(req.num_remaining_tokens for req in self.running) * self.new_token_ratio
-        return self.cache.num_pages(int(tokens)) + len(self.running)
+        running = [req for req in self.running if req.group == group]
+        tokens = sum(req.num_remaining_tokens for req in running) * self.new_token_ratio
+        return self.caches[group].num_pages(int(tokens)) + len(running)
+
+    def _least_busy_group(self) -> int:
+        """The attention group with the fewest requests; a request stays in its group."""
+        loads = [0] * len(self.caches)
+        for req in [*self.waiting, *self._admitted(), *(req for req, _ in self.compiling)]:
+            loads[req.group] += 1
+        return loads.index(min(loads))
 
     def _decode_batch(self) -> ScheduleBatch | None:
         """The running requests that can gain a token now; in a pipeline, one micro-batch of them."""
@@ -331,11 +360,13 @@ class Scheduler:
         batch: list[Req] = []
         while candidates:
             req = candidates.popleft()
-            while not self.cache.extend(req.handle, req.seq_len):
+            while not self.caches[req.group].extend(req.handle, req.seq_len):
                 if self.under_way and not self.is_pipeline:
                     self._finish_under_way()  # its tokens may end requests; if not, they must be known to start over
                     return self._decode_batch()
-                victim = pick_retracted([other for other in self.running if other.num_pending == 0])
+                victim = pick_retracted(
+                    [other for other in self.running if other.num_pending == 0 and other.group == req.group]
+                )
                 self._retract(victim)
                 if victim is req:
                     break
@@ -345,6 +376,7 @@ class Scheduler:
             else:
                 batch.append(req)
         self.new_token_ratio = max(0.1, self.new_token_ratio * NEW_TOKEN_RATIO_DECAY)
+        batch.sort(key=lambda req: req.group)  # each attention group's tokens stand together
         return ScheduleBatch.for_decode(batch) if batch else None
 
     def _retract(self, req: Req) -> None:
@@ -371,7 +403,7 @@ class Scheduler:
         for req in batch.reqs:
             req.handle.kv_len += req.extend_len
             if not batch.is_decode:
-                self.cache.share(req.handle, req.fill_ids)
+                self.caches[req.group].share(req.handle, req.fill_ids)
         for req in batch.sampled_reqs:
             req.num_pending += 1
         if not batch.is_decode:
@@ -382,7 +414,7 @@ class Scheduler:
         new_states = [req.sampling_state() for req in batch.sampled_reqs if req.rid not in self.sampling_rids]
         self.sampling_rids.update(state.rid for state in new_states)
         ended, self.ended_rids = self.ended_rids, []
-        return batch.to_plan(self.cache.take_page_writes(), new_states, ended, self.model_config.vocab_size)
+        return batch.to_plan(self.rows.take_writes(), new_states, ended, self.model_config.vocab_size)
 
     def _finish(self, finished: PassUnderWay, result: BatchResult) -> None:
         """Give the tokens and log-probabilities of a pass to their requests; end and send on those that are done.
@@ -415,7 +447,7 @@ class Scheduler:
 
     def _release(self, req: Req) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""
-        self.cache.release(req.handle, req.fill_ids)
+        self.caches[req.group].release(req.handle, req.fill_ids)
         req.handle = None
         if req.rid in self.sampling_rids:
             self.sampling_rids.remove(req.rid)

@@ -1,5 +1,6 @@
 """Owns the execution of batch plans on one rank: plan to tensors, forward pass, sampling. Decides nothing."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -67,23 +68,38 @@ class TpModelWorker:
         if LAST_TOKEN not in last:
             places, tokens = to_device([table_rows, last], torch.int64, self.device)
             self._last_tokens.index_copy_(0, places, tokens)
-        return self.model_runner.decode(table_rows, [sequence.start for sequence in plan.sequences])
+        starts = [sequence.start for sequence in plan.sequences]
+        return self.model_runner.decode(table_rows, starts, self._own_sequences(plan))
+
+    def _own_sequences(self, plan: BatchPlan) -> slice:
+        """The sequences whose attention this rank computes: all, unless attention is data-parallel."""
+        parallel = self.model_runner.parallel
+        if parallel.attn_dp_size == 1:
+            return slice(0, len(plan.sequences))
+        groups = [sequence.group for sequence in plan.sequences]
+        return slice(bisect_left(groups, parallel.attn_dp_rank), bisect_right(groups, parallel.attn_dp_rank))
 
     def _extend_batch(self, plan: BatchPlan) -> ForwardBatch:
         """New prompt tokens of several sequences, as tensors on the device."""
         runner = self.model_runner
-        lens = [len(sequence.input_ids) for sequence in plan.sequences]
-        ends = [sequence.start + new for sequence, new in zip(plan.sequences, lens, strict=True)]
+        all_lens = [len(sequence.input_ids) for sequence in plan.sequences]
+        own = self._own_sequences(plan)
+        sequences, lens = plan.sequences[own], all_lens[own]
+        ends = [sequence.start + new for sequence, new in zip(sequences, lens, strict=True)]
+        first_token = sum(all_lens[: own.start])
+        flat_ids = np.concatenate([np.asarray(sequence.input_ids, dtype=np.int64) for sequence in plan.sequences])
         tokens = np.stack(
             [
-                np.concatenate([np.asarray(sequence.input_ids, dtype=np.int64) for sequence in plan.sequences]),
-                np.concatenate([np.arange(end - new, end) for new, end in zip(lens, ends, strict=True)]),
+                np.concatenate(
+                    [np.arange(0), *(np.arange(end - new, end) for new, end in zip(lens, ends, strict=True))]
+                ),
                 np.repeat(np.arange(len(lens)), lens),
             ]
         )
-        input_ids, positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
-        rows, seq_lens = to_device([[s.row for s in plan.sequences], ends], torch.int64, self.device)
-        block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends) // runner.page_size)]
+        input_ids = to_device(flat_ids, torch.int64, self.device)
+        positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
+        rows, seq_lens = to_device([[s.row for s in sequences], ends], torch.int64, self.device)
+        block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends, default=0) // runner.page_size)]
         pages = block_tables[sequence_of_token, positions // runner.page_size]
         return ForwardBatch(
             forward_mode=ForwardMode.EXTEND,
@@ -94,7 +110,8 @@ class TpModelWorker:
             seq_lens=seq_lens.to(torch.int32),
             seq_lens_cpu=ends,
             extend_lens_cpu=lens,
-            logits_rows=to_device(_last_rows(plan, lens), torch.int64, self.device),
+            logits_rows=to_device(_last_rows(plan, all_lens), torch.int64, self.device),
+            attn_tokens=slice(first_token, first_token + sum(lens)) if runner.parallel.attn_dp_size > 1 else None,
         )
 
     def _add_prompt_logprobs(self, plan: BatchPlan, hidden_states: torch.Tensor, result: BatchResult) -> None:

@@ -1,5 +1,7 @@
 """Owns which KV cache pages and which rows of the page table are free."""
 
+from ramet.srt.model_executor.batch_plan import PageWrite
+
 
 class PageAllocator:
     """Hands out page numbers from 1 to num_pages; page 0 is never given."""
@@ -35,10 +37,11 @@ class PageAllocator:
 
 
 class RowAllocator:
-    """Hands out rows of the page table, one for each request that holds KV cache."""
+    """Hands out rows of the page table, one for each request that holds KV cache, and notes what is written there."""
 
     def __init__(self, num_rows: int):
         self._free = list(range(num_rows - 1, -1, -1))
+        self._writes: list[PageWrite] = []  # what the ranks have not been told yet
 
     @property
     def num_free(self) -> int:
@@ -50,3 +53,13 @@ class RowAllocator:
 
     def free(self, row: int) -> None:
         self._free.append(row)
+
+    def write(self, row: int, start: int, pages: list[int]) -> None:
+        """Set the pages of `row` from its page index `start` on."""
+        if pages:
+            self._writes.append(PageWrite(row, start, list(pages)))
+
+    def take_writes(self) -> list[PageWrite]:
+        """The changes of the page table since the last call, in order."""
+        writes, self._writes = self._writes, []
+        return writes

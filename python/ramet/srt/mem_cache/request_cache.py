@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
-from ramet.srt.model_executor.batch_plan import PageWrite
 
 
 @dataclass
@@ -27,7 +26,6 @@ class RequestCache:
         self.allocator = allocator
         self.tree = tree
         self.page_size = page_size
-        self._page_writes: list[PageWrite] = []  # changes of the page table that the ranks have not been told yet
 
     @property
     def num_available_pages(self) -> int:
@@ -46,7 +44,7 @@ class RequestCache:
         pages, node = self.tree.match_prefix(token_ids)
         self.tree.lock(node)
         handle = CacheHandle(self.rows.alloc(), node, pages, len(pages), len(pages) * self.page_size)
-        self._write(handle.row, 0, pages)
+        self.rows.write(handle.row, 0, pages)
         return handle
 
     def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
@@ -59,7 +57,7 @@ class RequestCache:
         if missing > self.allocator.num_free:
             self.tree.evict(missing - self.allocator.num_free)
         pages = self.allocator.alloc(missing)
-        self._write(handle.row, len(handle.pages), pages)
+        self.rows.write(handle.row, len(handle.pages), pages)
         handle.pages.extend(pages)
         return True
 
@@ -82,7 +80,7 @@ class RequestCache:
         self.tree.unlock(handle.node)
         handle.node = node
         if num_held > handle.num_tree_pages:
-            self._write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
+            self.rows.write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
         handle.pages[:num_full] = pages
         handle.num_tree_pages = num_full
 
@@ -92,15 +90,6 @@ class RequestCache:
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
         self.rows.free(handle.row)
-
-    def take_page_writes(self) -> list[PageWrite]:
-        """The changes of the page table since the last call, in order."""
-        writes, self._page_writes = self._page_writes, []
-        return writes
-
-    def _write(self, row: int, start: int, pages: list[int]) -> None:
-        if pages:
-            self._page_writes.append(PageWrite(row, start, list(pages)))
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""

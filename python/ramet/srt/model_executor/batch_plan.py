@@ -23,6 +23,7 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     start: int  # tokens in the KV cache before the pass
     input_ids: list[int]  # the new tokens; LAST_TOKEN may stand for one in a decode pass
     is_sampled: bool  # whether a token comes out
+    group: int = 0  # attention group that computes its attention; the sequences of a plan are in the groups' order
     logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
     logprob_targets: list[int] = []  # the tokens behind it and those after it
     top_logprobs_num: int = 0

@@ -33,6 +33,9 @@ class ForwardBatch:
     seq_lens_cpu: list[int]  # the same on the host
     extend_lens_cpu: list[int]  # new tokens of each sequence; all 1 when decoding
     logits_rows: torch.Tensor  # int64 [num_logits]: the tokens whose logits are wanted
+    # With data-parallel attention: which tokens' attention this rank computes. What is said of sequences, positions
+    # and cache slots above is then of these alone; `input_ids` and `logits_rows` are of all tokens.
+    attn_tokens: slice | None = None
 
     # Set by the model runner, if not before
     kv_pool: "MHATokenToKVPool | None" = None
@@ -52,7 +55,7 @@ def make_decode_batch(
         rows: int64 [batch_size], of the page table.
         starts: int64 [batch_size], tokens in the cache before the pass; `starts_cpu` are the same on the host.
     """
-    num_pages = max(starts_cpu) // page_size + 1
+    num_pages = max(starts_cpu, default=0) // page_size + 1
     block_tables = req_pool.req_to_page[:, :num_pages].index_select(0, rows)
     pages = block_tables.gather(1, (starts // page_size).unsqueeze(1)).squeeze(1)
     return ForwardBatch(

@@ -168,6 +168,7 @@ class ModelRunner:
             if num_tokens <= self.max_req_len:
                 self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
         is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
+        is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
         # Torch's grouped product asks the host for the groups' sizes unless the type is bfloat16.
         has_fixed_shapes = self.model_config.moe is None or self.dtype == torch.bfloat16
         if is_wanted and has_fixed_shapes and self.attn_backend.can_be_captured:
@@ -205,10 +206,11 @@ class ModelRunner:
             theirs to the next.
         """
         batch.kv_pool, batch.attn_backend = self.kv_pool, self.attn_backend
-        self.attn_backend.init_forward_metadata(batch)
+        if batch.batch_size > 0:
+            self.attn_backend.init_forward_metadata(batch)
         inputs = batch.input_ids
         if not self.parallel.is_first_stage:
-            shape = (len(batch.positions), self.model_config.hidden_size)
+            shape = (len(batch.input_ids), self.model_config.hidden_size)
             inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
             receive_from_previous_stage(inputs)
         output = self.model(inputs, batch.positions, batch)
@@ -220,17 +222,23 @@ class ModelRunner:
         return None
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[int], starts: Sequence[int]) -> torch.Tensor | None:
+    def decode(self, rows: Sequence[int], starts: Sequence[int], own: slice) -> torch.Tensor | None:
         """Like `forward`, for the newest token of each request. The result is valid until the next call.
 
         Args:
             rows: of the page table, where the tokens stand too.
             starts: tokens of each request in the cache before the pass.
+            own: the requests whose attention this rank computes.
         """
         if self.graph_runner is not None and len(rows) <= self.graph_runner.max_batch_size:
             return self.graph_runner.replay(rows, starts)
         table_rows, positions = to_device([rows, starts], torch.int64, self.device)
-        return self.forward(make_decode_batch(self.req_pool, self.page_size, table_rows, positions, list(starts)))
+        batch = make_decode_batch(self.req_pool, self.page_size, table_rows[own], positions[own], list(starts[own]))
+        if self.parallel.attn_dp_size > 1:
+            batch.input_ids = self.req_pool.last_tokens.index_select(0, table_rows)
+            batch.logits_rows = torch.arange(len(rows), device=self.device)
+            batch.attn_tokens = own
+        return self.forward(batch)
 
     @torch.inference_mode()
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from torch import nn
 
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm
@@ -53,7 +54,7 @@ class LlamaAttention(nn.Module):
             prefix,
             bias=model.has_qkv_bias(),
             dtype=dtype,
-            parallel=parallel,
+            parallel=parallel.attention,
         )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
@@ -61,7 +62,7 @@ class LlamaAttention(nn.Module):
             f"{prefix}.o_proj",
             bias=model.has_o_bias(),
             dtype=dtype,
-            parallel=parallel,
+            parallel=parallel.attention,
         )
         self.q_norm = self.k_norm = None
         if model.has_qk_norm:
@@ -79,8 +80,21 @@ class LlamaAttention(nn.Module):
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
+        if forward_batch.attn_tokens is None:
+            return self.o_proj(self._attend(x, rotary, forward_batch))
+        # Data-parallel attention: each rank adds its part, of its own group's tokens and its own heads.
+        output = torch.zeros_like(x)
+        if forward_batch.batch_size > 0:
+            own = forward_batch.attn_tokens
+            output[own] = self.o_proj.partial(self._attend(x[own], rotary, forward_batch))
+        return tensor_model_parallel_all_reduce(output)
+
+    def _attend(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
         q, k, v = self.attn.norm_and_rotate(self.qkv_proj(x), rotary, self.q_norm, self.k_norm, forward_batch)
-        return self.o_proj(self.attn(q, k, v, forward_batch).flatten(1))
+        return self.attn(q, k, v, forward_batch).flatten(1)
 
 
 class LlamaDecoderLayer(nn.Module):
