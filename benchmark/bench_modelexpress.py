@@ -105,7 +105,7 @@ def make_worker(rank: int, num_ranks: int, num_tensors: int) -> p2p_pb2.WorkerMe
         manifest,
         base_address=(1 << 46) + (rank << 40),
         session_id="10.0.0.1:15000",
-        info_url="http://10.0.0.1:30000/get_transfer_engine_info?rank=0",
+        info_url="http://10.0.0.1:30000/remote_instance_transfer_engine_info?rank=0&role=target",
         facts=InstanceFacts(instance="http://10.0.0.1:30000", host="node", world_rank=rank, load=load),
         accelerator="cuda",
     )
