@@ -127,7 +127,7 @@ def search(
             if found is not None:
                 return found
             outage_since = None
-            what = "a source that is initializing" if coming else "whoever claims the files"
+            what = "a source that is initializing" if coming else "whoever claims the files" if claim else "a source"
         except ModelExpressError as error:
             outage_since = outage_since or now
             if now - outage_since >= OUTAGE_S or now >= deadline:
