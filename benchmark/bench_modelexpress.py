@@ -105,16 +105,22 @@ def make_worker(rank: int, num_ranks: int, num_tensors: int) -> p2p_pb2.WorkerMe
         manifest,
         base_address=(1 << 46) + (rank << 40),
         session_id="10.0.0.1:15000",
-        info_url="http://10.0.0.1:30000/get_transfer_engine_info?rank=0",
+        info_url="http://10.0.0.1:30000/remote_instance_transfer_engine_info?rank=0&role=target",
         facts=InstanceFacts(instance="http://10.0.0.1:30000", host="node", world_rank=rank, load=load),
         accelerator="cuda",
     )
 
 
-async def measure(calls: list[Callable[[], Awaitable[Any]]], concurrency: int, seconds: float | None) -> dict[str, Any]:
-    """Make the calls, in turns, `concurrency` at a time: each once when `seconds` is None, else for so long."""
+async def measure(
+    calls: list[Callable[[], Awaitable[Any]]], process: psutil.Process, concurrency: int, seconds: float | None
+) -> dict[str, Any]:
+    """Make the calls, in turns, `concurrency` at a time: each once when `seconds` is None, else for so long.
+
+    The server's CPU time per call does not depend on what else the machine does.
+    """
     latencies: list[float] = []
     next_call = 0
+    cpu_start_s = sum(process.cpu_times()[:2])
     start = time.perf_counter()
 
     async def worker() -> None:
@@ -132,6 +138,7 @@ async def measure(calls: list[Callable[[], Awaitable[Any]]], concurrency: int, s
         "calls_per_s": len(latencies) / elapsed,
         "median_ms": median(latencies) * 1e3,
         "p99_ms": quantiles(latencies, n=100)[98] * 1e3,
+        "server_cpu_ms": (sum(process.cpu_times()[:2]) - cpu_start_s) / len(latencies) * 1e3,
     }
 
 
@@ -171,7 +178,9 @@ async def measure_server(address: str, process: psutil.Process, args: argparse.N
         one_rank = p2p_pb2.ListSourcesRequest(identity=identity, status_filter=READY, worker_rank_filter=0)
         all_ranks = p2p_pb2.ListSourcesRequest(identity=identity, status_filter=READY)
         results["record_bytes"] = records[0].ByteSize()
-        results["PublishMetadata"] = await measure([lambda i=i: publish(i) for i in workers], args.concurrency, None)
+        results["PublishMetadata"] = await measure(
+            [lambda i=i: publish(i) for i in workers], process, args.concurrency, None
+        )
         results["full_rss"] = process.memory_info().rss
         for name, calls in {
             "UpdateStatus": [lambda i=i: update(i) for i in workers],
@@ -179,7 +188,7 @@ async def measure_server(address: str, process: psutil.Process, args: argparse.N
             "ListSources, all ranks": [lambda: raw["ListSources"](all_ranks, timeout=60)],
             "GetMetadata": [lambda i=i: get(i) for i in workers],
         }.items():
-            results[name] = await measure(calls, args.concurrency, args.seconds)
+            results[name] = await measure(calls, process, args.concurrency, args.seconds)
         listed = await raw["ListSources"](all_ranks, timeout=60)
         if len(listed.instances) != args.workers:
             raise RuntimeError(f"{len(listed.instances)} workers are listed, {args.workers} were published")
@@ -191,7 +200,8 @@ def to_rows(name: str, results: dict[str, Any], num_workers: int) -> list[tuple[
     for label, result in results.items():
         if isinstance(result, dict):
             text = f"{result['calls_per_s']:.0f} calls/s, median {result['median_ms']:.1f} ms"
-            rows.append((f"{name}: {label}", f"{text}, p99 {result['p99_ms']:.1f} ms"))
+            text += f", p99 {result['p99_ms']:.1f} ms, server CPU {result['server_cpu_ms']:.2f} ms"
+            rows.append((f"{name}: {label}", text))
     per_worker = (results["full_rss"] - results["empty_rss"]) / num_workers
     rows.append((f"{name}: server memory per worker", f"{per_worker / 1e3:.1f} kB"))
     if "redis_bytes" in results:

@@ -126,7 +126,7 @@ def make_worker(
         make_manifest(num_tensors),
         base_address=1 << 40,
         session_id="127.0.0.1:12345",
-        info_url="http://127.0.0.1:6789/get_transfer_engine_info?rank=0",
+        info_url="http://127.0.0.1:30000/remote_instance_transfer_engine_info?rank=0&role=target",
         facts=InstanceFacts(**{"instance": "http://127.0.0.1:30000"} | facts),
     )
     worker.status = status

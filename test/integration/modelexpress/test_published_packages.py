@@ -103,7 +103,7 @@ def test_our_client_with_their_server(their_server: str) -> None:
         (ref,) = find_sources(client, make_identity(), 0)
         source = fetch_source(client, ref)
         assert source is not None and len(source.tensors) == 3 and source.tensors[0].dtype == "bfloat16"
-        assert source.info_url == "http://127.0.0.1:6789/get_transfer_engine_info?rank=0"
+        assert source.info_url == "http://127.0.0.1:30000/remote_instance_transfer_engine_info?rank=0&role=target"
         assert client.list_sources(make_identity(), worker_rank=1) == []
         assert client.list_sources(model_name="other") == []
         with pytest.raises(ModelExpressError, match="REFUSED: identity.model_name is required"):

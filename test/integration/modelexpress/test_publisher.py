@@ -5,10 +5,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from modelexpress_harness import free_port, make_identity, make_worker, running_server, wait_until
+from modelexpress_harness import free_port, make_identity, make_worker, running_redis, running_server, wait_until
 from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.publisher import INITIALIZING, READY, STALE, Publisher
@@ -164,6 +165,32 @@ def test_the_server_killed_at_every_step() -> None:
             wait_until(lambda client=client: listed(client, READY) == [publisher.worker_id], 30, "READY")
         wait_until(lambda: publisher.stats().last_error, what="a failure after READY")
     publisher.close()
+
+
+def test_withdrawing_a_record_that_the_server_has_lost() -> None:
+    port = free_port()
+    with running_server(port=port) as server:
+        publisher = make_publisher(server.address, heartbeat_interval_s=60)
+        publisher.start()
+        assert publisher.set_status(READY, timeout_s=10)
+    with running_server(port=port):
+        assert publisher.set_status(STALE, timeout_s=30)
+        publisher.close()
+
+
+def test_withdrawing_goes_on_until_the_store_is_back(tmp_path: Path) -> None:
+    """Defect 12: while Redis is away a withdrawal is refused; the record must not stay READY afterwards."""
+    with running_redis(tmp_path) as redis, running_server(redis_url=redis.url) as server:
+        publisher = make_publisher(server.address)
+        publisher.start()
+        assert publisher.set_status(READY, timeout_s=10)
+        redis.kill()
+        assert not publisher.set_status(STALE, timeout_s=1.5)
+        redis.start()
+        assert publisher.set_status(STALE, timeout_s=30)
+        with ModelExpressClient(server.address, environ={}) as client:
+            assert listed(client, READY) == [] and listed(client, STALE) == [publisher.worker_id]
+        publisher.close()
 
 
 def test_unset_load_is_unknown(server: ModelExpressServer, client: ModelExpressClient) -> None:

@@ -121,6 +121,13 @@ def test_what_is_wrong_is_one_line(flags: list[str], message: str) -> None:
     assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
+def test_the_console_script_starts_it_too() -> None:
+    command = [sys.executable, "-m", "ramet.cli", "modelexpress-server", "--port", "99999"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.startswith("ramet modelexpress-server: error: --port must be a port number")
+
+
 def test_a_bad_environment_is_one_line() -> None:
     environ = os.environ | {"MX_HEARTBEAT_TIMEOUT_SECS": "soon"}
     command = [*MODULE, "--port", "0", "--metrics-port", "0"]

@@ -18,7 +18,7 @@ FACTS = InstanceFacts(
     layout_signature="d1",
     load=LoadFacts(source="transfer_engine", num_bytes=10, seconds=0.5, taken_from=("w1",)),
 )
-URL = "http://10.0.0.1:6789/get_transfer_engine_info?rank=5"
+URL = "http://10.0.0.1:30000/remote_instance_transfer_engine_info?rank=5&role=target"
 
 
 def build() -> p2p_pb2.WorkerMetadata:

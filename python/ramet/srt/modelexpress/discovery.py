@@ -18,6 +18,8 @@ from ramet.srt.modelexpress.source_identity import compute_source_id, same_model
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.3
+MAX_POLL_S = 2.0
+POLL_SHARE = 0.05  # of the time already waited: a hundred that wait for minutes must not keep the server busy
 UNKNOWN_LOAD = 0.5  # of a source that does not say how busy it is
 INITIALIZING_SILENCE_S = 4 * INITIALIZING_INTERVAL_S  # an initializing source that is silent for so long has died
 OUTAGE_S = 10.0  # a server that fails for so long while one waits is given up
@@ -114,7 +116,8 @@ def search(
         ModelExpressError: if the server cannot be reached for some seconds.
     """
     ages = AgeTracker(wall_ms=None)
-    deadline = time.monotonic() + timeout_s
+    start = time.monotonic()
+    deadline = start + timeout_s
     outage_since: float | None = None
     awaited = ""
     while True:
@@ -124,7 +127,7 @@ def search(
             if found is not None:
                 return found
             outage_since = None
-            what = "a source that is initializing" if coming else "whoever claims the files"
+            what = "a source that is initializing" if coming else "whoever claims the files" if claim else "a source"
         except ModelExpressError as error:
             outage_since = outage_since or now
             if now - outage_since >= OUTAGE_S or now >= deadline:
@@ -137,7 +140,8 @@ def search(
         if now >= deadline:
             release(claim)
             return Search(sources=[], reason=f"no source became ready within {timeout_s:.0f} s of waiting for {what}")
-        time.sleep(min(poll_s * random.uniform(0.7, 1.3), max(0.0, deadline - time.monotonic())))
+        pause_s = max(poll_s, min(MAX_POLL_S, POLL_SHARE * (now - start))) * random.uniform(0.7, 1.3)
+        time.sleep(min(pause_s, max(0.0, deadline - time.monotonic())))
 
 
 def look_and_claim(

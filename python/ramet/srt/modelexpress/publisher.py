@@ -96,7 +96,7 @@ class Publisher:
             return self._changed.wait_for(lambda: self._told == status, timeout_s)
 
     def replace(self, worker: p2p_pb2.WorkerMetadata) -> None:
-        """Publish another record in place of this one, as INITIALIZING: the weights have changed."""
+        """Publish another record in place of this one, which is STALE, as INITIALIZING: the weights have changed."""
         with self._changed:
             self._worker, self._wanted, self._told, self._source_id = worker, INITIALIZING, None, ""
             self._note_change()
@@ -157,6 +157,8 @@ class Publisher:
             source_id = source_id or self._publish(worker, wanted)
             rank, load = worker.worker_rank, self._load_probe()
             accepted = self._client.update_status(source_id, self.worker_id, rank, wanted, load)
+            if not accepted and wanted == STALE:
+                accepted = self._is_unknown(source_id)
         except ModelExpressError as error:
             self._note_failure(str(error))
             return
@@ -166,7 +168,12 @@ class Publisher:
             if accepted:
                 self._note_success(wanted)
             else:
-                self._note_rejection()
+                self._note_rejection(wanted)
+
+    def _is_unknown(self, source_id: str) -> bool:
+        """Whether the server has no record; it also refuses updates while its store is away, and then echoes no ids."""
+        answer = self._client.get_metadata(source_id, self.worker_id)
+        return not answer.found and answer.worker_id == self.worker_id
 
     def _say_goodbye(self) -> None:
         if not self._source_id or self._told == STALE:
@@ -204,10 +211,10 @@ class Publisher:
         self._stats.last_error = ""
         self._changed.notify_all()
 
-    def _note_rejection(self) -> None:
+    def _note_rejection(self, status: int) -> None:
         self._rejections += 1
-        self._backoff_s = FIRST_BACKOFF_S
-        if self._rejections >= LOST_AFTER_REJECTIONS:
+        self._backoff_s = min(2 * self._backoff_s or FIRST_BACKOFF_S, MAX_BACKOFF_S)
+        if self._rejections >= LOST_AFTER_REJECTIONS and status != STALE:
             self._source_id, self._told = "", None
             self._rejections, self._backoff_s = 0, 0.0
             self._stats.num_lost += 1

@@ -107,7 +107,8 @@ class ModelExpressServer:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # whatever loop the process prefers
+                runner.run(self._serve())
         except BaseException as error:
             if self._started.done():
                 logger.exception("the ModelExpress server has ended")

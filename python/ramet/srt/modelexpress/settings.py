@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 DEFAULT_ADDRESS = "localhost:8001"
-EMBEDDED_URL = "embedded"
 TRANSPORTS = ("transfer_engine",)
 FLAG = "--modelexpress-config"
 
@@ -18,7 +17,7 @@ FLAG = "--modelexpress-config"
 class ModelExpressConfig:
     """The value of --modelexpress-config. What is None is taken from the engine."""
 
-    url: str | None = None  # host:port of the metadata server; "embedded" starts one in the head process
+    url: str | None = None  # host:port of the metadata server
     source: bool | None = None  # True: this instance is a seed and never takes its weights from another one
     transport: str = "transfer_engine"
     model_name: str | None = None

@@ -120,6 +120,7 @@ class _Record:
         worker = p2p_pb2.WorkerMetadata.FromString(self.head)
         worker.status, worker.updated_at = self.row.status, self.row.updated_at
         if self.tensors:
+            worker.tensor_source.SetInParent()
             worker.tensor_source.MergeFromString(zlib.decompress(self.tensors))
             worker.tensors.MergeFrom(worker.tensor_source.tensors)
         return worker
