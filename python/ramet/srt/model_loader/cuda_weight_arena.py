@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ramet.srt.model_loader import cuda_ipc
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_boxes import ByteRange
 from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, align_up
@@ -51,6 +52,15 @@ class CudaWeightArena(WeightArena):
             for start, stop in zeroed:
                 self.buffer[start:stop].zero_()
         self.stream.synchronize()
+
+    def export_memory(self) -> tuple[bytes, int]:
+        """A CUDA IPC handle of the memory around the arena, and where in it the arena starts.
+
+        Raises:
+            OSError: if the memory can't be lent to other processes.
+        """
+        with torch.cuda.device(self.torch_device):
+            return cuda_ipc.export_memory(self.address)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         with torch.cuda.stream(self.stream):
