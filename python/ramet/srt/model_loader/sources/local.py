@@ -1,5 +1,7 @@
 """Owns filling an arena from a seed on the same host: mapping its memory, or copying it."""
 
+import time
+
 from ramet.srt.model_loader.local_share import request_memory
 from ramet.srt.model_loader.seed_registration import LocalHandle
 from ramet.srt.model_loader.sources.file_reader import fill_from_files
@@ -16,6 +18,7 @@ class LocalSource:
         self._manifest = seed_manifest
         self._digest = layout_digest(seed_manifest)
         self._timeout_s = timeout_s
+        self.transfer_seconds = 0.0  # of `copy`
         self._memory = request_memory(handle.socket_name, self._digest, timeout_s)
 
     def __enter__(self) -> "LocalSource":
@@ -56,6 +59,7 @@ class LocalSource:
             raise ValueError("the seed's memory is on a GPU, this instance's is not")
         transfer_plan = plan(arena.manifest, [source_from_manifest("the seed", self._manifest)])
         arena.prepare_fill(zero_ranges(arena.manifest))
+        start = time.perf_counter()
         if memory.cuda_ipc_handle:
             from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
 
@@ -66,4 +70,5 @@ class LocalSource:
             # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
             assert memory.fd is not None
             fill_from_files(transfer_plan.ops, [memory.fd], arena)
+        self.transfer_seconds = time.perf_counter() - start
         return transfer_plan.nbytes
