@@ -17,7 +17,7 @@ from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
+from ramet.srt.model_loader.weight_arena import HostReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_seed import WeightSeed
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
@@ -359,9 +359,9 @@ class Interrupted:
             return original(engine, session_id, local, remote, nbytes, timeout_s)
 
         monkeypatch.setattr(MooncakeEngine, "read", read)
-        original_cut_off = ReceiveWindow.cut_off
+        original_cut_off = HostReceiveWindow.cut_off
         monkeypatch.setattr(
-            ReceiveWindow, "cut_off", lambda window: (self.windows.append(window), original_cut_off(window))
+            HostReceiveWindow, "cut_off", lambda window: (self.windows.append(window), original_cut_off(window))
         )
 
 

@@ -2,11 +2,14 @@
 
 import os
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 import toy_model as toy
 from ramet.srt.model_loader import local_share
-from ramet.srt.model_loader.local_share import LocalShareServer, request_memory
+from ramet.srt.model_loader.local_share import LocalShareServer, ShareReply, request_memory
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
 
@@ -27,13 +30,12 @@ def server(arena):
 
 
 def test_the_memory_file_arrives_and_can_only_be_read(arena, server):
-    fd = request_memory(server.name, layout_digest(arena.manifest), 5)
-    assert os.pread(fd, 3, 0) == b"abc" and not os.get_inheritable(fd)
-    with pytest.raises(PermissionError):
-        os.pwrite(fd, b"x", 0)
-    with pytest.raises(PermissionError):
-        os.ftruncate(fd, 0)
-    os.close(fd)
+    with request_memory(server.name, layout_digest(arena.manifest), 5) as memory:
+        assert os.pread(memory.fd, 3, 0) == b"abc" and not os.get_inheritable(memory.fd)
+        with pytest.raises(PermissionError):
+            os.pwrite(memory.fd, b"x", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, 0)
 
 
 def test_a_server_that_is_closed_leaves_nothing(arena):
@@ -71,7 +73,7 @@ def test_garbage_does_not_stop_the_server(arena, server):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.connect("\0" + server.name)
             connection.send(data)
-    os.close(request_memory(server.name, layout_digest(arena.manifest), 5))
+    request_memory(server.name, layout_digest(arena.manifest), 5).__exit__()
 
 
 def test_a_server_that_never_answers_is_given_up():
@@ -80,3 +82,54 @@ def test_a_server_that_never_answers_is_given_up():
         silent.listen()
         with pytest.raises(TimeoutError):
             request_memory(silent.getsockname()[1:].decode(), "", 0.2)
+
+
+class GpuArena:
+    """What the server sees of an arena in a GPU's memory."""
+
+    device = "cuda"
+
+    def __init__(self, manifest, error=None):
+        self.manifest = manifest
+        self.error = error
+
+    def export_memory(self):
+        if self.error is not None:
+            raise self.error
+        return b"h" * 64, 512
+
+
+def test_a_gpus_memory_is_lent_for_as_long_as_both_sides_live(arena):
+    server = LocalShareServer(GpuArena(arena.manifest))
+    with request_memory(server.name, layout_digest(arena.manifest), 5) as memory:
+        assert (memory.fd, memory.cuda_ipc_handle, memory.offset) == (None, b"h" * 64, 512)
+        assert memory.seed_is_alive()
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        closing.join(0.05)
+        assert closing.is_alive() and memory.seed_is_alive(), "the seed goes on while its memory is read"
+    closing.join(5)
+    assert not closing.is_alive()
+
+
+def test_a_seed_that_dies_is_noticed(arena):
+    name = f"ramet-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as seed:
+        seed.bind("\0" + name)
+        seed.listen()
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(request_memory, name, "", 5)
+            connection, _ = seed.accept()
+            connection.recv(4096)
+            connection.send(msgspec.msgpack.encode(ShareReply(cuda_ipc_handle=b"h" * 64)))
+            with asking.result() as memory:
+                assert memory.seed_is_alive()
+                connection.close()
+                assert not memory.seed_is_alive()
+
+
+def test_memory_that_cannot_be_lent_is_refused_with_the_reason(arena):
+    server = LocalShareServer(GpuArena(arena.manifest, OSError("cuIpcGetMemHandle: not supported")))
+    with pytest.raises(ValueError, match="not supported"):
+        request_memory(server.name, layout_digest(arena.manifest), 5)
+    server.close()

@@ -122,6 +122,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     num_bytes: int
     seconds: float
     verified: bool  # content checksums were compared with the seed's
+    transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why an earlier source was given up; empty when the first one served
 
 

@@ -1,15 +1,19 @@
 """Owns the weight arena in a GPU's memory: one allocation and the views into it. Moves no bytes itself."""
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader.transfer_plan import CopyOp
+from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_boxes import ByteRange
 from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, align_up
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
+NUM_RECEIVE_BATCHES = 3  # of a receive window
 
 
 class CudaWeightArena(WeightArena):
@@ -52,6 +56,75 @@ class CudaWeightArena(WeightArena):
                 self.buffer[start:stop].zero_()
         self.stream.synchronize()
 
+    def open_receive_window(self, max_batch_nbytes: int) -> ReceiveWindow:
+        self._require_private()
+        return CudaReceiveWindow(self, max_batch_nbytes)
+
+    def drop_memory(self) -> None:
+        """Nobody but this process writes to the arena itself: there is nothing to part from."""
+        self._require_private()
+
+    def export_memory(self) -> tuple[bytes, int]:
+        """A CUDA IPC handle of the memory around the arena, and where in it the arena starts.
+
+        Raises:
+            OSError: if the memory can't be lent to other processes.
+        """
+        with torch.cuda.device(self.torch_device):
+            return cuda_ipc.export_memory(self.address)
+
     def read_bytes(self, start: int, stop: int) -> bytes:
         with torch.cuda.stream(self.stream):
             return self.buffer[start:stop].cpu().numpy().tobytes()
+
+
+class CudaReceiveWindow(ReceiveWindow):
+    """Pinned host memory for a few batches, each copied on to the GPU while the next one comes.
+
+    So any transport can fill the arena, with and without access to the GPU's memory, and one that was given up can
+    never write there.
+    """
+
+    def __init__(self, arena: CudaWeightArena, max_batch_nbytes: int) -> None:
+        self._arena = arena
+        self._batch_nbytes = max_batch_nbytes
+        self.nbytes = NUM_RECEIVE_BATCHES * max_batch_nbytes
+        with torch.cuda.device(arena.torch_device):
+            self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._copied = [torch.cuda.Event() for _ in range(NUM_RECEIVE_BATCHES)]
+        self.address = self._memory.data_ptr()
+        self._count = 0
+
+    def populate(self) -> None:
+        """Pinned memory is there from the start."""
+
+    def place(self, batch: Sequence[CopyOp]) -> list[int]:
+        self._copied[self._count % NUM_RECEIVE_BATCHES].synchronize()
+        return [self.address + start for start in self._starts(batch)]
+
+    def deliver(self, batch: Sequence[CopyOp]) -> None:
+        with torch.cuda.stream(self._arena.stream):
+            for op, start in zip(batch, self._starts(batch), strict=True):
+                target = self._arena.buffer[op.target_offset : op.target_stop]
+                target.copy_(self._memory[start : start + op.row_nbytes], non_blocking=True)
+            self._copied[self._count % NUM_RECEIVE_BATCHES].record()
+        self._count += 1
+
+    def finish(self) -> None:
+        self._arena.stream.synchronize()
+
+    def cut_off(self) -> None:
+        """What arrives late stays in the window's own memory, which is never given back then."""
+        self._arena.stream.synchronize()
+        _abandoned.append(self._memory)
+
+    def close(self) -> None:
+        """The memory goes with the object."""
+
+    def _starts(self, batch: Sequence[CopyOp]) -> list[int]:
+        """Where in the window each operation of the current batch stands."""
+        first = self._count % NUM_RECEIVE_BATCHES * self._batch_nbytes
+        return [first + start for start in itertools.accumulate((op.row_nbytes for op in batch[:-1]), initial=0)]
+
+
+_abandoned: list[torch.Tensor] = []  # windows that a transport may still write to

@@ -176,7 +176,11 @@ class RemoteInstanceModelLoader:
         # Mapped memory is the seed's own: samples tell whether it is what was announced.
         verified = self._verify(manifest, arena, answer.manifest, samples_only=is_mapped)
         return LoadReport(
-            source="local_map" if is_mapped else "local_copy", num_bytes=num_bytes, seconds=0.0, verified=verified
+            source="local_map" if is_mapped else "local_copy",
+            num_bytes=num_bytes,
+            seconds=0.0,
+            verified=verified,
+            transfer_seconds=source.transfer_seconds,
         )
 
     def _transfer(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport:

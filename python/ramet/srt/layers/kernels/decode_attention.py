@@ -18,7 +18,7 @@ MIN_DOT_ROWS = 16  # the least that the matrix units take
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "num_splits"])
 def _decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -34,13 +34,14 @@ def _decode_kernel(
     num_heads,
     scale,
     window,
+    num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -62,12 +63,12 @@ def _decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     seq_len = tl.load(seq_lens_ptr + sequence)
     first_visible = tl.maximum(0, seq_len - window)
-    per_split = tl.cdiv(tl.cdiv(seq_len - first_visible, NUM_SPLITS), BLOCK_KEYS) * BLOCK_KEYS
+    per_split = tl.cdiv(tl.cdiv(seq_len - first_visible, num_splits), BLOCK_KEYS) * BLOCK_KEYS
     start = first_visible + split * per_split
     stop = tl.minimum(start + per_split, seq_len)
-    lse_ptrs = lse_ptr + (sequence * num_heads + heads) * NUM_SPLITS + split
+    lse_ptrs = lse_ptr + (sequence * num_heads + heads) * num_splits + split
     if start >= stop:
-        if NUM_SPLITS > 1:
+        if IS_SPLIT:
             tl.store(lse_ptrs, tl.full([BLOCK_HEADS], float("-inf"), tl.float32), mask=head_mask)
         return
 
@@ -98,35 +99,36 @@ def _decode_kernel(
     out = acc / total[:, None]
     out_mask = head_mask[:, None] & dim_mask[None, :]
     rows = sequence * num_heads + heads
-    if NUM_SPLITS == 1:
+    if not IS_SPLIT:
         tl.store(out_ptr + rows[:, None] * HEAD_DIM + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)
     else:
-        partial_rows = rows * NUM_SPLITS + split
+        partial_rows = rows * num_splits + split
         tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + dims[None, :], out, mask=out_mask)
         tl.store(lse_ptrs, maximum + tl.log2(total), mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
     partial_ptr,
     lse_ptr,
     out_ptr,
+    num_splits,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program sums the splits of one head of one sequence, weighted by their softmax totals."""
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, NUM_SPLITS)
+    splits = tl.arange(0, BLOCK_SPLITS)
     dims = tl.arange(0, BLOCK_DIM)
     dim_mask = dims < HEAD_DIM
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    lse = tl.load(lse_ptr + row * NUM_SPLITS + splits)
+    lse = tl.load(lse_ptr + row * num_splits + splits, mask=splits < num_splits, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
-    offsets = (row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :]
+    offsets = (row * num_splits + splits)[:, None] * HEAD_DIM + dims[None, :]
     mask = (lse > float("-inf"))[:, None] & dim_mask[None, :]  # an empty split wrote nothing
     partial = tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     out = tl.sum(partial * weights[:, None], axis=0) / tl.sum(weights, axis=0)
@@ -191,13 +193,14 @@ def decode_attention(
         num_heads,
         scale * LOG2_E,
         sliding_window if sliding_window is not None else 2**30,
+        num_splits,
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         GROUP=group,
         BLOCK_HEADS=max(MIN_DOT_ROWS, next_power_of_2(group)),
         BLOCK_KEYS=_block_keys(q.dtype, block_dim),
         PAGE_SIZE=page_size,
-        NUM_SPLITS=num_splits,
+        IS_SPLIT=num_splits > 1,
         PRECISION=dot_precision(q.dtype),
         EARLY=early,
         num_warps=4,
@@ -209,9 +212,10 @@ def decode_attention(
             scratch,
             lse,
             out,
+            num_splits,
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
-            NUM_SPLITS=num_splits,
+            BLOCK_SPLITS=MAX_SPLITS,
             EARLY=early,
             num_warps=4,
             **launch,

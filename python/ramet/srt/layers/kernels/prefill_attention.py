@@ -63,7 +63,7 @@ def _attend_keys(
     return acc, total, maximum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,

@@ -24,6 +24,7 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
     largest = max((_span(op) for op in parts), default=0)
 
     def make_worker() -> Callable[[CopyOp], None]:
+        torch.cuda.set_device(arena.torch_device)  # a thread starts with the first GPU
         return _Uploader(fds, arena, largest).run
 
     run_in_threads(parts, make_worker, "read-weights")

@@ -15,7 +15,7 @@ from ramet.srt.model_loader.transfer_plan import (
     source_from_manifest,
     zero_ranges,
 )
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_boxes import locate_box
 from ramet.srt.model_loader.weight_manifest import WeightManifest, element_size
 
@@ -61,14 +61,15 @@ class TransferEngineSource:
         """
         arena.prepare_fill(zero_ranges(arena.manifest))
         engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
-        window = arena.open_receive_window()
+        window = arena.open_receive_window(MAX_BATCH_BYTES)
         try:
             engine.register(window.address, window.nbytes)
             # A transport that touches fresh memory page by page is three times slower than one that does not.
             with ThreadPoolExecutor(1, thread_name_prefix="populate") as pool:
-                populating = pool.submit(arena.populate, window.address)
-                self._read(engine, window.address, timeout_s)
+                populating = pool.submit(window.populate)
+                self._read(engine, window, timeout_s)
             populating.result()
+            window.finish()
         except BaseException:
             window.cut_off()
             engine.abandon()
@@ -80,17 +81,18 @@ class TransferEngineSource:
         engine.unregister(window.address)
         window.close()
 
-    def _read(self, engine: MooncakeEngine, address: int, timeout_s: float) -> None:
+    def _read(self, engine: MooncakeEngine, window: ReceiveWindow, timeout_s: float) -> None:
         batches = list(make_batches(self.plan.ops))
         for number, batch in enumerate(batches):
             self.unfinished = [op for later in batches[number:] for op in later]
             engine.read(
                 self._session_id,
-                [address + op.target_offset for op in batch],
+                window.place(batch),
                 [self._base + op.source_offset for op in batch],
                 [op.row_nbytes for op in batch],
                 timeout_s,
             )
+            window.deliver(batch)
         self.unfinished = []
 
 

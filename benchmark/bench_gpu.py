@@ -1,0 +1,307 @@
+"""What a GPU instance reaches, each figure beside the limit that the same run measures on the same GPU.
+
+    python benchmark/bench_gpu.py [--only limits,checkpoint,decode,throughput,clone] [--work-dir FOLDER]
+
+The model is a random one in the shape of Qwen3-8B (16.4 GB in bfloat16), written to the work folder at the first run.
+Limits: a device-to-device copy (bytes read plus written), a pinned copy from the host, a bfloat16 product of random
+matrices. Decode: one request's token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that
+many requests at once, 512 tokens in and 256 out, against the floor: the prompt's operations at the product's rate plus
+the bytes of weights and KV cache that decoding reads at the copy's rate. Clone: a second instance takes the weights
+from the first one, on another GPU if there is one, while the first one serves.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import gc
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench_common import RESULTS, ROOT, Server, percentile, random_prompt, report
+from bench_serving import run_load
+
+PARTS = ("limits", "checkpoint", "decode", "throughput", "clone")
+SHAPE: dict[str, Any] = {  # Qwen3-8B's published config
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
+    "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "max_position_embeddings": 40960, "rope_theta": 1000000.0, "attention_bias": False, "dtype": "bfloat16",
+    "eos_token_id": 151645,
+}  # fmt: skip
+INPUT_LEN, OUTPUT_LEN = 512, 256
+SERVER_FLAGS = ["--max-total-tokens", "300000", "--max-running-requests", "256"]
+
+
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The checkpoint tensors of a Qwen3 model."""
+    hidden, size, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, shape in {
+            "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q), "self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,),
+            "mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }.items():  # fmt: skip
+            shapes[f"{prefix}.{name}.weight"] = shape
+    vocab = (config["vocab_size"], hidden)
+    return shapes | {"model.embed_tokens.weight": vocab, "model.norm.weight": (hidden,), "lm_head.weight": vocab}
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> Path:
+    """Write the random model in several files, unless it is there."""
+    import torch
+    from safetensors.torch import save_file
+
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = list(tensor_shapes(config).items())
+    files = [dict(shapes[start::8]) for start in range(8)]
+
+    def write(number: int) -> None:
+        tensors = {}
+        for name, shape in files[number].items():
+            scale = 1.0 if len(shape) == 1 else 0.02
+            tensors[name] = torch.randn(shape, device="cuda").mul_(scale).to(torch.bfloat16).cpu()
+        save_file(tensors, folder / f"model-{number + 1:05}-of-{len(files):05}.safetensors")
+
+    with ThreadPoolExecutor(len(files)) as pool:
+        list(pool.map(write, range(len(files))))
+    torch.cuda.empty_cache()
+    names = {name: f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n, f in enumerate(files) for name in f}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    sys.path.insert(0, str(ROOT / "test"))
+    from random_models import write_tokenizer
+
+    write_tokenizer(folder)
+    return folder
+
+
+def empty_gpu() -> None:
+    """Give this process's unused GPU memory back, for the servers to take."""
+    import torch
+
+    gc.collect()
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            torch.cuda.empty_cache()
+
+
+def time_device(function: Callable[[], Any], repeats: int = 10) -> float:
+    """Median seconds of a function's work on the GPU, by its events."""
+    import torch
+
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+@dataclasses.dataclass
+class Limits:
+    """Bytes and operations per second of this GPU."""
+
+    copy: float  # read plus written
+    host_copy: float  # pinned host memory to the GPU
+    product: float  # bfloat16
+    peer_copy: float  # bytes copied, to where a clone runs: another GPU, or the same one
+
+    @classmethod
+    def measure(cls) -> "Limits":
+        import torch
+
+        source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        copy = 2 * source.nbytes / time_device(lambda: target.copy_(source))
+        peer_copy = copy / 2
+        if torch.cuda.device_count() > 1:
+            peer = torch.empty_like(source, device="cuda:1")
+            peer_copy = source.nbytes / time_device(lambda: peer.copy_(source))
+        host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+        host_copy = host.nbytes / time_device(lambda: target[: host.nbytes].copy_(host, non_blocking=True))
+        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+        product = 2 * 8192**3 / time_device(lambda: a @ b)
+        return cls(copy, host_copy, product, peer_copy)
+
+    def floor_s(self, config: dict[str, Any], num_requests: int) -> float:
+        """Seconds that so many requests take at least, by the rule in the issue."""
+        shapes = tensor_shapes(config)
+        sizes = {name: shape[0] * shape[-1] for name, shape in shapes.items() if len(shape) == 2}
+        num_weights = sum(sizes.values())
+        num_active = num_weights - sizes["model.embed_tokens.weight"] - sizes["lm_head.weight"]
+        prefill = num_requests * INPUT_LEN * 2 * num_active / self.product
+        kv_bytes = config["num_hidden_layers"] * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+        mean_len = INPUT_LEN + OUTPUT_LEN / 2
+        step_bytes = 2 * num_weights + num_requests * mean_len * kv_bytes
+        return prefill + OUTPUT_LEN * step_bytes / self.copy
+
+
+Rows = list[tuple[str, str]]
+
+
+def measure_checkpoint(folder: Path, limits: Limits, rows: Rows, values: dict[str, Any]) -> None:
+    """Fill an arena from the files, which are in the page cache."""
+    import torch
+    from ramet.srt.configs.model_config import ModelConfig
+    from ramet.srt.configs.parallel_config import ParallelConfig
+    from ramet.srt.model_loader.loader import DefaultModelLoader
+    from ramet.srt.model_loader.weight_arena import WeightArena
+    from ramet.srt.model_loader.weight_manifest import build_weight_manifest
+    from ramet.srt.models.registry import get_model_class
+
+    config = ModelConfig.from_path(str(folder))
+    model = get_model_class(config.architecture)(config, torch.bfloat16, ParallelConfig())
+    manifest = build_weight_manifest(
+        model.named_parameters(remove_duplicate=False), model_name="bench", revision="", dtype="bfloat16",
+        quantization="", role="target", parallel=ParallelConfig(),
+    )  # fmt: skip
+    arena = WeightArena.allocate(manifest, "cuda")
+    rates = []
+    for _ in range(3):
+        result = DefaultModelLoader().load_weights(manifest, arena, str(folder))
+        rates.append(result.num_bytes / result.seconds)
+    rate = max(rates)
+    rows.append(("checkpoint", f"{rate / 1e9:.1f} GB/s; {rate / limits.host_copy:.0%} of the pinned copy"))
+    values["checkpoint"] = rates
+
+
+def measure_decode(server: Server, limits: Limits, config: dict[str, Any], rows: Rows, values: dict[str, Any]) -> None:
+    """One request's token rate: the time of a whole answer less that of its first token."""
+    generator = random.Random(0)
+
+    def ask(length: int) -> float:
+        prompt = random_prompt(128, config["vocab_size"], generator)
+        sampling = {"temperature": 0, "max_new_tokens": length, "ignore_eos": True}
+        start = time.perf_counter()
+        server.call("/generate", {"input_ids": prompt, "sampling_params": sampling})
+        return time.perf_counter() - start
+
+    ask(8)
+    first = statistics.median(ask(1) for _ in range(5))
+    whole = statistics.median(ask(OUTPUT_LEN + 1) for _ in range(3))
+    rate = OUTPUT_LEN / (whole - first)
+    num_bytes = 2 * sum(shape[0] * shape[-1] for shape in tensor_shapes(config).values() if len(shape) == 2)
+    limit = limits.copy / num_bytes
+    rows.append(("first token", f"{first * 1e3:.1f} ms, 128 tokens in"))
+    rows.append(("decode at batch 1", f"{rate:.1f} tokens/s; {rate / limit:.0%} of {limit:.1f}"))
+    values |= {"decode": rate, "decode_limit": limit, "first_token_s": first}
+
+
+def measure_throughput(
+    server: Server, limits: Limits, config: dict[str, Any], rows: Rows, values: dict[str, Any]
+) -> None:
+    for count in (64, 256):
+        load = argparse.Namespace(
+            seed=count, num_requests=count, concurrency=count, input_len=INPUT_LEN, output_len=OUTPUT_LEN,
+            shared_prefix_len=0, vocab_size=config["vocab_size"], abort_share=0.0, request_rate=float("inf"),
+        )  # fmt: skip
+        asyncio.run(run_load(server.url, argparse.Namespace(**(vars(load) | {"seed": 1, "output_len": 4}))))
+        outcomes, seconds = asyncio.run(run_load(server.url, load))
+        done = sum(outcome.num_output_tokens for outcome in outcomes if outcome.status == "done")
+        floor = count * OUTPUT_LEN / limits.floor_s(config, count)
+        rows.append(
+            (f"{count} concurrent", f"{done / seconds:.0f} tokens/s; {done / seconds / floor:.0%} of {floor:.0f}")
+        )
+        values[f"throughput_{count}"] = {"tokens_per_s": done / seconds, "floor": floor}
+
+
+def measure_clone(seed: Server, folder: Path, limits: Limits, config: dict, rows: Rows, values: dict[str, Any]) -> None:
+    """Start clients from a serving seed: launch to first token, the transfer's rate, the seed's token times."""
+    import torch
+
+    load = argparse.Namespace(
+        seed=5, num_requests=16, concurrency=16, input_len=128, output_len=1500, shared_prefix_len=0,
+        vocab_size=config["vocab_size"], abort_share=0.0, request_rate=float("inf"),
+    )  # fmt: skip
+    quiet, _ = asyncio.run(run_load(seed.url, load))
+    busy: list[Any] = []
+    background = threading.Thread(target=lambda: busy.extend(asyncio.run(run_load(seed.url, load))[0]))
+    flags = ["--load-format", "remote_instance", "--remote-instance-weight-loader-seed-instance-ip", "127.0.0.1",
+             "--remote-instance-weight-loader-seed-instance-service-port", str(seed.port),
+             "--remote-instance-weight-loader-fallback", "error", *SERVER_FLAGS]  # fmt: skip
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": "1"} if torch.cuda.device_count() > 1 else {})
+    runs = []
+    for is_busy in (False, False, True):
+        if is_busy:
+            background.start()
+            time.sleep(1.0)
+        start = time.monotonic()
+        client = Server(folder, *flags, env=env)
+        client.call("/generate", {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 1}})
+        seconds = time.monotonic() - start
+        info = client.rank_info()
+        client.stop()
+        runs.append({"seconds": seconds, "ready_s": client.ready_s, **info})
+    background.join()
+    best = min(runs, key=lambda run: run["seconds"])
+    loads = [run["load_report"] for run in runs]
+    rate = max(load["num_bytes"] / load["transfer_seconds"] for load in loads)
+    itl = {name: percentile([t for o in outcomes for t in o.itl_s], 0.99) for name, outcomes in
+           (("quiet", quiet), ("busy", busy))}  # fmt: skip
+    rows.append(("clone, launch to first token", f"{best['seconds']:.2f} s; phases {best['phases']}"))
+    rows.append(("local transfer", f"{rate / 1e9:.0f} GB/s; {rate / limits.peer_copy:.0%} of a plain copy"))
+    rows.append(
+        ("the seed's p99 token time", f"{itl['busy'] * 1e3:.2f} ms; {itl['busy'] / itl['quiet']:.2f} x without")
+    )
+    values["clone"] = {"runs": runs, "itl": itl}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure")
+    parser.add_argument("--work-dir", type=Path, default=RESULTS, help="where the random model is, or is made")
+    parser.add_argument("--output", type=Path, help="file for the result as JSON")
+    parser.add_argument("server_flags", nargs="*", help="after --: more flags for the server")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--only: unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
+    folder = make_model(args.work_dir / "model-8b", SHAPE)
+    limits = Limits.measure()
+    empty_gpu()
+    rows: Rows = [
+        ("limits", f"copy {limits.copy / 1e9:.0f} GB/s, host copy {limits.host_copy / 1e9:.1f} GB/s, "
+                   f"product {limits.product / 1e12:.0f} TFLOP/s, peer copy {limits.peer_copy / 1e9:.0f} GB/s"),
+    ]  # fmt: skip
+    values: dict[str, Any] = {"limits": dataclasses.asdict(limits)}
+    if "checkpoint" in parts:
+        measure_checkpoint(folder, limits, rows, values)
+        empty_gpu()
+    if {"decode", "throughput", "clone"} & set(parts):
+        offer = ["--remote-instance-weight-loader-start-seed-via-transfer-engine"] if "clone" in parts else []
+        server = Server(folder, *SERVER_FLAGS, *offer, *args.server_flags)
+        try:
+            rows.append(("start", f"{server.ready_s:.2f} s; phases {server.rank_info()['phases']}"))
+            if "decode" in parts:
+                measure_decode(server, limits, SHAPE, rows, values)
+            if "throughput" in parts:
+                measure_throughput(server, limits, SHAPE, rows, values)
+            if "clone" in parts:
+                measure_clone(server, folder, limits, SHAPE, rows, values)
+        finally:
+            server.stop()
+    report("gpu", args.output, rows, values)
+
+
+if __name__ == "__main__":
+    main()

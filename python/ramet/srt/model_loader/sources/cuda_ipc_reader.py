@@ -1,0 +1,47 @@
+"""Owns filling a GPU arena from another process's GPU memory on the same host, at the copy engine's speed."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
+from ramet.srt.model_loader.transfer_plan import CopyOp
+
+POLL_S = 0.0005
+
+
+def fill_from_cuda_memory(
+    ops: Sequence[CopyOp],
+    handle: bytes,
+    offset: int,
+    arena: CudaWeightArena,
+    seed_is_alive: Callable[[], bool],
+    timeout_s: float,
+) -> None:
+    """Execute operations whose source is the memory that a CUDA IPC handle opens, from `offset` on.
+
+    The copies run on the arena's own stream, beside whatever the seed computes. The handle is closed before this
+    returns, whatever happens.
+
+    Raises:
+        OSError: if the memory can't be opened, or the seed ends before the last byte has been copied.
+        TimeoutError: if the copies take longer than `timeout_s`.
+    """
+    with torch.cuda.device(arena.torch_device):
+        source = cuda_ipc.open_memory(handle)
+        try:
+            cuda_ipc.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
+            done = torch.cuda.Event()
+            done.record(arena.stream)
+            deadline = time.monotonic() + timeout_s
+            while not done.query():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the copy from the seed's GPU took more than {timeout_s:g} s")
+                time.sleep(POLL_S)
+            if not seed_is_alive():
+                raise OSError("the seed ended while its memory was copied")
+        finally:
+            arena.stream.synchronize()
+            cuda_ipc.close_memory(source)
