@@ -193,8 +193,7 @@ class Bench:
         arena = self.arena()
         config = LoadConfig(
             load_format="remote_instance",
-            seed_instance_ip="127.0.0.1",
-            seed_instance_service_port=self.seed.port,
+            seeds=(("127.0.0.1", self.seed.port),),
             local_mode=local_mode,
             fallback="error",
         )

@@ -12,7 +12,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
-REMOTE_BACKENDS = ("transfer_engine",)
+REMOTE_BACKENDS = ("transfer_engine", "nccl")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
@@ -25,9 +25,20 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
-    """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it."""
-    metadata = {"help": help, "choices": choices, "aliases": aliases}
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+    repeatable: bool = False,
+) -> Any:
+    """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it.
+
+    Args:
+        repeatable: the flag may be given several times; the values are joined with commas.
+    """
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "repeatable": repeatable}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -127,10 +138,25 @@ class ServerArgs:
     # Weights
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
     remote_instance_weight_loader_backend: str = flag(
-        "transfer_engine", "Transport for weights from another host.", choices=REMOTE_BACKENDS
+        "transfer_engine",
+        "Transport for weights from another host: one-sided reads, or torch.distributed broadcasts (NCCL on GPUs, gloo "
+        "on CPUs).",
+        choices=REMOTE_BACKENDS,
     )
-    remote_instance_weight_loader_seed_instance_ip: str | None = flag(None, "Address of the seed instance.")
-    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(None, "HTTP port of the seed instance.")
+    remote_instance_weight_loader_seed_instance_ip: str | None = flag(
+        None,
+        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again. "
+        "Several seeds share the work, and replace each other when one fails.",
+        repeatable=True,
+    )
+    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
+        None, "HTTP port of the seed instances whose address does not name one."
+    )
+    remote_instance_weight_loader_send_weights_group_ports: str | None = flag(
+        None,
+        "JSON list of the ports on the seed's host that the groups of the backend nccl use, one for each rank. Only an "
+        "upstream seed needs it: others choose free ports.",
+    )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
         False, "Offer this instance's weights to others. A loaded client always does."
     )
@@ -209,21 +235,76 @@ class ServerArgs:
     def _validate_remote_instance(self) -> None:
         ip = self.remote_instance_weight_loader_seed_instance_ip
         port = self.remote_instance_weight_loader_seed_instance_service_port
-        if self.load_format == "remote_instance":
-            if ip is None or port is None:
+        if self.load_format != "remote_instance":
+            if ip is not None or port is not None:
                 raise ValueError(
-                    "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
+                    "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format "
+                    "remote_instance"
+                )
+            return
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(
+                "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
+                f"65535; got {port}"
+            )
+        self._validate_group_ports()
+        if not self.seeds:
+            raise ValueError(
+                "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
+                "--remote-instance-weight-loader-seed-instance-service-port"
+            )
+
+    def _validate_group_ports(self) -> None:
+        name = "--remote-instance-weight-loader-send-weights-group-ports"
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        if given is None:
+            return
+        if self.remote_instance_weight_loader_backend != "nccl":
+            raise ValueError(f"{name} needs --remote-instance-weight-loader-backend nccl")
+        ports = self.send_weights_group_ports
+        if len(ports) != self.world_size or len(set(ports)) != len(ports):
+            raise ValueError(f"{name} must have one port for each of the {self.world_size} ranks; got {given}")
+
+    @property
+    def send_weights_group_ports(self) -> tuple[int, ...]:
+        """The ports on the seed's host that were given, one for each rank; empty if none were.
+
+        Raises:
+            ValueError: if it is no list of ports.
+        """
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        try:
+            ports = json.loads(given or "[]")
+        except ValueError:
+            ports = None
+        if not isinstance(ports, list) or not all(type(port) is int and 1 <= port <= 65535 for port in ports):
+            raise ValueError(
+                "--remote-instance-weight-loader-send-weights-group-ports must be a JSON list of port numbers; got "
+                f"{given!r}"
+            )
+        return tuple(ports)
+
+    @property
+    def seeds(self) -> tuple[tuple[str, int], ...]:
+        """Host and HTTP port of each seed instance, in the order given.
+
+        Raises:
+            ValueError: if an address is malformed or lacks a port; the message names the flag.
+        """
+        given = self.remote_instance_weight_loader_seed_instance_ip or ""
+        default_port = self.remote_instance_weight_loader_seed_instance_service_port
+        seeds = []
+        for address in filter(None, (part.strip() for part in given.split(","))):
+            if address.count(":") == 1 or "]:" in address:
+                seeds.append(split_address(address, "--remote-instance-weight-loader-seed-instance-ip"))
+            elif default_port is None:
+                raise ValueError(
+                    f"the seed {address} has no port: say {address}:PORT, or give "
                     "--remote-instance-weight-loader-seed-instance-service-port"
                 )
-            if not 1 <= port <= 65535:
-                raise ValueError(
-                    "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
-                    f"65535; got {port}"
-                )
-        elif ip is not None or port is not None:
-            raise ValueError(
-                "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format remote_instance"
-            )
+            else:
+                seeds.append((address.strip("[]"), default_port))
+        return tuple(dict.fromkeys(seeds))
 
     @property
     def is_seed(self) -> bool:
@@ -313,6 +394,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         if not required and field.default is not None and field.default is not False:
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
+        if field.metadata["repeatable"]:
+            options["action"] = _JoinAction
         if hints[field.name] is bool:
             options["action"] = "store_true"
         else:
@@ -324,6 +407,14 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
                 options["choices"] = field.metadata["choices"]
                 options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
         parser.add_argument(flag_name(field.name), *field.metadata["aliases"], **options)
+
+
+class _JoinAction(argparse.Action):
+    """Joins the values of a flag that is given several times with commas."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, value if before is None else f"{before},{value}")
 
 
 def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") -> ServerArgs:

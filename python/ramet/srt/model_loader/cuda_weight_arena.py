@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_boxes import ByteRange
@@ -48,6 +49,9 @@ class CudaWeightArena(WeightArena):
             return torch.empty(entry.shape, dtype=dtype, device=self.torch_device)
         assert entry.nbytes == math.prod(entry.shape) * dtype.itemsize
         return self.buffer[entry.offset : entry.offset + entry.nbytes].view(dtype).view(entry.shape)
+
+    def byte_tensor(self) -> torch.Tensor:
+        return self.buffer
 
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
@@ -95,9 +99,6 @@ class CudaReceiveWindow(ReceiveWindow):
         self.address = self._memory.data_ptr()
         self._count = 0
 
-    def populate(self) -> None:
-        """Pinned memory is there from the start."""
-
     def place(self, batch: Sequence[CopyOp]) -> list[int]:
         self._copied[self._count % NUM_RECEIVE_BATCHES].synchronize()
         return [self.address + start for start in self._starts(batch)]
@@ -105,8 +106,11 @@ class CudaReceiveWindow(ReceiveWindow):
     def deliver(self, batch: Sequence[CopyOp]) -> None:
         with torch.cuda.stream(self._arena.stream):
             for op, start in zip(batch, self._starts(batch), strict=True):
-                target = self._arena.buffer[op.target_offset : op.target_stop]
-                target.copy_(self._memory[start : start + op.row_nbytes], non_blocking=True)
+                source = self._memory[start : start + op.source_span_nbytes]
+                if op.num_rows == 1:
+                    self._arena.buffer[op.target_offset : op.target_stop].copy_(source, non_blocking=True)
+                else:
+                    scatter_device_rows(op, source.to(self._arena.torch_device, non_blocking=True), self._arena.buffer)
             self._copied[self._count % NUM_RECEIVE_BATCHES].record()
         self._count += 1
 
@@ -124,7 +128,8 @@ class CudaReceiveWindow(ReceiveWindow):
     def _starts(self, batch: Sequence[CopyOp]) -> list[int]:
         """Where in the window each operation of the current batch stands."""
         first = self._count % NUM_RECEIVE_BATCHES * self._batch_nbytes
-        return [first + start for start in itertools.accumulate((op.row_nbytes for op in batch[:-1]), initial=0)]
+        lengths = (op.source_span_nbytes for op in batch[:-1])
+        return [first + start for start in itertools.accumulate(lengths, initial=0)]
 
 
 _abandoned: list[torch.Tensor] = []  # windows that a transport may still write to

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ramet.srt.managers.weight_control import ControlAddress
 from ramet.srt.model_loader.weight_manifest import ROLES, WeightManifest, check_manifest
 
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
@@ -31,6 +32,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     manifest: WeightManifest | None = None
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
+    control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
     def world_rank(self) -> int:
@@ -56,6 +58,60 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def weights_info(self) -> dict[str, tuple[int, int, int]]:
         return self.remote_instance_transfer_engine_info[1]
+
+
+class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
+
+    rank: int
+    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # checkpoint tensor; (start, stop) per dimension
+    role: str = "target"
+
+
+class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: a checksum for each region, over its elements in row-major order of the checkpoint tensor."""
+
+    algorithm: str
+    checksums: list[str]
+
+
+class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /init_weights_send_group_for_remote_instance. From `rank` on it is ours.
+
+    Without `rank` it is about every rank, as upstream's clients ask: `ports` has one for each.
+    """
+
+    master_address: str = ""  # of the seed; it knows it itself
+    ports: str = ""  # joined by commas; empty or 0 takes a free one
+    group_rank: int = 0  # of the seed
+    world_size: int = 2
+    group_name: str = ""  # given by upstream's clients; otherwise the seed names the group by the transfer's id
+    backend: str = "nccl"
+    rank: int | None = None
+    role: str = "target"
+    broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena: offset, nbytes, count, stride
+    layout: str = ""
+    timeout_s: float = 60.0
+
+
+class InitSendGroupAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Its answer. From `transfer_id` on it is ours."""
+
+    success: bool
+    message: str
+    transfer_id: str = ""
+    master_address: str = ""
+    ports: str = ""
+
+
+class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /send_weights_to_remote_instance; `rank` as above, `group_name` is the transfer's id then."""
+
+    master_address: str = ""
+    ports: str = ""
+    group_name: str
+    rank: int | None = None
+    role: str = "target"
 
 
 def parse_registration(body: bytes) -> SeedRegistration:

@@ -82,6 +82,10 @@ class WeightArena(ABC):
         """The entry's view into the arena, of the entry's shape and dtype."""
 
     @abstractmethod
+    def byte_tensor(self) -> "torch.Tensor":
+        """All bytes of the arena: uint8, [nbytes], on its device."""
+
+    @abstractmethod
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         """Get the own memory ready for a source that writes to it.
 
@@ -98,7 +102,7 @@ class WeightArena(ABC):
         """Addresses for a writer that may have to be abandoned.
 
         Args:
-            max_batch_nbytes: most bytes that it receives in one batch.
+            max_batch_nbytes: most source bytes that it receives in one batch.
         """
 
     @abstractmethod
@@ -108,6 +112,10 @@ class WeightArena(ABC):
     @abstractmethod
     def read_bytes(self, start: int, stop: int) -> bytes:
         """A few of the arena's bytes, on the host."""
+
+    def populate(self) -> None:
+        """Take all memory now, where that has not been done: for a writer that is slow at the first touch of a page."""
+        return
 
     def publish(self) -> None:
         """Declare the content final: from now on others may read it, and no source may fill it."""
@@ -170,6 +178,11 @@ class HostWeightArena(WeightArena):
 
     # Memory
 
+    def byte_tensor(self) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(self._buffer, dtype=torch.uint8)
+
     def read_bytes(self, start: int, stop: int) -> bytes:
         return bytes(self.memory[start:stop])
 
@@ -187,13 +200,9 @@ class HostWeightArena(WeightArena):
                 f"but only {available / 1e9:.2f} GB are available"
             )
 
-    def populate(self, address: int | None = None) -> None:
-        """Take all memory now, with several threads: for a writer that is slow at the first touch of a page.
-
-        Args:
-            address: of another mapping of the arena's memory; the arena's own when not given.
-        """
-        start = self.address if address is None else address
+    def populate(self) -> None:
+        """With several threads."""
+        start = self.address
         blocks = range(0, self.nbytes, POPULATE_BLOCK_BYTES)
 
         def populate_block(offset: int) -> None:
@@ -248,7 +257,7 @@ class HostWeightArena(WeightArena):
 
     def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
         self._require_private()
-        return HostReceiveWindow(self)
+        return HostReceiveWindow(self, max_batch_nbytes)
 
     def _map_own(self) -> None:
         host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
@@ -265,12 +274,8 @@ class ReceiveWindow(ABC):
     nbytes: int
 
     @abstractmethod
-    def populate(self) -> None:
-        """Take the window's memory now; may run beside the transfer."""
-
-    @abstractmethod
     def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        """Where each of a batch's contiguous operations is to be received."""
+        """Where to receive the source bytes of each of a batch's operations, from its first row to its last."""
 
     @abstractmethod
     def deliver(self, batch: "Sequence[CopyOp]") -> None:
@@ -290,22 +295,28 @@ class ReceiveWindow(ABC):
 
 
 class HostReceiveWindow(ReceiveWindow):
-    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off."""
+    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off.
 
-    def __init__(self, arena: HostWeightArena) -> None:
-        self.nbytes = arena.nbytes
+    Behind it lies a staging area of its own for rows that are received together with what is between them.
+    """
+
+    def __init__(self, arena: HostWeightArena, staging_nbytes: int) -> None:
+        self.nbytes = arena.nbytes + align_up(staging_nbytes, host_memory.PAGE_BYTES)
         self.address = host_memory.reserve_addresses(self.nbytes)
         self._arena = arena
-        host_memory.map_file_at(self.address, self.nbytes, arena.own_fd, private=False)
-
-    def populate(self) -> None:
-        self._arena.populate(self.address)
+        host_memory.map_nothing_at(self.address, self.nbytes)
+        host_memory.map_file_at(self.address, arena.nbytes, arena.own_fd, private=False)
 
     def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        return [self.address + op.target_offset for op in batch]
+        return [self.address + start for start in self._starts(batch)]
 
     def deliver(self, batch: "Sequence[CopyOp]") -> None:
-        """It is there already."""
+        from ramet.srt.model_loader.sources.file_reader import scatter_rows
+
+        memory = memoryview(host_memory.view_memory(self.address, self.nbytes)).cast("B")
+        for op, start in zip(batch, self._starts(batch), strict=True):
+            if op.num_rows > 1:
+                scatter_rows(op, self._arena.memory, memory[start : start + op.source_span_nbytes])
 
     def finish(self) -> None:
         """Nothing is under way."""
@@ -315,3 +326,15 @@ class HostReceiveWindow(ReceiveWindow):
 
     def close(self) -> None:
         host_memory.unmap(self.address, self.nbytes)
+
+    def _starts(self, batch: "Sequence[CopyOp]") -> list[int]:
+        """Where in the window each operation's bytes stand: single rows in their place, others in the staging area."""
+        starts = []
+        staged = self._arena.nbytes
+        for op in batch:
+            if op.num_rows == 1:
+                starts.append(op.target_offset)
+            else:
+                starts.append(staged)
+                staged += op.source_span_nbytes
+        return starts

@@ -1,10 +1,22 @@
 """Owns offering a loaded arena to others: its checksums, its transfer engine, its local socket, its registration."""
 
 import logging
+import threading
 import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
+from ramet.srt.managers.io_struct import (
+    InitSendGroupReq,
+    SendWeightsReq,
+    WeightChecksumsOutput,
+    WeightReply,
+    WeightRequest,
+)
+from ramet.srt.managers.weight_control import WeightControlServer
 from ramet.srt.model_loader.local_share import LocalShareServer
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.region_checksums import REGION_ALGORITHM, RegionChecksums, WeightRegion
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     host_identity,
     reachable_host,
@@ -15,42 +27,49 @@ from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import compute_checksums, with_checksums
 from ramet.srt.model_loader.weight_manifest import WeightManifest, element_size
 
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.send_groups import SendGroups
+
 logger = logging.getLogger(__name__)
 
 
 class WeightSeed:
     """One rank's weights on offer. The arena is immutable from the start on."""
 
-    def __init__(self, arena: WeightArena, registration: SeedRegistration, engine: MooncakeEngine,
-                 share: LocalShareServer) -> None:  # fmt: skip
+    def __init__(self, registration: SeedRegistration, resources: ExitStack) -> None:
         self.registration = registration
-        self._arena = arena  # its memory must stay for as long as it is offered
-        self._engine = engine
-        self._share = share
+        self._resources = resources
 
     @classmethod
-    def start(cls, manifest: WeightManifest, arena: WeightArena, *, host: str) -> "WeightSeed":
+    def start(
+        cls, manifest: WeightManifest, arena: WeightArena, *, host: str, control_host: str | None = None
+    ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
         Args:
             host: address that the instance is bound to.
+            control_host: address of this node, if the instance's main process may be on another one.
 
         Raises:
             WeightTransferError: if Mooncake does not start.
-            OSError: if the local socket can't be made.
+            OSError: if a socket can't be made.
         """
         start = time.perf_counter()
         checksums = arena.checksums or compute_checksums(manifest, arena)
         arena.checksums = checksums
         arena.publish()
         rank = manifest.parallel.world_rank
-        engine = MooncakeEngine.acquire(reachable_host(host), rank)
-        engine.register(arena.address, arena.nbytes)
-        try:
+        with ExitStack() as undo:
+            engine = MooncakeEngine.acquire(reachable_host(host), rank)
+            engine.register(arena.address, arena.nbytes)
+            undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
             share = LocalShareServer(arena)
-        except OSError:
-            engine.unregister(arena.address)
-            raise
+            undo.callback(share.close)
+            requests = SeedRequests(arena, reachable_host(host))
+            undo.callback(requests.close)
+            control = WeightControlServer(requests.handle, control_host)
+            undo.callback(control.close)
+            resources = undo.pop_all()
         registration = SeedRegistration(
             rank=rank,
             role=manifest.role,
@@ -60,6 +79,7 @@ class WeightSeed:
             manifest=with_checksums(manifest, checksums),
             arena_address=arena.address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
+            control=control.address,
         )
         logger.info(
             "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",
@@ -69,7 +89,7 @@ class WeightSeed:
             engine.session_id,
             time.perf_counter() - start,
         )
-        return cls(arena, registration, engine, share)
+        return cls(registration, resources)
 
     def register(self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float) -> None:
         """Tell the instance's bootstrap server, until it has understood.
@@ -83,8 +103,45 @@ class WeightSeed:
 
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
-        self._share.close()
-        self._engine.unregister(self._arena.address)
+        self._resources.close()
+
+
+class SeedRequests:
+    """Answers what the instance's main process asks a rank on behalf of clients."""
+
+    def __init__(self, arena: WeightArena, address: str) -> None:
+        """
+        Args:
+            address: of this node, where clients reach it.
+        """
+        self._arena = arena
+        self._address = address
+        self._checksums = RegionChecksums(arena)
+        self._groups: SendGroups | None = None
+        self._lock = threading.Lock()
+
+    def handle(self, request: WeightRequest) -> WeightReply:
+        """Raises ValueError if the request can't be fulfilled."""
+        if isinstance(request, InitSendGroupReq):
+            return self._send_groups().init(request)
+        if isinstance(request, SendWeightsReq):
+            return self._send_groups().send(request.transfer_id)
+        regions = [WeightRegion(name, region) for name, region in request.regions]
+        return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
+
+    def _send_groups(self) -> "SendGroups":
+        with self._lock:
+            if self._groups is None:
+                from ramet.srt.model_loader.send_groups import SendGroups  # needs torch.distributed, and is rarely used
+
+                self._groups = SendGroups(self._arena, self._address)
+            return self._groups
+
+    def close(self) -> None:
+        """End the transfers that wait."""
+        with self._lock:
+            if self._groups is not None:
+                self._groups.close()
 
 
 def weights_info(manifest: WeightManifest, arena_address: int) -> dict[str, tuple[int, int, int]]:
