@@ -181,3 +181,14 @@ def test_defect_8_quantised_weights_come_as_they_are_after_processing_or_not_at_
         pytest.raises(WeightTransferError, match="bfloat16 in .*no source has w_s"),
     ):
         take(whole.manifest, server, local_mode=mode)
+
+
+def test_a_rank_that_has_only_padding_of_a_table(tmp_path):
+    """331 rows over 8 ranks in a table of 384: the last rank has none of them, from disk and from a seed."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64, "num_hidden_layers": 1}
+    folder = write_random_model(tmp_path, "llama3", **sizes)
+    with SeedServer(load_all(folder, {})) as server:
+        expected = load_all(folder, {"tp_size": 8})[7]
+        assert not next(e for e in expected.manifest.entries if "embed_tokens" in e.name).boxes
+        arena, report = take(expected.manifest, server, local_mode="copy")
+        assert report.verified and arena.memory == expected.memory
