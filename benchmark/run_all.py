@@ -1,6 +1,7 @@
 """Runs every benchmark, one after the other, and writes .run/bench/results.md with command, machine and date.
 
-python benchmark/run_all.py [NAME …]    names: weights, startup, decode, serving, modelexpress; all when none is given
+python benchmark/run_all.py [NAME …]    names: weights, transfers, registration, seed_latency, startup, decode, serving,
+                                        modelexpress; all when none is given
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 
 from bench_common import RESULTS, ROOT
 
-NAMES = ("weights", "startup", "decode", "serving", "modelexpress")
+NAMES = ("weights", "transfers", "registration", "seed_latency", "startup", "decode", "serving", "modelexpress")
 
 
 def to_markdown(result: dict) -> str:

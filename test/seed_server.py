@@ -1,7 +1,10 @@
 """Owns a seed instance inside of a test: the arenas of all its ranks, their registrations, and its HTTP routes."""
 
 import functools
+import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +99,37 @@ class SeedServer:
         self.bootstrap.close()
 
 
+class SeedServerProcess:
+    """A SeedServer in a process of its own: it has a whole topology of the model in `folder`, read from disk."""
+
+    def __init__(self, folder: Path, sizes: dict[str, int]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(folder), json.dumps(sizes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the seed process ended with {self.process.wait(30)}"
+        self.port = int(line)
+
+    def __enter__(self) -> "SeedServerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(30)
+
+
+def serve(folder: Path, sizes: dict[str, int]) -> None:
+    """Be a seed until stdin ends. Prints its HTTP port when it is ready."""
+    with SeedServer(load_all(folder, sizes)) as server:
+        sys.stdout.write(f"{server.port}\n")
+        sys.stdout.flush()
+        sys.stdin.read()
+
+
 def write_random_model(path: Path, family: str, **overrides: Any) -> Path:
     """Config and random weights, good for every topology of the model."""
     folder = rm.make_config(path, family, **overrides)
@@ -123,3 +157,7 @@ def take(
     seeds = tuple(("127.0.0.1", server.port) for server in servers)
     loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
     return arena, loader.load_weights(manifest, arena, str(folder))
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), json.loads(sys.argv[2]))
