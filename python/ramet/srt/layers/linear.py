@@ -9,6 +9,7 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.cpu_matmul import blocked_linear, is_faster_blocked
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
@@ -20,6 +21,8 @@ def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
         from ramet.srt.layers.kernels.gemv import gemv
 
         return gemv(x, weight, bias)
+    if is_faster_blocked(x, weight):
+        return blocked_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
