@@ -2,7 +2,8 @@
 
 There the library's own product widens every weight for every row of the input. Widening a block of weights once, into
 a buffer that stays in the processor's cache, and multiplying that in float32 is faster from a dozen rows on: 1.6 times
-at 16 rows and 2.7 times at 64 on one core of a Cascade Lake Xeon (benchmark/bench_cpu_matmul.py). The result is the more exact one: it is rounded once, at the end.
+at 16 rows and 2.7 times at 64 on one core of a Cascade Lake Xeon (benchmark/bench_cpu_matmul.py). It is also the more
+exact result: rounded once, at the end.
 """
 
 import functools
