@@ -132,7 +132,7 @@ async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: f
     """
     async with asyncio.timeout(timeout_s):
         if address.name:
-            reader, writer = await asyncio.open_unix_connection("\0" + address.name)
+            reader, writer = await asyncio.open_unix_connection(sock=await _connect(address.name))
         else:
             reader, writer = await asyncio.open_connection(address.host, address.port)
         try:
@@ -145,3 +145,15 @@ async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: f
             raise ConnectionError("the rank has broken the connection off") from error
         finally:
             writer.close()
+
+
+async def _connect(name: str) -> socket.socket:
+    """A connection to a name in the abstract namespace, which not every event loop can make by itself."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, "\0" + name)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
