@@ -135,7 +135,9 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.dp_size * self.pp_size * self.tp_size
 
 
-def check_parallel_sizes(config: "ModelConfig", *, tp_size: int, pp_size: int, ep_size: int, attn_dp_size: int) -> None:
+def check_parallel_sizes(
+    config: "ModelConfig", *, tp_size: int, pp_size: int, ep_size: int, attn_dp_size: int = 1
+) -> None:
     """Find out whether a model can be split so, before anything is started.
 
     Raises:
