@@ -35,13 +35,13 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.local_share import request_memory
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.seed_transfer import SHARED_BYTES
 from ramet.srt.model_loader.seed_registration import SeedAnswer
+from ramet.srt.model_loader.seed_transfer import SHARED_BYTES
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
 from ramet.srt.model_loader.sources.transfer_engine import EngineReceiver, TransferEngineSource
-from ramet.srt.model_loader.transfer_plan import CopyOp, plan, source_from_manifest, zero_ranges
 from ramet.srt.model_loader.threads import num_copy_threads
+from ramet.srt.model_loader.transfer_plan import CopyOp, plan, source_from_manifest, zero_ranges
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
 from safetensors.numpy import save_file

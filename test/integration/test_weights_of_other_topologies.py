@@ -8,6 +8,9 @@ import random_models as rm
 import sharded_models as sm
 import toy_model as toy
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
+from ramet.srt.managers.weight_control import ask_rank
+from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.region_checksums import RegionChecksums
 from ramet.srt.model_loader.weight_arena import WeightArena
@@ -161,4 +164,4 @@ def test_slices_that_no_rank_has_are_refused(dense_folder):
         stranger = msgspec.structs.replace(address, token="wrong")
         with pytest.raises(OSError):
             asyncio.run(ask_rank(stranger, unknown, 10))
-        assert b"token" not in server.bootstrap.get_json("target", 0)
+        assert address.token.encode() not in server.bootstrap.get_json("target", 0)

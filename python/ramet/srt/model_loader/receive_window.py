@@ -7,6 +7,7 @@ from ramet.srt.model_loader import host_memory
 from ramet.srt.model_loader.sources.file_reader import scatter_rows
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import HostWeightArena
+from ramet.srt.model_loader.weight_manifest import align_up
 
 
 def span_nbytes(op: CopyOp) -> int:
@@ -98,12 +99,12 @@ class HostReceiveLane(ReceiveLane):
     def __init__(self, window_address: int, arena_memory: memoryview, staging_nbytes: int) -> None:
         self._window_address = window_address
         self._arena_memory = arena_memory
-        self.nbytes = staging_nbytes
+        self.nbytes = align_up(staging_nbytes, host_memory.PAGE_BYTES)
         self.address = 0
-        if staging_nbytes:
-            self.address = host_memory.reserve_addresses(staging_nbytes)
-            host_memory.map_nothing_at(self.address, staging_nbytes)
-            self._staging = memoryview(host_memory.view_memory(self.address, staging_nbytes)).cast("B")
+        if self.nbytes:
+            self.address = host_memory.reserve_addresses(self.nbytes)
+            host_memory.map_nothing_at(self.address, self.nbytes)
+            self._staging = memoryview(host_memory.view_memory(self.address, self.nbytes)).cast("B")
 
     def place(self, batch: Sequence[CopyOp]) -> list[int]:
         addresses = []
