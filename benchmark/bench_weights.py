@@ -36,10 +36,12 @@ from ramet.srt.model_loader.local_share import request_memory
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
 from ramet.srt.model_loader.seed_registration import SeedAnswer
+from ramet.srt.model_loader.seed_transfer import SHARED_BYTES
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
-from ramet.srt.model_loader.sources.transfer_engine import TransferEngineSource
+from ramet.srt.model_loader.sources.transfer_engine import EngineReceiver, TransferEngineSource
 from ramet.srt.model_loader.threads import num_copy_threads
+from ramet.srt.model_loader.transfer_plan import CopyOp, plan, source_from_manifest, zero_ranges
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
 from safetensors.numpy import save_file
@@ -108,8 +110,10 @@ class Bench:
             folder / "model.safetensors",
         )
         assert self.answer.local_handle
-        self.seed_fd = request_memory(self.answer.local_handle.socket_name, layout_digest(self.manifest), TIMEOUT_S)
-        self.seed_view = mmap.mmap(self.seed_fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        socket_name = self.answer.local_handle.socket_name
+        self.seed_memory = request_memory(socket_name, layout_digest(self.manifest), TIMEOUT_S)
+        assert self.seed_memory.fd is not None
+        self.seed_view = mmap.mmap(self.seed_memory.fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
 
     def arena(self) -> WeightArena:
@@ -122,24 +126,30 @@ class Bench:
 
     def local_copy(self) -> float:
         arena = self.arena()
-        with self.local_source() as source:
-            return timed(lambda: source.copy(arena))
+        ops = self.plan_ops()
+        with self.local_source(arena) as source:
+            return timed(lambda: (arena.prepare_fill(zero_ranges(self.manifest)), source.run(ops)))
 
     def local_map(self) -> tuple[float, float]:
         """Seconds, and the extra memory as a share of the model once every byte has been read."""
         arena = self.arena()
         pss, dirty = (status_nbytes("/proc/self/smaps_rollup", key) for key in ("Pss", "Private_Dirty"))
-        with self.local_source() as source:
-            seconds = timed(lambda: source.map(arena))
+        with self.local_source(arena) as source:
+            seconds = timed(source.map)
         np.frombuffer(arena.memory, np.uint8).max()
         # Shared pages are counted where they are already: only private ones are new.
         extra = status_nbytes("/proc/self/smaps_rollup", "Private_Dirty") - dirty
         assert status_nbytes("/proc/self/smaps_rollup", "Pss") > pss
         return seconds, max(0, extra) / self.nbytes
 
-    def local_source(self) -> LocalSource:
+    def plan_ops(self) -> list[CopyOp]:
+        assert self.answer.manifest
+        source = source_from_manifest("the seed", self.answer.manifest)
+        return list(plan(self.manifest, [source], max_op_nbytes=SHARED_BYTES).ops)
+
+    def local_source(self, arena: WeightArena) -> LocalSource:
         assert self.answer.manifest and self.answer.local_handle
-        return LocalSource(self.answer.manifest, self.answer.local_handle, TIMEOUT_S)
+        return LocalSource(self.answer.manifest, self.answer.local_handle, arena, TIMEOUT_S, TIMEOUT_S)
 
     def memcpy_from_file(self) -> float:
         read_weights(self.folder)
@@ -186,15 +196,24 @@ class Bench:
 
     def transfer_engine(self) -> float:
         arena = self.arena()
-        return timed(lambda: TransferEngineSource(self.answer, self.manifest).fill(arena, "127.0.0.1", TIMEOUT_S))
+        ops = self.plan_ops()
+
+        def fill() -> None:
+            arena.prepare_fill(zero_ranges(self.manifest))
+            receiver = EngineReceiver(arena, "127.0.0.1")
+            source = TransferEngineSource(self.answer, arena, receiver, TIMEOUT_S)
+            for step in source.make_steps(ops):
+                source.run(step)
+            receiver.close()
+
+        return timed(fill)
 
     def whole_load(self, local_mode: str) -> float:
         """What a starting instance does: ask the seed, compare, fill, verify the checksums."""
         arena = self.arena()
         config = LoadConfig(
             load_format="remote_instance",
-            seed_instance_ip="127.0.0.1",
-            seed_instance_service_port=self.seed.port,
+            seeds=(("127.0.0.1", self.seed.port),),
             local_mode=local_mode,
             fallback="error",
         )

@@ -16,8 +16,9 @@ from ramet.srt.model_loader import host_memory, remote_instance_weight_loader_ut
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.receive_window import HostReceiveWindow
 from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.model_loader.weight_arena import HostReceiveWindow, WeightArena
+from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_seed import WeightSeed
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
@@ -48,8 +49,7 @@ class Client:
         self.loader = get_model_loader(
             LoadConfig(
                 load_format="remote_instance",
-                seed_instance_ip="127.0.0.1",
-                seed_instance_service_port=port,
+                seeds=(("127.0.0.1", port),),
                 **load_config,
             )
         )
@@ -122,9 +122,8 @@ def test_defect_2_a_client_is_a_seed_for_the_next(small_seed, mode):
         answer = seed_registration.parse_answer(seed_registration.make_answer(seed.registration))
         assert answer.manifest.checksums == first.arena.checksums
         for second_mode in ("auto", "copy", "off"):
-            second = Client(small_seed.port, local_mode=second_mode)
             with answering(seed_registration.make_answer(seed.registration)) as port:
-                second.loader._port = port
+                second = Client(port, local_mode=second_mode)
                 assert second.load().verified
             assert second.holds(small_seed.config)
     finally:
@@ -164,7 +163,7 @@ def smaps_value(key):
         ({"fields": {"role": "draft"}}, "rank 0 of the draft model has not registered"),
         ({"shapes": {"a": [3, 8], "b": [1000, 64]}}, r"no source has a \(a\[0:3, 7:8\]\)"),
         ({"shapes": {"a": [3, 7], "new": [1]}}, "no source has new"),
-        ({"shapes": {"a": [21]}}, "a .2 dimensions in the seed"),
+        ({"shapes": {"a": [21]}}, r"a .2 dimensions in rank 0 of the seed"),
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "off"])
@@ -217,7 +216,7 @@ def test_a_socket_that_is_gone_falls_through_to_the_network(small_seed, caplog, 
 
 
 def test_another_host_goes_through_the_network(small_seed, monkeypatch):
-    monkeypatch.setattr("ramet.srt.model_loader.remote_instance_loader.host_identity", lambda: "elsewhere")
+    monkeypatch.setattr("ramet.srt.model_loader.seed_instance.host_identity", lambda: "elsewhere")
     assert Client(small_seed.port, local_mode="auto").load().source == "transfer_engine"
 
 

@@ -25,9 +25,20 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-def flag(default: Any, help: str, *, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
-    """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it."""
-    metadata = {"help": help, "choices": choices, "aliases": aliases}
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+    repeatable: bool = False,
+) -> Any:
+    """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it.
+
+    Args:
+        repeatable: the flag may be given several times; the values are joined with commas.
+    """
+    metadata = {"help": help, "choices": choices, "aliases": aliases, "repeatable": repeatable}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -129,8 +140,15 @@ class ServerArgs:
     remote_instance_weight_loader_backend: str = flag(
         "transfer_engine", "Transport for weights from another host.", choices=REMOTE_BACKENDS
     )
-    remote_instance_weight_loader_seed_instance_ip: str | None = flag(None, "Address of the seed instance.")
-    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(None, "HTTP port of the seed instance.")
+    remote_instance_weight_loader_seed_instance_ip: str | None = flag(
+        None,
+        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again. "
+        "Several seeds share the work, and replace each other when one fails.",
+        repeatable=True,
+    )
+    remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
+        None, "HTTP port of the seed instances whose address does not name one."
+    )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
         False, "Offer this instance's weights to others. A loaded client always does."
     )
@@ -209,21 +227,45 @@ class ServerArgs:
     def _validate_remote_instance(self) -> None:
         ip = self.remote_instance_weight_loader_seed_instance_ip
         port = self.remote_instance_weight_loader_seed_instance_service_port
-        if self.load_format == "remote_instance":
-            if ip is None or port is None:
+        if self.load_format != "remote_instance":
+            if ip is not None or port is not None:
                 raise ValueError(
-                    "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
+                    "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format "
+                    "remote_instance"
+                )
+            return
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(
+                "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
+                f"65535; got {port}"
+            )
+        if not self.seeds:
+            raise ValueError(
+                "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
+                "--remote-instance-weight-loader-seed-instance-service-port"
+            )
+
+    @property
+    def seeds(self) -> tuple[tuple[str, int], ...]:
+        """Host and HTTP port of each seed instance, in the order given.
+
+        Raises:
+            ValueError: if an address is malformed or lacks a port; the message names the flag.
+        """
+        given = self.remote_instance_weight_loader_seed_instance_ip or ""
+        default_port = self.remote_instance_weight_loader_seed_instance_service_port
+        seeds = []
+        for address in filter(None, (part.strip() for part in given.split(","))):
+            if address.count(":") == 1 or "]:" in address:
+                seeds.append(split_address(address, "--remote-instance-weight-loader-seed-instance-ip"))
+            elif default_port is None:
+                raise ValueError(
+                    f"the seed {address} has no port: say {address}:PORT, or give "
                     "--remote-instance-weight-loader-seed-instance-service-port"
                 )
-            if not 1 <= port <= 65535:
-                raise ValueError(
-                    "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
-                    f"65535; got {port}"
-                )
-        elif ip is not None or port is not None:
-            raise ValueError(
-                "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format remote_instance"
-            )
+            else:
+                seeds.append((address.strip("[]"), default_port))
+        return tuple(dict.fromkeys(seeds))
 
     @property
     def is_seed(self) -> bool:
@@ -313,6 +355,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         if not required and field.default is not None and field.default is not False:
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
+        if field.metadata["repeatable"]:
+            options["action"] = _JoinAction
         if hints[field.name] is bool:
             options["action"] = "store_true"
         else:
@@ -324,6 +368,14 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
                 options["choices"] = field.metadata["choices"]
                 options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
         parser.add_argument(flag_name(field.name), *field.metadata["aliases"], **options)
+
+
+class _JoinAction(argparse.Action):
+    """Joins the values of a flag that is given several times with commas."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, value if before is None else f"{before},{value}")
 
 
 def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") -> ServerArgs:

@@ -13,8 +13,7 @@ class LoadConfig:
 
     load_format: str = "auto"
     random_seed: int = 0  # of dummy weights
-    seed_instance_ip: str | None = None
-    seed_instance_service_port: int | None = None
+    seeds: tuple[tuple[str, int], ...] = ()  # host and HTTP port of each instance that weights may come from
     backend: str = "transfer_engine"  # the transport for weights from another host
     local_mode: str = "auto"  # "map", "copy", "off", or "auto": map where possible
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
@@ -27,8 +26,7 @@ class LoadConfig:
         return cls(
             load_format=args.load_format,
             random_seed=args.random_seed,
-            seed_instance_ip=args.remote_instance_weight_loader_seed_instance_ip,
-            seed_instance_service_port=args.remote_instance_weight_loader_seed_instance_service_port,
+            seeds=args.seeds,
             backend=args.remote_instance_weight_loader_backend,
             local_mode=args.remote_instance_weight_loader_local_mode,
             fallback=args.remote_instance_weight_loader_fallback,

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
+from ramet.srt.managers.weight_control import ControlAddress
 from ramet.srt.model_loader.seed_registration import MAX_REGISTRATION_BYTES, make_answer, parse_registration
 from ramet.srt.model_loader.weight_manifest import ROLES
 
@@ -39,6 +40,7 @@ class EngineInfoBootstrapServer:
         """
         self._admin_api_key = admin_api_key
         self._answers: dict[tuple[str, int], bytes] = {}
+        self._controls: dict[tuple[str, int], ControlAddress | None] = {}
         self._lock = threading.Lock()
         server = self
 
@@ -83,6 +85,11 @@ class EngineInfoBootstrapServer:
         with self._lock:
             return self._answers.get((role, rank))
 
+    def control_address(self, role: str, rank: int) -> ControlAddress | None:
+        """Where a rank takes requests about its weights; None if it has not registered, or takes none."""
+        with self._lock:
+            return self._controls.get((role, rank))
+
     def answer(self, rank: str | None, role: str | None = None) -> tuple[int, bytes]:
         """HTTP status and JSON body for the query parameters of a request, here or on the engine's own port."""
         role = role or "target"
@@ -105,6 +112,7 @@ class EngineInfoBootstrapServer:
         answer = make_answer(registration)
         with self._lock:
             self._answers[registration.role, registration.world_rank] = answer
+            self._controls[registration.role, registration.world_rank] = registration.control
         logger.debug("rank %d of the %s model has registered", registration.world_rank, registration.role)
 
     def is_authorized(self, authorization: str | None) -> bool:

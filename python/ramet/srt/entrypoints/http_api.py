@@ -39,6 +39,7 @@ from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.entrypoints.weight_routes import make_weight_router
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.observability.metrics import CONTENT_TYPE
@@ -88,6 +89,8 @@ def create_app(instance: Instance) -> FastAPI:
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
     for make_router in routes:
         app.include_router(make_router(instance))
+    if instance.is_head:
+        app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
     app.add_middleware(
         AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
     )

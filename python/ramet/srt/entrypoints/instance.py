@@ -16,8 +16,15 @@ import ramet
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
-from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
-from ramet.srt.managers.request_error import ServiceError
+from ramet.srt.managers.io_struct import (
+    GetInternalStateReqOutput,
+    SchedulerReady,
+    WeightControlError,
+    WeightReply,
+    WeightRequest,
+)
+from ramet.srt.managers.request_error import RequestError, ServiceError
+from ramet.srt.managers.weight_control import ask_rank
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs, format_url
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
@@ -231,6 +238,29 @@ class Instance:
     def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
         """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
         return None if self.bootstrap is None else self.bootstrap.get_json(role, rank)
+
+    async def ask_rank_about_weights(
+        self, role: str, rank: int, request: WeightRequest, timeout_s: float
+    ) -> WeightReply:
+        """What a rank, on whatever node, replies to a request about its weights.
+
+        Raises:
+            RequestError: if there is no such rank, or it refuses.
+            ServiceError: if it does not answer within `timeout_s`.
+        """
+        address = None if self.bootstrap is None else self.bootstrap.control_address(role, rank)
+        if address is None:
+            raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
+        try:
+            reply = await ask_rank(address, request, timeout_s)
+        except (OSError, TimeoutError) as error:
+            cause = (
+                f"has not answered within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"is gone: {error}"
+            )
+            raise ServiceError(f"rank {rank} {cause}") from None
+        if isinstance(reply, WeightControlError):
+            raise RequestError(reply.message)
+        return reply
 
     def server_info(self, states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:
         """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""

@@ -126,6 +126,29 @@ class LoadReport(msgspec.Struct, kw_only=True):
     fallback_reason: str = ""  # why an earlier source was given up; empty when the first one served
 
 
+class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to a rank: the checksums of slices of checkpoint tensors that are in its weights."""
+
+    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # name of the tensor; (start, stop) per dimension
+
+
+class WeightChecksumsOutput(msgspec.Struct, kw_only=True, tag=True):
+    """A rank to the main process."""
+
+    algorithm: str
+    checksums: list[str]  # in the order of the regions
+
+
+class WeightControlError(msgspec.Struct, kw_only=True, tag=True):
+    """A rank to the main process: why it does not do what it was asked to."""
+
+    message: str
+
+
+WeightRequest = WeightChecksumsReq
+WeightReply = WeightChecksumsOutput | WeightControlError
+
+
 class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):
     """Scheduler to its launcher over the start-up pipe: the rank can serve."""
 

@@ -12,6 +12,7 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
+from ramet.srt.distributed.rendezvous import local_address
 from ramet.srt.layers.attention.registry import make_attn_backend
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport
@@ -181,7 +182,9 @@ class ModelRunner:
         Raises:
             WeightTransferError: if the offer can't be made or the bootstrap server doesn't take the registration.
         """
-        self._seed = WeightSeed.start(self.manifest, self.arena, host=self.server_args.host)
+        args = self.server_args
+        control_host = None if args.nnodes == 1 else local_address(args.dist_init_addr)
+        self._seed = WeightSeed.start(self.manifest, self.arena, host=args.host, control_host=control_host)
         self._register_to_engine_info_bootstrap(bootstrap_url)
 
     def _register_to_engine_info_bootstrap(self, bootstrap_url: str) -> None:

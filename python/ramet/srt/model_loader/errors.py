@@ -5,7 +5,7 @@ from collections.abc import Sequence
 MAX_NAMED = 5
 
 
-class WeightTransferError(Exception):
+class WeightTransferError(RuntimeError):
     """Weights could not be taken from a seed, or be offered to others.
 
     Attributes:

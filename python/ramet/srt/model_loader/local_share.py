@@ -9,20 +9,19 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import threading
 
 import msgspec
 
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
+from ramet.srt.utils.unix_peer import peer_uid
 
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 4096
 CONNECTION_TIMEOUT_S = 5.0
 CLOSE_TIMEOUT_S = 10.0  # for readers of a GPU's memory; a copy takes fractions of a second
-_UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 class ShareRequest(msgspec.Struct, frozen=True):
@@ -174,9 +173,3 @@ def request_memory(name: str, digest: str, timeout_s: float) -> OfferedMemory:
             os.close(fd)
         connection.close()
         raise
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end of a connected Unix socket, as the kernel knows it."""
-    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return _UCRED.unpack(data)[1]

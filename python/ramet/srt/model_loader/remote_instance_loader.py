@@ -1,4 +1,4 @@
-"""Owns taking a rank's weights from a running instance: which way, what is checked, and what follows a failure."""
+"""Owns taking a rank's weights from running instances: which way, what is checked, and what follows a failure."""
 
 import logging
 import time
@@ -8,39 +8,30 @@ import msgspec
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
-from ramet.srt.model_loader.errors import WeightTransferError, name_some
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
-    fetch_seed_answer,
-    find_disagreement,
-    format_address,
-    host_identity,
-    is_folder_name,
-    reachable_host,
-)
-from ramet.srt.model_loader.seed_registration import SeedAnswer
+from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.find_seeds import find_seeds
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import format_address, is_folder_name
+from ramet.srt.model_loader.seed_instance import SeedInstance
+from ramet.srt.model_loader.seed_sources import SeedSources, open_local
+from ramet.srt.model_loader.seed_transfer import SeedTransfer
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
-from ramet.srt.model_loader.sources.local import LocalSource
-from ramet.srt.model_loader.sources.transfer_engine import TransferEngineSource
-from ramet.srt.model_loader.transfer_plan import PlanError
 from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_checksums import expected_checksums, find_mismatches
-from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightManifest
+from ramet.srt.model_loader.weight_manifest import WeightManifest
+from ramet.srt.model_loader.weight_verification import ChecksumMismatch, verify_by_entries, verify_by_regions
 
 logger = logging.getLogger(__name__)
 
-LOCAL_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
-
 
 class RemoteInstanceModelLoader:
-    """Takes weights from the same rank of a seed instance; from disk when that fails, unless told not to."""
+    """Takes a rank's weights from the ranks of seed instances; from disk when that fails, unless told not to."""
 
     def __init__(self, config: LoadConfig) -> None:
-        if config.seed_instance_ip is None or config.seed_instance_service_port is None:
+        if not config.seeds:
             raise ValueError("loading from a remote instance needs the seed's address and port")
         self._config = config
-        self._host, self._port = config.seed_instance_ip, config.seed_instance_service_port
-        self.seed = format_address(self._host, self._port)
-        self._broken_off: TransferEngineSource | None = None  # a transfer that has filled a part of the arena
+        self.seed = ", ".join(format_address(host, port) for host, port in config.seeds)
+        self._broken_off: SeedTransfer | None = None  # a transfer that has filled a part of the arena
+        self._seeds: list[SeedInstance] = []
         self._start = 0.0
 
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
@@ -48,7 +39,7 @@ class RemoteInstanceModelLoader:
         self._broken_off = None
         self._start = time.perf_counter()
         try:
-            report = self._load_from_seed(manifest, arena, model_path)
+            report = self._load_from_seeds(manifest, arena, model_path)
         except WeightTransferError as error:
             if self._config.fallback == "error":
                 raise
@@ -74,53 +65,45 @@ class RemoteInstanceModelLoader:
         return msgspec.structs.replace(report, fallback_reason=str(reason))
 
     def _finish_from_disk(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport | None:
-        """Read only what the seed has not sent. None if it sent nothing that can be used, or has other weights."""
+        """Read only what the seeds have not sent. None if they sent nothing that can be used, or have other weights."""
         broken_off = self._broken_off
-        if broken_off is None or len(broken_off.unfinished) == len(broken_off.plan.ops):
+        if broken_off is None or not broken_off.received_nbytes:
             return None
         disk = CheckpointSource(model_path)
         rest = disk.plan(manifest, broken_off.unfinished)
         disk.fill(rest, arena)
         try:
-            verified = broken_off.seed_manifest and self._verify(
-                manifest, arena, broken_off.seed_manifest, samples_only=False
-            )
-        except WeightTransferError as error:
+            unknown = verify_by_entries(arena, self._manifests(), self.seed)
+        except ChecksumMismatch as error:
             logger.info("rank %d: the files are not what the seed has: reading all of them (%s)",
                         manifest.parallel.world_rank, error)  # fmt: skip
             return None
-        if not verified:
+        if unknown:
             return None
-        received = broken_off.plan.nbytes - sum(op.nbytes for op in broken_off.unfinished)
         report = LoadReport(
-            source=f"{broken_off.name}+{disk.name}",
-            num_bytes=received + rest.nbytes,
+            source="+".join([*broken_off.source_names, disk.name]),
+            num_bytes=broken_off.received_nbytes + rest.nbytes,
             seconds=time.perf_counter() - self._start,
             verified=True,
         )
         log_report(manifest, report)
         return report
 
-    def _load_from_seed(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
-        rank = manifest.parallel.world_rank
-        config = self._config
-        answer = fetch_seed_answer(
-            self._host, self._port, rank, manifest.role, config.timeout_s, api_key=config.api_key
-        )
-        if answer.manifest is not None:
-            disagreement = find_disagreement(manifest, answer.manifest)
-            if disagreement:
-                raise WeightTransferError("agree", rank, self.seed, disagreement)
+    def _load_from_seeds(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+        self._seeds = find_seeds(self._config, manifest)
         start = time.perf_counter()
-        try:
-            report = self._load_locally(manifest, arena, answer) or self._transfer(manifest, arena, answer)
-        except PlanError as error:
-            raise WeightTransferError("agree", rank, self.seed, error) from error
-        if answer.manifest is None or (
-            answer.manifest.model_name != manifest.model_name and is_folder_name(manifest, answer.manifest)
+        report = self._map(arena) or self._transfer(arena)
+        is_upstream = any(rank.answer.manifest is None for seed in self._seeds for rank in seed.ranks)
+        if is_upstream or any(
+            seed_manifest.model_name != manifest.model_name and is_folder_name(manifest, seed_manifest)
+            for seed_manifest in self._manifests()
         ):
             self._compare_with_files(manifest, arena, model_path)
         return msgspec.structs.replace(report, seconds=time.perf_counter() - start)
+
+    def _manifests(self) -> list[WeightManifest]:
+        answers = [rank.answer for seed in self._seeds for rank in seed.ranks]
+        return [answer.manifest for answer in answers if answer.manifest is not None]
 
     def _compare_with_files(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> None:
         """Where names can't tell one model from another of the same shape, own files can, if there are any.
@@ -146,81 +129,71 @@ class RemoteInstanceModelLoader:
             )
             raise WeightTransferError("agree", rank, self.seed, cause)
 
-    def _load_locally(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport | None:
-        """By mapping or copying the seed's memory; None where that is not possible and the network must do."""
-        mode, handle = self._config.local_mode, answer.local_handle
-        if mode == "off" or handle is None or answer.manifest is None:
+    def _map(self, arena: WeightArena) -> LoadReport | None:
+        """Show the memory of a seed on this host in the arena. None where that is not possible, or not wanted."""
+        mode = self._config.local_mode
+        if mode not in ("auto", "map"):
             return None
-        rank = manifest.parallel.world_rank
-        if handle.host_identity != host_identity():
-            logger.info("rank %d: the seed %s is on another host", rank, self.seed)
-            return None
+        ranks = [rank for seed in self._seeds for rank in seed.ranks if rank.is_local]
+        for rank in ranks:
+            source = open_local(rank, arena, self._config)
+            if source is None:
+                continue
+            with source:
+                if not source.can_map():
+                    continue
+                try:
+                    num_bytes = source.map()
+                except (OSError, ValueError) as error:
+                    logger.warning("rank %d: the memory of the seed %s can't be mapped: %s",
+                                   arena.manifest.parallel.world_rank, rank.seed, error)  # fmt: skip
+                    continue
+            # The memory is the seed's own: samples tell whether it is what was announced.
+            assert rank.answer.manifest is not None
+            unknown = verify_by_entries(arena, [rank.answer.manifest], rank.seed, samples_only=True)
+            return LoadReport(source="local_map", num_bytes=num_bytes, seconds=0.0, verified=not unknown)
+        if mode == "map" and ranks:
+            logger.warning("rank %d: no memory of the seed %s is laid out as the own one: copying",
+                           arena.manifest.parallel.world_rank, self.seed)  # fmt: skip
+        return None
+
+    def _transfer(self, arena: WeightArena) -> LoadReport:
+        transfer = SeedTransfer(arena, self._seeds, lambda: SeedSources(arena, self._config))
         try:
-            with LocalSource(answer.manifest, handle, min(self._config.timeout_s, LOCAL_TIMEOUT_S)) as source:
-                is_mapped = mode != "copy" and source.can_map(arena)
-                if mode == "map" and not is_mapped:
-                    logger.warning(
-                        "rank %d: the memory of the seed %s is laid out differently: copying", rank, self.seed
-                    )
-                num_bytes = source.map(arena) if is_mapped else source.copy(arena)
-        except PlanError:
+            while True:
+                transfer.run()
+                try:
+                    verified = self._verify(arena, transfer)
+                    break
+                except ChecksumMismatch as error:
+                    transfer.blame([(e.offset, e.offset + e.nbytes) for e in error.entries], error)
+        except WeightTransferError:
+            self._broken_off = transfer
             raise
-        except (OSError, ValueError) as error:
-            logger.warning(
-                "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",
-                rank,
-                self.seed,
-                error,
-            )
-            return None
-        # Mapped memory is the seed's own: samples tell whether it is what was announced.
-        verified = self._verify(manifest, arena, answer.manifest, samples_only=is_mapped)
         return LoadReport(
-            source="local_map" if is_mapped else "local_copy",
-            num_bytes=num_bytes,
+            source="+".join(transfer.source_names),
+            num_bytes=transfer.planned_nbytes,
             seconds=0.0,
             verified=verified,
-            transfer_seconds=source.transfer_seconds,
+            transfer_seconds=transfer.transfer_seconds,
         )
 
-    def _transfer(self, manifest: WeightManifest, arena: WeightArena, answer: SeedAnswer) -> LoadReport:
-        source = TransferEngineSource(answer, manifest)
-        try:
-            source.fill(arena, reachable_host(self._config.host), self._config.timeout_s)
-        except WeightTransferError:
-            self._broken_off = source
-            raise
-        verified = answer.manifest is not None and self._verify(manifest, arena, answer.manifest, samples_only=False)
-        return LoadReport(source=source.name, num_bytes=source.plan.nbytes, seconds=0.0, verified=verified)
-
-    def _verify(
-        self, manifest: WeightManifest, arena: WeightArena, seed_manifest: WeightManifest, *, samples_only: bool
-    ) -> bool:
-        """Whether every tensor could be compared with the seed's checksums.
+    def _verify(self, arena: WeightArena, transfer: SeedTransfer) -> bool:
+        """Whether every tensor could be compared with what the seeds say.
 
         Raises:
-            WeightTransferError: if one differs.
+            ChecksumMismatch: if one differs.
+            WeightTransferError: if none of the seeds can be asked any more.
         """
-        rank = manifest.parallel.world_rank
-        expected = expected_checksums(arena, seed_manifest, samples_only=samples_only)
-        mismatches = find_mismatches(manifest, arena, expected, samples_only=samples_only)
-        if mismatches:
-            cause = f"the checksums of {len(mismatches)} tensors differ from the seed's: {name_some(mismatches)}"
-            raise WeightTransferError("verify", rank, self.seed, cause)
-        if len(expected) < len(manifest.entries):
-            logger.warning(
-                "rank %d: the seed %s has checksums for %d of %d tensors; the others could not be compared",
-                rank,
-                self.seed,
-                len(expected),
-                len(manifest.entries),
-            )
-            return False
-        values = expected_checksums(arena, seed_manifest)
-        samples = expected_checksums(arena, seed_manifest, samples_only=True)
-        arena.checksums = WeightChecksums(
-            algorithm=arena.checksum_algorithm,
-            values=tuple(values[entry.name] for entry in manifest.entries),
-            samples=tuple(samples[entry.name] for entry in manifest.entries),
+        unknown = verify_by_entries(arena, self._manifests(), self.seed)
+        seeds = [seed for seed in transfer.alive if all(rank.answer.manifest is not None for rank in seed.ranks)]
+        if not unknown or (seeds and verify_by_regions(arena, unknown, seeds, self._config)):
+            return True
+        logger.warning(
+            "rank %d: the seed %s has checksums for %d of %d tensors; the others could not be compared",
+            arena.manifest.parallel.world_rank,
+            self.seed,
+            len(arena.manifest.entries) - len(unknown),
+            len(arena.manifest.entries),
         )
-        return True
+        return False

@@ -11,6 +11,8 @@ import msgspec
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.seed_registration import (
     MAX_REGISTRATION_BYTES,
+    ChecksumsAnswer,
+    ChecksumsRequest,
     SeedAnswer,
     SeedRegistration,
     parse_answer,
@@ -20,8 +22,14 @@ from ramet.srt.utils.http_request import http_request
 
 logger = logging.getLogger(__name__)
 
+
+class RankNotRegistered(WeightTransferError):
+    """The seed answers, but knows no such rank."""
+
+
 # The second is upstream's name for the first, and the only one that an upstream seed knows.
 SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
+CHECKSUMS_PATH = "/remote_instance_weight_checksums"
 POLL_PERIOD_S = 0.25
 ABSENT_GRACE_S = 2.0  # a seed that is not there, or knows no such rank, gets this long to appear
 REQUEST_TIMEOUT_S = 10.0
@@ -37,9 +45,7 @@ def register_transfer_engine_info(
         WeightTransferError: if it was refused, or not accepted within `timeout_s`.
     """
     parts = urlsplit(url)
-    headers = {"Content-Type": "application/json"}
-    if admin_api_key is not None:
-        headers["Authorization"] = f"Bearer {admin_api_key}"
+    headers = {"Content-Type": "application/json"} | _authorization(admin_api_key)
     body = msgspec.json.encode(registration)
     deadline = time.monotonic() + timeout_s
     reason = "no time was given"
@@ -68,15 +74,25 @@ def register_transfer_engine_info(
 
 
 def fetch_seed_answer(
-    host: str, port: int, rank: int, role: str, timeout_s: float, api_key: str | None = None
+    host: str,
+    port: int,
+    rank: int,
+    role: str,
+    timeout_s: float,
+    api_key: str | None = None,
+    absent_grace_s: float = ABSENT_GRACE_S,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
+    Args:
+        absent_grace_s: how long a rank that the seed does not know may take to register.
+
     Raises:
+        RankNotRegistered: if it has not.
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
     seed = format_address(host, port)
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    headers = _authorization(api_key)
     start = time.monotonic()
     query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
     reason = "no time was given"
@@ -96,13 +112,52 @@ def fetch_seed_answer(
             if status == 200:
                 return _parse(body, rank, role, seed)
             reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
-            if status not in RETRIED_STATUS and (status != 404 or time.monotonic() - start > ABSENT_GRACE_S):
+            if status == 404 and time.monotonic() - start >= absent_grace_s:
+                raise RankNotRegistered("ask", rank, seed, reason)
+            if status not in RETRIED_STATUS and status != 404:
                 break
         if not is_waiting:
             logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, timeout_s, seed, reason)
             is_waiting = True
         time.sleep(max(0.0, min(POLL_PERIOD_S, start + timeout_s - time.monotonic())))
     raise WeightTransferError("ask", rank, seed, reason)
+
+
+def fetch_checksums(
+    host: str, port: int, request: ChecksumsRequest, timeout_s: float, api_key: str | None = None
+) -> ChecksumsAnswer | None:
+    """What slices of checkpoint tensors hash to in the weights of a seed's rank; None if the seed can't tell.
+
+    Raises:
+        WeightTransferError: if no sound answer came within `timeout_s`.
+    """
+    seed = format_address(host, port)
+    headers = {"Content-Type": "application/json"} | _authorization(api_key)
+    try:
+        status, body = http_request(
+            host,
+            port,
+            "POST",
+            CHECKSUMS_PATH,
+            timeout_s=timeout_s,
+            max_nbytes=MAX_REGISTRATION_BYTES,
+            body=msgspec.json.encode(request),
+            headers=headers,
+        )
+        if status in (404, 405):
+            return None
+        if status != 200:
+            raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
+        answer = msgspec.json.decode(body, type=ChecksumsAnswer)
+        if len(answer.checksums) != len(request.regions):
+            raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
+    except (OSError, ValueError) as error:
+        raise WeightTransferError("verify", request.rank, seed, error) from error
+    return answer
+
+
+def _authorization(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def _ask(host: str, port: int, query: str, headers: dict[str, str], timeout_s: float) -> tuple[int, str, bytes]:

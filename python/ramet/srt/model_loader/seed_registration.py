@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ramet.srt.managers.weight_control import ControlAddress
 from ramet.srt.model_loader.weight_manifest import ROLES, WeightManifest, check_manifest
 
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
@@ -31,6 +32,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     manifest: WeightManifest | None = None
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
+    control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
     def world_rank(self) -> int:
@@ -56,6 +58,21 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def weights_info(self) -> dict[str, tuple[int, int, int]]:
         return self.remote_instance_transfer_engine_info[1]
+
+
+class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
+
+    rank: int
+    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # checkpoint tensor; (start, stop) per dimension
+    role: str = "target"
+
+
+class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: a checksum for each region, over its elements in row-major order of the checkpoint tensor."""
+
+    algorithm: str
+    checksums: list[str]
 
 
 def parse_registration(body: bytes) -> SeedRegistration:

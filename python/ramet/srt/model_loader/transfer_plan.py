@@ -125,14 +125,22 @@ class TransferPlan:
 
 def source_from_manifest(name: str, manifest: WeightManifest) -> PlanSource:
     """A seed's arena as a source; offsets are those in its arena."""
+    return PlanSource(
+        name=name,
+        holdings=holdings_of(manifest),
+        layout=layout_digest(manifest),
+        occupied=occupied_ranges(manifest.entries),
+    )
+
+
+def holdings_of(manifest: WeightManifest) -> dict[str, list[Holding]]:
+    """What an arena has of each checkpoint tensor; offsets are those in the arena."""
     holdings: dict[str, list[Holding]] = {}
     for entry in manifest.entries:
         for box in entry.boxes:
             offset, strides = locate_box(entry, box)
             holdings.setdefault(box.checkpoint_name, []).append(Holding(box.source, offset, strides, entry.dtype))
-    return PlanSource(
-        name=name, holdings=holdings, layout=layout_digest(manifest), occupied=occupied_ranges(manifest.entries)
-    )
+    return holdings
 
 
 def whole_tensor(shape: Sequence[int], offset: int, dtype: str) -> Holding:
@@ -261,8 +269,8 @@ def _copy_region(region: Region, source: Holding, target: Holding, index: int) -
     row, (num_rows, source_stride, target_stride), repeats = flatten(
         [stop - start for start, stop in region], source.strides, target.strides, sizes
     )
-    source_start = source.offset + _region_offset(region, source)
-    target_start = target.offset + _region_offset(region, target)
+    source_start = source.offset + region_offset(region, source)
+    target_start = target.offset + region_offset(region, target)
     for source_offset, target_offset in repeats:
         yield CopyOp(
             source=index,
@@ -277,7 +285,8 @@ def _copy_region(region: Region, source: Holding, target: Holding, index: int) -
         )
 
 
-def _region_offset(region: Region, holding: Holding) -> int:
+def region_offset(region: Region, holding: Holding) -> int:
+    """Bytes from a holding's first element to the first one of a region inside of it."""
     return sum(
         (start - held) * stride
         for (start, _), (held, _), stride in zip(region, holding.region, holding.strides, strict=True)

@@ -5,7 +5,7 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ramet.srt.model_loader import host_memory
@@ -16,7 +16,7 @@ from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry,
 if TYPE_CHECKING:
     import torch
 
-    from ramet.srt.model_loader.transfer_plan import CopyOp
+    from ramet.srt.model_loader.receive_window import ReceiveWindow
 
 POPULATE_BLOCK_BYTES = 32 << 20
 
@@ -94,12 +94,8 @@ class WeightArena(ABC):
         """
 
     @abstractmethod
-    def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
-        """Addresses for a writer that may have to be abandoned.
-
-        Args:
-            max_batch_nbytes: most bytes that it receives in one batch.
-        """
+    def open_receive_window(self) -> "ReceiveWindow":
+        """Addresses for a writer that may have to be abandoned."""
 
     @abstractmethod
     def drop_memory(self) -> None:
@@ -246,72 +242,11 @@ class HostWeightArena(WeightArena):
             host_memory.seal_for_sharing(self._own_fd)
         super().publish()
 
-    def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
+    def open_receive_window(self) -> "ReceiveWindow":
+        from ramet.srt.model_loader.receive_window import HostReceiveWindow
+
         self._require_private()
         return HostReceiveWindow(self)
 
     def _map_own(self) -> None:
         host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
-
-
-class ReceiveWindow(ABC):
-    """Addresses through which a transport fills an arena, and which can be cut off from it at any moment.
-
-    A transfer that was given up may still write when its peer comes back: to the window, which is no part of the
-    arena by then. The addresses stay taken for as long as the transport might use them.
-    """
-
-    address: int
-    nbytes: int
-
-    @abstractmethod
-    def populate(self) -> None:
-        """Take the window's memory now; may run beside the transfer."""
-
-    @abstractmethod
-    def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        """Where each of a batch's contiguous operations is to be received."""
-
-    @abstractmethod
-    def deliver(self, batch: "Sequence[CopyOp]") -> None:
-        """Bring a batch that has been received into the arena."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Wait until everything delivered is in the arena."""
-
-    @abstractmethod
-    def cut_off(self) -> None:
-        """Part the window from the arena for good; the addresses stay valid."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give the addresses back: only when nobody writes to them any more."""
-
-
-class HostReceiveWindow(ReceiveWindow):
-    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off."""
-
-    def __init__(self, arena: HostWeightArena) -> None:
-        self.nbytes = arena.nbytes
-        self.address = host_memory.reserve_addresses(self.nbytes)
-        self._arena = arena
-        host_memory.map_file_at(self.address, self.nbytes, arena.own_fd, private=False)
-
-    def populate(self) -> None:
-        self._arena.populate(self.address)
-
-    def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        return [self.address + op.target_offset for op in batch]
-
-    def deliver(self, batch: "Sequence[CopyOp]") -> None:
-        """It is there already."""
-
-    def finish(self) -> None:
-        """Nothing is under way."""
-
-    def cut_off(self) -> None:
-        host_memory.map_nothing_at(self.address, self.nbytes)
-
-    def close(self) -> None:
-        host_memory.unmap(self.address, self.nbytes)

@@ -46,17 +46,24 @@ def expected_checksums(
 
     Empty when the seed's checksums are missing or of another algorithm than this arena's.
     """
-    checksums = seed_manifest.checksums
-    if checksums is None or checksums.algorithm != arena.checksum_algorithm:
+    known = content_checksums(seed_manifest, samples_only=samples_only)
+    wanted = {entry.name: _content_key(arena.checksum_algorithm, entry) for entry in arena.manifest.entries}
+    return {name: known[key] for name, key in wanted.items() if key in known}
+
+
+def content_checksums(manifest: WeightManifest | None, *, samples_only: bool = False) -> dict[tuple, str]:
+    """The checksums in a manifest by what they are of: (algorithm, name, …), which is equal for equal slices."""
+    checksums = manifest.checksums if manifest is not None else None
+    if manifest is None or checksums is None:
         return {}
     values = checksums.samples if samples_only else checksums.values
-    known = {_content_key(entry): value for entry, value in zip(seed_manifest.entries, values, strict=True)}
-    entries = arena.manifest.entries
-    return {entry.name: known[_content_key(entry)] for entry in entries if _content_key(entry) in known}
+    return {
+        _content_key(checksums.algorithm, entry): value for entry, value in zip(manifest.entries, values, strict=True)
+    }
 
 
-def _content_key(entry: WeightEntry) -> tuple:
-    return entry.name, entry.dtype, entry.shape, entry.boxes
+def _content_key(algorithm: str, entry: WeightEntry) -> tuple:
+    return algorithm, entry.name, entry.dtype, entry.shape, entry.boxes
 
 
 def _hash_entries(manifest: WeightManifest, arena: WeightArena, *, samples_only: bool) -> tuple[str, ...]:

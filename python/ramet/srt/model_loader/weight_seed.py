@@ -2,9 +2,13 @@
 
 import logging
 import time
+from contextlib import ExitStack
 
+from ramet.srt.managers.io_struct import WeightChecksumsOutput, WeightReply, WeightRequest
+from ramet.srt.managers.weight_control import WeightControlServer
 from ramet.srt.model_loader.local_share import LocalShareServer
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.region_checksums import REGION_ALGORITHM, RegionChecksums, WeightRegion
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     host_identity,
     reachable_host,
@@ -21,36 +25,38 @@ logger = logging.getLogger(__name__)
 class WeightSeed:
     """One rank's weights on offer. The arena is immutable from the start on."""
 
-    def __init__(self, arena: WeightArena, registration: SeedRegistration, engine: MooncakeEngine,
-                 share: LocalShareServer) -> None:  # fmt: skip
+    def __init__(self, registration: SeedRegistration, resources: ExitStack) -> None:
         self.registration = registration
-        self._arena = arena  # its memory must stay for as long as it is offered
-        self._engine = engine
-        self._share = share
+        self._resources = resources
 
     @classmethod
-    def start(cls, manifest: WeightManifest, arena: WeightArena, *, host: str) -> "WeightSeed":
+    def start(
+        cls, manifest: WeightManifest, arena: WeightArena, *, host: str, control_host: str | None = None
+    ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
         Args:
             host: address that the instance is bound to.
+            control_host: address of this node, if the instance's main process may be on another one.
 
         Raises:
             WeightTransferError: if Mooncake does not start.
-            OSError: if the local socket can't be made.
+            OSError: if a socket can't be made.
         """
         start = time.perf_counter()
         checksums = arena.checksums or compute_checksums(manifest, arena)
         arena.checksums = checksums
         arena.publish()
         rank = manifest.parallel.world_rank
-        engine = MooncakeEngine.acquire(reachable_host(host), rank)
-        engine.register(arena.address, arena.nbytes)
-        try:
+        with ExitStack() as undo:
+            engine = MooncakeEngine.acquire(reachable_host(host), rank)
+            engine.register(arena.address, arena.nbytes)
+            undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
             share = LocalShareServer(arena)
-        except OSError:
-            engine.unregister(arena.address)
-            raise
+            undo.callback(share.close)
+            control = WeightControlServer(SeedRequests(arena).handle, control_host)
+            undo.callback(control.close)
+            resources = undo.pop_all()
         registration = SeedRegistration(
             rank=rank,
             role=manifest.role,
@@ -60,6 +66,7 @@ class WeightSeed:
             manifest=with_checksums(manifest, checksums),
             arena_address=arena.address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
+            control=control.address,
         )
         logger.info(
             "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",
@@ -69,7 +76,7 @@ class WeightSeed:
             engine.session_id,
             time.perf_counter() - start,
         )
-        return cls(arena, registration, engine, share)
+        return cls(registration, resources)
 
     def register(self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float) -> None:
         """Tell the instance's bootstrap server, until it has understood.
@@ -83,8 +90,19 @@ class WeightSeed:
 
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
-        self._share.close()
-        self._engine.unregister(self._arena.address)
+        self._resources.close()
+
+
+class SeedRequests:
+    """Answers what the instance's main process asks a rank on behalf of clients."""
+
+    def __init__(self, arena: WeightArena) -> None:
+        self._checksums = RegionChecksums(arena)
+
+    def handle(self, request: WeightRequest) -> WeightReply:
+        """Raises ValueError if the request can't be fulfilled."""
+        regions = [WeightRegion(name, region) for name, region in request.regions]
+        return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
 
 
 def weights_info(manifest: WeightManifest, arena_address: int) -> dict[str, tuple[int, int, int]]:

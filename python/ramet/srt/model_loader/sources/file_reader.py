@@ -90,6 +90,11 @@ def read_range(fds: Sequence[int], index: int, offset: int, into: memoryview) ->
 def _read_rows(op: CopyOp, fds: Sequence[int], memory: memoryview, block: memoryview) -> None:
     """Read a span of the file that holds all rows, then copy or convert the rows out of it."""
     read_range(fds, op.source, op.source_offset, block)
+    scatter_rows(op, memory, block)
+
+
+def scatter_rows(op: CopyOp, memory: memoryview, block: memoryview) -> None:
+    """Copy or convert the rows out of a block that starts with the first one."""
     if op.source_dtype:
         _convert_rows(op, memory, block)
         return

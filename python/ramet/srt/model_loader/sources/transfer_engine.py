@@ -1,28 +1,81 @@
-"""Owns filling an arena from a seed on another host with Mooncake's one-sided reads."""
+"""Owns filling an arena from seeds on other hosts with Mooncake's one-sided reads."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.receive_window import ReceiveLane, span_nbytes
 from ramet.srt.model_loader.seed_registration import SeedAnswer
-from ramet.srt.model_loader.transfer_plan import (
-    CopyOp,
-    Holding,
-    PlanError,
-    PlanSource,
-    plan,
-    source_from_manifest,
-    zero_ranges,
-)
-from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
-from ramet.srt.model_loader.weight_boxes import locate_box
-from ramet.srt.model_loader.weight_manifest import WeightManifest, element_size
-
-logger = logging.getLogger(__name__)
+from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
+from ramet.srt.model_loader.weight_arena import WeightArena
 
 MAX_BATCH_BYTES = 64 << 20  # the time limit is per batch, so this is also the grain of "progress"
 MAX_BATCH_RANGES = 256
+STAGING_BYTES = 16 << 20  # of each rank that is read in rows
+MIN_DIRECT_ROW_BYTES = 1 << 20
+# What a range costs beside its bytes, in bytes that could have been moved meanwhile: 60 us at 1.2 GB/s over TCP.
+RANGE_COST_BYTES = {"tcp": 64 << 10}
+RDMA_RANGE_COST_BYTES = 4 << 10
+
+
+class EngineReceiver:
+    """The client's engine while an arena is filled, and the window through which it writes. All seeds share it."""
+
+    def __init__(self, arena: WeightArena, host: str) -> None:
+        """
+        Args:
+            host: address of this machine towards the seeds.
+
+        Raises:
+            WeightTransferError: if Mooncake does not start.
+        """
+        self.engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
+        self._window = arena.open_receive_window()
+        self._lanes: list[ReceiveLane] = []
+        try:
+            self._register(self._window.address, self._window.nbytes)
+        except BaseException:
+            self._window.cut_off()
+            raise
+        # A transport that touches fresh memory page by page is three times slower than one that does not.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="populate")
+        self._populating = self._pool.submit(self._window.populate)
+
+    @property
+    def writes_to_pages(self) -> bool:
+        """Whether a read that was given up can still reach the arena: a network card knows pages, not addresses."""
+        return self.engine.protocol != "tcp"
+
+    def open_lane(self, batch_nbytes: int, staging_nbytes: int) -> ReceiveLane:
+        """A way into the arena for one seed rank, which the engine can write to."""
+        lane = self._window.open_lane(batch_nbytes, staging_nbytes)
+        self._lanes.append(lane)
+        self._register(lane.address, lane.nbytes)
+        return lane
+
+    def close(self) -> None:
+        """Give everything back, after every read has ended well.
+
+        Raises:
+            MemoryError: if there was not enough for the arena.
+        """
+        self._pool.shutdown()
+        self._window.finish()
+        for memory in (*self._lanes, self._window):
+            if memory.nbytes:
+                self.engine.unregister(memory.address)
+            memory.close()
+        self._populating.result()
+
+    def abandon(self) -> None:
+        """Part from an engine that may still write: nothing of it reaches the arena from now on."""
+        self._window.cut_off()
+        self.engine.abandon()
+        self._pool.shutdown()
+
+    def _register(self, address: int, nbytes: int) -> None:
+        if nbytes:
+            self.engine.register(address, nbytes)
 
 
 class TransferEngineSource:
@@ -30,112 +83,73 @@ class TransferEngineSource:
 
     name = "transfer_engine"
 
-    def __init__(self, answer: SeedAnswer, manifest: WeightManifest) -> None:
+    def __init__(self, answer: SeedAnswer, arena: WeightArena, receiver: EngineReceiver, timeout_s: float) -> None:
         """
         Args:
-            manifest: what the client needs.
-
-        Raises:
-            PlanError: if the seed does not have it, or in another dtype.
+            timeout_s: longest time without progress (per step).
         """
-        self.seed_manifest = answer.manifest
+        self._receiver = receiver
+        self._timeout_s = timeout_s
         self._session_id = answer.session_id
         self._base = 0 if answer.manifest is None else answer.arena_address or 0
-        if answer.manifest is not None:
-            source = source_from_manifest("the seed", answer.manifest)
-        else:
-            source = source_from_names(answer, manifest)
-        self.plan = plan(manifest, [source], max_op_nbytes=MAX_BATCH_BYTES)
-        self.unfinished: list[CopyOp] = list(self.plan.ops)  # what the arena does not have yet
+        self._lane: ReceiveLane | None = None
+        self._batch_nbytes = self._staging_nbytes = 0  # the most that a step needs
 
-    def fill(self, arena: WeightArena, host: str, timeout_s: float) -> None:
-        """Read everything into the arena's own memory.
+    def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
+        """The operations in batches, bounded in bytes and in number of ranges."""
+        range_cost = RANGE_COST_BYTES.get(self._receiver.engine.protocol, RDMA_RANGE_COST_BYTES)
+        steps = list(make_batches(ops, range_cost))
+        self._batch_nbytes = max((sum(map(span_nbytes, step)) for step in steps), default=0)
+        self._staging_nbytes = max(
+            (sum(span_nbytes(op) for op in step if op.num_rows > 1) for step in steps), default=0
+        )
+        return steps
 
-        Args:
-            host: address of this machine towards the seed.
-            timeout_s: longest time without progress (per batch).
+    def run(self, step: list[CopyOp]) -> None:
+        """Read one batch.
 
         Raises:
-            WeightTransferError: if the seed fails or stalls. Nothing of it reaches the arena afterwards.
-            MemoryError: if the weights don't fit into memory.
+            WeightTransferError: if the seed fails or stalls. The receiver must be abandoned then.
         """
-        arena.prepare_fill(zero_ranges(arena.manifest))
-        engine = MooncakeEngine.acquire(host, arena.manifest.parallel.world_rank)
-        window = arena.open_receive_window(MAX_BATCH_BYTES)
-        try:
-            engine.register(window.address, window.nbytes)
-            # A transport that touches fresh memory page by page is three times slower than one that does not.
-            with ThreadPoolExecutor(1, thread_name_prefix="populate") as pool:
-                populating = pool.submit(window.populate)
-                self._read(engine, window, timeout_s)
-            populating.result()
-            window.finish()
-        except BaseException:
-            window.cut_off()
-            engine.abandon()
-            if engine.protocol != "tcp":
-                # A network card writes to pages, not to addresses: leave it those that it has.
-                arena.drop_memory()
-                self.unfinished = list(self.plan.ops)
-            raise
-        engine.unregister(window.address)
-        window.close()
-
-    def _read(self, engine: MooncakeEngine, window: ReceiveWindow, timeout_s: float) -> None:
-        batches = list(make_batches(self.plan.ops))
-        for number, batch in enumerate(batches):
-            self.unfinished = [op for later in batches[number:] for op in later]
-            engine.read(
-                self._session_id,
-                window.place(batch),
-                [self._base + op.source_offset for op in batch],
-                [op.row_nbytes for op in batch],
-                timeout_s,
-            )
-            window.deliver(batch)
-        self.unfinished = []
+        if self._lane is None:
+            self._lane = self._receiver.open_lane(self._batch_nbytes, self._staging_nbytes)
+        remote = [self._base + op.source_offset for op in step]
+        nbytes = [span_nbytes(op) for op in step]
+        self._receiver.engine.read(self._session_id, self._lane.place(step), remote, nbytes, self._timeout_s)
+        self._lane.deliver(step)
 
 
-def source_from_names(answer: SeedAnswer, manifest: WeightManifest) -> PlanSource:
-    """An upstream seed, which says of its tensors only name, address, element count and element size.
+def make_batches(ops: Sequence[CopyOp], range_cost: int) -> Iterator[list[CopyOp]]:
+    """The operations in batches that are bounded in bytes and in number.
 
-    A tensor of the same name and size is taken to be the same slice of the same checkpoint tensors.
+    Short rows are read together with what lies between them, where that is cheaper than one by one.
 
-    Raises:
-        PlanError: if a tensor is missing or of another size.
+    Args:
+        range_cost: bytes that can be moved in the time that another range takes.
     """
-    holdings: dict[str, list[Holding]] = {}
-    missing, different = [], []
-    for entry in manifest.entries:
-        found = answer.weights_info.get(entry.name)
-        size = element_size(entry.dtype)
-        if found is None:
-            missing.append(entry.name)
-        elif found[1] * found[2] != entry.nbytes or found[2] != size:
-            different.append(f"{entry.name} ({found[1]} elements of {found[2]} bytes there, "
-                             f"{entry.nbytes // size} of {size} here)")  # fmt: skip
-        else:
-            for box in entry.boxes:
-                offset, strides = locate_box(entry, box)
-                address = found[0] + offset - entry.offset
-                holdings.setdefault(box.checkpoint_name, []).append(Holding(box.source, address, strides, entry.dtype))
-    if missing or different:
-        raise PlanError(missing, different)
-    logger.warning("the seed %s sends no manifest: tensors are matched by name and size, their dtype and their "
-                   "content could not be checked", answer.session_id)  # fmt: skip
-    return PlanSource(name="the seed", holdings=holdings)
-
-
-def make_batches(ops: Sequence[CopyOp]) -> Iterator[list[CopyOp]]:
-    """The operations as contiguous ones, in batches that are bounded in bytes and in number."""
     batch: list[CopyOp] = []
-    nbytes = 0
+    nbytes = staged = 0
     for op in ops:
-        for part in op.rows():
-            if batch and (nbytes + part.nbytes > MAX_BATCH_BYTES or len(batch) == MAX_BATCH_RANGES):
+        for part in _reads_of(op, range_cost):
+            size = span_nbytes(part)
+            staging = size if part.num_rows > 1 else 0
+            is_full = nbytes + size > MAX_BATCH_BYTES or staged + staging > STAGING_BYTES
+            if batch and (is_full or len(batch) == MAX_BATCH_RANGES):
                 yield batch
-                batch, nbytes = [], 0
+                batch, nbytes, staged = [], 0, 0
             batch.append(part)
-            nbytes += part.nbytes
+            nbytes += size
+            staged += staging
     if batch:
         yield batch
+
+
+def _reads_of(op: CopyOp, range_cost: int) -> Iterator[CopyOp]:
+    """An operation as reads: its rows, or spans of several rows that fit into the staging buffer."""
+    one_by_one = op.num_rows * (op.row_nbytes + range_cost)
+    if op.row_nbytes >= MIN_DIRECT_ROW_BYTES or one_by_one <= span_nbytes(op) + range_cost:
+        for row in op.rows():
+            yield from split_op(row, MAX_BATCH_BYTES)
+        return
+    rows_of_each = max(1, STAGING_BYTES // max(op.source_stride, op.row_nbytes))
+    yield from split_op(op, rows_of_each * op.row_nbytes)

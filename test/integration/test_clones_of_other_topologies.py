@@ -1,0 +1,54 @@
+"""Owns the test of whole instances that grow out of ones with other parallel sizes, launched as a user would."""
+
+import httpx
+import pytest
+import random_models as rm
+from server_process import ServerProcess
+
+SEED = ("--remote-instance-weight-loader-start-seed-via-transfer-engine", "--engine-info-bootstrap-port", "0")
+PROMPTS = rm.random_prompts([7, 21])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return rm.make_model(tmp_path_factory.mktemp("model"), "llama3", num_hidden_layers=4)
+
+
+def client_flags(*servers):
+    flags = ["--load-format", "remote_instance", "--engine-info-bootstrap-port", "0"]
+    for server in servers:
+        flags += ["--remote-instance-weight-loader-seed-instance-ip", server.url.removeprefix("http://")]
+    return [*flags, "--remote-instance-weight-loader-fallback", "error"]
+
+
+def answers(server):
+    params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPTS, "sampling_params": params}
+    return [output["output_ids"] for output in httpx.post(f"{server.url}/generate", json=body, timeout=60).json()]
+
+
+def reports(server):
+    ranks = httpx.get(f"{server.url}/get_server_info", timeout=10).json()["ranks"]
+    return [(rank["load_report"]["source"], rank["load_report"]["verified"]) for rank in ranks]
+
+
+def test_an_instance_is_cloned_over_topologies(model, tmp_path):
+    """tp2, from it tp1 over the network, and from both of them tp1 x pp2; all of them go on serving."""
+    weightless = rm.without_weights(model, tmp_path / "weightless")
+
+    def start(name, *flags):
+        return ServerProcess(weightless if name != "seed" else model, tmp_path / f"{name}.log", *flags, fake=False)
+
+    with start("seed", "--tp-size", "2", *SEED) as seed:
+        seed.wait_ready()
+        expected = answers(seed)
+        off = ("--remote-instance-weight-loader-local-mode", "off")
+        with start("first", *client_flags(seed), *off) as first:
+            first.wait_ready()
+            assert reports(first) == [("transfer_engine", True)]
+            assert answers(first) == expected
+            with start("second", "--pp-size", "2", *client_flags(first, seed)) as second:
+                second.wait_ready()
+                assert reports(second) == [("local_copy", True)] * 2
+                assert answers(second) == expected
+            assert answers(seed) == answers(first) == expected

@@ -1,0 +1,167 @@
+"""Owns the tests of taking weights from a seed with other parallel sizes, or the same ones, rank by rank."""
+
+import asyncio
+
+import msgspec
+import pytest
+import random_models as rm
+import sharded_models as sm
+import toy_model as toy
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
+from ramet.srt.managers.weight_control import ask_rank
+from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.region_checksums import RegionChecksums
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_checksums import compute_checksums
+from seed_server import SeedServer
+
+DENSE = {  # grouped heads that are replicated at tp 4, a tied table that the last stage copies, a padded vocabulary
+    "tp2-tp1": ({"tp_size": 2}, {}),
+    "tp1-tp4": ({}, {"tp_size": 4}),
+    "tp4-tp2pp2": ({"tp_size": 4}, {"tp_size": 2, "pp_size": 2}),
+    "tp2pp2-tp4": ({"tp_size": 2, "pp_size": 2}, {"tp_size": 4}),
+    "tp2-dp2tp2": ({"tp_size": 2}, {"tp_size": 2, "dp_size": 2}),
+    "dp2tp2-tp1": ({"tp_size": 2, "dp_size": 2}, {}),
+    "pp4-pp2": ({"pp_size": 4}, {"pp_size": 2}),
+    "tp2pp2-same": ({"tp_size": 2, "pp_size": 2}, {"tp_size": 2, "pp_size": 2}),
+}
+EXPERTS = {
+    "ep2-ep1": ({"tp_size": 2, "ep_size": 2}, {}),
+    "ep1-ep2": ({}, {"tp_size": 2, "ep_size": 2}),
+    "tp4ep2-tp2": ({"tp_size": 4, "ep_size": 2}, {"tp_size": 2}),
+    "tp4ep2-tp4ep4": ({"tp_size": 4, "ep_size": 2}, {"tp_size": 4, "ep_size": 4}),
+}
+
+
+def make_folder(path, family, **overrides):
+    """Config and random weights for every topology of the model."""
+    folder = rm.make_config(path, family, **overrides)
+    whole = sm.build_model(folder, sm.ranks_of()[0])
+    tensors = sm.random_checkpoint(sm.checkpoint_shapes([whole]))
+    toy.save_checkpoint(folder, {name: tensor.to(whole.dtype) for name, tensor in tensors.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("dense"), "llama3", dtype="bfloat16", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_experts=8)
+
+
+def load_all(folder, sizes):
+    """Every rank's arena, from disk."""
+    return [sm.load_from_disk(folder, sm.make_manifest(sm.build_model(folder, p))) for p in sm.ranks_of(**sizes)]
+
+
+def take(manifest, *servers, folder="/nonexistent", **options):
+    """A rank's arena, from seeds."""
+    arena = WeightArena.allocate(manifest, "cpu")
+    config = {"timeout_s": 10.0, "fallback": "error"} | options
+    seeds = tuple(("127.0.0.1", server.port) for server in servers)
+    loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
+    return arena, loader.load_weights(manifest, arena, str(folder))
+
+
+def check_pair(folder, seed_sizes, client_sizes, mode):
+    with SeedServer(load_all(folder, seed_sizes)) as server:
+        for expected in load_all(folder, client_sizes):
+            arena, report = take(expected.manifest, server, local_mode=mode)
+            assert arena.memory == expected.memory
+            assert compute_checksums(arena.manifest, arena) == compute_checksums(arena.manifest, expected)
+            assert report.verified and report.source == {"copy": "local_copy", "off": "transfer_engine"}[mode]
+
+
+@pytest.mark.parametrize("mode", ["copy", "off"])
+@pytest.mark.parametrize("pair", DENSE)
+def test_a_client_of_another_topology_holds_what_a_load_from_disk_gives(dense_folder, pair, mode):
+    check_pair(dense_folder, *DENSE[pair], mode)
+
+
+@pytest.mark.parametrize("mode", ["copy", "off"])
+@pytest.mark.parametrize("pair", EXPERTS)
+def test_experts_of_another_topology(experts_folder, pair, mode):
+    check_pair(experts_folder, *EXPERTS[pair], mode)
+
+
+def test_only_the_ranks_that_are_needed_are_asked(dense_folder):
+    with SeedServer(load_all(dense_folder, {"tp_size": 4})) as server:
+        manifests = [arena.manifest for arena in load_all(dense_folder, {"tp_size": 2})]
+        take(manifests[1], server, local_mode="copy")
+        assert server.asked == ["rank 1", "rank 2", "rank 3"] + ["/remote_instance_weight_checksums"] * 2
+    with SeedServer(load_all(dense_folder, {"tp_size": 2})) as server:
+        same = [arena.manifest for arena in load_all(dense_folder, {"tp_size": 2})]
+        take(same[1], server, local_mode="copy")
+        assert server.asked == ["rank 1"]
+
+
+def test_the_ranks_of_a_client_take_turns_over_the_replicas_of_a_seed(dense_folder):
+    with SeedServer(load_all(dense_folder, {"tp_size": 2, "dp_size": 2})) as server:
+        for expected in load_all(dense_folder, {"tp_size": 2}):
+            take(expected.manifest, server, local_mode="copy")
+        ranks = {int(line.split()[1]) for line in server.asked}
+        assert len({rank // 2 for rank in ranks}) == 2
+
+
+def test_a_rank_of_the_same_layout_is_mapped_and_others_are_copied(dense_folder):
+    with SeedServer(load_all(dense_folder, {"tp_size": 2})) as server:
+        (whole,) = load_all(dense_folder, {})
+        half = load_all(dense_folder, {"tp_size": 2})[1]
+        arena, report = take(half.manifest, server, local_mode="auto")
+        assert report.source == "local_map" and report.verified and arena.memory == half.memory
+        arena, report = take(whole.manifest, server, local_mode="map")
+        assert report.source == "local_copy" and arena.memory == whole.memory
+
+
+def test_a_rank_that_never_registers_is_named(dense_folder):
+    (client,) = load_all(dense_folder, {})
+    first_only = load_all(dense_folder, {"tp_size": 2})[:1]
+    with (
+        SeedServer(first_only) as server,
+        pytest.raises(WeightTransferError, match="rank 1 of the target model has not"),
+    ):
+        take(client.manifest, server, timeout_s=0.6)
+
+
+@pytest.mark.parametrize("mode", ["copy", "off"])
+def test_slices_that_are_not_what_the_seed_has_are_noticed(dense_folder, monkeypatch, mode):
+    """The seed's answer and its memory differ by one bit, in a slice that no checksum of its manifest is of."""
+    (client,) = load_all(dense_folder, {})
+    arenas = load_all(dense_folder, {"tp_size": 2})
+    with SeedServer(arenas) as server:
+        entry = next(e for e in arenas[1].manifest.entries if "o_proj" in e.name)
+        lie = arenas[1].memory[entry.offset]
+        original = RegionChecksums.compute
+
+        def compute(self, regions, num_threads=1):
+            arenas[1].memory[entry.offset] = lie ^ (1 if self._arena is arenas[1] else 0)
+            return original(self, regions, num_threads)
+
+        monkeypatch.setattr(RegionChecksums, "compute", compute)
+        with pytest.raises(WeightTransferError, match="verify failed .*o_proj"):
+            take(client.manifest, server, local_mode=mode)
+
+
+def test_a_seed_that_cannot_compute_checksums_of_slices_leaves_the_load_unverified(dense_folder, caplog):
+    (client,) = load_all(dense_folder, {})
+    with SeedServer(load_all(dense_folder, {"tp_size": 2}), hidden=["/remote_instance_weight_checksums"]) as server:
+        arena, report = take(client.manifest, server, local_mode="copy")
+    assert not report.verified and arena.memory == client.memory
+    assert "could not be compared" in caplog.text
+
+
+def test_slices_that_no_rank_has_are_refused(dense_folder):
+    with SeedServer(load_all(dense_folder, {})) as server:
+        address = server.bootstrap.control_address("target", 0)
+        unknown = WeightChecksumsReq(regions=[("model.norm.weight", ((0, 129),))])
+        reply = asyncio.run(ask_rank(address, unknown, 10))
+        assert isinstance(reply, WeightControlError) and "model.norm.weight" in reply.message
+        stranger = msgspec.structs.replace(address, token="wrong")
+        with pytest.raises(OSError):
+            asyncio.run(ask_rank(stranger, unknown, 10))
+        assert address.token.encode() not in server.bootstrap.get_json("target", 0)
