@@ -255,7 +255,8 @@ def measure_clone(seed: Server, folder: Path, limits: Limits, config: dict, rows
     background.join()
     best = min(runs, key=lambda run: run["seconds"])
     loads = [run["load_report"] for run in runs]
-    rate = max(load["num_bytes"] / load["transfer_seconds"] for load in loads)
+    rates = [load["num_bytes"] / load["transfer_seconds"] for load in loads if load["source"] == "local_copy"]
+    rate = max(rates, default=0.0)
     itl = {name: percentile([t for o in outcomes for t in o.itl_s], 0.99) for name, outcomes in
            (("quiet", quiet), ("busy", busy))}  # fmt: skip
     rows.append(("clone, launch to first token", f"{best['seconds']:.2f} s; phases {best['phases']}"))
@@ -300,7 +301,9 @@ def main() -> None:
                 measure_clone(server, folder, limits, SHAPE, rows, values)
         finally:
             server.stop()
-    report("gpu", args.output, rows, values)
+            report("gpu", args.output, rows, values)  # also what was measured before an error
+    else:
+        report("gpu", args.output, rows, values)
 
 
 if __name__ == "__main__":
