@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
 REMOTE_BACKENDS = ("transfer_engine",)
 LOCAL_MODES = ("auto", "map", "copy", "off")
@@ -43,6 +44,11 @@ class ServerArgs:
     served_model_name: str | None = flag(None, "Name of the model in the API; the model path when not given.")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     dtype: str = flag("auto", "Type of the weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    quantization: str | None = flag(
+        None,
+        "Type of the linear layers' weights: fp8 quantises them while they load; the checkpoint's when not given.",
+        choices=QUANTIZATIONS,
+    )
     context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
@@ -152,7 +158,7 @@ class ServerArgs:
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
-            if choices and value not in choices:
+            if choices and value not in choices and value is not None:
                 raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
         self._validate_ranges()
         self._validate_parallelism()

@@ -73,6 +73,7 @@ class Rank:
             revision=args.revision,
             dtype=args.dtype,
             context_length=args.context_length,
+            quantization=args.quantization,
         )
         self._meet()
         self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase)
