@@ -65,6 +65,7 @@ class ServerArgs:
 
     # Runtime
     device: str = flag("auto", "Where the model runs.", choices=DEVICES)
+    base_gpu_id: int = flag(0, "Number of the GPU that the node's first rank takes; the others take those behind it.")
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes the fastest one that runs on the device.",
@@ -172,6 +173,8 @@ class ServerArgs:
         for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
+        if self.base_gpu_id < 0:
+            raise ValueError(f"--base-gpu-id must not be negative; got {self.base_gpu_id}")
         for name in ("context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
