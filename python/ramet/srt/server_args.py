@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
-REMOTE_BACKENDS = ("transfer_engine",)
+REMOTE_BACKENDS = ("transfer_engine", "nccl")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
@@ -145,7 +145,10 @@ class ServerArgs:
     # Weights
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
     remote_instance_weight_loader_backend: str = flag(
-        "transfer_engine", "Transport for weights from another host.", choices=REMOTE_BACKENDS
+        "transfer_engine",
+        "Transport for weights from another host: one-sided reads, or torch.distributed broadcasts (NCCL on GPUs, gloo "
+        "on CPUs).",
+        choices=REMOTE_BACKENDS,
     )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
@@ -155,6 +158,11 @@ class ServerArgs:
     )
     remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
         None, "HTTP port of the seed instances whose address does not name one."
+    )
+    remote_instance_weight_loader_send_weights_group_ports: str | None = flag(
+        None,
+        "JSON list of the ports on the seed's host that the groups of the backend nccl use, one for each rank. Only an "
+        "upstream seed needs it: others choose free ports.",
     )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
         False, "Offer this instance's weights to others. A loaded client always does."
@@ -248,11 +256,42 @@ class ServerArgs:
                 "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
                 f"65535; got {port}"
             )
+        self._validate_group_ports()
         if not self.seeds:
             raise ValueError(
                 "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
                 "--remote-instance-weight-loader-seed-instance-service-port"
             )
+
+    def _validate_group_ports(self) -> None:
+        name = "--remote-instance-weight-loader-send-weights-group-ports"
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        if given is None:
+            return
+        if self.remote_instance_weight_loader_backend != "nccl":
+            raise ValueError(f"{name} needs --remote-instance-weight-loader-backend nccl")
+        ports = self.send_weights_group_ports
+        if len(ports) != self.world_size or len(set(ports)) != len(ports):
+            raise ValueError(f"{name} must have one port for each of the {self.world_size} ranks; got {given}")
+
+    @property
+    def send_weights_group_ports(self) -> tuple[int, ...]:
+        """The ports on the seed's host that were given, one for each rank; empty if none were.
+
+        Raises:
+            ValueError: if it is no list of ports.
+        """
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        try:
+            ports = json.loads(given or "[]")
+        except ValueError:
+            ports = None
+        if not isinstance(ports, list) or not all(type(port) is int and 1 <= port <= 65535 for port in ports):
+            raise ValueError(
+                "--remote-instance-weight-loader-send-weights-group-ports must be a JSON list of port numbers; got "
+                f"{given!r}"
+            )
+        return tuple(ports)
 
     @property
     def seeds(self) -> tuple[tuple[str, int], ...]:
