@@ -104,6 +104,7 @@ class ModelRunner:
             quantization=config.quantization,
             role="target",
             parallel=self.parallel,
+            dimensions=config.dimensions,
         )
 
     def _load_weights(self) -> LoadReport:
