@@ -2,9 +2,17 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 
-from ramet.srt.managers.io_struct import WeightChecksumsOutput, WeightReply, WeightRequest
+from ramet.srt.managers.io_struct import (
+    InstanceReady,
+    InstanceStateOutput,
+    InstanceStopping,
+    WeightChecksumsOutput,
+    WeightReply,
+    WeightRequest,
+)
 from ramet.srt.managers.weight_control import WeightControlServer
 from ramet.srt.model_loader.local_share import LocalShareServer
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
@@ -31,13 +39,20 @@ class WeightSeed:
 
     @classmethod
     def start(
-        cls, manifest: WeightManifest, arena: WeightArena, *, host: str, control_host: str | None = None
+        cls,
+        manifest: WeightManifest,
+        arena: WeightArena,
+        *,
+        host: str,
+        control_host: str | None = None,
+        on_state: Callable[[bool], None] = lambda is_ready: None,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
         Args:
             host: address that the instance is bound to.
             control_host: address of this node, if the instance's main process may be on another one.
+            on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
 
         Raises:
             WeightTransferError: if Mooncake does not start.
@@ -54,7 +69,7 @@ class WeightSeed:
             undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
             share = LocalShareServer(arena)
             undo.callback(share.close)
-            control = WeightControlServer(SeedRequests(arena).handle, control_host)
+            control = WeightControlServer(SeedRequests(arena, on_state).handle, control_host)
             undo.callback(control.close)
             resources = undo.pop_all()
         registration = SeedRegistration(
@@ -96,11 +111,15 @@ class WeightSeed:
 class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
-    def __init__(self, arena: WeightArena) -> None:
+    def __init__(self, arena: WeightArena, on_state: Callable[[bool], None] = lambda is_ready: None) -> None:
         self._checksums = RegionChecksums(arena)
+        self._on_state = on_state
 
     def handle(self, request: WeightRequest) -> WeightReply:
         """Raises ValueError if the request can't be fulfilled."""
+        if isinstance(request, InstanceReady | InstanceStopping):
+            self._on_state(isinstance(request, InstanceReady))
+            return InstanceStateOutput()
         regions = [WeightRegion(name, region) for name, region in request.regions]
         return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
 
