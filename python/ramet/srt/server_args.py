@@ -14,6 +14,7 @@ from ramet.srt.modelexpress.settings import ModelExpressConfig, parse_modelexpre
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
 REMOTE_BACKENDS = ("transfer_engine", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
@@ -57,6 +58,11 @@ class ServerArgs:
     served_model_name: str | None = flag(None, "Name of the model in the API; the model path when not given.")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     dtype: str = flag("auto", "Type of the weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    quantization: str | None = flag(
+        None,
+        "Type of the linear layers' weights: fp8 quantises them while they load; the checkpoint's when not given.",
+        choices=QUANTIZATIONS,
+    )
     context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
@@ -73,6 +79,7 @@ class ServerArgs:
 
     # Runtime
     device: str = flag("auto", "Where the model runs.", choices=DEVICES)
+    base_gpu_id: int = flag(0, "Number of the GPU that the node's first rank takes; the others take those behind it.")
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes the fastest one that runs on the device.",
@@ -182,7 +189,7 @@ class ServerArgs:
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
-            if choices and value not in choices:
+            if choices and value not in choices and value is not None:
                 raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
         self._validate_ranges()
         self._validate_parallelism()
@@ -197,6 +204,8 @@ class ServerArgs:
         for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
+        if self.base_gpu_id < 0:
+            raise ValueError(f"--base-gpu-id must not be negative; got {self.base_gpu_id}")
         for name in ("context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:

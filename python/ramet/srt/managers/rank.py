@@ -68,7 +68,9 @@ class Rank:
         Raises:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
-        self.device = pick_device(self.args.device, self.args.local_ranks.index(self.parallel.world_rank))
+        self.device = pick_device(
+            self.args.device, self.args.base_gpu_id + self.args.local_ranks.index(self.parallel.world_rank)
+        )
         self.args = args = self.args.with_device_defaults(self.device.type)
         self._on_phase("device")
         model_path = resolve_model_path(args.model_path, args.revision, weights=not args.takes_weights_from_instances)
@@ -78,6 +80,7 @@ class Rank:
             revision=snapshot_revision(model_path) or args.revision,
             dtype=args.dtype,
             context_length=args.context_length,
+            quantization=args.quantization,
         )
         self._meet()
         self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase, self._load_context())

@@ -15,6 +15,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
 from ramet.srt.distributed.rendezvous import local_address
 from ramet.srt.layers.attention.registry import make_attn_backend
+from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
@@ -100,13 +101,17 @@ class ModelRunner:
         """Make the model without memory, and lay its weights out."""
         config = self.model_config
         self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
+        if config.quantization == "fp8":
+            if config.moe is not None:
+                raise ValueError("fp8 weights are not supported for mixture-of-experts models")
+            declare_fp8(self.model)
         self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
             self.model.named_parameters(remove_duplicate=False),
             model_name=self.server_args.weights_name,
             revision=config.revision,
             dtype=config.dtype,
-            quantization="",
+            quantization=config.quantization,
             role="target",
             parallel=self.parallel,
         )

@@ -1,8 +1,9 @@
 """Owns the weight arena in a GPU's memory: one allocation and the views into it. Moves no bytes itself."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,6 +16,14 @@ from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, 
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a lane of a receive window
+
+
+@contextlib.contextmanager
+def current_context(device: torch.device) -> Iterator[None]:
+    """Make a device's CUDA context the calling thread's, for calls into the driver."""
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
+        yield
 
 
 class CudaWeightArena(WeightArena):
@@ -71,7 +80,7 @@ class CudaWeightArena(WeightArena):
         Raises:
             OSError: if the memory can't be lent to other processes.
         """
-        with torch.cuda.device(self.torch_device):
+        with current_context(self.torch_device):
             return cuda_ipc.export_memory(self.address)
 
     def read_bytes(self, start: int, stop: int) -> bytes:

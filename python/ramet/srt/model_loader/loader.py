@@ -79,5 +79,7 @@ class DummyModelLoader:
         pattern = noise[first : first + DUMMY_PATTERN_LEN]
         if "norm" in box.checkpoint_name:
             pattern = pattern + 1.0
+        elif box.checkpoint_name.endswith("_scale"):
+            pattern = pattern.abs()
         num_repeats = -(-view.numel() // DUMMY_PATTERN_LEN)
         view.copy_(pattern.to(view.dtype).repeat(num_repeats)[: view.numel()].view(view.shape))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ramet.srt.model_loader import cuda_ipc
-from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
+from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena, current_context
 from ramet.srt.model_loader.transfer_plan import CopyOp
 
 POLL_S = 0.0005
@@ -29,7 +29,7 @@ def fill_from_cuda_memory(
         OSError: if the memory can't be opened, or the seed ends before the last byte has been copied.
         TimeoutError: if the copies take longer than `timeout_s`.
     """
-    with torch.cuda.device(arena.torch_device):
+    with current_context(arena.torch_device):
         source = cuda_ipc.open_memory(handle)
         try:
             cuda_ipc.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
