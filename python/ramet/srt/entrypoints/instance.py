@@ -96,7 +96,6 @@ class Instance:
         )
         bootstrap_url = None
         if args.modelexpress is not None:
-            check_installed()
             self._prepare_modelexpress(args.modelexpress)
         if args.is_seed and self.is_head:
             self.bootstrap = self._start_bootstrap()
@@ -110,6 +109,7 @@ class Instance:
     def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
         """Start the metadata server if this instance has one, and pass on what the ranks need to know of it."""
         if config.is_embedded:
+            check_installed()
             from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server
 
             args = self.server_args

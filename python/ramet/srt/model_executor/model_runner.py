@@ -27,6 +27,7 @@ from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoa
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import build_weight_manifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.device import to_device
@@ -219,6 +220,7 @@ class ModelRunner:
 
     def _publish_modelexpress_metadata(self) -> None:
         """Tell the metadata server of this rank's weights, which nobody may take before the instance is healthy."""
+        check_installed()
         from ramet.srt.modelexpress.publication import Publication, make_instance_facts
 
         assert self._seed is not None, "the weights are published after they are offered"

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -118,13 +118,11 @@ def embedded_port(url: str | None) -> int | None:
 
 def check_installed() -> None:
     """Raise ValueError where what ModelExpress needs is not installed."""
-    for name in PACKAGES:
-        try:
-            found = find_spec(name)
-        except ModuleNotFoundError:
-            found = None
-        if found is None:
-            raise ValueError(f"ModelExpress needs {name}, which is not installed: install ramet[modelexpress]")
+    try:
+        for name in PACKAGES:
+            import_module(name)
+    except ImportError as error:
+        raise ValueError(f"ModelExpress can't be used ({error}): install ramet[modelexpress]") from error
 
 
 def resolve_address(url: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
