@@ -114,7 +114,7 @@ class Instance:
 
             args = self.server_args
             self.modelexpress, url = start_embedded_server(config, args.host, args.head_host, self.is_head)
-            config = dataclasses.replace(config, url=url)
+            config = dataclasses.replace(config, url=url, source=not args.takes_weights_from_instances)
         self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
 
     def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
