@@ -1,61 +1,76 @@
 """Owns a seed instance inside of a test: the arenas of all its ranks, their registrations, and its HTTP routes."""
 
-import asyncio
+import functools
+import socket
 import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import msgspec
+import random_models as rm
+import sharded_models as sm
+import toy_model as toy
+import uvicorn
+from fastapi import FastAPI, Request
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
-from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
-from ramet.srt.managers.weight_control import ask_rank
-from ramet.srt.model_loader.seed_registration import ChecksumsRequest
+from ramet.srt.entrypoints.http_errors import install_error_handlers
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.weight_routes import make_weight_router
+from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
+from starlette.responses import Response
 
 
-class WeightRoutes(BaseHTTPRequestHandler):
-    """The routes of an instance's HTTP port that concern its weights."""
+def make_weight_app(bootstrap: EngineInfoBootstrapServer, asked: list[str], hidden: Sequence[str] = ()) -> FastAPI:
+    """The routes of an instance's HTTP port that concern its weights.
 
-    bootstrap: EngineInfoBootstrapServer
-    asked: list[str]  # what has been asked for, in order
-    hidden: frozenset[str] = frozenset()  # paths that this seed does not know
+    Args:
+        asked: gets a line for each request.
+        hidden: paths that this seed does not know.
+    """
+    app = FastAPI()
+    install_error_handlers(app)
 
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        self.asked.append(f"rank {query.get('rank')}")
-        self.reply(*self.bootstrap.answer(query.get("rank"), query.get("role")))
+    @app.middleware("http")
+    async def note(request: Request, call_next):
+        rank = request.query_params.get("rank")
+        asked.append(request.url.path if rank is None else f"rank {rank}")
+        return Response(status_code=404) if request.url.path in hidden else await call_next(request)
 
-    def do_POST(self) -> None:
-        path = urlsplit(self.path).path
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(path)
-        if path in self.hidden:
-            self.reply(404, b"{}")
-        else:
-            self.reply(*answer_checksums(self.bootstrap, body))
+    @app.get("/remote_instance_transfer_engine_info")
+    @app.get("/get_remote_instance_transfer_engine_info")
+    async def info(rank: str | None = None, role: str | None = None) -> Response:
+        status, body = bootstrap.answer(rank, role)
+        return Response(body, status)
 
-    def reply(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
+    registration = bootstrap.get("target", 0) or {}
+    parallel = registration.get("manifest", {}).get("parallel", {})
+    sizes = SimpleNamespace(tp_size=parallel.get("tp_size", 1), pp_size=parallel.get("pp_size", 1))
+    instance = SimpleNamespace(bootstrap=bootstrap, server_args=sizes)
+    instance.ask_rank_about_weights = functools.partial(Instance.ask_rank_about_weights, instance)
+    app.include_router(make_weight_router(instance, {}))
+    return app
 
 
-def answer_checksums(bootstrap: EngineInfoBootstrapServer, body: bytes) -> tuple[int, bytes]:
-    """As /remote_instance_weight_checksums answers."""
-    request = msgspec.json.decode(body, type=ChecksumsRequest)
-    address = bootstrap.control_address(request.role, request.rank)
-    if address is None:
-        return 404, b"{}"
-    reply = asyncio.run(ask_rank(address, WeightChecksumsReq(regions=request.regions), 30))
-    if isinstance(reply, WeightControlError):
-        return 400, reply.message.encode()
-    return 200, msgspec.json.encode({"algorithm": reply.algorithm, "checksums": reply.checksums})
+class HttpThread:
+    """An app on a free port of loopback, in a thread."""
+
+    def __init__(self, app: FastAPI) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = listener.getsockname()[1]
+        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
 
 
 class SeedServer:
@@ -68,17 +83,43 @@ class SeedServer:
         self.bootstrap = EngineInfoBootstrapServer("127.0.0.1", 0)
         for seed in self.seeds:
             seed.register(self.bootstrap.url, admin_api_key=None, timeout_s=10)
-        routes = {"bootstrap": self.bootstrap, "asked": self.asked, "hidden": frozenset(hidden)}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Routes", (WeightRoutes,), routes))
-        self.port: int = self._http.server_address[1]
-        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self._http = HttpThread(make_weight_app(self.bootstrap, self.asked, hidden))
+        self.port = self._http.port
 
     def __enter__(self) -> "SeedServer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        self._http.close()
         for seed in self.seeds:
             seed.close()
         self.bootstrap.close()
+
+
+def write_random_model(path: Path, family: str, **overrides: Any) -> Path:
+    """Config and random weights, good for every topology of the model."""
+    folder = rm.make_config(path, family, **overrides)
+    whole = sm.build_model(folder, sm.ranks_of()[0])
+    tensors = sm.random_checkpoint(sm.checkpoint_shapes([whole]))
+    toy.save_checkpoint(folder, {name: tensor.to(whole.dtype) for name, tensor in tensors.items()})
+    return folder
+
+
+def load_all(folder: Path, sizes: dict[str, int]) -> list[WeightArena]:
+    """The arena of every rank of a topology, from disk."""
+    return [sm.load_from_disk(folder, sm.make_manifest(sm.build_model(folder, p))) for p in sm.ranks_of(**sizes)]
+
+
+def take(
+    manifest: WeightManifest, *servers: Any, folder: str = "/nonexistent", **options: Any
+) -> tuple[WeightArena, LoadReport]:
+    """A rank's arena, from seeds.
+
+    Args:
+        options: of LoadConfig.
+    """
+    arena = WeightArena.allocate(manifest, "cpu")
+    config = {"timeout_s": 10.0, "fallback": "error"} | options
+    seeds = tuple(("127.0.0.1", server.port) for server in servers)
+    loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
+    return arena, loader.load_weights(manifest, arena, str(folder))

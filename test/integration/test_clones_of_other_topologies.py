@@ -52,3 +52,18 @@ def test_an_instance_is_cloned_over_topologies(model, tmp_path):
                 assert reports(second) == [("local_copy", True)] * 2
                 assert answers(second) == expected
             assert answers(seed) == answers(first) == expected
+
+
+def test_ranks_are_sent_to_by_broadcast_while_the_seed_serves(model, tmp_path):
+    """tp2 from tp2 with the backend nccl, over gloo: every rank of the seed is reached, the follower too."""
+    weightless = rm.without_weights(model, tmp_path / "weightless")
+    broadcast = ("--remote-instance-weight-loader-backend", "nccl", "--remote-instance-weight-loader-local-mode", "off")
+    with ServerProcess(model, tmp_path / "seed.log", "--tp-size", "2", *SEED, fake=False) as seed:
+        seed.wait_ready()
+        expected = answers(seed)
+        flags = ("--tp-size", "2", *client_flags(seed), *broadcast)
+        with ServerProcess(weightless, tmp_path / "client.log", *flags, fake=False) as client:
+            client.wait_ready()
+            assert reports(client) == [("nccl", True)] * 2
+            assert answers(client) == expected == answers(seed)
+        assert seed.output.count("GB of weights in") == 2

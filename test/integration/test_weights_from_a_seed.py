@@ -16,9 +16,8 @@ from ramet.srt.model_loader import host_memory, remote_instance_weight_loader_ut
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
-from ramet.srt.model_loader.receive_window import HostReceiveWindow
 from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_arena import HostReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_seed import WeightSeed
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess

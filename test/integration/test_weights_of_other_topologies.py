@@ -4,18 +4,12 @@ import asyncio
 
 import msgspec
 import pytest
-import random_models as rm
-import sharded_models as sm
-import toy_model as toy
-from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
 from ramet.srt.managers.weight_control import ask_rank
 from ramet.srt.model_loader.errors import WeightTransferError
-from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.region_checksums import RegionChecksums
-from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import compute_checksums
-from seed_server import SeedServer
+from seed_server import SeedServer, load_all, take, write_random_model
 
 DENSE = {  # grouped heads that are replicated at tp 4, a tied table that the last stage copies, a padded vocabulary
     "tp2-tp1": ({"tp_size": 2}, {}),
@@ -35,37 +29,14 @@ EXPERTS = {
 }
 
 
-def make_folder(path, family, **overrides):
-    """Config and random weights for every topology of the model."""
-    folder = rm.make_config(path, family, **overrides)
-    whole = sm.build_model(folder, sm.ranks_of()[0])
-    tensors = sm.random_checkpoint(sm.checkpoint_shapes([whole]))
-    toy.save_checkpoint(folder, {name: tensor.to(whole.dtype) for name, tensor in tensors.items()})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def dense_folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("dense"), "llama3", dtype="bfloat16", num_hidden_layers=4)
+    return write_random_model(tmp_path_factory.mktemp("dense"), "llama3", dtype="bfloat16", num_hidden_layers=4)
 
 
 @pytest.fixture(scope="module")
 def experts_folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_experts=8)
-
-
-def load_all(folder, sizes):
-    """Every rank's arena, from disk."""
-    return [sm.load_from_disk(folder, sm.make_manifest(sm.build_model(folder, p))) for p in sm.ranks_of(**sizes)]
-
-
-def take(manifest, *servers, folder="/nonexistent", **options):
-    """A rank's arena, from seeds."""
-    arena = WeightArena.allocate(manifest, "cpu")
-    config = {"timeout_s": 10.0, "fallback": "error"} | options
-    seeds = tuple(("127.0.0.1", server.port) for server in servers)
-    loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
-    return arena, loader.load_weights(manifest, arena, str(folder))
+    return write_random_model(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_experts=8)
 
 
 def check_pair(folder, seed_sizes, client_sizes, mode):
@@ -121,10 +92,8 @@ def test_a_rank_of_the_same_layout_is_mapped_and_others_are_copied(dense_folder)
 def test_a_rank_that_never_registers_is_named(dense_folder):
     (client,) = load_all(dense_folder, {})
     first_only = load_all(dense_folder, {"tp_size": 2})[:1]
-    with (
-        SeedServer(first_only) as server,
-        pytest.raises(WeightTransferError, match="rank 1 of the target model has not"),
-    ):
+    expected = "rank 1 of the target model has not"
+    with SeedServer(first_only) as server, pytest.raises(WeightTransferError, match=expected):
         take(client.manifest, server, timeout_s=0.6)
 
 

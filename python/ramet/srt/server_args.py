@@ -16,7 +16,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
-REMOTE_BACKENDS = ("transfer_engine", "modelexpress")
+REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
@@ -149,8 +149,9 @@ class ServerArgs:
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
     remote_instance_weight_loader_backend: str = flag(
         "transfer_engine",
-        "How weights are found and brought from another host: transfer_engine asks the seed at the address that is "
-        "given; modelexpress finds one by what it serves (--modelexpress-config).",
+        "How weights come from another host: one-sided reads from the seed at the address that is given, "
+        "torch.distributed broadcasts from it (NCCL on GPUs, gloo on CPUs), or modelexpress: one-sided reads from an "
+        "instance that is found by what it serves (--modelexpress-config).",
         choices=REMOTE_BACKENDS,
     )
     modelexpress_config: str | None = flag(
@@ -167,6 +168,11 @@ class ServerArgs:
     )
     remote_instance_weight_loader_seed_instance_service_port: int | None = flag(
         None, "HTTP port of the seed instances whose address does not name one."
+    )
+    remote_instance_weight_loader_send_weights_group_ports: str | None = flag(
+        None,
+        "JSON list of the ports on the seed's host that the groups of the backend nccl use, one for each rank. Only an "
+        "upstream seed needs it: others choose free ports.",
     )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
         False, "Offer this instance's weights to others. A loaded client always does."
@@ -275,7 +281,7 @@ class ServerArgs:
             if ip is not None or port is not None:
                 raise ValueError(
                     "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format "
-                    "remote_instance and the backend transfer_engine"
+                    "remote_instance, and a backend other than modelexpress"
                 )
             return
         if port is not None and not 1 <= port <= 65535:
@@ -283,11 +289,42 @@ class ServerArgs:
                 "--remote-instance-weight-loader-seed-instance-service-port must be a port number from 1 to "
                 f"65535; got {port}"
             )
+        self._validate_group_ports()
         if not self.seeds:
             raise ValueError(
                 "--load-format remote_instance needs --remote-instance-weight-loader-seed-instance-ip and "
                 "--remote-instance-weight-loader-seed-instance-service-port"
             )
+
+    def _validate_group_ports(self) -> None:
+        name = "--remote-instance-weight-loader-send-weights-group-ports"
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        if given is None:
+            return
+        if self.remote_instance_weight_loader_backend != "nccl":
+            raise ValueError(f"{name} needs --remote-instance-weight-loader-backend nccl")
+        ports = self.send_weights_group_ports
+        if len(ports) != self.world_size or len(set(ports)) != len(ports):
+            raise ValueError(f"{name} must have one port for each of the {self.world_size} ranks; got {given}")
+
+    @property
+    def send_weights_group_ports(self) -> tuple[int, ...]:
+        """The ports on the seed's host that were given, one for each rank; empty if none were.
+
+        Raises:
+            ValueError: if it is no list of ports.
+        """
+        given = self.remote_instance_weight_loader_send_weights_group_ports
+        try:
+            ports = json.loads(given or "[]")
+        except ValueError:
+            ports = None
+        if not isinstance(ports, list) or not all(type(port) is int and 1 <= port <= 65535 for port in ports):
+            raise ValueError(
+                "--remote-instance-weight-loader-send-weights-group-ports must be a JSON list of port numbers; got "
+                f"{given!r}"
+            )
+        return tuple(ports)
 
     @property
     def seeds(self) -> tuple[tuple[str, int], ...]:

@@ -147,7 +147,7 @@ def test_a_published_arena_is_immutable(manifest):
     arena.publish()
     arena.publish()
     changes = (
-        lambda: arena.open_receive_window(),
+        lambda: arena.open_receive_window(1),
         lambda: arena.map_seed_memory(arena.fd),
         lambda: arena.prepare_fill([]),
     )
@@ -160,7 +160,7 @@ def test_a_published_arena_is_immutable(manifest):
 
 def test_an_abandoned_writer_cannot_reach_the_arena(manifest):
     arena = WeightArena.allocate(manifest, "cpu")
-    window = arena.open_receive_window()
+    window = arena.open_receive_window(1)
     late = host_memory.view_memory(window.address, window.nbytes)
     late[0] = b"a"
     assert arena.memory[0] == ord("a")

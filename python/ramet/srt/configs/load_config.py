@@ -36,6 +36,7 @@ class LoadConfig:
     random_seed: int = 0  # of dummy weights
     seeds: tuple[tuple[str, int], ...] = ()  # host and HTTP port of each instance that weights may come from
     backend: str = "transfer_engine"  # the transport for weights from another host
+    send_weights_group_ports: tuple[int, ...] = ()  # on the seed's host, one for each rank; free ones when empty
     local_mode: str = "auto"  # "map", "copy", "off", or "auto": map where possible
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
     timeout_s: float = 60.0  # for a seed to answer, and for a transfer without progress
@@ -78,6 +79,7 @@ class LoadConfig:
             random_seed=args.random_seed,
             seeds=args.seeds,
             backend=args.remote_instance_weight_loader_backend,
+            send_weights_group_ports=args.send_weights_group_ports,
             local_mode=args.remote_instance_weight_loader_local_mode,
             fallback=args.remote_instance_weight_loader_fallback,
             timeout_s=args.remote_instance_weight_loader_timeout,

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from ramet.srt.model_loader import cuda_ipc
-from ramet.srt.model_loader.receive_window import ReceiveLane, ReceiveWindow, span_nbytes
+from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.transfer_plan import CopyOp
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.weight_boxes import ByteRange
 from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, align_up
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
-NUM_RECEIVE_BATCHES = 3  # of a lane of a receive window
+NUM_RECEIVE_BATCHES = 3  # of a receive window
 
 
 @contextlib.contextmanager
@@ -59,6 +59,9 @@ class CudaWeightArena(WeightArena):
         assert entry.nbytes == math.prod(entry.shape) * dtype.itemsize
         return self.buffer[entry.offset : entry.offset + entry.nbytes].view(dtype).view(entry.shape)
 
+    def byte_tensor(self) -> torch.Tensor:
+        return self.buffer
+
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
         with torch.cuda.stream(self.stream):
@@ -66,9 +69,9 @@ class CudaWeightArena(WeightArena):
                 self.buffer[start:stop].zero_()
         self.stream.synchronize()
 
-    def open_receive_window(self) -> ReceiveWindow:
+    def open_receive_window(self, max_batch_nbytes: int) -> ReceiveWindow:
         self._require_private()
-        return CudaReceiveWindow(self)
+        return CudaReceiveWindow(self, max_batch_nbytes)
 
     def drop_memory(self) -> None:
         """Nobody but this process writes to the arena itself: there is nothing to part from."""
@@ -89,50 +92,20 @@ class CudaWeightArena(WeightArena):
 
 
 class CudaReceiveWindow(ReceiveWindow):
-    """Pinned host memory of each lane, whose batches are copied on to the GPU while the next ones come.
+    """Pinned host memory for a few batches, each copied on to the GPU while the next one comes.
 
     So any transport can fill the arena, with and without access to the GPU's memory, and one that was given up can
     never write there.
     """
 
-    address = 0
-    nbytes = 0
-
-    def __init__(self, arena: CudaWeightArena) -> None:
+    def __init__(self, arena: CudaWeightArena, max_batch_nbytes: int) -> None:
         self._arena = arena
-        self._lanes: list[CudaReceiveLane] = []
-
-    def populate(self) -> None:
-        """Pinned memory is there from the start."""
-
-    def open_lane(self, batch_nbytes: int, staging_nbytes: int) -> ReceiveLane:
-        lane = CudaReceiveLane(self._arena, batch_nbytes)
-        self._lanes.append(lane)
-        return lane
-
-    def finish(self) -> None:
-        self._arena.stream.synchronize()
-
-    def cut_off(self) -> None:
-        """What arrives late stays in the lanes' own memory, which is never given back then."""
-        self._arena.stream.synchronize()
-        _abandoned.extend(lane.memory for lane in self._lanes)
-
-    def close(self) -> None:
-        """The memory goes with the lanes."""
-
-
-class CudaReceiveLane(ReceiveLane):
-    """A few batches of pinned memory, used in turn."""
-
-    def __init__(self, arena: CudaWeightArena, batch_nbytes: int) -> None:
-        self._arena = arena
-        self._batch_nbytes = batch_nbytes
-        self.nbytes = NUM_RECEIVE_BATCHES * self._batch_nbytes
+        self._batch_nbytes = max_batch_nbytes
+        self.nbytes = NUM_RECEIVE_BATCHES * max_batch_nbytes
         with torch.cuda.device(arena.torch_device):
-            self.memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
             self._copied = [torch.cuda.Event() for _ in range(NUM_RECEIVE_BATCHES)]
-        self.address = self.memory.data_ptr()
+        self.address = self._memory.data_ptr()
         self._count = 0
 
     def place(self, batch: Sequence[CopyOp]) -> list[int]:
@@ -140,31 +113,32 @@ class CudaReceiveLane(ReceiveLane):
         return [self.address + start for start in self._starts(batch)]
 
     def deliver(self, batch: Sequence[CopyOp]) -> None:
-        arena = self._arena
-        with torch.cuda.device(arena.torch_device), torch.cuda.stream(arena.stream):
+        with torch.cuda.stream(self._arena.stream):
             for op, start in zip(batch, self._starts(batch), strict=True):
-                received = self.memory[start : start + span_nbytes(op)]
+                source = self._memory[start : start + op.source_span_nbytes]
                 if op.num_rows == 1:
-                    arena.buffer[op.target_offset : op.target_stop].copy_(received, non_blocking=True)
+                    self._arena.buffer[op.target_offset : op.target_stop].copy_(source, non_blocking=True)
                 else:
-                    _scatter_rows(op, received.to(arena.torch_device, non_blocking=True), arena.buffer)
+                    scatter_device_rows(op, source.to(self._arena.torch_device, non_blocking=True), self._arena.buffer)
             self._copied[self._count % NUM_RECEIVE_BATCHES].record()
         self._count += 1
+
+    def finish(self) -> None:
+        self._arena.stream.synchronize()
+
+    def cut_off(self) -> None:
+        """What arrives late stays in the window's own memory, which is never given back then."""
+        self._arena.stream.synchronize()
+        _abandoned.append(self._memory)
 
     def close(self) -> None:
         """The memory goes with the object."""
 
     def _starts(self, batch: Sequence[CopyOp]) -> list[int]:
-        """Where in the lane each operation of the current batch stands."""
+        """Where in the window each operation of the current batch stands."""
         first = self._count % NUM_RECEIVE_BATCHES * self._batch_nbytes
-        return [first + start for start in itertools.accumulate((span_nbytes(op) for op in batch[:-1]), initial=0)]
+        lengths = (op.source_span_nbytes for op in batch[:-1])
+        return [first + start for start in itertools.accumulate(lengths, initial=0)]
 
 
-def _scatter_rows(op: CopyOp, source: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Copy rows out of bytes on the GPU that start with the first one."""
-    target = buffer[op.target_offset : op.target_stop]
-    target = target.as_strided((op.num_rows, op.row_nbytes), (op.target_stride, 1))
-    target.copy_(source.as_strided((op.num_rows, op.row_nbytes), (op.source_stride, 1)))
-
-
-_abandoned: list[torch.Tensor] = []  # memory that a transport may still write to
+_abandoned: list[torch.Tensor] = []  # windows that a transport may still write to

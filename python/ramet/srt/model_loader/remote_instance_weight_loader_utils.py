@@ -23,13 +23,19 @@ from ramet.srt.utils.http_request import http_request
 logger = logging.getLogger(__name__)
 
 
-class RankNotRegistered(WeightTransferError):
-    """The seed answers, but knows no such rank."""
+class SeedRefused(WeightTransferError):
+    """The seed answers, but not with a rank's weights."""
+
+
+class RankNotRegistered(SeedRefused):
+    """The seed knows no such rank."""
 
 
 # The second is upstream's name for the first, and the only one that an upstream seed knows.
 SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
 CHECKSUMS_PATH = "/remote_instance_weight_checksums"
+INIT_SEND_GROUP_PATH = "/init_weights_send_group_for_remote_instance"
+SEND_WEIGHTS_PATH = "/send_weights_to_remote_instance"
 POLL_PERIOD_S = 0.25
 ABSENT_GRACE_S = 2.0  # a seed that is not there, or knows no such rank, gets this long to appear
 REQUEST_TIMEOUT_S = 10.0
@@ -117,7 +123,7 @@ def fetch_seed_answer(
             if status == 404 and time.monotonic() - start >= absent_grace_s:
                 raise RankNotRegistered("ask", rank, seed, reason)
             if status not in RETRIED_STATUS and status != 404:
-                break
+                raise SeedRefused("ask", rank, seed, reason)
         if not is_waiting:
             logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, timeout_s, seed, reason)
             is_waiting = True
@@ -134,18 +140,8 @@ def fetch_checksums(
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
     seed = format_address(host, port)
-    headers = {"Content-Type": "application/json"} | _authorization(api_key)
     try:
-        status, body = http_request(
-            host,
-            port,
-            "POST",
-            CHECKSUMS_PATH,
-            timeout_s=timeout_s,
-            max_nbytes=MAX_REGISTRATION_BYTES,
-            body=msgspec.json.encode(request),
-            headers=headers,
-        )
+        status, body = post_to_seed(host, port, CHECKSUMS_PATH, request, timeout_s, api_key)
         if status in (404, 405):
             return None
         if status != 200:
@@ -156,6 +152,22 @@ def fetch_checksums(
     except (OSError, ValueError) as error:
         raise WeightTransferError("verify", request.rank, seed, error) from error
     return answer
+
+
+def post_to_seed(
+    host: str, port: int, path: str, body: msgspec.Struct, timeout_s: float, api_key: str | None
+) -> tuple[int, bytes]:
+    """Status and body of a seed's answer. Raises OSError or ValueError as `http_request` does."""
+    return http_request(
+        host,
+        port,
+        "POST",
+        path,
+        timeout_s=timeout_s,
+        max_nbytes=MAX_REGISTRATION_BYTES,
+        body=msgspec.json.encode(body),
+        headers={"Content-Type": "application/json"} | _authorization(api_key),
+    )
 
 
 def _authorization(key: str | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     ABSENT_GRACE_S,
     RankNotRegistered,
+    SeedRefused,
     fetch_seed_answer,
     find_disagreement,
     format_address,
@@ -27,10 +28,16 @@ from ramet.srt.model_loader.weight_manifest import WeightManifest, layout_digest
 class SeedRank:
     """One rank of a seed instance, as a source for the planner and for whoever executes the plan."""
 
-    seed: str  # the instance's address
+    host: str  # and port of the instance's HTTP server
+    port: int
     answer: SeedAnswer
     source: PlanSource
     is_local: bool  # its memory can be had on this host
+
+    @property
+    def seed(self) -> str:
+        """The instance's address."""
+        return format_address(self.host, self.port)
 
 
 class SeedInstance:
@@ -76,9 +83,14 @@ class SeedInstance:
         Raises:
             WeightTransferError: if the seed does not answer in time, lacks a rank, or does not have the weights.
         """
-        first = self._ask_first()
-        if first.manifest is None:
-            self._add(first)
+        try:
+            first = self._ask_first()
+        except SeedRefused:
+            if not self._config.send_weights_group_ports:
+                raise
+            first = None  # as upstream's seeds do that only know broadcasts
+        if first is None or first.manifest is None:
+            self._add_upstream(first)
             return
         disagreement = find_disagreement(self._manifest, first.manifest)
         if disagreement:
@@ -132,6 +144,20 @@ class SeedInstance:
             refused_grace_s=ABSENT_GRACE_S if self._ready_rank is None else 0.0,
         )
 
+    def _add_upstream(self, answer: SeedAnswer | None) -> None:
+        """A seed without a manifest. One that sends broadcasts must have the same parameters: it does not say."""
+        if self._config.backend != "nccl":
+            assert answer is not None
+            self._add(answer)
+            return
+        if not self._config.send_weights_group_ports:
+            raise self._error("agree", "it sends no manifest: it needs --remote-instance-weight-loader-send-weights-"
+                              "group-ports with a port for each rank")  # fmt: skip
+        rank = self._manifest.parallel.world_rank
+        answer = SeedAnswer(rank=rank, remote_instance_transfer_engine_info=("", {}), role=self._manifest.role)
+        source = source_from_manifest(f"the seed {self.name}", self._manifest)
+        self.ranks.append(SeedRank(self.host, self.port, answer, source, False))
+
     def _add(self, answer: SeedAnswer) -> None:
         name = f"rank {answer.rank} of the seed {self.name}"
         try:
@@ -141,7 +167,7 @@ class SeedInstance:
                 source = source_from_manifest(name, answer.manifest)
         except PlanError as error:
             raise self._error("agree", error) from error
-        self.ranks.append(SeedRank(self.name, answer, source, self._is_local(answer)))
+        self.ranks.append(SeedRank(self.host, self.port, answer, source, self._is_local(answer)))
 
     def _is_local(self, answer: SeedAnswer) -> bool:
         if self._config.local_mode == "off" or answer.local_handle is None or answer.manifest is None:

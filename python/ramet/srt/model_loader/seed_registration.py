@@ -75,6 +75,45 @@ class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
     checksums: list[str]
 
 
+class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /init_weights_send_group_for_remote_instance. From `rank` on it is ours.
+
+    Without `rank` it is about every rank, as upstream's clients ask: `ports` has one for each.
+    """
+
+    master_address: str = ""  # of the seed; it knows it itself
+    ports: str = ""  # joined by commas; empty or 0 takes a free one
+    group_rank: int = 0  # of the seed
+    world_size: int = 2
+    group_name: str = ""  # given by upstream's clients; otherwise the seed names the group by the transfer's id
+    backend: str = "nccl"
+    rank: int | None = None
+    role: str = "target"
+    broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena: offset, nbytes, count, stride
+    layout: str = ""
+    timeout_s: float = 60.0
+
+
+class InitSendGroupAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Its answer. From `transfer_id` on it is ours."""
+
+    success: bool
+    message: str
+    transfer_id: str = ""
+    master_address: str = ""
+    ports: str = ""
+
+
+class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /send_weights_to_remote_instance; `rank` as above, `group_name` is the transfer's id then."""
+
+    master_address: str = ""
+    ports: str = ""
+    group_name: str
+    rank: int | None = None
+    role: str = "target"
+
+
 def parse_registration(body: bytes) -> SeedRegistration:
     """Raises ValueError with the reason if `body` is not a sound registration."""
     registration = msgspec.json.decode(body, type=SeedRegistration)

@@ -82,8 +82,8 @@ class SeedTransfer:
         self.errors: list[WeightTransferError] = []
         self.unfinished: list[CopyOp] | None = None  # None: everything
         self.planned_nbytes = 0
-        self.transfer_seconds = 0.0  # in which bytes moved
         self.source_names: list[str] = []
+        self.transfer_seconds = 0.0  # in which bytes moved
         self._received: list[tuple[str, CopyOp]] = []  # which seed has filled what
 
     @property

@@ -53,6 +53,11 @@ class CopyOp(msgspec.Struct, frozen=True, kw_only=True):
         return self.row_nbytes // element_size(self.target_dtype) * element_size(self.source_dtype)
 
     @property
+    def source_span_nbytes(self) -> int:
+        """Source bytes from the first row's start to the last one's end."""
+        return (self.num_rows - 1) * self.source_stride + self.source_row_nbytes
+
+    @property
     def is_contiguous(self) -> bool:
         return self.num_rows == 1 and not self.source_dtype
 

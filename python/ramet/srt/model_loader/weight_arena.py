@@ -5,7 +5,7 @@ import math
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramet.srt.model_loader import host_memory
@@ -16,7 +16,7 @@ from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry,
 if TYPE_CHECKING:
     import torch
 
-    from ramet.srt.model_loader.receive_window import ReceiveWindow
+    from ramet.srt.model_loader.transfer_plan import CopyOp
 
 POPULATE_BLOCK_BYTES = 32 << 20
 
@@ -82,6 +82,10 @@ class WeightArena(ABC):
         """The entry's view into the arena, of the entry's shape and dtype."""
 
     @abstractmethod
+    def byte_tensor(self) -> "torch.Tensor":
+        """All bytes of the arena: uint8, [nbytes], on its device."""
+
+    @abstractmethod
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         """Get the own memory ready for a source that writes to it.
 
@@ -94,8 +98,12 @@ class WeightArena(ABC):
         """
 
     @abstractmethod
-    def open_receive_window(self) -> "ReceiveWindow":
-        """Addresses for a writer that may have to be abandoned."""
+    def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
+        """Addresses for a writer that may have to be abandoned.
+
+        Args:
+            max_batch_nbytes: most source bytes that it receives in one batch.
+        """
 
     @abstractmethod
     def drop_memory(self) -> None:
@@ -104,6 +112,10 @@ class WeightArena(ABC):
     @abstractmethod
     def read_bytes(self, start: int, stop: int) -> bytes:
         """A few of the arena's bytes, on the host."""
+
+    def populate(self) -> None:
+        """Take all memory now, where that has not been done: for a writer that is slow at the first touch of a page."""
+        return
 
     def publish(self) -> None:
         """Declare the content final: from now on others may read it, and no source may fill it."""
@@ -166,6 +178,11 @@ class HostWeightArena(WeightArena):
 
     # Memory
 
+    def byte_tensor(self) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(self._buffer, dtype=torch.uint8)
+
     def read_bytes(self, start: int, stop: int) -> bytes:
         return bytes(self.memory[start:stop])
 
@@ -183,13 +200,9 @@ class HostWeightArena(WeightArena):
                 f"but only {available / 1e9:.2f} GB are available"
             )
 
-    def populate(self, address: int | None = None) -> None:
-        """Take all memory now, with several threads: for a writer that is slow at the first touch of a page.
-
-        Args:
-            address: of another mapping of the arena's memory; the arena's own when not given.
-        """
-        start = self.address if address is None else address
+    def populate(self) -> None:
+        """With several threads."""
+        start = self.address
         blocks = range(0, self.nbytes, POPULATE_BLOCK_BYTES)
 
         def populate_block(offset: int) -> None:
@@ -242,11 +255,86 @@ class HostWeightArena(WeightArena):
             host_memory.seal_for_sharing(self._own_fd)
         super().publish()
 
-    def open_receive_window(self) -> "ReceiveWindow":
-        from ramet.srt.model_loader.receive_window import HostReceiveWindow
-
+    def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
         self._require_private()
-        return HostReceiveWindow(self)
+        return HostReceiveWindow(self, max_batch_nbytes)
 
     def _map_own(self) -> None:
         host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
+
+
+class ReceiveWindow(ABC):
+    """Addresses through which a transport fills an arena, and which can be cut off from it at any moment.
+
+    A transfer that was given up may still write when its peer comes back: to the window, which is no part of the
+    arena by then. The addresses stay taken for as long as the transport might use them.
+    """
+
+    address: int
+    nbytes: int
+
+    @abstractmethod
+    def place(self, batch: "Sequence[CopyOp]") -> list[int]:
+        """Where to receive the source bytes of each of a batch's operations, from its first row to its last."""
+
+    @abstractmethod
+    def deliver(self, batch: "Sequence[CopyOp]") -> None:
+        """Bring a batch that has been received into the arena."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until everything delivered is in the arena."""
+
+    @abstractmethod
+    def cut_off(self) -> None:
+        """Part the window from the arena for good; the addresses stay valid."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the addresses back: only when nobody writes to them any more."""
+
+
+class HostReceiveWindow(ReceiveWindow):
+    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off.
+
+    Behind it lies a staging area of its own for rows that are received together with what is between them.
+    """
+
+    def __init__(self, arena: HostWeightArena, staging_nbytes: int) -> None:
+        self.nbytes = arena.nbytes + align_up(staging_nbytes, host_memory.PAGE_BYTES)
+        self.address = host_memory.reserve_addresses(self.nbytes)
+        self._arena = arena
+        host_memory.map_nothing_at(self.address, self.nbytes)
+        host_memory.map_file_at(self.address, arena.nbytes, arena.own_fd, private=False)
+
+    def place(self, batch: "Sequence[CopyOp]") -> list[int]:
+        return [self.address + start for start in self._starts(batch)]
+
+    def deliver(self, batch: "Sequence[CopyOp]") -> None:
+        from ramet.srt.model_loader.sources.file_reader import scatter_rows
+
+        memory = memoryview(host_memory.view_memory(self.address, self.nbytes)).cast("B")
+        for op, start in zip(batch, self._starts(batch), strict=True):
+            if op.num_rows > 1:
+                scatter_rows(op, self._arena.memory, memory[start : start + op.source_span_nbytes])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def cut_off(self) -> None:
+        host_memory.map_nothing_at(self.address, self.nbytes)
+
+    def close(self) -> None:
+        host_memory.unmap(self.address, self.nbytes)
+
+    def _starts(self, batch: "Sequence[CopyOp]") -> list[int]:
+        """Where in the window each operation's bytes stand: single rows in their place, others in the staging area."""
+        starts = []
+        staged = self._arena.nbytes
+        for op in batch:
+            if op.num_rows == 1:
+                starts.append(op.target_offset)
+            else:
+                starts.append(staged)
+                staged += op.source_span_nbytes
+        return starts

@@ -1,14 +1,18 @@
 """Owns offering a loaded arena to others: its checksums, its transfer engine, its local socket, its registration."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from ramet.srt.managers.io_struct import (
+    InitSendGroupReq,
     InstanceReady,
     InstanceStateOutput,
     InstanceStopping,
+    SendWeightsReq,
     WeightChecksumsOutput,
     WeightReply,
     WeightRequest,
@@ -26,6 +30,9 @@ from ramet.srt.model_loader.seed_registration import LocalHandle, SeedRegistrati
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import compute_checksums, with_checksums
 from ramet.srt.model_loader.weight_manifest import WeightManifest, element_size
+
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.send_groups import SendGroups
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +76,9 @@ class WeightSeed:
             undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
             share = LocalShareServer(arena)
             undo.callback(share.close)
-            control = WeightControlServer(SeedRequests(arena, on_state).handle, control_host)
+            requests = SeedRequests(arena, reachable_host(host), on_state)
+            undo.callback(requests.close)
+            control = WeightControlServer(requests.handle, control_host)
             undo.callback(control.close)
             resources = undo.pop_all()
         registration = SeedRegistration(
@@ -111,17 +120,45 @@ class WeightSeed:
 class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
-    def __init__(self, arena: WeightArena, on_state: Callable[[bool], None] = lambda is_ready: None) -> None:
-        self._checksums = RegionChecksums(arena)
+    def __init__(
+        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda is_ready: None
+    ) -> None:
+        """
+        Args:
+            address: of this node, where clients reach it.
+        """
+        self._arena = arena
+        self._address = address
         self._on_state = on_state
+        self._checksums = RegionChecksums(arena)
+        self._groups: SendGroups | None = None
+        self._lock = threading.Lock()
 
     def handle(self, request: WeightRequest) -> WeightReply:
         """Raises ValueError if the request can't be fulfilled."""
         if isinstance(request, InstanceReady | InstanceStopping):
             self._on_state(isinstance(request, InstanceReady))
             return InstanceStateOutput()
+        if isinstance(request, InitSendGroupReq):
+            return self._send_groups().init(request)
+        if isinstance(request, SendWeightsReq):
+            return self._send_groups().send(request.transfer_id)
         regions = [WeightRegion(name, region) for name, region in request.regions]
         return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
+
+    def _send_groups(self) -> "SendGroups":
+        with self._lock:
+            if self._groups is None:
+                from ramet.srt.model_loader.send_groups import SendGroups  # needs torch.distributed, and is rarely used
+
+                self._groups = SendGroups(self._arena, self._address)
+            return self._groups
+
+    def close(self) -> None:
+        """End the transfers that wait."""
+        with self._lock:
+            if self._groups is not None:
+                self._groups.close()
 
 
 def weights_info(manifest: WeightManifest, arena_address: int) -> dict[str, tuple[int, int, int]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
+from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.sources.file_reader import BLOCK_BYTES, READ_BYTES, read_range
 from ramet.srt.model_loader.threads import run_in_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
@@ -21,7 +22,7 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
         OSError: if a file can't be read or is shorter than planned.
     """
     parts = [part for op in ops for part in _cut(op)]
-    largest = max((_span(op) for op in parts), default=0)
+    largest = max((op.source_span_nbytes for op in parts), default=0)
 
     def make_worker() -> Callable[[CopyOp], None]:
         torch.cuda.set_device(arena.torch_device)  # a thread starts with the first GPU
@@ -29,11 +30,6 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
 
     run_in_threads(parts, make_worker, "read-weights")
     arena.stream.synchronize()
-
-
-def _span(op: CopyOp) -> int:
-    """Source bytes from the first row's start to the last one's end."""
-    return (op.num_rows - 1) * op.source_stride + op.source_row_nbytes
 
 
 def _cut(op: CopyOp) -> list[CopyOp]:
@@ -57,24 +53,11 @@ class _Uploader:
         place = self.count % NUM_BUFFERS
         self.count += 1
         self.copied[place].synchronize()
-        source = self.buffers[place][: _span(op)]
+        source = self.buffers[place][: op.source_span_nbytes]
         read_range(self.fds, op.source, op.source_offset, memoryview(source.numpy()))
         with torch.cuda.stream(self.arena.stream):
             if op.is_contiguous:
                 self.arena.buffer[op.target_offset : op.target_stop].copy_(source, non_blocking=True)
             else:
-                _scatter_rows(op, source.to(self.arena.torch_device, non_blocking=True), self.arena.buffer)
+                scatter_device_rows(op, source.to(self.arena.torch_device, non_blocking=True), self.arena.buffer)
             self.copied[place].record()
-
-
-def _scatter_rows(op: CopyOp, source: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Copy rows, converting them if the operation says so. `source` starts with the first row; both are uint8."""
-    source_dtype = getattr(torch, op.source_dtype) if op.source_dtype else torch.uint8
-    target_dtype = getattr(torch, op.target_dtype) if op.target_dtype else torch.uint8
-    length = op.row_nbytes // target_dtype.itemsize
-
-    def rows(data: torch.Tensor, dtype: torch.dtype, stride: int) -> torch.Tensor:
-        return data.view(dtype).as_strided((op.num_rows, length), (stride // dtype.itemsize, 1))
-
-    target = rows(buffer[op.target_offset : op.target_stop], target_dtype, op.target_stride)
-    target.copy_(rows(source, source_dtype, op.source_stride))

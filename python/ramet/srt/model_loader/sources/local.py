@@ -18,26 +18,13 @@ class LocalSource:
     name = "local_copy"
 
     def __init__(
-        self,
-        seed_manifest: WeightManifest,
-        handle: LocalHandle,
-        arena: WeightArena,
-        connect_timeout_s: float,
-        timeout_s: float,
+        self, seed_manifest: WeightManifest, handle: LocalHandle, arena: WeightArena, timeout_s: float
     ) -> None:
-        """
-        Args:
-            connect_timeout_s: for the seed to hand its memory over.
-            timeout_s: for a copy between GPUs.
-
-        Raises:
-            OSError: if the seed can't be reached.
-            ValueError: if it refuses, or this arena can't be filled from its memory.
-        """
+        """Raises OSError if the seed can't be reached, ValueError if it refuses or its memory is of no use here."""
         self._arena = arena
         self._digest = layout_digest(seed_manifest)
         self._timeout_s = timeout_s
-        self._memory = request_memory(handle.socket_name, self._digest, connect_timeout_s)
+        self._memory = request_memory(handle.socket_name, self._digest, timeout_s)
         if self._memory.cuda_ipc_handle and arena.device != "cuda":
             self.close()
             raise ValueError("the seed's memory is on a GPU, this instance's is not")
@@ -53,11 +40,8 @@ class LocalSource:
 
     def can_map(self) -> bool:
         """Whether the seed's memory can stand in for the arena's: host memory on both sides, laid out equally."""
-        return (
-            isinstance(self._arena, HostWeightArena)
-            and self._memory.fd is not None
-            and layout_digest(self._arena.manifest) == self._digest
-        )
+        is_host = isinstance(self._arena, HostWeightArena) and self._memory.fd is not None
+        return is_host and layout_digest(self._arena.manifest) == self._digest
 
     def map(self) -> int:
         """Show the seed's memory in the arena, copy-on-write. It outlives the seed. Returns the bytes shown.
@@ -76,17 +60,16 @@ class LocalSource:
         """Copy from the seed's memory into the arena's own, whatever the layouts.
 
         Raises:
-            OSError: if the seed's memory can't be opened, or it ends too early.
+            OSError: if the memory can't be opened, is not as large as the seed said, or the seed ends too early.
         """
         memory = self._memory
-        ops = [msgspec.structs.replace(op, source=0) for op in step]
         if memory.cuda_ipc_handle:
             from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
 
             fill_from_cuda_memory(
-                ops, memory.cuda_ipc_handle, memory.offset, self._arena, memory.seed_is_alive, self._timeout_s
+                step, memory.cuda_ipc_handle, memory.offset, self._arena, memory.seed_is_alive, self._timeout_s
             )
-        else:
-            # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
-            assert memory.fd is not None
-            fill_from_files(ops, [memory.fd], self._arena)
+            return
+        # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
+        assert memory.fd is not None
+        fill_from_files([msgspec.structs.replace(op, source=0) for op in step], [memory.fd], self._arena)

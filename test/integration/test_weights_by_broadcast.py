@@ -1,0 +1,361 @@
+"""Owns the tests of the backend nccl, over gloo: pairs of ranks, ports, deadlines, and peers of upstream's kind."""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import seed_process
+import server_process
+import torch
+import torch.distributed as dist
+from ramet.srt.distributed.pair_group import connect
+from ramet.srt.model_loader import broadcast_steps, seed_transfer, send_groups
+from ramet.srt.model_loader.broadcast_steps import make_broadcast_steps, pack, source_rows, target_rows, unpack
+from ramet.srt.model_loader.transfer_plan import plan, source_from_manifest
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_manifest import layout_digest
+from seed_server import SeedServer, load_all, take, write_random_model
+
+BROADCAST = {"backend": "nccl", "local_mode": "off"}
+PAIRS = {
+    "tp2pp2-same": ({"tp_size": 2, "pp_size": 2}, {"tp_size": 2, "pp_size": 2}),
+    "tp2-tp1": ({"tp_size": 2}, {}),
+    "tp1-tp4": ({}, {"tp_size": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("dense"), "llama3", dtype="bfloat16", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_experts=8)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_broadcasts_give_what_a_load_from_disk_gives(dense_folder, pair):
+    seed_sizes, client_sizes = PAIRS[pair]
+    with SeedServer(load_all(dense_folder, seed_sizes)) as server:
+        for expected in load_all(dense_folder, client_sizes):
+            arena, report = take(expected.manifest, server, **BROADCAST)
+            assert arena.memory == expected.memory
+            assert report.verified and report.source == "nccl"
+
+
+def test_a_load_is_few_broadcasts(dense_folder, monkeypatch):
+    (whole,) = load_all(dense_folder, {})
+    result = plan(whole.manifest, [source_from_manifest("seed", whole.manifest)])
+    assert len(list(make_broadcast_steps(result.ops))) == 1 and len(whole.manifest.entries) > 20
+
+
+def test_packed_rows_arrive_where_they_belong(experts_folder):
+    seeds = load_all(experts_folder, {"tp_size": 4, "ep_size": 2})
+    (expected,) = load_all(experts_folder, {})
+    sources = [source_from_manifest(str(rank), seed.manifest) for rank, seed in enumerate(seeds)]
+    result = plan(expected.manifest, sources)
+    memory = torch.zeros(expected.nbytes, dtype=torch.uint8)
+    for rank, seed in enumerate(seeds):
+        for step in make_broadcast_steps(result.of_source(rank)):
+            unpack(pack(source_rows(step), seed.byte_tensor()).clone(), target_rows(step), memory)
+    assert torch.equal(memory, expected.byte_tensor())
+
+
+# Failures
+
+
+def init_body(server, **changes):
+    manifest = server.arenas[0].manifest
+    whole = [[(0, manifest.arena_nbytes, 1, 0)]]
+    body = {"rank": 0, "backend": "gloo", "broadcasts": whole, "layout": layout_digest(manifest), "timeout_s": 5.0}
+    return body | changes
+
+
+def post(server, path, body):
+    import httpx
+
+    return httpx.post(f"http://127.0.0.1:{server.port}/{path}", json=body, timeout=30)
+
+
+def init(server, **changes):
+    return post(server, "init_weights_send_group_for_remote_instance", init_body(server, **changes)).json()
+
+
+@pytest.fixture
+def tp1_server(dense_folder):
+    with SeedServer(load_all(dense_folder, {})) as server:
+        yield server
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def wait_for(condition, timeout_s=15):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_defect_4_no_step_waits_for_ever_and_names_come_from_the_seed(tp1_server, monkeypatch):
+    """Neither side computes a name from a host's name: a wrong idea of the own name changes nothing."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-name")
+    (answers,) = [[init(tp1_server, timeout_s=0.5) for _ in range(2)]]
+    ids = {answer["transfer_id"] for answer in answers}
+    assert len(ids) == 2 and all(answer["success"] for answer in answers)
+    # Nobody comes: both are given up, their ports are given back, and asking for them afterwards is an error.
+    wait_for(lambda: all(is_free(int(answer["ports"])) for answer in answers))
+    late = post(tp1_server, "send_weights_to_remote_instance", {"rank": 0, "group_name": ids.pop()})
+    assert late.status_code == 400 and not late.json()["success"] and "has not come" in late.json()["message"]
+    unknown = post(tp1_server, "send_weights_to_remote_instance", {"rank": 0, "group_name": "no such"})
+    assert "no transfer" in unknown.json()["message"]
+    (expected,) = tp1_server.arenas
+    assert take(expected.manifest, tp1_server, **BROADCAST)[1].verified
+
+
+def test_defect_5_ports_are_the_kernel_s_and_a_taken_one_is_named(tp1_server):
+    answers = [init(tp1_server, timeout_s=1.0) for _ in range(8)]
+    assert len({answer["ports"] for answer in answers}) == 8
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = init(tp1_server, ports=str(port))
+        assert not refused["success"] and f"port {port} " in refused["message"]
+
+
+def test_a_given_list_of_ports_is_used(tp1_server, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    seen = []
+    original = send_groups.listen
+    monkeypatch.setattr(
+        send_groups, "listen", lambda host, port, timeout_s: seen.append(port) or original(host, port, timeout_s)
+    )
+    (expected,) = tp1_server.arenas
+    options = BROADCAST | {"send_weights_group_ports": (port,)}
+    for _ in range(2):  # given back after the first
+        arena, report = take(expected.manifest, tp1_server, **options)
+        assert report.verified and arena.memory == expected.memory
+    assert seen == [port, port]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"backend": "nccl"}, "can't send from cpu"),
+        ({"layout": "x"}, "another layout"),
+        ({"broadcasts": [[(0, 1 << 40, 1, 0)]]}, "outside of the weights"),
+        ({"broadcasts": [[(-8, 8, 1, 0)]]}, "outside of the weights"),
+        ({"timeout_s": 0}, "timeout_s must be"),
+        ({"world_size": 3}, "group of 2"),
+        ({"rank": 7}, "rank 7 of 'target' has not registered"),
+        ({"ports": "http"}, "ports must be"),
+        ({"rank": None, "group_name": "g", "ports": "1,2"}, "1 tensor-parallel ranks"),
+        ({"rank": None, "ports": "1"}, "group_name is empty"),
+        ({"broadcasts": 3}, "can't be used"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(tp1_server, changes, reason):
+    answer = init(tp1_server, **changes)
+    assert answer["success"] is False and reason in answer["message"]
+
+
+def test_a_rank_sends_to_so_many_at_once(tp1_server, monkeypatch):
+    monkeypatch.setattr(send_groups, "MAX_TRANSFERS", 2)
+    answers = [init(tp1_server, timeout_s=1.0) for _ in range(3)]
+    assert [answer["success"] for answer in answers] == [True, True, False]
+    wait_for(lambda: init(tp1_server, timeout_s=0.2)["success"])
+
+
+def test_a_client_that_has_met_and_asks_for_nothing_is_given_up(tp1_server):
+    answer = init(tp1_server, timeout_s=1.0)
+    join = Peer(int(answer["ports"]), answer["transfer_id"])
+    wait_for(lambda: is_free(int(answer["ports"])))
+    late = post(tp1_server, "send_weights_to_remote_instance", {"rank": 0, "group_name": answer["transfer_id"]})
+    assert "asked for nothing" in late.json()["message"]
+    join.close()
+
+
+class Peer:
+    """A client's side that is made with torch's own group of a name, as upstream makes it."""
+
+    def __init__(self, port, name):
+        from datetime import timedelta
+
+        from torch.distributed.distributed_c10d import _new_process_group_helper
+
+        store = dist.PrefixStore(name, connect("127.0.0.1", port, 10))
+        backend = dist.Backend("gloo")
+        self.group, _ = _new_process_group_helper(
+            2, 1, [], backend, store, group_name=name, timeout=timedelta(seconds=10)
+        )
+        dist.distributed_c10d._world.pg_group_ranks[self.group] = {0: 0, 1: 1}
+
+    def close(self):
+        dist.destroy_process_group(self.group)
+        self.group = None
+        gc.collect()
+
+
+def test_an_upstream_client_gets_every_parameter(dense_folder):
+    """What upstream's client does: both requests from a thread, torch's own group, a barrier, tensor by tensor."""
+    with SeedServer(load_all(dense_folder, {"tp_size": 2})) as server:
+        ports = []
+        for _ in range(2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(probe.getsockname()[1])
+        joined = ",".join(map(str, ports))
+        base = {"master_address": "127.0.0.1", "ports": joined, "group_name": "send_weights_10.0.0.7"}
+        answers = []
+
+        def request(path, **more):
+            answers.append(post(server, path, base | more).json())
+
+        init_thread = threading.Thread(
+            target=request,
+            args=("init_weights_send_group_for_remote_instance",),
+            kwargs={"group_rank": 0, "world_size": 2, "backend": "gloo"},
+        )
+        init_thread.start()
+        peers = []
+        for rank, port in enumerate(ports):
+            wait_for(lambda port=port: not is_free(port))
+            peers.append(Peer(port, f"send_weights_10.0.0.7_{port}_{rank}"))
+        barriers = [threading.Thread(target=dist.barrier, kwargs={"group": peer.group}) for peer in peers]
+        for barrier in barriers:
+            barrier.start()
+        for barrier in (*barriers, init_thread):
+            barrier.join(20)
+        send_thread = threading.Thread(target=request, args=("send_weights_to_remote_instance",))
+        send_thread.start()
+        for peer, arena in zip(peers, server.arenas, strict=True):
+            for entry in arena.manifest.entries:
+                tensor = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+                dist.broadcast(tensor, 0, group=peer.group)
+                assert torch.equal(tensor, arena.tensor(entry)), entry.name
+        send_thread.join(20)
+        for peer in peers:
+            peer.close()
+        assert [answer["success"] for answer in answers] == [True, True]
+
+
+def test_a_seed_of_upstream_s_kind_gives_every_parameter(dense_folder):
+    """Our client and a seed that knows upstream's two routes and nothing else; it is not compared with anything."""
+    hidden = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
+    with SeedServer(load_all(dense_folder, {"tp_size": 2}), hidden=hidden) as server:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            two.bind(("127.0.0.1", 0))
+            ports = one.getsockname()[1], two.getsockname()[1]
+        options = BROADCAST | {"send_weights_group_ports": ports}
+        results = {}
+
+        def load(rank):
+            results[rank] = take(server.arenas[rank].manifest, server, **options)
+
+        threads = [threading.Thread(target=load, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        for rank, (arena, report) in results.items():
+            assert arena.memory == server.arenas[rank].memory and not report.verified
+        assert len(results) == 2
+
+
+BIG = seed_process.DEFAULTS | {"shapes": {f"w{i}": [4 << 20] for i in range(4)}}  # 64 MB of float32
+
+
+def run_client(port, how, at):
+    """A client process that does something at its `at`-th broadcast: "die" or "stop" (and is continued never)."""
+    code = f"""
+import json, os, signal, sys
+import seed_process
+from types import SimpleNamespace
+from ramet.srt.distributed.pair_group import PairGroup
+from ramet.srt.model_loader import broadcast_steps
+from seed_server import take
+
+broadcast_steps.DIRECT_BYTES = 4 << 20
+original, count = PairGroup.broadcast, 0
+
+def broadcast(self, tensor):
+    global count
+    count += 1
+    if count == {at}:
+        os.kill(os.getpid(), signal.{how})
+    original(self, tensor)
+
+PairGroup.broadcast = broadcast
+manifest = seed_process.make_manifest(json.loads(sys.argv[1]))
+take(manifest, SimpleNamespace(port={port}), backend="nccl", local_mode="off", timeout_s=30.0)
+"""
+    paths = os.pathsep.join([str(server_process.PYTHON_FOLDER), str(server_process.TEST_FOLDER)])
+    return subprocess.Popen([sys.executable, "-c", code, json.dumps(BIG)], env={**os.environ, "PYTHONPATH": paths})
+
+
+@pytest.fixture
+def big_server():
+    arena = WeightArena.allocate(seed_process.make_manifest(BIG), "cpu")
+    seed_process.fill_arena(arena, seed_process.make_tensors(BIG))
+    with SeedServer([arena]) as server:
+        yield server
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_client_that_disappears_half_way_leaves_the_seed_able_to_serve_the_next(big_server, how, caplog, monkeypatch):
+    timeouts = []
+    original = send_groups.PairGroup
+    if how == "SIGSTOP":  # such a client is found by the deadline alone: make it short
+
+        def with_short_deadline(*args):
+            timeouts.append(args[-1])
+            return original(*args[:-1], 2.0)
+
+        monkeypatch.setattr(send_groups, "PairGroup", with_short_deadline)
+    client = run_client(big_server.port, how, at=4)
+    try:
+        wait_for(lambda: "the weights were not sent" in caplog.text, 60)
+        monkeypatch.undo()
+        (expected,) = big_server.arenas
+        arena, report = take(expected.manifest, big_server, **BROADCAST)
+        assert report.verified and arena.memory == expected.memory
+        assert timeouts == ([30.0] if how == "SIGSTOP" else [])
+    finally:
+        client.kill()
+        client.wait(10)
+
+
+def test_a_seed_that_dies_half_way_gives_way_to_the_next(big_server, monkeypatch, caplog):
+    """The first of two seeds breaks the group off; the ranges that it has not sent come from the other."""
+    monkeypatch.setattr(broadcast_steps, "DIRECT_BYTES", 4 << 20)
+    monkeypatch.setattr(seed_transfer, "SHARED_BYTES", 4 << 20)
+    (expected,) = big_server.arenas
+    original = send_groups._Transfer._tensors
+    broken = []
+
+    def tensors(self):
+        for number, tensor in enumerate(original(self)):
+            if number == 2 and not broken:
+                broken.append(self)
+                raise OSError("the cable was pulled")
+            yield tensor
+
+    monkeypatch.setattr(send_groups._Transfer, "_tensors", tensors)
+    second = WeightArena.allocate(expected.manifest, "cpu")
+    seed_process.fill_arena(second, seed_process.make_tensors(BIG))
+    with SeedServer([second]) as other_server:
+        arena, report = take(expected.manifest, big_server, other_server, **BROADCAST)
+    assert report.verified and arena.memory == expected.memory and broken
+    assert "failed, its share goes to" in caplog.text and "the cable was pulled" in caplog.text
