@@ -87,11 +87,13 @@ def fetch_seed_answer(
     timeout_s: float,
     api_key: str | None = None,
     absent_grace_s: float = ABSENT_GRACE_S,
+    refused_grace_s: float = ABSENT_GRACE_S,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
         absent_grace_s: how long a rank that the seed does not know may take to register.
+        refused_grace_s: how long the seed may take to open its port.
 
     Raises:
         RankNotRegistered: if it has not.
@@ -108,7 +110,7 @@ def fetch_seed_answer(
             status, path, body = _ask(host, port, query, headers, left)
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
-            if time.monotonic() - start > ABSENT_GRACE_S:
+            if time.monotonic() - start >= refused_grace_s:
                 break
         except TimeoutError as error:
             reason = str(error)
