@@ -6,10 +6,11 @@ import torch
 
 from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
 from ramet.srt.model_loader.device_rows import scatter_device_rows
-from ramet.srt.model_loader.sources.file_reader import BLOCK_BYTES, READ_BYTES, read_range
+from ramet.srt.model_loader.sources.file_reader import BLOCK_BYTES, read_range
 from ramet.srt.model_loader.threads import run_in_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
 
+READ_BYTES = 16 << 20  # long enough that Python's work between two reads doesn't count
 NUM_BUFFERS = 2  # per thread: one is read into while the other is copied out of
 
 

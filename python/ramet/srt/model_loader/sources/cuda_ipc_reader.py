@@ -19,11 +19,14 @@ def fill_from_cuda_memory(
     arena: CudaWeightArena,
     seed_is_alive: Callable[[], bool],
     timeout_s: float,
-) -> None:
+) -> float:
     """Execute operations whose source is the memory that a CUDA IPC handle opens, from `offset` on.
 
     The copies run on the arena's own stream, beside whatever the seed computes. The handle is closed before this
     returns, whatever happens.
+
+    Returns:
+        The seconds that the copies took, by the GPU's clock.
 
     Raises:
         OSError: if the memory can't be opened, or the seed ends before the last byte has been copied.
@@ -32,8 +35,9 @@ def fill_from_cuda_memory(
     with current_context(arena.torch_device):
         source = cuda_ipc.open_memory(handle)
         try:
+            begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record(arena.stream)
             cuda_ipc.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
-            done = torch.cuda.Event()
             done.record(arena.stream)
             deadline = time.monotonic() + timeout_s
             while not done.query():
@@ -42,6 +46,7 @@ def fill_from_cuda_memory(
                 time.sleep(POLL_S)
             if not seed_is_alive():
                 raise OSError("the seed ended while its memory was copied")
+            return begun.elapsed_time(done) / 1e3
         finally:
             arena.stream.synchronize()
             cuda_ipc.close_memory(source)
