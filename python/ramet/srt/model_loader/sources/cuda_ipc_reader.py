@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader import cuda_driver
 from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena, current_context
 from ramet.srt.model_loader.transfer_plan import CopyOp
 
@@ -33,11 +33,11 @@ def fill_from_cuda_memory(
         TimeoutError: if the copies take longer than `timeout_s`.
     """
     with current_context(arena.torch_device):
-        source = cuda_ipc.open_memory(handle)
+        source = cuda_driver.open_memory(handle)
         try:
             begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record(arena.stream)
-            cuda_ipc.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
+            cuda_driver.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
             done.record(arena.stream)
             deadline = time.monotonic() + timeout_s
             while not done.query():
@@ -49,4 +49,4 @@ def fill_from_cuda_memory(
             return begun.elapsed_time(done) / 1e3
         finally:
             arena.stream.synchronize()
-            cuda_ipc.close_memory(source)
+            cuda_driver.close_memory(source)
