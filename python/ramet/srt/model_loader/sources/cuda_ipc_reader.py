@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 
 from ramet.srt.model_loader import cuda_driver
@@ -37,7 +38,7 @@ def fill_from_cuda_memory(
         try:
             begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begun.record(arena.stream)
-            cuda_driver.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
+            cuda_driver.queue_copies(join_neighbours(ops), source + offset, arena.address, arena.stream.cuda_stream)
             done.record(arena.stream)
             deadline = time.monotonic() + timeout_s
             while not done.query():
@@ -50,3 +51,21 @@ def fill_from_cuda_memory(
         finally:
             arena.stream.synchronize()
             cuda_driver.close_memory(source)
+
+
+def join_neighbours(ops: Sequence[CopyOp]) -> list[CopyOp]:
+    """The same copies with those in one that follow each other on both sides: a GPU copies any length at once."""
+    joined: list[CopyOp] = []
+    for op in sorted(ops, key=lambda op: op.target_offset):
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.is_contiguous
+            and op.is_contiguous
+            and op.target_offset == last.target_stop
+            and op.source_offset == last.source_offset + last.row_nbytes
+        ):
+            joined[-1] = msgspec.structs.replace(last, row_nbytes=last.row_nbytes + op.row_nbytes)
+        else:
+            joined.append(op)
+    return joined
