@@ -97,4 +97,3 @@ class _PinnedBuffer:
         self.memory = memoryview(self.tensor.numpy())
         self.address = self.tensor.data_ptr()
         self.copied = torch.cuda.Event()
-
