@@ -44,6 +44,15 @@ class WeightSeed:
         self.registration = registration
         self._resources = resources
 
+    @staticmethod
+    def prepare(host: str, rank: int) -> None:
+        """Do beforehand, while the weights still come, what takes longest: start the transfer engine.
+
+        Raises:
+            WeightTransferError: if it does not start.
+        """
+        MooncakeEngine.acquire(reachable_host(host), rank)
+
     @classmethod
     def start(
         cls,
