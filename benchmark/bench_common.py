@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -87,9 +87,7 @@ def free_port() -> int:
 class Server:
     """A Ramet instance that a benchmark measures."""
 
-    def __init__(
-        self, model: Path, *flags: str, timeout_s: float = 300.0, env: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, model: Path, *flags: str, timeout_s: float = 300.0) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         log_folder = RESULTS / "logs"
@@ -99,7 +97,7 @@ class Server:
         command += ["--engine-info-bootstrap-port", "0", "--log-level", "warning", *flags]
         start = time.monotonic()
         with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while True:
             if self.process.poll() is not None:
                 raise RuntimeError(f"server ended with {self.process.returncode}:\n{self.log_path.read_text()[-2000:]}")

@@ -1,14 +1,18 @@
-"""Shows the main job: starts a seed, lets a client without weight files grow out of it, and compares the two.
+"""Shows the main job: an instance grows out of another one, and gives the same answers.
 
-    python examples/clone_demo.py [--model-path FOLDER_OR_HUB_ID] [--once] [-- more flags for both servers]
+    python examples/clone_demo.py [--by-address] [--model-path FOLDER_OR_HUB_ID] [--once] [-- flags for both servers]
 
-Both keep serving until Ctrl-C. With --once the demo ends after the table: exit code 0 if the client took its weights
-from the seed and both gave the same answer, 1 otherwise. It owns the two processes and nothing of how they work.
+A metadata server is started, and then twice the same command: the first instance reads the files, the second finds the
+first and takes its weights. With --by-address there is no metadata server: the client, which has no weight files, is
+given the seed's address. Both keep serving until Ctrl-C. With --once the demo ends after the table: exit code 0 if the
+second took its weights from the first and both gave the same answer, 1 otherwise. It owns the processes and nothing of
+how they work.
 """
 
 import argparse
 import contextlib
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,14 +37,17 @@ class DemoError(Exception):
 
 
 class Instance:
-    """One server process of the demo, its log file and its address."""
+    """One server process of the demo, its log file and the address of its HTTP port."""
 
-    def __init__(self, name: str, port: int, log_path: Path, flags: list[str]) -> None:
+    def __init__(
+        self, name: str, port: int, log_path: Path, flags: list[str], module: str = "ramet.launch_server"
+    ) -> None:
         self.name = name
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         self.ready_s = 0.0  # from launch to the first good /health
-        command = [sys.executable, "-m", "ramet.launch_server", "--port", str(port), *flags]
+        port_flag = "--port" if module == "ramet.launch_server" else "--metrics-port"
+        command = [sys.executable, "-m", module, port_flag, str(port), *flags]
         self.launched = time.monotonic()
         with log_path.open("wb") as log:
             # A process group of its own: Ctrl-C reaches the demo alone, which then stops its servers in order.
@@ -170,21 +177,17 @@ def format_table(seed: Instance, client: Instance, same: bool) -> str:
     return "\n".join([*rows, f"  {'same answer':<18}{'yes' if same else 'NO':>36}"])
 
 
-def run(args: argparse.Namespace, work: Path, instances: list[Instance]) -> bool:
-    """Start both instances and print the table. Returns whether the client is a true clone."""
-    model = find_model(args.model_path)
+def start_by_address(args: argparse.Namespace, model: Path, work: Path, running: list[Instance]) -> list[Instance]:
+    """A seed, and a client that is told where it is and has no weight files."""
     bare = work / "model-without-weights"
     bare.mkdir()
     copy_without_weights(model, bare)
-    logs = args.log_dir
-    logs.mkdir(parents=True, exist_ok=True)
-    common = ["--served-model-name", "demo", "--drain-timeout", str(DRAIN_TIMEOUT_S), *args.server_flags]
-
+    logs, common = args.log_dir, common_flags(args)
     print(f"seed:   port {args.seed_port}, model {model}, log {logs / 'seed.log'}")
     flags = ["--model-path", str(model), "--engine-info-bootstrap-port", str(args.seed_bootstrap_port)]
     flags += ["--remote-instance-weight-loader-start-seed-via-transfer-engine"]
     seed = Instance("seed", args.seed_port, logs / "seed.log", flags + common)
-    instances.append(seed)
+    running.append(seed)
     seed.wait_ready(args.timeout)
 
     print(f"client: port {args.client_port}, config and tokenizer but no weights, log {logs / 'client.log'}")
@@ -192,9 +195,47 @@ def run(args: argparse.Namespace, work: Path, instances: list[Instance]) -> bool
     flags += ["--load-format", "remote_instance", "--remote-instance-weight-loader-seed-instance-ip", "127.0.0.1"]
     flags += ["--remote-instance-weight-loader-seed-instance-service-port", str(args.seed_port)]
     client = Instance("client", args.client_port, logs / "client.log", flags + common)
-    instances.append(client)
+    running.append(client)
     client.wait_ready(args.timeout)
+    return [seed, client]
 
+
+def start_by_name(args: argparse.Namespace, model: Path, running: list[Instance]) -> list[Instance]:
+    """A metadata server, and the same command twice; only the ports differ, since both run on one machine."""
+    logs = args.log_dir
+    flags = ["--port", str(args.modelexpress_port)]
+    server = Instance("metadata server", args.fleet_port, logs / "modelexpress.log", flags, "ramet.modelexpress_server")
+    running.append(server)
+    server.wait_ready(args.timeout)
+    print(f"metadata server: port {args.modelexpress_port}; the fleet is shown at {server.url}/")
+    config = json.dumps({"url": f"127.0.0.1:{args.modelexpress_port}"})
+    flags = ["--model-path", str(model), "--load-format", "remote_instance"]
+    flags += ["--remote-instance-weight-loader-backend", "modelexpress", "--modelexpress-config", config]
+    flags += common_flags(args)
+    print("both instances:  ramet serve", shlex.join(flags))
+    instances = []
+    for name, port, bootstrap_port in (
+        ("first", args.seed_port, args.seed_bootstrap_port),
+        ("second", args.client_port, args.client_bootstrap_port),
+    ):
+        print(f"{name + ':':<16} port {port}, log {logs / f'{name}.log'}", flush=True)
+        ports = ["--engine-info-bootstrap-port", str(bootstrap_port)]
+        instances.append(Instance(name, port, logs / f"{name}.log", flags + ports))
+        running.append(instances[-1])
+        instances[-1].wait_ready(args.timeout)
+    return instances
+
+
+def common_flags(args: argparse.Namespace) -> list[str]:
+    return ["--served-model-name", "demo", "--drain-timeout", str(DRAIN_TIMEOUT_S), *args.server_flags]
+
+
+def run(args: argparse.Namespace, work: Path, running: list[Instance]) -> bool:
+    """Start both instances and print the table. Returns whether the second is a true clone of the first."""
+    model = find_model(args.model_path)
+    args.log_dir.mkdir(parents=True, exist_ok=True)
+    by_address = args.by_address
+    instances = start_by_address(args, model, work, running) if by_address else start_by_name(args, model, running)
     chat = has_chat_template(model)
     print(f"\nquestion: {args.question}")
     answers = []
@@ -202,13 +243,14 @@ def run(args: argparse.Namespace, work: Path, instances: list[Instance]) -> bool
         answers.append(ask(instance, args.question, chat))
         print(f"{instance.name}: {answers[-1]}")
     same = answers[0] == answers[1]
-    print("\n" + format_table(seed, client, same) + "\n", flush=True)
-    return same
+    print("\n" + format_table(*instances, same) + "\n", flush=True)
+    is_clone = by_address or "checkpoint" not in instances[1].load_report()["source"]
+    return same and is_clone
 
 
 def serve(args: argparse.Namespace, instances: list[Instance]) -> None:
     """Keep both instances serving until a signal comes or one of them ends."""
-    print(f"Both keep serving until Ctrl-C. Try:\n  curl {instances[1].url}/v1/chat/completions \\")
+    print(f"Both keep serving until Ctrl-C. Try:\n  curl {instances[-1].url}/v1/chat/completions \\")
     print("    -H 'Content-Type: application/json' \\")
     print(
         f"""    -d '{{"model": "demo", "messages": [{{"role": "user", "content": "{args.question}"}}]}}'""", flush=True
@@ -222,6 +264,7 @@ def serve(args: argparse.Namespace, instances: list[Instance]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default=str(DEMO_MODEL), help="model folder or Hugging Face hub id")
+    parser.add_argument("--by-address", action="store_true", help="give the client the seed's address")
     parser.add_argument("--question", default="What is a ramet?")
     parser.add_argument("--once", action="store_true", help="end after the table")
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one instance may take to start")
@@ -229,6 +272,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--client-port", type=int, default=30100)
     parser.add_argument("--seed-bootstrap-port", type=int, default=6789)
     parser.add_argument("--client-bootstrap-port", type=int, default=6790)
+    parser.add_argument("--modelexpress-port", type=int, default=8001, help="of the metadata server")
+    parser.add_argument("--fleet-port", type=int, default=8002, help="of the page that shows the fleet")
     parser.add_argument("--log-dir", type=Path, default=ROOT / ".run")
     parser.add_argument("server_flags", nargs="*", help="after --: more flags for both servers")
     return parser.parse_args()
@@ -250,7 +295,7 @@ def main() -> int:
             if not args.once:
                 serve(args, instances)
         except KeyboardInterrupt:
-            print("\nstopping both", flush=True)
+            print("\nstopping all", flush=True)
         except DemoError as error:
             ok = False
             print(error, file=sys.stderr)

@@ -54,7 +54,12 @@ class EngineHarness:
         args = ServerArgs(model_path=str(folder), **(defaults | server_args))
         device = pick_device(args.device, 0)
         self.args = args.with_device_defaults(device.type)
-        config = ModelConfig.from_path(str(folder), dtype=self.args.dtype, context_length=self.args.context_length)
+        config = ModelConfig.from_path(
+            str(folder),
+            dtype=self.args.dtype,
+            context_length=self.args.context_length,
+            quantization=self.args.quantization,
+        )
         self.runner = ModelRunner(self.args, config, ParallelConfig(), device, lambda phase: None)
         torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()

@@ -1,4 +1,4 @@
-"""`make run` does what it says: a client without weight files grows out of a seed and gives the same answer."""
+"""`make run` does what it says: an instance grows out of another one and gives the same answer."""
 
 import socket
 import subprocess
@@ -21,10 +21,11 @@ def free_ports(count: int) -> list[str]:
 
 
 def run_demo(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
-    seed, client, seed_bootstrap, client_bootstrap = free_ports(4)
+    seed, client, seed_bootstrap, client_bootstrap, express, fleet = free_ports(6)
     command = [sys.executable, str(DEMO), "--once", "--log-dir", str(tmp_path), "--seed-port", seed]
     command += ["--client-port", client, "--seed-bootstrap-port", seed_bootstrap]
-    command += ["--client-bootstrap-port", client_bootstrap, "--timeout", "120", *flags]
+    command += ["--client-bootstrap-port", client_bootstrap, "--modelexpress-port", express, "--fleet-port", fleet]
+    command += ["--timeout", "120", *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -32,7 +33,8 @@ def run_demo(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
     ("flags", "source"),
     [
         ([], "local_map"),
-        (["--", "--remote-instance-weight-loader-local-mode", "off"], "transfer_engine"),
+        (["--by-address"], "local_map"),
+        (["--by-address", "--", "--remote-instance-weight-loader-local-mode", "off"], "transfer_engine"),
     ],
 )
 def test_client_grows_out_of_the_seed(tmp_path: Path, flags: list[str], source: str) -> None:
@@ -41,6 +43,7 @@ def test_client_grows_out_of_the_seed(tmp_path: Path, flags: list[str], source: 
     assert "A ramet is one plant of a clonal colony." in result.stdout
     sources = next(line.split() for line in result.stdout.splitlines() if line.split()[:1] == ["source"])
     assert sources == ["source", "checkpoint", source]
+    assert ("the fleet is shown at http://127.0.0.1:" in result.stdout) == ("--by-address" not in flags)
     assert "same answer" in result.stdout and "yes" in result.stdout
 
 

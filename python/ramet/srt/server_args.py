@@ -2,17 +2,21 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from ramet.srt.modelexpress.settings import ModelExpressConfig, parse_modelexpress_config
+
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("fp8",)
 ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
-REMOTE_BACKENDS = ("transfer_engine", "nccl")
+REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
@@ -54,6 +58,11 @@ class ServerArgs:
     served_model_name: str | None = flag(None, "Name of the model in the API; the model path when not given.")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     dtype: str = flag("auto", "Type of the weights and activations; auto takes the checkpoint's.", choices=DTYPES)
+    quantization: str | None = flag(
+        None,
+        "Type of the linear layers' weights: fp8 quantises them while they load; the checkpoint's when not given.",
+        choices=QUANTIZATIONS,
+    )
     context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
@@ -70,6 +79,7 @@ class ServerArgs:
 
     # Runtime
     device: str = flag("auto", "Where the model runs.", choices=DEVICES)
+    base_gpu_id: int = flag(0, "Number of the GPU that the node's first rank takes; the others take those behind it.")
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes the fastest one that runs on the device.",
@@ -139,9 +149,16 @@ class ServerArgs:
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
     remote_instance_weight_loader_backend: str = flag(
         "transfer_engine",
-        "Transport for weights from another host: one-sided reads, or torch.distributed broadcasts (NCCL on GPUs, gloo "
-        "on CPUs).",
+        "How weights come from another host: one-sided reads from the seed at the address that is given, "
+        "torch.distributed broadcasts from it (NCCL on GPUs, gloo on CPUs), or modelexpress: one-sided reads from an "
+        "instance that is found by what it serves (--modelexpress-config).",
         choices=REMOTE_BACKENDS,
+    )
+    modelexpress_config: str | None = flag(
+        None,
+        "JSON object, or a file that holds one: url of the metadata server (host:port, or embedded to run one here), "
+        "source (true: load from files and be a seed), wait_timeout in seconds, and model_name, tp_size, pp_size, "
+        "ep_size, dtype, quantization where they are not the engine's own.",
     )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
@@ -178,10 +195,11 @@ class ServerArgs:
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
-            if choices and value not in choices:
+            if choices and value not in choices and value is not None:
                 raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
         self._validate_ranges()
         self._validate_parallelism()
+        self._validate_modelexpress()
         self._validate_remote_instance()
 
     def _validate_ranges(self) -> None:
@@ -192,6 +210,8 @@ class ServerArgs:
         for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
+        if self.base_gpu_id < 0:
+            raise ValueError(f"--base-gpu-id must not be negative; got {self.base_gpu_id}")
         for name in ("context_length", "max_total_tokens", "max_running_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -232,14 +252,36 @@ class ServerArgs:
         if self.is_seed and self.engine_info_bootstrap_port == 0:
             raise ValueError("--engine-info-bootstrap-port 0 is for one node: others can't know which port it is")
 
+    def _validate_modelexpress(self) -> None:
+        is_backend = self.remote_instance_weight_loader_backend == "modelexpress"
+        if is_backend and self.load_format != "remote_instance" and self.modelexpress is None:
+            raise ValueError(
+                "--remote-instance-weight-loader-backend modelexpress needs --load-format remote_instance, or "
+                '--modelexpress-config with "source": true'
+            )
+        config = self.modelexpress
+        if config is None:
+            return
+        config.check_sizes(tp_size=self.tp_size, pp_size=self.pp_size, ep_size=self.ep_size)
+        if self.load_format == "remote_instance" and not is_backend:
+            raise ValueError(
+                "--modelexpress-config with --load-format remote_instance needs "
+                "--remote-instance-weight-loader-backend modelexpress"
+            )
+        if self.load_format != "remote_instance" and not (config.source or config.is_embedded):
+            raise ValueError(
+                '--modelexpress-config without "source": true needs --load-format remote_instance and '
+                "--remote-instance-weight-loader-backend modelexpress"
+            )
+
     def _validate_remote_instance(self) -> None:
         ip = self.remote_instance_weight_loader_seed_instance_ip
         port = self.remote_instance_weight_loader_seed_instance_service_port
-        if self.load_format != "remote_instance":
+        if self.load_format != "remote_instance" or self.modelexpress is not None:
             if ip is not None or port is not None:
                 raise ValueError(
                     "--remote-instance-weight-loader-seed-instance-ip and -service-port need --load-format "
-                    "remote_instance"
+                    "remote_instance, and a backend other than modelexpress"
                 )
             return
         if port is not None and not 1 <= port <= 65535:
@@ -310,8 +352,27 @@ class ServerArgs:
     def is_seed(self) -> bool:
         """Whether the instance offers its weights: asked to, or grown out of another one."""
         return (
-            self.remote_instance_weight_loader_start_seed_via_transfer_engine or self.load_format == "remote_instance"
+            self.remote_instance_weight_loader_start_seed_via_transfer_engine
+            or self.load_format == "remote_instance"
+            or self.modelexpress is not None
         )
+
+    @functools.cached_property
+    def modelexpress(self) -> ModelExpressConfig | None:
+        """What is said about ModelExpress; None for an instance that has nothing to do with it.
+
+        Raises:
+            ValueError: if --modelexpress-config can't be used; the message names the key.
+        """
+        is_backend = self.remote_instance_weight_loader_backend == "modelexpress"
+        if self.modelexpress_config is None and not (is_backend and self.load_format == "remote_instance"):
+            return None
+        return parse_modelexpress_config(self.modelexpress_config)
+
+    @property
+    def takes_weights_from_instances(self) -> bool:
+        """Whether the files are only read when no other instance has the weights."""
+        return self.load_format == "remote_instance" and not (self.modelexpress and self.modelexpress.source)
 
     @property
     def world_size(self) -> int:
@@ -345,6 +406,17 @@ class ServerArgs:
     def model_name(self) -> str:
         """The model's name in the API."""
         return self.served_model_name or self.model_path
+
+    @property
+    def has_http(self) -> bool:
+        """Whether there is an HTTP server, as far as the ranks can tell: they see its real port."""
+        return self.port != 0
+
+    @property
+    def weights_name(self) -> str:
+        """The model's name among instances that share its weights."""
+        given = self.modelexpress.model_name if self.modelexpress is not None else None
+        return given or self.model_name
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""

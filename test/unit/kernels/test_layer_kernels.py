@@ -80,4 +80,27 @@ def test_gemv(device, num_rows, num_columns, activation, has_bias):
     if activation:
         gate, up = expected.chunk(2, dim=-1)
         expected = get_activation(activation)(gate) * up
-    close(gemv(x, weight, bias, activation), expected)
+    close(gemv(x, weight, bias, None, activation), expected)
+
+
+def test_fp8_rows(device):
+    from ramet.srt.layers.kernels.fp8 import quantize_rows
+    from ramet.srt.layers.quantization import fp8
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 200, device=device) * torch.tensor([1e-6, 1.0, 1e4, 0.0, 3.0], device=device)[:, None]
+    values, scales = quantize_rows(x)
+    expected, expected_scales = fp8.quantize_rows(x)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    # The interpreter rounds to fp8 in its own way: by one place now and then, which is an eighth at the most.
+    difference = (values.float() * scales - expected.float() * expected_scales).norm(dim=1)
+    assert (difference <= x.norm(dim=1) / 8).all()
+
+
+def test_gemv_of_fp8_weights(device):
+    from ramet.srt.layers.kernels.gemv import gemv
+    from ramet.srt.layers.quantization.fp8 import quantize_rows
+
+    x, weight = torch.randn(1, 96, device=device), torch.randn(12, 96, device=device)
+    values, scales = quantize_rows(weight)
+    close(gemv(x, values, None, scales), torch.nn.functional.linear(x, values.float() * scales))

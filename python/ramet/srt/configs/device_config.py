@@ -6,11 +6,11 @@ import psutil
 import torch
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
+def pick_device(name: str, gpu_id: int) -> torch.device:
     """The device for --device `name`: "cpu", "cuda", or "auto" for a GPU where there is one.
 
     Args:
-        local_rank: the rank's place among those of the instance on this host; each takes a GPU of its own.
+        gpu_id: number of the GPU that the rank takes, if it takes one; each has its own.
 
     Raises:
         ValueError: if a GPU is asked for and can't be used; the message says why.
@@ -24,17 +24,17 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     except RuntimeError as error:  # no driver, one too old for this torch, no device
         raise ValueError(f"--device cuda: {' '.join(str(error).split())}") from error
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if gpu_id >= count:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         limit = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
-        raise ValueError(f"rank {local_rank} of this host has no GPU: there are {count}{limit}")
-    device = torch.device("cuda", local_rank)
+        raise ValueError(f"there is no GPU {gpu_id} for a rank of this host: there are {count}{limit}")
+    device = torch.device("cuda", gpu_id)
     torch.cuda.set_device(device)
     try:
         torch.empty(1, device=device)
     except RuntimeError as error:  # no memory left for as much as a context, or a GPU that others may not use
         raise ValueError(
-            f"GPU {local_rank} can't be used: {' '.join(str(error).split('For debugging')[0].split())}"
+            f"GPU {gpu_id} can't be used: {' '.join(str(error).split('For debugging')[0].split())}"
         ) from error
     return device
 

@@ -41,10 +41,21 @@ class ModelConfig:
     hidden_act: str
     tie_word_embeddings: bool
     rope: RopeConfig
+    quantization: str  # "" or "fp8": of the linear layers' weights
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
     hf_config: dict[str, Any]
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that the shapes of the weights come from, by their names in a config.json."""
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim")  # fmt: skip
+        dimensions = {name: getattr(self, name) for name in names}
+        if self.moe is not None:
+            dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+        return dimensions
 
     @classmethod
     def from_path(
@@ -55,12 +66,14 @@ class ModelConfig:
         revision: str | None = None,
         dtype: str = "auto",
         context_length: int | None = None,
+        quantization: str | None = None,
     ) -> "ModelConfig":
         """Read the config of the model in folder `path`.
 
         Args:
             dtype: "auto" takes the checkpoint's type.
             context_length: tokens; at most what the model was made for.
+            quantization: "fp8", or None for the checkpoint's.
 
         Raises:
             ValueError: if the folder or its config is missing or broken; the message names the file and the field.
@@ -99,6 +112,7 @@ class ModelConfig:
             hidden_act=str(hf_config.get("hidden_act", "silu")),
             tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
             rope=rope,
+            quantization=quantization or _quantization(hf_config, need.file),
             layer_windows=_layer_windows(hf_config, num_layers, need.file),
             eos_token_ids=_eos_token_ids(path, hf_config),
             moe=read_moe_config(architectures[0], need, num_layers),
@@ -150,6 +164,20 @@ def _dtype(hf_config: dict[str, Any], wanted: str, file: str) -> str:
     if name not in DTYPE_NAMES:
         raise ValueError(f"{file}: dtype {name!r} is not supported; use --dtype with one of {sorted(DTYPE_NAMES)}")
     return name
+
+
+def _quantization(hf_config: dict[str, Any], file: str) -> str:
+    """How the checkpoint's linear layers are quantised: "" or "fp8".
+
+    Both spellings of fp8 checkpoints: the method "fp8", and compressed-tensors with 8-bit float weights.
+    """
+    config = hf_config.get("quantization_config")
+    if not config:
+        return ""
+    method = config.get("quant_method")
+    if method == "fp8" or (method == "compressed-tensors" and config.get("format") == "float-quantized"):
+        return "fp8"
+    raise ValueError(f"{file}: the quantisation {method!r} is not supported; fp8 is")
 
 
 def _rope_config(hf_config: dict[str, Any], file: str) -> RopeConfig:

@@ -92,6 +92,33 @@ class Rendezvous:
         """The value of a key that is known to be there."""
         return self.store.get(key).decode()
 
+    def wait_for(self, key: str) -> str:
+        """The value of a key that is about to be put.
+
+        Raises:
+            ValueError: if it is not in time.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while not self.store.check([key]):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{key} was not said within {self.timeout_s:g} s (--dist-timeout)")
+            time.sleep(POLL_S)
+        return self.get(key)
+
+    def announce(self, key: str, value: str) -> None:
+        """As `put`, from any thread: over a connection of its own."""
+        self._open(STORE_TIMEOUT_S).set(key, value)
+
+    def await_announcement(self, key: str, timeout_s: float) -> str | None:
+        """The value of a key, from any thread; None if nobody has put one within `timeout_s`."""
+        store = self._open(STORE_TIMEOUT_S)
+        deadline = time.monotonic() + timeout_s
+        while not store.check([key]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(POLL_S)
+        return store.get(key).decode()
+
     def wait_all(self, key: str, ranks: Sequence[int], timeout_s: float | None = None) -> list[str]:
         """The values that `ranks` have put under `key`.
 

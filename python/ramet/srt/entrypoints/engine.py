@@ -47,7 +47,8 @@ class Engine:
 
     def __init__(self, **server_args: Any):
         self.server_args = make_server_args(server_args)
-        self._core = EngineCore(Instance(self.server_args, time.time(), self.scheduler_module))
+        without_http = dataclasses.replace(self.server_args, port=0)
+        self._core = EngineCore(Instance(without_http, time.time(), self.scheduler_module))
         # Not `self.shutdown`: that would keep the engine alive until the program ends.
         self._finalizer = weakref.finalize(self, self._core.stop)
         self._core.start()

@@ -18,6 +18,8 @@ from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.managers.io_struct import (
     GetInternalStateReqOutput,
+    InstanceReady,
+    InstanceStopping,
     SchedulerReady,
     WeightControlError,
     WeightReply,
@@ -25,6 +27,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.managers.weight_control import ask_rank
+from ramet.srt.modelexpress.settings import ModelExpressConfig, check_installed
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs, format_url
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
@@ -32,11 +35,14 @@ from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.modelexpress.server import ModelExpressServer
     from ramet.srt.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
+TELL_TIMEOUT_S = 5.0  # for a rank to note that the instance is healthy, or about to end
+MODELEXPRESS_GRACE_S = 1.0
 SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
 
@@ -52,6 +58,7 @@ class Instance:
         self.progress = Progress(launch_time)
         self.schedulers: list[SchedulerReady] = []
         self.bootstrap: EngineInfoBootstrapServer | None = None  # of an instance that gives its weights
+        self.modelexpress: ModelExpressServer | None = None  # the metadata server, if it runs in this process
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
         self.metrics: Metrics
@@ -59,6 +66,7 @@ class Instance:
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()  # ranks about the instance
 
     @property
     def is_head(self) -> bool:
@@ -87,6 +95,8 @@ class Instance:
             attn_dp_size=args.attn_dp_size,
         )
         bootstrap_url = None
+        if args.modelexpress is not None:
+            self._prepare_modelexpress(args.modelexpress)
         if args.is_seed and self.is_head:
             self.bootstrap = self._start_bootstrap()
             bootstrap_url = self.bootstrap.url
@@ -95,6 +105,17 @@ class Instance:
         self._children = ChildProcesses(self._scheduler_module)
         self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
+
+    def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
+        """Start the metadata server if this instance has one, and pass on what the ranks need to know of it."""
+        if config.is_embedded:
+            check_installed()
+            from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server
+
+            args = self.server_args
+            self.modelexpress, url = start_embedded_server(config, args.host, args.head_host, self.is_head)
+            config = dataclasses.replace(config, url=url, source=not args.takes_weights_from_instances)
+        self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
 
     def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
         from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
@@ -106,7 +127,7 @@ class Instance:
             )
         except OSError as error:
             raise ValueError(error.strerror) from None
-        self.server_args = dataclasses.replace(args, engine_info_bootstrap_port=bootstrap.port)
+        self.server_args = dataclasses.replace(self.server_args, engine_info_bootstrap_port=bootstrap.port)
         return bootstrap
 
     def open(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:
@@ -195,12 +216,31 @@ class Instance:
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
             self.manager.start_accepting(max_req_len, schedulers[0].scheduler_addresses)
         self._children.watch(self._on_death, None if self.is_head else self._on_end)
+        self._tell_ranks(InstanceReady())
+
+    def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
+        """Tell every rank of every node that other instances are told about. Waits for nothing."""
+        if self.bootstrap is None or self.server_args.modelexpress is None:
+            return
+        for rank in range(self.server_args.world_size):
+            task = asyncio.create_task(self._tell_rank(rank, news))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell_rank(self, rank: int, news: InstanceReady | InstanceStopping) -> None:
+        try:
+            await self.ask_rank_about_weights("target", rank, news, TELL_TIMEOUT_S)
+        except (RequestError, ServiceError) as error:
+            logger.warning("rank %d could not be told of %s: %s", rank, type(news).__name__, error)
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
         if not self.is_head:
             return
+        self._tell_ranks(InstanceStopping())
         self.manager.stop_accepting(SHUTTING_DOWN)
+        if self._telling:
+            await asyncio.wait(self._telling)
         if await self.manager.drain(self.server_args.drain_timeout):
             return
         logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
@@ -229,6 +269,8 @@ class Instance:
             self._children.stop()
         if self.bootstrap is not None:
             self.bootstrap.close()
+        if self.modelexpress is not None:
+            self.modelexpress.close(MODELEXPRESS_GRACE_S)
 
     def kill_processes(self) -> None:
         """As `stop_processes`, but at once."""

@@ -9,17 +9,30 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.cpu_matmul import blocked_linear, is_faster_blocked
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b for x [num_tokens, input_size] and W [output_size, input_size]."""
+def project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scales: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T + b for x [num_tokens, input_size] and W [output_size, input_size].
+
+    Args:
+        scales: float32 [output_size, 1] that multiply the rows of an fp8 `weight`.
+    """
     if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
         from ramet.srt.layers.kernels.gemv import gemv
 
-        return gemv(x, weight, bias)
+        return gemv(x, weight, bias, scales)
+    if scales is not None:
+        from ramet.srt.layers.quantization.fp8 import fp8_linear
+
+        return fp8_linear(x, weight, scales, bias)
+    if is_faster_blocked(x, weight):
+        return blocked_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -65,17 +78,18 @@ class MergedColumnParallelLinear(nn.Module):
             rows += stop - start
         self.weight = declare_weight((rows, input_size), dtype, weight_boxes)  # [rows of this rank, input_size]
         self.bias = declare_weight((rows,), dtype, bias_boxes) if bias else None
+        self.weight_scale: torch.Tensor | None = None  # float32 [rows of this rank, 1] when the weight is fp8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return project(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias, self.weight_scale)
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
         if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
             from ramet.srt.layers.kernels.gemv import gemv
 
-            return gemv(x, self.weight, self.bias, activation.name)
+            return gemv(x, self.weight, self.bias, self.weight_scale, activation.name)
         return act_and_mul(self.forward(x), activation)
 
 
@@ -140,15 +154,16 @@ class RowParallelLinear(nn.Module):
             self.bias = declare_weight(
                 (output_size,), dtype, [shard_box(f"{name}.bias", (output_size,), 0, 0, output_size)]
             )
+        self.weight_scale: torch.Tensor | None = None  # float32 [output_size, 1] when the weight is fp8
         self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
-        return project(x, self.weight, self.bias if self.tp_rank == 0 else None)
+        return project(x, self.weight, self.bias if self.tp_rank == 0 else None, self.weight_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
-            return project(x, self.weight, self.bias)
-        y = tensor_model_parallel_all_reduce(project(x, self.weight))
+            return project(x, self.weight, self.bias, self.weight_scale)
+        y = tensor_model_parallel_all_reduce(project(x, self.weight, scales=self.weight_scale))
         return y if self.bias is None else y + self.bias

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.utils.device import to_device
@@ -91,6 +92,15 @@ def _sample_inverse_cdf(scaled: torch.Tensor, info: SamplingInfo, uniforms: torc
 
 def _least_kept(probs: torch.Tensor, info: SamplingInfo) -> torch.Tensor:
     """float32 [batch_size, 1]: the lowest probability that top_k, top_p and min_p keep. Equal ones stay together."""
+    if use_kernels(probs):
+        from ramet.srt.layers.kernels.sampling import least_kept
+
+        return least_kept(probs, info.top_ks, info.top_ps, info.min_ps)
+    return sort_least_kept(probs, info)
+
+
+def sort_least_kept(probs: torch.Tensor, info: SamplingInfo) -> torch.Tensor:
+    """What `_least_kept` gives, by sorting."""
     values, _ = torch.topk(probs, info.max_top_k, dim=-1)
     cumulative = values.cumsum(dim=-1)
     ranks = torch.arange(values.shape[1], device=values.device)

@@ -61,6 +61,17 @@ class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
 
 
+class PublisherStats(msgspec.Struct, kw_only=True):
+    """What a rank's ModelExpress publisher has done so far."""
+
+    status: str  # what the server was last told: "", "INITIALIZING", "READY" or "STALE"
+    num_publishes: int = 0
+    num_heartbeats: int = 0
+    num_lost: int = 0  # times that the server had lost the record and it was published again
+    num_failures: int = 0  # calls that failed
+    last_error: str = ""  # of the last call; "" when it succeeded
+
+
 class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     num_running_reqs: int
@@ -70,6 +81,7 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     max_total_num_tokens: int
     num_retracted_reqs: int  # total since the start
     last_gen_throughput: float  # output tokens per second over the last window
+    modelexpress: PublisherStats | None = None  # of the rank that schedules, if it publishes its weights
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
@@ -124,6 +136,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     verified: bool  # content checksums were compared with the seed's
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why an earlier source was given up; empty when the first one served
+    taken_from: tuple[str, ...] = ()  # ModelExpress worker ids of the ranks that gave the weights
 
 
 class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):
@@ -180,8 +193,20 @@ class WeightControlError(msgspec.Struct, kw_only=True, tag=True):
     message: str
 
 
-WeightRequest = WeightChecksumsReq | InitSendGroupReq | SendWeightsReq
-WeightReply = WeightChecksumsOutput | InitSendGroupOutput | SendWeightsOutput | WeightControlError
+class InstanceReady(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to every rank that offers its weights: the instance is healthy, others may come."""
+
+
+class InstanceStopping(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to every rank that offers its weights: the instance is about to end, nobody shall come any more."""
+
+
+class InstanceStateOutput(msgspec.Struct, kw_only=True, tag=True):
+    """A rank to the main process: it has noted the state of the instance, and told others if it could."""
+
+
+WeightRequest = WeightChecksumsReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
+WeightReply = WeightChecksumsOutput | InitSendGroupOutput | SendWeightsOutput | InstanceStateOutput | WeightControlError
 
 
 class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):

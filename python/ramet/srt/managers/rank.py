@@ -6,6 +6,7 @@ import signal
 import time
 
 from ramet.srt.configs.device_config import pick_device
+from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.distributed.parallel_state import init_process_groups
 from ramet.srt.distributed.rendezvous import Rendezvous, choose_interface, local_address
@@ -15,15 +16,18 @@ from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
 from ramet.srt.sampling.grammar import make_grammar_backend
-from ramet.srt.server_args import PortArgs
+from ramet.srt.server_args import PortArgs, format_url
 from ramet.srt.utils.child_process import ChildConfig
-from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
+from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
 from ramet.srt.utils.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 FOLLOWER_POLL_S = 1.0
+BUSY_WINDOW_S = 2.0  # a rank that has had no plan for so long is idle
+INSTANCE_URL_KEY = "instance-url"
 LOST_NODE_EXIT_CODE = 71
 READY_KEY, SCHEDULER_KEY = "ready", "scheduler"
 TOKENIZER_KEY, DETOKENIZER_KEY = "tokenizer", "detokenizer"
@@ -44,6 +48,7 @@ class Rank:
         self.scheduler: Scheduler | None = None
         self._channel: SchedulerChannel | None = None
         self._plans: PlanSender | PlanReceiver | None = None
+        self._last_plan_time, self._last_plan_len = 0.0, 0  # of a rank that follows
         self._on_phase("imports")
 
     def _on_phase(self, name: str) -> None:
@@ -63,19 +68,23 @@ class Rank:
         Raises:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
-        self.device = pick_device(self.args.device, self.args.local_ranks.index(self.parallel.world_rank))
+        self.device = pick_device(
+            self.args.device, self.args.base_gpu_id + self.args.local_ranks.index(self.parallel.world_rank)
+        )
         self.args = args = self.args.with_device_defaults(self.device.type)
         self._on_phase("device")
-        model_path = resolve_model_path(args.model_path, args.revision, weights=args.load_format != "remote_instance")
+        model_path = resolve_model_path(args.model_path, args.revision, weights=not args.takes_weights_from_instances)
         config = ModelConfig.from_path(
             model_path,
             model_name=args.model_name,
-            revision=args.revision,
+            revision=snapshot_revision(model_path) or args.revision,
             dtype=args.dtype,
             context_length=args.context_length,
+            quantization=args.quantization,
         )
         self._meet()
-        self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase)
+        self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase, self._load_context())
+        self.runner.load_probe = self._load
         if self.config.bootstrap_url is not None:
             self.runner.publish(self.config.bootstrap_url)
             self._on_phase("registered")
@@ -132,6 +141,26 @@ class Rank:
             tokenizer_ipc_name=rendezvous.get(TOKENIZER_KEY), detokenizer_ipc_name=rendezvous.get(DETOKENIZER_KEY)
         )
 
+    def _load_context(self) -> LoadContext:
+        """What is said to other instances about this one. Only node 0 knows the port that users come to."""
+        host, port = reachable_host(self.args.host), self.args.port
+        if self.args.nnodes > 1 and self.args.host in ("0.0.0.0", "::"):
+            host = self.args.head_host
+        url = format_url(host, port) if self.args.has_http else ""
+        if self.rendezvous is not None:
+            if self.parallel.world_rank == 0:
+                self.rendezvous.put(INSTANCE_URL_KEY, url)
+            url = self.rendezvous.wait_for(INSTANCE_URL_KEY)
+        return LoadContext(instance_url=url, started_at=self.config.launch_time, board=self.rendezvous)
+
+    def _load(self) -> float:
+        """How busy this rank is, from 0 to 1: its replica's requests over those that can run."""
+        if self.scheduler is not None:
+            return self.scheduler.load()
+        since_s = time.monotonic() - self._last_plan_time
+        limit = self.args.max_running_requests or 1
+        return min(1.0, self._last_plan_len / limit) if since_s < BUSY_WINDOW_S else 0.0
+
     def _make_scheduler(self, config: ModelConfig) -> None:
         assert self.runner is not None and self._channel is not None
         tokenizer = Tokenizer.from_path(resolve_tokenizer_path(self.args))
@@ -186,6 +215,8 @@ class Rank:
         worker = TpModelWorker(self.runner)
         while self._goes_on():
             plan = self._plans.receive(FOLLOWER_POLL_S)
+            if plan is not None:
+                self._last_plan_time, self._last_plan_len = time.monotonic(), len(plan.sequences)
             wait = worker.launch(plan) if plan is not None else None
             if wait is not None:
                 self._plans.send(wait())
@@ -208,6 +239,8 @@ class Rank:
 
     def close(self) -> None:
         """Withdraw the weights and leave the other ranks."""
+        if self.runner is not None:
+            self.runner.close()
         if self.rendezvous is not None:
             if self.parallel.world_rank == 0:
                 self.rendezvous.end()
@@ -216,8 +249,6 @@ class Rank:
             self._channel.close()
         if self._plans is not None:
             self._plans.close()
-        if self.runner is not None:
-            self.runner.close()
 
 
 def _tcp_address(host: str) -> str:

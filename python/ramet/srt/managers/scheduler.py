@@ -265,7 +265,13 @@ class Scheduler:
             max_total_num_tokens=num_pages * self.page_size,
             num_retracted_reqs=self.num_retracted,
             last_gen_throughput=self._throughput(),
+            modelexpress=self.model_runner.publisher_stats(),
         )
+
+    def load(self) -> float:
+        """How busy the replica is: requests over those that can run, at most 1. Any thread may ask."""
+        num_reqs = len(self.running) + len(self.chunked) + len(self.waiting) + len(self.compiling)
+        return min(1.0, num_reqs / self.server_args.max_running_requests)
 
     def _throughput(self) -> float:
         """Output tokens per second over the last few seconds."""

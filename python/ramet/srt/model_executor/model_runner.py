@@ -4,29 +4,36 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 
 from ramet.srt.configs.device_config import free_memory_nbytes
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
 from ramet.srt.distributed.rendezvous import local_address
 from ramet.srt.layers.attention.registry import make_attn_backend
+from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
-from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.model_executor.cuda_graph_runner import CudaGraphRunner
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
 from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import build_weight_manifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.device import to_device
+
+if TYPE_CHECKING:
+    from ramet.srt.modelexpress.publication import Publication
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +52,13 @@ class ModelRunner:
         parallel: ParallelConfig,
         device: torch.device,
         on_phase: Callable[[str], None],
+        context: LoadContext | None = None,
     ):
         """
         Args:
             server_args: with the device's defaults.
             device: see pick_device.
+            context: the instance that the rank belongs to; needed where it is found through ModelExpress.
 
         Raises:
             ValueError, MemoryError: if the model can't run there; the message says why.
@@ -61,7 +70,10 @@ class ModelRunner:
         self.dtype = getattr(torch, model_config.dtype)
         self.page_size = server_args.page_size
         self.graph_runner: CudaGraphRunner | None = None
+        self.load_probe: Callable[[], float | None] = lambda: None  # how busy the rank is, from 0 to 1
+        self._context = context or LoadContext()
         self._seed: WeightSeed | None = None
+        self._publication: Publication | None = None  # at the ModelExpress server
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
         num_local_ranks = len(server_args.local_ranks)
         if "OMP_NUM_THREADS" not in os.environ:
@@ -92,23 +104,32 @@ class ModelRunner:
         """Make the model without memory, and lay its weights out."""
         config = self.model_config
         self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
+        if config.quantization == "fp8":
+            if config.moe is not None:
+                raise ValueError("fp8 weights are not supported for mixture-of-experts models")
+            declare_fp8(self.model)
         self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
             self.model.named_parameters(remove_duplicate=False),
-            model_name=self.server_args.model_name,
+            model_name=self.server_args.weights_name,
             revision=config.revision,
             dtype=config.dtype,
-            quantization="",
+            quantization=config.quantization,
             role="target",
             parallel=self.parallel,
+            dimensions=config.dimensions,
         )
 
     def _load_weights(self) -> LoadReport:
         """Runs in a thread of its own."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.loader = get_model_loader(LoadConfig.from_server_args(self.server_args))
+        self.loader = get_model_loader(self._load_config(), self._context)
         return self.loader.load_weights(self.manifest, self.arena, self.model_config.path)
+
+    def _load_config(self) -> LoadConfig:
+        manifest = self.manifest
+        return LoadConfig.from_server_args(self.server_args, dtype=manifest.dtype, quantization=manifest.quantization)
 
     def _kv_layout(self) -> tuple[int, int, int, torch.dtype]:
         return len(self.model.layer_ids), self.model.num_kv_heads, self.model_config.head_dim, self.dtype
@@ -186,8 +207,12 @@ class ModelRunner:
         """
         args = self.server_args
         control_host = None if args.nnodes == 1 else local_address(args.dist_init_addr)
-        self._seed = WeightSeed.start(self.manifest, self.arena, host=args.host, control_host=control_host)
+        self._seed = WeightSeed.start(
+            self.manifest, self.arena, host=args.host, control_host=control_host, on_state=self._on_instance_state
+        )
         self._register_to_engine_info_bootstrap(bootstrap_url)
+        if args.modelexpress is not None:
+            self._publish_modelexpress_metadata()
 
     def _register_to_engine_info_bootstrap(self, bootstrap_url: str) -> None:
         """Tell the instance's bootstrap server where this rank's weights are; a rank that nobody finds doesn't run."""
@@ -196,8 +221,40 @@ class ModelRunner:
             bootstrap_url, admin_api_key=self.server_args.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
         )
 
+    def _publish_modelexpress_metadata(self) -> None:
+        """Tell the metadata server of this rank's weights, which nobody may take before the instance is healthy."""
+        check_installed()
+        from ramet.srt.modelexpress.publication import Publication, make_instance_facts
+
+        assert self._seed is not None, "the weights are published after they are offered"
+        context = self._context
+        self._publication = Publication(
+            self._load_config(),
+            self._seed.registration,
+            make_instance_facts(context.instance_url, context.started_at, self.manifest, self.load_report),
+            accelerator=self.device.type,
+            device_id=self.device.index or 0,
+            load_probe=lambda: self.load_probe(),
+            claim=self.loader.claim if isinstance(self.loader, RemoteInstanceModelLoader) else None,
+        )
+
+    def _on_instance_state(self, is_ready: bool) -> None:
+        """The main process says that the instance has become healthy, or is about to end."""
+        if self._publication is not None:
+            if is_ready:
+                self._publication.set_ready()
+            else:
+                self._publication.withdraw()
+
+    def publisher_stats(self) -> PublisherStats | None:
+        """What the metadata server has been told; None for a rank that publishes nothing."""
+        return None if self._publication is None else self._publication.stats()
+
     def close(self) -> None:
-        """Withdraw the offer of the weights."""
+        """Withdraw the offer of the weights: first where others look for it."""
+        if self._publication is not None:
+            self._publication.close()
+            self._publication = None
         if self._seed is not None:
             self._seed.close()
             self._seed = None

@@ -1,12 +1,13 @@
 """Owns the weight arena in a GPU's memory: one allocation and the views into it. Moves no bytes itself."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader import cuda_driver
 from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
@@ -15,6 +16,14 @@ from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, 
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a receive window
+
+
+@contextlib.contextmanager
+def current_context(device: torch.device) -> Iterator[None]:
+    """Make a device's CUDA context the calling thread's, for calls into the driver."""
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
+        yield
 
 
 class CudaWeightArena(WeightArena):
@@ -74,8 +83,8 @@ class CudaWeightArena(WeightArena):
         Raises:
             OSError: if the memory can't be lent to other processes.
         """
-        with torch.cuda.device(self.torch_device):
-            return cuda_ipc.export_memory(self.address)
+        with current_context(self.torch_device):
+            return cuda_driver.export_memory(self.address)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         with torch.cuda.stream(self.stream):

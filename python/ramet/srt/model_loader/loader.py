@@ -4,7 +4,7 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
@@ -32,14 +32,18 @@ class ModelLoader(Protocol):
         ...
 
 
-def get_model_loader(config: LoadConfig) -> ModelLoader:
-    """The loader for a load format."""
+def get_model_loader(config: LoadConfig, context: LoadContext | None = None) -> ModelLoader:
+    """The loader for a load format.
+
+    Args:
+        context: needed where other instances are found through ModelExpress.
+    """
     if config.load_format in ("auto", "safetensors"):
         return DefaultModelLoader()
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
     if config.load_format == "remote_instance":
-        return RemoteInstanceModelLoader(config)
+        return RemoteInstanceModelLoader(config, context)
     raise ValueError(f"unknown load format {config.load_format!r}")
 
 
@@ -75,5 +79,7 @@ class DummyModelLoader:
         pattern = noise[first : first + DUMMY_PATTERN_LEN]
         if "norm" in box.checkpoint_name:
             pattern = pattern + 1.0
+        elif box.checkpoint_name.endswith("_scale"):
+            pattern = pattern.abs()
         num_repeats = -(-view.numel() // DUMMY_PATTERN_LEN)
         view.copy_(pattern.to(view.dtype).repeat(num_repeats)[: view.numel()].view(view.shape))

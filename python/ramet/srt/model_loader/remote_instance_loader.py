@@ -1,11 +1,13 @@
 """Owns taking a rank's weights from running instances: which way, what is checked, and what follows a failure."""
 
+import contextlib
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.errors import WeightTransferError
@@ -13,11 +15,17 @@ from ramet.srt.model_loader.find_seeds import find_seeds
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import format_address, is_folder_name
 from ramet.srt.model_loader.seed_instance import SeedInstance
 from ramet.srt.model_loader.seed_sources import SeedSources, open_local
-from ramet.srt.model_loader.seed_transfer import SeedTransfer
+from ramet.srt.model_loader.seed_transfer import SeedTransfer, combine_errors
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.model_loader.weight_verification import ChecksumMismatch, verify_by_entries, verify_by_regions
+from ramet.srt.modelexpress.settings import check_installed
+from ramet.srt.utils.hub import has_weights, resolve_model_path
+
+if TYPE_CHECKING:
+    from ramet.srt.modelexpress.claim import FileClaim
+    from ramet.srt.modelexpress.seed_search import SeedSearch
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +33,12 @@ logger = logging.getLogger(__name__)
 class RemoteInstanceModelLoader:
     """Takes a rank's weights from the ranks of seed instances; from disk when that fails, unless told not to."""
 
-    def __init__(self, config: LoadConfig) -> None:
-        if not config.seeds:
-            raise ValueError("loading from a remote instance needs the seed's address and port")
+    def __init__(self, config: LoadConfig, context: LoadContext | None = None) -> None:
+        if not config.seeds and config.modelexpress_url is None:
+            raise ValueError("loading from a remote instance needs the seed's address and port, or ModelExpress")
         self._config = config
+        self._context = context or LoadContext()
+        self.claim: FileClaim | None = None  # to read the files; to be kept until this instance is a source itself
         self.seed = ", ".join(format_address(host, port) for host, port in config.seeds)
         self._broken_off: SeedTransfer | None = None  # a transfer that has filled a part of the arena
         self._seeds: list[SeedInstance] = []
@@ -38,8 +48,10 @@ class RemoteInstanceModelLoader:
         """Fill the arena in place; see ModelLoader."""
         self._broken_off = None
         self._start = time.perf_counter()
+        if self._config.modelexpress_url is not None:
+            return self.load_model_from_modelexpress(manifest, arena, model_path)
         try:
-            report = self._load_from_seeds(manifest, arena, model_path)
+            report = self._load_from_seeds(find_seeds(self._config, manifest), manifest, arena, model_path)
         except WeightTransferError as error:
             if self._config.fallback == "error":
                 raise
@@ -53,10 +65,65 @@ class RemoteInstanceModelLoader:
         log_report(manifest, report)
         return report
 
+    def load_model_from_modelexpress(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+        """Fill the arena from an instance that the metadata server lists, or else from files; see ModelLoader."""
+        check_installed()
+        from ramet.srt.modelexpress.publication import make_instance_facts
+        from ramet.srt.modelexpress.seed_search import SeedSearch
+
+        facts = make_instance_facts(self._context.instance_url, self._context.started_at, manifest)
+        can_read_files = self._config.fallback == "disk" and has_weights(self._config.model_path or model_path)
+        search = SeedSearch(self._config, manifest, facts, self._context.board, can_read_files=can_read_files)
+        self.claim = search.claim
+        with contextlib.closing(search):
+            try:
+                return self._load_from_candidates(search, manifest, arena, model_path)
+            except BaseException:
+                self.release_claim()
+                raise
+
+    def _load_from_candidates(
+        self, search: "SeedSearch", manifest: WeightManifest, arena: WeightArena, model_path: str
+    ) -> LoadReport:
+        rank, errors = manifest.parallel.world_rank, []
+        for candidate in search.candidates():
+            self.seed = candidate.name
+            try:
+                report = self._load_from_seeds([search.open(candidate)], manifest, arena, model_path)
+            except WeightTransferError as error:
+                logger.warning("rank %d: no weights from the source %s, trying the next: %s", rank, self.seed, error)
+                errors.append(error)
+                search.give_up(candidate)
+                continue
+            reason = "; ".join(map(str, errors))
+            report = msgspec.structs.replace(report, taken_from=candidate.worker_ids, fallback_reason=reason)
+            log_report(manifest, report)
+            return report
+        if search.reason:
+            errors.append(WeightTransferError("find", rank, search.client.address, search.reason))
+        if self._config.fallback == "error":
+            raise combine_errors(rank, errors)
+        if errors:
+            reason = combine_errors(rank, errors)
+            logger.warning("rank %d: no weights from other instances, loading from disk instead: %s", rank, reason)
+            return self._load_from_disk(manifest, arena, model_path, reason)
+        logger.info("rank %d: no instance has the weights of %s yet: reading the files", rank, manifest.model_name)
+        return DefaultModelLoader().load_weights(manifest, arena, self._fetch_files(model_path))
+
+    def release_claim(self) -> None:
+        """Let another instance read the files. Idempotent."""
+        if self.claim is not None:
+            self.claim.release()
+
+    def _fetch_files(self, model_path: str) -> str:
+        """The folder of the weights, from the hub if they have not been needed so far."""
+        return resolve_model_path(self._config.model_path or model_path, self._config.revision)
+
     def _load_from_disk(
         self, manifest: WeightManifest, arena: WeightArena, model_path: str, reason: WeightTransferError
     ) -> LoadReport:
         try:
+            model_path = self._fetch_files(model_path)
             report = self._finish_from_disk(manifest, arena, model_path)
             if report is None:
                 report = DefaultModelLoader().load_weights(manifest, arena, model_path)
@@ -89,8 +156,10 @@ class RemoteInstanceModelLoader:
         log_report(manifest, report)
         return report
 
-    def _load_from_seeds(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
-        self._seeds = find_seeds(self._config, manifest)
+    def _load_from_seeds(
+        self, seeds: list[SeedInstance], manifest: WeightManifest, arena: WeightArena, model_path: str
+    ) -> LoadReport:
+        self._seeds = seeds
         start = time.perf_counter()
         report = self._map(arena) or self._transfer(arena)
         is_upstream = any(rank.answer.manifest is None for seed in self._seeds for rank in seed.ranks)

@@ -87,11 +87,13 @@ def fetch_seed_answer(
     timeout_s: float,
     api_key: str | None = None,
     absent_grace_s: float = ABSENT_GRACE_S,
+    refused_grace_s: float = ABSENT_GRACE_S,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
         absent_grace_s: how long a rank that the seed does not know may take to register.
+        refused_grace_s: how long the seed may take to open its port.
 
     Raises:
         RankNotRegistered: if it has not.
@@ -108,7 +110,7 @@ def fetch_seed_answer(
             status, path, body = _ask(host, port, query, headers, left)
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
-            if time.monotonic() - start > ABSENT_GRACE_S:
+            if time.monotonic() - start >= refused_grace_s:
                 break
         except TimeoutError as error:
             reason = str(error)
@@ -204,6 +206,10 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
         ours, theirs = getattr(client, field), getattr(seed, field)
         if ours != theirs:
             return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
+    for name, size in client.dimensions.items():
+        # The planner can't tell: what a small model needs lies inside the tensors of a larger one.
+        if seed.dimensions.get(name, size) != size:
+            return f"its {name} is {seed.dimensions[name]}, not {size}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
     if client.model_name != seed.model_name and not is_folder_name(client, seed):

@@ -43,18 +43,34 @@ class SeedRank:
 class SeedInstance:
     """A running instance, asked for as few of its ranks as cover what one rank of a client needs."""
 
-    def __init__(self, host: str, port: int, config: LoadConfig, manifest: WeightManifest) -> None:
+    def __init__(
+        self, host: str, port: int, config: LoadConfig, manifest: WeightManifest, ready_rank: int | None = None
+    ) -> None:
         """
         Args:
             manifest: what the client's rank needs.
+            ready_rank: a rank that is known to be up; then nothing is waited for, and its replica is preferred.
         """
         self.host = host
         self.port = port
         self.name = format_address(host, port)
         self.ranks: list[SeedRank] = []
+        self._ready_rank = ready_rank
         self._config = config
         self._manifest = manifest
         self._deadline = time.monotonic() + config.timeout_s
+
+    @classmethod
+    def of_answer(cls, name: str, answer: SeedAnswer, config: LoadConfig, manifest: WeightManifest) -> "SeedInstance":
+        """An instance of which all is known that will ever be.
+
+        Raises:
+            WeightTransferError: if it does not have the weights.
+        """
+        seed = cls("", 0, config, manifest)
+        seed.name = name
+        seed._add(answer)
+        return seed
 
     @property
     def is_local(self) -> bool:
@@ -80,13 +96,15 @@ class SeedInstance:
         if disagreement:
             raise self._error("agree", disagreement)
         own, theirs = self._manifest.parallel, first.manifest.parallel
-        start = choose_replica(own, theirs.dp_size) * theirs.pp_size * theirs.tp_size
+        shards = theirs.pp_size * theirs.tp_size
+        replica = choose_replica(own, theirs.dp_size) if self._ready_rank is None else first.rank // shards
+        start = replica * shards
         known = {first.rank: first}
         likely = [start + shard_rank for shard_rank in likely_shard_ranks(own, theirs)]
         self._add_all(likely, known)
         if self._lacking() is None:
             return
-        rest = [rank for rank in range(start, start + theirs.pp_size * theirs.tp_size) if rank not in likely]
+        rest = [rank for rank in range(start, start + shards) if rank not in likely]
         self._add_all(rest, known)
         lacking = self._lacking()
         if lacking is not None:
@@ -94,6 +112,8 @@ class SeedInstance:
 
     def _ask_first(self) -> SeedAnswer:
         """The answer about some rank, which tells the seed's sizes: the own one, if there is such a rank, else 0."""
+        if self._ready_rank is not None:
+            return self._ask(self._ready_rank, 0.0)
         rank = self._manifest.parallel.world_rank
         if rank == 0:
             return self._ask(0, ABSENT_GRACE_S)
@@ -114,7 +134,14 @@ class SeedInstance:
     def _ask(self, rank: int, absent_grace_s: float) -> SeedAnswer:
         left = max(0.001, self._deadline - time.monotonic())
         return fetch_seed_answer(
-            self.host, self.port, rank, self._manifest.role, left, self._config.api_key, min(absent_grace_s, left)
+            self.host,
+            self.port,
+            rank,
+            self._manifest.role,
+            left,
+            self._config.api_key,
+            min(absent_grace_s, left),
+            refused_grace_s=ABSENT_GRACE_S if self._ready_rank is None else 0.0,
         )
 
     def _add_upstream(self, answer: SeedAnswer | None) -> None:

@@ -3,11 +3,15 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from ramet.srt.managers.io_struct import (
     InitSendGroupReq,
+    InstanceReady,
+    InstanceStateOutput,
+    InstanceStopping,
     SendWeightsReq,
     WeightChecksumsOutput,
     WeightReply,
@@ -16,7 +20,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.weight_control import WeightControlServer
 from ramet.srt.model_loader.local_share import LocalShareServer
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
-from ramet.srt.model_loader.region_checksums import REGION_ALGORITHM, RegionChecksums, WeightRegion
+from ramet.srt.model_loader.region_checksums import RegionChecksums, WeightRegion
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     host_identity,
     reachable_host,
@@ -51,13 +55,20 @@ class WeightSeed:
 
     @classmethod
     def start(
-        cls, manifest: WeightManifest, arena: WeightArena, *, host: str, control_host: str | None = None
+        cls,
+        manifest: WeightManifest,
+        arena: WeightArena,
+        *,
+        host: str,
+        control_host: str | None = None,
+        on_state: Callable[[bool], None] = lambda is_ready: None,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
         Args:
             host: address that the instance is bound to.
             control_host: address of this node, if the instance's main process may be on another one.
+            on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
 
         Raises:
             WeightTransferError: if Mooncake does not start.
@@ -74,7 +85,7 @@ class WeightSeed:
             undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
             share = LocalShareServer(arena)
             undo.callback(share.close)
-            requests = SeedRequests(arena, reachable_host(host))
+            requests = SeedRequests(arena, reachable_host(host), on_state)
             undo.callback(requests.close)
             control = WeightControlServer(requests.handle, control_host)
             undo.callback(control.close)
@@ -118,25 +129,31 @@ class WeightSeed:
 class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
-    def __init__(self, arena: WeightArena, address: str) -> None:
+    def __init__(
+        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda is_ready: None
+    ) -> None:
         """
         Args:
             address: of this node, where clients reach it.
         """
         self._arena = arena
         self._address = address
+        self._on_state = on_state
         self._checksums = RegionChecksums(arena)
         self._groups: SendGroups | None = None
         self._lock = threading.Lock()
 
     def handle(self, request: WeightRequest) -> WeightReply:
         """Raises ValueError if the request can't be fulfilled."""
+        if isinstance(request, InstanceReady | InstanceStopping):
+            self._on_state(isinstance(request, InstanceReady))
+            return InstanceStateOutput()
         if isinstance(request, InitSendGroupReq):
             return self._send_groups().init(request)
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
         regions = [WeightRegion(name, region) for name, region in request.regions]
-        return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
+        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=self._checksums.compute(regions))
 
     def _send_groups(self) -> "SendGroups":
         with self._lock:

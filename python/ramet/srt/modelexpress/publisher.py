@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from ramet.srt.managers.io_struct import PublisherStats
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
@@ -24,17 +25,6 @@ INITIALIZING_INTERVAL_S = 5.0  # clients wait for an initializing source; they m
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 LOST_AFTER_REJECTIONS = 2  # heartbeats refused in a row: then the server has lost the record
-
-
-class PublisherStats(msgspec.Struct, kw_only=True):
-    """What a publisher has done so far."""
-
-    status: str  # what the server was last told: "", "INITIALIZING", "READY" or "STALE"
-    num_publishes: int = 0
-    num_heartbeats: int = 0
-    num_lost: int = 0  # times that the server had lost the record and it was published again
-    num_failures: int = 0  # calls that failed
-    last_error: str = ""  # of the last call; "" when it succeeded
 
 
 class Publisher:

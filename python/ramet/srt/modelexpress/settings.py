@@ -4,13 +4,17 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 DEFAULT_ADDRESS = "localhost:8001"
 TRANSPORTS = ("transfer_engine",)
 FLAG = "--modelexpress-config"
+EMBEDDED = "embedded"
+EMBEDDED_PORT = 8001
+PACKAGES = ("grpc", "google.protobuf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class ModelExpressConfig:
     ep_size: int | None = None
     dtype: str | None = None
     quantization: str | None = None
+    wait_timeout: float = 600.0  # seconds to wait for a source that is starting, or for whoever reads the files
 
     def __post_init__(self) -> None:
         hints = get_type_hints(ModelExpressConfig)
@@ -40,13 +45,38 @@ class ModelExpressConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{FLAG} {name} must be at least 1; got {value}")
+        if not 0 <= self.wait_timeout < math.inf:
+            raise ValueError(f"{FLAG} wait_timeout must be a number of seconds; got {self.wait_timeout}")
+        if self.is_embedded and embedded_port(self.url) is None:
+            raise ValueError(f"{FLAG} url must be {EMBEDDED} or {EMBEDDED}:PORT; got {self.url!r}")
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the instance runs the metadata server itself."""
+        return self.url is not None and self.url.split(":")[0] == EMBEDDED
+
+    def check_sizes(self, **sizes: int) -> None:
+        """Raise ValueError, naming the key, if a size here is not the engine's.
+
+        Args:
+            sizes: tp_size, pp_size and ep_size of the engine.
+        """
+        for name, real in sizes.items():
+            wanted = getattr(self, name)
+            if wanted is not None and wanted != real:
+                raise ValueError(f"{FLAG} {name} is {wanted}, but the engine runs with {real}")
+
+    def to_json(self) -> str:
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise ValueError when a config value has another type than its field; true is no integer here."""
     allowed = get_args(hint) or (hint,)
+    if float in allowed:
+        allowed = (*allowed, int)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        wanted = " or ".join("null" if t is type(None) else t.__name__ for t in get_args(hint) or (hint,))
         raise ValueError(f"{FLAG} {name} must be {wanted}; got {value!r}")
 
 
@@ -74,6 +104,25 @@ def parse_modelexpress_config(text: str | None) -> ModelExpressConfig:
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{FLAG}: unknown key {unknown[0]!r}{where}; known are {', '.join(known)}")
     return ModelExpressConfig(**values)
+
+
+def embedded_port(url: str | None) -> int | None:
+    """The port in "embedded:PORT", 8001 for "embedded"; None if it is neither."""
+    name, _, port = (url or "").partition(":")
+    if name != EMBEDDED:
+        return None
+    if not port:
+        return None if ":" in str(url) else EMBEDDED_PORT
+    return int(port) if port.isascii() and port.isdigit() and int(port) < 65535 else None
+
+
+def check_installed() -> None:
+    """Raise ValueError where what ModelExpress needs is not installed."""
+    try:
+        for name in PACKAGES:
+            import_module(name)
+    except ImportError as error:
+        raise ValueError(f"ModelExpress can't be used ({error}): install ramet[modelexpress]") from error
 
 
 def resolve_address(url: str | None = None, environ: Mapping[str, str] = os.environ) -> str:

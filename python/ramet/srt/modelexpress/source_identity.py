@@ -7,8 +7,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.settings import FLAG, ModelExpressConfig
+from ramet.srt.modelexpress.settings import ModelExpressConfig
 
 # Part of every identity. Upstream engines put the version of their modelexpress package here, so a source is shared
 # with them when they run this one.
@@ -40,16 +42,28 @@ class EngineValues:
     ep_size: int = 1
 
 
+def make_source_identity(config: LoadConfig, manifest: WeightManifest) -> p2p_pb2.SourceIdentity:
+    """The identity of a rank's weights: for a seed that publishes them and a client that looks for them alike."""
+    engine = EngineValues(
+        model_name=config.modelexpress_model_name,
+        dtype=config.modelexpress_dtype,
+        revision=manifest.revision,
+        quantization=config.modelexpress_quantization,
+        role=manifest.role,
+        tp_size=config.modelexpress_tp_size,
+        pp_size=config.modelexpress_pp_size,
+        ep_size=config.modelexpress_ep_size,
+    )
+    return build_source_identity(engine, ModelExpressConfig())
+
+
 def build_source_identity(engine: EngineValues, config: ModelExpressConfig) -> p2p_pb2.SourceIdentity:
     """The identity of `engine`, with the names that `config` gives in place of its own.
 
     Raises:
         ValueError: if the sizes in `config` contradict the engine's.
     """
-    for name in ("tp_size", "pp_size", "ep_size"):
-        wanted, real = getattr(config, name), getattr(engine, name)
-        if wanted is not None and wanted != real:
-            raise ValueError(f"{FLAG} {name} is {wanted}, but the engine runs with {real}")
+    config.check_sizes(tp_size=engine.tp_size, pp_size=engine.pp_size, ep_size=engine.ep_size)
     dtype = engine.dtype if config.dtype is None else config.dtype
     return p2p_pb2.SourceIdentity(
         mx_version=MX_VERSION,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LoadReport
+from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LoadReport, PublisherStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
@@ -58,6 +58,16 @@ class Metrics:
                 ("seconds", "Seconds that filling the arena took."),
             )
         }
+        self._modelexpress = {
+            name: Gauge(f"ramet:modelexpress_{name}", text, ["model_name", "replica"], registry=self.registry)
+            for name, text in (
+                ("ready", "1 while the ModelExpress server was last told that the replica's first rank is READY."),
+                ("publishes", "Times that the rank's record was published, in total."),
+                ("heartbeats", "Updates of the record that the server took, in total."),
+                ("lost_records", "Times that the server had lost the record, in total."),
+                ("failures", "Calls to the server that failed, in total."),
+            )
+        }
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
 
@@ -104,6 +114,20 @@ class Metrics:
         self.token_usage.set(used / max(1, sum(state.max_total_num_tokens for state in states)))
         self.gen_throughput.set(sum(state.last_gen_throughput for state in states))
         self.num_retracted.set(sum(state.num_retracted_reqs for state in states))
+        for replica, state in enumerate(states):
+            if state.modelexpress is not None:
+                self._observe_publisher(replica, state.modelexpress)
+
+    def _observe_publisher(self, replica: int, stats: PublisherStats) -> None:
+        values = {
+            "ready": stats.status == "READY",
+            "publishes": stats.num_publishes,
+            "heartbeats": stats.num_heartbeats,
+            "lost_records": stats.num_lost,
+            "failures": stats.num_failures,
+        }
+        for name, value in values.items():
+            self._modelexpress[name].labels(**self._labels, replica=str(replica)).set(value)
 
     def render(self) -> bytes:
         """All metrics in Prometheus's text format."""

@@ -1,6 +1,8 @@
 """Owns the way from a model's name to a folder on this machine: a local folder, else a snapshot from the hub."""
 
+import glob
 import os
+import re
 
 from ramet.srt.server_args import ServerArgs
 
@@ -37,6 +39,17 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"model {model} is neither a folder nor available from the hub: {reason}") from None
+
+
+def has_weights(model: str) -> bool:
+    """Whether weights of `model` can be read here: from its folder, or from the hub."""
+    return bool(glob.glob(os.path.join(glob.escape(model), "*.safetensors"))) or not os.path.isdir(model)
+
+
+def snapshot_revision(folder: str) -> str | None:
+    """The commit of a hub snapshot's folder; None for any other folder."""
+    match = re.search(r"/snapshots/([0-9a-f]{40})/?$", os.path.realpath(folder))
+    return match[1] if match else None
 
 
 def resolve_tokenizer_path(server_args: ServerArgs) -> str:

@@ -31,7 +31,7 @@ class TritonAttnBackend(AttentionBackend):
         for length in forward_batch.extend_lens_cpu:
             starts.append(starts[-1] + length)
         self._starts = to_device(starts, torch.int32, forward_batch.seq_lens.device)
-        self._max_queries = max(forward_batch.extend_lens_cpu)
+        self._max_queries = max(forward_batch.extend_lens_cpu, default=0)
 
     def forward(
         self,

@@ -7,7 +7,8 @@ import triton.language as tl
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted
 
-BLOCK_ROWS = 4
+BLOCK_ROWS = 2
+GATED_BLOCK_ROWS = 1  # and as many of the other half
 BLOCK_COLUMNS = 1024
 NUM_WARPS = 4
 
@@ -17,10 +18,12 @@ def _gemv_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    scales_ptr,
     out_ptr,
     num_rows,
     num_columns,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -57,22 +60,33 @@ def _gemv_kernel(
         if ACTIVATION != "":
             up_acc += up_weight.to(tl.float32) * x
     out = tl.sum(acc, axis=1)
+    if HAS_SCALES:
+        out *= tl.load(scales_ptr + rows, mask=rows < num_rows, other=0.0)
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
     if ACTIVATION != "":
         up = tl.sum(up_acc, axis=1)
+        if HAS_SCALES:
+            up *= tl.load(scales_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
         if HAS_BIAS:
             up += tl.load(bias_ptr + num_rows + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
         out = activate(out, ACTIVATION) * up
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < num_rows)
 
 
-def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    activation: str = "",
+) -> torch.Tensor:
     """x W^T + b, or with an activation's name act(first half) * second half of it.
 
     Args:
         x: contiguous [1, num_columns].
-        weight: contiguous [num_rows, num_columns].
+        weight: contiguous [num_rows, num_columns]; any floating-point type.
+        scales: float32 [num_rows, 1] that multiply the rows of the weight.
 
     Returns:
         [1, num_rows], or [1, num_rows / 2].
@@ -80,7 +94,8 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activ
     num_rows = weight.shape[0] // 2 if activation else weight.shape[0]
     assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous()
     out = torch.empty((1, num_rows), dtype=x.dtype, device=x.device)
-    launch_gemv(x, weight, bias, out, activation, BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS)
+    block_rows = GATED_BLOCK_ROWS if activation else BLOCK_ROWS
+    launch_gemv(x, weight, bias, scales, out, activation, block_rows, BLOCK_COLUMNS, NUM_WARPS)
     return out
 
 
@@ -88,6 +103,7 @@ def launch_gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
     out: torch.Tensor,
     activation: str,
     block_rows: int,
@@ -102,10 +118,12 @@ def launch_gemv(
         x,
         weight,
         bias if bias is not None else x,
+        scales if scales is not None else x,
         out,
         out.shape[1],
         weight.shape[1],
         HAS_BIAS=bias is not None,
+        HAS_SCALES=scales is not None,
         ACTIVATION=activation,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,

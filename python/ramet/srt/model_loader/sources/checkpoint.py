@@ -1,13 +1,14 @@
 """Owns filling an arena from safetensors files. Knows the container and its failures; the planner says what to read."""
 
+import contextlib
 import logging
 import mmap
 import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ramet.srt.model_loader.errors import name_some
+from ramet.srt.model_loader.quantized_checkpoint import QuantizeJob, split_manifest
 from ramet.srt.model_loader.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.sources.file_reader import ShortReadError, fill_from_files
 from ramet.srt.model_loader.stacked_experts import split_stacked_experts
@@ -29,7 +30,11 @@ SAMPLE_BYTES = 4096
 
 # Tables that older checkpoints carry although every engine computes them, and the copy of the embedding that some
 # checkpoints carry for a tied head: a model that needs its own lm_head has a box for it.
-HARMLESS_SURPLUS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^lm_head\.weight$")
+HARMLESS_SURPLUS = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^lm_head\.weight$"
+    # Scales of activations and caches in quantised checkpoints: they are computed as they are needed.
+    r"|\.(input|output|k|v|q)_scale$"
+)
 
 
 class CheckpointSource:
@@ -43,6 +48,7 @@ class CheckpointSource:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self._quantize_jobs: list[QuantizeJob] = []
         self.files: dict[str, dict[str, TensorInfo]] = {}
         for path, promised in find_checkpoint_files(folder).items():
             tensors = read_header(path)
@@ -72,7 +78,8 @@ class CheckpointSource:
         wanted = {box.checkpoint_name for entry in manifest.entries for box in entry.boxes}
         self.files = {path: split_stacked_experts(path, tensors, wanted) for path, tensors in self.files.items()}
         self._reject_duplicates()
-        self._check_names(manifest)
+        manifest, self._quantize_jobs, used = split_manifest(manifest, self._tensors())
+        self._check_names(manifest, used)
         self._check_shapes(manifest)
         sources = [
             PlanSource(
@@ -93,6 +100,11 @@ class CheckpointSource:
         """
         arena.prepare_fill(zero_ranges(arena.manifest))
         self._read(transfer_plan.ops, arena)
+        if self._quantize_jobs:
+            from ramet.srt.model_loader.sources.quantizing_reader import fill_quantized
+
+            with self._open_files() as fds:
+                fill_quantized(self._quantize_jobs, fds, arena)
 
     def find_difference(self, arena: WeightArena) -> str | None:
         """A tensor whose content in the arena is not that of the files, going by a few kilobytes of each operation.
@@ -111,14 +123,20 @@ class CheckpointSource:
         return None
 
     def _read(self, ops: Sequence[CopyOp], target: WeightArena | memoryview) -> None:
+        with self._open_files() as fds:
+            fill_from_files(ops, list(fds.values()), target)
+
+    @contextlib.contextmanager
+    def _open_files(self) -> Iterator[dict[str, int]]:
+        """Descriptors of the files, by path, in their order; what goes wrong while they are read is a ValueError."""
         paths = list(self.files)
-        with ExitStack() as stack:
-            fds = []
+        with contextlib.ExitStack() as stack:
+            fds = {}
             for path in paths:
-                fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                stack.callback(os.close, fds[-1])
+                fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fds[path])
             try:
-                fill_from_files(ops, fds, target)
+                yield fds
             except ShortReadError as error:
                 raise ValueError(f"{paths[error.fd_index]} is truncated: {error}") from error
             except OSError as error:
@@ -127,7 +145,8 @@ class CheckpointSource:
     def _tensors(self) -> Mapping[str, tuple[str, TensorInfo]]:
         return {name: (path, info) for path, tensors in self.files.items() for name, info in tensors.items()}
 
-    def _check_names(self, manifest: WeightManifest) -> None:
+    def _check_names(self, manifest: WeightManifest, used: Collection[str]) -> None:
+        """`used` are the tensors that are read although the manifest does not name them."""
         tensors = self._tensors()
         needed = {box.checkpoint_name: entry.name for entry in manifest.entries for box in entry.boxes}
         missing = [f"{name} (for {needed[name]})" for name in needed if name not in tensors]
@@ -138,7 +157,7 @@ class CheckpointSource:
             return  # the rest belongs to other ranks; a late one may have nothing but padding of a table
         surplus = []
         for name, (path, _) in tensors.items():
-            if name not in needed and not HARMLESS_SURPLUS.search(name):
+            if name not in needed and name not in used and not HARMLESS_SURPLUS.search(name):
                 surplus.append(f"{name} in {os.path.basename(path)}")
         if surplus:
             raise ValueError(f"{self.folder} has tensors that the model does not have: {name_some(surplus)}")

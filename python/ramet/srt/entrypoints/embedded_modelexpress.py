@@ -1,0 +1,53 @@
+"""Owns the metadata server that a first instance runs in its own head process, for a fleet on one machine."""
+
+import logging
+
+from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
+from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port
+from ramet.srt.server_args import format_url
+
+logger = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 3.0
+
+
+def start_embedded_server(
+    config: ModelExpressConfig, host: str, head_host: str, is_head: bool
+) -> tuple[ModelExpressServer | None, str]:
+    """The server, and host:port at which the instance's ranks reach it.
+
+    Only the head of the first instance starts one: the others find it at its port and use it.
+
+    Args:
+        host: that the instance binds to.
+        head_host: of node 0, as this node reaches it.
+
+    Raises:
+        ValueError: if the port is taken by something else.
+    """
+    port = embedded_port(config.url)
+    assert port is not None, "checked with the configuration"
+    url = format_url(head_host, port).removeprefix("http://")
+    if not is_head or (port and answers(url)):
+        logger.info("using the ModelExpress server at %s", url)
+        return None, url
+    server = ModelExpressServer(ServerOptions(host=host, port=port, metrics_port=port + 1 if port else 0))
+    try:
+        server.start()
+    except ValueError as error:
+        raise ValueError(f"the embedded ModelExpress server can't start: {error}") from None
+    port = int(server.address.rpartition(":")[2])
+    logger.info("embedded ModelExpress server at %s; the fleet is shown at %s", server.address, server.http_url)
+    return server, format_url(head_host, port).removeprefix("http://")
+
+
+def answers(url: str) -> bool:
+    """Whether a metadata server is there already."""
+    with ModelExpressClient(url, timeout_s=PROBE_TIMEOUT_S) as client:
+        try:
+            client.list_sources(model_name="")
+        except ModelExpressError as error:
+            logger.debug("no ModelExpress server yet: %s", error)
+            return False
+    return True

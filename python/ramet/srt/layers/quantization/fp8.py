@@ -1,0 +1,65 @@
+"""Owns fp8 weights: e4m3 values with one float32 scale for each output row, how layers declare and multiply them.
+
+The scale of a row is taken over the whole row of the unsharded matrix, so that every sharding holds the same numbers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from ramet.srt.layers.parameter import declare_weight
+from ramet.srt.model_loader.weight_manifest import WeightBox
+
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = torch.finfo(FP8).max
+MIN_SCALE = 1e-12  # of a row of zeros
+MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[num_rows, n] -> fp8 of the same shape and float32 scales [num_rows, 1]: row = values * scale.
+
+    The arithmetic is exact to the last bit on every device, so that all ranks and devices get equal weights.
+    """
+    x = x.float()
+    # By a tensor: a division by a number is a multiplication with its rounded inverse on some devices.
+    scales = (x.abs().amax(dim=1, keepdim=True) / x.new_full((1, 1), MAX_FP8)).clamp(min=MIN_SCALE)
+    return (x / scales).to(FP8), scales
+
+
+def declare_fp8(model: nn.Module) -> None:
+    """Turn the weights of a model's linear layers, on the meta device, into fp8 weights with scales.
+
+    Embedding, output head and norms keep their type.
+    """
+    for module in model.modules():
+        if not isinstance(module, MergedColumnParallelLinear | RowParallelLinear):
+            continue
+        weight = module.weight
+        module.weight = declare_weight(weight.shape, FP8, weight.boxes)
+        boxes = [
+            WeightBox(f"{box.checkpoint_name}_scale", (box.source[0], (0, 1)), (box.target[0], (0, 1)))
+            for box in weight.boxes
+        ]
+        module.weight_scale = declare_weight((weight.shape[0], 1), torch.float32, boxes)
+
+
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b. On a GPU the rows of x are quantised too, and the matrix units multiply fp8.
+
+    Args:
+        x: [num_tokens, n].
+        weight: fp8 [output_size, n], contiguous.
+        scales: float32 [output_size, 1].
+    """
+    if not use_kernels(x) or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
+        y = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype).T
+    else:
+        from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu
+
+        values, x_scales = quantize_on_gpu(x)
+        y = torch._scaled_mm(values, weight.T, x_scales, scales.T, out_dtype=torch.bfloat16, use_fast_accum=True)
+        y = y.to(x.dtype)
+    return y if bias is None else y + bias

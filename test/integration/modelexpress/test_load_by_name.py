@@ -1,0 +1,194 @@
+"""Weights of one rank through a metadata server: which sources are tried, what is checked, what follows a failure."""
+
+import logging
+import socket
+import threading
+import time
+import uuid
+
+import numpy as np
+import pytest
+import seed_process
+from modelexpress_harness import free_port, running_server
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.modelexpress.ages import wall_clock_ms
+from ramet.srt.modelexpress.client import ModelExpressClient
+from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.publisher import READY
+from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
+from ramet.srt.modelexpress.seed_info import InfoAddress, make_info_url
+from ramet.srt.modelexpress.source_identity import make_source_identity
+from safetensors.numpy import save_file
+from seed_process import DEFAULTS, SeedProcess
+
+
+class Client:
+    """What a starting instance does with its weights."""
+
+    def __init__(self, address, config=None, **options):
+        self.config = DEFAULTS | (config or {})
+        self.manifest = seed_process.make_manifest(self.config)
+        self.arena = WeightArena.allocate(self.manifest, "cpu")
+        defaults = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off", "modelexpress_wait_s": 0.5}
+        self.load_config = LoadConfig(
+            load_format="remote_instance",
+            modelexpress_url=address,
+            modelexpress_model_name="toy",
+            modelexpress_dtype="float32",
+            **defaults | options,
+        )
+        self.loader = get_model_loader(self.load_config)
+
+    def load(self, folder="/nonexistent"):
+        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+
+    def publish(self, port, session_id="", address=0, load=None, **changes):
+        """A READY record of a seed whose HTTP port is `port`."""
+        info_url = make_info_url(InfoAddress("127.0.0.1", port, 0, "target")) if port else ""
+        worker = build_worker_metadata(
+            self.manifest,
+            base_address=address,
+            session_id=session_id,
+            info_url=info_url,
+            facts=InstanceFacts(instance=f"http://127.0.0.1:{port}"),
+        )
+        worker.status, worker.updated_at = READY, wall_clock_ms()
+        if not port:  # as upstream's first integration has it
+            worker.topology.clear()
+            for tensor in (*worker.tensors, *worker.tensor_source.tensors):
+                tensor.ClearField("dtype")
+        for name, value in changes.items():
+            setattr(worker, name, value)
+        worker_id = uuid.uuid4().hex
+        with ModelExpressClient(self.load_config.modelexpress_url) as client:
+            source_id = client.publish(make_source_identity(self.load_config, self.manifest), worker_id, worker)
+            if load is not None:
+                client.update_status(source_id, worker_id, 0, READY, load)
+        return worker_id
+
+    def holds(self, config=None):
+        return seed_process.holds(self.arena, seed_process.make_tensors(self.config | (config or {})))
+
+
+@pytest.fixture(scope="module")
+def mx():
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def seed():
+    with SeedProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def client(mx):
+    with running_server() as server:
+        yield Client(server.address)
+
+
+def test_the_least_busy_source_is_tried_first(client, seed):
+    with SeedProcess(fill=2) as other:
+        client.publish(seed.port, load=0.9)
+        chosen = client.publish(other.port, load=0.1)
+        report = client.load()
+    assert report.taken_from == (chosen,) and report.verified
+    assert client.holds({"fill": 2})
+
+
+def test_a_source_with_other_weights_than_it_says_is_passed_over(client, seed, caplog):
+    with SeedProcess(lie=True) as liar:
+        client.publish(liar.port, load=0.0)
+        good = client.publish(seed.port, load=0.5)
+        report = client.load()
+    assert report.taken_from == (good,) and client.holds()
+    assert "checksums" in report.fallback_reason
+    assert "trying the next" in caplog.text
+
+
+@pytest.mark.parametrize("local_mode", ["off", "auto"])
+def test_a_type_that_differs_is_no_match(mx, seed, local_mode):
+    """Records under the same identity, of float32 and of float16 tensors."""
+    with running_server() as server:
+        client = Client(server.address, {"dtype": "float16"}, local_mode=local_mode)
+        client.publish(seed.port)
+        with pytest.raises(WeightTransferError, match="dtype is float32, not float16"):
+            client.load()
+
+
+def test_defect_11_dead_and_silent_sources_are_got_past_in_seconds(client, seed):
+    for _ in range(5):
+        client.publish(free_port(), load=0.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        client.publish(silent.getsockname()[1], load=0.1)
+        client.publish(seed.port, load=0.9)
+        start = time.monotonic()
+        report = client.load()
+    assert client.holds() and report.verified
+    assert time.monotonic() - start < 8
+
+
+def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
+    """It has no manifest, no types, and never a heartbeat."""
+    answer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 10)
+    worker_id = client.publish(0, answer.session_id, answer.arena_address)
+    report = client.load()
+    assert report.source == "transfer_engine" and not report.verified
+    assert report.taken_from == (worker_id,) and client.holds()
+    assert "matched by name and size" in caplog.text
+
+
+def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(client, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    tensors = seed_process.make_tensors(client.config | {"fill": 9})
+    shapes = client.config["shapes"]
+    save_file(
+        {name: tensors[name].view(np.float32).reshape(shapes[name]) for name in shapes}, tmp_path / "m.safetensors"
+    )
+    port = free_port()
+    client.publish(port)
+    with pytest.raises(WeightTransferError, match=f"{port}.*it is not there.*no source became ready"):
+        client.load(tmp_path)
+    other = Client(client.load_config.modelexpress_url, fallback="disk")
+    report = other.load(tmp_path)
+    assert report.source == "checkpoint" and str(port) in report.fallback_reason
+    assert "loading from disk instead" in caplog.text and other.holds({"fill": 9})
+    assert other.loader.claim is not None and other.loader.claim.held
+    other.loader.release_claim()
+
+
+def test_it_waits_for_a_source_that_is_initializing(client, seed):
+    waiting = Client(client.load_config.modelexpress_url, modelexpress_wait_s=20.0)
+    client.publish(seed.port, status=p2p_pb2.SOURCE_STATUS_INITIALIZING)
+    threading.Timer(1.0, client.publish, (seed.port,)).start()
+    report = waiting.load()
+    assert report.verified and not report.fallback_reason
+
+
+def test_what_discovery_adds_to_a_load(client, seed):
+    """Among 100 sources, against the same load by address: the aim is 50 ms; the bound has room for noise."""
+    for _ in range(99):
+        client.publish(free_port(), load=1.0)
+    client.publish(seed.port, load=0.0)
+    url = client.load_config.modelexpress_url
+    by_name, by_address = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        Client(url).load()
+        by_name.append(time.perf_counter() - start)
+        direct = Client(url)
+        config = LoadConfig(
+            load_format="remote_instance", seeds=(("127.0.0.1", seed.port),), local_mode="off", fallback="error"
+        )
+        direct.loader = get_model_loader(config)
+        start = time.perf_counter()
+        direct.load()
+        by_address.append(time.perf_counter() - start)
+    added_s = min(by_name) - min(by_address)
+    print(f"discovery adds {1000 * added_s:.1f} ms to {1000 * min(by_address):.1f} ms")
+    assert added_s < 0.15

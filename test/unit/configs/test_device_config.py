@@ -1,0 +1,65 @@
+"""Owns the tests of choosing a device: what is wrong with the GPU is said in one line."""
+
+import pytest
+import torch
+from ramet.srt.configs.device_config import free_memory_nbytes, pick_device
+from ramet.srt.server_args import ServerArgs
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A torch with CUDA and one GPU, as far as choosing goes."""
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return monkeypatch
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+def one_line(name="cuda", gpu_id=0):
+    with pytest.raises(ValueError) as caught:
+        pick_device(name, gpu_id)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("cpu", 0) == pick_device("auto", 3) == torch.device("cpu")
+    assert free_memory_nbytes(torch.device("cpu")) > 0
+
+
+def test_a_torch_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert torch.__version__ in one_line()
+
+
+def test_a_driver_that_is_missing_or_too_old(cuda):
+    cuda.setattr(torch.cuda, "init", raising(RuntimeError("Found no NVIDIA driver on your system.\nPlease check")))
+    assert one_line() == "--device cuda: Found no NVIDIA driver on your system. Please check"
+
+
+def test_a_rank_without_a_gpu_of_its_own(cuda):
+    cuda.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert one_line("auto", 1) == "there is no GPU 1 for a rank of this host: there are 1 (CUDA_VISIBLE_DEVICES=0)"
+
+
+def test_a_gpu_that_somebody_else_fills(cuda):
+    cuda.setattr(torch, "empty", raising(RuntimeError("CUDA error: out of memory\nFor debugging consider more")))
+    assert one_line() == "GPU 0 can't be used: CUDA error: out of memory"
+
+
+def test_what_was_not_given_depends_on_the_device():
+    args = ServerArgs(model_path="m", chunked_prefill_size=100)
+    cpu, gpu = args.with_device_defaults("cpu"), args.with_device_defaults("cuda")
+    assert (cpu.max_running_requests, gpu.max_running_requests) == (64, 256)
+    assert cpu.mem_fraction_static < gpu.mem_fraction_static < 1
+    assert cpu.chunked_prefill_size == gpu.chunked_prefill_size == 100

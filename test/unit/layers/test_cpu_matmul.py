@@ -1,0 +1,37 @@
+"""The blocked product for half-precision weights is right, and at least as exact as the library's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ramet.srt.layers import cpu_matmul
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(12, 33, 7), (16, 64, 300), (70, 5, 129)])  # num_rows, input_size, output_size
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_equals_the_product_in_float64(monkeypatch, dtype, shape, has_bias):
+    monkeypatch.setattr(cpu_matmul, "BLOCK_ELEMENTS", 1000)  # several blocks, the last one partly filled
+    num_rows, input_size, output_size = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((num_rows, input_size), generator=generator).to(dtype)
+    weight = torch.randn((output_size, input_size), generator=generator).to(dtype)
+    bias = torch.randn(output_size, generator=generator).to(dtype) if has_bias else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    result = cpu_matmul.blocked_linear(x, weight, bias)
+    assert result.dtype == dtype and result.is_contiguous()
+    assert torch.equal(result, exact.to(dtype)) or (result.double() - exact).abs().max() <= (
+        (F.linear(x, weight, bias).double() - exact).abs().max()
+    )
+
+
+def test_runs_in_and_out_of_inference_mode():
+    x, weight = torch.randn((12, 8)).bfloat16(), torch.randn((5, 8)).bfloat16()
+    with torch.inference_mode():
+        inside = cpu_matmul.blocked_linear(x, weight).clone()
+    assert torch.equal(cpu_matmul.blocked_linear(x, weight), inside)
+
+
+def test_is_not_for_few_rows_or_float32():
+    weight = torch.zeros((4, 4))
+    assert not cpu_matmul.is_faster_blocked(torch.zeros((64, 4)), weight)
+    assert not cpu_matmul.is_faster_blocked(torch.zeros((1, 4)).bfloat16(), weight.bfloat16())
