@@ -35,19 +35,11 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.local_share import request_memory
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.seed_instance import SeedInstance
 from ramet.srt.model_loader.seed_registration import SeedAnswer
-<<<<<<< HEAD
-from ramet.srt.model_loader.seed_sources import SeedSources
-from ramet.srt.model_loader.seed_transfer import SeedTransfer
-from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
-from ramet.srt.model_loader.sources.local import LocalSource
-=======
 from ramet.srt.model_loader.seed_transfer import SHARED_BYTES
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
 from ramet.srt.model_loader.sources.transfer_engine import EngineReceiver, TransferEngineSource
->>>>>>> main
 from ramet.srt.model_loader.threads import num_copy_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, plan, source_from_manifest, zero_ranges
 from ramet.srt.model_loader.weight_arena import WeightArena
@@ -118,13 +110,8 @@ class Bench:
             folder / "model.safetensors",
         )
         assert self.answer.local_handle
-<<<<<<< HEAD
-        name = self.answer.local_handle.socket_name
-        self.seed_memory = request_memory(name, layout_digest(self.manifest), TIMEOUT_S)
-=======
         socket_name = self.answer.local_handle.socket_name
         self.seed_memory = request_memory(socket_name, layout_digest(self.manifest), TIMEOUT_S)
->>>>>>> main
         assert self.seed_memory.fd is not None
         self.seed_view = mmap.mmap(self.seed_memory.fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
@@ -137,30 +124,17 @@ class Bench:
         with FreshMemory(self.arena().nbytes) as target:
             return timed(lambda: memcpy(target.address, self.seed_address, self.nbytes))
 
-    def transfer(self, local_mode: str) -> float:
-        """What moves the bytes in a load: plan, window, transport; without asking the seed and without checksums."""
+    def local_copy(self) -> float:
         arena = self.arena()
-<<<<<<< HEAD
-        config = LoadConfig(local_mode=local_mode, timeout_s=TIMEOUT_S)
-        seed = SeedInstance("127.0.0.1", self.seed.port, config, self.manifest)
-        seed.find_ranks()
-        return timed(SeedTransfer(arena, [seed], lambda: SeedSources(arena, config)).run)
-=======
         ops = self.plan_ops()
         with self.local_source(arena) as source:
             return timed(lambda: (arena.prepare_fill(zero_ranges(self.manifest)), source.run(ops)))
->>>>>>> main
 
     def local_map(self) -> tuple[float, float]:
         """Seconds, and the extra memory as a share of the model once every byte has been read."""
         arena = self.arena()
         pss, dirty = (status_nbytes("/proc/self/smaps_rollup", key) for key in ("Pss", "Private_Dirty"))
-<<<<<<< HEAD
-        assert self.answer.manifest and self.answer.local_handle
-        with LocalSource(self.answer.manifest, self.answer.local_handle, arena, TIMEOUT_S) as source:
-=======
         with self.local_source(arena) as source:
->>>>>>> main
             seconds = timed(source.map)
         np.frombuffer(arena.memory, np.uint8).max()
         # Shared pages are counted where they are already: only private ones are new.
@@ -168,8 +142,6 @@ class Bench:
         assert status_nbytes("/proc/self/smaps_rollup", "Pss") > pss
         return seconds, max(0, extra) / self.nbytes
 
-<<<<<<< HEAD
-=======
     def plan_ops(self) -> list[CopyOp]:
         assert self.answer.manifest
         source = source_from_manifest("the seed", self.answer.manifest)
@@ -179,7 +151,6 @@ class Bench:
         assert self.answer.manifest and self.answer.local_handle
         return LocalSource(self.answer.manifest, self.answer.local_handle, arena, TIMEOUT_S, TIMEOUT_S)
 
->>>>>>> main
     def memcpy_from_file(self) -> float:
         read_weights(self.folder)
         with (self.folder / "model.safetensors").open("rb") as file:
@@ -223,8 +194,6 @@ class Bench:
 
             return timed(loop)
 
-<<<<<<< HEAD
-=======
     def transfer_engine(self) -> float:
         arena = self.arena()
         ops = self.plan_ops()
@@ -239,7 +208,6 @@ class Bench:
 
         return timed(fill)
 
->>>>>>> main
     def whole_load(self, local_mode: str) -> float:
         """What a starting instance does: ask the seed, compare, fill, verify the checksums."""
         arena = self.arena()
@@ -257,7 +225,7 @@ def measure_round(bench: Bench) -> dict[str, float]:
     checkpoint_s, checkpoint_peak = bench.checkpoint()
     return {
         "memcpy_from_seed": bench.memcpy_from_seed(),
-        "local_copy": bench.transfer("copy"),
+        "local_copy": bench.local_copy(),
         "local_map": map_s,
         "local_map_extra": map_extra,
         "memcpy_from_file": bench.memcpy_from_file(),
@@ -265,7 +233,7 @@ def measure_round(bench: Bench) -> dict[str, float]:
         "checkpoint_peak": checkpoint_peak,
         "mooncake_loop_fresh": bench.mooncake_loop(touched=False),
         "mooncake_loop_touched": bench.mooncake_loop(touched=True),
-        "transfer_engine": bench.transfer("off"),
+        "transfer_engine": bench.transfer_engine(),
         "load_map": bench.whole_load("map"),
         "load_copy": bench.whole_load("copy"),
         "load_transfer_engine": bench.whole_load("off"),

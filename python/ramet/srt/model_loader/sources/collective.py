@@ -151,6 +151,7 @@ class CollectiveSource:
     """One rank of a Ramet seed, which is told what to send: a few long ranges, whatever the topologies."""
 
     name = "nccl"
+    measured_seconds = 0.0
 
     def __init__(self, rank: SeedRank, arena: WeightArena, config: LoadConfig) -> None:
         self._pair = _Pair(rank, arena, config)
@@ -204,6 +205,7 @@ class UpstreamCollectiveSource:
     """The equal rank of an upstream seed, which sends every parameter in the model's order, at ports known before."""
 
     name = "nccl"
+    measured_seconds = 0.0
 
     def __init__(self, rank: SeedRank, arena: WeightArena, config: LoadConfig) -> None:
         parallel = arena.manifest.parallel
