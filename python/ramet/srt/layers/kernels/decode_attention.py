@@ -119,7 +119,8 @@ def _decode_kernel(
     v_ptr = v_cache_ptr + kv_head * HEAD_DIM
     table_ptr = block_tables_ptr + sequence * table_stride
     acc, total, maximum = _attend_split(
-        q, k_ptr, v_ptr, table_ptr, cache_stride, start, stop, scale, HEAD_DIM, BLOCK_DIM, BLOCK_HEADS, BLOCK_KEYS, PAGE_SIZE, PRECISION,
+        q, k_ptr, v_ptr, table_ptr, cache_stride, start, stop, scale,
+        HEAD_DIM, BLOCK_DIM, BLOCK_HEADS, BLOCK_KEYS, PAGE_SIZE, PRECISION,
     )  # fmt: skip
     out = acc / total[:, None]
     out_mask = head_mask[:, None] & dim_mask[None, :]
