@@ -35,13 +35,13 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.local_share import request_memory
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.seed_instance import SeedInstance
 from ramet.srt.model_loader.seed_registration import SeedAnswer
-from ramet.srt.model_loader.seed_transfer import SHARED_BYTES
+from ramet.srt.model_loader.seed_sources import SeedSources
+from ramet.srt.model_loader.seed_transfer import SeedTransfer
 from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
 from ramet.srt.model_loader.sources.local import LocalSource
-from ramet.srt.model_loader.sources.transfer_engine import EngineReceiver, TransferEngineSource
 from ramet.srt.model_loader.threads import num_copy_threads
-from ramet.srt.model_loader.transfer_plan import CopyOp, plan, source_from_manifest, zero_ranges
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
 from safetensors.numpy import save_file
@@ -110,8 +110,8 @@ class Bench:
             folder / "model.safetensors",
         )
         assert self.answer.local_handle
-        socket_name = self.answer.local_handle.socket_name
-        self.seed_memory = request_memory(socket_name, layout_digest(self.manifest), TIMEOUT_S)
+        name = self.answer.local_handle.socket_name
+        self.seed_memory = request_memory(name, layout_digest(self.manifest), TIMEOUT_S)
         assert self.seed_memory.fd is not None
         self.seed_view = mmap.mmap(self.seed_memory.fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
@@ -124,32 +124,26 @@ class Bench:
         with FreshMemory(self.arena().nbytes) as target:
             return timed(lambda: memcpy(target.address, self.seed_address, self.nbytes))
 
-    def local_copy(self) -> float:
+    def transfer(self, local_mode: str) -> float:
+        """What moves the bytes in a load: plan, window, transport; without asking the seed and without checksums."""
         arena = self.arena()
-        ops = self.plan_ops()
-        with self.local_source(arena) as source:
-            return timed(lambda: (arena.prepare_fill(zero_ranges(self.manifest)), source.run(ops)))
+        config = LoadConfig(local_mode=local_mode, timeout_s=TIMEOUT_S)
+        seed = SeedInstance("127.0.0.1", self.seed.port, config, self.manifest)
+        seed.find_ranks()
+        return timed(SeedTransfer(arena, [seed], lambda: SeedSources(arena, config)).run)
 
     def local_map(self) -> tuple[float, float]:
         """Seconds, and the extra memory as a share of the model once every byte has been read."""
         arena = self.arena()
         pss, dirty = (status_nbytes("/proc/self/smaps_rollup", key) for key in ("Pss", "Private_Dirty"))
-        with self.local_source(arena) as source:
+        assert self.answer.manifest and self.answer.local_handle
+        with LocalSource(self.answer.manifest, self.answer.local_handle, arena, TIMEOUT_S) as source:
             seconds = timed(source.map)
         np.frombuffer(arena.memory, np.uint8).max()
         # Shared pages are counted where they are already: only private ones are new.
         extra = status_nbytes("/proc/self/smaps_rollup", "Private_Dirty") - dirty
         assert status_nbytes("/proc/self/smaps_rollup", "Pss") > pss
         return seconds, max(0, extra) / self.nbytes
-
-    def plan_ops(self) -> list[CopyOp]:
-        assert self.answer.manifest
-        source = source_from_manifest("the seed", self.answer.manifest)
-        return list(plan(self.manifest, [source], max_op_nbytes=SHARED_BYTES).ops)
-
-    def local_source(self, arena: WeightArena) -> LocalSource:
-        assert self.answer.manifest and self.answer.local_handle
-        return LocalSource(self.answer.manifest, self.answer.local_handle, arena, TIMEOUT_S, TIMEOUT_S)
 
     def memcpy_from_file(self) -> float:
         read_weights(self.folder)
@@ -194,20 +188,6 @@ class Bench:
 
             return timed(loop)
 
-    def transfer_engine(self) -> float:
-        arena = self.arena()
-        ops = self.plan_ops()
-
-        def fill() -> None:
-            arena.prepare_fill(zero_ranges(self.manifest))
-            receiver = EngineReceiver(arena, "127.0.0.1")
-            source = TransferEngineSource(self.answer, arena, receiver, TIMEOUT_S)
-            for step in source.make_steps(ops):
-                source.run(step)
-            receiver.close()
-
-        return timed(fill)
-
     def whole_load(self, local_mode: str) -> float:
         """What a starting instance does: ask the seed, compare, fill, verify the checksums."""
         arena = self.arena()
@@ -225,7 +205,7 @@ def measure_round(bench: Bench) -> dict[str, float]:
     checkpoint_s, checkpoint_peak = bench.checkpoint()
     return {
         "memcpy_from_seed": bench.memcpy_from_seed(),
-        "local_copy": bench.local_copy(),
+        "local_copy": bench.transfer("copy"),
         "local_map": map_s,
         "local_map_extra": map_extra,
         "memcpy_from_file": bench.memcpy_from_file(),
@@ -233,7 +213,7 @@ def measure_round(bench: Bench) -> dict[str, float]:
         "checkpoint_peak": checkpoint_peak,
         "mooncake_loop_fresh": bench.mooncake_loop(touched=False),
         "mooncake_loop_touched": bench.mooncake_loop(touched=True),
-        "transfer_engine": bench.transfer_engine(),
+        "transfer_engine": bench.transfer("off"),
         "load_map": bench.whole_load("map"),
         "load_copy": bench.whole_load("copy"),
         "load_transfer_engine": bench.whole_load("off"),
