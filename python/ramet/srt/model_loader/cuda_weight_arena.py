@@ -59,6 +59,9 @@ class CudaWeightArena(WeightArena):
         assert entry.nbytes == math.prod(entry.shape) * dtype.itemsize
         return self.buffer[entry.offset : entry.offset + entry.nbytes].view(dtype).view(entry.shape)
 
+    def work_context(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self.stream)
+
     def byte_tensor(self) -> torch.Tensor:
         return self.buffer
 

@@ -169,9 +169,10 @@ class _Transfer:
             if self._error:
                 return
             start = time.perf_counter()
-            for tensor in self._tensors():
-                group.broadcast(tensor)
-                self._num_bytes += tensor.nbytes
+            with self._arena.work_context():
+                for tensor in self._tensors():
+                    group.broadcast(tensor)
+                    self._num_bytes += tensor.nbytes
             self._seconds = time.perf_counter() - start
             failed = False
         finally:

@@ -1,5 +1,6 @@
 """Owns the one allocation that holds a rank's weights, and the parameters' views into it. Moves no bytes itself."""
 
+import contextlib
 import ctypes
 import math
 import os
@@ -80,6 +81,10 @@ class WeightArena(ABC):
     @abstractmethod
     def tensor(self, entry: WeightEntry) -> "torch.Tensor":
         """The entry's view into the arena, of the entry's shape and dtype."""
+
+    def work_context(self) -> contextlib.AbstractContextManager[object]:
+        """Around work on the arena's tensors: on a GPU it goes to the arena's own stream, never one that is captured."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def byte_tensor(self) -> "torch.Tensor":

@@ -75,7 +75,7 @@ class _Pair:
         self.rank = rank
         self.timeout_s = min(config.timeout_s, MAX_TIMEOUT_S)
         self.backend = "gloo" if arena.device == "cpu" else "nccl"
-        self._arena = arena
+        self.arena = arena
         self._api_key = config.api_key
         self._target: _Target | None = None
         self._group: PairGroup | None = None
@@ -113,7 +113,7 @@ class _Pair:
 
     def meet(self, host: str, port: int, name: str) -> None:
         """Raises OSError if the seed does not come."""
-        self._target = _Target(self._arena)
+        self._target = _Target(self.arena)
         address = local_address(format_address(host, port))
         store = connect(host, port, self.timeout_s)
         self._group = PairGroup(store, name, RECEIVER, self.memory.device, address, self.timeout_s)
@@ -134,6 +134,9 @@ class _Pair:
 
     def close(self) -> None:
         """After everything has been received."""
+        if self.arena.device == "cuda":
+            with self.arena.work_context():
+                torch.cuda.current_stream().synchronize()  # rows may still be sorted out
         if self._group is not None:
             self._group.close()
         if self._target is not None:
@@ -175,12 +178,13 @@ class CollectiveSource:
             self._meet()
             self._has_met = True
         memory, rows = self._pair.memory, target_rows(step)
-        if is_direct(rows):
-            self._pair.receive(memory[rows[0].offset : rows[0].stop])
-            return
-        buffer = packing_buffer(rows, memory.device)
-        self._pair.receive(buffer)
-        unpack(buffer, rows, memory)
+        with self._pair.arena.work_context():
+            if is_direct(rows):
+                self._pair.receive(memory[rows[0].offset : rows[0].stop])
+                return
+            buffer = packing_buffer(rows, memory.device)
+            self._pair.receive(buffer)
+            unpack(buffer, rows, memory)
 
     def _meet(self) -> None:
         rank, timeout_s = self._pair.rank, self._pair.timeout_s
@@ -237,6 +241,7 @@ class UpstreamCollectiveSource:
         if tp_rank == 0:
             send = SendWeightsBody(master_address=pair.rank.host, ports=joined, group_name=name)
             pair.post_beside(SEND_WEIGHTS_PATH, send)
-        for entry in self._manifest.entries:
-            part = pair.memory[entry.offset : entry.offset + entry.nbytes]
-            pair.receive(part.view(getattr(torch, entry.dtype)).view(entry.shape))
+        with pair.arena.work_context():
+            for entry in self._manifest.entries:
+                part = pair.memory[entry.offset : entry.offset + entry.nbytes]
+                pair.receive(part.view(getattr(torch, entry.dtype)).view(entry.shape))
