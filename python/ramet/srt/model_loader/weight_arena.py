@@ -83,7 +83,7 @@ class WeightArena(ABC):
         """The entry's view into the arena, of the entry's shape and dtype."""
 
     def work_context(self) -> contextlib.AbstractContextManager[object]:
-        """Around work on the arena's tensors: on a GPU it goes to the arena's own stream, never one that is captured."""
+        """Around work on the arena's tensors: on a GPU it goes to the arena's own stream, which is never captured."""
         return contextlib.nullcontext()
 
     @abstractmethod

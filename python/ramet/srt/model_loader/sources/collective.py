@@ -161,6 +161,7 @@ class CollectiveSource:
         self.close, self.cut_off = self._pair.close, self._pair.cut_off
         self._steps: list[list[CopyOp]] = []
         self._has_met = False
+        self._buffer: torch.Tensor | None = None
         own, theirs = arena.manifest.parallel, rank.answer.rank
         ports = config.send_weights_group_ports
         if ports and theirs != own.world_rank:
@@ -182,9 +183,10 @@ class CollectiveSource:
             if is_direct(rows):
                 self._pair.receive(memory[rows[0].offset : rows[0].stop])
                 return
-            buffer = packing_buffer(rows, memory.device)
-            self._pair.receive(buffer)
-            unpack(buffer, rows, memory)
+            # Kept until the end: a transport that was given up may still write to it.
+            self._buffer = packing_buffer(rows, memory.device)
+            self._pair.receive(self._buffer)
+            unpack(self._buffer, rows, memory)
 
     def _meet(self) -> None:
         rank, timeout_s = self._pair.rank, self._pair.timeout_s
