@@ -16,7 +16,7 @@ PROMPTS = rm.random_prompts([5, 33, 60])
 
 @pytest.mark.parametrize("flags", [["--tp-size", "2"], ["--pp-size", "2"], ["--tp-size", "2", "--disable-cuda-graph"]])
 def test_greedy_tokens_equal_transformers(tmp_path, flags):
-    folder = rm.make_model(tmp_path, "llama3")
+    folder = rm.make_model(tmp_path, "llama3", num_hidden_layers=4)
     common = ["--device", "cuda", "--max-total-tokens", "4096", "--max-running-requests", "8"]
     sampling = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True}
     with running(folder, *common, *flags) as server:

@@ -1,14 +1,18 @@
 """Owns the tests of taking weights from a seed with other parallel sizes, or the same ones, rank by rank."""
 
 import asyncio
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
 from ramet.srt.managers.weight_control import ask_rank
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.region_checksums import RegionChecksums
+from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import compute_checksums
+from ramet.srt.model_loader.weight_manifest import WeightBox, build_weight_manifest
 from seed_server import SeedServer, load_all, take, write_random_model
 
 DENSE = {  # grouped heads that are replicated at tp 4, a tied table that the last stage copies, a padded vocabulary
@@ -134,3 +138,57 @@ def test_slices_that_no_rank_has_are_refused(dense_folder):
         with pytest.raises(OSError):
             asyncio.run(ask_rank(stranger, unknown, 10))
         assert address.token.encode() not in server.bootstrap.get_json("target", 0)
+
+
+def quantised_manifest(weight_dtype, *, with_scale, part=None):
+    """A matrix with a scale per row, as a loader makes them; `part` is one of two halves of the rows."""
+    start, stop = {None: (0, 8), 0: (0, 4), 1: (4, 8)}[part]
+    parameters = [("w", weight_dtype, (stop - start, 16)), ("w_scale", "float32", (stop - start, 1))]
+    made = []
+    for name, dtype, shape in parameters[: 2 if with_scale else 1]:
+        box = WeightBox(name, ((start, stop), (0, shape[1])), ((0, shape[0]), (0, shape[1])))
+        made.append((name, SimpleNamespace(shape=shape, dtype=dtype, boxes=(box,))))
+    parallel = ParallelConfig() if part is None else ParallelConfig(tp_size=2, tp_rank=part)
+    fields = {"model_name": "toy", "revision": "", "dtype": "bfloat16", "quantization": "fp8", "role": "target"}
+    return build_weight_manifest(made, parallel=parallel, **fields)
+
+
+def filled(manifest):
+    """The arena of a manifest, with bytes that tell the slices of a tensor apart."""
+    arena = WeightArena.allocate(manifest, "cpu")
+    for entry in manifest.entries:
+        first = entry.boxes[0].source[0][0]
+        for row in range(entry.shape[0]):
+            nbytes = entry.nbytes // entry.shape[0]
+            start = entry.offset + row * nbytes
+            arena.memory[start : start + nbytes] = bytes([first + row + 1] * nbytes)
+    return arena
+
+
+@pytest.mark.parametrize("mode", ["copy", "off"])
+def test_defect_8_quantised_weights_come_as_they_are_after_processing_or_not_at_all(mode):
+    """What is offered is the final layout, scales included; a seed that has the one before is refused by name."""
+    whole = filled(quantised_manifest("float8_e4m3fn", with_scale=True))
+    halves = [filled(quantised_manifest("float8_e4m3fn", with_scale=True, part=part)) for part in (0, 1)]
+    for seeds, clients in (([whole], [whole, *halves]), (halves, [whole, *halves])):
+        with SeedServer(seeds) as server:
+            for expected in clients:
+                arena, report = take(expected.manifest, server, local_mode=mode)
+                assert report.verified and arena.memory == expected.memory
+    unprocessed = filled(quantised_manifest("bfloat16", with_scale=False))
+    with (
+        SeedServer([unprocessed]) as server,
+        pytest.raises(WeightTransferError, match="bfloat16 in .*no source has w_s"),
+    ):
+        take(whole.manifest, server, local_mode=mode)
+
+
+def test_a_rank_that_has_only_padding_of_a_table(tmp_path):
+    """331 rows over 8 ranks in a table of 384: the last rank has none of them, from disk and from a seed."""
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 64, "num_hidden_layers": 1}
+    folder = write_random_model(tmp_path, "llama3", **sizes)
+    with SeedServer(load_all(folder, {})) as server:
+        expected = load_all(folder, {"tp_size": 8})[7]
+        assert not next(e for e in expected.manifest.entries if "embed_tokens" in e.name).boxes
+        arena, report = take(expected.manifest, server, local_mode="copy")
+        assert report.verified and arena.memory == expected.memory

@@ -47,6 +47,16 @@ class ModelConfig:
     moe: MoeConfig | None  # None for a dense model
     hf_config: dict[str, Any]
 
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The sizes that the shapes of the weights come from, by their names in a config.json."""
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim")  # fmt: skip
+        dimensions = {name: getattr(self, name) for name in names}
+        if self.moe is not None:
+            dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+        return dimensions
+
     @classmethod
     def from_path(
         cls,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 SENDER, RECEIVER = 0, 1
-POLL_S = 0.0005
+POLL_S = 0.0001
 _nccl_options_lock = threading.Lock()
 
 

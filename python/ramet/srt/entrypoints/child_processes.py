@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 SCHEDULER_MODULE = "ramet.srt.managers.scheduler_process"
 DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
 STOP_TIMEOUT_S = 5.0
+GOMP_SPINCOUNT = "1000"  # turns that an OpenMP thread waits busily before it sleeps: some microseconds
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
 
 
@@ -137,7 +138,7 @@ class ChildProcesses:
                 [sys.executable, "-P", "-m", module, "--status-fd", str(write_fd)],
                 stdin=subprocess.PIPE,
                 pass_fds=(write_fd, *fds),
-                env={**os.environ, "PYTHONPATH": python_path},
+                env=child_environment(python_path),
                 process_group=0,  # a Ctrl-C in the terminal is for the main process, which then stops its children
             )
         except OSError as error:
@@ -235,6 +236,16 @@ class ChildProcesses:
     def kill(self) -> None:
         """End every child at once, without asking."""
         self.stop(timeout_s=0.0)
+
+
+def child_environment(python_path: str) -> dict[str, str]:
+    """The environment of a child: this process's, with threads that sleep when they wait for each other.
+
+    OpenMP's threads spin by default. As soon as another process wants a core, and an instance has three, each of the
+    hundreds of short parallel regions of a pass costs a time slice of the kernel.
+    """
+    waiting = {} if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} else {"GOMP_SPINCOUNT": GOMP_SPINCOUNT}
+    return {**os.environ, **waiting, "PYTHONPATH": python_path}
 
 
 def describe_end(return_code: int | None) -> str:

@@ -85,11 +85,11 @@ class Rank:
         self._meet()
         self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase, self._load_context())
         self.runner.load_probe = self._load
-        if self.is_leader:
-            self._make_scheduler(config)
         if self.config.bootstrap_url is not None:
             self.runner.publish(self.config.bootstrap_url)
             self._on_phase("registered")
+        if self.is_leader:
+            self._make_scheduler(config)
         addresses = self._get_ready()
         self._on_phase("ready")
         return SchedulerReady(

@@ -1,7 +1,9 @@
 """Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ramet.srt.model_executor.batch_plan import PageWrite
@@ -49,7 +51,9 @@ class MHATokenToKVPool:
         device: torch.device,
     ):
         shape = (num_layers, 2, (num_pages + 1) * page_size, num_kv_heads, head_dim)
-        self.buffer = torch.zeros(shape, dtype=dtype, device=device)
+        self.buffer = (
+            _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        )
         self.page_size = page_size
 
     @staticmethod
@@ -66,3 +70,8 @@ class MHATokenToKVPool:
         layer = self.buffer[layer_id]
         layer[0].index_copy_(0, slots, k)
         layer[1].index_copy_(0, slots, v)
+
+
+def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros on the host that take memory only where something is written; torch.zeros writes all of them."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)

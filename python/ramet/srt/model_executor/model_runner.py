@@ -92,6 +92,8 @@ class ModelRunner:
             loading = pool.submit(self._load_weights)
             self._make_kv_cache(num_pages)
             on_phase("kv_cache")
+            if server_args.is_seed:
+                WeightSeed.prepare(server_args.host, parallel.world_rank)
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
@@ -115,6 +117,7 @@ class ModelRunner:
             quantization=config.quantization,
             role="target",
             parallel=self.parallel,
+            dimensions=config.dimensions,
         )
 
     def _load_weights(self) -> LoadReport:

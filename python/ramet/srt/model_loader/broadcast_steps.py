@@ -7,7 +7,7 @@ import torch
 
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
 
-DIRECT_BYTES = 256 << 20  # a broadcast straight out of the one arena into the other
+DIRECT_BYTES = 1 << 30  # a broadcast straight out of the one arena into the other
 MIN_DIRECT_BYTES = 1 << 20
 PACKED_BYTES = 32 << 20  # rows and small ranges, gathered into a buffer
 

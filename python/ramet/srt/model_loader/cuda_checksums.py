@@ -1,10 +1,13 @@
 """Owns the checksums of an arena in GPU memory, computed there at the memory's speed."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest
+from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
+from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest, align_up
 
 BLOCK_WORDS = 4096
 WORD_BYTES = 8
@@ -46,7 +49,7 @@ def mix64(data: torch.Tensor, nbytes: int, out: torch.Tensor) -> None:
         _mix64_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](data, out, num_words, tail_mask, BLOCK=BLOCK_WORDS)
 
 
-def hash_entries(manifest: WeightManifest, arena) -> tuple[str, ...]:
+def hash_entries(manifest: WeightManifest, arena: CudaWeightArena) -> tuple[str, ...]:
     """The checksum of each entry of a CudaWeightArena; `manifest` may hold some of its entries only."""
     with torch.cuda.device(arena.torch_device), torch.cuda.stream(arena.stream):
         return hash_buffer(manifest.entries, arena.buffer)
@@ -58,4 +61,27 @@ def hash_buffer(entries: tuple[WeightEntry, ...], buffer: torch.Tensor) -> tuple
     sums = torch.zeros(max(1, len(entries)), dtype=torch.int64, device=buffer.device)
     for index, entry in enumerate(entries):
         mix64(words[entry.offset // WORD_BYTES :], entry.nbytes, sums[index])
-    return tuple(f"{value & (1 << 64) - 1:016x}" for value in sums.tolist()[: len(entries)])
+    return tuple(format_sum(value) for value in sums.tolist()[: len(entries)])
+
+
+def hash_rows(arena: CudaWeightArena, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+    """The checksum of rows of an arena one behind the other: of `num_rows` from each of `starts` on, `stride` apart."""
+    with torch.cuda.device(arena.torch_device), torch.cuda.stream(arena.stream):
+        return gather_and_hash(arena.buffer, starts, row_nbytes, num_rows, stride)
+
+
+def gather_and_hash(buffer: torch.Tensor, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+    """The same for rows of a contiguous uint8 buffer."""
+    nbytes = len(starts) * num_rows * row_nbytes
+    gathered = torch.empty(align_up(nbytes, WORD_BYTES), dtype=torch.uint8, device=buffer.device)
+    parts = gathered[:nbytes].view(len(starts), num_rows, row_nbytes)
+    for part, start in zip(parts, starts, strict=True):
+        part.copy_(buffer[start:].as_strided((num_rows, row_nbytes), (stride, 1)))
+    result = torch.zeros((), dtype=torch.int64, device=buffer.device)
+    mix64(gathered.view(torch.int64), nbytes, result)
+    return format_sum(int(result.item()))
+
+
+def format_sum(value: int) -> str:
+    """A sum modulo 2^64, which torch holds as a signed number, as 16 hex digits."""
+    return f"{value & (1 << 64) - 1:016x}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader import cuda_driver
 from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import ReceiveWindow, WeightArena
@@ -84,7 +84,7 @@ class CudaWeightArena(WeightArena):
             OSError: if the memory can't be lent to other processes.
         """
         with current_context(self.torch_device):
-            return cuda_ipc.export_memory(self.address)
+            return cuda_driver.export_memory(self.address)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         with torch.cuda.stream(self.stream):

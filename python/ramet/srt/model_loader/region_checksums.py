@@ -8,11 +8,10 @@ import numpy as np
 import xxhash
 
 from ramet.srt.model_loader.transfer_plan import Holding, holdings_of, region_offset
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.weight_arena import HostWeightArena, WeightArena
 from ramet.srt.model_loader.weight_boxes import Region, contiguous_strides, flatten, intersect, subtract
 from ramet.srt.model_loader.weight_manifest import WeightEntry, element_size
 
-REGION_ALGORITHM = "xxh3_64"  # over the elements in row-major order of the checkpoint tensor, on every device
 BLOCK_BYTES = 4 << 20  # rows that are gathered before they are hashed
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
 
@@ -25,9 +24,13 @@ class WeightRegion(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RegionChecksums:
-    """Computes the checksums of regions that an arena holds. The arena must not change any more."""
+    """Computes the checksums of regions that an arena holds. The arena must not change any more.
+
+    They are over the elements in the row-major order of the checkpoint tensor, by the algorithm of the arena's device.
+    """
 
     def __init__(self, arena: WeightArena) -> None:
+        self.algorithm = arena.checksum_algorithm
         self._arena = arena
         self._holdings = holdings_of(arena.manifest)
         self._known: dict[WeightRegion, str] = {}
@@ -89,32 +92,32 @@ def hash_region(arena: WeightArena, holding: Holding, region: Region) -> str:
     row, (num_rows, stride, _), repeats = flatten(
         extents, holding.strides, contiguous_strides(extents, size), (size, size)
     )
-    digest = xxhash.xxh3_64()
     start = holding.offset + region_offset(region, holding)
-    for offset, _ in repeats:
-        for block in _rows(arena, start + offset, row * size, num_rows, stride):
+    starts = [start + offset for offset, _ in repeats]
+    if arena.device == "cuda":
+        from ramet.srt.model_loader.cuda_checksums import hash_rows
+
+        return hash_rows(arena, starts, row * size, num_rows, stride)
+    assert isinstance(arena, HostWeightArena)
+    digest = xxhash.xxh3_64()
+    for start in starts:
+        for block in _rows(arena.memory, start, row * size, num_rows, stride):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _rows(arena: WeightArena, start: int, row_nbytes: int, num_rows: int, stride: int) -> Iterator[memoryview]:
-    """Rows of an arena one after the other, gathered into blocks."""
+def _rows(memory: memoryview, start: int, row_nbytes: int, num_rows: int, stride: int) -> Iterator[memoryview]:
+    """Rows one after the other, gathered into blocks."""
     step = max(1, BLOCK_BYTES // max(stride, row_nbytes, 1))
     for first in range(0, num_rows, step):
         count = min(step, num_rows - first)
         begin = start + first * stride
-        span = _view(arena, begin, begin + (count - 1) * stride + row_nbytes)
+        span = memory[begin : begin + (count - 1) * stride + row_nbytes]
         if count == 1:
             yield span
         else:
             rows = np.ndarray((count, row_nbytes), np.uint8, span, strides=(stride, 1))
             yield memoryview(np.ascontiguousarray(rows)).cast("B")
-
-
-def _view(arena: WeightArena, start: int, stop: int) -> memoryview:
-    if arena.device == "cpu":
-        return arena.memory[start:stop]
-    return memoryview(arena.read_bytes(start, stop))
 
 
 def _contains(outer: Region, inner: Region) -> bool:

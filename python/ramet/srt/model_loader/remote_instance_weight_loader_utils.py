@@ -206,6 +206,10 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
         ours, theirs = getattr(client, field), getattr(seed, field)
         if ours != theirs:
             return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
+    for name, size in client.dimensions.items():
+        # The planner can't tell: what a small model needs lies inside the tensors of a larger one.
+        if seed.dimensions.get(name, size) != size:
+            return f"its {name} is {seed.dimensions[name]}, not {size}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
     if client.model_name != seed.model_name and not is_folder_name(client, seed):

@@ -71,6 +71,7 @@ class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     parallel: ParallelConfig
     arena_nbytes: int
     entries: tuple[WeightEntry, ...]
+    dimensions: dict[str, int] = {}  # sizes of the whole model, by their names in its config
     checksums: WeightChecksums | None = None  # once the weights are final
 
     @property
@@ -88,6 +89,7 @@ def build_weight_manifest(
     quantization: str,
     role: str,
     parallel: ParallelConfig,
+    dimensions: dict[str, int] | None = None,
 ) -> WeightManifest:
     """Lay the parameters out in an arena, in their order, each at an aligned offset.
 
@@ -124,6 +126,7 @@ def build_weight_manifest(
         parallel=parallel,
         arena_nbytes=offset,
         entries=tuple(entries),
+        dimensions=dimensions or {},
     )
 
 

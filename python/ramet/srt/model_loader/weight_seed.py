@@ -20,7 +20,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.weight_control import WeightControlServer
 from ramet.srt.model_loader.local_share import LocalShareServer
 from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
-from ramet.srt.model_loader.region_checksums import REGION_ALGORITHM, RegionChecksums, WeightRegion
+from ramet.srt.model_loader.region_checksums import RegionChecksums, WeightRegion
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     host_identity,
     reachable_host,
@@ -43,6 +43,15 @@ class WeightSeed:
     def __init__(self, registration: SeedRegistration, resources: ExitStack) -> None:
         self.registration = registration
         self._resources = resources
+
+    @staticmethod
+    def prepare(host: str, rank: int) -> None:
+        """Do beforehand, while the weights still come, what takes longest: start the transfer engine.
+
+        Raises:
+            WeightTransferError: if it does not start.
+        """
+        MooncakeEngine.acquire(reachable_host(host), rank)
 
     @classmethod
     def start(
@@ -144,7 +153,7 @@ class SeedRequests:
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
         regions = [WeightRegion(name, region) for name, region in request.regions]
-        return WeightChecksumsOutput(algorithm=REGION_ALGORITHM, checksums=self._checksums.compute(regions))
+        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=self._checksums.compute(regions))
 
     def _send_groups(self) -> "SendGroups":
         with self._lock:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.errors import WeightTransferError, name_some
-from ramet.srt.model_loader.region_checksums import REGION_ALGORITHM, RegionChecksums, split_over_ranks
+from ramet.srt.model_loader.region_checksums import RegionChecksums, split_over_ranks
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_checksums
 from ramet.srt.model_loader.seed_instance import SeedInstance
 from ramet.srt.model_loader.seed_registration import ChecksumsRequest
@@ -113,7 +113,7 @@ def _compare_regions(
             regions=[(region.checkpoint_name, region.region) for region in regions],
         )
         answer = fetch_checksums(seed.host, seed.port, request, config.timeout_s, config.api_key)
-        if answer is None or answer.algorithm != REGION_ALGORITHM:
+        if answer is None or answer.algorithm != own.algorithm:
             return False
         actual = own.compute(regions, num_copy_threads())
         wrong |= {name for (name, _), a, b in zip(share, actual, answer.checksums, strict=True) if a != b}

@@ -7,7 +7,8 @@ import triton.language as tl
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted
 
-BLOCK_ROWS = 4
+BLOCK_ROWS = 2
+GATED_BLOCK_ROWS = 1  # and as many of the other half
 BLOCK_COLUMNS = 1024
 NUM_WARPS = 4
 
@@ -93,7 +94,8 @@ def gemv(
     num_rows = weight.shape[0] // 2 if activation else weight.shape[0]
     assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous()
     out = torch.empty((1, num_rows), dtype=x.dtype, device=x.device)
-    launch_gemv(x, weight, bias, scales, out, activation, BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS)
+    block_rows = GATED_BLOCK_ROWS if activation else BLOCK_ROWS
+    launch_gemv(x, weight, bias, scales, out, activation, block_rows, BLOCK_COLUMNS, NUM_WARPS)
     return out
 
 

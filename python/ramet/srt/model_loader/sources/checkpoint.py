@@ -153,8 +153,8 @@ class CheckpointSource:
         if missing:
             raise ValueError(f"{self._describe()} lacks {name_some(missing)}")
         parallel = manifest.parallel
-        if parallel.pp_size > 1 or parallel.ep_size > 1:
-            return  # the rest belongs to other ranks
+        if parallel.pp_size > 1 or parallel.ep_size > 1 or parallel.tp_rank > 0:
+            return  # the rest belongs to other ranks; a late one may have nothing but padding of a table
         surplus = []
         for name, (path, _) in tensors.items():
             if name not in needed and name not in used and not HARMLESS_SURPLUS.search(name):

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 
+import msgspec
 import torch
 
-from ramet.srt.model_loader import cuda_ipc
+from ramet.srt.model_loader import cuda_driver
 from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena, current_context
 from ramet.srt.model_loader.transfer_plan import CopyOp
 
@@ -19,21 +20,25 @@ def fill_from_cuda_memory(
     arena: CudaWeightArena,
     seed_is_alive: Callable[[], bool],
     timeout_s: float,
-) -> None:
+) -> float:
     """Execute operations whose source is the memory that a CUDA IPC handle opens, from `offset` on.
 
     The copies run on the arena's own stream, beside whatever the seed computes. The handle is closed before this
     returns, whatever happens.
+
+    Returns:
+        The seconds that the copies took, by the GPU's clock.
 
     Raises:
         OSError: if the memory can't be opened, or the seed ends before the last byte has been copied.
         TimeoutError: if the copies take longer than `timeout_s`.
     """
     with current_context(arena.torch_device):
-        source = cuda_ipc.open_memory(handle)
+        source = cuda_driver.open_memory(handle)
         try:
-            cuda_ipc.queue_copies(ops, source + offset, arena.address, arena.stream.cuda_stream)
-            done = torch.cuda.Event()
+            begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begun.record(arena.stream)
+            cuda_driver.queue_copies(join_neighbours(ops), source + offset, arena.address, arena.stream.cuda_stream)
             done.record(arena.stream)
             deadline = time.monotonic() + timeout_s
             while not done.query():
@@ -42,6 +47,25 @@ def fill_from_cuda_memory(
                 time.sleep(POLL_S)
             if not seed_is_alive():
                 raise OSError("the seed ended while its memory was copied")
+            return begun.elapsed_time(done) / 1e3
         finally:
             arena.stream.synchronize()
-            cuda_ipc.close_memory(source)
+            cuda_driver.close_memory(source)
+
+
+def join_neighbours(ops: Sequence[CopyOp]) -> list[CopyOp]:
+    """The same copies with those in one that follow each other on both sides: a GPU copies any length at once."""
+    joined: list[CopyOp] = []
+    for op in sorted(ops, key=lambda op: op.target_offset):
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.is_contiguous
+            and op.is_contiguous
+            and op.target_offset == last.target_stop
+            and op.source_offset == last.source_offset + last.row_nbytes
+        ):
+            joined[-1] = msgspec.structs.replace(last, row_nbytes=last.row_nbytes + op.row_nbytes)
+        else:
+            joined.append(op)
+    return joined

@@ -16,6 +16,7 @@ class LocalSource:
     """The memory of a seed's rank. Use as a context manager: what was opened is closed at the end."""
 
     name = "local_copy"
+    measured_seconds = 0.0  # of a copy between GPUs
 
     def __init__(
         self, seed_manifest: WeightManifest, handle: LocalHandle, arena: WeightArena, timeout_s: float
@@ -66,7 +67,7 @@ class LocalSource:
         if memory.cuda_ipc_handle:
             from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
 
-            fill_from_cuda_memory(
+            self.measured_seconds = fill_from_cuda_memory(
                 step, memory.cuda_ipc_handle, memory.offset, self._arena, memory.seed_is_alive, self._timeout_s
             )
             return

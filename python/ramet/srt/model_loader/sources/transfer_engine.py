@@ -19,6 +19,7 @@ class TransferEngineSource:
     """One rank of a seed, read over the network."""
 
     name = "transfer_engine"
+    measured_seconds = 0.0
 
     def __init__(self, answer: SeedAnswer, arena: WeightArena, engine: MooncakeEngine, timeout_s: float) -> None:
         """

@@ -1,4 +1,4 @@
-"""Owns the calls into the CUDA driver that lend a GPU's memory to another process and copy out of it.
+"""Owns the calls into the CUDA driver: lending a GPU's memory to another process, and queueing copies.
 
 The driver's API is used directly (cuda.h; CUDA Driver API reference, "Memory Management"), because with it a handle is
 opened and closed exactly when we say. A CUDA context must be current in the calling thread.
@@ -48,6 +48,7 @@ def _driver() -> ctypes.CDLL:
         "cuIpcOpenMemHandle_v2": [ctypes.POINTER(address), _IpcHandle, ctypes.c_uint],
         "cuIpcCloseMemHandle": [address],
         "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
+        "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
         "cuMemcpy2DAsync_v2": [ctypes.POINTER(_Copy2D), stream],
     }
     for name, argtypes in signatures.items():
@@ -91,6 +92,15 @@ def open_memory(handle: bytes) -> int:
 def close_memory(address: int) -> None:
     """Give back what `open_memory` gave; no copy out of it may be under way."""
     _call("cuIpcCloseMemHandle", address)
+
+
+def queue_upload(source: int, target: int, nbytes: int, stream: int) -> None:
+    """Queue a copy from pinned host memory on a stream.
+
+    Raises:
+        OSError: if the driver refuses it.
+    """
+    _call("cuMemcpyHtoDAsync_v2", target, source, nbytes, stream)
 
 
 def queue_copies(ops: Sequence[CopyOp], source: int, target: int, stream: int) -> None:

@@ -1,0 +1,20 @@
+"""What the children of an instance find in their environment."""
+
+import pytest
+from ramet.srt.entrypoints.child_processes import child_environment
+
+
+def test_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert child_environment("here")["GOMP_SPINCOUNT"] == "1000"
+    assert child_environment("here")["PYTHONPATH"] == "here"
+
+
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "7")])
+def test_the_users_choice_stands(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    for known in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setenv(name, value)
+    found = child_environment("here")
+    assert {known: found[known] for known in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if known in found} == {name: value}

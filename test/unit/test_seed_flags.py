@@ -1,0 +1,55 @@
+"""Owns the tests of the flags that say where weights come from."""
+
+import pytest
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.server_args import parse_server_args
+
+BASE = ["--model-path", "m", "--load-format", "remote_instance"]
+IP = "--remote-instance-weight-loader-seed-instance-ip"
+PORT = "--remote-instance-weight-loader-seed-instance-service-port"
+GROUP_PORTS = "--remote-instance-weight-loader-send-weights-group-ports"
+NCCL = ["--remote-instance-weight-loader-backend", "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "seeds"),
+    [
+        ([IP, "10.0.0.1", PORT, "30000"], [("10.0.0.1", 30000)]),
+        ([IP, "a:1,b:2"], [("a", 1), ("b", 2)]),
+        ([IP, "a:1", IP, "b:2"], [("a", 1), ("b", 2)]),
+        ([IP, "a, b:2", PORT, "7"], [("a", 7), ("b", 2)]),
+        ([IP, "[::1]:5,::2", PORT, "7"], [("::1", 5), ("::2", 7)]),
+        ([IP, "[::1]", PORT, "7"], [("::1", 7)]),
+        ([IP, "a:1,a:1"], [("a", 1)]),
+    ],
+)
+def test_seeds_are_given_one_by_one_or_as_lists(flags, seeds):
+    args = parse_server_args(BASE + flags)
+    assert args.seeds == tuple(seeds) == LoadConfig.from_server_args(args).seeds
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (BASE, "needs --remote-instance-weight-loader-seed-instance-ip"),
+        ([*BASE, IP, "a"], "the seed a has no port"),
+        ([*BASE, IP, "a:b"], "must be host:port"),
+        ([*BASE, IP, ",", PORT, "7"], "needs --remote-instance-weight-loader-seed-instance-ip"),
+        ([*BASE, IP, "a", PORT, "0"], "from 1 to 65535"),
+        (["--model-path", "m", IP, "a:1"], "need --load-format remote_instance"),
+        ([*BASE, IP, "a:1", GROUP_PORTS, "[1]"], "needs --remote-instance-weight-loader-backend nccl"),
+        ([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[1, 2]"], "one port for each of the 1 ranks"),
+        ([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[1, 1]", "--tp-size", "2"], "one port for each of the 2 ranks"),
+        ([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "1,2"], "JSON list"),
+        ([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[70000]"], "JSON list"),
+        ([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[true]"], "JSON list"),
+    ],
+)
+def test_what_makes_no_sense_is_an_error(flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_server_args(flags)
+
+
+def test_group_ports():
+    args = parse_server_args([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[4000, 4001]", "--tp-size", "2"])
+    assert LoadConfig.from_server_args(args).send_weights_group_ports == (4000, 4001)
