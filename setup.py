@@ -45,6 +45,7 @@ EXTRAS = {
         "pytest-asyncio>=0.23",
         "pytest-timeout>=2.3",
         "ruff>=0.9",
+        "triton>=3.4; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
         "transformers>=5.0",
     ],
 }

@@ -18,6 +18,47 @@ MIN_DOT_ROWS = 16  # the least that the matrix units take
 LOG2_E = 1.4426950408889634
 
 
+@triton.jit
+def _attend_split(
+    q,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    cache_stride,
+    start,
+    stop,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold the keys [start, stop) of a sequence into a running softmax: (weighted sum, total, maximum)."""
+    dims = tl.arange(0, BLOCK_DIM)
+    dim_mask = dims < HEAD_DIM
+    maximum = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_HEADS], tl.float32)
+    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
+    for key in range(start, stop, BLOCK_KEYS):
+        positions = key + tl.arange(0, BLOCK_KEYS)
+        valid = positions < stop
+        pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+        slots = (pages * PAGE_SIZE + positions % PAGE_SIZE) * cache_stride
+        k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        probs = tl.exp2(scores - new_maximum[:, None])
+        correction = tl.exp2(maximum - new_maximum)
+        v = tl.load(v_ptr + slots[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
+        acc = tl.dot(probs.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+        total = total * correction + tl.sum(probs, axis=1)
+        maximum = new_maximum
+    return acc, total, maximum
+
+
 @triton.jit(do_not_specialize=["table_stride", "window", "num_splits"])
 def _decode_kernel(
     q_ptr,
@@ -74,28 +115,13 @@ def _decode_kernel(
 
     q_offsets = sequence * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=head_mask[:, None] & dim_mask[None, :], other=0.0)
-    maximum = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_HEADS], tl.float32)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], tl.float32)
-    table_ptr = block_tables_ptr + sequence * table_stride
     k_ptr = k_cache_ptr + kv_head * HEAD_DIM
     v_ptr = v_cache_ptr + kv_head * HEAD_DIM
-    for key in range(start, stop, BLOCK_KEYS):
-        positions = key + tl.arange(0, BLOCK_KEYS)
-        valid = positions < stop
-        pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        slots = (pages * PAGE_SIZE + positions % PAGE_SIZE) * cache_stride
-        k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        probs = tl.exp2(scores - new_maximum[:, None])
-        correction = tl.exp2(maximum - new_maximum)
-        v = tl.load(v_ptr + slots[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-        total = total * correction + tl.sum(probs, axis=1)
-        maximum = new_maximum
-
+    table_ptr = block_tables_ptr + sequence * table_stride
+    acc, total, maximum = _attend_split(
+        q, k_ptr, v_ptr, table_ptr, cache_stride, start, stop, scale,
+        HEAD_DIM, BLOCK_DIM, BLOCK_HEADS, BLOCK_KEYS, PAGE_SIZE, PRECISION,
+    )  # fmt: skip
     out = acc / total[:, None]
     out_mask = head_mask[:, None] & dim_mask[None, :]
     rows = sequence * num_heads + heads
@@ -171,7 +197,6 @@ def decode_attention(
     num_splits = num_kv_splits(batch_size, num_kv_heads, q.device)
     block_dim = max(16, next_power_of_2(head_dim))
     early = can_launch_early(q.device)
-    launch = {"launch_pdl": True} if early else {}
     out = torch.empty((batch_size, num_heads, head_dim), dtype=q.dtype, device=q.device)
     scratch = out
     lse = out
@@ -205,22 +230,29 @@ def decode_attention(
         EARLY=early,
         num_warps=4,
         num_stages=1 if q.dtype == torch.float32 else 3,
-        **launch,
+        **({"launch_pdl": True} if early else {}),
     )
     if num_splits > 1:
-        _combine_kernel[(batch_size * num_heads,)](
-            scratch,
-            lse,
-            out,
-            num_splits,
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            BLOCK_SPLITS=MAX_SPLITS,
-            EARLY=early,
-            num_warps=4,
-            **launch,
-        )
+        _combine(scratch, lse, out)
     return out
+
+
+def _combine(scratch: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum the splits in `scratch` [batch_size, num_heads, num_splits, head_dim] into `out`, weighted by `lse`."""
+    batch_size, num_heads, num_splits, head_dim = scratch.shape
+    early = can_launch_early(out.device)
+    _combine_kernel[(batch_size * num_heads,)](
+        scratch,
+        lse,
+        out,
+        num_splits,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)),
+        BLOCK_SPLITS=MAX_SPLITS,
+        EARLY=early,
+        num_warps=4,
+        **({"launch_pdl": True} if early else {}),
+    )
 
 
 def _block_keys(dtype: torch.dtype, block_dim: int) -> int:
