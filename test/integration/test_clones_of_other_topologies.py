@@ -1,5 +1,7 @@
 """Owns the test of whole instances that grow out of ones with other parallel sizes, launched as a user would."""
 
+import socket
+
 import httpx
 import pytest
 import random_models as rm
@@ -67,3 +69,29 @@ def test_ranks_are_sent_to_by_broadcast_while_the_seed_serves(model, tmp_path):
             assert reports(client) == [("nccl", True)] * 2
             assert answers(client) == expected == answers(seed)
         assert seed.output.count("GB of weights in") == 2
+
+
+def test_both_nodes_are_reached(model, tmp_path):
+    """A follower on another node computes checksums and sends broadcasts: its control socket is a TCP port then."""
+    addresses = ("--dist-init-addr", f"127.0.0.1:{free_port()}", "--engine-info-bootstrap-port", str(free_port()))
+    flags = ("--tp-size", "2", "--nnodes", "2", *addresses, SEED[0])
+    weightless = rm.without_weights(model, tmp_path / "weightless")
+    off = ("--remote-instance-weight-loader-local-mode", "off")
+    with (
+        ServerProcess(model, tmp_path / "node1.log", *flags, "--node-rank", "1", fake=False),
+        ServerProcess(model, tmp_path / "node0.log", *flags, "--node-rank", "0", fake=False) as seed,
+    ):
+        seed.wait_ready()
+        expected = answers(seed)
+        ways = {"transfer_engine": (), "nccl": ("--tp-size", "2", "--remote-instance-weight-loader-backend", "nccl")}
+        for source, more in ways.items():
+            log = tmp_path / f"c{len(more)}.log"
+            with ServerProcess(weightless, log, *client_flags(seed), *off, *more, fake=False) as client:
+                client.wait_ready()
+                assert set(reports(client)) == {(source, True)} and answers(client) == expected
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -69,7 +69,7 @@ class ChildProcesses:
         self._children: list[Child] = []
         self._stopping = False
         self._lock = threading.Lock()
-        longest = self.port_args.tokenizer_ipc_name.removeprefix("ipc://")
+        longest = f"{self._directory}/scheduler-9999"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
             self.stop()
             raise ValueError(f"the temporary folder's path is too long for a socket ({longest}); set TMPDIR to another")

@@ -93,7 +93,7 @@ class ModelRunner:
             self._make_kv_cache(num_pages)
             on_phase("kv_cache")
             if server_args.is_seed:
-                WeightSeed.prepare(server_args.host, parallel.world_rank)
+                WeightSeed.prepare(self._weights_host, parallel.world_rank)
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
@@ -199,6 +199,13 @@ class ModelRunner:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
 
+    @property
+    def _weights_host(self) -> str:
+        """The address at which this rank's weights are offered: a loopback one is of no use to other nodes."""
+        args = self.server_args
+        is_loopback = args.host.startswith("127.") or args.host in ("localhost", "::1")
+        return local_address(args.dist_init_addr) if args.nnodes > 1 and is_loopback else args.host
+
     def publish(self, bootstrap_url: str) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.
 
@@ -208,7 +215,11 @@ class ModelRunner:
         args = self.server_args
         control_host = None if args.nnodes == 1 else local_address(args.dist_init_addr)
         self._seed = WeightSeed.start(
-            self.manifest, self.arena, host=args.host, control_host=control_host, on_state=self._on_instance_state
+            self.manifest,
+            self.arena,
+            host=self._weights_host,
+            control_host=control_host,
+            on_state=self._on_instance_state,
         )
         self._register_to_engine_info_bootstrap(bootstrap_url)
         if args.modelexpress is not None:
