@@ -46,7 +46,8 @@ class FleetUnderTest:
         log = self.folder / f"instance{self.count}.log"
         environment = {"MX_HEARTBEAT_INTERVAL_SECS": "1"} | environment
         server = ServerProcess(model or self.model, log, *flags, fake=False, **environment)
-        return self.stack.enter_context(server)
+        self.stack.callback(kill, server)  # how instances end in good order has tests of its own
+        return server
 
 
 def load_report(server, rank=0):
@@ -69,6 +70,8 @@ def status(mx, server):
 
 def kill(server):
     """End an instance as a power cut does."""
+    if server.process.poll() is not None:
+        return
     children = server.children()
     server.signal(signal.SIGKILL)
     server.wait_exit()

@@ -192,3 +192,28 @@ def test_what_discovery_adds_to_a_load(client, seed):
     added_s = min(by_name) - min(by_address)
     print(f"discovery adds {1000 * added_s:.1f} ms to {1000 * min(by_address):.1f} ms")
     assert added_s < 0.15
+
+
+@pytest.mark.parametrize("step", ["list_sources", "get_metadata", "publish", "update_status"])
+@pytest.mark.parametrize("has_source", [True, False])
+def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path, monkeypatch, seed, step, has_source):
+    monkeypatch.setattr("ramet.srt.modelexpress.discovery.OUTAGE_S", 1.0)
+    with running_server() as server:
+        client = Client(server.address, fallback="disk", timeout_s=5.0)
+        files = seed_process.make_tensors(client.config)
+        shapes = client.config["shapes"]
+        arrays = {name: files[name].view(np.float32).reshape(shapes[name]) for name in shapes}
+        save_file(arrays, tmp_path / "model.safetensors")
+        if has_source:
+            client.publish(seed.port)
+        original = getattr(ModelExpressClient, step)
+
+        def call(self, *args, **options):
+            server.close(grace_s=0)
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(ModelExpressClient, step, call)
+        report = client.load(tmp_path)
+        assert client.holds()
+        assert report.source == "transfer_engine" or report.fallback_reason or client.loader.claim.held
+        client.loader.release_claim()

@@ -22,6 +22,7 @@ MAX_POLL_S = 2.0
 POLL_SHARE = 0.05  # of the time already waited: a hundred that wait for minutes must not keep the server busy
 UNKNOWN_LOAD = 0.5  # of a source that does not say how busy it is
 INITIALIZING_SILENCE_S = 4 * INITIALIZING_INTERVAL_S  # an initializing source that is silent for so long has died
+FINAL_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")  # asking again would not help
 OUTAGE_S = 10.0  # a server that fails for so long while one waits is given up
 
 
@@ -130,7 +131,7 @@ def search(
             what = "a source that is initializing" if coming else "whoever claims the files" if claim else "a source"
         except ModelExpressError as error:
             outage_since = outage_since or now
-            if now - outage_since >= OUTAGE_S or now >= deadline:
+            if error.code in FINAL_CODES or now - outage_since >= OUTAGE_S or now >= deadline:
                 release(claim)
                 raise
             what = f"the server to answer ({error})"
