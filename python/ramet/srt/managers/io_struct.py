@@ -130,7 +130,7 @@ class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
 class LoadReport(msgspec.Struct, kw_only=True):
     """How one rank's arena was filled."""
 
-    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine" or "dummy"; several joined by "+"
+    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
     num_bytes: int
     seconds: float
     verified: bool  # content checksums were compared with the seed's

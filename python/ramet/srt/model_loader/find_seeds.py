@@ -39,10 +39,11 @@ def find_seeds(config: LoadConfig, manifest: WeightManifest) -> list[SeedInstanc
         threading.Thread(target=ask, args=(seed,), name="ask-seed", daemon=True).start()
     found: list[SeedInstance] = []
     errors: dict[str, WeightTransferError] = {}
-    deadline: float | None = None
+    # Each seed's requests have their own time limit; looking its name up has none.
+    deadline = time.monotonic() + config.timeout_s + LATE_GRACE_S
     while len(found) + len(errors) < len(candidates):
         try:
-            seed, error = results.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            seed, error = results.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             break
         if isinstance(error, WeightTransferError):
@@ -51,12 +52,15 @@ def find_seeds(config: LoadConfig, manifest: WeightManifest) -> list[SeedInstanc
             raise error
         else:
             found.append(seed)
-            deadline = deadline or time.monotonic() + LATE_GRACE_S
+            deadline = min(deadline, time.monotonic() + LATE_GRACE_S)
+    for seed in candidates:
+        if seed not in found and seed.name not in errors:
+            errors[seed.name] = WeightTransferError("ask", rank, seed.name, "it is late")
     if not found:
         raise combine_errors(rank, [errors[seed.name] for seed in candidates])
     for seed in candidates:
         if seed not in found:
-            logger.warning("rank %d: the seed %s is left out: %s", rank, seed.name, errors.get(seed.name, "it is late"))
+            logger.warning("rank %d: the seed %s is left out: %s", rank, seed.name, errors[seed.name])
     return _agreeing([seed for seed in candidates if seed in found], rank)
 
 

@@ -1,6 +1,5 @@
 """Owns the comparison of a filled arena with what its seeds say of their weights. Moves and repairs nothing."""
 
-import logging
 from collections.abc import Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
@@ -14,8 +13,6 @@ from ramet.srt.model_loader.threads import num_copy_threads
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import expected_checksums, find_mismatches
 from ramet.srt.model_loader.weight_manifest import WeightChecksums, WeightEntry, WeightManifest
-
-logger = logging.getLogger(__name__)
 
 
 class ChecksumMismatch(WeightTransferError):

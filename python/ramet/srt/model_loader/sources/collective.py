@@ -1,6 +1,5 @@
 """Owns filling an arena with broadcasts from ranks of a seed: the client's side. Knows SGLang's routes for it."""
 
-import logging
 import threading
 from collections.abc import Sequence
 
@@ -31,8 +30,6 @@ from ramet.srt.model_loader.seed_registration import InitSendGroupAnswer, InitSe
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import HostReceiveWindow, HostWeightArena, WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
-
-logger = logging.getLogger(__name__)
 
 MAX_TIMEOUT_S = 600.0
 SEND_TIMEOUT_S = 3600.0  # for the request that lasts as long as the transfer
