@@ -184,7 +184,7 @@ def plan(
     max_op_nbytes: int = MAX_OP_BYTES,
     unfinished: Iterable[CopyOp] | None = None,
 ) -> TransferPlan:
-    """Copy operations that fill the target's boxes from the sources, earlier sources first.
+    """Copy operations that fill the target's boxes from the sources: from those laid out as it is, or else earlier first.
 
     Sources of the same layout share the work evenly. Neighbouring ranges are merged, across gaps of
     zeros too, then cut so that none writes more than `max_op_nbytes` (a single row is never cut in two
@@ -198,6 +198,32 @@ def plan(
         PlanError: if no source has a part of a tensor, or only in a type that it can't convert.
     """
     groups = _group_equal_sources(sources)
+    wanted = None if unfinished is None else merge_ranges([(op.target_offset, op.target_stop) for op in unfinished])
+    twins = _find_twins(target, sources, groups)
+    merged = [(twins, _whole_arena(target, twins[0]))] if twins else _plan_boxes(target, sources, groups)
+    ops: list[CopyOp] = []
+    for members, group_ops in merged:
+        chosen = group_ops if wanted is None else [part for op in group_ops for part in _clip(op, wanted)]
+        ops.extend(_share([part for op in chosen for part in split_op(op, max_op_nbytes)], members))
+    return TransferPlan(tuple(sorted(ops, key=lambda op: (op.source, op.target_offset))))
+
+
+def _find_twins(target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]) -> list[int]:
+    """The sources that are laid out as the target."""
+    layout = layout_digest(target)
+    return next((members for members in groups if sources[members[0]].layout == layout), [])
+
+
+def _whole_arena(target: WeightManifest, source: int) -> list[CopyOp]:
+    """All tensors, and the zeros between them, in one range."""
+    stop = max((entry.offset + entry.nbytes for entry in target.entries), default=0)
+    return [CopyOp(source=source, source_offset=0, target_offset=0, row_nbytes=stop)] if stop else []
+
+
+def _plan_boxes(
+    target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]
+) -> list[tuple[list[int], list[CopyOp]]]:
+    """The members of each group of equal sources, and what to take from one of them."""
     pieces: list[list[CopyOp]] = [[] for _ in groups]
     uncovered: list[str] = []
     mismatches: list[str] = []
@@ -206,14 +232,11 @@ def plan(
             pieces[number].append(op)
     if uncovered or mismatches:
         raise PlanError(uncovered, mismatches)
-    wanted = None if unfinished is None else merge_ranges([(op.target_offset, op.target_stop) for op in unfinished])
-    target_occupied = occupied_ranges(target.entries)
-    ops: list[CopyOp] = []
-    for members, group_ops in zip(groups, pieces, strict=True):
-        chosen = group_ops if wanted is None else [part for op in group_ops for part in _clip(op, wanted)]
-        merged = _merge(chosen, sources[members[0]].occupied, target_occupied)
-        ops.extend(_share([part for op in merged for part in split_op(op, max_op_nbytes)], members))
-    return TransferPlan(tuple(sorted(ops, key=lambda op: (op.source, op.target_offset))))
+    occupied = occupied_ranges(target.entries)
+    return [
+        (members, _merge(group_ops, sources[members[0]].occupied, occupied))
+        for members, group_ops in zip(groups, pieces, strict=True)
+    ]
 
 
 def _group_equal_sources(sources: Sequence[PlanSource]) -> list[list[int]]:
