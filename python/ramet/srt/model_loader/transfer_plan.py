@@ -164,8 +164,11 @@ def occupied_ranges(entries: Iterable[WeightEntry]) -> list[ByteRange]:
     return merge_ranges(ranges)
 
 
-def zero_ranges(manifest: WeightManifest) -> list[ByteRange]:
-    """The arena bytes that must be cleared before a plan is executed, because it may not write them."""
+def zero_ranges(manifest: WeightManifest) -> Iterator[ByteRange]:
+    """The arena bytes that must be cleared before a plan is executed, because it may not write them.
+
+    Computed when they are asked for: a fresh arena is all zeros.
+    """
     filled = []
     for entry in manifest.entries:
         ranges = [box_byte_range(entry, box) for box in entry.boxes]
@@ -174,7 +177,7 @@ def zero_ranges(manifest: WeightManifest) -> list[ByteRange]:
             filled.append((entry.offset, entry.offset + entry.nbytes))
         elif None not in ranges:
             filled.extend(r for r in ranges if r is not None)
-    return list(invert_ranges(merge_ranges(filled), manifest.arena_nbytes))
+    yield from invert_ranges(merge_ranges(filled), manifest.arena_nbytes)
 
 
 def plan(
@@ -184,7 +187,7 @@ def plan(
     max_op_nbytes: int = MAX_OP_BYTES,
     unfinished: Iterable[CopyOp] | None = None,
 ) -> TransferPlan:
-    """Copy operations that fill the target's boxes from the sources: from those laid out as it is, or else earlier first.
+    """Copy operations that fill the target's boxes: from sources laid out as it is if there are any, else earlier ones.
 
     Sources of the same layout share the work evenly. Neighbouring ranges are merged, across gaps of
     zeros too, then cut so that none writes more than `max_op_nbytes` (a single row is never cut in two
