@@ -6,11 +6,14 @@ Seed and client build their identity with the same function here, so that they c
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.settings import ModelExpressConfig
+
+if TYPE_CHECKING:
+    from ramet.srt.configs.load_config import LoadConfig
+    from ramet.srt.model_loader.weight_manifest import WeightManifest
 
 # Part of every identity. Upstream engines put the version of their modelexpress package here, so a source is shared
 # with them when they run this one.
@@ -42,7 +45,7 @@ class EngineValues:
     ep_size: int = 1
 
 
-def make_source_identity(config: LoadConfig, manifest: WeightManifest) -> p2p_pb2.SourceIdentity:
+def make_source_identity(config: "LoadConfig", manifest: "WeightManifest") -> p2p_pb2.SourceIdentity:
     """The identity of a rank's weights: for a seed that publishes them and a client that looks for them alike."""
     engine = EngineValues(
         model_name=config.modelexpress_model_name,
