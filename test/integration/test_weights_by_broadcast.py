@@ -1,5 +1,6 @@
 """Owns the tests of the backend nccl, over gloo: pairs of ranks, ports, deadlines, and peers of upstream's kind."""
 
+import datetime
 import gc
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 import seed_process
 import server_process
@@ -21,6 +23,7 @@ from ramet.srt.model_loader.transfer_plan import plan, source_from_manifest
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
 from seed_server import SeedServer, load_all, take, write_random_model
+from torch.distributed.distributed_c10d import _new_process_group_helper
 
 BROADCAST = {"backend": "nccl", "local_mode": "off"}
 PAIRS = {
@@ -79,8 +82,6 @@ def init_body(server, **changes):
 
 
 def post(server, path, body):
-    import httpx
-
     return httpx.post(f"http://127.0.0.1:{server.port}/{path}", json=body, timeout=30)
 
 
@@ -110,7 +111,7 @@ def wait_for(condition, timeout_s=15):
 def test_defect_4_no_step_waits_for_ever_and_names_come_from_the_seed(tp1_server, monkeypatch):
     """Neither side computes a name from a host's name: a wrong idea of the own name changes nothing."""
     monkeypatch.setattr(socket, "gethostname", lambda: "another-name")
-    (answers,) = [[init(tp1_server, timeout_s=0.5) for _ in range(2)]]
+    answers = [init(tp1_server, timeout_s=0.5) for _ in range(2)]
     ids = {answer["transfer_id"] for answer in answers}
     assert len(ids) == 2 and all(answer["success"] for answer in answers)
     # Nobody comes: both are given up, their ports are given back, and asking for them afterwards is an error.
@@ -190,14 +191,10 @@ class Peer:
     """A client's side that is made with torch's own group of a name, as upstream makes it."""
 
     def __init__(self, port, name):
-        from datetime import timedelta
-
-        from torch.distributed.distributed_c10d import _new_process_group_helper
-
         store = dist.PrefixStore(name, connect("127.0.0.1", port, 10))
         backend = dist.Backend("gloo")
         self.group, _ = _new_process_group_helper(
-            2, 1, [], backend, store, group_name=name, timeout=timedelta(seconds=10)
+            2, 1, [], backend, store, group_name=name, timeout=datetime.timedelta(seconds=10)
         )
         dist.distributed_c10d._world.pg_group_ranks[self.group] = {0: 0, 1: 1}
 
@@ -271,6 +268,15 @@ def test_a_seed_of_upstream_s_kind_gives_every_parameter(dense_folder):
             thread.join(30)
         for rank, (arena, report) in results.items():
             assert arena.memory == server.arenas[rank].memory and not report.verified
+        assert len(results) == 2
+        # The names and ports are free again: a client that starts anew uses the same ones.
+        wait_for(lambda: all(is_free(port) for port in ports))
+        threads = [threading.Thread(target=load, args=(rank,)) for rank in range(2)]
+        results.clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
         assert len(results) == 2
 
 

@@ -45,7 +45,7 @@ class SendGroups:
         with self._lock:
             now = time.monotonic()
             self._transfers = {key: one for key, one in self._transfers.items() if not one.is_forgotten(now)}
-            if transfer.id in self._transfers:
+            if transfer.id in self._transfers and not self._transfers[transfer.id].ended.is_set():
                 raise ValueError(f"there is a group {transfer.id!r} already")
             if sum(not one.ended.is_set() for one in self._transfers.values()) >= MAX_TRANSFERS:
                 raise ValueError(f"this rank is sending to {MAX_TRANSFERS} others already")
@@ -108,6 +108,7 @@ class _Transfer:
         self._joined = threading.Event()
         self._go = threading.Event()
         self._was_asked = threading.Lock()
+        self._is_sent = False
         self._error = ""
         self._end_s = 0.0
         self._num_bytes = 0
@@ -144,10 +145,12 @@ class _Transfer:
     def _run(self) -> None:
         try:
             self._meet_and_send()
-        except (OSError, RuntimeError) as error:
+            self._is_sent = not self._error
+        except (OSError, RuntimeError, MemoryError) as error:
             self._error = self._error or str(error)  # the text alone: the error holds the store, and so its port
         finally:
-            if self._error:
+            if not self._is_sent:
+                self._error = self._error or "it broke off"
                 rank = self._arena.manifest.parallel.world_rank
                 logger.warning("rank %d: the weights were not sent: %s", rank, self._error)
             self._end_s = time.monotonic()
