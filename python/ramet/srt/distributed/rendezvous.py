@@ -20,6 +20,7 @@ CONNECT_PERIOD_S = 0.1
 PULSE_PERIOD_S = 1.0
 PULSE_TIMEOUT_S = 15.0
 STORE_TIMEOUT_S = 10.0
+END_TIMEOUT_S = 3.0
 
 
 class Rendezvous:
@@ -170,6 +171,7 @@ class Rendezvous:
                 count += 1
                 store.set(f"pulse/{node}", str(count))
                 if store.check(["ended"]):
+                    store.set(f"left/{node}", "")
                     on_end()
                     return
                 for other, (value, when) in seen.items():
@@ -184,9 +186,17 @@ class Rendezvous:
                 on_loss(f"node 0 can't be reached any more: {_first_line(error)}")
 
     def end(self) -> None:
-        """Say to the other nodes that the instance ends in good order."""
-        if self.nnodes > 1:
-            self.put("ended", "")
+        """Say to the other nodes that the instance ends in good order, and give them time to hear it.
+
+        The store ends with this process: a node that has not heard would take that for a loss.
+        """
+        if self.nnodes == 1:
+            return
+        self.put("ended", "")
+        deadline = time.monotonic() + END_TIMEOUT_S
+        others = [f"left/{node}" for node in range(1, self.nnodes)]
+        while not self.store.check(others) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def close(self) -> None:
         self._closing.set()
