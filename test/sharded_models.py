@@ -24,23 +24,8 @@ def all_ranks(tp_size: int, ep_size: int = 1) -> list[ParallelConfig]:
 
 def ranks_of(*, tp_size: int = 1, pp_size: int = 1, dp_size: int = 1, ep_size: int = 1) -> list[ParallelConfig]:
     """The coordinates of every rank, in the order of their world ranks."""
-    ranks = []
-    for world_rank in range(dp_size * pp_size * tp_size):
-        shard_rank, tp_rank = divmod(world_rank, tp_size)
-        dp_rank, pp_rank = divmod(shard_rank, pp_size)
-        ranks.append(
-            ParallelConfig(
-                tp_size=tp_size,
-                tp_rank=tp_rank,
-                pp_size=pp_size,
-                pp_rank=pp_rank,
-                dp_size=dp_size,
-                dp_rank=dp_rank,
-                ep_size=ep_size,
-                ep_rank=tp_rank // (tp_size // ep_size),
-            )
-        )
-    return ranks
+    sizes = {"tp_size": tp_size, "pp_size": pp_size, "dp_size": dp_size, "ep_size": ep_size}
+    return [ParallelConfig.of_rank(rank, **sizes) for rank in range(dp_size * pp_size * tp_size)]
 
 
 def topology_name(topology: tuple[int, int]) -> str:
