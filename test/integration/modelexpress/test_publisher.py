@@ -89,7 +89,8 @@ def test_a_server_that_is_down_at_the_start(caplog: pytest.LogCaptureFixture) ->
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1  # said once, not at each attempt
     with running_server(port=port) as server, ModelExpressClient(server.address, environ={}) as client:
         wait_until(lambda: listed(client, READY) == [publisher.worker_id], 30, "READY at the server that came late")
-        assert publisher.stats().status == "READY" and publisher.stats().last_error == ""
+        wait_until(lambda: publisher.stats().status == "READY", what="the server's answer")
+        assert publisher.stats().last_error == ""
         publisher.close()
 
 
@@ -102,7 +103,8 @@ def test_a_server_that_loses_everything(caplog: pytest.LogCaptureFixture) -> Non
     wait_until(lambda: publisher.stats().num_failures >= 1, what="a failure")
     with running_server(port=port) as server, ModelExpressClient(server.address, environ={}) as client:
         wait_until(lambda: listed(client, READY) == [publisher.worker_id], 30, "the record at the new server")
-        assert publisher.stats().num_publishes == 2 and publisher.stats().num_lost == 1
+        wait_until(lambda: publisher.stats().num_publishes == 2, what="the server's answer")
+        assert publisher.stats().num_lost == 1
         publisher.close()
         assert listed(client, READY) == []
 
