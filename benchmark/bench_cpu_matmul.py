@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 from ramet.srt.layers import cpu_matmul  # noqa: E402
 
 SHAPES = ((9728, 896), (896, 4864))  # output and input size: a 0.5 B model's gate_up_proj and down_proj
-NUM_ROWS = (8, 12, 16, 64, 256)
+NUM_ROWS = (8, 12, 16, 64, 256, 2048)
 NUM_WEIGHTS = 12  # of each shape, so that they don't stay in the cache
 
 

@@ -7,10 +7,11 @@ from ramet.srt.layers import cpu_matmul
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(12, 33, 7), (16, 64, 300), (70, 5, 129)])  # num_rows, input_size, output_size
+@pytest.mark.parametrize("shape", [(12, 33, 7), (16, 64, 300), (256, 33, 129)])  # num_rows, input_size, output_size
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_equals_the_product_in_float64(monkeypatch, dtype, shape, has_bias):
-    monkeypatch.setattr(cpu_matmul, "BLOCK_ELEMENTS", 1000)  # several blocks, the last one partly filled
+    for name in ("BLOCK_ELEMENTS", "MANY_ROWS_BLOCK_ELEMENTS"):
+        monkeypatch.setattr(cpu_matmul, name, 1000)  # several blocks, the last one partly filled
     num_rows, input_size, output_size = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((num_rows, input_size), generator=generator).to(dtype)

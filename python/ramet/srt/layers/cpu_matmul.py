@@ -8,11 +8,14 @@ exact result: rounded once, at the end.
 
 import functools
 import threading
+from collections.abc import Iterator
 
 import torch
 
 MIN_ROWS = 12  # of the input; below, reading the weights once costs more than widening them in registers
 BLOCK_ELEMENTS = 1 << 20  # of widened weights: 4 MB, few enough for a processor's shared cache
+MANY_ROWS = 256  # from here on it pays to round block by block rather than to transpose at the end
+MANY_ROWS_BLOCK_ELEMENTS = 1 << 21
 NATIVE_FLAGS = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
@@ -41,25 +44,52 @@ def is_faster_blocked(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def blocked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b for half-precision x [num_rows, input_size] and W [output_size, input_size], summed in float32."""
+    if x.shape[0] >= MANY_ROWS:
+        return _linear_of_many_rows(x, weight, bias)
     output_size, input_size = weight.shape
     columns = x.t().float()  # [input_size, num_rows]
     result = torch.empty((output_size, x.shape[0]))
-    block_rows = max(1, BLOCK_ELEMENTS // input_size)
-    buffer = _buffer(block_rows * input_size)
-    for start in range(0, output_size, block_rows):
-        block = weight[start : start + block_rows]
-        widened = buffer[: block.numel()].view(block.shape)
-        widened.copy_(block)
-        torch.mm(widened, columns, out=result[start : start + block_rows])
+    for start, widened in _widened_blocks(weight, BLOCK_ELEMENTS):
+        torch.mm(widened, columns, out=result[start : start + len(widened)])
     if bias is not None:
         result += bias.float().unsqueeze(1)
     return result.t().to(x.dtype, memory_format=torch.contiguous_format)
 
 
-def _buffer(num_elements: int) -> torch.Tensor:
+def _linear_of_many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same with each block's products rounded while they are in the cache, and no transposition at the end."""
+    rows = x.float()
+    result = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    products = _buffer("products", x.shape[0] * _block_rows(weight, MANY_ROWS_BLOCK_ELEMENTS))
+    for start, widened in _widened_blocks(weight, MANY_ROWS_BLOCK_ELEMENTS):
+        product = products[: x.shape[0] * len(widened)].view(x.shape[0], len(widened))
+        torch.mm(rows, widened.t(), out=product)
+        if bias is not None:
+            product += bias[start : start + len(widened)].float()
+        result[:, start : start + len(widened)] = product
+    return result
+
+
+def _widened_blocks(weight: torch.Tensor, block_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, float32 rows) of the weight, block after block; a block is valid until the next one is asked for."""
+    block_rows = _block_rows(weight, block_elements)
+    buffer = _buffer("widened", block_rows * weight.shape[1])
+    for start in range(0, weight.shape[0], block_rows):
+        block = weight[start : start + block_rows]
+        widened = buffer[: block.numel()].view(block.shape)
+        widened.copy_(block)
+        yield start, widened
+
+
+def _block_rows(weight: torch.Tensor, block_elements: int) -> int:
+    return max(1, block_elements // weight.shape[1])
+
+
+def _buffer(name: str, num_elements: int) -> torch.Tensor:
     """A float32 buffer of this thread, kept from call to call."""
-    buffer = getattr(_buffers, "tensor", None)
+    buffer = getattr(_buffers, name, None)
     if buffer is None or buffer.numel() < num_elements:
         with torch.inference_mode(False):  # it is written in and out of inference mode
-            buffer = _buffers.tensor = torch.empty(num_elements)
+            buffer = torch.empty(num_elements)
+        setattr(_buffers, name, buffer)
     return buffer
