@@ -12,7 +12,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -108,23 +108,19 @@ def serve(config: dict[str, Any]) -> None:
     bootstrap.close()
 
 
-class SeedProcess:
-    """A seed in a child process; ends with the test."""
+class ChildSeed:
+    """A script that prints its HTTP port and is a seed until its stdin ends. Use as a context manager."""
 
-    def __init__(self, **config: Any) -> None:
-        self.config = DEFAULTS | config
+    def __init__(self, script: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(self.config)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the seed process ended with {self.process.wait(30)}"
         self.port = int(line)
 
-    def __enter__(self) -> "SeedProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,6 +140,14 @@ class SeedProcess:
             if pipe:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
+
+
+class SeedProcess(ChildSeed):
+    """A seed of numbers, with `config` over DEFAULTS."""
+
+    def __init__(self, **config: Any) -> None:
+        self.config = DEFAULTS | config
+        super().__init__(__file__, json.dumps(self.config))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import functools
 import json
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
+from seed_process import ChildSeed
 from starlette.responses import Response
 
 
@@ -99,27 +99,11 @@ class SeedServer:
         self.bootstrap.close()
 
 
-class SeedServerProcess:
+class SeedServerProcess(ChildSeed):
     """A SeedServer in a process of its own: it has a whole topology of the model in `folder`, read from disk."""
 
     def __init__(self, folder: Path, sizes: dict[str, int]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(folder), json.dumps(sizes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the seed process ended with {self.process.wait(30)}"
-        self.port = int(line)
-
-    def __enter__(self) -> "SeedServerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait(30)
+        super().__init__(__file__, str(folder), json.dumps(sizes))
 
 
 def serve(folder: Path, sizes: dict[str, int]) -> None:

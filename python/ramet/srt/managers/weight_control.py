@@ -5,20 +5,18 @@ which tells nobody else. Each connection is one request. Serving goes on meanwhi
 """
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import os
 import secrets
 import socket
 import struct
-import threading
 from collections.abc import Callable
 
 import msgspec
 
 from ramet.srt.managers.io_struct import WeightControlError, WeightReply, WeightRequest
-from ramet.srt.utils.unix_peer import peer_uid
+from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
 
 logger = logging.getLogger(__name__)
 
@@ -60,51 +58,35 @@ class WeightControlServer:
         self._handle = handle
         token = secrets.token_hex(16)
         if host is None:
-            name = f"ramet-control-{secrets.token_hex(16)}"
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.bind("\0" + name)
-            self._socket.listen(64)
+            listener, name = listen_on_abstract_name("ramet-control", socket.SOCK_STREAM)
             self.address = ControlAddress(token=token, name=name)
         else:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, 0), family=family)
-            self.address = ControlAddress(token=token, host=host, port=self._socket.getsockname()[1])
-        self._thread = threading.Thread(target=self._serve, name="weight-control", daemon=True)
-        self._thread.start()
+            listener = socket.create_server((host, 0), family=family)
+            self.address = ControlAddress(token=token, host=host, port=listener.getsockname()[1])
+        self._connections = ConnectionThreads(listener, self._answer, "weight-control")
 
     def close(self) -> None:
         """Take no more requests."""
-        with contextlib.suppress(OSError):  # closed before
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._socket.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:  # shut down
-                return
-            threading.Thread(target=self._answer, args=(connection,), name="weight-control", daemon=True).start()
+        self._connections.close()
 
     def _answer(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                connection.settimeout(READ_TIMEOUT_S)
-                if connection.family == socket.AF_UNIX and peer_uid(connection) != os.geteuid():
-                    return
-                (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
-                if length > MAX_MESSAGE_BYTES:
-                    return
-                envelope = _envelope_decoder.decode(_receive(connection, length))
-                if not hmac.compare_digest(envelope.token.encode(), self.address.token.encode()):
-                    return
-                reply = self._reply_to(envelope.request)
-                data = msgspec.msgpack.encode(reply)
-                connection.settimeout(READ_TIMEOUT_S)
-                connection.sendall(_LENGTH.pack(len(data)) + data)
-            except (OSError, ValueError) as error:
-                logger.debug("a control request broke off: %s", error)
+        try:
+            connection.settimeout(READ_TIMEOUT_S)
+            if connection.family == socket.AF_UNIX and peer_uid(connection) != os.geteuid():
+                return
+            (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+            if length > MAX_MESSAGE_BYTES:
+                return
+            envelope = _envelope_decoder.decode(_receive(connection, length))
+            if not hmac.compare_digest(envelope.token.encode(), self.address.token.encode()):
+                return
+            reply = self._reply_to(envelope.request)
+            data = msgspec.msgpack.encode(reply)
+            connection.settimeout(READ_TIMEOUT_S)
+            connection.sendall(_LENGTH.pack(len(data)) + data)
+        except (OSError, ValueError) as error:
+            logger.debug("a control request broke off: %s", error)
 
     def _reply_to(self, request: WeightRequest) -> WeightReply:
         try:

@@ -4,10 +4,8 @@ Host memory goes as a file descriptor (unix(7), SCM_RIGHTS) and outlives its pro
 handle and is read while the connection stands: so both sides know when the other one is gone.
 """
 
-import contextlib
 import logging
 import os
-import secrets
 import socket
 import threading
 
@@ -15,7 +13,7 @@ import msgspec
 
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
-from ramet.srt.utils.unix_peer import peer_uid
+from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
 
 logger = logging.getLogger(__name__)
 
@@ -50,53 +48,33 @@ class LocalShareServer:
         self._readers: set[socket.socket] = set()  # connections over which a GPU's memory is being read
         self._no_readers = threading.Condition()
         self._digest = layout_digest(arena.manifest)
-        self.name = f"ramet-weights-{secrets.token_hex(16)}"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            self._socket.bind("\0" + self.name)
-            self._socket.listen(64)
-        except OSError:
-            self._socket.close()
-            raise
-        self._thread = threading.Thread(target=self._serve, name="local-share", daemon=True)
-        self._thread.start()
+        listener, self.name = listen_on_abstract_name("ramet-weights", socket.SOCK_SEQPACKET)
+        self._connections = ConnectionThreads(listener, self._answer, "local-share")
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Stop handing the memory out. Those who have mapped it keep it; those who read it get time to finish."""
-        with contextlib.suppress(OSError):  # closed before
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
-        self._socket.close()
+        self._connections.close()
         with self._no_readers:
             if not self._no_readers.wait_for(lambda: not self._readers, timeout_s):
                 logger.warning("%d clients were still reading the weights after %g s", len(self._readers), timeout_s)
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:  # shut down
-                return
-            threading.Thread(target=self._answer, args=(connection,), name="local-share", daemon=True).start()
-
     def _answer(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(CONNECTION_TIMEOUT_S)
-            try:
-                uid = peer_uid(connection)
-                request = msgspec.msgpack.decode(connection.recv(MESSAGE_BYTES), type=ShareRequest)
-                if uid != os.geteuid():
-                    reply = ShareReply(error=f"user {uid} may not have the memory of user {os.geteuid()}")
-                elif request.layout_digest != self._digest:
-                    reply = ShareReply(error="another layout is in this memory")
-                elif self._arena.device == "cuda":
-                    return self._lend_gpu_memory(connection)
-                else:
-                    reply = ShareReply()
-                fds = [] if reply.error else [self._arena.fd]
-                socket.send_fds(connection, [msgspec.msgpack.encode(reply)], fds)
-            except (OSError, ValueError) as error:
-                logger.debug("a local client went away: %s", error)
+        connection.settimeout(CONNECTION_TIMEOUT_S)
+        try:
+            uid = peer_uid(connection)
+            request = msgspec.msgpack.decode(connection.recv(MESSAGE_BYTES), type=ShareRequest)
+            if uid != os.geteuid():
+                reply = ShareReply(error=f"user {uid} may not have the memory of user {os.geteuid()}")
+            elif request.layout_digest != self._digest:
+                reply = ShareReply(error="another layout is in this memory")
+            elif self._arena.device == "cuda":
+                return self._lend_gpu_memory(connection)
+            else:
+                reply = ShareReply()
+            fds = [] if reply.error else [self._arena.fd]
+            socket.send_fds(connection, [msgspec.msgpack.encode(reply)], fds)
+        except (OSError, ValueError) as error:
+            logger.debug("a local client went away: %s", error)
 
     def _lend_gpu_memory(self, connection: socket.socket) -> None:
         """Send a handle and wait until the client has closed the connection."""
