@@ -96,6 +96,8 @@ def test_a_node_that_never_comes_is_named(model, tmp_path: Path, present: int) -
             cluster.start_node(network.hosts[present], tmp_path / "log", flags)
             assert cluster.head.process.wait(60) == 1
             assert f"node {1 - present}" in cluster.head.output.splitlines()[-1]
+            whom = "rank 1 of node 1" if present == 0 else "node 0 at"
+            assert f"waiting up to 4 s (--dist-timeout) for {whom}" in cluster.head.output
 
 
 @pytest.mark.parametrize(

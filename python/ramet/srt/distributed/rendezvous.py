@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 CONNECT_PERIOD_S = 0.1
+SAY_AFTER_S = 3.0  # of waiting for others at the start
 PULSE_PERIOD_S = 1.0
 PULSE_TIMEOUT_S = 15.0
 STORE_TIMEOUT_S = 10.0
@@ -74,6 +75,7 @@ class Rendezvous:
             ValueError: if it does not within `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
+        news = _NewsOfWaiting(timeout_s)
         while True:
             try:
                 socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
@@ -84,6 +86,7 @@ class Rendezvous:
                         f"rank {self.world_rank} could not reach node 0 at {self._address} (--dist-init-addr) within "
                         f"{timeout_s:g} s (--dist-timeout): {error}"
                     ) from None
+                news.tell(f"node 0 at {self._address}")
                 time.sleep(CONNECT_PERIOD_S)
 
     def put(self, key: str, value: str) -> None:
@@ -131,13 +134,14 @@ class Rendezvous:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         missing = list(ranks)
+        news = None if timeout_s is None or self.world_rank > 0 else _NewsOfWaiting(timeout_s)
         while missing := [rank for rank in missing if not self.store.check([f"{key}/{rank}"])]:
+            nodes = sorted({rank * self.nnodes // self.world_size for rank in missing})
+            who = f"rank {', '.join(map(str, missing))} of node {', '.join(map(str, nodes))}"
             if deadline is not None and time.monotonic() > deadline:
-                nodes = sorted({rank * self.nnodes // self.world_size for rank in missing})
-                raise ValueError(
-                    f"rank {', '.join(map(str, missing))} of node {', '.join(map(str, nodes))} did not come within "
-                    f"{timeout_s:g} s (--dist-timeout)"
-                )
+                raise ValueError(f"{who} did not come within {timeout_s:g} s (--dist-timeout)")
+            if news is not None:
+                news.tell(who)
             time.sleep(POLL_S)
         return [self.get(f"{key}/{rank}") for rank in ranks]
 
@@ -200,6 +204,19 @@ class Rendezvous:
 
     def close(self) -> None:
         self._closing.set()
+
+
+class _NewsOfWaiting:
+    """One line in the log about whom this process waits for, once it has taken a while."""
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._when: float | None = time.monotonic() + SAY_AFTER_S
+
+    def tell(self, whom: str) -> None:
+        if self._when is not None and time.monotonic() > self._when:
+            logger.info("waiting up to %g s (--dist-timeout) for %s", self._timeout_s, whom)
+            self._when = None
 
 
 def local_address(peer: str | None) -> str:
