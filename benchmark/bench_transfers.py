@@ -24,6 +24,7 @@ from bench_common import ROOT, report
 
 sys.path.insert(0, str(ROOT / "test"))
 
+import psutil
 import seed_process
 import sharded_models as sm
 import torch
@@ -133,6 +134,17 @@ class Bench:
         seed = self.many[count]
         return self.transfer(seed_process.make_manifest(seed.config), seed.port)
 
+    def with_cores(self, name: str, transfer: Callable[[], float]) -> dict[str, float]:
+        """The rate, and how many cores this process and the seeds together kept busy meanwhile."""
+        processes = [psutil.Process(), *(psutil.Process(seed.process.pid) for seed in self.seeds.values())]
+
+        def cpu_seconds() -> float:
+            return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+        start, before = time.perf_counter(), cpu_seconds()
+        rate = transfer()
+        return {name: rate, f"{name}_cores": (cpu_seconds() - before) / (time.perf_counter() - start)}
+
     def measure_round(self) -> dict[str, float]:
         port = {name: seed.port for name, seed in self.seeds.items()}
         return {
@@ -144,8 +156,8 @@ class Bench:
             "tp1_to_tp2": self.transfer(self.manifest(1, tp_size=2), port["tp1"]),
             "tp1_to_tp4": self.transfer(self.manifest(2, tp_size=4), port["tp1"]),
             "tp4_to_tp2pp2": self.transfer(self.manifest(3, tp_size=2, pp_size=2), port["tp4"]),
-            "one_seed": self.transfer(self.whole, port["tp1"]),
-            "two_seeds": self.transfer(self.whole, port["tp1"], port["other tp1"]),
+            **self.with_cores("one_seed", lambda: self.transfer(self.whole, port["tp1"])),
+            **self.with_cores("two_seeds", lambda: self.transfer(self.whole, port["tp1"], port["other tp1"])),
             "bare_broadcast": self.bare_broadcast(),
             "broadcast": self.transfer(self.whole, port["tp1"], backend="nccl"),
             "broadcast_tp2_to_tp1": self.transfer(self.whole, port["tp2"], backend="nccl"),
@@ -168,6 +180,11 @@ def make_rows(rounds: list[dict[str, float]]) -> list[tuple[str, str]]:
         row("transfer_engine, tp1 to a rank of tp4", "tp1_to_tp4", "same", "same topology"),
         row("transfer_engine, tp4 to a rank of tp2 x pp2", "tp4_to_tp2pp2", "same", "same topology"),
         row("transfer_engine, two seeds", "two_seeds", "one_seed", "one seed"),
+        (
+            "cores kept busy by client and seeds: one seed, two seeds",
+            f"{median([one['one_seed_cores'] for one in rounds]):.2f}, "
+            f"{median([one['two_seeds_cores'] for one in rounds]):.2f} of {psutil.cpu_count()}",
+        ),
         row("bare gloo broadcast", "bare_broadcast"),
         row("broadcast backend, same topology", "broadcast", "bare_broadcast", "the bare broadcast"),
         row("broadcast backend, tp2 to tp1", "broadcast_tp2_to_tp1", "broadcast", "same topology"),
