@@ -11,6 +11,7 @@ from ramet.srt.layers import grouped_linear as gl
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts
 from ramet.srt.layers.moe import FusedMoE, TopKRouter
+from ramet.srt.layers.quantization.fp8 import quantize_rows
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 48, 8, 3
 MOE = MoeConfig(
@@ -111,6 +112,21 @@ def test_ids_of_other_ranks_add_nothing():
     expected = layer(x, weights * known, ids.where(known, 0))
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
     assert not y[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_experts_are_near_the_exact_ones(dtype):
+    """Rounding to three bits changes a weight by 2.6 % on average, and three matrices are in each result."""
+    tensors = checkpoint()
+    x, weights, ids = routing(60, list(range(EXPERTS)))
+    layer = filled(make_experts(ParallelConfig(), dtype), tensors)
+    for name in ("w13_weight", "w2_weight"):
+        values, scales = zip(*(quantize_rows(matrix) for matrix in getattr(layer, name)), strict=True)
+        setattr(layer, name, torch.nn.Parameter(torch.stack(values), requires_grad=False))
+        setattr(layer, f"{name}_scale", torch.stack(scales))
+    y, exact = layer(x.to(dtype), weights, ids), reference(tensors, x, weights, ids)
+    assert y.dtype == dtype
+    assert 0.01 < (y.float() - exact).norm() / exact.norm() < 0.06
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
