@@ -1,5 +1,7 @@
 """Owns the tests of experts with fp8 weights: as they load, over topologies, and what the engine makes of them."""
 
+import json
+
 import pytest
 import random_models as rm
 import sharded_models as sm
@@ -68,6 +70,14 @@ def test_every_topology_holds_the_same_numbers(folder, tmp_path, topology, kind)
 
 def test_a_checkpoint_with_scales_of_rows_is_taken_as_it_is(folder, tmp_path):
     expected, read = load(folder), load(write_fp8(folder, tmp_path / "fp8", "rows"))
+    assert all(same(read[name], tensor) for name, tensor in expected.items())
+
+
+def test_experts_that_are_stacked_in_the_checkpoint_are_quantised_too(folder, tmp_path):
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    stacked = rm.make_model(tmp_path, family, dtype="bfloat16", stacked_experts=True, **FAMILIES[family])
+    assert any(name.endswith("experts.down_proj") for name in load_file(stacked / "model.safetensors"))
+    expected, read = load(folder), load(stacked)
     assert all(same(read[name], tensor) for name, tensor in expected.items())
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
-WARM_UP_LENGTHS = (1, 32, 128)  # tokens; each takes another tile of the prefill kernel
+WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens; each takes another tile of the prefill or the experts' kernel
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 

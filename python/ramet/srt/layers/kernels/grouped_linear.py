@@ -98,7 +98,7 @@ def grouped_linear(
         num_columns,
         output_size,
         IS_FP8=scales is not None,
-        BLOCK_GROUPS=next_power_of_2(num_groups),
+        BLOCK_GROUPS=max(32, next_power_of_2(num_groups)),
         BLOCK_ROWS=block_rows,
         BLOCK_OUTPUTS=block_outputs,
         BLOCK_COLUMNS=block_columns,
