@@ -123,9 +123,10 @@ def write_random_model(path: Path, family: str, **overrides: Any) -> Path:
     return folder
 
 
-def load_all(folder: Path, sizes: dict[str, int]) -> list[WeightArena]:
+def load_all(folder: Path, sizes: dict[str, int], quantization: str | None = None) -> list[WeightArena]:
     """The arena of every rank of a topology, from disk."""
-    return [sm.load_from_disk(folder, sm.make_manifest(sm.build_model(folder, p))) for p in sm.ranks_of(**sizes)]
+    models = (sm.build_model(folder, parallel, quantization) for parallel in sm.ranks_of(**sizes))
+    return [sm.load_from_disk(folder, sm.make_manifest(model)) for model in models]
 
 
 def take(

@@ -7,6 +7,7 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import WeightArena
@@ -32,10 +33,13 @@ def topology_name(topology: tuple[int, int]) -> str:
     return "tp{}ep{}".format(*topology)
 
 
-def build_model(folder: str | Path, parallel: ParallelConfig) -> nn.Module:
+def build_model(folder: str | Path, parallel: ParallelConfig, quantization: str | None = None) -> nn.Module:
     """One rank's model on the meta device."""
-    config = ModelConfig.from_path(str(folder))
-    return get_model_class(config.architecture)(config, getattr(torch, config.dtype), parallel)
+    config = ModelConfig.from_path(str(folder), quantization=quantization)
+    model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), parallel)
+    if config.quantization == "fp8":
+        declare_fp8(model)
+    return model
 
 
 def make_manifest(model: nn.Module) -> WeightManifest:
@@ -44,7 +48,7 @@ def make_manifest(model: nn.Module) -> WeightManifest:
         model_name="random",
         revision="",
         dtype=model.config.dtype,
-        quantization="",
+        quantization=model.config.quantization,
         role="target",
         parallel=model.parallel,
     )

@@ -1,58 +1,111 @@
-"""Owns the tests of stacked experts on a GPU: the numbers of the CPU, and in a CUDA graph."""
+"""Owns the tests of stacked experts on a GPU: the numbers of the CPU, in every type, and in a CUDA graph."""
 
 import pytest
 import torch
-from ramet.srt.layers import fused_experts as fe
+from ramet.srt.layers import grouped_linear as gl
 from ramet.srt.layers.activation import get_activation
+from ramet.srt.layers.fused_experts import fused_experts
+from ramet.srt.layers.quantization.fp8 import quantize_rows
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-HIDDEN, SIZE, NUM_EXPERTS, TOP_K = 256, 128, 16, 4
+NUM_EXPERTS, TOP_K = 16, 4
+KINDS = ["bfloat16", "float16", "float32", "fp8 bfloat16", "fp8 float16", "fp8 float32"]
+SHAPES = {"aligned": (256, 128), "not aligned": (248, 44)}  # to what torch's product takes: (hidden size, size)
 
 
-def make_inputs(num_tokens: int, dtype: torch.dtype, seed: int = 0) -> list[torch.Tensor]:
-    """x, w13, w2, weights, ids on the CPU; a part of the ids belongs to other ranks."""
+def make_inputs(num_tokens: int, kind: str, shape=SHAPES["aligned"], seed: int = 0) -> list[torch.Tensor | None]:
+    """x, w13, w2, weights, ids, scales of both on the CPU; a part of the ids belongs to other ranks."""
+    hidden_size, size = shape
+    dtype = getattr(torch, kind.split()[-1])
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype)
-    w13 = (torch.randn(NUM_EXPERTS, 2 * SIZE, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype)
-    w2 = (torch.randn(NUM_EXPERTS, HIDDEN, SIZE, generator=generator) / SIZE**0.5).to(dtype)
+    x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+    w13 = (torch.randn(NUM_EXPERTS, 2 * size, hidden_size, generator=generator) / hidden_size**0.5).to(dtype)
+    w2 = (torch.randn(NUM_EXPERTS, hidden_size, size, generator=generator) / size**0.5).to(dtype)
     weights = torch.rand(num_tokens, TOP_K, generator=generator)
     ids = torch.randint(-4, NUM_EXPERTS + 4, (num_tokens, TOP_K), generator=generator)
-    return [x, w13, w2, weights, ids]
+    if not kind.startswith("fp8"):
+        return [x, w13, w2, weights, ids, None, None]
+    (w13, w13_scale), (w2, w2_scale) = quantize_stack(w13), quantize_stack(w2)
+    return [x, w13, w2, weights, ids, w13_scale, w2_scale]
 
 
-def run(inputs: list[torch.Tensor]) -> torch.Tensor:
-    return fe.fused_experts(*inputs, get_activation("silu"))
+def quantize_stack(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scales = zip(*(quantize_rows(matrix) for matrix in stack), strict=True)
+    return torch.stack(values), torch.stack(scales)
+
+
+def on_gpu(inputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if tensor is None else tensor.cuda() for tensor in inputs]
+
+
+def run(inputs: list[torch.Tensor | None]) -> torch.Tensor:
+    x, w13, w2, weights, ids, *scales = inputs
+    return fused_experts(x, w13, w2, weights, ids, get_activation("silu"), *scales)
+
+
+def exact(inputs: list[torch.Tensor | None]) -> torch.Tensor:
+    """On the CPU, in float32, with the values that the weights have."""
+    x, w13, w2, weights, ids, *scales = inputs
+    if scales[0] is not None:
+        w13, w2 = w13.float() * scales[0], w2.float() * scales[1]
+    return run([x.float(), w13.float(), w2.float(), weights, ids, None, None])
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 64, 1000])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_equals_the_cpu(num_tokens, dtype):
-    inputs = make_inputs(num_tokens, dtype)
-    expected = run([tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs])
-    y = run([tensor.cuda() for tensor in inputs])
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.cpu().float(), expected, atol=0.03, rtol=0.03)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_cpu(num_tokens, kind, shape):
+    inputs = make_inputs(num_tokens, kind, shape)
+    y, expected = run(on_gpu(inputs)), exact(inputs)
+    assert y.dtype == inputs[0].dtype
+    # Where the GPU multiplies fp8, the rows of x and of the hidden values are rounded too.
+    bound = 0.08 if kind.startswith("fp8") else {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[kind]
+    assert (y.cpu().float() - expected).norm() <= bound * expected.norm()
 
 
-def test_no_token_for_any_expert():
-    inputs = [tensor.cuda() for tensor in make_inputs(8, torch.bfloat16)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_token_for_any_expert(kind):
+    inputs = on_gpu(make_inputs(8, kind))
     inputs[4].fill_(-1)
     assert not run(inputs).any()
 
 
-def test_a_cuda_graph_follows_the_routing():
-    static = [tensor.cuda() for tensor in make_inputs(16, torch.bfloat16)]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_cuda_graph_follows_the_routing(kind, shape):
+    static = on_gpu(make_inputs(16, kind, shape))
     run(static)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = run(static)
     for seed in (1, 2):
-        new = make_inputs(16, torch.bfloat16, seed)
+        new = make_inputs(16, kind, shape, seed)
         for place in (0, 3, 4):
             static[place].copy_(new[place])
         graph.replay()
         torch.testing.assert_close(y, run(static), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8 bfloat16"])
+def test_torchs_product_is_taken_and_equals_the_kernel(kind, monkeypatch):
+    """Groups start at any row, and some are empty."""
+    from ramet.srt.layers.kernels.grouped_linear import grouped_linear as by_kernel
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("torch's grouped product of both types needs a Hopper GPU")
+    x, w13, *_, scales, _ = on_gpu(make_inputs(75, kind))
+    sizes = torch.tensor([1, 0, 3, 17, 0, 0, 5, 1, 1, 2, 0, 9, 30, 0, 2, 1])
+    ends = sizes.cumsum(0).int().cuda()
+    taken = []
+    by_torch = gl.multiply_by_torch
+    monkeypatch.setattr(gl, "multiply_by_torch", lambda *args: taken.append(1) or by_torch(*args))
+    y, expected = gl.grouped_linear(x, w13, ends, scales), by_kernel(x, w13, ends, scales)
+    assert taken
+    stop = int(ends[-1])
+    assert stop < len(x)
+    difference = (y[:stop].float() - expected[:stop].float()).norm() / expected[:stop].float().norm()
+    assert difference < (0.04 if kind.startswith("fp8") else 0.01)

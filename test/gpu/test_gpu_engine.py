@@ -61,3 +61,33 @@ def test_a_prompt_longer_than_every_tile(tmp_path):
     prompts = rm.random_prompts([400, 3, 290])
     engine = EngineHarness(folder, device="cuda", max_total_tokens=4096, chunked_prefill_size=150)
     assert [r.token_ids for r in engine.generate(prompts, max_new_tokens=6)] == rm.hf_greedy(folder, prompts, 6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_of_every_type_decode_in_graphs(tmp_path, family, dtype, quantization):
+    """The log-probabilities of the tokens that the graphs chose are those of passes without graphs."""
+    folder = rm.make_model(tmp_path, family, dtype=dtype, moe_intermediate_size=48, intermediate_size=80)
+    tokens, logprobs = [], []
+    for variant in ("graphs and overlap", "without graphs"):
+        engine = EngineHarness(folder, device="cuda", quantization=quantization, **VARIANTS[variant])
+        assert (engine.runner.graph_runner is None) == (variant == "without graphs")
+        result = engine.generate(PROMPTS[-1:], max_new_tokens=8, logprob_start_len=0)[0]
+        tokens.append(result.token_ids)
+        logprobs.append(result.input_logprobs.logprobs[1:] + result.output_logprobs)
+    assert tokens[0] == tokens[1]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "mixtral"])
+def test_fp8_on_the_gpu_follows_the_exact_model(tmp_path, family):
+    """Such random models enlarge every error: on a CPU, which rounds the weights alone, it is up to 0.45."""
+    folder = rm.make_model(tmp_path, family, dtype="bfloat16", moe_intermediate_size=48, intermediate_size=80)
+    prompts = rm.random_prompts([40] * 3)
+    values = []
+    for flags in ({"device": "cuda", "quantization": "fp8"}, {"device": "cpu", "dtype": "float32"}):
+        results = EngineHarness(folder, **flags).generate(prompts, max_new_tokens=1, logprob_start_len=0)
+        values.append(torch.tensor([value for result in results for value in result.input_logprobs.logprobs[1:]]))
+    fp8, exact = values
+    assert (fp8 - exact).norm() / (exact - exact.mean()).norm() < 0.7

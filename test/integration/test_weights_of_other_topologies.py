@@ -43,9 +43,9 @@ def experts_folder(tmp_path_factory):
     return write_random_model(tmp_path_factory.mktemp("experts"), "qwen3_moe", num_experts=8)
 
 
-def check_pair(folder, seed_sizes, client_sizes, mode):
-    with SeedServer(load_all(folder, seed_sizes)) as server:
-        for expected in load_all(folder, client_sizes):
+def check_pair(folder, seed_sizes, client_sizes, mode, quantization=None):
+    with SeedServer(load_all(folder, seed_sizes, quantization)) as server:
+        for expected in load_all(folder, client_sizes, quantization):
             arena, report = take(expected.manifest, server, local_mode=mode)
             assert arena.memory == expected.memory
             assert compute_checksums(arena.manifest, arena) == compute_checksums(arena.manifest, expected)
@@ -62,6 +62,11 @@ def test_a_client_of_another_topology_holds_what_a_load_from_disk_gives(dense_fo
 @pytest.mark.parametrize("pair", EXPERTS)
 def test_experts_of_another_topology(experts_folder, pair, mode):
     check_pair(experts_folder, *EXPERTS[pair], mode)
+
+
+@pytest.mark.parametrize("pair", [({"tp_size": 2}, {}), ({}, {"tp_size": 2, "ep_size": 2})], ids=["tp2-tp1", "ep1-ep2"])
+def test_fp8_experts_of_another_topology(experts_folder, pair):
+    check_pair(experts_folder, *pair, "copy", "fp8")
 
 
 def test_only_the_ranks_that_are_needed_are_asked(dense_folder):

@@ -60,7 +60,8 @@ class ServerArgs:
     dtype: str = flag("auto", "Type of the weights and activations; auto takes the checkpoint's.", choices=DTYPES)
     quantization: str | None = flag(
         None,
-        "Type of the linear layers' weights: fp8 quantises them while they load; the checkpoint's when not given.",
+        "Type of the linear layers' and experts' weights: fp8 quantises them while they load; "
+        "the checkpoint's when not given.",
         choices=QUANTIZATIONS,
     )
     context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")

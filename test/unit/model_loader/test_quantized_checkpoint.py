@@ -1,40 +1,15 @@
 """Owns the tests of fp8 weights: quantised while they load, or read from fp8 checkpoints of several kinds."""
 
 import json
-from pathlib import Path
 
 import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
+from fp8_models import load, same, write_dequantised, write_fp8
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.quantization.fp8 import FP8, declare_fp8, fp8_linear, quantize_rows
-from ramet.srt.model_loader.loader import DefaultModelLoader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import build_weight_manifest
-from ramet.srt.models.registry import get_model_class
-from safetensors.torch import load_file, save_file
-
-
-def load(folder, parallel=None):
-    """The parameters of a model of fp8 weights, from the files in a folder."""
-    parallel = parallel or ParallelConfig()
-    config = ModelConfig.from_path(str(folder), quantization="fp8")
-    model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), parallel)
-    declare_fp8(model)
-    manifest = build_weight_manifest(
-        model.named_parameters(remove_duplicate=False), model_name="m", revision="", dtype=config.dtype,
-        quantization="fp8", role="target", parallel=parallel,
-    )  # fmt: skip
-    arena = WeightArena.allocate(manifest, "cpu")
-    arena.bind(model)
-    DefaultModelLoader().load_weights(manifest, arena, str(folder))
-    return dict(model.named_parameters())
-
-
-def same(a, b):
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+from ramet.srt.layers.quantization.fp8 import FP8, fp8_linear, quantize_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,32 +50,6 @@ def test_every_sharding_holds_the_same_numbers(folder):
     assert torch.equal(first[f"{name}_scale"][: half // 2], whole[f"{name}_scale"][: half // 2])
 
 
-def write_fp8(source: Path, target: Path, kind: str) -> Path:
-    """The model in `source` as an fp8 checkpoint with scales for rows, blocks of 16 or whole tensors."""
-    rm.without_weights(source, target)
-    tensors = {}
-    for file in source.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            if not name.endswith("_proj.weight"):
-                tensors[name] = tensor
-            elif kind == "rows":
-                tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensor)
-            elif kind == "tensor":
-                scale = tensor.float().abs().max() / 448
-                tensors[name], tensors[f"{name}_scale"] = (tensor.float() / scale).to(FP8), scale
-                tensors[name.replace("weight", "input_scale")] = torch.tensor(1.0)
-            else:
-                blocks = tensor.float().unflatten(0, (-1, 16)).unflatten(2, (-1, 16))
-                scale = blocks.abs().amax(dim=(1, 3)) / 448
-                values = (blocks / scale[:, None, :, None]).to(FP8)
-                tensors[name], tensors[f"{name}_scale_inv"] = values.flatten(2).flatten(0, 1), scale
-    save_file(tensors, target / "model.safetensors")
-    config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 def test_a_checkpoint_with_scales_of_rows_is_taken_as_it_is(folder, tmp_path):
     expected, read = load(folder), load(write_fp8(folder, tmp_path / "fp8", "rows"))
     assert all(same(read[name], tensor) for name, tensor in expected.items())
@@ -118,14 +67,7 @@ def test_other_scales_are_brought_to_rows(folder, tmp_path, kind):
 
 
 def test_the_engine_computes_with_the_quantised_weights(folder, tmp_path):
-    expected = rm.without_weights(folder, tmp_path / "dequantised")
-    tensors = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            values, scales = quantize_rows(tensor)
-            tensor = values.float() * scales
-        tensors[name] = tensor.float()
-    save_file(tensors, expected / "model.safetensors")
+    expected = write_dequantised(folder, tmp_path / "dequantised")
     prompt = rm.random_prompts([40])[0]
     logprobs = [
         EngineHarness(path, quantization=quantization, dtype="float32", device="cpu")

@@ -41,7 +41,7 @@ class ModelConfig:
     hidden_act: str
     tie_word_embeddings: bool
     rope: RopeConfig
-    quantization: str  # "" or "fp8": of the linear layers' weights
+    quantization: str  # "" or "fp8": of the weights of linear layers and experts
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model

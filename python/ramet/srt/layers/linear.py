@@ -10,7 +10,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.cpu_matmul import blocked_linear, is_faster_blocked
-from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
 
@@ -23,7 +23,7 @@ def project(
     Args:
         scales: float32 [output_size, 1] that multiply the rows of an fp8 `weight`.
     """
-    if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
+    if _takes_gemv(x, scales):
         from ramet.srt.layers.kernels.gemv import gemv
 
         return gemv(x, weight, bias, scales)
@@ -34,6 +34,12 @@ def project(
     if is_faster_blocked(x, weight):
         return blocked_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _takes_gemv(x: torch.Tensor, scales: torch.Tensor | None) -> bool:
+    if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
+        return False
+    return scales is None or has_fp8_units(x.device)
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -86,7 +92,7 @@ class MergedColumnParallelLinear(nn.Module):
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
-        if use_kernels(x) and x.shape[0] == 1 and x.is_contiguous():
+        if _takes_gemv(x, self.weight_scale):
             from ramet.srt.layers.kernels.gemv import gemv
 
             return gemv(x, self.weight, self.bias, self.weight_scale, activation.name)

@@ -119,6 +119,9 @@ class FusedMoE(nn.Module):
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
         # [num_local_experts, hidden_size, columns of this rank]
         self.w2_weight = declare_weight((self.num_local_experts, hidden_size, size), dtype, w2_boxes)
+        # float32 [num_local_experts, rows, 1] when the weights are fp8
+        self.w13_weight_scale: torch.Tensor | None = None
+        self.w2_weight_scale: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank.
@@ -126,7 +129,16 @@ class FusedMoE(nn.Module):
         Args:
             weights, expert_ids: [num_tokens, top_k], of all experts and equal on every rank.
         """
-        y = fused_experts(x, self.w13_weight, self.w2_weight, weights, expert_ids - self.first_expert, self.activation)
+        y = fused_experts(
+            x,
+            self.w13_weight,
+            self.w2_weight,
+            weights,
+            expert_ids - self.first_expert,
+            self.activation,
+            self.w13_weight_scale,
+            self.w2_weight_scale,
+        )
         return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 
 

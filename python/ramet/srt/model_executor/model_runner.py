@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
-WARM_UP_LENGTHS = (1, 32, 128)  # tokens; each takes another tile of the prefill kernel
+WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens; each takes another tile of the prefill or the experts' kernel
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 
@@ -105,8 +105,6 @@ class ModelRunner:
         config = self.model_config
         self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
         if config.quantization == "fp8":
-            if config.moe is not None:
-                raise ValueError("fp8 weights are not supported for mixture-of-experts models")
             declare_fp8(self.model)
         self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
@@ -193,9 +191,7 @@ class ModelRunner:
                 self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
         is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
-        # Torch's grouped product asks the host for the groups' sizes unless the type is bfloat16.
-        has_fixed_shapes = self.model_config.moe is None or self.dtype == torch.bfloat16
-        if is_wanted and has_fixed_shapes and self.attn_backend.can_be_captured:
+        if is_wanted and self.attn_backend.can_be_captured:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
 

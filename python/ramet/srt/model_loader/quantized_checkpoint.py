@@ -1,9 +1,9 @@
 """Owns which weights of a checkpoint have to be quantised, or quantised anew, while they are loaded. Reads nothing.
 
-An arena's fp8 entry `X.weight` has a sibling `X.weight_scale` with one scale for each row. A checkpoint that holds
-both in that form (compressed-tensors' channel strategy) is copied as it is. Otherwise whole rows are read, brought to
-float32 with whatever scales the checkpoint has (none, one for the tensor, or one for each block of it), and quantised
-by row.
+An arena's fp8 entry `X.weight`, one matrix or a stack of them, has a sibling `X.weight_scale` with one scale for each
+row. A checkpoint that holds both in that form (compressed-tensors' channel strategy) is copied as it is. Otherwise
+whole rows are read, brought to float32 with whatever scales the checkpoint has (none, one for the tensor, or one for
+each block of it), and quantised by row.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +29,7 @@ class QuantizeJob:
     columns: tuple[int, int]  # those that this rank keeps
     weight: WeightEntry
     scale: WeightEntry
-    target_row: int
-    target_column: int
+    target_start: tuple[int, ...]  # [..., row, column]
     source_scale: tuple[str, TensorInfo] | None  # file and place of the checkpoint's own scales
 
 
@@ -95,6 +94,7 @@ def _jobs_of_box(
     source_scale = tensors[scale_name] if scale_name is not None and info.dtype == FP8 else None
     used |= {name, *([scale_name] if scale_name is not None else [])}
     (first, last), columns = box.source
+    *outer, row, column = (place for place, _ in box.target)
     step = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
     for start in range(first, last, step):
         yield QuantizeJob(
@@ -104,7 +104,6 @@ def _jobs_of_box(
             columns=columns,
             weight=weight,
             scale=scale,
-            target_row=box.target[0][0] + start - first,
-            target_column=box.target[1][0],
+            target_start=(*outer, row + start - first, column),
             source_scale=source_scale,
         )

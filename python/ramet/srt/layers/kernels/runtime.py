@@ -39,6 +39,12 @@ def can_launch_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@functools.cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether a GPU converts and multiplies fp8 (sm_89 on)."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 

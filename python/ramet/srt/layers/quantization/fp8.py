@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.model_loader.weight_manifest import WeightBox
 
@@ -30,20 +31,27 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def declare_fp8(model: nn.Module) -> None:
-    """Turn the weights of a model's linear layers, on the meta device, into fp8 weights with scales.
+    """Turn the weights of a model's linear layers and experts, on the meta device, into fp8 weights with scales.
 
-    Embedding, output head and norms keep their type.
+    Embedding, output head, routers and norms keep their type.
     """
     for module in model.modules():
-        if not isinstance(module, MergedColumnParallelLinear | RowParallelLinear):
-            continue
-        weight = module.weight
-        module.weight = declare_weight(weight.shape, FP8, weight.boxes)
-        boxes = [
-            WeightBox(f"{box.checkpoint_name}_scale", (box.source[0], (0, 1)), (box.target[0], (0, 1)))
-            for box in weight.boxes
-        ]
-        module.weight_scale = declare_weight((weight.shape[0], 1), torch.float32, boxes)
+        if isinstance(module, MergedColumnParallelLinear | RowParallelLinear):
+            _declare_quantised(module, "weight")
+        elif isinstance(module, FusedMoE):
+            _declare_quantised(module, "w13_weight")
+            _declare_quantised(module, "w2_weight")
+
+
+def _declare_quantised(module: nn.Module, name: str) -> None:
+    """Make the weight `name`, [..., num_rows, n], fp8, with one scale for each row in `<name>_scale`."""
+    weight = getattr(module, name)
+    setattr(module, name, declare_weight(weight.shape, FP8, weight.boxes))
+    one = ((0, 1),)
+    boxes = [
+        WeightBox(f"{box.checkpoint_name}_scale", box.source[:-1] + one, box.target[:-1] + one) for box in weight.boxes
+    ]
+    setattr(module, f"{name}_scale", declare_weight((*weight.shape[:-1], 1), torch.float32, boxes))
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -54,7 +62,7 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias
         weight: fp8 [output_size, n], contiguous.
         scales: float32 [output_size, 1].
     """
-    if not use_kernels(x) or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
+    if not (use_kernels(x) and has_fp8_units(x.device)) or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
         y = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype).T
     else:
         from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu

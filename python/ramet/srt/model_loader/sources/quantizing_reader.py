@@ -46,11 +46,12 @@ def _run(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena, device: t
         scales = _read(fds[path], info, 0, info.nbytes, device).float().view(info.shape)
         values = values * _expand_scales(scales, job)
     quantized, scale = quantize_rows(values)
-    rows = slice(job.target_row, job.target_row + stop - start)
+    *outer, row, column = job.target_start
+    rows = slice(row, row + stop - start)
     first, last = job.columns
-    columns = slice(job.target_column, job.target_column + last - first)
-    arena.tensor(job.weight)[rows, columns] = quantized[:, first:last]
-    arena.tensor(job.scale)[rows] = scale
+    columns = slice(column, column + last - first)
+    arena.tensor(job.weight)[(*outer, rows, columns)] = quantized[:, first:last]
+    arena.tensor(job.scale)[(*outer, rows)] = scale
 
 
 def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
