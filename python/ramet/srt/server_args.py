@@ -15,7 +15,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("fp8",)
-ATTENTION_BACKENDS = ("auto", "torch_native", "triton")
+ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch_varlen", "torch_native")
 REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
@@ -83,7 +83,8 @@ class ServerArgs:
     base_gpu_id: int = flag(0, "Number of the GPU that the node's first rank takes; the others take those behind it.")
     attention_backend: str = flag(
         "auto",
-        "Kernels for attention; auto takes the fastest one that runs on the device.",
+        "Kernels for attention; auto takes, on a GPU, the first of triton, flashinfer, torch_varlen and torch_native "
+        "that is installed and runs the model, on a CPU torch_native. Of these only triton and torch_native were measured.",
         choices=ATTENTION_BACKENDS,
     )
     disable_cuda_graph: bool = flag(False, "Launch every kernel of a decode pass by itself.")

@@ -16,6 +16,7 @@ import ramet
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
+from ramet.srt.layers.attention.requirements import check_attention_backend
 from ramet.srt.managers.io_struct import (
     GetInternalStateReqOutput,
     InstanceReady,
@@ -81,10 +82,11 @@ class Instance:
         """Check the model folder and start the children. Imports little: what follows can overlap with their start.
 
         Raises:
-            ValueError: if the model folder or its config is wrong.
+            ValueError: if the model folder or its config is wrong, or a package is missing.
             LaunchError: if a process can't be started.
         """
         args = self.server_args
+        check_attention_backend(args.attention_backend)
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
         self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
         check_parallel_sizes(

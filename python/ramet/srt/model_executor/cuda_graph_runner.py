@@ -49,10 +49,13 @@ class CudaGraphRunner:
         device = self._runner.device
         stream = torch.cuda.Stream(device)
         pool = torch.cuda.graph_pool_handle()
+        backend = self._runner.attn_backend
+        backend.init_cuda_graph_state(self._sizes, self._runner.req_pool.req_to_page)
         stream.wait_stream(torch.cuda.current_stream(device))
         for size in reversed(self._sizes):
             self._inputs[:size] = self._runner.req_pool.padding_row
             self._inputs[size : 2 * size] = 0
+            backend.init_forward_metadata_replay_cuda_graph(self._inputs[:size], [0] * size)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 self._forward(size)  # kernels are compiled and libraries initialised outside of the capture
@@ -72,6 +75,7 @@ class CudaGraphRunner:
         rows, starts = self._inputs[: 2 * size].view(2, size)
         longest = runner.req_pool.req_to_page.shape[1] * runner.page_size - 1
         batch = make_decode_batch(runner.req_pool, runner.page_size, rows, starts, [longest] * size)
+        batch.is_captured = True
         self._hidden_states[:size].copy_(runner.forward(batch))
 
     @torch.inference_mode()
@@ -84,8 +88,10 @@ class CudaGraphRunner:
         """
         count = len(rows)
         size = next(size for size in self._sizes if size >= count)
-        padding = [self._runner.req_pool.padding_row] * (size - count)
-        inputs = torch.tensor([*rows, *padding, *starts, *[0] * (size - count)], dtype=torch.int64, pin_memory=True)
+        padded_rows = [*rows, *[self._runner.req_pool.padding_row] * (size - count)]
+        padded_starts = [*starts, *[0] * (size - count)]
+        inputs = torch.tensor([*padded_rows, *padded_starts], dtype=torch.int64, pin_memory=True)
         self._inputs[: 2 * size].copy_(inputs, non_blocking=True)
+        self._runner.attn_backend.init_forward_metadata_replay_cuda_graph(self._inputs[:size], padded_starts)
         self._graphs[size].replay()
         return self._hidden_states[:count]

@@ -36,6 +36,9 @@ class ForwardBatch:
     # With data-parallel attention: which tokens' attention this rank computes. What is said of sequences, positions
     # and cache slots above is then of these alone; `input_ids` and `logits_rows` are of all tokens.
     attn_tokens: slice | None = None
+    # Set by the CUDA graph runner: the pass is captured, or runs as it will be. What is said of it on the host is then
+    # the most that a replay may have.
+    is_captured: bool = False
 
     # Set by the model runner, if not before
     kv_pool: "MHATokenToKVPool | None" = None

@@ -14,7 +14,7 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
 from ramet.srt.distributed.rendezvous import local_address
-from ramet.srt.layers.attention.registry import make_attn_backend
+from ramet.srt.layers.attention.registry import describe_attention, make_attn_backend
 from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport, PublisherStats
@@ -83,7 +83,8 @@ class ModelRunner:
             free_bytes //= num_local_ranks  # the ranks of a node share its memory
         self._build_model()
         num_pages = self._num_kv_pages(free_bytes)
-        self.attn_backend = make_attn_backend(server_args.attention_backend, device, self.page_size)
+        attention = describe_attention(self.model, device, self.dtype, self.page_size)
+        self.attn_backend = make_attn_backend(server_args.attention_backend, attention)
         self.arena = WeightArena.allocate(self.manifest, device)
         self.arena.bind(self.model)
         on_phase("model")

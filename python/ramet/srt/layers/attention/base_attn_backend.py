@@ -1,6 +1,8 @@
-"""Owns the interface of attention backends."""
+"""Owns the interface of attention backends, and what a backend is told of the model it computes for."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +13,62 @@ if TYPE_CHECKING:
     from ramet.srt.layers.attention.radix_attention import RadixAttention
 
 
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the layers of a rank ask of their backend."""
+
+    device: torch.device
+    dtype: torch.dtype  # of queries and KV cache
+    page_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see RadixAttention.sliding_window
+
+
 class AttentionBackend(ABC):
-    """Computes attention over the paged KV cache for every layer of a forward pass."""
+    """Computes attention over the paged KV cache for every layer of a forward pass.
+
+    For a pass that is captured in a CUDA graph, the runner calls `init_cuda_graph_state` once. Then, for every pass of
+    a captured size, it calls `init_forward_metadata_replay_cuda_graph` and the graph: whatever needs the host or
+    values on the host belongs into the first of these two.
+    """
 
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
 
+    def __init__(self, spec: AttentionSpec):
+        self.spec = spec
+
+    @staticmethod
+    def obstacle(spec: AttentionSpec) -> str | None:
+        """What is missing to run such a model, as the end of "it needs ..."; None if nothing is."""
+        return None
+
     @abstractmethod
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Prepare what all layers of the pass share; called once before the model runs."""
+        """Prepare what all layers of the pass share; called once before the model runs.
+
+        With `forward_batch.is_captured` the call is captured with the pass: what it puts on the device is computed
+        anew by every replay, what it does on the host happens once.
+        """
+
+    def init_cuda_graph_state(self, batch_sizes: Sequence[int], req_to_page: torch.Tensor) -> None:  # noqa: B027
+        """Make what captured passes of these sizes keep at fixed addresses.
+
+        Args:
+            req_to_page: int64 [num_rows, max_pages], the page table that all of them read, at its place.
+        """
+
+    def init_forward_metadata_replay_cuda_graph(  # noqa: B027
+        self, rows: torch.Tensor, starts_cpu: Sequence[int]
+    ) -> None:
+        """Prepare the next captured pass; called before its capture and before each replay, on the same stream.
+
+        Args:
+            rows: int64 [size], of the page table.
+            starts_cpu: tokens of each request in the cache before the pass, padding included; `size` of them.
+        """
 
     @abstractmethod
     def forward(

@@ -1,22 +1,59 @@
-"""Owns the choice of the attention backend for a device."""
+"""Owns the choice of the attention backend for a model on a device."""
 
 import torch
+from torch import nn
 
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
-from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from ramet.srt.layers.kernels.runtime import can_run_kernels
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.layers.attention.requirements import missing_package
+
+# What "auto" tries on a GPU, in order. Ours comes first: it is the one that was measured there.
+PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 
 
-def make_attn_backend(name: str, device: torch.device, page_size: int) -> AttentionBackend:
-    """The backend for --attention-backend `name`; "auto" is Triton on a GPU and torch_native elsewhere.
+def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
+    """What the attention layers of this rank's part of a model have in common."""
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale) for layer in layers}
+    assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
+    windows = tuple(dict.fromkeys(layer.sliding_window for layer in layers))
+    return AttentionSpec(device, dtype, page_size, *shapes.pop(), windows)
+
+
+def make_attn_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
+    """The backend for --attention-backend `name`; "auto" takes the first of PREFERENCE that runs, on a GPU.
 
     Raises:
-        ValueError: if it doesn't run here.
+        ValueError: if it doesn't run here; the message says what is missing.
     """
-    if name == "triton" and not can_run_kernels(device):
-        raise ValueError("--attention-backend triton needs a GPU and the package triton")
-    if name == "triton" or (name == "auto" and device.type == "cuda" and can_run_kernels(device)):
+    candidates: tuple[str, ...] = (name,)
+    if name == "auto":
+        candidates = PREFERENCE if spec.device.type == "cuda" else ("torch_native",)
+    obstacle: str | None = None
+    for candidate in candidates:
+        obstacle = missing_package(candidate)
+        if obstacle is None:
+            backend = _backend_class(candidate)
+            obstacle = backend.obstacle(spec)
+            if obstacle is None:
+                return backend(spec)
+    raise ValueError(f"--attention-backend {name} needs {obstacle}")
+
+
+def _backend_class(name: str) -> type[AttentionBackend]:
+    """Imports what the others don't need."""
+    if name == "triton":
         from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
 
-        return TritonAttnBackend(page_size)
-    return TorchNativeAttnBackend(page_size)
+        return TritonAttnBackend
+    if name == "flashinfer":
+        from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+
+        return FlashInferAttnBackend
+    if name == "torch_varlen":
+        from ramet.srt.layers.attention.torch_varlen_backend import TorchVarlenAttnBackend
+
+        return TorchVarlenAttnBackend
+    from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    return TorchNativeAttnBackend

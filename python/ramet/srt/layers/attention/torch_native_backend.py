@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ class _Padded:
 class TorchNativeAttnBackend(AttentionBackend):
     """Gathers keys and values from their pages and calls scaled_dot_product_attention."""
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
+    def __init__(self, spec: AttentionSpec):
+        super().__init__(spec)
+        self.page_size = spec.page_size
         self._plans: dict[int | None, _Padded | list[_Sequence]] = {}
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.kernels.decode_attention import decode_attention
 from ramet.srt.layers.kernels.prefill_attention import prefill_attention
+from ramet.srt.layers.kernels.runtime import can_run_kernels
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.utils.device import to_device
 
@@ -19,10 +20,15 @@ class TritonAttnBackend(AttentionBackend):
 
     can_be_captured = True
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
+    def __init__(self, spec: AttentionSpec):
+        super().__init__(spec)
+        self.page_size = spec.page_size
         self._starts: torch.Tensor | None = None  # int32 [batch_size + 1]
         self._max_queries = 0
+
+    @staticmethod
+    def obstacle(spec: AttentionSpec) -> str | None:
+        return None if can_run_kernels(spec.device) else "a GPU"
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.forward_mode is ForwardMode.DECODE:

@@ -1,0 +1,85 @@
+"""Owns attention with PyTorch's variable-length kernel, which finds the keys of a sequence through a block table."""
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn_out
+
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.utils.device import to_device
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.attention.radix_attention import RadixAttention
+
+PAGE_SIZE_STEP = 256  # tokens; the FlashAttention 2 kernel behind the function takes pages of a multiple of it
+MAX_HEAD_DIM = 256
+
+
+class TorchVarlenAttnBackend(AttentionBackend):
+    """Reads keys and values where they lie. All that a decode pass needs is computed on the device, so it can be
+    captured."""
+
+    can_be_captured = True
+
+    def __init__(self, spec: AttentionSpec):
+        super().__init__(spec)
+        self._max_queries = self._max_keys = 0
+        self._query_starts: torch.Tensor  # int32 [batch_size + 1]
+        self._key_starts: torch.Tensor  # int32 [batch_size + 1], as if the keys stood one behind the other
+        self._block_tables: torch.Tensor  # int32 [batch_size, max_pages]
+
+    @staticmethod
+    def obstacle(spec: AttentionSpec) -> str | None:
+        if spec.device.type != "cuda":
+            return "a GPU"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"bfloat16 or float16; the model has {str(spec.dtype).removeprefix('torch.')}"
+        if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:
+            return f"heads of a multiple of 8 and at most {MAX_HEAD_DIM}; the model's have {spec.head_dim}"
+        if spec.page_size % PAGE_SIZE_STEP:
+            return f"a --page-size that is a multiple of {PAGE_SIZE_STEP}; it is {spec.page_size}"
+        return None
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        device = forward_batch.seq_lens.device
+        if forward_batch.forward_mode is ForwardMode.DECODE:
+            self._query_starts = torch.arange(forward_batch.batch_size + 1, dtype=torch.int32, device=device)
+        else:
+            starts = list(accumulate(forward_batch.extend_lens_cpu, initial=0))
+            self._query_starts = to_device(starts, torch.int32, device)
+        self._key_starts = F.pad(forward_batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        self._block_tables = forward_batch.block_tables.to(torch.int32)
+        self._max_queries = max(forward_batch.extend_lens_cpu)
+        self._max_keys = max(forward_batch.seq_lens_cpu)  # in a captured pass the most that there can be
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: "RadixAttention",
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        assert forward_batch.kv_pool is not None
+        k_cache, v_cache = forward_batch.kv_pool.get_kv_buffer(layer.layer_id)
+        window = layer.sliding_window
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        varlen_attn_out(
+            out,
+            q,
+            k_cache.unflatten(0, (-1, self.spec.page_size)),
+            v_cache.unflatten(0, (-1, self.spec.page_size)),
+            self._query_starts,
+            self._key_starts,
+            self._max_queries,
+            self._max_keys,
+            scale=layer.scale,
+            window_size=(-1 if window is None else window - 1, 0),  # (tokens before the query, tokens behind it)
+            enable_gqa=True,
+            seqused_k=forward_batch.seq_lens,
+            block_table=self._block_tables,
+        )
+        return out

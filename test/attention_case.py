@@ -1,0 +1,86 @@
+"""Makes random paged caches with batches of sequences in them, for tests that compare attention backends."""
+
+import random
+
+import torch
+from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
+from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+class Case:
+    """A random cache and a batch of sequences in it, each of (prefix_len, new_len)."""
+
+    def __init__(self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False):
+        num_heads, num_kv_heads, head_dim = shape
+        num_pages = sum(-(-(prefix + new) // page_size) for prefix, new in sequences) + 3
+        self.device = device
+        self.page_size = page_size
+        self.pool = MHATokenToKVPool(
+            num_pages=num_pages, page_size=page_size, num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        self.pool.buffer.normal_()
+        self.pool.buffer[:, :, :page_size] = float("nan")  # page 0 belongs to nobody: nothing of it may show
+        self.layer = RadixAttention(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, layer_id=0, sliding_window=window
+        )
+        ends = [prefix + new for prefix, new in sequences]
+        pages = list(range(1, num_pages + 1))
+        random.Random(0).shuffle(pages)
+        tables = torch.zeros(len(sequences), -(-max(ends) // page_size) + 1, dtype=torch.int64)
+        rows, slots = [], []
+        for index, (prefix, new) in enumerate(sequences):
+            count = -(-(prefix + new) // page_size)
+            tables[index, :count] = torch.tensor([pages.pop() for _ in range(count)])
+            positions = torch.arange(prefix, prefix + new)
+            slots.append(tables[index][positions // page_size] * page_size + positions % page_size)
+            rows.append(positions)
+        slots = torch.cat(slots).to(device)
+        num_tokens = len(slots)
+        width = (num_heads + 2 * num_kv_heads) * head_dim
+        parts = torch.randn(num_tokens, width, device=device, dtype=dtype).unflatten(1, (-1, head_dim))
+        self.q, self.k, self.v = parts.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        self.pool.set_kv_buffer(0, slots, self.k, self.v)
+        self.batch = ForwardBatch(
+            forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
+            input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            positions=torch.cat(rows).to(device),
+            out_cache_loc=slots,
+            block_tables=tables.to(device),
+            seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
+            seq_lens_cpu=ends,
+            extend_lens_cpu=[new for _, new in sequences],
+            logits_rows=torch.arange(num_tokens, device=device),
+            kv_pool=self.pool,
+        )
+
+    @property
+    def spec(self) -> AttentionSpec:
+        layer = self.layer
+        return AttentionSpec(
+            device=self.device,
+            dtype=self.q.dtype,
+            page_size=self.page_size,
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_dim=layer.head_dim,
+            scale=layer.scale,
+            windows=(layer.sliding_window,),
+        )
+
+    def run(self, backend):
+        backend.init_forward_metadata(self.batch)
+        return backend.forward(self.q, self.k, self.v, self.layer, self.batch)
+
+    def check(self, backend):
+        """The backend must give what torch_native gives."""
+        self.compare(self.run(backend), self.run(TorchNativeAttnBackend(self.spec)))
+
+    def compare(self, actual, expected):
+        tolerance = TOLERANCE[expected.dtype]
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)

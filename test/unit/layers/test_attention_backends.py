@@ -1,0 +1,184 @@
+"""The FlashInfer and torch_varlen backends: what they ask of the libraries, with stand-ins that compute it on a CPU."""
+
+import dataclasses
+import inspect
+import sys
+
+import fake_flashinfer
+import fake_varlen
+import pytest
+import torch
+from attention_case import Case
+from ramet.srt.layers.attention import torch_varlen_backend
+from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+from ramet.srt.layers.attention.torch_varlen_backend import TorchVarlenAttnBackend
+from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.model_executor.forward_batch_info import make_decode_batch
+
+BACKENDS = {"flashinfer": FlashInferAttnBackend, "torch_varlen": TorchVarlenAttnBackend}
+CPU = torch.device("cpu")
+GROUPED, ALONE = (4, 2, 16), (2, 2, 24)  # heads, kv heads, head_dim
+EXTEND = {
+    "whole prompts": [(0, 5), (0, 16), (0, 1)],
+    "behind prefixes": [(16, 7), (3, 12)],
+    "the last chunk of a prompt": [(21, 2)],
+    "mixed with single tokens": [(40, 1), (0, 9), (15, 1), (8, 33)],
+}
+DECODE = {"one": [(6, 1)], "page boundaries": [(3, 1), (4, 1), (0, 1), (7, 1)], "unlike lengths": [(60, 1), (2, 1)]}
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    monkeypatch.setattr("ramet.srt.layers.attention.flashinfer_backend.WORKSPACE_NBYTES", 16)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    monkeypatch.setattr(torch_varlen_backend, "varlen_attn_out", fake_varlen.varlen_attn_out)
+    fake_flashinfer.CALLS.clear()
+    fake_varlen.CALLS.clear()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_class(request):
+    return BACKENDS[request.param]
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("sequences", EXTEND.values(), ids=EXTEND)
+def test_prefill(backend_class, sequences, window):
+    case = Case(CPU, sequences, GROUPED, window=window)
+    case.check(backend_class(case.spec))
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("sequences", DECODE.values(), ids=DECODE)
+def test_decode(backend_class, sequences, window):
+    case = Case(CPU, sequences, GROUPED, window=window, decode=True)
+    case.check(backend_class(case.spec))
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("shape", [GROUPED, ALONE])
+def test_page_sizes_and_head_counts(backend_class, page_size, shape):
+    for sequences, decode in ((EXTEND["mixed with single tokens"], False), (DECODE["unlike lengths"], True)):
+        case = Case(CPU, sequences, shape, page_size=page_size, decode=decode, dtype=torch.float16)
+        case.check(backend_class(case.spec))
+
+
+def test_a_pass_leaves_nothing_to_the_next(backend_class):
+    """Prefill, decode and prefill again with one backend."""
+    first = Case(CPU, EXTEND["behind prefixes"], GROUPED)
+    backend = backend_class(first.spec)
+    for sequences, decode in ((EXTEND["behind prefixes"], False), (DECODE["one"], True), ([(0, 3)], False)):
+        Case(CPU, sequences, GROUPED, decode=decode).check(backend)
+
+
+def test_layers_with_and_without_a_window(backend_class):
+    full = Case(CPU, EXTEND["behind prefixes"], GROUPED)
+    windowed = Case(CPU, EXTEND["behind prefixes"], GROUPED, window=5)
+    backend = backend_class(dataclasses.replace(full.spec, windows=(None, 5)))
+    backend.init_forward_metadata(full.batch)
+    for layer in (full.layer, windowed.layer, full.layer):
+        full.layer = layer
+        actual = backend.forward(full.q, full.k, full.v, layer, full.batch)
+        full.compare(actual, full.run(TorchNativeAttnBackend(full.spec)))
+
+
+class Replayed:
+    """A decode pass as the CUDA graph runner has it: made once from fixed tensors, of which only the values change.
+
+    A graph can't see the host, so the pass says there what it says when it is captured: that every sequence is as
+    long as the table is wide.
+    """
+
+    def __init__(self, case, backend, sizes):
+        self.case, self.backend = case, backend
+        num_rows, width = case.batch.block_tables.shape
+        self.pool = ReqToPagePool(num_rows, width, case.device)
+        self.pool.req_to_page[:num_rows] = case.batch.block_tables
+        self.inputs = torch.zeros(2 * max(sizes), dtype=torch.int64)
+        backend.init_cuda_graph_state(sizes, self.pool.req_to_page)
+
+    def run(self, rows, size):
+        starts = [self.case.batch.seq_lens_cpu[row] - 1 for row in rows]
+        padding = size - len(rows)
+        padded_rows, padded_starts = rows + [self.pool.padding_row] * padding, starts + [0] * padding
+        self.inputs[: 2 * size] = torch.tensor(padded_rows + padded_starts)
+        self.backend.init_forward_metadata_replay_cuda_graph(self.inputs[:size], padded_starts)
+        row_tensor, start_tensor = self.inputs[: 2 * size].view(2, size)
+        longest = self.pool.req_to_page.shape[1] * self.case.page_size - 1
+        batch = make_decode_batch(self.pool, self.case.page_size, row_tensor, start_tensor, [longest] * size)
+        batch.is_captured, batch.kv_pool = True, self.case.pool
+        q = self.case.q[[row if row < len(self.case.q) else 0 for row in padded_rows]]
+        self.backend.init_forward_metadata(batch)
+        return self.backend.forward(q, q, q, self.case.layer, batch)[: len(rows)]
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_replays_of_a_captured_pass(backend_class, window):
+    case = Case(CPU, [(60, 1), (2, 1), (15, 1), (31, 1), (16, 1)], GROUPED, window=window, decode=True)
+    case.pool.buffer[:, :, : case.page_size] = 0.5  # padding reads page 0, which holds numbers in an engine
+    expected = case.run(TorchNativeAttnBackend(case.spec))
+    replayed = Replayed(case, backend_class(case.spec), sizes=[1, 2, 4, 8])
+    for rows, size in (([0, 1, 2, 3, 4], 8), ([3], 1), ([4, 2, 0], 4), ([1, 0], 2), ([2], 1), ([0, 1, 2, 3], 4)):
+        case.compare(replayed.run(rows, size), expected[rows])
+
+
+def test_captured_wrappers_share_their_buffers():
+    """A plan is copied there before each replay: a buffer for each size would only cost memory."""
+    case = Case(CPU, DECODE["unlike lengths"], GROUPED, decode=True)
+    Replayed(case, FlashInferAttnBackend(case.spec), sizes=[1, 2, 4])
+    made = [
+        kwargs for _, method, _, kwargs in fake_flashinfer.CALLS if method == "__init__" and "use_cuda_graph" in kwargs
+    ]
+    assert [len(kwargs["paged_kv_last_page_len_buffer"]) for kwargs in made] == [1, 2, 4]
+    for name in ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer"):
+        assert len({kwargs[name].data_ptr() for kwargs in made}) == 1
+
+
+@pytest.mark.parametrize(("num_heads", "wanted"), [(2, False), (4, False), (6, True), (16, True)])
+def test_tensor_cores_for_large_groups(num_heads, wanted):
+    case = Case(CPU, DECODE["one"], (num_heads, 2, 16), decode=True)
+    case.check(FlashInferAttnBackend(case.spec))
+    made = [kwargs for name, method, _, kwargs in fake_flashinfer.CALLS if (name[5], method) == ("D", "__init__")]
+    assert [kwargs["use_tensor_cores"] for kwargs in made] == [wanted]
+
+
+def record_calls(backend_class):
+    for sequences, decode in ((EXTEND["mixed with single tokens"], False), (DECODE["unlike lengths"], True)):
+        case = Case(CPU, sequences, GROUPED, page_size=16, window=9, decode=decode, dtype=torch.float16)
+        case.check(backend_class(case.spec))
+    case.pool.buffer[:, :, : case.page_size] = 0.5
+    Replayed(case, backend_class(case.spec), sizes=[2]).run([1], 2)
+
+
+def test_our_calls_fit_the_real_flashinfer(monkeypatch):
+    record_calls(FlashInferAttnBackend)
+    monkeypatch.delitem(sys.modules, "flashinfer")
+    real = pytest.importorskip("flashinfer", reason="the package flashinfer is not installed")
+    assert {(name, method) for name, method, *_ in fake_flashinfer.CALLS} == {
+        (name, method)
+        for name in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
+        for method in ("__init__", "plan", "run")
+    }
+    for name, method, args, kwargs in fake_flashinfer.CALLS:
+        function = getattr(getattr(real, name), method)
+        parameters = inspect.signature(function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            function = getattr(getattr(real, name), f"_{method}_impl")  # some versions only pass the arguments on
+        inspect.signature(function).bind(None, *args, **kwargs)
+
+
+def test_our_calls_fit_the_real_varlen_attention():
+    """On meta tensors the real function checks the arguments and their types, and computes nothing."""
+    from torch.nn.attention import varlen
+
+    if not hasattr(varlen, "varlen_attn_out"):
+        pytest.skip(f"torch {torch.__version__} has no variable-length attention with a block table")
+    record_calls(TorchVarlenAttnBackend)
+    assert len(fake_varlen.CALLS) == 3
+    for args, kwargs in fake_varlen.CALLS:
+        args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+        kwargs = {name: arg.to("meta") if isinstance(arg, torch.Tensor) else arg for name, arg in kwargs.items()}
+        varlen.varlen_attn_out(*args, **kwargs)
+        shape, dtype = args[1].shape, args[1].dtype
+        assert varlen.varlen_attn(*args[1:], **kwargs).shape == shape and args[0].dtype == dtype
