@@ -84,7 +84,7 @@ class ServerArgs:
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes, on a GPU, the first of triton, flashinfer, torch_varlen and torch_native "
-        "that is installed and runs the model, on a CPU torch_native. Of these only triton and torch_native were measured.",
+        "that is installed and runs the model, on a CPU torch_native. The middle two weren't measured on a GPU yet.",
         choices=ATTENTION_BACKENDS,
     )
     disable_cuda_graph: bool = flag(False, "Launch every kernel of a decode pass by itself.")

@@ -7,8 +7,10 @@ import sys
 import fake_flashinfer
 import fake_varlen
 import pytest
+import random_models as rm
 import torch
 from attention_case import Case
+from engine_harness import EngineHarness
 from ramet.srt.layers.attention import torch_varlen_backend
 from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -141,6 +143,23 @@ def test_tensor_cores_for_large_groups(num_heads, wanted):
     case.check(FlashInferAttnBackend(case.spec))
     made = [kwargs for name, method, _, kwargs in fake_flashinfer.CALLS if (name[5], method) == ("D", "__init__")]
     assert [kwargs["use_tensor_cores"] for kwargs in made] == [wanted]
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])  # mistral has a sliding window
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_engine_gives_the_same_tokens(monkeypatch, tmp_path, name, family):
+    """Chunked prompts beside decoding requests, a warm prefix cache, and retraction for want of pages."""
+    folder = rm.make_model(tmp_path, family)
+    prompts = rm.random_prompts([1, 5, 17, 33, 60])
+    settings = {"chunked_prefill_size": 7, "max_total_tokens": 160}
+    expected = EngineHarness(folder, **settings).generate(prompts, max_new_tokens=14)
+    monkeypatch.setattr(BACKENDS[name], "obstacle", staticmethod(lambda spec: None))
+    engine = EngineHarness(folder, attention_backend=name, **settings)
+    assert isinstance(engine.runner.attn_backend, BACKENDS[name])
+    for _ in range(2):
+        results = engine.generate(prompts, max_new_tokens=14)
+        assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert engine.scheduler.num_retracted > 0 and results[-1].cached_tokens > 0
 
 
 def record_calls(backend_class):

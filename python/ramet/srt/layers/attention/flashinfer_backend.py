@@ -54,8 +54,7 @@ class FlashInferAttnBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
-            self._current = self._captured[forward_batch.batch_size]
-            return
+            return  # planned already: that can't be captured
         rows = torch.arange(forward_batch.batch_size, device=forward_batch.block_tables.device)
         pages = self._list_pages(forward_batch.block_tables, rows, forward_batch.seq_lens_cpu)
         if forward_batch.forward_mode is ForwardMode.DECODE:

@@ -1,0 +1,110 @@
+"""Which attention backend is taken, and what is said where one can't be."""
+
+import dataclasses
+import sys
+import time
+
+import pytest
+import torch
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.layers.attention import registry, requirements
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.registry import make_attn_backend
+from ramet.srt.server_args import ATTENTION_BACKENDS, ServerArgs
+
+SPEC = AttentionSpec(
+    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_heads=8, num_kv_heads=2, head_dim=128,
+    scale=128**-0.5, windows=(None,),
+)  # fmt: skip
+
+
+def packages(monkeypatch, *names, torch_version="2.13.0+cu130"):
+    """Only these of the optional packages are installed."""
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", lambda name: name if name in names else None)
+    monkeypatch.setattr(requirements.importlib.metadata, "version", lambda name: torch_version)
+
+
+class Named(AttentionBackend):
+    """Stands in for a backend that would need a GPU to be made."""
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.name = type(self).__name__
+
+    init_forward_metadata = forward = None
+
+
+@pytest.fixture
+def named(monkeypatch):
+    """The real backends say what they need; what is made is only a name."""
+    real = registry._backend_class
+
+    def stand_in(name):
+        return type(name, (Named,), {"obstacle": staticmethod(real(name).obstacle)})
+
+    monkeypatch.setattr(registry, "_backend_class", stand_in)
+    monkeypatch.setitem(sys.modules, "flashinfer", object())
+    pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def test_flag_and_preference_name_the_same_backends():
+    assert set(registry.PREFERENCE) | {"auto"} == set(ATTENTION_BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("installed", "torch_version", "changes", "wanted"),
+    [
+        (("triton", "flashinfer"), "2.13.0", {}, "triton"),
+        (("triton", "flashinfer"), "2.13.0", {"dtype": torch.float32, "head_dim": 24}, "triton"),
+        (("flashinfer",), "2.13.0", {}, "flashinfer"),
+        (("flashinfer",), "2.13.0", {"head_dim": 96}, "torch_varlen"),
+        (("flashinfer",), "2.13.0", {"dtype": torch.float32}, "torch_native"),
+        ((), "2.13.0", {}, "torch_varlen"),
+        ((), "2.14.0a0+git1234", {}, "torch_varlen"),
+        ((), "2.13.0", {"page_size": 16}, "torch_native"),
+        ((), "2.11.0", {}, "torch_native"),
+        (("triton", "flashinfer"), "2.13.0", {"device": torch.device("cpu")}, "torch_native"),
+    ],
+)
+def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_version, changes, wanted):
+    packages(monkeypatch, *installed, torch_version=torch_version)
+    assert make_attn_backend("auto", dataclasses.replace(SPEC, **changes)).name == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("flashinfer", {"dtype": torch.float32}, "flashinfer needs bfloat16 or float16; the model has float32"),
+        ("flashinfer", {"head_dim": 96}, "flashinfer needs heads of 64, 128, 256; the model's have 96"),
+        ("torch_varlen", {"page_size": 16}, "torch_varlen needs a --page-size that is a multiple of 256; it is 16"),
+        ("torch_varlen", {"head_dim": 20}, "torch_varlen needs heads of a multiple of 8 and at most 256"),
+        ("flashinfer", {"device": torch.device("cpu")}, "flashinfer needs a GPU"),
+        ("torch_varlen", {"device": torch.device("cpu")}, "torch_varlen needs a GPU"),
+    ],
+)
+def test_what_a_backend_needs_of_model_and_device(monkeypatch, named, name, changes, message):
+    packages(monkeypatch, "triton", "flashinfer")
+    with pytest.raises(ValueError, match=f"--attention-backend {message}"):
+        make_attn_backend(name, dataclasses.replace(SPEC, **changes))
+
+
+def test_a_flashinfer_that_cannot_be_imported(monkeypatch, named):
+    packages(monkeypatch, "flashinfer")
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(ValueError, match="needs the package flashinfer, which can't be imported"):
+        make_attn_backend("flashinfer", SPEC)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("triton", "needs the package triton, which is not installed"),
+        ("flashinfer", r"needs the package flashinfer, which is not installed \(pip install flashinfer-python\)"),
+        ("torch_varlen", r"needs torch 2\.13 or newer; this is 2\.11\.0"),
+    ],
+)
+def test_what_is_not_installed_is_said_before_anything_starts(monkeypatch, name, message):
+    packages(monkeypatch, torch_version="2.11.0")
+    args = ServerArgs(model_path="no-such-folder", attention_backend=name)
+    with pytest.raises(ValueError, match=f"--attention-backend {name} {message}"):
+        Instance(args, time.monotonic()).start()
