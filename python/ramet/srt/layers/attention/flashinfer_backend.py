@@ -14,7 +14,7 @@ from ramet.srt.utils.device import to_device
 if TYPE_CHECKING:
     from ramet.srt.layers.attention.radix_attention import RadixAttention
 
-WORKSPACE_NBYTES = 256 << 20  # for the partial results of split sequences; all wrappers share it
+WORKSPACE_NBYTES = 512 << 20  # for the partial results of split sequences; all wrappers share it
 HEAD_DIMS = (64, 128, 256)
 MIN_TENSOR_CORE_GROUP = 3  # query heads of a KV head; with fewer, decoding is bound by memory without tensor cores too
 
