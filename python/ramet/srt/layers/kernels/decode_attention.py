@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.paged_softmax import LOG2_E, fold_block, key_offsets
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,
@@ -15,7 +16,6 @@ from ramet.srt.layers.kernels.runtime import (
 MAX_SPLITS = 32
 PROGRAMS_PER_MULTIPROCESSOR = 3
 MIN_DOT_ROWS = 16  # the least that the matrix units take
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -44,18 +44,12 @@ def _attend_split(
     for key in range(start, stop, BLOCK_KEYS):
         positions = key + tl.arange(0, BLOCK_KEYS)
         valid = positions < stop
-        pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        slots = (pages * PAGE_SIZE + positions % PAGE_SIZE) * cache_stride
+        slots = key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, True)
         k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        probs = tl.exp2(scores - new_maximum[:, None])
-        correction = tl.exp2(maximum - new_maximum)
-        v = tl.load(v_ptr + slots[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-        total = total * correction + tl.sum(probs, axis=1)
-        maximum = new_maximum
+        v_ptrs, v_mask = v_ptr + slots[:, None] + dims[None, :], valid[:, None] & dim_mask[None, :]
+        acc, total, maximum = fold_block(acc, total, maximum, scores, v_ptrs, v_mask, PRECISION, False)
     return acc, total, maximum
 
 
@@ -88,8 +82,7 @@ def _decode_kernel(
 ):
     """One program attends with the query heads of one KV head to one share of a sequence's visible keys.
 
-    Softmax runs in base 2, with the running maximum of Milakov and Gimelshein (2018). With several splits, the
-    normalised partial output and its log-sum-exp go to scratch memory for _combine_kernel.
+    With several splits, the normalised partial output and its log-sum-exp go to scratch memory for _combine_kernel.
     """
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)

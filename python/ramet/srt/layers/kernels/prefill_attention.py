@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.paged_softmax import LOG2_E, fold_block, key_offsets
 from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
-
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -37,13 +36,8 @@ def _attend_keys(
     dim_mask = dims < HEAD_DIM
     for key in range(start, stop, BLOCK_KEYS):
         positions = key + tl.arange(0, BLOCK_KEYS)
-        if MASKED:
-            valid = positions < seq_len
-            pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        else:
-            valid = positions >= 0
-            pages = tl.load(table_ptr + positions // PAGE_SIZE).to(tl.int64)
-        slots = (pages * PAGE_SIZE + positions % PAGE_SIZE) * cache_stride
+        valid = positions < seq_len if MASKED else positions >= 0
+        slots = key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, MASKED)
         k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=valid[None, :] & dim_mask[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         if MASKED:
@@ -51,15 +45,8 @@ def _attend_keys(
                 positions[None, :] > q_positions[:, None] - window
             )
             scores = tl.where(visible, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # A row that has seen no key yet keeps -inf; subtracting 0 instead gives it probabilities of 0, not NaN.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        probs = tl.exp2(scores - shift[:, None])
-        correction = tl.exp2(maximum - shift)
-        v = tl.load(v_ptr + slots[:, None] + dims[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0)
-        acc = tl.dot(probs.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
-        total = total * correction + tl.sum(probs, axis=1)
-        maximum = new_maximum
+        v_ptrs, v_mask = v_ptr + slots[:, None] + dims[None, :], valid[:, None] & dim_mask[None, :]
+        acc, total, maximum = fold_block(acc, total, maximum, scores, v_ptrs, v_mask, PRECISION, True)
     return acc, total, maximum
 
 
