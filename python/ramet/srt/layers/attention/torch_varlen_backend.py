@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn_out
+from torch.nn.attention import varlen
 
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -67,7 +67,7 @@ class TorchVarlenAttnBackend(AttentionBackend):
         k_cache, v_cache = forward_batch.kv_pool.get_kv_buffer(layer.layer_id)
         window = layer.sliding_window
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        varlen_attn_out(
+        varlen.varlen_attn_out(
             out,
             q,
             k_cache.unflatten(0, (-1, self.spec.page_size)),
