@@ -39,7 +39,16 @@ class _Copy2D(ctypes.Structure):
 
 @functools.cache
 def _driver() -> ctypes.CDLL:
-    driver = ctypes.CDLL("libcuda.so.1")
+    return _declare(ctypes.CDLL("libcuda.so.1"))
+
+
+@functools.cache
+def _driver_with_lock() -> ctypes.CDLL:
+    """The same; a call keeps Python's lock, which is cheaper for one that only takes microseconds."""
+    return _declare(ctypes.PyDLL("libcuda.so.1"))
+
+
+def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
     address, size, stream = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
     signatures = {
         "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
@@ -57,7 +66,10 @@ def _driver() -> ctypes.CDLL:
 
 
 def _call(name: str, *arguments: object) -> None:
-    code = getattr(_driver(), name)(*arguments)
+    _check(name, getattr(_driver(), name)(*arguments))
+
+
+def _check(name: str, code: int) -> None:
     if code != 0:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
@@ -95,12 +107,12 @@ def close_memory(address: int) -> None:
 
 
 def queue_upload(source: int, target: int, nbytes: int, stream: int) -> None:
-    """Queue a copy from pinned host memory on a stream.
+    """Queue a copy from pinned host memory on a stream, without giving Python's lock away.
 
     Raises:
         OSError: if the driver refuses it.
     """
-    _call("cuMemcpyHtoDAsync_v2", target, source, nbytes, stream)
+    _check("cuMemcpyHtoDAsync_v2", _driver_with_lock().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream))
 
 
 def queue_copies(ops: Sequence[CopyOp], source: int, target: int, stream: int) -> None:

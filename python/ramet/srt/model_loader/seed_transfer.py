@@ -24,7 +24,7 @@ class RankSource(Protocol):
     """One rank of a seed, by one way."""
 
     name: str
-    measured_seconds: float  # in which bytes moved, if the device took the time; else 0
+    measured_seconds: float  # in which bytes moved, if the source took the time; else 0
 
     def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
         """The operations in pieces that can be told apart when the seed fails."""
@@ -136,8 +136,9 @@ class SeedTransfer:
             start = time.perf_counter()
             _run_jobs(jobs)
             elapsed = time.perf_counter() - start
-            by_device = [job.source.measured_seconds for job in jobs if job.source is not None]
-            self.transfer_seconds += max(by_device) if by_device and all(by_device) else elapsed
+            # Several sources need not move bytes at the same time: their own times can't be put together.
+            measured = jobs[0].source.measured_seconds if len(jobs) == 1 and jobs[0].source is not None else 0.0
+            self.transfer_seconds += measured or elapsed
         except BaseException:
             opener.abandon()
             raise

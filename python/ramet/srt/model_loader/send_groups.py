@@ -171,6 +171,8 @@ class _Transfer:
                 raise TimeoutError(f"the client has met this rank and asked for nothing within {self._timeout_s:g} s")
             if self._error:
                 return
+            if not self._is_upstream:
+                group.warm_up()
             start = time.perf_counter()
             with self._arena.work_context():
                 for tensor in self._tensors():

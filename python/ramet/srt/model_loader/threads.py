@@ -11,16 +11,22 @@ MAX_COPY_THREADS = 16  # memory bandwidth of a socket is used up well before thi
 Job = TypeVar("Job")
 
 
-def num_copy_threads() -> int:
+def num_copy_threads(limit: int = MAX_COPY_THREADS) -> int:
     """Threads for copying, hashing and touching memory: one per core that this process may use."""
-    return min(MAX_COPY_THREADS, len(os.sched_getaffinity(0)))
+    return min(limit, len(os.sched_getaffinity(0)))
 
 
-def run_in_threads(jobs: Iterable[Job], make_worker: Callable[[], Callable[[Job], None]], name: str) -> None:
+def run_in_threads(
+    jobs: Iterable[Job],
+    make_worker: Callable[[], Callable[[Job], None]],
+    name: str,
+    num_threads: int | None = None,
+) -> None:
     """Run every job; the first error stops the others at their next job and is raised.
 
     Args:
         make_worker: called once in each thread, so that a worker can own a buffer.
+        num_threads: `num_copy_threads()` unless given.
     """
     queue = _SharedIterator(jobs)
 
@@ -33,8 +39,9 @@ def run_in_threads(jobs: Iterable[Job], make_worker: Callable[[], Callable[[Job]
             queue.stop()
             raise
 
-    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix=name) as pool:
-        futures = [pool.submit(work) for _ in range(num_copy_threads())]
+    count = num_threads or num_copy_threads()
+    with ThreadPoolExecutor(count, thread_name_prefix=name) as pool:
+        futures = [pool.submit(work) for _ in range(count)]
     for future in futures:
         future.result()
 

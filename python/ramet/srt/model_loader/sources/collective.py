@@ -1,6 +1,7 @@
 """Owns filling an arena with broadcasts from ranks of a seed: the client's side. Knows SGLang's routes for it."""
 
 import threading
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -115,6 +116,11 @@ class _Pair:
         store = connect(host, port, self.timeout_s)
         self._group = PairGroup(store, name, RECEIVER, self.memory.device, address, self.timeout_s)
 
+    def warm_up(self) -> None:
+        """Raises OSError if the seed does not do the same."""
+        assert self._group is not None
+        self._group.warm_up()
+
     def barrier(self) -> None:
         assert self._group is not None
         self._group.barrier()
@@ -151,10 +157,10 @@ class CollectiveSource:
     """One rank of a Ramet seed, which is told what to send: a few long ranges, whatever the topologies."""
 
     name = "nccl"
-    measured_seconds = 0.0
 
     def __init__(self, rank: SeedRank, arena: WeightArena, config: LoadConfig) -> None:
         self._pair = _Pair(rank, arena, config)
+        self.measured_seconds = 0.0  # of the broadcasts, without meeting before them
         self.close, self.cut_off = self._pair.close, self._pair.cut_off
         self._steps: list[list[CopyOp]] = []
         self._has_met = False
@@ -175,6 +181,11 @@ class CollectiveSource:
         if not self._has_met:
             self._meet()
             self._has_met = True
+        start = time.perf_counter()
+        self._receive(step)
+        self.measured_seconds += time.perf_counter() - start
+
+    def _receive(self, step: list[CopyOp]) -> None:
         memory, rows = self._pair.memory, target_rows(step)
         with self._pair.arena.work_context():
             if is_direct(rows):
@@ -202,6 +213,7 @@ class CollectiveSource:
         self._pair.meet(answer.master_address, int(answer.ports), answer.transfer_id)
         send = SendWeightsBody(group_name=answer.transfer_id, rank=rank.answer.rank, role=manifest.role)
         self._pair.post_beside(SEND_WEIGHTS_PATH, send)
+        self._pair.warm_up()
 
 
 class UpstreamCollectiveSource:

@@ -1,5 +1,12 @@
-"""Owns reading planned ranges of open files into a GPU's memory: through pinned buffers, copies beside the reads."""
+"""Owns reading planned ranges of open files into a GPU's memory: through pinned buffers, copies beside the reads.
 
+Two things limit it, and shape it. Python's lock: a slice costs one system call, in which the lock is free, and keeps it
+for the rest, as every hand-over makes other threads wait. The processor's memory: all slices together are so small that
+the GPU takes them out of the cache, so bytes pass through memory once, when they are read.
+"""
+
+import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,12 +15,13 @@ from ramet.srt.model_loader import cuda_driver
 from ramet.srt.model_loader.cuda_weight_arena import CudaWeightArena
 from ramet.srt.model_loader.device_rows import scatter_device_rows
 from ramet.srt.model_loader.sources.file_reader import BLOCK_BYTES, read_range
-from ramet.srt.model_loader.threads import run_in_threads
+from ramet.srt.model_loader.threads import num_copy_threads, run_in_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
 
-PART_BYTES = 32 << 20  # of an operation, for one thread at a time
-SLICE_BYTES = 2 << 20  # of a read: so small that the GPU takes it out of the processor's cache
-NUM_SLICES = 4  # pinned buffers of a thread: some are copied from while the next is read into
+PART_BYTES = 16 << 20  # of an operation, for one thread at a time
+SLICE_BYTES = 2 << 20  # of a read and of a copy
+SPARE_SLICES = 8  # beyond one for each thread: those that the GPU copies from meanwhile
+MAX_READERS = 16  # threads
 
 
 def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaWeightArena) -> None:
@@ -25,17 +33,21 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
         OSError: if a file can't be read or is shorter than planned.
     """
     parts = [part for op in ops for part in _cut(op)]
+    if not parts:
+        return
     largest = max((op.source_span_nbytes for op in parts if not op.is_contiguous), default=0)
+    num_threads = min(num_copy_threads(MAX_READERS), len(parts))
+    ring = _Ring(num_threads + SPARE_SLICES, SLICE_BYTES)
+    readers: list[_Reader] = []  # their buffers must live until the last copy out of them is done
 
     def make_worker() -> Callable[[CopyOp], None]:
         torch.cuda.set_device(arena.torch_device)  # a thread starts with the first GPU
         torch.cuda.mem_get_info(arena.torch_device)  # binds its context, which calls into the driver need
-        uploaders.append(_Uploader(fds, arena, largest))
-        return uploaders[-1].run
+        readers.append(_Reader(fds, arena, ring, largest))
+        return readers[-1].run
 
-    uploaders: list[_Uploader] = []  # their buffers must live until the last copy out of them is done
     try:
-        run_in_threads(parts, make_worker, "read-weights")
+        run_in_threads(parts, make_worker, "read-weights", num_threads)
     finally:
         arena.stream.synchronize()
 
@@ -47,20 +59,55 @@ def _cut(op: CopyOp) -> list[CopyOp]:
     return list(split_op(op, max(1, int(BLOCK_BYTES / reach))))
 
 
-class _Uploader:
-    """One thread's pinned buffers.
+class _PinnedBuffer:
+    """Host memory that the GPU reads by itself; `copied` is done when its last copy is."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self.memory = memoryview(tensor.numpy())
+        self.address = tensor.data_ptr()
+        self.copied = torch.cuda.Event()
+
+    def wait(self) -> None:
+        """Until it can be written again."""
+        if not self.copied.query():  # which keeps Python's lock; waiting gives it away
+            self.copied.synchronize()
+
+
+class _Ring:
+    """Slices of one pinned allocation, in the order in which the GPU is done with them. All threads take from it."""
+
+    def __init__(self, num_slices: int, nbytes: int):
+        memory = torch.empty(num_slices * nbytes, dtype=torch.uint8, pin_memory=True)
+        self._free = deque(_PinnedBuffer(part) for part in memory.split(nbytes))
+
+    def take(self) -> _PinnedBuffer:
+        """The slice whose copy was queued first; there are more of them than threads."""
+        buffer = self._free.popleft()
+        buffer.wait()
+        return buffer
+
+    def give_back(self, buffer: _PinnedBuffer) -> None:
+        """After its copy has been queued and `copied` recorded."""
+        self._free.append(buffer)
+
+
+class _Reader:
+    """What one thread does.
 
     Args:
         rows_nbytes: room for the rows of an operation that is not contiguous.
     """
 
-    def __init__(self, fds: Sequence[int], arena: CudaWeightArena, rows_nbytes: int):
+    def __init__(self, fds: Sequence[int], arena: CudaWeightArena, ring: _Ring, rows_nbytes: int):
         self.fds = fds
         self.arena = arena
-        self.stream = arena.stream.cuda_stream
-        self.slices = [_PinnedBuffer(SLICE_BYTES) for _ in range(NUM_SLICES)]
-        self.rows = _PinnedBuffer(rows_nbytes)
-        self.count = 0
+        self.ring = ring
+        self.rows_nbytes = rows_nbytes
+
+    @functools.cached_property
+    def rows(self) -> _PinnedBuffer:
+        return _PinnedBuffer(torch.empty(self.rows_nbytes, dtype=torch.uint8, pin_memory=True))
 
     def run(self, op: CopyOp) -> None:
         if op.is_contiguous:
@@ -69,31 +116,20 @@ class _Uploader:
             self._upload_rows(op)
 
     def _upload(self, op: CopyOp) -> None:
-        target = self.arena.address + op.target_offset
+        target, stream = self.arena.address + op.target_offset, self.arena.stream
         for start in range(0, op.row_nbytes, SLICE_BYTES):
-            buffer = self.slices[self.count % NUM_SLICES]
-            self.count += 1
             nbytes = min(SLICE_BYTES, op.row_nbytes - start)
-            buffer.copied.synchronize()
+            buffer = self.ring.take()
             read_range(self.fds, op.source, op.source_offset + start, buffer.memory[:nbytes])
-            cuda_driver.queue_upload(buffer.address, target + start, nbytes, self.stream)
-            buffer.copied.record(self.arena.stream)
+            cuda_driver.queue_upload(buffer.address, target + start, nbytes, stream.cuda_stream)
+            buffer.copied.record(stream)
+            self.ring.give_back(buffer)
 
     def _upload_rows(self, op: CopyOp) -> None:
         buffer = self.rows
-        buffer.copied.synchronize()
+        buffer.wait()
         read_range(self.fds, op.source, op.source_offset, buffer.memory[: op.source_span_nbytes])
         with torch.cuda.stream(self.arena.stream):
             source = buffer.tensor[: op.source_span_nbytes].to(self.arena.torch_device, non_blocking=True)
             buffer.copied.record()
             scatter_device_rows(op, source, self.arena.buffer)
-
-
-class _PinnedBuffer:
-    """Host memory that the GPU reads by itself; `copied` is done when its last copy is."""
-
-    def __init__(self, nbytes: int):
-        self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.memory = memoryview(self.tensor.numpy())
-        self.address = self.tensor.data_ptr()
-        self.copied = torch.cuda.Event()

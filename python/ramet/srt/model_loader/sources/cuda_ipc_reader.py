@@ -23,8 +23,8 @@ def fill_from_cuda_memory(
 ) -> float:
     """Execute operations whose source is the memory that a CUDA IPC handle opens, from `offset` on.
 
-    The copies run on the arena's own stream, beside whatever the seed computes. The handle is closed before this
-    returns, whatever happens.
+    The copies run on a stream of their own, beside whatever the seed computes and other sources copy. The handle is
+    closed before this returns, whatever happens.
 
     Returns:
         The seconds that the copies took, by the GPU's clock.
@@ -35,11 +35,12 @@ def fill_from_cuda_memory(
     """
     with current_context(arena.torch_device):
         source = cuda_driver.open_memory(handle)
+        stream = torch.cuda.Stream(arena.torch_device, priority=-1)  # of the pool that has no capturing ones, too
         try:
             begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begun.record(arena.stream)
-            cuda_driver.queue_copies(join_neighbours(ops), source + offset, arena.address, arena.stream.cuda_stream)
-            done.record(arena.stream)
+            begun.record(stream)
+            cuda_driver.queue_copies(join_neighbours(ops), source + offset, arena.address, stream.cuda_stream)
+            done.record(stream)
             deadline = time.monotonic() + timeout_s
             while not done.query():
                 if time.monotonic() > deadline:
@@ -49,7 +50,7 @@ def fill_from_cuda_memory(
                 raise OSError("the seed ended while its memory was copied")
             return begun.elapsed_time(done) / 1e3
         finally:
-            arena.stream.synchronize()
+            stream.synchronize()
             cuda_driver.close_memory(source)
 
 

@@ -1,0 +1,118 @@
+"""Files reach a GPU's memory byte for byte though slices are used again: with a stand-in that copies late."""
+
+import contextlib
+import ctypes
+import os
+import random
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ramet.srt.model_loader.sources import cuda_file_reader
+from ramet.srt.model_loader.sources.file_reader import ShortReadError
+from ramet.srt.model_loader.transfer_plan import CopyOp
+
+
+class LateStream:
+    """Copies when somebody waits for it, as late as it may."""
+
+    def __init__(self):
+        self.pending = []
+        self.num_done = 0
+        self.lock = threading.Lock()
+        self.cuda_stream = self  # what the driver is given
+
+    def queue(self, source, target, nbytes):
+        with self.lock:
+            self.pending.append((target, source, nbytes))
+
+    def run_to(self, position):
+        with self.lock:
+            while self.num_done < position:
+                ctypes.memmove(*self.pending[self.num_done])
+                self.num_done += 1
+
+    def synchronize(self):
+        self.run_to(len(self.pending))
+
+
+class LateEvent:
+    def __init__(self):
+        self.stream, self.position = None, 0
+
+    def record(self, stream=None):
+        if stream is not None:
+            self.stream, self.position = stream, len(stream.pending)
+
+    def query(self):
+        return self.stream is None or self.stream.num_done >= self.position
+
+    def synchronize(self):
+        self.stream.run_to(self.position)
+
+
+@pytest.fixture
+def arena(monkeypatch):
+    """Of host memory, with the interface of a GPU's."""
+    fake_cuda = SimpleNamespace(
+        Event=LateEvent, set_device=lambda device: None, mem_get_info=lambda device: None,
+        stream=lambda stream: contextlib.nullcontext(),
+    )  # fmt: skip
+    fake = SimpleNamespace(
+        cuda=fake_cuda, uint8=torch.uint8, empty=lambda size, dtype, pin_memory: torch.empty(size, dtype=dtype)
+    )
+    monkeypatch.setattr(cuda_file_reader, "torch", fake)
+    monkeypatch.setattr(
+        cuda_file_reader.cuda_driver, "queue_upload",
+        lambda source, target, nbytes, stream: stream.queue(source, target, nbytes),
+    )  # fmt: skip
+    monkeypatch.setattr(cuda_file_reader, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(cuda_file_reader, "PART_BYTES", 3500)
+    monkeypatch.setattr(cuda_file_reader, "SPARE_SLICES", 2)
+    monkeypatch.setattr(cuda_file_reader, "num_copy_threads", lambda limit: 4)
+    buffer = torch.zeros(200_000, dtype=torch.uint8)
+    return SimpleNamespace(
+        buffer=buffer, address=buffer.data_ptr(), stream=LateStream(), torch_device=torch.device("cpu")
+    )
+
+
+@pytest.fixture
+def file(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    fd = os.open(tmp_path / "file", os.O_RDONLY)
+    yield fd, data
+    os.close(fd)
+
+
+def test_ranges_and_rows_arrive(arena, file):
+    fd, data = file
+    generator = random.Random(0)
+    ops, expected, position = [], np.zeros(200_000, np.uint8), 0
+    for length in [1, 999, 1000, 1001, 3500, 3501, 40_000, 0, 20_000]:
+        source = generator.randrange(0, len(data) - length)
+        ops.append(CopyOp(source=0, source_offset=source, target_offset=position, row_nbytes=length))
+        expected[position : position + length] = data[source : source + length]
+        position += length + 7
+    rows = CopyOp(source=0, source_offset=11, target_offset=position, row_nbytes=96, num_rows=300, source_stride=300,
+                  target_stride=96)  # fmt: skip
+    for row in range(300):
+        start = 11 + row * 300
+        expected[position + row * 96 : position + row * 96 + 96] = data[start : start + 96]
+    cuda_file_reader.fill_cuda_from_files([*ops, rows], [fd], arena)
+    assert np.array_equal(arena.buffer.numpy(), expected)
+
+
+def test_a_file_that_ends_early_is_an_error_after_the_last_copy(arena, file):
+    fd, data = file
+    ops = [CopyOp(source=0, source_offset=start, target_offset=start, row_nbytes=10_000) for start in (0, 95_000)]
+    with pytest.raises(ShortReadError):
+        cuda_file_reader.fill_cuda_from_files(ops, [fd], arena)
+    assert arena.stream.num_done == len(arena.stream.pending)
+
+
+def test_nothing_to_read_starts_nothing(arena):
+    cuda_file_reader.fill_cuda_from_files([], [], arena)
+    assert arena.stream.pending == []
