@@ -14,79 +14,21 @@ import argparse
 import asyncio
 import dataclasses
 import gc
-import json
 import random
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_common import RESULTS, ROOT, Server, percentile, random_prompt, report
+from bench_common import RESULTS, Server, percentile, random_prompt, report
 from bench_serving import run_load
+from gpu_model import SHAPE, make_model, tensor_shapes
 
 PARTS = ("limits", "checkpoint", "decode", "throughput", "clone")
-SHAPE: dict[str, Any] = {  # Qwen3-8B's published config
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
-    "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "head_dim": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
-    "max_position_embeddings": 40960, "rope_theta": 1000000.0, "attention_bias": False, "dtype": "bfloat16",
-    "eos_token_id": 151645,
-}  # fmt: skip
 INPUT_LEN, OUTPUT_LEN = 512, 256
 SERVER_FLAGS = ["--max-total-tokens", "300000", "--max-running-requests", "256"]
-
-
-def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The checkpoint tensors of a Qwen3 model."""
-    hidden, size, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        for name, shape in {
-            "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q), "self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,),
-            "mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size),
-            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
-        }.items():  # fmt: skip
-            shapes[f"{prefix}.{name}.weight"] = shape
-    vocab = (config["vocab_size"], hidden)
-    return shapes | {"model.embed_tokens.weight": vocab, "model.norm.weight": (hidden,), "lm_head.weight": vocab}
-
-
-def make_model(folder: Path, config: dict[str, Any]) -> Path:
-    """Write the random model in several files, unless it is there."""
-    import torch
-    from safetensors.torch import save_file
-
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = list(tensor_shapes(config).items())
-    files = [dict(shapes[start::8]) for start in range(8)]
-
-    def write(number: int) -> None:
-        tensors = {}
-        for name, shape in files[number].items():
-            scale = 1.0 if len(shape) == 1 else 0.02
-            tensors[name] = torch.randn(shape, device="cuda").mul_(scale).to(torch.bfloat16).cpu()
-        save_file(tensors, folder / f"model-{number + 1:05}-of-{len(files):05}.safetensors")
-
-    with ThreadPoolExecutor(len(files)) as pool:
-        list(pool.map(write, range(len(files))))
-    torch.cuda.empty_cache()
-    names = {name: f"model-{n + 1:05}-of-{len(files):05}.safetensors" for n, f in enumerate(files) for name in f}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    sys.path.insert(0, str(ROOT / "test"))
-    from random_models import write_tokenizer
-
-    write_tokenizer(folder)
-    return folder
 
 
 def empty_gpu() -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -116,20 +116,24 @@ class _Pair:
         store = connect(host, port, self.timeout_s)
         self._group = PairGroup(store, name, RECEIVER, self.memory.device, address, self.timeout_s)
 
-    def warm_up(self) -> None:
-        """Raises OSError if the seed does not do the same."""
-        assert self._group is not None
-        self._group.warm_up()
-
     def barrier(self) -> None:
         assert self._group is not None
         self._group.barrier()
 
+    def warm_up(self) -> None:
+        """Raises OSError as `receive` does."""
+        assert self._group is not None
+        self._run(self._group.warm_up)
+
     def receive(self, tensor: torch.Tensor) -> None:
         """Raises OSError if the seed breaks off; with the seed's words for it, if it has any."""
         assert self._group is not None
+        group = self._group
+        self._run(lambda: group.broadcast(tensor))
+
+    def _run(self, operation: Callable[[], None]) -> None:
         try:
-            self._group.broadcast(tensor)
+            operation()
         except OSError as error:
             if self._sending is not None:
                 self._sending.join(LAST_WORDS_S)

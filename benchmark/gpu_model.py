@@ -1,0 +1,88 @@
+"""Owns the random model of the benchmarks on GPUs: its shape, and its files. Measures nothing."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench_common import ROOT
+
+SHAPE: dict[str, Any] = {  # Qwen3-8B's published config
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
+    "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
+    "max_position_embeddings": 40960, "rope_theta": 1000000.0, "attention_bias": False, "dtype": "bfloat16",
+    "eos_token_id": 151645,
+}  # fmt: skip
+TINY: dict[str, Any] = SHAPE | {  # for a run on a CPU, which only shows that all of it works
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 2,
+}  # fmt: skip
+NUM_FILES = 8
+
+
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The checkpoint tensors of a Qwen3 model."""
+    hidden, size, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for name, shape in {
+            "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q), "self_attn.q_norm": (dim,), "self_attn.k_norm": (dim,),
+            "mlp.gate_proj": (size, hidden), "mlp.up_proj": (size, hidden), "mlp.down_proj": (hidden, size),
+            "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        }.items():  # fmt: skip
+            shapes[f"{prefix}.{name}.weight"] = shape
+    vocab = (config["vocab_size"], hidden)
+    return shapes | {"model.embed_tokens.weight": vocab, "model.norm.weight": (hidden,), "lm_head.weight": vocab}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    """A model folder without weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_model(folder: Path, config: dict[str, Any], device: str = "cuda") -> Path:
+    """Write the random model in several files, unless it is there."""
+    if (folder / "tokenizer.json").is_file() and json.loads((folder / "config.json").read_text()) == config:
+        return folder
+    write_config(folder, config)
+    shapes = list(tensor_shapes(config).items())
+    files = [dict(shapes[start::NUM_FILES]) for start in range(NUM_FILES)]
+    names = [f"model-{number + 1:05}-of-{NUM_FILES:05}.safetensors" for number in range(NUM_FILES)]
+    with ThreadPoolExecutor(NUM_FILES) as pool:
+        list(pool.map(lambda name, shapes: _write_file(folder / name, shapes, device), names, files))
+    weight_map = {tensor: name for name, shapes in zip(names, files, strict=True) for tensor in shapes}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    sys.path.insert(0, str(ROOT / "test"))
+    from random_models import write_tokenizer
+
+    write_tokenizer(folder)
+    return folder
+
+
+def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:
+    """One safetensors file (huggingface/safetensors, README, "Format"), tensor by tensor as they are made."""
+    import torch
+
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            values = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(
+                std=1.0 if len(shape) == 1 else 0.02
+            )
+            rest = memoryview(values.view(torch.uint8).cpu().numpy()).cast("B")
+            while rest:  # one write moves at most 2 GB
+                rest = rest[file.write(rest) :]
