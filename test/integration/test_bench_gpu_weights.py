@@ -1,4 +1,4 @@
-"""The benchmark of weights on GPUs runs through on a CPU, so that a visit to a GPU machine finds no mistake of its own."""
+"""The benchmark of weights on GPUs runs through on a CPU, so that a visit to a GPU finds no mistake of its own."""
 
 import json
 import subprocess
@@ -32,3 +32,10 @@ def test_a_part_that_fails_leaves_the_others_alone(tmp_path):
     assert done.returncode == 1
     values = json.loads((tmp_path / "out").read_text())["values"]
     assert len(values["results"]) == 2 and list(values["failures"]) == ["checkpoint"]
+
+
+def test_the_sweep(tmp_path):
+    done = run(tmp_path, "--sweep-checkpoint")
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads((tmp_path / "out").read_text())["values"]
+    assert len({result["what"] for result in values["results"]}) == 18 and values["failures"] == {}

@@ -1,0 +1,109 @@
+"""Owns a clone whose seed is killed while its memory is being copied, on any device; the clone has a real engine."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import random_models as rm
+from engine_harness import EngineHarness
+from ramet.srt.model_loader.sources import local
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
+from bench_common import Server  # noqa: E402
+from soak_clones import process_tree  # noqa: E402
+
+OFFER = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
+PREFIX = "remote_instance_weight_loader"
+PROMPTS = rm.random_prompts([5, 33])
+NUM_TOKENS = 12
+HELD_BACK_CYCLES = 2_000_000_000  # about a second of a GPU
+DEATH_TIMEOUT_S = 30.0
+
+
+def answers_of(server: Server) -> list[list[int]]:
+    sampling = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+    outputs = server.call("/generate", {"input_ids": PROMPTS, "sampling_params": sampling})
+    return [output["output_ids"] for output in outputs]
+
+
+def kill_instance(server: Server) -> None:
+    """SIGKILL for all its processes, and wait until the last one has let go of everything."""
+    processes = process_tree(server.process.pid)
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    server.process.wait(DEATH_TIMEOUT_S)
+    deadline = time.monotonic() + DEATH_TIMEOUT_S
+    while any(_is_alive(process) for process in processes):
+        assert time.monotonic() < deadline, "the seed does not die"
+        time.sleep(0.01)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def interrupt_copies(monkeypatch, device: str, interrupt: Callable[[], None]) -> None:
+    """Call `interrupt` once while the first local copy is under way: on a GPU it is queued and held back."""
+    pending = [interrupt]
+
+    def call_once() -> None:
+        if pending:
+            pending.pop()()
+
+    if device == "cpu":
+        fill = local.fill_from_files
+
+        def fill_interrupted(*arguments) -> None:
+            call_once()
+            fill(*arguments)
+
+        monkeypatch.setattr(local, "fill_from_files", fill_interrupted)
+        return
+    import torch
+    from ramet.srt.model_loader import cuda_driver
+
+    queue = cuda_driver.queue_copies
+
+    def queue_interrupted(ops, source, target, stream) -> None:
+        if pending:
+            with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+                torch.cuda._sleep(HELD_BACK_CYCLES)
+        queue(ops, source, target, stream)
+        call_once()
+
+    monkeypatch.setattr(cuda_driver, "queue_copies", queue_interrupted)
+
+
+@contextlib.contextmanager
+def seeds(folder: Path, device: str, count: int, *flags: str) -> Iterator[list[Server]]:
+    """Running instances, ended however they are."""
+    servers: list[Server] = []
+    common = ["--device", device, "--max-total-tokens", "4096", "--max-running-requests", "8"]
+    try:
+        for _ in range(count):
+            servers.append(Server(folder, *common, OFFER, *flags))
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def clone_while_the_first_dies(monkeypatch, folder: Path, device: str, servers: list[Server]) -> EngineHarness:
+    """A clone in this process of instances that name each other in their order; the first is killed in the copy."""
+    interrupt_copies(monkeypatch, device, lambda: kill_instance(servers[0]))
+    addresses = ",".join(f"127.0.0.1:{server.port}" for server in servers)
+    options = {f"{PREFIX}_seed_instance_ip": addresses, f"{PREFIX}_local_mode": "copy", f"{PREFIX}_timeout": 20.0}
+    return EngineHarness(folder, device=device, load_format="remote_instance", **options)
+
+
+def tokens_of(engine: EngineHarness) -> list[list[int]]:
+    return [result.token_ids for result in engine.generate(PROMPTS, max_new_tokens=NUM_TOKENS)]
