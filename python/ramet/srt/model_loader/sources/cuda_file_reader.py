@@ -1,8 +1,9 @@
 """Owns reading planned ranges of open files into a GPU's memory: through pinned buffers, copies beside the reads.
 
-Two things limit it, and shape it. Python's lock: a slice costs one system call, in which the lock is free, and keeps it
-for the rest, as every hand-over makes other threads wait. The processor's memory: all slices together are so small that
-the GPU takes them out of the cache, so bytes pass through memory once, when they are read.
+Two things limit it, and shape it. The processor's memory: the slices of all threads together are so small that the GPU
+takes them out of the cache, so bytes pass through memory once, when they are read, and not also when they are written
+and fetched. Python's lock: a slice costs one system call, in which the lock is free, and keeps it for the rest, as every
+hand-over makes other threads wait.
 """
 
 import functools
