@@ -146,6 +146,12 @@ class Bench:
         if self.devices[0] != "cpu":
             torch.cuda.empty_cache()
 
+    def give_up(self, output: Path | None) -> None:
+        """Leave with what has been measured."""
+        if self.seed is not None:
+            self.seed.process.kill()
+        write_report(self, output)
+
     def load(self, arena: WeightArena, topology: str, **options: Any) -> LoadReport:
         """One load from the seed, into memory that holds something else."""
         assert self.seed is not None
@@ -365,7 +371,7 @@ def main() -> int:
         for part, seconds in parts.items():
             begin = time.perf_counter()
             try:
-                with time_limit(seconds, lambda: write_report(bench, args.output)):
+                with time_limit(seconds, lambda: bench.give_up(args.output)):
                     getattr(bench, part)()
             except Exception as error:  # of whatever kind: the other parts are measured all the same
                 traceback.print_exc()

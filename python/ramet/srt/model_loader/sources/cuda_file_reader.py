@@ -2,7 +2,7 @@
 
 Two things limit it, and shape it. The processor's memory: the slices of all threads together are so small that the GPU
 takes them out of the cache, so bytes pass through memory once, when they are read, and not also when they are written
-and fetched. Python's lock: a slice costs one system call, in which the lock is free, and keeps it for the rest, as every
+and fetched. Python's lock: a slice costs one system call, in which the lock is free, and keeps it for the rest, as each
 hand-over makes other threads wait.
 """
 
