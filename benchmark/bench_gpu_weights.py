@@ -218,6 +218,32 @@ class Bench:
             name = across if device != first or first == second else "same-GPU copy"
             self.measure(f"`local`, tp1 to rank {rank} of tp2, {where}", limit, name, half, "tp1", "local_copy",
                          local_mode="copy")  # fmt: skip
+        if self.devices[1] != "cpu":
+            self.measure_rows(half, limit)
+
+    def measure_rows(self, arena: WeightArena, limit: float) -> None:
+        """The strided rows of one such load by themselves: they are queued before the rest, with a mark in between."""
+        from ramet.srt.model_loader import cuda_driver
+        from ramet.srt.model_loader.transfer_plan import CopyOp
+
+        queue, marks, sizes = cuda_driver.queue_copies, [torch.cuda.Event(enable_timing=True) for _ in range(2)], []
+
+        def queue_rows_first(ops: list[CopyOp], source: int, target: int, stream: int) -> None:
+            rows = [op for op in ops if op.num_rows > 1]
+            on = torch.cuda.ExternalStream(stream)
+            marks[0].record(on)
+            queue(rows, source, target, stream)
+            marks[1].record(on)
+            queue([op for op in ops if op.num_rows == 1], source, target, stream)
+            sizes.append(sum(op.nbytes for op in rows))
+
+        cuda_driver.queue_copies = queue_rows_first
+        try:
+            self.load(arena, "tp1", local_mode="copy")
+        finally:
+            cuda_driver.queue_copies = queue
+        rate = sizes[0] / (marks[0].elapsed_time(marks[1]) / 1e3)
+        self.add(Result("of these, the strided rows alone", rate, limit, "plain copy", f"{sizes[0] / 1e9:.2f} GB"))
 
     def checkpoint(self) -> None:
         """The first of the loads may find files that are not in the page cache."""
