@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.model_loader.sources import local
+from ramet.srt.model_loader.sources.local import LocalSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 from bench_common import Server  # noqa: E402
@@ -51,36 +53,45 @@ def _is_alive(process: int) -> bool:
     return state not in "ZX"
 
 
-def interrupt_copies(monkeypatch, device: str, interrupt: Callable[[], None]) -> None:
-    """Call `interrupt` once while the first local copy is under way: on a GPU it is queued and held back."""
-    pending = [interrupt]
+def interrupt_first_copy(monkeypatch, device: str, interrupt: Callable[[int], None]) -> None:
+    """Call `interrupt` with the process that the first local copy is from, while it is under way.
 
-    def call_once() -> None:
-        if pending:
-            pending.pop()()
+    On a GPU the copy has been queued then, and is held back for a second.
+    """
+    run, pending = LocalSource.run, [True]
 
-    if device == "cpu":
-        fill = local.fill_from_files
+    def run_interrupted(source: LocalSource, step: list) -> None:
+        if not pending:
+            return run(source, step)
+        pending.pop()
+        process, _, _ = struct.unpack(
+            "3i", source._memory._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        if device == "cpu":
+            interrupt(process)
+            return run(source, step)
+        with _held_back_copies(monkeypatch, lambda: interrupt(process)):
+            return run(source, step)
 
-        def fill_interrupted(*arguments) -> None:
-            call_once()
-            fill(*arguments)
+    monkeypatch.setattr(LocalSource, "run", run_interrupted)
 
-        monkeypatch.setattr(local, "fill_from_files", fill_interrupted)
-        return
+
+@contextlib.contextmanager
+def _held_back_copies(monkeypatch, when_queued: Callable[[], None]) -> Iterator[None]:
     import torch
     from ramet.srt.model_loader import cuda_driver
 
     queue = cuda_driver.queue_copies
 
-    def queue_interrupted(ops, source, target, stream) -> None:
-        if pending:
-            with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
-                torch.cuda._sleep(HELD_BACK_CYCLES)
+    def queue_held_back(ops, source, target, stream) -> None:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            torch.cuda._sleep(HELD_BACK_CYCLES)
         queue(ops, source, target, stream)
-        call_once()
+        when_queued()
 
-    monkeypatch.setattr(cuda_driver, "queue_copies", queue_interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_driver, "queue_copies", queue_held_back)
+        yield
 
 
 @contextlib.contextmanager
@@ -97,12 +108,18 @@ def seeds(folder: Path, device: str, count: int, *flags: str) -> Iterator[list[S
             server.stop()
 
 
-def clone_while_the_first_dies(monkeypatch, folder: Path, device: str, servers: list[Server]) -> EngineHarness:
-    """A clone in this process of instances that name each other in their order; the first is killed in the copy."""
-    interrupt_copies(monkeypatch, device, lambda: kill_instance(servers[0]))
+def clone_while_one_dies(monkeypatch, folder: Path, device: str, servers: list[Server]) -> EngineHarness:
+    """A clone of these instances, in this process; the one that it copies from is killed while it does."""
+
+    def kill(process: int) -> None:
+        kill_instance(next(server for server in servers if process in process_tree(server.process.pid)))
+
+    interrupt_first_copy(monkeypatch, device, kill)
     addresses = ",".join(f"127.0.0.1:{server.port}" for server in servers)
     options = {f"{PREFIX}_seed_instance_ip": addresses, f"{PREFIX}_local_mode": "copy", f"{PREFIX}_timeout": 20.0}
-    return EngineHarness(folder, device=device, load_format="remote_instance", **options)
+    clone = EngineHarness(folder, device=device, load_format="remote_instance", **options)
+    assert sum(server.process.poll() is not None for server in servers) == 1, "none was killed"
+    return clone
 
 
 def tokens_of(engine: EngineHarness) -> list[list[int]]:
