@@ -3,7 +3,7 @@
 Two things limit it, and shape it. The processor's memory: the slices of all threads together are so small that the GPU
 takes them out of the cache, so bytes pass through memory once, when they are read, and not also when they are written
 and fetched. Python's lock: a slice costs one system call, in which the lock is free, and keeps it for the rest, as each
-hand-over makes other threads wait.
+hand-over makes other threads wait; together some 80 µs, so that slices must not be too small (docs/benchmarks.md).
 """
 
 import functools
@@ -20,8 +20,8 @@ from ramet.srt.model_loader.threads import num_copy_threads, run_in_threads
 from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
 
 PART_BYTES = 16 << 20  # of an operation, for one thread at a time
-SLICE_BYTES = 2 << 20  # of a read and of a copy
-SPARE_SLICES = 8  # beyond one for each thread: those that the GPU copies from meanwhile
+SLICE_BYTES = 4 << 20  # of a read and of a copy
+SPARE_SLICES = 4  # beyond one for each thread: those that the GPU copies from meanwhile
 MAX_READERS = 16  # threads
 
 
