@@ -20,6 +20,7 @@ CONNECT_PERIOD_S = 0.1
 SAY_AFTER_S = 3.0  # of waiting for others at the start
 PULSE_PERIOD_S = 1.0
 PULSE_TIMEOUT_S = 15.0
+SUSPECT_TIMEOUT_S = 4.0  # instead of that once an operation with another rank has broken off
 STORE_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 3.0
 
@@ -40,6 +41,7 @@ class Rendezvous:
         self.store = self._open(timeout_s, is_master=world_rank == 0)
         self._pulse: threading.Thread | None = None
         self._closing = threading.Event()
+        self._broken_off = threading.Event()
 
     def _open(self, timeout_s: float, is_master: bool = False) -> dist.Store:
         """A connection to the store.
@@ -182,12 +184,25 @@ class Rendezvous:
                     new = store.get(f"pulse/{other}").decode() if store.check([f"pulse/{other}"]) else ""
                     if new != value:
                         seen[other] = (new, time.monotonic())
-                    elif time.monotonic() - when > PULSE_TIMEOUT_S:
-                        on_loss(f"node {other} has not been heard of for {PULSE_TIMEOUT_S:g} s")
+                        continue
+                    timeout_s = SUSPECT_TIMEOUT_S if self._broken_off.is_set() else PULSE_TIMEOUT_S
+                    if time.monotonic() - when > timeout_s:
+                        on_loss(f"node {other} has not been heard of for {timeout_s:g} s")
                         return
         except (dist.DistError, RuntimeError, ValueError) as error:
             if not self._closing.is_set():
                 on_loss(f"node 0 can't be reached any more: {_first_line(error)}")
+
+    def let_loss_be_named(self, error: Exception) -> None:
+        """Give the pulse of this node time to say which node has gone, if `error` may come from that.
+
+        A broken connection is noticed at once, but the libraries' errors don't name nodes. The pulse ends the process.
+        """
+        words = str(error).lower()
+        if self.nnodes > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words):
+            logger.debug("an operation with other ranks broke off", exc_info=error)
+            self._broken_off.set()
+            time.sleep(SUSPECT_TIMEOUT_S + 3 * PULSE_PERIOD_S)
 
     def end(self) -> None:
         """Say to the other nodes that the instance ends in good order, and give them time to hear it.

@@ -233,6 +233,11 @@ class Rank:
         logging.shutdown()
         os._exit(LOST_NODE_EXIT_CODE)
 
+    def let_loss_be_named(self, error: Exception) -> None:
+        """If `error` may come from the loss of a node, let that be said first."""
+        if self.rendezvous is not None:
+            self.rendezvous.let_loss_be_named(error)
+
     def _on_instance_end(self) -> None:
         """Node 0 has ended the instance in good order: so does this node."""
         os.kill(os.getpid(), signal.SIGTERM)

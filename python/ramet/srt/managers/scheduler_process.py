@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         ready = rank.start()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         logger.debug("start failed", exc_info=True)
+        rank.let_loss_be_named(error)
         message = str(error).strip() or type(error).__name__
         send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=message)))
         return 1
@@ -49,6 +50,9 @@ def main(argv: Sequence[str]) -> int:
     send_status(status_fd, encode(ready))
     try:
         rank.run()
+    except RuntimeError as error:
+        rank.let_loss_be_named(error)
+        raise
     finally:
         rank.close()
     return 0
