@@ -67,7 +67,7 @@ def mx():
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory, model, mx):
-    """Three that were started at once, with the same command, and go on living: two cores have enough to do with them."""
+    """Three that were started at once, with the same command, and go on living."""
     with contextlib.ExitStack() as stack:
         fleet = Fleet(tmp_path_factory.mktemp("replicas"), model, stack)
         servers = [fleet.start({"url": mx.address}) for _ in range(3)]
@@ -116,7 +116,7 @@ def listed(address, status=READY):
 
 
 def test_of_replicas_started_at_once_one_reads_the_files(mx, replicas):
-    """Three, since all of them share two cores here; the claim's own tests and benchmark/bench_replicas.py have more."""
+    """Three, since they share two cores; the claim's own tests and benchmark/bench_replicas.py have more."""
     reports = [load_report(server) for server in replicas]
     assert sorted(report["source"] for report in reports) == ["checkpoint", "local_map", "local_map"]
     assert not any(report["fallback_reason"] for report in reports)

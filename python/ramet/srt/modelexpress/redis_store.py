@@ -343,6 +343,8 @@ def read_identity(source_id: str, attributes: str) -> p2p_pb2.SourceIdentity:
 def read_row(source_id: str, worker_id: str, summary: str) -> Row | None:
     """The row of a worker with that summary; None if it cannot be read."""
     try:
+        if not worker_id:
+            raise ValueError("its name is no text")
         return make_row(source_id, worker_id, SUMMARY_DECODER.decode(summary))
     except ValueError:
         logger.warning("the row of worker %s of source %s in Redis cannot be read", worker_id, source_id)
