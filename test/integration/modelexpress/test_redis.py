@@ -92,7 +92,7 @@ def test_a_listing_shows_what_was_acknowledged_before_it(redis: RedisProcess) ->
 
         listing = [pool.submit(keep_listing) for _ in range(6)]
         try:
-            for index in range(60):
+            for index in range(20):
                 source_id = publisher.publish(make_identity(), f"w{index}", make_worker(status=1))
                 assert f"w{index}" in {ref.worker_id for ref in lister.list_sources(make_identity())}
                 assert publisher.update_status(source_id, f"w{index}", 0, READY)
