@@ -70,7 +70,7 @@ class LoadingClient:
             load: how busy the seed is.
             changes: fields of the record.
         """
-        info_url = make_info_url(InfoAddress("127.0.0.1", port, 0, "target")) if port else ""
+        info_url = make_info_url(InfoAddress("127.0.0.1", port, 0, self.manifest.role)) if port else ""
         worker = build_worker_metadata(
             self.manifest,
             base_address=address,

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import seed_process
 from loading_client import LoadingClient
-from modelexpress_harness import free_port, running_server
+from modelexpress_harness import free_port, open_client, running_server
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
 from ramet.srt.modelexpress.client import ModelExpressClient
+from ramet.srt.modelexpress.discovery import find_other_topologies
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.source_identity import make_source_identity
 from safetensors.numpy import save_file
 from seed_process import SeedProcess
 
@@ -63,6 +65,25 @@ def test_a_type_that_differs_is_no_match(mx, seed, local_mode):
         client.publish(seed.port)
         with pytest.raises(WeightTransferError, match="dtype is float32, not float16"):
             client.load()
+
+
+@pytest.mark.parametrize(("offered", "wanted"), [("draft", "target"), ("target", "draft")])
+def test_a_draft_model_is_never_taken_for_its_target(offered, wanted):
+    """Both have all else in common: name, tensors, types and sizes."""
+    with running_server() as server, SeedProcess(fields={"role": offered}) as seed:
+        clients = {role: LoadingClient(server.address, {"fields": {"role": role}}) for role in (offered, wanted)}
+        worker_id = clients[offered].publish(seed.port)
+        identities = {
+            role: make_source_identity(client.load_config, client.manifest) for role, client in clients.items()
+        }
+        with open_client(server.address) as listing:
+            refs = {role: listing.list_sources(identity) for role, identity in identities.items()}
+            others = [find_other_topologies(listing, identity) for identity in identities.values()]
+        assert [ref.worker_id for ref in refs[offered]] == [worker_id] and refs[wanted] == []
+        assert others == [[], []]
+        with pytest.raises(WeightTransferError, match="no source became ready"):
+            clients[wanted].load()
+        assert clients[offered].load().taken_from == (worker_id,) and clients[offered].holds()
 
 
 def test_defect_11_dead_and_silent_sources_are_got_past_in_seconds(client, seed):
