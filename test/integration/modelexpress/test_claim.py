@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from modelexpress_harness import make_identity, make_worker, open_client, running_server, wait_until
+from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.discovery import (
     fetch_source,
     find_other_topologies,
     find_sources,
+    look_and_claim,
     order_sources,
     search,
 )
@@ -59,6 +61,21 @@ def test_a_crash_releases_it(client: ModelExpressClient) -> None:
     wait_until(lambda: other.try_acquire(client), 10, "the other's claim")
     assert 0.5 < time.monotonic() - start < 5
     other.release()
+
+
+def test_a_server_that_dies_of_a_claim_is_an_error(server: ModelExpressServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else its outage would seem to begin when the claim has been waited for."""
+    original = ModelExpressClient.publish
+
+    def publish(self: ModelExpressClient, *args: Any) -> str:
+        server.close(grace_s=0)
+        return original(self, *args)
+
+    monkeypatch.setattr(ModelExpressClient, "publish", publish)
+    claim = make_claim(server.address, ack_timeout_s=0.5)
+    with open_client(server.address) as client, pytest.raises(ModelExpressError, match="UNAVAILABLE"):
+        look_and_claim(client, IDENTITY, 0, claim, (), AgeTracker(wall_ms=None))
+    assert not claim.held
 
 
 def test_never_two_at_once(client: ModelExpressClient) -> None:

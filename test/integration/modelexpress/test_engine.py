@@ -197,8 +197,9 @@ def test_the_server_killed_at_each_step_of_an_instances_life(fleet, tmp_path):
     ):
         for name in ports:
             wait_until(lambda name=name: listed(urls[name]) is not None, what="the metadata server")
-        seed = fleet.start({"url": urls["seed"], "source": True}, backend=False)
-        searcher = fleet.start({"url": urls["searcher"]})
+        often = {"MX_HEARTBEAT_INTERVAL_SECS": "0.2"}
+        seed = fleet.start({"url": urls["seed"], "source": True}, backend=False, **often)
+        searcher = fleet.start({"url": urls["searcher"]}, **often)
         before_ready.wait_killed()
         at_claim.wait_killed()
     assert load_report(seed.wait_ready())["source"] == "checkpoint"

@@ -12,6 +12,7 @@ from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.discovery import find_other_topologies
 from ramet.srt.modelexpress.proto import p2p_pb2
@@ -155,6 +156,7 @@ def test_what_discovery_adds_to_a_load(client, seed):
 @pytest.mark.parametrize("has_source", [True, False])
 def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path, monkeypatch, seed, step, has_source):
     monkeypatch.setattr("ramet.srt.modelexpress.discovery.OUTAGE_S", 1.0)
+    monkeypatch.setitem(FileClaim.__init__.__kwdefaults__, "ack_timeout_s", 1.0)
     with running_server() as server:
         client = LoadingClient(server.address, fallback="disk", timeout_s=5.0)
         files = seed_process.make_tensors(client.config)
