@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / ".run" / "bench"
@@ -87,7 +87,7 @@ def free_port() -> int:
 class Server:
     """A Ramet instance that a benchmark measures."""
 
-    def __init__(self, model: Path, *flags: str, timeout_s: float = 300.0) -> None:
+    def __init__(self, model: Path, *flags: str, timeout_s: float = 300.0, poll_s: float = 0.01) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         log_folder = RESULTS / "logs"
@@ -106,7 +106,7 @@ class Server:
             if time.monotonic() - start > timeout_s:
                 self.stop()
                 raise RuntimeError(f"server not ready after {timeout_s:g} s; log {self.log_path}")
-            time.sleep(0.01)
+            time.sleep(poll_s)
         self.ready_s = time.monotonic() - start  # launch to the first good /health
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 600.0) -> Any:
@@ -138,6 +138,33 @@ def running(model: Path, *flags: str) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
+
+
+class MetadataServer(NamedTuple):
+    """A running metadata server."""
+
+    address: str  # host:port of gRPC
+    http_url: str
+    pid: int
+
+
+@contextlib.contextmanager
+def running_metadata_server(folder: Path, *flags: str) -> Iterator[MetadataServer]:
+    """A metadata server in a process of its own, which writes its log into `folder`."""
+    log = folder / "metadata-server.log"
+    command = [sys.executable, "-m", "ramet.modelexpress_server", "--port", "0", "--metrics-port", "0", *flags]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stderr=file, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 30
+        while not (match := re.search(r"gRPC on (\S+), fleet page on (\S+)/,", log.read_text())):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the metadata server did not start: {log.read_text()}")
+            time.sleep(0.02)
+        yield MetadataServer(match[1], match[2], process.pid)
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

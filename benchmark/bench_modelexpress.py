@@ -9,11 +9,9 @@ server share the machine. With records in memory, then in a redis-server of its 
 import argparse
 import asyncio
 import contextlib
-import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -23,7 +21,7 @@ from typing import Any
 
 import grpc
 import psutil
-from bench_common import ROOT, free_port, report
+from bench_common import MetadataServer, free_port, report, running_metadata_server
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.weight_manifest import WeightEntry, WeightManifest
 from ramet.srt.modelexpress.ages import wall_clock_ms
@@ -36,25 +34,6 @@ from ramet.srt.modelexpress.source_identity import EngineValues, build_source_id
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 PARTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "input_layernorm")
-
-
-@contextlib.contextmanager
-def running_server(folder: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A metadata server in a process of its own, and its address."""
-    log = folder / "server.log"
-    command = [sys.executable, "-m", "ramet.modelexpress_server", "--port", "0", "--metrics-port", "0", *flags]
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stderr=file, cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 30
-        while not (match := re.search(r"gRPC on (\S+),", log.read_text())):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start: {log.read_text()}")
-            time.sleep(0.02)
-        yield match[1], psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 @contextlib.contextmanager
@@ -142,8 +121,9 @@ async def measure(
     }
 
 
-async def measure_server(address: str, process: psutil.Process, args: argparse.Namespace) -> dict[str, Any]:
+async def measure_server(server: MetadataServer, args: argparse.Namespace) -> dict[str, Any]:
     """Publish all workers, then measure each kind of call."""
+    process = psutil.Process(server.pid)
     identity = build_source_identity(
         EngineValues(model_name="org/model", dtype="bfloat16", tp_size=args.ranks), ModelExpressConfig()
     )
@@ -151,7 +131,7 @@ async def measure_server(address: str, process: psutil.Process, args: argparse.N
     records = [make_worker(rank, args.ranks, args.tensors) for rank in range(args.ranks)]
     ids = [f"{index:032x}" for index in range(args.workers)]
     results: dict[str, Any] = {"empty_rss": process.memory_info().rss}
-    async with grpc.aio.insecure_channel(address, options=MESSAGE_SIZE_OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(server.address, options=MESSAGE_SIZE_OPTIONS) as channel:
         raw = client_calls(channel, SERVICE)
 
         def publish(index: int) -> Awaitable[Any]:
@@ -221,15 +201,15 @@ def main() -> None:
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with running_server(folder) as (address, process):
-            values["memory"] = asyncio.run(measure_server(address, process, args))
+        with running_metadata_server(folder) as server:
+            values["memory"] = asyncio.run(measure_server(server, args))
         if shutil.which("redis-server"):
             with (
                 running_redis(folder) as (url, redis),
-                running_server(folder, "--redis-url", url) as (address, process),
+                running_metadata_server(folder, "--redis-url", url) as server,
             ):
                 empty = redis.memory_info().rss
-                values["redis"] = asyncio.run(measure_server(address, process, args))
+                values["redis"] = asyncio.run(measure_server(server, args))
                 values["redis"]["redis_bytes"] = redis.memory_info().rss - empty
     rows = [("a record", f"{args.tensors} tensors, {values['memory']['record_bytes'] / 1e3:.0f} kB on the wire")]
     for store, results in values.items():

@@ -1,7 +1,7 @@
 """Runs every benchmark, one after the other, and writes .run/bench/results.md with command, machine and date.
 
 python benchmark/run_all.py [NAME …]    names: weights, transfers, registration, seed_latency, startup, decode, serving,
-                                        modelexpress; all when none is given
+                                        modelexpress, discovery, replicas; all when none is given
 """
 
 import argparse
@@ -11,7 +11,18 @@ import sys
 
 from bench_common import RESULTS, ROOT
 
-NAMES = ("weights", "transfers", "registration", "seed_latency", "startup", "decode", "serving", "modelexpress")
+NAMES = (
+    "weights",
+    "transfers",
+    "registration",
+    "seed_latency",
+    "startup",
+    "decode",
+    "serving",
+    "modelexpress",
+    "discovery",
+    "replicas",
+)
 
 
 def to_markdown(result: dict) -> str:

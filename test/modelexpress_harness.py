@@ -13,6 +13,7 @@ import pytest
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.weight_manifest import WeightBox, WeightEntry, WeightManifest
 from ramet.srt.modelexpress.ages import wall_clock_ms
+from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
@@ -45,6 +46,24 @@ def running_server(**options: Any) -> Iterator[ModelExpressServer]:
         yield server
     finally:
         server.close(grace_s=0.5)
+
+
+@pytest.fixture
+def server() -> Iterator[ModelExpressServer]:
+    """A server; a test file may have another one in its place."""
+    with running_server() as running:
+        yield running
+
+
+def open_client(address: str) -> ModelExpressClient:
+    """A client that this process's environment does not change."""
+    return ModelExpressClient(address, environ={})
+
+
+@pytest.fixture
+def client(server: ModelExpressServer) -> Iterator[ModelExpressClient]:
+    with open_client(server.address) as made:
+        yield made
 
 
 class RedisProcess:

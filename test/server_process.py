@@ -50,6 +50,14 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_
     raise TimeoutError(f"{what} has not come true within {timeout_s:g} s")
 
 
+def is_running(pid: int) -> bool:
+    """Whether the process is there and not just waiting to be forgotten by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class ServerProcess:
     """One server on a free port."""
 
@@ -133,6 +141,15 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+    def kill(self) -> None:
+        """End it and its children as a power cut does."""
+        if self.process.poll() is not None:
+            return
+        children = self.children()
+        self.process.kill()
+        self.process.wait(10)
+        wait_until(lambda: not any(is_running(pid) for pid in children), "the children's end")
 
     def leftovers(self) -> list[str]:
         """Names in its folder for temporary files."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from ramet.srt.modelexpress.settings import ModelExpressConfig, parse_modelexpress_config
+from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port, parse_modelexpress_config
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -265,6 +265,8 @@ class ServerArgs:
         if config is None:
             return
         config.check_sizes(tp_size=self.tp_size, pp_size=self.pp_size, ep_size=self.ep_size)
+        if config.is_embedded and self.nnodes > 1 and embedded_port(config.url) == 0:
+            raise ValueError("--modelexpress-config url embedded:0 is for one node: others can't know which port it is")
         if self.load_format == "remote_instance" and not is_backend:
             raise ValueError(
                 "--modelexpress-config with --load-format remote_instance needs "

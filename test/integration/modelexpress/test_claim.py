@@ -2,18 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from modelexpress_harness import make_identity, make_worker, running_server, wait_until
+from modelexpress_harness import make_identity, make_worker, open_client, running_server, wait_until
+from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.discovery import (
     fetch_source,
     find_other_topologies,
     find_sources,
+    look_and_claim,
     order_sources,
     search,
 )
@@ -25,21 +27,9 @@ from ramet.srt.modelexpress.server import ModelExpressServer
 IDENTITY = make_identity()
 
 
-@pytest.fixture
-def server() -> Iterator[ModelExpressServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: ModelExpressServer) -> Iterator[ModelExpressClient]:
-    with ModelExpressClient(server.address, environ={}) as made:
-        yield made
-
-
 def make_claim(address: str, name: str = "instance", **options: Any) -> FileClaim:
     options = {"renewal_s": 0.1, "silence_s": 1.0} | options
-    return FileClaim(lambda: ModelExpressClient(address, environ={}), IDENTITY, InstanceFacts(instance=name), **options)
+    return FileClaim(lambda: open_client(address), IDENTITY, InstanceFacts(instance=name), **options)
 
 
 def test_one_holds_it_until_it_lets_go(client: ModelExpressClient) -> None:
@@ -73,6 +63,21 @@ def test_a_crash_releases_it(client: ModelExpressClient) -> None:
     other.release()
 
 
+def test_a_server_that_dies_of_a_claim_is_an_error(server: ModelExpressServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else its outage would seem to begin when the claim has been waited for."""
+    original = ModelExpressClient.publish
+
+    def publish(self: ModelExpressClient, *args: Any) -> str:
+        server.close(grace_s=0)
+        return original(self, *args)
+
+    monkeypatch.setattr(ModelExpressClient, "publish", publish)
+    claim = make_claim(server.address, ack_timeout_s=0.5)
+    with open_client(server.address) as client, pytest.raises(ModelExpressError, match="UNAVAILABLE"):
+        look_and_claim(client, IDENTITY, 0, claim, (), AgeTracker(wall_ms=None))
+    assert not claim.held
+
+
 def test_never_two_at_once(client: ModelExpressClient) -> None:
     """Twelve contend for it again and again; each holds it for a moment."""
     inside, most, turns = 0, 0, 0
@@ -100,7 +105,7 @@ def test_never_two_at_once(client: ModelExpressClient) -> None:
 def start_replica(address: str, name: str, events: list[str], load: Callable[[], None]) -> Publisher:
     """What an instance does: search, read the files or take from a source, publish, be READY, let go of the claim."""
     claim = make_claim(address, name, silence_s=10.0)
-    with ModelExpressClient(address, environ={}) as client:
+    with open_client(address) as client:
         found = search(client, IDENTITY, 0, claim=claim, timeout_s=60, poll_s=0.05)
     if found.holds_claim:
         load()
@@ -108,7 +113,7 @@ def start_replica(address: str, name: str, events: list[str], load: Callable[[],
     else:
         assert found.sources, found.reason
         events.append("source")
-    publisher = Publisher(ModelExpressClient(address, environ={}), IDENTITY, make_worker(), heartbeat_interval_s=0.2)
+    publisher = Publisher(open_client(address), IDENTITY, make_worker(), heartbeat_interval_s=0.2)
     publisher.start()
     assert publisher.set_status(READY, timeout_s=10)
     claim.release()
@@ -167,7 +172,7 @@ def test_a_failed_source_does_not_come_back(client: ModelExpressClient) -> None:
 
 
 def test_a_server_that_cannot_be_reached_is_an_error_with_its_address() -> None:
-    with ModelExpressClient("127.0.0.1:1", environ={}) as client:
+    with open_client("127.0.0.1:1") as client:
         with pytest.raises(ModelExpressError) as caught:
             search(client, IDENTITY, 0, claim=None, timeout_s=0.5, poll_s=0.05)
         assert (caught.value.code, caught.value.address, caught.value.method) == (
@@ -180,7 +185,7 @@ def test_a_server_that_cannot_be_reached_is_an_error_with_its_address() -> None:
 
 def test_a_server_that_is_killed_while_somebody_waits() -> None:
     with running_server() as server:
-        client = ModelExpressClient(server.address, environ={})
+        client = open_client(server.address)
         client.publish(IDENTITY, "seed", make_worker(status=INITIALIZING))
         threading.Timer(0.3, server.close, [0.1]).start()
         with pytest.raises(ModelExpressError, match="UNAVAILABLE"):

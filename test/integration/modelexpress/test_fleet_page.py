@@ -2,7 +2,7 @@
 
 import json
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,6 @@ FROM_FILES = LoadFacts(source="checkpoint", num_bytes=2_000_000_000, seconds=4.0
 FROM_SEED = LoadFacts(
     source="transfer_engine", num_bytes=2_000_000_000, seconds=0.5, verified=True, taken_from=("seed", "gone")
 )
-
-
-@pytest.fixture
-def server() -> Iterator[ModelExpressServer]:
-    with running_server() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: ModelExpressServer) -> Iterator[ModelExpressClient]:
-    with ModelExpressClient(server.address, environ={}) as made:
-        yield made
 
 
 @pytest.fixture

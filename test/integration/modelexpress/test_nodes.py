@@ -1,6 +1,7 @@
 """Instances of several nodes publish every rank, and others take their weights from it."""
 
 import json
+import socket
 import urllib.request
 
 import random_models as rm
@@ -18,18 +19,24 @@ def start_server(host):
     return server
 
 
+def fetch_workers(host, http_url):
+    """By the instance's URL: its workers."""
+
+    def ask():
+        with urllib.request.urlopen(f"{http_url}/fleet.json", timeout=5) as response:
+            return json.load(response)
+
+    fleet = host.inside(ask)
+    return {i["name"]: i["workers"] for m in fleet["models"] for i in m["instances"]}
+
+
 def test_every_rank_of_every_node_is_published_and_found(tmp_path):
     model = rm.make_model(tmp_path / "model", "llama2")
     with Network(2) as network:
         server = network.hosts[0].inside(lambda: start_server(network.hosts[0]))
 
         def workers():
-            def ask():
-                with urllib.request.urlopen(f"{server.http_url}/fleet.json", timeout=5) as response:
-                    return json.load(response)
-
-            fleet = network.hosts[0].inside(ask)
-            return {i["name"]: i["workers"] for m in fleet["models"] for i in m["instances"]}
+            return fetch_workers(network.hosts[0], server.http_url)
 
         flags = [*FLAGS, json.dumps({"url": server.address})]
         for name in ("first", "second"):
@@ -50,3 +57,57 @@ def test_every_rank_of_every_node_is_published_and_found(tmp_path):
             url = f"http://{network.hosts[0].address}:{first.head.port}"
             assert [worker["status"] for worker in workers()[url]] == ["STALE"] * 2
         server.close(0.5)
+
+
+def test_the_embedded_server_is_for_the_ranks_of_every_node(tmp_path):
+    """It runs in node 0's head process; the ranks of node 1 publish there too, and another instance finds both."""
+    model = rm.make_model(tmp_path / "model", "llama2")
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    with Network(2) as network:
+        head = network.hosts[0]
+        port = free_port_pair(head)
+        http_url = f"http://{head.address}:{port + 1}"
+        flags = [*FLAGS, json.dumps({"url": f"embedded:{port}"})]
+        with Cluster(Case(nnodes=2, tp_size=2), network.hosts, model, tmp_path / "first", *flags) as first:
+            first.wait_ready()
+            url = f"http://{head.address}:{first.head.port}"
+
+            def find_published():
+                found = fetch_workers(head, http_url).get(url, [])
+                return found if [worker["status"] for worker in found] == ["READY"] * 2 else None
+
+            published = wait_until(find_published, 20, "both ranks being READY")
+            assert sorted(worker["worker_rank"] for worker in published) == [0, 1]
+            assert "embedded ModelExpress server at" in first.head.output
+            assert f"using the ModelExpress server at {head.address}:{port}" in first.nodes[1].output
+            with Cluster(Case(), network.hosts, model, tmp_path / "second", *flags) as second:
+                second.wait_ready()
+                assert f"using the ModelExpress server at {head.address}:{port}" in second.head.output
+                assert len(fetch_workers(head, http_url)) == 2
+                report = second.head.request("/get_server_info")[1]["ranks"][0]["load_report"]
+                assert report["verified"], report
+                assert set(report["taken_from"]) == {worker["worker_id"] for worker in published}
+                answer = first.head.generate([5, 6, 7], 8)
+                assert second.head.generate([5, 6, 7], 8) == answer
+                first.head.process.terminate()
+                assert first.head.process.wait(30) == 0
+                assert second.head.generate([5, 6, 7], 8) == answer
+
+
+def free_port_pair(host):
+    """A free port with a free one after it: the fleet page's."""
+
+    def probe():
+        for _ in range(100):
+            with socket.socket() as one, socket.socket() as other:
+                one.bind((host.address, 0))
+                port = one.getsockname()[1]
+                try:
+                    other.bind((host.address, port + 1))
+                except (OSError, OverflowError):
+                    continue
+                return port
+        raise RuntimeError("no two ports in a row are free")
+
+    return host.inside(probe)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modelexpress_harness import free_port, make_identity, make_worker, running_redis, running_server, wait_until
+from modelexpress_harness import (
+    free_port,
+    make_identity,
+    make_worker,
+    open_client,
+    running_redis,
+    running_server,
+    wait_until,
+)
+from ramet.srt.managers.io_struct import PublisherStats
 from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.publisher import INITIALIZING, READY, STALE, Publisher
@@ -22,15 +31,8 @@ def server() -> Iterator[ModelExpressServer]:
         yield running
 
 
-@pytest.fixture
-def client(server: ModelExpressServer) -> Iterator[ModelExpressClient]:
-    with ModelExpressClient(server.address, environ={}) as made:
-        yield made
-
-
 def make_publisher(address: str, **options: Any) -> Publisher:
-    made = ModelExpressClient(address, timeout_s=5, environ={})
-    return Publisher(made, make_identity(), make_worker(), **{"heartbeat_interval_s": 0.1} | options)
+    return Publisher(open_client(address), make_identity(), make_worker(), **{"heartbeat_interval_s": 0.1} | options)
 
 
 def listed(client: ModelExpressClient, status: int) -> list[str]:
@@ -58,7 +60,7 @@ def test_the_life_of_a_record(client: ModelExpressClient) -> None:
 
 def test_heartbeats_keep_it_listed() -> None:
     with running_server(reaper_scan_interval=0.1, heartbeat_timeout=1.0) as server:
-        client = ModelExpressClient(server.address, environ={})
+        client = open_client(server.address)
         publisher = make_publisher(server.address, heartbeat_interval_s=0.2)
         publisher.start()
         assert publisher.set_status(READY, timeout_s=10)
@@ -72,7 +74,7 @@ def test_heartbeats_keep_it_listed() -> None:
 def test_a_worker_that_dies_without_a_word_is_not_listed_for_long() -> None:
     """Defect 11."""
     with running_server(reaper_scan_interval=0.1, heartbeat_timeout=0.5) as server:
-        client = ModelExpressClient(server.address, environ={})
+        client = open_client(server.address)
         client.publish(make_identity(), "dead", make_worker())
         wait_until(lambda: listed(client, STALE) == ["dead"], what="STALE")
         assert listed(client, READY) == []
@@ -87,7 +89,7 @@ def test_a_server_that_is_down_at_the_start(caplog: pytest.LogCaptureFixture) ->
     wait_until(lambda: publisher.stats().num_failures >= 2, what="failures that are counted")
     assert f"at ModelExpress server 127.0.0.1:{port} failed: UNAVAILABLE" in publisher.stats().last_error
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1  # said once, not at each attempt
-    with running_server(port=port) as server, ModelExpressClient(server.address, environ={}) as client:
+    with running_server(port=port) as server, open_client(server.address) as client:
         wait_until(lambda: listed(client, READY) == [publisher.worker_id], 30, "READY at the server that came late")
         wait_until(lambda: publisher.stats().status == "READY", what="the server's answer")
         assert publisher.stats().last_error == ""
@@ -101,7 +103,7 @@ def test_a_server_that_loses_everything(caplog: pytest.LogCaptureFixture) -> Non
         publisher.start()
         assert publisher.set_status(READY, timeout_s=10)
     wait_until(lambda: publisher.stats().num_failures >= 1, what="a failure")
-    with running_server(port=port) as server, ModelExpressClient(server.address, environ={}) as client:
+    with running_server(port=port) as server, open_client(server.address) as client:
         wait_until(lambda: listed(client, READY) == [publisher.worker_id], 30, "the record at the new server")
         wait_until(lambda: publisher.stats().num_publishes == 2, what="the server's answer")
         assert publisher.stats().num_lost == 1
@@ -137,9 +139,19 @@ def test_close_does_not_wait_for_a_server_that_hangs(server: ModelExpressServer)
 
 
 def test_close_before_start_and_twice() -> None:
-    publisher = make_publisher("127.0.0.1:1")
-    publisher.close()
-    publisher.close()
+    """Closed before its start it says nothing to the server, and a second close is no error."""
+    with running_server() as server, open_client(server.address) as client:
+        unstarted = make_publisher(server.address)
+        unstarted.close()
+        unstarted.close()
+        assert unstarted.stats() == PublisherStats(status="") and client.list_sources() == []
+        publisher = make_publisher(server.address)
+        publisher.start()
+        assert publisher.set_status(READY, timeout_s=10)
+        for _ in range(2):
+            publisher.close()
+            assert not publisher._thread.is_alive()
+            assert listed(client, STALE) == [publisher.worker_id]
 
 
 def test_a_record_withdrawn_before_it_was_published_never_shows(
@@ -148,8 +160,11 @@ def test_a_record_withdrawn_before_it_was_published_never_shows(
     publisher = make_publisher(server.address)
     publisher.set_status(STALE)
     publisher.start()
+    assert not publisher.set_status(STALE, timeout_s=0.5)  # nobody was told, so nobody acknowledges
+    assert publisher.stats().num_publishes == 0 and client.list_sources() == []
+    assert publisher.set_status(READY, timeout_s=10)  # it was there all the while
+    assert listed(client, READY) == [publisher.worker_id]
     publisher.close()
-    assert client.list_sources() == []
 
 
 def test_the_server_killed_at_every_step() -> None:
@@ -160,13 +175,16 @@ def test_the_server_killed_at_every_step() -> None:
     wait_until(lambda: publisher.stats().num_failures, what="a failure")
     with running_server(port=port):
         wait_until(lambda: publisher.stats().status == "INITIALIZING", 30, "INITIALIZING")
+        assert publisher.stats().last_error == ""
     publisher.set_status(READY)
-    wait_until(lambda: publisher.stats().last_error, what="a failure after INITIALIZING")
-    for _ in range(2):
-        with running_server(port=port) as server, ModelExpressClient(server.address, environ={}) as client:
-            wait_until(lambda client=client: listed(client, READY) == [publisher.worker_id], 30, "READY")
-        wait_until(lambda: publisher.stats().last_error, what="a failure after READY")
+    for num_publishes in (2, 3):
+        wait_until(lambda: publisher.stats().last_error, what="a failure")
+        with running_server(port=port) as server, open_client(server.address) as client:
+            wait_until(lambda: publisher.stats().last_error == "", 30, "the server's answer")
+            assert listed(client, READY) == [publisher.worker_id]
+            assert publisher.stats().num_publishes == num_publishes
     publisher.close()
+    assert publisher.stats().num_lost == 2
 
 
 def test_withdrawing_a_record_that_the_server_has_lost() -> None:
@@ -190,7 +208,7 @@ def test_withdrawing_goes_on_until_the_store_is_back(tmp_path: Path) -> None:
         assert not publisher.set_status(STALE, timeout_s=1.5)
         redis.start()
         assert publisher.set_status(STALE, timeout_s=30)
-        with ModelExpressClient(server.address, environ={}) as client:
+        with open_client(server.address) as client:
             assert listed(client, READY) == [] and listed(client, STALE) == [publisher.worker_id]
         publisher.close()
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 import redis as redis_client
-from modelexpress_harness import RedisProcess, make_identity, make_worker, running_redis, running_server, wait_until
+from modelexpress_harness import (
+    RedisProcess,
+    make_identity,
+    make_worker,
+    open_client,
+    running_redis,
+    running_server,
+    wait_until,
+)
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
 
@@ -21,10 +30,6 @@ READY = p2p_pb2.SOURCE_STATUS_READY
 def redis(tmp_path: Path) -> Iterator[RedisProcess]:
     with running_redis(tmp_path) as running:
         yield running
-
-
-def open_client(address: str) -> ModelExpressClient:
-    return ModelExpressClient(address, environ={})
 
 
 def test_records_outlive_the_server(redis: RedisProcess) -> None:
@@ -68,6 +73,35 @@ def test_many_publish_through_two_servers_at_once(redis: RedisProcess) -> None:
                 (f"w{index // 4}", index % 4) for index in range(80)
             }
             client.close()
+
+
+def test_a_listing_shows_what_was_acknowledged_before_it(redis: RedisProcess) -> None:
+    """Also while many list at once and share what is read, and whichever server acknowledged it."""
+    with (
+        running_server(redis_url=redis.url) as one,
+        running_server(redis_url=redis.url) as other,
+        open_client(one.address) as lister,
+        open_client(other.address) as publisher,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        stop = threading.Event()
+
+        def keep_listing() -> None:
+            while not stop.is_set():
+                lister.list_sources(make_identity())
+
+        listing = [pool.submit(keep_listing) for _ in range(6)]
+        try:
+            for index in range(20):
+                source_id = publisher.publish(make_identity(), f"w{index}", make_worker(status=1))
+                assert f"w{index}" in {ref.worker_id for ref in lister.list_sources(make_identity())}
+                assert publisher.update_status(source_id, f"w{index}", 0, READY)
+                refs = lister.list_sources(make_identity(), status=READY)
+                assert {ref.worker_id for ref in refs} == {f"w{number}" for number in range(index + 1)}
+        finally:
+            stop.set()
+        for one_thread in listing:
+            one_thread.result(20)
 
 
 def test_redis_goes_away_and_comes_back(redis: RedisProcess) -> None:
@@ -161,6 +195,10 @@ def test_what_cannot_be_read_does_not_hide_the_rest(redis: RedisProcess) -> None
         raw = connect(redis)
         raw.hset(f"mx:source:{source_id}", "bad", '{"worker_rank":"x"}')
         raw.hset(f"mx:source:{source_id}:bad", "0", "{")
+        raw.hset(f"mx:source:{source_id}", b"\xff", b'{"worker_rank":0,"status":2,"updated_at":1}')
+        raw.hset(f"mx:source:{source_id}:".encode() + b"\xff", "0", "{}")
+        raw.hset(f"mx:source:{source_id}", "old", "0")
+        raw.hset(f"mx:source:{source_id}:old", "0", "not a record")
         raw.hset("mx:source:0000000000000000", "__attributes__", "not json")
         assert [ref.worker_id for ref in client.list_sources()] == ["good"]
         assert not client.get_metadata(source_id, "bad").found

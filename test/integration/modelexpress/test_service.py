@@ -29,12 +29,6 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ModelExpr
 
 
 @pytest.fixture
-def client(server: ModelExpressServer) -> Iterator[ModelExpressClient]:
-    with ModelExpressClient(server.address, environ={}) as made:
-        yield made
-
-
-@pytest.fixture
 def call(server: ModelExpressServer) -> Iterator[Any]:
     """Makes a call with a request as it is."""
     with grpc.insecure_channel(server.address, options=MESSAGE_SIZE_OPTIONS) as channel:

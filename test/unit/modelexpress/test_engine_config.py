@@ -73,6 +73,8 @@ def test_combinations_that_mean_nothing_are_errors() -> None:
         make_args({"url": "x"}, load_format="remote_instance")
     with pytest.raises(ValueError, match="seed-instance-ip"):
         make_args(**CLIENT, remote_instance_weight_loader_seed_instance_ip="a:1")
+    with pytest.raises(ValueError, match="embedded:0 is for one node"):
+        make_args({"url": "embedded:0"}, nnodes=2, tp_size=2, dist_init_addr="10.0.0.1:5000")
 
 
 def test_roles() -> None:

@@ -82,6 +82,7 @@ class FileClaim:
             self._publisher = publisher
             if not publisher.set_status(INITIALIZING, self._ack_timeout_s):
                 self.release()
+                self._claims_of_others(client, "")  # fails if the server has gone, so that its outage counts from here
                 return False
         others = self._claims_of_others(client, self._publisher.worker_id)
         if any(worker_id < self._publisher.worker_id for worker_id in others):

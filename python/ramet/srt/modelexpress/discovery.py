@@ -131,7 +131,8 @@ def search(
             what = "a source that is initializing" if coming else "whoever claims the files" if claim else "a source"
         except ModelExpressError as error:
             outage_since = outage_since or now
-            if error.code in FINAL_CODES or now - outage_since >= OUTAGE_S or now >= deadline:
+            outage_s = time.monotonic() - outage_since  # a step may have waited for the server for long
+            if error.code in FINAL_CODES or outage_s >= OUTAGE_S or now >= deadline:
                 release(claim)
                 raise
             what = f"the server to answer ({error})"

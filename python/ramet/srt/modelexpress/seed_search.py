@@ -191,7 +191,7 @@ class SeedSearch:
         for topology in find_other_topologies(self.client, self.identity):
             for ref in topology.sources:
                 facts = read_facts(ref.topology)
-                if facts is None or ref.worker_id in self.failed:  # other engines have no manifest to plan with
-                    continue
+                if facts is None or not facts.instance or ref.worker_id in self.failed:
+                    continue  # no instance answers for it, so there is no manifest to plan with
                 instances.setdefault(facts.instance, Candidate([])).refs.append(ref)
         return list(instances.values())
