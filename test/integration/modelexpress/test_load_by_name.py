@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import statistics
 import threading
 import time
 
@@ -149,7 +150,7 @@ def test_what_discovery_adds_to_a_load(client, seed):
 
     url = client.load_config.modelexpress_url
     times = [(seconds(LoadingClient(url)), seconds(LoadingClient.of_seeds([seed.port]))) for _ in range(5)]
-    assert min(by_name - by_address for by_name, by_address in times) < 0.15
+    assert statistics.median(by_name - by_address for by_name, by_address in times) < 0.15
 
 
 @pytest.mark.parametrize("step", ["list_sources", "get_metadata", "publish", "update_status"])

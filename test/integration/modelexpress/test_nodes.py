@@ -84,7 +84,7 @@ def test_the_embedded_server_is_for_the_ranks_of_every_node(tmp_path):
             with Cluster(Case(), network.hosts, model, tmp_path / "second", *flags) as second:
                 second.wait_ready()
                 assert f"using the ModelExpress server at {head.address}:{port}" in second.head.output
-                assert len(fetch_workers(head, http_url)) == 2
+                wait_until(lambda: len(fetch_workers(head, http_url)) == 2, what="the second instance's record")
                 report = second.head.request("/get_server_info")[1]["ranks"][0]["load_report"]
                 assert report["verified"], report
                 assert set(report["taken_from"]) == {worker["worker_id"] for worker in published}

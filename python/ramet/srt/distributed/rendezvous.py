@@ -1,5 +1,6 @@
 """Owns how the ranks of an instance find each other and notice that one has gone: a key-value store and a pulse."""
 
+import contextlib
 import datetime
 import logging
 import os
@@ -20,7 +21,9 @@ CONNECT_PERIOD_S = 0.1
 SAY_AFTER_S = 3.0  # of waiting for others at the start
 PULSE_PERIOD_S = 1.0
 PULSE_TIMEOUT_S = 15.0
-SUSPECT_TIMEOUT_S = 4.0  # instead of that once an operation with another rank has broken off
+SUSPECT_TIMEOUT_S = 6.0  # instead of that once an operation between ranks has broken off
+SUSPECT_KEY = "suspect"
+CONNECT_TIMEOUT_S = 2.0
 STORE_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 3.0
 
@@ -41,7 +44,7 @@ class Rendezvous:
         self.store = self._open(timeout_s, is_master=world_rank == 0)
         self._pulse: threading.Thread | None = None
         self._closing = threading.Event()
-        self._broken_off = threading.Event()
+        self._has_joined = False
 
     def _open(self, timeout_s: float, is_master: bool = False) -> dist.Store:
         """A connection to the store.
@@ -80,7 +83,8 @@ class Rendezvous:
         news = _NewsOfWaiting(timeout_s)
         while True:
             try:
-                socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+                remaining_s = deadline - time.monotonic()
+                socket.create_connection((host, port), timeout=max(0.1, min(CONNECT_TIMEOUT_S, remaining_s))).close()
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -155,6 +159,7 @@ class Rendezvous:
         """
         self.put(f"joined/{self.world_rank}", "")
         self.wait_all("joined", range(self.world_size), self.timeout_s)
+        self._has_joined = True
 
     def start_pulse(self, on_loss: Callable[[str], None], on_end: Callable[[], None]) -> None:
         """Tell the other nodes that this one lives, and watch them; needed once per node, where there are several.
@@ -185,7 +190,7 @@ class Rendezvous:
                     if new != value:
                         seen[other] = (new, time.monotonic())
                         continue
-                    timeout_s = SUSPECT_TIMEOUT_S if self._broken_off.is_set() else PULSE_TIMEOUT_S
+                    timeout_s = SUSPECT_TIMEOUT_S if store.check([SUSPECT_KEY]) else PULSE_TIMEOUT_S
                     if time.monotonic() - when > timeout_s:
                         on_loss(f"node {other} has not been heard of for {timeout_s:g} s")
                         return
@@ -194,15 +199,17 @@ class Rendezvous:
                 on_loss(f"node 0 can't be reached any more: {_first_line(error)}")
 
     def let_loss_be_named(self, error: Exception) -> None:
-        """Give the pulse of this node time to say which node has gone, if `error` may come from that.
+        """Give the pulses time to say which node has gone, if `error` may come from that.
 
         A broken connection is noticed at once, but the libraries' errors don't name nodes. The pulse ends the process.
         """
-        words = str(error).lower()
-        if self.nnodes > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "nccl" in words):
-            logger.debug("an operation with other ranks broke off", exc_info=error)
-            self._broken_off.set()
-            time.sleep(SUSPECT_TIMEOUT_S + 3 * PULSE_PERIOD_S)
+        is_gloo_error = type(error) is RuntimeError and "gloo" in str(error)
+        if self.nnodes == 1 or not self._has_joined or not (is_gloo_error or isinstance(error, dist.DistError)):
+            return
+        logger.debug("an operation between ranks broke off", exc_info=error)
+        with contextlib.suppress(RuntimeError):  # the store went with node 0, which the pulses notice at once
+            self.put(SUSPECT_KEY, "")
+        time.sleep(SUSPECT_TIMEOUT_S + 3 * PULSE_PERIOD_S)
 
     def end(self) -> None:
         """Say to the other nodes that the instance ends in good order, and give them time to hear it.

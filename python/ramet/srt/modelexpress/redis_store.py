@@ -213,7 +213,8 @@ class RedisStore:
         keys, packed = await guard(read)
         ids = [key.removeprefix(layout.SOURCE_PREFIX) for key in keys]
         if source_id is None:
-            self._known = {key: known for key, known in self._known.items() if key in set(ids)}
+            present = set(ids)
+            self._known = {key: known for key, known in self._known.items() if key in present}
         found = []
         for key, data in zip(ids, packed, strict=True):
             attributes, *texts = unpack_texts(data)
@@ -281,6 +282,10 @@ class RedisStore:
         return bool(await guard(lambda: self._remove(keys=keys, args=args)))
 
     async def close(self) -> None:
+        reads = [*self._running.values(), *self._queued.values()]
+        for read in reads:
+            read.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
         await self._redis.aclose(close_connection_pool=True)
 
 

@@ -1,12 +1,16 @@
 """Owns what servers on sockets of one host share: an abstract Unix socket, the loop that answers, the peer's user."""
 
 import contextlib
+import logging
 import secrets
 import socket
 import struct
 import threading
 from collections.abc import Callable
 
+logger = logging.getLogger(__name__)
+
+RETRY_PERIOD_S = 0.5
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -40,23 +44,26 @@ class ConnectionThreads:
         self._listener = listener
         self._answer = answer
         self._name = name
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._accept, name=name, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Take no more connections; those that there are go on."""
+        self._closing.set()
         with contextlib.suppress(OSError):  # closed before
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # shut down
-                return
-            threading.Thread(target=self._serve, args=(connection,), name=self._name, daemon=True).start()
+                threading.Thread(target=self._serve, args=(connection,), name=self._name, daemon=True).start()
+            except (OSError, RuntimeError) as error:  # too many files or threads, for now; or shut down
+                if not self._closing.wait(RETRY_PERIOD_S):
+                    logger.warning("%s can't take a connection: %s", self._name, error)
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
