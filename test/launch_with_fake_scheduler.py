@@ -3,8 +3,8 @@
 import sys
 
 from ramet.launch_server import launch
+from ramet.srt.command_line import parse_server_args
 from ramet.srt.observability.progress import process_start_time
-from ramet.srt.server_args import parse_server_args
 
 if __name__ == "__main__":
     sys.exit(launch(parse_server_args(sys.argv[1:]), process_start_time(), "fake_scheduler"))

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from ramet.srt.command_line import parse_server_args
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.listener import bind
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
-from ramet.srt.server_args import ServerArgs, parse_server_args
+from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from ramet.srt.command_line import CliParser
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.server_args import LOG_LEVELS, CliParser
+from ramet.srt.server_args import LOG_LEVELS
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """Owns the tests of the flags that say where weights come from."""
 
 import pytest
+from ramet.srt.command_line import parse_server_args
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.server_args import parse_server_args
 
 BASE = ["--model-path", "m", "--load-format", "remote_instance"]
 IP = "--remote-instance-weight-loader-seed-instance-ip"

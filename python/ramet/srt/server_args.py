@@ -1,13 +1,12 @@
 """Owns the server's configuration: the flags, their help, defaults and validation come from one dataclass."""
 
-import argparse
 import dataclasses
 import functools
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port, parse_modelexpress_config
 
@@ -459,61 +458,6 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
         raise ValueError(f"{flag} must be host:port; got {address!r}")
     return host.strip("[]"), int(port)
-
-
-def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of ServerArgs."""
-    hints = get_type_hints(ServerArgs)
-    for field in dataclasses.fields(ServerArgs):
-        required = field.default is dataclasses.MISSING
-        text = field.metadata["help"].replace("%", "%%")
-        if not required and field.default is not None and field.default is not False:
-            text += f" (default: {field.default})"
-        options: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
-        if field.metadata["repeatable"]:
-            options["action"] = _JoinAction
-        if hints[field.name] is bool:
-            options["action"] = "store_true"
-        else:
-            hint = hints[field.name]
-            options["type"] = next(kind for kind in (hint, *get_args(hint)) if kind in (int, float, str))
-            options["metavar"] = options["type"].__name__.upper()
-            options["required"] = required
-            if field.metadata["choices"]:
-                options["choices"] = field.metadata["choices"]
-                options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
-        parser.add_argument(flag_name(field.name), *field.metadata["aliases"], **options)
-
-
-class _JoinAction(argparse.Action):
-    """Joins the values of a flag that is given several times with commas."""
-
-    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, value if before is None else f"{before},{value}")
-
-
-def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") -> ServerArgs:
-    """The configuration that the command line asks for.
-
-    Raises:
-        ValueError: if a value is out of its range or two flags contradict each other.
-        SystemExit: for --help and for an unknown or missing flag (argparse prints a line; exit code 1).
-    """
-    parser = CliParser(
-        prog=prog,
-        description="Start one serving instance.",
-        allow_abbrev=False,
-    )
-    add_cli_args(parser)
-    return ServerArgs(**vars(parser.parse_args(argv)))
-
-
-class CliParser(argparse.ArgumentParser):
-    """An ArgumentParser that answers bad input with one line and exit code 1."""
-
-    def error(self, message: str) -> Any:
-        self.exit(1, f"{self.prog}: error: {message}\n")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,15 +171,72 @@ def record_calls(backend_class):
     Replayed(case, backend_class(case.spec), sizes=[2]).run([1], 2)
 
 
+@dataclasses.dataclass
+class Names:
+    """The parameters of a method behind `self`: first those that every call must give, then others, in order."""
+
+    required: str
+    optional: str = ""
+    keyword_only: str = ""  # optional too
+
+    def signature(self):
+        kinds = inspect.Parameter
+        names = [("self", kinds.POSITIONAL_OR_KEYWORD, kinds.empty)]
+        names += [(name, kinds.POSITIONAL_OR_KEYWORD, kinds.empty) for name in self.required.split()]
+        names += [(name, kinds.POSITIONAL_OR_KEYWORD, None) for name in self.optional.split()]
+        names += [(name, kinds.KEYWORD_ONLY, None) for name in self.keyword_only.split()]
+        return inspect.Signature([kinds(name, kind, default=default) for name, kind, default in names])
+
+
+# Of flashinfer-python 0.6.6. Its `run` methods take further positional arguments for backends of one's own.
+FLASHINFER = {
+    ("BatchDecodeWithPagedKVCacheWrapper", "__init__"): Names(
+        "float_workspace_buffer",
+        "kv_layout use_cuda_graph use_tensor_cores paged_kv_indptr_buffer paged_kv_indices_buffer "
+        "paged_kv_last_page_len_buffer backend jit_args",
+    ),
+    ("BatchDecodeWithPagedKVCacheWrapper", "plan"): Names(
+        "indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size",
+        "pos_encoding_mode window_left logits_soft_cap q_data_type kv_data_type o_data_type data_type sm_scale "
+        "rope_scale rope_theta non_blocking block_tables seq_lens fixed_split_size disable_split_kv",
+    ),
+    ("BatchDecodeWithPagedKVCacheWrapper", "run"): Names(
+        "q paged_kv_cache",
+        keyword_only="q_scale k_scale v_scale out lse return_lse enable_pdl window_left sinks q_len_per_req "
+        "skip_softmax_threshold_scale_factor",
+    ),
+    ("BatchPrefillWithPagedKVCacheWrapper", "__init__"): Names(
+        "float_workspace_buffer",
+        "kv_layout use_cuda_graph qo_indptr_buf paged_kv_indptr_buf paged_kv_indices_buf paged_kv_last_page_len_buf "
+        "custom_mask_buf mask_indptr_buf backend jit_args jit_kwargs",
+    ),
+    ("BatchPrefillWithPagedKVCacheWrapper", "plan"): Names(
+        "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads head_dim_qk "
+        "page_size",
+        "head_dim_vo custom_mask packed_custom_mask causal pos_encoding_mode use_fp16_qk_reduction sm_scale "
+        "window_left logits_soft_cap rope_scale rope_theta q_data_type kv_data_type o_data_type non_blocking "
+        "prefix_len_ptr token_pos_in_items_ptr token_pos_in_items_len max_item_len_ptr seq_lens seq_lens_q "
+        "block_tables max_token_per_sequence max_sequence_kv fixed_split_size disable_split_kv",
+    ),
+    ("BatchPrefillWithPagedKVCacheWrapper", "run"): Names(
+        "q paged_kv_cache",
+        keyword_only="q_scale k_scale v_scale out lse return_lse enable_pdl window_left sinks "
+        "skip_softmax_threshold_scale_factor",
+    ),
+}
+
+
+def test_our_calls_fit_the_recorded_flashinfer():
+    record_calls(FlashInferAttnBackend)
+    assert {(name, method) for name, method, *_ in fake_flashinfer.CALLS} == set(FLASHINFER)
+    for name, method, args, kwargs in fake_flashinfer.CALLS:
+        FLASHINFER[name, method].signature().bind(None, *args, **kwargs)
+
+
 def test_our_calls_fit_the_real_flashinfer(monkeypatch):
     record_calls(FlashInferAttnBackend)
     monkeypatch.delitem(sys.modules, "flashinfer")
     real = pytest.importorskip("flashinfer", reason="the package flashinfer is not installed")
-    assert {(name, method) for name, method, *_ in fake_flashinfer.CALLS} == {
-        (name, method)
-        for name in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper")
-        for method in ("__init__", "plan", "run")
-    }
     for name, method, args, kwargs in fake_flashinfer.CALLS:
         function = getattr(getattr(real, name), method)
         parameters = inspect.signature(function).parameters.values()

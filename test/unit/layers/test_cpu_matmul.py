@@ -1,5 +1,7 @@
 """The blocked product for half-precision weights is right, and at least as exact as the library's."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,14 @@ def test_runs_in_and_out_of_inference_mode():
     with torch.inference_mode():
         inside = cpu_matmul.blocked_linear(x, weight).clone()
     assert torch.equal(cpu_matmul.blocked_linear(x, weight), inside)
+
+
+def test_buffers_are_no_larger_than_a_small_weight(monkeypatch):
+    monkeypatch.setattr(cpu_matmul, "_buffers", threading.local())
+    num_rows, output_size, input_size = 300, 64, 128
+    cpu_matmul.blocked_linear(torch.zeros(num_rows, input_size).bfloat16(), torch.zeros(64, 128).bfloat16())
+    sizes = {name: buffer.numel() for name, buffer in vars(cpu_matmul._buffers).items()}
+    assert sizes == {"products": num_rows * output_size, "widened": output_size * input_size}
 
 
 def test_is_not_for_few_rows_or_float32():

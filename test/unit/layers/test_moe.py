@@ -1,10 +1,13 @@
 """Owns the tests of the mixture-of-experts layer: its numbers, and that all ranks together give them."""
 
 import pytest
+import random_models as rm
 import sharded_models as sm
 import torch
 import torch.nn.functional as F
 import toy_model as toy
+from engine_harness import EngineHarness
+from fake_gpu import RecordOutputs, fake_gpu
 from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers import grouped_linear as gl
@@ -12,6 +15,7 @@ from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts
 from ramet.srt.layers.moe import FusedMoE, TopKRouter
 from ramet.srt.layers.quantization.fp8 import quantize_rows
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 48, 8, 3
 MOE = MoeConfig(
@@ -29,11 +33,20 @@ SHARDED = [topology for topology in sm.TOPOLOGIES if topology != (1, 1)]
 def algorithm(request, monkeypatch):
     """Expert by expert, or by torch's grouped product, which is meant for GPUs and runs on CPUs too."""
     if request.param == "grouped":
-        monkeypatch.setattr(gl, "multiply_in_turn", gl.multiply_by_torch)
+        monkeypatch.setattr("ramet.srt.layers.fused_experts.needs_host", lambda *args: False)
+        monkeypatch.setattr(gl, "_torch_takes", lambda *args: True)
 
 
 def make_experts(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> FusedMoE:
     return FusedMoE(HIDDEN, MOE, "experts", NAMES, activation="silu", dtype=dtype, parallel=parallel)
+
+
+def placed(layer: FusedMoE, device: str) -> FusedMoE:
+    """With weights of any values."""
+    for name, weight in layer.named_parameters():
+        empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+        setattr(layer, name, torch.nn.Parameter(empty, requires_grad=False))
+    return layer
 
 
 def checkpoint() -> dict[str, torch.Tensor]:
@@ -127,6 +140,74 @@ def test_fp8_experts_are_near_the_exact_ones(dtype):
     y, exact = layer(x.to(dtype), weights, ids), reference(tensors, x, weights, ids)
     assert y.dtype == dtype
     assert 0.01 < (y.float() - exact).norm() / exact.norm() < 0.06
+
+
+def test_fp8_experts_in_float16_hold_an_outlier_channel():
+    """The sums of values before their scale, up to 448 each, would be more than float16 holds."""
+    x, weights, ids = routing(8, list(range(EXPERTS)))
+    x[:, 3] = 600
+    layer = filled(make_experts(ParallelConfig()), checkpoint())
+    exact = layer(x, weights, ids)
+    for name in ("w13_weight", "w2_weight"):
+        values, scales = zip(*(quantize_rows(matrix) for matrix in getattr(layer, name)), strict=True)
+        setattr(layer, name, torch.nn.Parameter(torch.stack(values), requires_grad=False))
+        setattr(layer, f"{name}_scale", torch.stack(scales))
+    y = layer(x.half(), weights, ids)
+    assert (y.float() - exact).norm() / exact.norm() < 0.06
+
+
+def test_a_cpu_gathers_the_rows_of_one_expert_at_a_time():
+    """All assignments are in memory at once in the experts' outputs alone."""
+    num_tokens = 1000
+    inputs = routing(num_tokens, list(range(EXPERTS)))
+    layer = filled(make_experts(ParallelConfig()), checkpoint())
+    with RecordOutputs() as record:
+        layer(*inputs)
+    sizes = {output.untyped_storage().data_ptr(): output.untyped_storage().nbytes() for output in record.outputs}
+    parts = num_tokens * TOP_K * HIDDEN * 4
+    assert sum(size >= parts for size in sizes.values()) == 1 and max(sizes.values()) == parts
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "kinds"),
+    [
+        ((9, 0), False, {"bfloat16"}),
+        ((10, 0), False, {"bfloat16"}),
+        ((8, 0), False, set()),
+        ((9, 0), True, {"bfloat16", "float16", "fp8"}),
+        ((8, 0), True, {"bfloat16", "float16", "fp8"}),
+    ],
+)
+def test_which_experts_a_graph_can_hold(monkeypatch, capability, triton, kinds):
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
+    with fake_gpu(monkeypatch, capability, has_triton=triton):
+        for kind, dtype in dtypes.items():
+            layer = placed(make_experts(ParallelConfig(), dtype), "cuda")
+            needs_host = layer.needs_host(torch.float16 if kind == "float16" else torch.bfloat16)
+            assert needs_host == (kind not in kinds)
+
+
+@pytest.mark.usefixtures("algorithm")
+def test_what_the_experts_ask_of_the_host(request):
+    """A fake tensor has no values: whatever asks for them raises, as it does while a graph is captured."""
+    with FakeTensorMode():
+        layer = placed(make_experts(ParallelConfig(), torch.bfloat16), "cpu")
+        x = torch.empty(16, HIDDEN, dtype=torch.bfloat16)
+        weights, ids = torch.empty(16, TOP_K), torch.empty(16, TOP_K, dtype=torch.int64)
+        if "grouped" in request.node.name:
+            assert layer(x, weights, ids).shape == x.shape
+        else:
+            assert layer.needs_host(x.dtype)
+            with pytest.raises(DataDependentOutputException):
+                layer(x, weights, ids)
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama3", True), ("qwen3_moe", False)])
+def test_the_runner_captures_no_experts_that_need_the_host(monkeypatch, tmp_path, family, expected):
+    """On a CPU all do."""
+    runner = EngineHarness(rm.make_model(tmp_path, family)).runner
+    monkeypatch.setattr(type(runner.attn_backend), "can_be_captured", True)
+    assert runner.can_be_captured is expected
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])

@@ -9,7 +9,8 @@ from engine_harness import EngineHarness
 from fp8_models import load, same, write_dequantised, write_fp8
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.quantization.fp8 import FP8, fp8_linear, quantize_rows
+from ramet.srt.layers.quantization import fp8
+from ramet.srt.layers.quantization.fp8 import FP8, dequantize_rows, fp8_linear, quantize_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,24 @@ def test_linear_is_near_the_exact_one():
     y = fp8_linear(x, *quantize_rows(weight), bias)
     exact = torch.nn.functional.linear(x, weight, bias)
     assert (y - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("num_rows", [1, 32])  # a CPU may multiply many rows in its own way
+def test_float16_holds_an_outlier_channel(num_rows):
+    """Sums of the values before their scale, up to 448 each, would be more than it holds."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(num_rows, 4096, generator=generator), torch.randn(128, 4096, generator=generator) * 0.02
+    x[:, 7] = 600
+    y = fp8_linear(x.half(), *quantize_rows(weight), None).float()
+    exact = torch.nn.functional.linear(x, weight)
+    assert (y - exact).norm() / exact.norm() < 0.05
+
+
+def test_rows_are_dequantised_block_by_block_with_one_rounding(monkeypatch):
+    monkeypatch.setitem(fp8.BLOCK_ELEMENTS, "cpu", 100)
+    values, scales = quantize_rows(torch.randn(17, 48))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(dequantize_rows(values, scales, dtype), (values.float() * scales).to(dtype))
 
 
 def test_every_sharding_holds_the_same_numbers(folder):

@@ -82,7 +82,7 @@ def _widened_blocks(weight: torch.Tensor, block_elements: int) -> Iterator[tuple
 
 
 def _block_rows(weight: torch.Tensor, block_elements: int) -> int:
-    return max(1, block_elements // weight.shape[1])
+    return min(weight.shape[0], max(1, block_elements // weight.shape[1]))
 
 
 def _buffer(name: str, num_elements: int) -> torch.Tensor:

@@ -3,7 +3,13 @@
 import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
-from ramet.srt.layers.grouped_linear import grouped_linear
+from ramet.srt.layers.grouped_linear import can_group, grouped_linear
+from ramet.srt.layers.linear import project
+
+
+def needs_host(dtype: torch.dtype, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Whether `fused_experts` of x in `dtype` waits for the experts' counts, so that no CUDA graph can hold it."""
+    return not (can_group(dtype, w13) and can_group(dtype, w2))
 
 
 def fused_experts(
@@ -36,12 +42,60 @@ def fused_experts(
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
     ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
-    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends, w13_scale), activation)
-    y = grouped_linear(hidden, w2, ends, w2_scale)
-    is_computed = torch.arange(len(order), device=x.device) < ends[-1]
-    y.masked_fill_(~is_computed.unsqueeze(-1), 0)
-    parts = torch.empty_like(y).index_copy_(0, order, y).view(num_tokens, top_k, -1)
+    run = _run_in_turn if needs_host(x.dtype, w13, w2) else _run_grouped
+    parts = run(x, w13, w2, order, ends, top_k, activation, w13_scale, w2_scale).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
     return total.to(x.dtype)
+
+
+def _run_in_turn(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    top_k: int,
+    activation: Activation,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """Each assignment's output, zeros for those of other ranks: expert by expert, with the rows of one in memory.
+
+    Args:
+        order: int64 [num_assignments], sorted by expert; the token of an assignment is its number // top_k.
+        ends: int32 [num_experts], where each expert's assignments end in `order`. What follows is not computed.
+
+    Returns:
+        [num_assignments, hidden_size] in the type of x.
+    """
+    parts = x.new_zeros(len(order), x.shape[1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if start < end:
+            places = order[start:end]
+            scales = [None if scale is None else scale[expert] for scale in (w13_scale, w2_scale)]
+            hidden = act_and_mul(project(x[places // top_k], w13[expert], scales=scales[0]), activation)
+            parts[places] = project(hidden, w2[expert], scales=scales[1])
+            start = end
+    return parts
+
+
+def _run_grouped(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    top_k: int,
+    activation: Activation,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """The same with all experts in one product, whatever their counts; takes more memory on the way."""
+    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends, w13_scale), activation)
+    y = grouped_linear(hidden, w2, ends, w2_scale)
+    is_computed = torch.arange(len(order), device=x.device) < ends[-1]
+    y.masked_fill_(~is_computed.unsqueeze(-1), 0)
+    return torch.empty_like(y).index_copy_(0, order, y)

@@ -1,4 +1,4 @@
-"""Owns the choice of the product of sorted rows with one matrix for each group of them: torch's, ours or in turn."""
+"""Owns the product of sorted rows with one matrix for each group of them: whether there is one, and which."""
 
 import functools
 
@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.kernels.runtime import use_kernels
-from ramet.srt.layers.linear import project
+
+
+def can_group(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+    """Whether `grouped_linear` takes such a `weight` with rows of `dtype`: there is no such product on a CPU."""
+    return use_kernels(weight) or _torch_takes(dtype, weight)
 
 
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x W^T with the W of each row's group. On a GPU nothing waits for the groups' sizes: a CUDA graph can hold it.
+    """x W^T with the W of each row's group. Nothing waits for the groups' sizes: a CUDA graph can hold it.
 
     Args:
         x: contiguous [num_rows, n], sorted by group.
@@ -23,26 +27,11 @@ def grouped_linear(
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
-    if not use_kernels(x):
-        return multiply_in_turn(x, weight, ends, scales)
-    if _torch_takes(x, weight):
+    if _torch_takes(x.dtype, weight):
         return multiply_by_torch(x, weight, ends, scales)
     from ramet.srt.layers.kernels import grouped_linear as kernel
 
     return kernel.grouped_linear(x, weight, ends, scales)
-
-
-def multiply_in_turn(
-    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor | None
-) -> torch.Tensor:
-    """One product for every group that has rows; fp8 weights are multiplied in the type of x."""
-    y = x.new_zeros(x.shape[0], weight.shape[1])
-    start = 0
-    for group, end in enumerate(ends.tolist()):
-        if start < end:
-            y[start:end] = project(x[start:end], weight[group], scales=None if scales is None else scales[group])
-            start = end
-    return y
 
 
 def multiply_by_torch(
@@ -61,14 +50,14 @@ def multiply_by_torch(
     return y.to(x.dtype)
 
 
-def _torch_takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _torch_takes(dtype: torch.dtype, weight: torch.Tensor) -> bool:
     """Whether torch has a kernel for it: elsewhere it refuses, or asks the host for the groups' sizes."""
-    capability = _capability(x.device)
-    if any(extent * weight.element_size() % 16 for extent in weight.shape[1:]):
+    if not weight.is_cuda or any(extent * weight.element_size() % 16 for extent in weight.shape[1:]):
         return False
+    capability = _capability(weight.device)
     if weight.dtype == torch.float8_e4m3fn:
-        return capability == (9, 0)
-    return x.dtype == torch.bfloat16 and capability in ((9, 0), (10, 0))
+        return capability == (9, 0) and use_kernels(weight)  # which quantise the rows
+    return dtype == torch.bfloat16 and capability in ((9, 0), (10, 0))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
-from ramet.srt.layers.fused_experts import fused_experts
+from ramet.srt.layers.fused_experts import fused_experts, needs_host
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
 
@@ -122,6 +122,10 @@ class FusedMoE(nn.Module):
         # float32 [num_local_experts, rows, 1] when the weights are fp8
         self.w13_weight_scale: torch.Tensor | None = None
         self.w2_weight_scale: torch.Tensor | None = None
+
+    def needs_host(self, dtype: torch.dtype) -> bool:
+        """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""
+        return needs_host(dtype, self.w13_weight, self.w2_weight)
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank.

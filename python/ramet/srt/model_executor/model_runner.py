@@ -15,6 +15,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
 from ramet.srt.distributed.rendezvous import local_address
 from ramet.srt.layers.attention.registry import describe_attention, make_attn_backend
+from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport, PublisherStats
@@ -192,9 +193,15 @@ class ModelRunner:
                 self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
         is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
-        if is_wanted and self.attn_backend.can_be_captured:
+        if is_wanted and self.can_be_captured:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether nothing in a decode pass needs the host, once the weights are placed."""
+        experts = (module for module in self.model.modules() if isinstance(module, FusedMoE))
+        return self.attn_backend.can_be_captured and not any(layer.needs_host(self.dtype) for layer in experts)
 
     @property
     def _weights_host(self) -> str:

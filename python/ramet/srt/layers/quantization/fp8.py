@@ -4,11 +4,10 @@ The scale of a row is taken over the whole row of the unsharded matrix, so that 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
-from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear, project
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.model_loader.weight_manifest import WeightBox
@@ -17,6 +16,7 @@ FP8 = torch.float8_e4m3fn
 MAX_FP8 = torch.finfo(FP8).max
 MIN_SCALE = 1e-12  # of a row of zeros
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # scaled at a time: 1 MB and 64 MB in float32
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +28,16 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # By a tensor: a division by a number is a multiplication with its rounded inverse on some devices.
     scales = (x.abs().amax(dim=1, keepdim=True) / x.new_full((1, 1), MAX_FP8)).clamp(min=MIN_SCALE)
     return (x / scales).to(FP8), scales
+
+
+def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """values * scale of each row in `dtype`, rounded once; see `quantize_rows`."""
+    weight = torch.empty(values.shape, dtype=dtype, device=values.device)
+    block_rows = max(1, BLOCK_ELEMENTS[values.device.type] // values.shape[1])
+    for start in range(0, len(values), block_rows):
+        rows = slice(start, start + block_rows)
+        weight[rows] = values[rows].float().mul_(scales[rows])
+    return weight
 
 
 def declare_fp8(model: nn.Module) -> None:
@@ -63,11 +73,11 @@ def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias
         scales: float32 [output_size, 1].
     """
     if not (use_kernels(x) and has_fp8_units(x.device)) or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
-        y = F.linear(x, weight.to(x.dtype)) * scales.to(x.dtype).T
-    else:
-        from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu
+        # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
+        return project(x, dequantize_rows(weight, scales, x.dtype), bias)
+    from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu
 
-        values, x_scales = quantize_on_gpu(x)
-        y = torch._scaled_mm(values, weight.T, x_scales, scales.T, out_dtype=torch.bfloat16, use_fast_accum=True)
-        y = y.to(x.dtype)
+    values, x_scales = quantize_on_gpu(x)
+    y = torch._scaled_mm(values, weight.T, x_scales, scales.T, out_dtype=torch.bfloat16, use_fast_accum=True)
+    y = y.to(x.dtype)
     return y if bias is None else y + bias
