@@ -31,6 +31,7 @@ def test_every_part(tmp_path, flags):
     without_limit = ("one bare broadcast", "`transfer_engine` over TCP")
     for result in values["results"]:
         assert result["rate"] > 0 and (result["limit"] > 0 or result["what"] in without_limit)
+        assert min(result["rounds"]) <= result["rate"] <= max(result["rounds"])
     assert f"| {names[0]} |" in done.stdout
 
 
