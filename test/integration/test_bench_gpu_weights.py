@@ -63,3 +63,14 @@ def test_the_sweep(tmp_path, flags, monkeypatch):
     assert bench.main() == 0
     values = values_in(tmp_path)
     assert len({result["what"] for result in values["results"]}) == 18 and values["failures"] == {}
+
+
+def test_the_profile(tmp_path, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--profile-checkpoint"])
+    assert bench.main() == 0
+    values = values_in(tmp_path)
+    names = [result["what"] for result in values["results"]]
+    assert names == [f"load {number} of a process" for number in (1, 2, 3, 4)] and values["failures"] == {}
+    output = capsys.readouterr().out
+    for stage in ("read headers", "plan", "fill, all of it", "make a thread ready", "read a range", "GB/s read"):
+        assert output.count(f"\n{stage} ") == 4, stage
