@@ -3,15 +3,17 @@
     python benchmark/bench_gpu_weights.py [--only local,reshard,checkpoint,broadcast,network] [--work-dir FOLDER]
 
 A seed process holds a random model in Qwen3-8B's shape (16.4 GB in bfloat16) on GPU 0, and split in two over GPU 0 and
-GPU 1; this process is one rank of a client and loads with the real loader, without an engine around it. Rates are of
-the best of some rounds, as the limits' are; every load but the one from files compares checksums afterwards, which the
-whole time has in it. The parts: `local` (GPU to GPU, and on one GPU, beside device-to-device copies), `reshard` (the
-same between topologies), `checkpoint` (files in the page cache, beside a copy of pinned memory), `broadcast` (the
-backend nccl, beside one broadcast of torch.distributed) and `network` (Mooncake over TCP, of a smaller model). A part
-that fails, or takes too long, leaves the others alone. With one GPU, what needs two is left out. `--device cpu` runs
-all of it with a tiny model, to show that it works: its figures mean nothing.
+GPU 1; this process is one rank of a client and loads with the real loader, without an engine around it. Rates of loads
+are medians of some rounds; those of the limits, and of the bare broadcast, are of the best round. Every load but the
+one from files compares checksums afterwards, which the whole time has in it. The parts: `local` (GPU to GPU, and on one
+GPU, beside device-to-device copies), `reshard` (the same between topologies), `checkpoint` (files in the page cache,
+beside a copy of pinned memory), `broadcast` (the backend nccl, beside one broadcast of torch.distributed) and `network`
+(Mooncake over TCP, of a smaller model). A part that fails, or takes too long, leaves the others alone. With one GPU,
+what needs two is left out. `--device cpu` runs all of it with a tiny model, to show that it works: its
+figures mean nothing.
 
-`--sweep-checkpoint` tries slice sizes and numbers of threads for reading files instead.
+`--sweep-checkpoint` tries slice sizes and numbers of threads for reading files instead; `--profile-checkpoint` takes
+the times of the stages of a process's first loads.
 """
 # ruff: noqa: E402 - the models are in the tests' folder, which has to be made importable first
 
@@ -67,7 +69,7 @@ class Result:
     limit: float = 0.0
     limit_name: str = ""
     note: str = ""
-    rounds: list[float] = field(default_factory=list)
+    rounds: list[float] = field(default_factory=list)  # the rate of each
 
     def texts(self) -> tuple[str, str, str]:
         limit = f"{self.limit / 1e9:.1f} GB/s {self.limit_name} ({self.rate / self.limit:.0%})" if self.limit else ""
@@ -126,7 +128,7 @@ class Bench:
         }
         names = {name for part in args.only for name in NEEDED_TOPOLOGIES[part]}
         self.seed: WeightSeedProcess | None = None
-        if names and not args.sweep_checkpoint:
+        if names and not (args.sweep_checkpoint or args.profile_checkpoint):
             chosen = {name: topologies[name] for name in sorted(names)}
             self.seed = stack.enter_context(WeightSeedProcess(chosen, START_TIMEOUT_S))
 
@@ -293,8 +295,9 @@ class Bench:
                 group.barrier()
             times.append(timed(lambda: group.broadcast(memory)))
         group.close()
-        limit = memory.nbytes / min(times)
-        self.add(Result("one bare broadcast", limit, note=f"group set-up {setup:.2f} s", rounds=times))
+        rates = [memory.nbytes / seconds for seconds in times]
+        limit = max(rates)
+        self.add(Result("one bare broadcast", limit, note=f"group set-up {setup:.2f} s", rounds=rates))
         loads = self.measure("backend `nccl`", limit, "bare broadcast", arena, "tp1", "nccl", backend="nccl",
                              local_mode="off")  # fmt: skip
         rest = statistics.median(load.seconds - load.transfer_seconds for load in loads)
@@ -303,6 +306,22 @@ class Bench:
     def network(self) -> None:
         arena = self.arena(self.small_folder, self.devices[1])
         self.measure("`transfer_engine` over TCP", 0.0, "", arena, "small", "transfer_engine", local_mode="off")
+
+    def profile_checkpoint(self) -> None:
+        """Where the time of this process's first loads from files goes; nothing has been copied before them."""
+        begin = time.perf_counter()
+        from load_stages import LoadStages  # with the readers
+
+        print(f"importing the readers: {1e3 * (time.perf_counter() - begin):.0f} ms")
+        arena, folder = self.open_checkpoint()
+        for number in range(1, ROUNDS + 2):
+            arena.byte_tensor().fill_(255)
+            self.synchronize()
+            stages = LoadStages()
+            with stages.recording(arena):
+                seconds = timed(lambda: get_model_loader(LoadConfig()).load_weights(arena.manifest, arena, folder))
+            print(f"\nload {number}: {1e3 * seconds:.0f} ms", *stages.table(), sep="\n", flush=True)
+            self.results.append(Result(f"load {number} of a process", arena.manifest.payload_nbytes / seconds))
 
     def sweep_checkpoint(self) -> None:
         """Rates of reading files with several slice sizes and numbers of threads; and without the copies."""
@@ -380,6 +399,7 @@ def main() -> int:
     parser.add_argument("--checkpoint-layers", type=int, default=SHAPE["num_hidden_layers"],
                         help="of the model that is read from files; fewer are written sooner")  # fmt: skip
     parser.add_argument("--sweep-checkpoint", action="store_true", help="instead of the parts")
+    parser.add_argument("--profile-checkpoint", action="store_true", help="instead of the parts")
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
     args = parser.parse_args()
     args.only = [part for part in args.only.split(",") if part]
@@ -391,6 +411,8 @@ def main() -> int:
         parts = {part: seconds for part, seconds in PART_TIMEOUT_S.items() if part in args.only}
         if args.sweep_checkpoint:
             parts = {"sweep_checkpoint": SWEEP_TIMEOUT_S}
+        if args.profile_checkpoint:
+            parts = {"profile_checkpoint": PART_TIMEOUT_S["checkpoint"]}
         if bench.seed is not None:
             bench.synchronize()  # this process's contexts are made beside the seed's start
             bench.seed.wait_ready()

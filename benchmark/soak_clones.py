@@ -12,6 +12,7 @@ several clones in a second.
 
 import argparse
 import functools
+import http.client
 import re
 import statistics
 import subprocess
@@ -63,10 +64,17 @@ def process_tree(root: int) -> list[int]:
 def take_sample(root: int, gpu: int | None) -> Sample:
     host = files = threads = 0
     for process in process_tree(root):
-        status = Path(f"/proc/{process}/status").read_text()
-        host += int(re.findall(r"^RssAnon:\s+(\d+) kB", status, re.M)[0]) << 10
-        threads += int(re.findall(r"^Threads:\s+(\d+)", status, re.M)[0])
-        files += len(list(Path(f"/proc/{process}/fd").iterdir()))
+        try:
+            status = Path(f"/proc/{process}/status").read_text()
+            num_files = len(list(Path(f"/proc/{process}/fd").iterdir()))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        values = dict(re.findall(r"^(RssAnon|Threads):\s+(\d+)", status, re.M))
+        if "RssAnon" not in values:
+            continue  # it has ended, and its parent does not know yet
+        host += int(values["RssAnon"]) << 10
+        threads += int(values["Threads"])
+        files += num_files
     return Sample(host, files, threads, 0 if gpu is None else used_gpu_bytes(gpu))
 
 
@@ -97,7 +105,7 @@ class Load:
                 answer = self._seed.call("/generate", LOAD, timeout_s=60)
                 if len(answer["output_ids"]) != LOAD["sampling_params"]["max_new_tokens"]:  # type: ignore[index]
                     self.errors.append(f"an answer of {len(answer['output_ids'])} tokens")
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
                 self.errors.append(repr(error))
             self.seconds.append(time.perf_counter() - start)
 
@@ -178,6 +186,17 @@ def print_progress(number: int, clone: dict[str, Any], sample: Sample) -> None:
           f"GPU {gpu:.0f} MiB, {sample.num_files} files, {sample.num_threads} threads", flush=True)  # fmt: skip
 
 
+def describe_clones(clones: list[dict[str, Any]], samples: list[Sample], warm_up: int) -> list[tuple[str, str]]:
+    """Rows of the result, of one clone or more."""
+    seconds = [clone["first_answer_s"] for clone in clones]
+    first, last = asdict(samples[min(warm_up, len(samples)) - 1]), asdict(samples[-1])
+    return [
+        ("clones", f"{len(clones)}, from {', '.join(sorted({clone['source'] for clone in clones}))}"),
+        ("start to first answer", f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"),
+        (f"growth since clone {warm_up}", ", ".join(f"{name} {last[name] - first[name]:+d}" for name in first)),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3.0)
@@ -221,14 +240,9 @@ def main() -> int:
     faults = find_faults(expected, clones, samples, load, args.warm_up)
     if after != expected:
         faults.append("the seed answers otherwise than before")
-    seconds = [clone["first_answer_s"] for clone in clones]
-    last = asdict(samples[-1])
-    first = asdict(samples[min(args.warm_up, len(samples)) - 1])
-    rows = [
-        ("clones", f"{len(clones)}, from {', '.join(sorted({clone['source'] for clone in clones}))}"),
-        ("start to first answer", f"median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s"),
+    rows = describe_clones(clones, samples, args.warm_up) if clones else [("clones", "0")]
+    rows += [
         ("requests of the load", f"{len(load.seconds)}, p99 {percentile(load.seconds, 0.99):.2f} s"),
-        (f"growth since clone {args.warm_up}", ", ".join(f"{name} {last[name] - first[name]:+d}" for name in first)),
         ("faults", "; ".join(faults) or "none"),
     ]
     values = {"clones": clones, "samples": [asdict(sample) for sample in samples], "faults": faults}

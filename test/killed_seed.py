@@ -13,6 +13,7 @@ from pathlib import Path
 import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.model_loader.sources.local import LocalSource
+from server_process import is_running
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
 from bench_common import Server  # noqa: E402
@@ -40,17 +41,9 @@ def kill_instance(server: Server) -> None:
             os.kill(process, signal.SIGKILL)
     server.process.wait(DEATH_TIMEOUT_S)
     deadline = time.monotonic() + DEATH_TIMEOUT_S
-    while any(_is_alive(process) for process in processes):
+    while any(is_running(process) for process in processes):
         assert time.monotonic() < deadline, "the seed does not die"
         time.sleep(0.01)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def interrupt_first_copy(monkeypatch, device: str, interrupt: Callable[[int], None]) -> None:

@@ -1,5 +1,6 @@
 """Starts servers as processes of their own for tests, with the fake scheduler or the real one, and ends them."""
 
+import contextlib
 import json
 import os
 import re
@@ -53,9 +54,29 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_
 def is_running(pid: int) -> bool:
     """Whether the process is there and not just waiting to be forgotten by its parent."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def run_script(command: list[Any], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """A command's output and exit status. Should the time not be enough, what it has started ends with it.
+
+    Raises:
+        subprocess.TimeoutExpired: then.
+    """
+    command = [str(part) for part in command]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 class ServerProcess:

@@ -1,10 +1,10 @@
 """A seed on a GPU keeps nothing of the clients that have taken its weights. Minutes long: benchmark/soak_clones.py."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from server_process import run_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmark" / "soak_clones.py"
 
@@ -16,6 +16,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmark" / "soak_clones.py"
 )
 def test_a_seed_under_load_does_not_grow(flags):
     pytest.importorskip("mooncake.engine", reason="Mooncake is not installed")
-    command = [sys.executable, SCRIPT, "--device", "cuda", "--every", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    command = [sys.executable, SCRIPT, "--device", "cuda", "--minutes", "2.5", "--every", "0", *flags]
+    done = run_script(command, timeout_s=250)
     assert done.returncode == 0, done.stdout + done.stderr

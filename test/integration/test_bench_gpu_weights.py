@@ -31,6 +31,7 @@ def test_every_part(tmp_path, flags):
     without_limit = ("one bare broadcast", "`transfer_engine` over TCP")
     for result in values["results"]:
         assert result["rate"] > 0 and (result["limit"] > 0 or result["what"] in without_limit)
+        assert min(result["rounds"]) <= result["rate"] <= max(result["rounds"])
     assert f"| {names[0]} |" in done.stdout
 
 
@@ -62,3 +63,14 @@ def test_the_sweep(tmp_path, flags, monkeypatch):
     assert bench.main() == 0
     values = values_in(tmp_path)
     assert len({result["what"] for result in values["results"]}) == 18 and values["failures"] == {}
+
+
+def test_the_profile(tmp_path, flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--profile-checkpoint"])
+    assert bench.main() == 0
+    values = values_in(tmp_path)
+    names = [result["what"] for result in values["results"]]
+    assert names == [f"load {number} of a process" for number in (1, 2, 3, 4)] and values["failures"] == {}
+    output = capsys.readouterr().out
+    for stage in ("read headers", "plan", "fill, all of it", "make a thread ready", "read a range", "GB/s read"):
+        assert output.count(f"\n{stage} ") == 4, stage

@@ -1,6 +1,8 @@
 """A seed that is cloned again and again keeps nothing of its clients; the script that watches it notices if it did."""
 
+import http.client
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from server_process import is_running, run_script, wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmark"
 sys.path.insert(0, str(BENCHMARKS))
@@ -19,10 +22,22 @@ QUIET = SimpleNamespace(errors=[], seconds=[0.1])
 
 
 def test_a_seed_under_load_does_not_grow(tmp_path):
-    flags = ["--clones", "12", "--every", "0", "--warm-up", "4", "--concurrency", "1", "--without-engine"]
+    flags = [
+        "--minutes",
+        "1",
+        "--clones",
+        "12",
+        "--every",
+        "0",
+        "--warm-up",
+        "4",
+        "--concurrency",
+        "1",
+        "--without-engine",
+    ]
     command = [sys.executable, BENCHMARKS / "soak_clones.py", "--device", "cpu", "--local-mode", "copy", *flags,
                "--output", tmp_path / "out"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_script(command, timeout_s=120)
     assert done.returncode == 0, done.stdout + done.stderr
     values = json.loads((tmp_path / "out").read_text())["values"]
     assert [clone["source"] for clone in values["clones"]] == 12 * ["local_copy"]
@@ -57,3 +72,53 @@ def test_growth_before_and_noise_after_the_warm_up_are_none():
 def test_a_clone_that_is_not_right_is_found(change, message):
     clones = [*(4 * [CLONE]), CLONE | change, CLONE]
     assert soak_clones.find_faults([1, 2], clones, 6 * [SAMPLE], QUIET, warm_up=3) == [message]
+
+
+def test_what_a_script_has_started_ends_with_it_when_its_time_is_over(tmp_path):
+    file = tmp_path / "child"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_script(["sh", "-c", f"sleep 100 & echo $! > {file}; wait"], timeout_s=2)
+    wait_until(lambda: not is_running(int(file.read_text())), "the child's end")
+
+
+def test_processes_that_end_meanwhile_do_not_count(monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    zombie = subprocess.Popen(["true"])
+    try:
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # has ended, and is not taken away
+        monkeypatch.setattr(soak_clones, "process_tree", lambda root: [root])
+        alone = soak_clones.take_sample(os.getpid(), None)
+        monkeypatch.setattr(soak_clones, "process_tree", lambda root: [root, ended.pid, zombie.pid])
+        beside = soak_clones.take_sample(os.getpid(), None)
+    finally:
+        zombie.wait()
+    assert (beside.num_threads, beside.num_files) == (alone.num_threads, alone.num_files) and beside.host_bytes > 0
+
+
+class FakeSeed:
+    """Answers its own questions, and breaks off those of the load."""
+
+    process = SimpleNamespace(pid=os.getpid())
+    port = 0
+
+    def __init__(self, *_):
+        self.ended = False
+
+    def call(self, path, body, timeout_s=0.0):
+        if body is soak_clones.LOAD:
+            raise http.client.IncompleteRead(b"")
+        return {"output_ids": [1]}
+
+    def stop(self):
+        self.ended = True
+
+
+def test_no_clone_in_time_and_a_broken_answer_are_faults(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(soak_clones, "Server", FakeSeed)
+    flags = ["--device", "cpu", "--minutes", "0", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["soak_clones.py", *flags])
+    assert soak_clones.main() == 1
+    faults = json.loads((tmp_path / "out").read_text())["values"]["faults"]
+    assert "only 0 clones: nothing can be said about growth" in faults
+    assert any("IncompleteRead" in fault for fault in faults)

@@ -11,14 +11,18 @@ import threading
 import time
 
 import httpx
+import msgspec
 import pytest
 import seed_process
 import server_process
 import torch
 import torch.distributed as dist
-from ramet.srt.distributed.pair_group import connect
+from ramet.srt.distributed.pair_group import PairGroup, connect
+from ramet.srt.entrypoints import weight_routes
 from ramet.srt.model_loader import broadcast_steps, seed_transfer, send_groups
 from ramet.srt.model_loader.broadcast_steps import make_broadcast_steps, pack, source_rows, target_rows, unpack
+from ramet.srt.model_loader.seed_registration import InitSendGroupBody
+from ramet.srt.model_loader.sources import collective
 from ramet.srt.model_loader.transfer_plan import plan, source_from_manifest
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_manifest import layout_digest
@@ -69,6 +73,39 @@ def test_packed_rows_arrive_where_they_belong(experts_folder):
         for step in make_broadcast_steps(result.of_source(rank)):
             unpack(pack(source_rows(step), seed.byte_tensor()).clone(), target_rows(step), memory)
     assert torch.equal(memory, expected.byte_tensor())
+
+
+class BodyWithoutWarmUp(InitSendGroupBody, frozen=True, kw_only=True, omit_defaults=True):
+    """As an older instance's."""
+
+    def __post_init__(self):
+        msgspec.structs.force_setattr(self, "warm_up", False)
+
+
+@pytest.fixture
+def warmed_up(monkeypatch):
+    """The sides that have sent or received the warm-up's byte: the seed's is 0, the client's 1."""
+    sides, make, warm_up = [], PairGroup.__init__, PairGroup.warm_up
+
+    def init(self, store, name, rank, *rest):
+        self.side = rank
+        make(self, store, name, rank, *rest)
+
+    monkeypatch.setattr(PairGroup, "__init__", init)
+    monkeypatch.setattr(PairGroup, "warm_up", lambda self: (sides.append(self.side), warm_up(self)))
+    return sides
+
+
+@pytest.mark.parametrize("older", ["seed", "client", "none"])
+def test_nobody_warms_up_alone(dense_folder, older, warmed_up, monkeypatch):
+    with SeedServer(load_all(dense_folder, {})) as server:
+        if older != "none":
+            kinds = {"seed": weight_routes, "client": collective}
+            monkeypatch.setattr(kinds[older], "InitSendGroupBody", BodyWithoutWarmUp)
+        (expected,) = server.arenas
+        arena, report = take(expected.manifest, server, **BROADCAST, timeout_s=10.0)
+        assert report.verified and report.source == "nccl" and arena.memory == expected.memory
+    assert sorted(warmed_up) == ([0, 1] if older == "none" else [])
 
 
 # Failures

@@ -8,6 +8,7 @@ where it had come, and leave no process behind. Prints a line for each case; exi
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,37 +22,34 @@ sys.path[:0] = [str(ROOT / "test"), str(ROOT / "python")]
 
 import random_models as rm  # noqa: E402
 from cluster import Case, Cluster, Network, Node  # noqa: E402
+from server_process import is_running, wait_until  # noqa: E402
 
 TOPOLOGIES = {"tp2": Case(nnodes=2, tp_size=2), "pp2": Case(nnodes=2, pp_size=2), "dp2": Case(nnodes=2, dp_size=2)}
 PHASES = ("listening on", "KV cache", "loaded target", "offering", "ready on")  # a line of the log of some node
 VICTIMS = ("node 0", "node 1", "rank 0", "rank 1")
 FLAGS = ("--remote-instance-weight-loader-start-seed-via-transfer-engine", "--dist-timeout", "20")
 LOSS_TIMEOUT_S = 30
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+START_TIMEOUT_S = 120
 
 
 def wait_for_phase(cluster: Cluster, phase: str) -> None:
-    deadline = time.monotonic() + 120
-    while not any(phase in node.output for node in cluster.nodes):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no node has written {phase!r}")
-        time.sleep(0.01)
+    wait_until(lambda: any(phase in node.output for node in cluster.nodes), f"a line with {phase!r}", START_TIMEOUT_S)
+
+
+def find_rank(node: Node) -> int | None:
+    """The process of a node's rank, if it has one."""
+    for pid in node.descendants():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    return None
 
 
 def kill(node: Node, victim: str) -> None:
     if victim.startswith("node"):
         return node.kill()
-    while True:  # a launcher starts its ranks a moment after it listens
-        for pid in node.descendants():
-            if b"scheduler" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+    # A launcher starts its ranks a moment after it listens.
+    os.kill(wait_until(lambda: find_rank(node), f"the process of {victim}", START_TIMEOUT_S), signal.SIGKILL)
 
 
 def run(case: Case, phase: str, victim: str, model: Path, folder: Path) -> str:

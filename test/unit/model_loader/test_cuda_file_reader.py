@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import random
 import threading
@@ -16,7 +17,9 @@ from ramet.srt.model_loader.transfer_plan import CopyOp
 
 
 class LateStream:
-    """Copies when somebody waits for it, as late as it may."""
+    """Works when somebody waits for it, as late as it may."""
+
+    current = threading.local()  # `.stream`, of each thread
 
     def __init__(self):
         self.pending = []
@@ -24,14 +27,14 @@ class LateStream:
         self.lock = threading.Lock()
         self.cuda_stream = self  # what the driver is given
 
-    def queue(self, source, target, nbytes):
+    def queue(self, work):
         with self.lock:
-            self.pending.append((target, source, nbytes))
+            self.pending.append(work)
 
     def run_to(self, position):
         with self.lock:
             while self.num_done < position:
-                ctypes.memmove(*self.pending[self.num_done])
+                self.pending[self.num_done]()
                 self.num_done += 1
 
     def synchronize(self):
@@ -43,8 +46,8 @@ class LateEvent:
         self.stream, self.position = None, 0
 
     def record(self, stream=None):
-        if stream is not None:
-            self.stream, self.position = stream, len(stream.pending)
+        self.stream = stream or LateStream.current.stream
+        self.position = len(self.stream.pending)
 
     def query(self):
         return self.stream is None or self.stream.num_done >= self.position
@@ -53,21 +56,47 @@ class LateEvent:
         self.stream.run_to(self.position)
 
 
+class PinnedTensor(torch.Tensor):
+    """Goes to a device when the current stream gets to it."""
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        copy = torch.full(self.shape, 0xEE, dtype=torch.uint8)
+        LateStream.current.stream.queue(functools.partial(copy.copy_, self.as_subclass(torch.Tensor)))
+        return copy
+
+
+@contextlib.contextmanager
+def make_current(stream):
+    LateStream.current.stream = stream
+    try:
+        yield
+    finally:
+        del LateStream.current.stream
+
+
 @pytest.fixture
 def arena(monkeypatch):
     """Of host memory, with the interface of a GPU's."""
     fake_cuda = SimpleNamespace(
-        Event=LateEvent, set_device=lambda device: None, mem_get_info=lambda device: None,
-        stream=lambda stream: contextlib.nullcontext(),
+        Event=LateEvent, set_device=lambda device: None, mem_get_info=lambda device: None, stream=make_current
     )  # fmt: skip
-    fake = SimpleNamespace(
-        cuda=fake_cuda, uint8=torch.uint8, empty=lambda size, dtype, pin_memory: torch.empty(size, dtype=dtype)
-    )
+
+    def empty(size, dtype, pin_memory):
+        assert pin_memory
+        return torch.empty(size, dtype=dtype).as_subclass(PinnedTensor)
+
+    def queue_upload(source, target, nbytes, stream):
+        stream.queue(functools.partial(ctypes.memmove, target, source, nbytes))
+
+    def queue_scatter(op, source, buffer, scatter=cuda_file_reader.scatter_device_rows):
+        LateStream.current.stream.queue(functools.partial(scatter, op, source, buffer))
+
+    fake = SimpleNamespace(cuda=fake_cuda, uint8=torch.uint8, empty=empty)
     monkeypatch.setattr(cuda_file_reader, "torch", fake)
-    monkeypatch.setattr(
-        cuda_file_reader.cuda_driver, "queue_upload",
-        lambda source, target, nbytes, stream: stream.queue(source, target, nbytes),
-    )  # fmt: skip
+    monkeypatch.setattr(cuda_file_reader.cuda_driver, "queue_upload", queue_upload)
+    monkeypatch.setattr(cuda_file_reader, "scatter_device_rows", queue_scatter)
+    monkeypatch.setattr(cuda_file_reader, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(cuda_file_reader, "SLICE_BYTES", 1000)
     monkeypatch.setattr(cuda_file_reader, "PART_BYTES", 3500)
     monkeypatch.setattr(cuda_file_reader, "SPARE_SLICES", 2)

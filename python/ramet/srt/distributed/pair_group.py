@@ -96,13 +96,14 @@ class PairGroup:
         self._wait(lambda: self._group.broadcast([tensor], options))
 
     def warm_up(self) -> None:
-        """Make the connection now, on both sides, not with the first broadcast: NCCL takes most of a second for it.
+        """Make the connection now, not with the first broadcast: NCCL takes most of a second for it.
+
+        One byte goes over, so both sides must have agreed on it.
 
         Raises:
             OSError: as `broadcast` does.
         """
-        if self._device.type == "cuda":
-            self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device))
+        self.broadcast(torch.zeros(1, dtype=torch.uint8, device=self._device))
 
     def barrier(self) -> None:
         """Wait for the other side to come here too. Raises OSError as `broadcast` does."""

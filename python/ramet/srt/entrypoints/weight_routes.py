@@ -64,6 +64,7 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
             transfer_id=replies[0].transfer_id if body.rank is not None else "",
             master_address=replies[0].master_address,
             ports=",".join(str(reply.port) for reply in replies),
+            warm_up=replies[0].warm_up,
         )
         return json_response(msgspec.to_builtins(answer))
 
@@ -98,6 +99,7 @@ def _init_requests(instance: Instance, body: InitSendGroupBody) -> dict[int, Ini
             broadcasts=body.broadcasts,
             layout=body.layout,
             timeout_s=body.timeout_s,
+            warm_up=body.warm_up,
         )
         return {body.rank: request}
     return {

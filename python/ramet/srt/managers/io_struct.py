@@ -164,6 +164,7 @@ class InitSendGroupReq(msgspec.Struct, kw_only=True, tag=True):
     broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena that each broadcast carries
     layout: str = ""  # digest of the layout that the rows are of
     timeout_s: float = 60.0  # for each step
+    warm_up: bool = False  # send one byte before the broadcasts
 
 
 class InitSendGroupOutput(msgspec.Struct, kw_only=True, tag=True):
@@ -172,6 +173,7 @@ class InitSendGroupOutput(msgspec.Struct, kw_only=True, tag=True):
     transfer_id: str
     master_address: str
     port: int
+    warm_up: bool = False  # whether one byte comes before the broadcasts
 
 
 class SendWeightsReq(msgspec.Struct, kw_only=True, tag=True):

@@ -92,6 +92,7 @@ class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena: offset, nbytes, count, stride
     layout: str = ""
     timeout_s: float = 60.0
+    warm_up: bool = False  # a broadcast of one byte before the others, if the answer agrees
 
 
 class InitSendGroupAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -102,6 +103,7 @@ class InitSendGroupAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaul
     transfer_id: str = ""
     master_address: str = ""
     ports: str = ""
+    warm_up: bool = False  # whether the seed sends the one byte that it was asked for; older seeds don't
 
 
 class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCAL_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
-
 
 class SeedSources:
     """The sources of one round of a transfer."""
@@ -90,7 +88,7 @@ def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig) -> LocalS
     manifest, handle = rank.answer.manifest, rank.answer.local_handle
     assert manifest is not None and handle is not None
     try:
-        return LocalSource(manifest, handle, arena, min(config.timeout_s, LOCAL_TIMEOUT_S))
+        return LocalSource(manifest, handle, arena, config.timeout_s)
     except (OSError, ValueError) as error:
         logger.warning(
             "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",

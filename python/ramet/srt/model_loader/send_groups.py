@@ -57,7 +57,9 @@ class SendGroups:
         transfer.thread.start()
         if request.group_name:
             transfer.wait_joined()
-        return InitSendGroupOutput(transfer_id=transfer.id, master_address=self._address, port=port)
+        return InitSendGroupOutput(
+            transfer_id=transfer.id, master_address=self._address, port=port, warm_up=transfer.warms_up
+        )
 
     def send(self, transfer_id: str) -> SendWeightsOutput:
         """Send what was agreed on; returns when it has been sent.
@@ -100,6 +102,7 @@ class _Transfer:
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="send-weights", daemon=True)
         self._is_upstream = bool(request.group_name)
+        self.warms_up = request.warm_up and not self._is_upstream
         self._arena = arena
         self._address = address
         self._broadcasts = broadcasts
@@ -165,16 +168,17 @@ class _Transfer:
         failed = True
         try:
             if self._is_upstream:
-                group.barrier()
+                with self._arena.work_context():
+                    group.barrier()
             self._joined.set()
             if not self._go.wait(self._timeout_s):
                 raise TimeoutError(f"the client has met this rank and asked for nothing within {self._timeout_s:g} s")
             if self._error:
                 return
-            if not self._is_upstream:
-                group.warm_up()
-            start = time.perf_counter()
             with self._arena.work_context():
+                if self.warms_up:
+                    group.warm_up()
+                start = time.perf_counter()
                 for tensor in self._tensors():
                     group.broadcast(tensor)
                     self._num_bytes += tensor.nbytes

@@ -123,7 +123,8 @@ class _Pair:
     def warm_up(self) -> None:
         """Raises OSError as `receive` does."""
         assert self._group is not None
-        self._run(self._group.warm_up)
+        with self.arena.work_context():
+            self._run(self._group.warm_up)
 
     def receive(self, tensor: torch.Tensor) -> None:
         """Raises OSError if the seed breaks off; with the seed's words for it, if it has any."""
@@ -212,12 +213,14 @@ class CollectiveSource:
             broadcasts=[[msgspec.to_builtins(rows) for rows in source_rows(step)] for step in self._steps],
             layout=layout_digest(manifest),
             timeout_s=timeout_s,
+            warm_up=True,
         )
         answer = self._pair.post(INIT_SEND_GROUP_PATH, body, timeout_s)
         self._pair.meet(answer.master_address, int(answer.ports), answer.transfer_id)
         send = SendWeightsBody(group_name=answer.transfer_id, rank=rank.answer.rank, role=manifest.role)
         self._pair.post_beside(SEND_WEIGHTS_PATH, send)
-        self._pair.warm_up()
+        if answer.warm_up:  # a seed that does not know of it would send the first range instead
+            self._pair.warm_up()
 
 
 class UpstreamCollectiveSource:

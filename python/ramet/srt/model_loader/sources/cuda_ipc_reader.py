@@ -35,23 +35,34 @@ def fill_from_cuda_memory(
     """
     with current_context(arena.torch_device):
         source = cuda_driver.open_memory(handle)
-        stream = torch.cuda.Stream(arena.torch_device, priority=-1)  # of the pool that has no capturing ones, too
         try:
-            begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begun.record(stream)
-            cuda_driver.queue_copies(join_neighbours(ops), source + offset, arena.address, stream.cuda_stream)
-            done.record(stream)
-            deadline = time.monotonic() + timeout_s
-            while not done.query():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"the copy from the seed's GPU took more than {timeout_s:g} s")
-                time.sleep(POLL_S)
-            if not seed_is_alive():
-                raise OSError("the seed ended while its memory was copied")
-            return begun.elapsed_time(done) / 1e3
+            return _copy(join_neighbours(ops), source + offset, arena, seed_is_alive, timeout_s)
         finally:
-            stream.synchronize()
             cuda_driver.close_memory(source)
+
+
+def _copy(
+    ops: Sequence[CopyOp], source: int, arena: CudaWeightArena, seed_is_alive: Callable[[], bool], timeout_s: float
+) -> float:
+    """See `fill_from_cuda_memory`; `source` is an address. No copy is under way any more afterwards."""
+    stream = torch.cuda.Stream(arena.torch_device, priority=-1)  # of the pool that has no capturing ones, too
+    try:
+        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun.record(stream)
+        cuda_driver.queue_copies(ops, source, arena.address, stream.cuda_stream)
+        done.record(stream)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            is_done = done.query()
+            if not seed_is_alive():  # asked afterwards: it lived as long as the copies lasted
+                raise OSError("the seed ended while its memory was copied")
+            if is_done:
+                return begun.elapsed_time(done) / 1e3
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the copy from the seed's GPU took more than {timeout_s:g} s")
+            time.sleep(POLL_S)
+    finally:
+        stream.synchronize()
 
 
 def join_neighbours(ops: Sequence[CopyOp]) -> list[CopyOp]:

@@ -11,6 +11,8 @@ from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import HostWeightArena, WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest, layout_digest
 
+HAND_OVER_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
+
 
 class LocalSource:
     """The memory of a seed's rank. Use as a context manager: what was opened is closed at the end."""
@@ -21,11 +23,18 @@ class LocalSource:
     def __init__(
         self, seed_manifest: WeightManifest, handle: LocalHandle, arena: WeightArena, timeout_s: float
     ) -> None:
-        """Raises OSError if the seed can't be reached, ValueError if it refuses or its memory is of no use here."""
+        """
+        Args:
+            timeout_s: for a copy between GPUs. A seed that ends is noticed at once.
+
+        Raises:
+            OSError: if the seed can't be reached.
+            ValueError: if it refuses, or its memory is of no use here.
+        """
         self._arena = arena
         self._digest = layout_digest(seed_manifest)
         self._timeout_s = timeout_s
-        self._memory = request_memory(handle.socket_name, self._digest, timeout_s)
+        self._memory = request_memory(handle.socket_name, self._digest, min(timeout_s, HAND_OVER_TIMEOUT_S))
         if self._memory.cuda_ipc_handle and arena.device != "cuda":
             self.close()
             raise ValueError("the seed's memory is on a GPU, this instance's is not")

@@ -1,0 +1,79 @@
+"""Reading another process's GPU memory: what happens when a copy is long, or fails. With stand-ins for the GPU."""
+
+import contextlib
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ramet.srt.model_loader.sources import cuda_ipc_reader, local
+from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`is_done` answers for the copy; `calls` are those to close things."""
+    gpu = SimpleNamespace(is_done=lambda: True, calls=[])
+    gpu.arena = SimpleNamespace(torch_device=torch.device("cpu"), address=0)
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: gpu.calls.append("synchronize"))
+    event = SimpleNamespace(record=lambda stream: None, query=lambda: gpu.is_done(), elapsed_time=lambda other: 2500.0)
+    monkeypatch.setattr(cuda_ipc_reader, "current_context", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: stream)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
+    driver = cuda_ipc_reader.cuda_driver
+    monkeypatch.setattr(driver, "open_memory", lambda handle: 1)
+    monkeypatch.setattr(driver, "close_memory", lambda address: gpu.calls.append("close"))
+    monkeypatch.setattr(driver, "queue_copies", lambda *_: None)
+    return gpu
+
+
+def fill(gpu, seed_is_alive=lambda: True, timeout_s=10.0):
+    return fill_from_cuda_memory([], b"handle", 0, gpu.arena, seed_is_alive, timeout_s)
+
+
+def test_the_memory_is_closed_after_the_last_copy(gpu):
+    assert fill(gpu) == 2.5 and gpu.calls == ["synchronize", "close"]
+
+
+def test_the_memory_is_closed_without_a_stream(gpu, monkeypatch):
+    def fail(*_, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
+    with pytest.raises(RuntimeError):
+        fill(gpu)
+    assert gpu.calls == ["close"]
+
+
+def test_a_seed_that_ends_is_noticed_before_the_copy_is_done_or_its_time_over(gpu):
+    gpu.is_done = lambda: False
+    alive = iter([True, True, False])
+    start = time.monotonic()
+    with pytest.raises(OSError, match="the seed ended"):
+        fill(gpu, lambda: next(alive))
+    assert time.monotonic() - start < 5 and gpu.calls == ["synchronize", "close"]
+
+
+def test_a_seed_that_ended_with_the_copy_is_noticed(gpu):
+    with pytest.raises(OSError, match="the seed ended"):
+        fill(gpu, lambda: False)
+
+
+def test_a_copy_has_a_time_limit(gpu):
+    gpu.is_done = lambda: False
+    with pytest.raises(TimeoutError, match="0.05 s"):
+        fill(gpu, timeout_s=0.05)
+    assert gpu.calls == ["synchronize", "close"]
+
+
+def test_a_copy_may_take_longer_than_handing_the_memory_over(gpu, monkeypatch):
+    limits = []
+    memory = SimpleNamespace(cuda_ipc_handle=b"handle", offset=0, seed_is_alive=lambda: True)
+    monkeypatch.setattr(local, "request_memory", lambda name, digest, timeout_s: limits.append(timeout_s) or memory)
+    monkeypatch.setattr(local, "layout_digest", lambda manifest: "")
+    monkeypatch.setattr(
+        cuda_ipc_reader, "fill_from_cuda_memory", lambda *arguments: limits.append(arguments[-1]) or 1.0
+    )
+    arena = SimpleNamespace(device="cuda")
+    local.LocalSource(None, SimpleNamespace(socket_name=""), arena, timeout_s=60.0).run([])
+    assert limits == [local.HAND_OVER_TIMEOUT_S, 60.0]
