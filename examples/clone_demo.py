@@ -105,15 +105,20 @@ class Instance:
 
 
 def stop_all(instances: list[Instance]) -> bool:
-    """End every instance, the youngest first. Returns whether all of them ended by themselves with exit code 0."""
-    running = [instance for instance in reversed(instances) if instance.process.poll() is None]
-    for instance in running:
-        instance.process.terminate()
+    """End everything, what was started first last: the others tell it that they go.
+
+    Returns:
+        Whether all of them ended by themselves with exit code 0.
+    """
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    for instance in running:
-        instance.stop(deadline)
-        if instance.process.returncode != 0:
-            print(f"the {instance.name} ended with exit code {instance.process.returncode} after SIGTERM")
+    for group in (instances[:0:-1], instances[:1]):
+        running = [instance for instance in group if instance.process.poll() is None]
+        for instance in running:
+            instance.process.terminate()
+        for instance in running:
+            instance.stop(deadline)
+            if instance.process.returncode != 0:
+                print(f"the {instance.name} ended with exit code {instance.process.returncode} after SIGTERM")
     return all(instance.process.returncode == 0 for instance in instances)
 
 
@@ -218,7 +223,8 @@ def start_by_name(args: argparse.Namespace, model: Path, running: list[Instance]
         ("first", args.seed_port, args.seed_bootstrap_port),
         ("second", args.client_port, args.client_bootstrap_port),
     ):
-        print(f"{name + ':':<16} port {port}, log {logs / f'{name}.log'}", flush=True)
+        own = f"--port {port} --engine-info-bootstrap-port {bootstrap_port}"
+        print(f"{name + ':':<16} {own}, log {logs / f'{name}.log'}", flush=True)
         ports = ["--engine-info-bootstrap-port", str(bootstrap_port)]
         instances.append(Instance(name, port, logs / f"{name}.log", flags + ports))
         running.append(instances[-1])

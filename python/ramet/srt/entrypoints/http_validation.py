@@ -29,13 +29,20 @@ class RequestBody(BaseModel):
         return handler(with_whole_numbers(data))
 
 
+def _most_telling(errors: Any) -> Any:
+    """Of the errors of the first wrong parameter: a union's members all complain, most of them about the type alone."""
+    names = [next((part for part in error["loc"] if part not in ("body", "query", "path")), None) for error in errors]
+    same = [error for error, name in zip(errors, names, strict=True) if name == names[0]]
+    return next((error for error in same if not error["type"].endswith("_type")), same[0])
+
+
 def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None]:
     """Message, parameter and code for what pydantic found first.
 
     A location is ("body", "messages", 0, "user", "content", "str"), or the same without "body" outside HTTP: besides
     names and places it has the members of unions that were tried, so only its first name is surely a parameter.
     """
-    first = errors[0]
+    first = _most_telling(errors)
     path = list(first["loc"])
     if path and path[0] in ("body", "query", "path"):
         path = path[1:]
@@ -43,10 +50,11 @@ def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None
         return f"the body is not valid JSON: {first['ctx']['error']}", None, None
     if not path:
         return f"the body can't be used: {first['msg']}; it must be a JSON object", None, None
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0:
         name = str(path[-1])
         where = "" if len(path) == 1 else f" in {path[0]}"
         return f"unknown or unsupported parameter {name!r}{where}", name, "unsupported_parameter"
     param = str(path[0])
     place = "".join(f"[{part}]" for part in path[1:] if isinstance(part, int))
-    return f"{param}{place}: {first['msg']}", param, None
+    field = f".{path[-1]}" if first["type"] == "literal_error" and len(path) > 1 else ""
+    return f"{param}{place}{field}: {first['msg']}", param, None

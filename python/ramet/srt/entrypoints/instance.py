@@ -336,11 +336,12 @@ class Instance:
 
     def ready_line(self) -> str:
         """The log line of a start that has come to its end."""
-        report = self.schedulers[0].load_report
-        rate = report.num_bytes / max(report.seconds, 1e-9) / 1e9
+        reports = [scheduler.load_report for scheduler in self.schedulers]  # of this node's ranks
+        num_bytes, seconds = sum(report.num_bytes for report in reports), max(report.seconds for report in reports)
         return (
             f"ready on {self.server_args.url()} {self.progress.phases['ready']:.2f} s after the launch; weights from "
-            f"{report.source}: {report.num_bytes / 1e9:.3f} GB in {report.seconds:.3f} s ({rate:.2f} GB/s)"
+            f"{', '.join(sorted({report.source for report in reports}))}: {num_bytes / 1e9:.3f} GB in {seconds:.3f} s "
+            f"({num_bytes / max(seconds, 1e-9) / 1e9:.2f} GB/s)"
         )
 
     def _receiver_ended(self, task: "asyncio.Task[None]") -> None:

@@ -20,7 +20,7 @@ class DefaultModelLoader:
         transfer_plan = source.plan(manifest)
         source.fill(transfer_plan, arena)
         report = LoadReport(
-            source=source.name, num_bytes=transfer_plan.nbytes, seconds=time.perf_counter() - start, verified=False
+            source=source.name, num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
         log_report(manifest, report)
         return report

@@ -53,6 +53,10 @@ class SamplingBody(RequestBody):
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
     logit_bias: LogitBias | None = None
+    # What clients send about themselves; nothing here depends on it.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
@@ -164,3 +168,4 @@ class ChatCompletionRequest(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None  # clients send empty ones
