@@ -42,7 +42,14 @@ def test_buffers_are_no_larger_than_a_small_weight(monkeypatch):
     assert sizes == {"products": num_rows * output_size, "widened": output_size * input_size}
 
 
-def test_is_not_for_few_rows_or_float32():
-    weight = torch.zeros((4, 4))
-    assert not cpu_matmul.is_faster_blocked(torch.zeros((64, 4)), weight)
-    assert not cpu_matmul.is_faster_blocked(torch.zeros((1, 4)).bfloat16(), weight.bfloat16())
+@pytest.mark.parametrize("num_rows", [1, 2, 11, 12])
+def test_every_number_of_rows_is_multiplied_right(monkeypatch, num_rows):
+    monkeypatch.setattr(cpu_matmul, "MIN_VECTOR_ELEMENTS", 100)
+    for bias in (None, torch.randn(40).bfloat16()):
+        x, weight = torch.randn((num_rows, 30)).bfloat16(), torch.randn((40, 30)).bfloat16()
+        exact = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        torch.testing.assert_close(cpu_matmul.widening_linear(x, weight, bias).float(), exact, rtol=0.01, atol=0.05)
+
+
+def test_is_for_half_precision_alone():
+    assert not cpu_matmul.widens_weights(torch.zeros((64, 4)), torch.zeros((4, 4)))

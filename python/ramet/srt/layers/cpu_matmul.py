@@ -3,7 +3,7 @@
 There the library's own product widens every weight for every row of the input. Widening a block of weights once, into
 a buffer that stays in the processor's cache, and multiplying that in float32 is faster from a dozen rows on: 1.6 times
 at 16 rows and 2.7 times at 64 on one core of a Cascade Lake Xeon (benchmark/bench_cpu_matmul.py). It is also the more
-exact result: rounded once, at the end.
+exact result: rounded once, at the end. A single row goes to torch's product with a vector, a kernel of its own.
 """
 
 import functools
@@ -11,7 +11,9 @@ import threading
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
+MIN_VECTOR_ELEMENTS = 1 << 21  # of weights: below, a vector is no faster than a matrix of one row
 MIN_ROWS = 12  # of the input; below, reading the weights once costs more than widening them in registers
 BLOCK_ELEMENTS = 1 << 20  # of widened weights: 4 MB, few enough for a processor's shared cache
 MANY_ROWS = 256  # from here on it pays to round block by block rather than to transpose at the end
@@ -37,9 +39,19 @@ def lacks_instructions(dtype: torch.dtype) -> bool:
     return bool(lines) and not NATIVE_FLAGS[dtype].intersection(lines[0])
 
 
-def is_faster_blocked(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `blocked_linear` is the faster way to multiply the two."""
-    return x.device.type == "cpu" and x.shape[0] >= MIN_ROWS and lacks_instructions(weight.dtype)
+def widens_weights(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the product of the two is for this module."""
+    return x.device.type == "cpu" and lacks_instructions(weight.dtype)
+
+
+def widening_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b for half-precision x [num_rows, input_size] and W [output_size, input_size], the fastest way."""
+    if x.shape[0] >= MIN_ROWS:
+        return blocked_linear(x, weight, bias)
+    is_large_vector_product = x.shape[0] == 1 and weight.numel() >= MIN_VECTOR_ELEMENTS
+    if is_large_vector_product and weight.dtype == torch.bfloat16 and bias is None:
+        return torch.mv(weight, x[0]).unsqueeze(0)  # reads weights at 15 to 18 GB/s where linear reads at 10 to 12
+    return F.linear(x, weight, bias)
 
 
 def blocked_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
-from ramet.srt.layers.cpu_matmul import blocked_linear, is_faster_blocked
+from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.model_loader.weight_manifest import WeightBox
@@ -31,8 +31,8 @@ def project(
         from ramet.srt.layers.quantization.fp8 import fp8_linear
 
         return fp8_linear(x, weight, scales, bias)
-    if is_faster_blocked(x, weight):
-        return blocked_linear(x, weight, bias)
+    if widens_weights(x, weight):
+        return widening_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
