@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 ANSWER_TIMEOUT_S = 5.0  # for a source that is listed as READY: a dead one must be got past in seconds
 FOLLOWER_WAIT_S = 15.0  # for a source of a rank's own shard, once one is known for world rank 0's
 VERDICT_KEY = "modelexpress/verdict"
+SURRENDER_KEY = "modelexpress/surrender"  # why world rank 0 reads the files after all, once it has said SOURCES
 VERDICT_MARGIN_S = 60.0
 SOURCES, FILES = "sources", "files"
 
@@ -147,7 +148,10 @@ class SeedSearch:
                     break
         except ModelExpressError as error:
             self.reason = str(error)
-        self._announce(f"{FILES} {self.reason}")
+        if self._board is not None and self._announced:
+            self._board.announce(SURRENDER_KEY, self.reason or "no source could give its weights")
+        else:
+            self._announce(f"{FILES} {self.reason}")
 
     def _wait_s(self) -> float:
         """How long to wait for a source. Ranks that have begun must not wait for each other's record."""
@@ -169,7 +173,10 @@ class SeedSearch:
                 if time.monotonic() > deadline:
                     self.reason = f"no source of shard rank {self._shard_rank} became ready in {FOLLOWER_WAIT_S:g} s"
                     return
-                time.sleep(POLL_S)
+                surrender = self._board.await_announcement(SURRENDER_KEY, POLL_S)
+                if surrender is not None:
+                    self.reason = f"rank 0 has given up all sources: {surrender}"
+                    return
 
     def _announce(self, verdict: str) -> None:
         if self._board is not None and not self._announced:
