@@ -60,7 +60,13 @@ class LoadingClient:
         return self.loader.load_weights(self.manifest, self.arena, str(folder))
 
     def publish(
-        self, port: int, session_id: str = "", address: int = 0, load: float | None = None, **changes: Any
+        self,
+        port: int,
+        session_id: str = "",
+        address: int = 0,
+        load: float | None = None,
+        started_at: float = 0.0,
+        **changes: Any,
     ) -> str:
         """A READY record of a seed whose HTTP port is `port`; its worker id.
 
@@ -68,6 +74,7 @@ class LoadingClient:
             port: 0 for a record as upstream's first integration has it.
             address: of the seed's arena.
             load: how busy the seed is.
+            started_at: when its instance was launched.
             changes: fields of the record.
         """
         info_url = make_info_url(InfoAddress("127.0.0.1", port, 0, self.manifest.role)) if port else ""
@@ -76,7 +83,7 @@ class LoadingClient:
             base_address=address,
             session_id=session_id,
             info_url=info_url,
-            facts=InstanceFacts(instance=f"http://127.0.0.1:{port}"),
+            facts=InstanceFacts(instance=f"http://127.0.0.1:{port}", started_at=started_at),
         )
         worker.status, worker.updated_at = READY, wall_clock_ms()
         if not port:

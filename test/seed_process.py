@@ -28,6 +28,8 @@ DEFAULTS: dict[str, Any] = {
     "fill": 1,  # seed of the numbers; another one is another model of the same layout
     "fields": {},  # of the manifest
     "without_manifest": False,  # as an upstream seed
+    "started_at": 0.0,
+    "is_loading": False,  # answer as an instance that is not up yet
     "lie": False,  # change the weights after their checksums are computed
 }
 
@@ -75,7 +77,7 @@ def serve(config: dict[str, Any]) -> None:
     manifest = make_manifest(config)
     arena = WeightArena.allocate(manifest, "cpu")
     fill_arena(arena, make_tensors(config))
-    seed = WeightSeed.start(manifest, arena, host="127.0.0.1")
+    seed = WeightSeed.start(manifest, arena, host="127.0.0.1", started_at=config["started_at"])
     if config["lie"]:
         arena.memory[manifest.entries[1].offset] ^= 1
     bootstrap = EngineInfoBootstrapServer("127.0.0.1", 0)
@@ -84,7 +86,9 @@ def serve(config: dict[str, Any]) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            if config["without_manifest"] and not url.path.startswith("/get_remote"):
+            if config["is_loading"]:
+                status, body = 503, b"{}"
+            elif config["without_manifest"] and not url.path.startswith("/get_remote"):
                 status, body = 404, b"{}"
             else:
                 query = {name: values[0] for name, values in parse_qs(url.query).items()}

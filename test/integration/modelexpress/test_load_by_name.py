@@ -100,6 +100,26 @@ def test_defect_11_dead_and_silent_sources_are_got_past_in_seconds(client, seed)
     assert time.monotonic() - start < 8
 
 
+def test_a_record_whose_address_has_passed_to_another_instance_is_left_out(client):
+    """Its successor would be taken for it: the same address, the same rank."""
+    with SeedProcess(started_at=2.0) as successor:
+        client.publish(successor.port, load=0.0, started_at=1.0)
+        with pytest.raises(WeightTransferError, match="another one has its address"):
+            client.load()
+        listed = client.publish(successor.port, load=0.9, started_at=2.0)
+        assert client.load().taken_from == (listed,)
+
+
+def test_a_listed_source_that_is_loading_is_not_waited_for(client):
+    """It has crashed, and starts again at the same address."""
+    with SeedProcess(is_loading=True) as loading:
+        client.publish(loading.port)
+        start = time.monotonic()
+        with pytest.raises(WeightTransferError, match="HTTP 503"):
+            client.load()
+    assert time.monotonic() - start < 4
+
+
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
     """It has no manifest, no types, and never a heartbeat."""
     answer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 10)

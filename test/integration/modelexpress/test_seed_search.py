@@ -5,13 +5,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 from modelexpress_harness import free_port, make_manifest, open_client
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.modelexpress.ages import wall_clock_ms
-from ramet.srt.modelexpress.publisher import READY
-from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
+from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.publisher import INITIALIZING, READY
+from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.seed_search import SeedSearch
 from ramet.srt.modelexpress.server import ModelExpressServer
@@ -99,3 +101,28 @@ def test_when_rank_0_gives_up_the_others_do_not_wait(ranks: Ranks) -> None:
     claim = ranks.searches[0].claim
     assert claim is not None and claim.held
     assert "rank 0 has given up all sources" in ranks.searches[1].reason
+
+
+def test_what_crashed_predecessors_have_left_is_not_tried(ranks: Ranks) -> None:
+    """Neither one at the own address, nor one whose successor is listed too."""
+    (search, _), living = ranks.searches, "http://127.0.0.1:2"
+    ranks.publish("own-predecessor", 0, OWN.instance, started_at=1.0)
+    ranks.publish("predecessor", 0, living, started_at=1.0)
+    ranks.publish("successor", 0, living, started_at=2.0)
+    candidate = next(search.candidates())
+    assert [ref.worker_id for ref in candidate.refs] == ["successor"]
+    search.give_up(candidate)
+    assert [ref.worker_id for ref in search._look()[0].refs] == ["predecessor"]
+
+
+def test_the_claim_of_a_crashed_predecessor_does_not_count(ranks: Ranks) -> None:
+    claim = ranks.searches[0].claim
+    assert claim is not None
+    with open_client(ranks.config.modelexpress_url) as client:
+        for number, (started_at, holds) in enumerate([(OWN.started_at - 1, True), (OWN.started_at, False)]):
+            facts = msgspec.structs.replace(OWN, started_at=started_at)
+            worker = p2p_pb2.WorkerMetadata(topology={FACTS_KEY: msgspec.json.encode(facts).decode()})
+            worker.status, worker.updated_at = INITIALIZING, wall_clock_ms()
+            client.publish(claim._identity, f"0{number}", worker)
+            assert claim.try_acquire(client) == holds
+            claim.release()

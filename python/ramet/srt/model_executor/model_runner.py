@@ -222,6 +222,7 @@ class ModelRunner:
             self.manifest,
             self.arena,
             host=self._weights_host,
+            started_at=self._context.started_at,
             control_host=control_host,
             on_state=self._on_instance_state,
         )

@@ -87,13 +87,13 @@ def fetch_seed_answer(
     timeout_s: float,
     api_key: str | None = None,
     absent_grace_s: float = ABSENT_GRACE_S,
-    refused_grace_s: float = ABSENT_GRACE_S,
+    is_listed: bool = False,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
         absent_grace_s: how long a rank that the seed does not know may take to register.
-        refused_grace_s: how long the seed may take to open its port.
+        is_listed: the seed has said that it is up, so one that is not has died, and another may start in its place.
 
     Raises:
         RankNotRegistered: if it has not.
@@ -110,7 +110,7 @@ def fetch_seed_answer(
             status, path, body = _ask(host, port, query, headers, left)
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
-            if time.monotonic() - start >= refused_grace_s:
+            if is_listed or time.monotonic() - start >= ABSENT_GRACE_S:
                 break
         except TimeoutError as error:
             reason = str(error)
@@ -122,7 +122,7 @@ def fetch_seed_answer(
             reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
             if status == 404 and time.monotonic() - start >= absent_grace_s:
                 raise RankNotRegistered("ask", rank, seed, reason)
-            if status not in RETRIED_STATUS and status != 404:
+            if (status not in RETRIED_STATUS and status != 404) or (status == 503 and is_listed):
                 raise SeedRefused("ask", rank, seed, reason)
         if not is_waiting:
             logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, timeout_s, seed, reason)

@@ -141,7 +141,7 @@ class SeedInstance:
             left,
             self._config.api_key,
             min(absent_grace_s, left),
-            refused_grace_s=ABSENT_GRACE_S if self._ready_rank is None else 0.0,
+            is_listed=self._ready_rank is not None,
         )
 
     def _add_upstream(self, answer: SeedAnswer | None) -> None:

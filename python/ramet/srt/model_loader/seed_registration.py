@@ -32,6 +32,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     manifest: WeightManifest | None = None
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
+    started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
     control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
@@ -50,6 +51,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     manifest: WeightManifest | None = None
     arena_address: int | None = None
     local_handle: LocalHandle | None = None
+    started_at: float = 0.0
 
     @property
     def session_id(self) -> str:
@@ -137,6 +139,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
         manifest=registration.manifest,
         arena_address=registration.arena_address,
         local_handle=registration.local_handle,
+        started_at=registration.started_at,
     )
     return msgspec.json.encode(answer)
 

@@ -60,6 +60,7 @@ class WeightSeed:
         arena: WeightArena,
         *,
         host: str,
+        started_at: float = 0.0,
         control_host: str | None = None,
         on_state: Callable[[bool], None] = lambda is_ready: None,
     ) -> "WeightSeed":
@@ -67,6 +68,7 @@ class WeightSeed:
 
         Args:
             host: address that the instance is bound to.
+            started_at: when the instance was launched, in unix seconds: tells it from one that had its address before.
             control_host: address of this node, if the instance's main process may be on another one.
             on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
 
@@ -99,6 +101,7 @@ class WeightSeed:
             manifest=with_checksums(manifest, checksums),
             arena_address=arena.address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
+            started_at=started_at,
             control=control.address,
         )
         logger.info(

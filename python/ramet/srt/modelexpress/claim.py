@@ -23,7 +23,7 @@ from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.publisher import INITIALIZING, Publisher
-from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts
+from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, read_facts
 from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class FileClaim:
         self._identity = p2p_pb2.SourceIdentity()
         self._identity.CopyFrom(identity)
         self._identity.extra_parameters[CLAIM_PARAMETER] = "files"
+        self._facts = facts
         self._worker = p2p_pb2.WorkerMetadata(topology={FACTS_KEY: msgspec.json.encode(facts).decode()})
         self._renewal_s = renewal_s
         self._silence_s = silence_s
@@ -102,9 +103,16 @@ class FileClaim:
         """Worker ids of the other instances whose claims are up and alive."""
         living = []
         for ref in client.list_sources(self._identity, status=INITIALIZING):
-            if ref.worker_id == own_id:
+            if ref.worker_id == own_id or self._is_predecessor(ref):
                 continue
             updated_at = ref.updated_at or client.get_metadata(ref.mx_source_id, ref.worker_id).worker.updated_at
             if self._ages.age_s(ref.mx_source_id, ref.worker_id, 0, updated_at) <= self._silence_s:
                 living.append(ref.worker_id)
         return living
+
+    def _is_predecessor(self, ref: p2p_pb2.SourceInstanceRef) -> bool:
+        """Whether the claim is that of an instance that ran at this one's address and has crashed."""
+        own, other = self._facts, read_facts(ref.topology)
+        if other is None or not own.instance or own.started_at == other.started_at:
+            return False
+        return (own.instance, own.host) == (other.instance, other.host)

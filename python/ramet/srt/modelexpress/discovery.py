@@ -12,7 +12,7 @@ from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.publisher import INITIALIZING, INITIALIZING_INTERVAL_S, READY
-from ramet.srt.modelexpress.records import SourceRecord, read_source
+from ramet.srt.modelexpress.records import SourceRecord, read_facts, read_source
 from ramet.srt.modelexpress.source_identity import compute_source_id, same_model
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,33 @@ def find_sources(
     return order_sources(client.list_sources(identity, status=READY, worker_rank=shard_rank))
 
 
+def drop_dead(
+    refs: list[p2p_pb2.SourceInstanceRef], failed: Collection[str] = (), own_instance: str = ""
+) -> list[p2p_pb2.SourceInstanceRef]:
+    """Without those that were tried in vain, and without records that a crashed instance has left at an address where
+    another one runs: the one that asks, or one with a newer record.
+
+    Args:
+        failed: worker ids.
+        own_instance: URL of the instance that asks; "" if it has none.
+    """
+    refs = [ref for ref in refs if ref.worker_id not in failed]
+    facts = {ref.worker_id: read_facts(ref.topology) for ref in refs}
+    newest: dict[tuple[str, int], float] = {}
+    for one in facts.values():
+        if one is not None:
+            place = (one.instance, one.world_rank)
+            newest[place] = max(one.started_at, newest.get(place, 0.0))
+
+    def may_live(ref: p2p_pb2.SourceInstanceRef) -> bool:
+        one = facts[ref.worker_id]
+        if one is None or not one.instance:
+            return True
+        return one.instance != own_instance and one.started_at == newest[one.instance, one.world_rank]
+
+    return [ref for ref in refs if may_live(ref)]
+
+
 def fetch_source(client: ModelExpressClient, ref: p2p_pb2.SourceInstanceRef) -> SourceRecord | None:
     """The record behind a row of a listing; None if it has gone or is no longer READY.
 
@@ -101,6 +128,7 @@ def search(
     claim: FileClaim | None,
     timeout_s: float,
     failed: Collection[str] = (),
+    own_instance: str = "",
     poll_s: float = POLL_S,
 ) -> Search:
     """Find sources; wait while one is coming; claim the files when none is.
@@ -111,7 +139,7 @@ def search(
     Args:
         claim: None for an instance that has no files or may not read them: it waits until the end.
         timeout_s: how long to wait for a source that is coming, or for somebody else's claim.
-        failed: worker ids that were tried in vain.
+        failed, own_instance: see drop_dead.
 
     Raises:
         ModelExpressError: if the server cannot be reached for some seconds.
@@ -124,7 +152,7 @@ def search(
     while True:
         now = time.monotonic()
         try:
-            found, coming = look_and_claim(client, identity, shard_rank, claim, failed, ages)
+            found, coming = look_and_claim(client, identity, shard_rank, claim, failed, ages, own_instance)
             if found is not None:
                 return found
             outage_since = None
@@ -153,12 +181,13 @@ def look_and_claim(
     claim: FileClaim | None,
     failed: Collection[str],
     ages: AgeTracker,
+    own_instance: str = "",
 ) -> tuple[Search | None, bool]:
     """One step of a search: what it came to, if it came to an end; and whether a source is coming."""
-    sources, coming = look(client, identity, shard_rank, failed, ages)
+    sources, coming = look(client, identity, shard_rank, failed, ages, own_instance)
     if not sources and not coming and claim is not None and claim.try_acquire(client):
         # Whoever held the claim before may have become a source since the look.
-        sources, coming = look(client, identity, shard_rank, failed, ages)
+        sources, coming = look(client, identity, shard_rank, failed, ages, own_instance)
         if not sources and not coming:
             return Search(sources=[], holds_claim=True), False
     if sources or coming:
@@ -177,11 +206,12 @@ def look(
     shard_rank: int,
     failed: Collection[str],
     ages: AgeTracker,
+    own_instance: str,
 ) -> tuple[list[p2p_pb2.SourceInstanceRef], list[p2p_pb2.SourceInstanceRef]]:
-    """The sources that are READY, and when there are none, those that are coming; without those that failed."""
-    sources = [ref for ref in find_sources(client, identity, shard_rank) if ref.worker_id not in failed]
-    coming = [] if sources else find_coming(client, identity, shard_rank, ages)
-    return sources, [ref for ref in coming if ref.worker_id not in failed]
+    """The sources that are READY, and when there are none, those that are coming."""
+    sources = drop_dead(find_sources(client, identity, shard_rank), failed, own_instance)
+    coming = [] if sources else drop_dead(find_coming(client, identity, shard_rank, ages), failed, own_instance)
+    return sources, coming
 
 
 def find_coming(

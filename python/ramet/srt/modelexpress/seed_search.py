@@ -11,7 +11,14 @@ from ramet.srt.model_loader.seed_instance import SeedInstance
 from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
-from ramet.srt.modelexpress.discovery import POLL_S, fetch_source, find_other_topologies, find_sources, search
+from ramet.srt.modelexpress.discovery import (
+    POLL_S,
+    drop_dead,
+    fetch_source,
+    find_other_topologies,
+    find_sources,
+    search,
+)
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, read_facts
 from ramet.srt.modelexpress.seed_info import make_seed_answer, read_info_url
@@ -70,6 +77,7 @@ class SeedSearch:
         self.failed: set[str] = set()  # worker ids that were tried in vain
         self.reason = ""  # why no source was found, unless the files were claimed
         self.claim: FileClaim | None = None
+        self._own_instance = facts.instance
         self._config = config
         self._manifest = manifest
         self._board = board
@@ -107,9 +115,14 @@ class SeedSearch:
             answer = make_seed_answer(source, self._manifest)
             return SeedInstance.of_answer(candidate.name, answer, self._config, self._manifest)
         seed = self._ask(candidate, source)
-        ranks = {rank.answer.rank for rank in seed.ranks}
-        known = {facts.world_rank: ref.worker_id for ref in candidate.refs if (facts := read_facts(ref.topology))}
-        candidate.worker_ids = tuple(known[rank] for rank in sorted(ranks & set(known)))
+        answers = {rank.answer.rank: rank.answer for rank in seed.ranks}
+        records = {facts.world_rank: (facts, ref) for ref in candidate.refs if (facts := read_facts(ref.topology))}
+        shared = sorted(set(answers) & set(records))
+        for rank in shared:
+            real, listed = answers[rank].started_at, records[rank][0].started_at
+            if real and listed and real != listed:
+                raise self._error(candidate, "the instance that is listed has ended: another one has its address")
+        candidate.worker_ids = tuple(records[rank][1].worker_id for rank in shared)
         return seed
 
     def _ask(self, candidate: Candidate, source: SourceRecord) -> SeedInstance:
@@ -142,6 +155,7 @@ class SeedSearch:
                     claim=self.claim,
                     timeout_s=self._wait_s(),
                     failed=self.failed,
+                    own_instance=self._own_instance,
                 )
                 if not outcome.sources:
                     self.reason = outcome.reason
@@ -187,7 +201,7 @@ class SeedSearch:
         """READY instances of the same topology, or else of others; none while the server does not answer."""
         try:
             refs = find_sources(self.client, self.identity, self._shard_rank)
-            same = [Candidate([ref]) for ref in refs if ref.worker_id not in self.failed]
+            same = [Candidate([ref]) for ref in drop_dead(refs, self.failed, self._own_instance)]
             return same or self._look_for_other_topologies()
         except ModelExpressError as error:
             logger.debug("no sources are known: %s", error)
@@ -196,9 +210,9 @@ class SeedSearch:
     def _look_for_other_topologies(self) -> list[Candidate]:
         instances: dict[str, Candidate] = {}
         for topology in find_other_topologies(self.client, self.identity):
-            for ref in topology.sources:
+            for ref in drop_dead(topology.sources, self.failed, self._own_instance):
                 facts = read_facts(ref.topology)
-                if facts is None or not facts.instance or ref.worker_id in self.failed:
+                if facts is None or not facts.instance:
                     continue  # no instance answers for it, so there is no manifest to plan with
                 instances.setdefault(facts.instance, Candidate([])).refs.append(ref)
         return list(instances.values())
