@@ -111,6 +111,18 @@ def test_a_server_that_loses_everything(caplog: pytest.LogCaptureFixture) -> Non
         assert listed(client, READY) == []
 
 
+def test_a_server_that_restarts_between_two_heartbeats() -> None:
+    """It comes back without its records: they must be there again long before the next heartbeat."""
+    port = free_port()
+    with running_server(port=port) as server:
+        publisher = make_publisher(server.address, heartbeat_interval_s=600.0)
+        publisher.start()
+        assert publisher.set_status(READY, timeout_s=10)
+    with running_server(port=port) as server, open_client(server.address) as client:
+        wait_until(lambda: listed(client, READY) == [publisher.worker_id], 15, "the record at the new server")
+        publisher.close()
+
+
 def test_a_record_that_somebody_else_marked_stale_is_ready_again(
     server: ModelExpressServer, client: ModelExpressClient
 ) -> None:

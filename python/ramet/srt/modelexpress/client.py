@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,26 @@ class ModelExpressClient:
         self._pod = {f"pod_{name}": environ.get(f"POD_{name.upper()}", "") for name in ("name", "uid", "namespace")}
         self._channel = make_channel(self.address, tls_ca_file or environ.get("MX_TLS_CA_PATH"))
         self._calls = client_calls(self._channel, SERVICE)
+        self._watch: Callable[[grpc.ChannelConnectivity], None] | None = None
+
+    def watch_connection(self, on_loss: Callable[[], None]) -> None:
+        """Have `on_loss` called, in another thread, whenever a connection that stood has been lost; once a client."""
+        was_ready = False
+
+        def note(state: grpc.ChannelConnectivity) -> None:
+            nonlocal was_ready
+            if was_ready and state != grpc.ChannelConnectivity.READY:
+                on_loss()
+            was_ready = state == grpc.ChannelConnectivity.READY
+
+        self._watch = note
+        self._channel.subscribe(note)
+
+    def unwatch_connection(self) -> None:
+        """To be called some time before `close`: grpc's watching thread does not expect the end of its channel."""
+        if self._watch is not None:
+            self._channel.unsubscribe(self._watch)
+            self._watch = None
 
     def publish(self, identity: p2p_pb2.SourceIdentity, worker_id: str, worker: p2p_pb2.WorkerMetadata) -> str:
         """Store a worker's record, in place of the one that it had, and return the source id.

@@ -23,7 +23,7 @@ STALE = p2p_pb2.SOURCE_STATUS_STALE
 HEARTBEAT_INTERVAL_S = 30.0
 INITIALIZING_INTERVAL_S = 5.0  # clients wait for an initializing source; they must notice soon that it has died
 FIRST_BACKOFF_S = 0.5
-MAX_BACKOFF_S = 30.0
+MAX_BACKOFF_S = 5.0  # a server that comes back with no records must soon have them again
 LOST_AFTER_REJECTIONS = 2  # heartbeats refused in a row: then the server has lost the record
 
 
@@ -31,7 +31,8 @@ class Publisher:
     """Keeps a worker's record at the server as it should be, from a thread of its own.
 
     A server that is away or refuses costs nothing but a retry: it is logged once, counted, and tried again with
-    backoff until it works. So the rank that is published never waits for the server, unless it asks to.
+    backoff until it works. So the rank that is published never waits for the server, unless it asks to. A connection
+    that is lost is such a failure too, for the server may come back without its records long before the next heartbeat.
 
     Args:
         client: closed with the publisher.
@@ -70,6 +71,8 @@ class Publisher:
     def start(self) -> None:
         """Publish the record as INITIALIZING."""
         self._thread.start()
+        if self._interval_s > MAX_BACKOFF_S:  # those that come more often notice by themselves
+            self._client.watch_connection(self._note_connection_loss)
 
     def set_status(self, status: int, timeout_s: float = 0.0) -> bool:
         """Have the server told that the record is INITIALIZING, READY or STALE.
@@ -99,6 +102,7 @@ class Publisher:
 
     def close(self, timeout_s: float = 3.0) -> None:
         """Tell the server that the record is STALE, if that can be done in time, and end the thread. Idempotent."""
+        self._client.unwatch_connection()
         with self._changed:
             self._closing = True
             self._note_change()
@@ -107,6 +111,11 @@ class Publisher:
         self._client.close()  # a call that still runs fails, and the thread ends
         if self._thread.is_alive():
             self._thread.join(1.0)
+
+    def _note_connection_loss(self) -> None:
+        """Look at once whether the server still has the record; called in a thread of grpc's."""
+        with self._changed:
+            self._note_change()
 
     def _note_change(self) -> None:
         self._num_changes += 1
