@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port, parse_modelexpress_config
+from ramet.srt.modelexpress.settings import (
+    ModelExpressConfig,
+    embedded_port,
+    parse_modelexpress_config,
+    resolve_address,
+)
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -263,6 +268,13 @@ class ServerArgs:
         config = self.modelexpress
         if config is None:
             return
+        if config.quantization not in (None, "", *QUANTIZATIONS):
+            raise ValueError(
+                f'--modelexpress-config quantization must be one of {", ".join(QUANTIZATIONS)}, or "" for none; '
+                f"got {config.quantization!r}"
+            )
+        if not config.is_embedded:
+            resolve_address(config.url)
         config.check_sizes(tp_size=self.tp_size, pp_size=self.pp_size, ep_size=self.ep_size)
         if config.is_embedded and self.nnodes > 1 and embedded_port(config.url) == 0:
             raise ValueError("--modelexpress-config url embedded:0 is for one node: others can't know which port it is")

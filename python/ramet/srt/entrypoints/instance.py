@@ -28,7 +28,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.managers.weight_control import ask_rank
-from ramet.srt.modelexpress.settings import ModelExpressConfig, check_installed
+from ramet.srt.modelexpress.settings import ModelExpressConfig, check_environment, check_installed
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs, format_url
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
@@ -109,7 +109,12 @@ class Instance:
         self.progress.mark("children started")
 
     def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
-        """Start the metadata server if this instance has one, and pass on what the ranks need to know of it."""
+        """Start the metadata server if this instance has one, and pass on what the ranks need to know of it.
+
+        Raises:
+            ValueError: if it can't start, or a file that the environment names can't be read.
+        """
+        check_environment()
         if config.is_embedded:
             check_installed()
             from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server

@@ -10,7 +10,7 @@ import grpc
 
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
-from ramet.srt.modelexpress.settings import resolve_address
+from ramet.srt.modelexpress.settings import open_token_file, resolve_address
 from ramet.srt.modelexpress.tokens import TokenFile
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class ModelExpressClient:
             channel is not encrypted, whatever the prefix of the address: that is how every published client has it.
 
     Raises:
-        ValueError: if a file cannot be read.
+        ValueError: if a file cannot be read, or the address is none.
     """
 
     def __init__(
@@ -67,8 +67,7 @@ class ModelExpressClient:
     ):
         self.address = resolve_address(url, environ)
         self.timeout_s = timeout_s
-        token_path = token_file or environ.get("MX_AUTH_TOKEN_PATH")
-        self._tokens = TokenFile(token_path) if token_path else None
+        self._tokens = TokenFile(token_file) if token_file else open_token_file(environ)
         self._pod = {f"pod_{name}": environ.get(f"POD_{name.upper()}", "") for name in ("name", "uid", "namespace")}
         self._channel = make_channel(self.address, tls_ca_file or environ.get("MX_TLS_CA_PATH"))
         self._calls = client_calls(self._channel, SERVICE)

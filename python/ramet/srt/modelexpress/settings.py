@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from urllib.parse import urlsplit
 
-DEFAULT_ADDRESS = "localhost:8001"
+from ramet.srt.modelexpress.tokens import TokenFile
+
+DEFAULT_PORT = 8001
+DEFAULT_ADDRESS = f"localhost:{DEFAULT_PORT}"
 TRANSPORTS = ("transfer_engine",)
 FLAG = "--modelexpress-config"
+ADDRESS_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
 EMBEDDED = "embedded"
 EMBEDDED_PORT = 8001
 PACKAGES = ("grpc", "google.protobuf")
@@ -49,6 +54,8 @@ class ModelExpressConfig:
             raise ValueError(f"{FLAG} wait_timeout must be a number of seconds; got {self.wait_timeout}")
         if self.is_embedded and embedded_port(self.url) is None:
             raise ValueError(f"{FLAG} url must be {EMBEDDED} or {EMBEDDED}:PORT; got {self.url!r}")
+        if self.url is not None and not self.is_embedded:
+            parse_address(self.url, f"{FLAG} url")
 
     @property
     def is_embedded(self) -> bool:
@@ -81,13 +88,15 @@ def check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def parse_modelexpress_config(text: str | None) -> ModelExpressConfig:
-    """The configuration in a JSON object, or in the JSON file whose path `text` is; the defaults for None and "".
+    """The configuration in a JSON object, or in the JSON file whose path `text` is; the defaults for None.
 
     Raises:
-        ValueError: naming the key that is unknown or has a bad value, or saying what is not JSON.
+        ValueError: naming the key that is unknown, comes twice or has a bad value, or saying what is not JSON.
     """
-    if not text or not text.strip():
+    if text is None:
         return ModelExpressConfig()
+    if not text.strip():
+        raise ValueError(f"{FLAG} must not be empty; leave it out to take all defaults")
     where = ""
     if not text.lstrip().startswith("{"):
         try:
@@ -95,8 +104,8 @@ def parse_modelexpress_config(text: str | None) -> ModelExpressConfig:
         except OSError as error:
             raise ValueError(f"{FLAG} must be a JSON object or the path of a JSON file: {error}") from None
     try:
-        values = json.loads(text)
-    except ValueError as error:
+        values = json.loads(text, object_pairs_hook=lambda pairs: dict_of_pairs(pairs, where))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{FLAG}: this is not JSON{where}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{FLAG} must be a JSON object{where}; got {values!r}")
@@ -104,6 +113,16 @@ def parse_modelexpress_config(text: str | None) -> ModelExpressConfig:
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"{FLAG}: unknown key {unknown[0]!r}{where}; known are {', '.join(known)}")
     return ModelExpressConfig(**values)
+
+
+def dict_of_pairs(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that comes twice: one of the values would be ignored."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{FLAG}: the key {twice!r} comes twice{where}")
+    return values
 
 
 def embedded_port(url: str | None) -> int | None:
@@ -126,11 +145,60 @@ def check_installed() -> None:
 
 
 def resolve_address(url: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
-    """host:port of the metadata server: `url`, else MODEL_EXPRESS_URL, else MX_SERVER_ADDRESS, else localhost:8001."""
-    address = url or environ.get("MODEL_EXPRESS_URL") or environ.get("MX_SERVER_ADDRESS") or DEFAULT_ADDRESS
-    for prefix in ("http://", "https://"):
-        address = address.removeprefix(prefix)
-    return address.rstrip("/")
+    """host:port of the metadata server: `url`, else MODEL_EXPRESS_URL, else MX_SERVER_ADDRESS, else localhost:8001.
+
+    Raises:
+        ValueError: if it is no address; the message says where it comes from.
+    """
+    if url:
+        return parse_address(url, "the address of the ModelExpress server")
+    for name in ADDRESS_VARIABLES:
+        if environ.get(name):
+            return parse_address(environ[name], f"the environment variable {name}")
+    return DEFAULT_ADDRESS
+
+
+def parse_address(text: str, what: str) -> str:
+    """host:port in an address with or without http(s):// and port.
+
+    Raises:
+        ValueError: if it is none; the message begins with `what`.
+    """
+    address = text.removeprefix("http://").removeprefix("https://").rstrip("/")
+    try:
+        parts = urlsplit(f"//{address}")
+        port = DEFAULT_PORT if parts.port is None else parts.port
+        is_whole = address.lower() == parts.netloc.lower() and "@" not in address and not address.endswith(":")
+    except ValueError:
+        port, is_whole = 0, False
+    if not is_whole or not parts.hostname or not port or any(character.isspace() for character in address):
+        raise ValueError(f"{what} must be host:port; got {text!r}")
+    return f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
+
+
+def check_environment(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError, with the variable's name, if what the environment says to an instance can't be used."""
+    env_seconds("MX_HEARTBEAT_INTERVAL_SECS", 1.0, environ)
+    open_token_file(environ)
+    if path := environ.get("MX_TLS_CA_PATH"):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"MX_TLS_CA_PATH: cannot read the certificates: {error}") from None
+
+
+def open_token_file(environ: Mapping[str, str] = os.environ) -> TokenFile | None:
+    """The file that MX_AUTH_TOKEN_PATH names; None if it is not set.
+
+    Raises:
+        ValueError: if the file can't be read or holds no token; the message names the variable.
+    """
+    if not (path := environ.get("MX_AUTH_TOKEN_PATH")):
+        return None
+    try:
+        return TokenFile(path)
+    except ValueError as error:
+        raise ValueError(f"MX_AUTH_TOKEN_PATH: {error}") from None
 
 
 def env_seconds(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:
