@@ -20,6 +20,7 @@ from modelexpress_harness import free_port, make_identity, make_worker, running_
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
 from ramet.srt.modelexpress.rpc import client_calls
+from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 MODULE = [sys.executable, "-m", "ramet.modelexpress_server"]
@@ -271,3 +272,14 @@ def test_a_message_over_the_limit_is_refused_and_the_next_one_is_not() -> None:
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         with ModelExpressClient(server.address, environ={}) as client:
             assert client.publish(make_identity(), "w1", make_worker())
+
+
+@pytest.mark.parametrize(("timeout_s", "is_told"), [(20.0, True), (89.0, True), (90.0, False)])
+def test_a_timeout_that_leaves_no_time_for_heartbeats_is_told(
+    timeout_s: float, is_told: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MX_HEARTBEAT_INTERVAL_SECS", raising=False)
+    ModelExpressServer(ServerOptions(heartbeat_timeout=timeout_s))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == is_told
+    assert all(f"{timeout_s:g} s leaves time for {timeout_s // 30:g} heartbeats" in line for line in lines)

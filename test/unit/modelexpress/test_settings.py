@@ -49,7 +49,7 @@ def test_nothing_gives_the_defaults(text: str | None) -> None:
         ('{"transport": "nixl"}', "transport must be one of transfer_engine; got 'nixl'"),
         ('{"url": ', "this is not JSON"),
         ('{"url": "a:1", "source": true, "url": "b:2"}', "the key 'url' comes twice"),
-        ('{"url": "127.0.0.1:99999"}', "url must be host:port; got '127.0.0.1:99999'"),
+        ('{"url": "127.0.0.1:99999"}', "url must be host:port, the port from 1 to 65535; got '127.0.0.1:99999'"),
         ('{"url": "host:"}', "url must be host:port"),
         ('{"url": "host:0"}', "url must be host:port"),
         ('{"url": "host:x"}', "url must be host:port"),
@@ -107,7 +107,7 @@ def test_what_is_wrong_in_the_environment_is_named(tmp_path: Path) -> None:
             check_environment({name: value})
     with pytest.raises(ValueError, match="MX_AUTH_TOKEN_PATH: .*holds no token"):
         check_environment({"MX_AUTH_TOKEN_PATH": str(tmp_path / "empty")})
-    with pytest.raises(ValueError, match="variable MX_SERVER_ADDRESS must be host:port; got 'a:b'"):
+    with pytest.raises(ValueError, match="variable MX_SERVER_ADDRESS must be host:port.*got 'a:b'"):
         resolve_address(None, {"MX_SERVER_ADDRESS": "a:b"})
 
 

@@ -12,7 +12,7 @@ from ramet.srt.managers.io_struct import PublisherStats
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.settings import env_seconds
+from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,6 @@ INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 READY = p2p_pb2.SOURCE_STATUS_READY
 STALE = p2p_pb2.SOURCE_STATUS_STALE
 
-HEARTBEAT_INTERVAL_S = 30.0
 INITIALIZING_INTERVAL_S = 5.0  # clients wait for an initializing source; they must notice soon that it has died
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 5.0  # a server that comes back with no records must soon have them again
@@ -56,7 +55,7 @@ class Publisher:
         self._client = client
         self._worker = worker
         self._load_probe = load_probe
-        self._interval_s = heartbeat_interval_s or env_seconds("MX_HEARTBEAT_INTERVAL_SECS", HEARTBEAT_INTERVAL_S)
+        self._interval_s = heartbeat_interval_s or env_seconds(INTERVAL_VARIABLE, HEARTBEAT_INTERVAL_S)
         self._changed = threading.Condition()
         self._wanted: int = INITIALIZING
         self._told: int | None = None  # the status that the server has acknowledged

@@ -21,7 +21,7 @@ from ramet.srt.modelexpress.reaper import Reaper
 from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, server_handler
 from ramet.srt.modelexpress.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.service import P2pService
-from ramet.srt.modelexpress.settings import env_seconds
+from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.tokens import TokenFile
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
 MIN_KEEPALIVE_PING_MS = 10_000
+MIN_HEARTBEATS = 3  # that fit into the time after which a silent worker is stale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class ModelExpressServer:
         self._interval_s = options.reaper_scan_interval or env_seconds("MX_REAPER_SCAN_INTERVAL_SECS", 30)
         self._heartbeat_timeout_s = options.heartbeat_timeout or env_seconds("MX_HEARTBEAT_TIMEOUT_SECS", 90)
         self._gc_timeout_s = options.gc_timeout or env_seconds("MX_GC_TIMEOUT_SECS", 3600)
+        self._warn_of_few_heartbeats()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._grace_s = 0.0
@@ -104,6 +106,19 @@ class ModelExpressServer:
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def _warn_of_few_heartbeats(self) -> None:
+        interval_s = env_seconds(INTERVAL_VARIABLE, HEARTBEAT_INTERVAL_S)
+        if (num_beats := int(self._heartbeat_timeout_s // interval_s)) < MIN_HEARTBEATS:
+            logger.warning(
+                "a heartbeat timeout of %g s leaves time for %d heartbeats of an instance, which come every %g s "
+                "(%s): a living one may vanish when one is late; --heartbeat-timeout should be at least %g",
+                self._heartbeat_timeout_s,
+                num_beats,
+                interval_s,
+                INTERVAL_VARIABLE,
+                MIN_HEARTBEATS * interval_s,
+            )
 
     def _run(self) -> None:
         try:

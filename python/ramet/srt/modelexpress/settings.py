@@ -17,6 +17,8 @@ DEFAULT_ADDRESS = f"localhost:{DEFAULT_PORT}"
 TRANSPORTS = ("transfer_engine",)
 FLAG = "--modelexpress-config"
 ADDRESS_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
+INTERVAL_VARIABLE = "MX_HEARTBEAT_INTERVAL_SECS"
+HEARTBEAT_INTERVAL_S = 30.0
 EMBEDDED = "embedded"
 EMBEDDED_PORT = 8001
 PACKAGES = ("grpc", "google.protobuf")
@@ -172,13 +174,13 @@ def parse_address(text: str, what: str) -> str:
     except ValueError:
         port, is_whole = 0, False
     if not is_whole or not parts.hostname or not port or any(character.isspace() for character in address):
-        raise ValueError(f"{what} must be host:port; got {text!r}")
+        raise ValueError(f"{what} must be host:port, the port from 1 to 65535; got {text!r}")
     return f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:
     """Raise ValueError, with the variable's name, if what the environment says to an instance can't be used."""
-    env_seconds("MX_HEARTBEAT_INTERVAL_SECS", 1.0, environ)
+    env_seconds(INTERVAL_VARIABLE, HEARTBEAT_INTERVAL_S, environ)
     open_token_file(environ)
     if path := environ.get("MX_TLS_CA_PATH"):
         try:
