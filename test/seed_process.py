@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "without_manifest": False,  # as an upstream seed
     "started_at": 0.0,
     "is_loading": False,  # answer as an instance that is not up yet
+    "api_key": None,  # that every call must show
     "lie": False,  # change the weights after their checksums are computed
 }
 
@@ -86,7 +87,9 @@ def serve(config: dict[str, Any]) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            if config["is_loading"]:
+            if config["api_key"] and self.headers["Authorization"] != f"Bearer {config['api_key']}":
+                status, body = 401, b"{}"
+            elif config["is_loading"]:
                 status, body = 503, b"{}"
             elif config["without_manifest"] and not url.path.startswith("/get_remote"):
                 status, body = 404, b"{}"

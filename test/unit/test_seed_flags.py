@@ -50,6 +50,12 @@ def test_what_makes_no_sense_is_an_error(flags, reason):
         parse_server_args(flags)
 
 
+def test_a_seed_is_shown_the_own_keys():
+    args = parse_server_args([*BASE, IP, "a:1", "--api-key", "user", "--admin-api-key", "admin"])
+    assert LoadConfig.from_server_args(args).api_keys == ("user", "admin")
+    assert LoadConfig.from_server_args(parse_server_args([*BASE, IP, "a:1"])).api_keys == ()
+
+
 def test_group_ports():
     args = parse_server_args([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[4000, 4001]", "--tp-size", "2"])
     assert LoadConfig.from_server_args(args).send_weights_group_ports == (4000, 4001)

@@ -120,6 +120,17 @@ def test_a_listed_source_that_is_loading_is_not_waited_for(client):
     assert time.monotonic() - start < 4
 
 
+def test_a_seed_is_shown_every_key_and_one_that_has_others_is_named(client):
+    with SeedProcess(api_key="admin") as seed:
+        worker_id = client.publish(seed.port)
+        for keys in ((), ("user",)):
+            stranger = LoadingClient(client.load_config.modelexpress_url, api_keys=keys)
+            with pytest.raises(WeightTransferError, match="401: the seed has other API keys"):
+                stranger.load()
+        friend = LoadingClient(client.load_config.modelexpress_url, api_keys=("user", "admin"))
+        assert friend.load().taken_from == (worker_id,)
+
+
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
     """It has no manifest, no types, and never a heartbeat."""
     answer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 10)

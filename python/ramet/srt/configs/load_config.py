@@ -41,7 +41,7 @@ class LoadConfig:
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
     timeout_s: float = 60.0  # for a seed to answer, and for a transfer without progress
     host: str = "127.0.0.1"  # address of this instance, for the transfer engine
-    api_key: str | None = None  # the instances of a fleet share it: a seed with a key wants to see it
+    api_keys: tuple[str, ...] = ()  # the instances of a fleet share one: a seed with a key wants to see it
     model_path: str = ""  # folder or hub id of the files, where they have not been fetched yet
     revision: str | None = None
     # ModelExpress: where the metadata server is, and what the weights go by there
@@ -84,7 +84,7 @@ class LoadConfig:
             fallback=args.remote_instance_weight_loader_fallback,
             timeout_s=args.remote_instance_weight_loader_timeout,
             host=args.host,
-            api_key=args.api_key,
+            api_keys=tuple(key for key in (args.api_key, args.admin_api_key) if key is not None),
             model_path=args.model_path,
             revision=args.revision,
             **names,

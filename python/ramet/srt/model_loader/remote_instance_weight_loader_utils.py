@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import msgspec
@@ -85,13 +86,14 @@ def fetch_seed_answer(
     rank: int,
     role: str,
     timeout_s: float,
-    api_key: str | None = None,
+    api_keys: Sequence[str] = (),
     absent_grace_s: float = ABSENT_GRACE_S,
     is_listed: bool = False,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
+        api_keys: tried in this order, if the seed wants one.
         absent_grace_s: how long a rank that the seed does not know may take to register.
         is_listed: the seed has said that it is up, so one that is not has died, and another may start in its place.
 
@@ -100,14 +102,13 @@ def fetch_seed_answer(
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
     seed = format_address(host, port)
-    headers = _authorization(api_key)
     start = time.monotonic()
     query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
     reason = "no time was given"
     is_waiting = False
     while (left := start + timeout_s - time.monotonic()) > 0:
         try:
-            status, path, body = _ask(host, port, query, headers, left)
+            status, path, body = _ask(host, port, query, api_keys, left)
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
             if is_listed or time.monotonic() - start >= ABSENT_GRACE_S:
@@ -120,6 +121,8 @@ def fetch_seed_answer(
             if status == 200:
                 return _parse(body, rank, role, seed)
             reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
+            if status == 401:
+                reason = "HTTP 401: the seed has other API keys; instances that share weights must share --api-key"
             if status == 404 and time.monotonic() - start >= absent_grace_s:
                 raise RankNotRegistered("ask", rank, seed, reason)
             if (status not in RETRIED_STATUS and status != 404) or (status == 503 and is_listed):
@@ -132,7 +135,7 @@ def fetch_seed_answer(
 
 
 def fetch_checksums(
-    host: str, port: int, request: ChecksumsRequest, timeout_s: float, api_key: str | None = None
+    host: str, port: int, request: ChecksumsRequest, timeout_s: float, api_keys: Sequence[str] = ()
 ) -> ChecksumsAnswer | None:
     """What slices of checkpoint tensors hash to in the weights of a seed's rank; None if the seed can't tell.
 
@@ -141,7 +144,7 @@ def fetch_checksums(
     """
     seed = format_address(host, port)
     try:
-        status, body = post_to_seed(host, port, CHECKSUMS_PATH, request, timeout_s, api_key)
+        status, body = post_to_seed(host, port, CHECKSUMS_PATH, request, timeout_s, api_keys)
         if status in (404, 405):
             return None
         if status != 200:
@@ -155,33 +158,43 @@ def fetch_checksums(
 
 
 def post_to_seed(
-    host: str, port: int, path: str, body: msgspec.Struct, timeout_s: float, api_key: str | None
+    host: str, port: int, path: str, body: msgspec.Struct, timeout_s: float, api_keys: Sequence[str]
 ) -> tuple[int, bytes]:
     """Status and body of a seed's answer. Raises OSError or ValueError as `http_request` does."""
-    return http_request(
-        host,
-        port,
-        "POST",
-        path,
-        timeout_s=timeout_s,
-        max_nbytes=MAX_REGISTRATION_BYTES,
-        body=msgspec.json.encode(body),
-        headers={"Content-Type": "application/json"} | _authorization(api_key),
-    )
+    return _request(host, port, "POST", path, api_keys, timeout_s, msgspec.json.encode(body))
+
+
+def _request(
+    host: str, port: int, method: str, path: str, api_keys: Sequence[str], timeout_s: float, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """Status and body of the answer to the first key that the seed takes."""
+    deadline = time.monotonic() + timeout_s
+    for key in api_keys or (None,):
+        status, answer = http_request(
+            host,
+            port,
+            method,
+            path,
+            timeout_s=max(0.001, deadline - time.monotonic()),
+            max_nbytes=MAX_REGISTRATION_BYTES,
+            body=body,
+            headers=({} if body is None else {"Content-Type": "application/json"}) | _authorization(key),
+        )
+        if status != 401:
+            break
+    return status, answer
 
 
 def _authorization(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-def _ask(host: str, port: int, query: str, headers: dict[str, str], timeout_s: float) -> tuple[int, str, bytes]:
+def _ask(host: str, port: int, query: str, api_keys: Sequence[str], timeout_s: float) -> tuple[int, str, bytes]:
     """Status, path and body of the first route that the seed knows."""
     deadline = time.monotonic() + timeout_s
     for path in SEED_PATHS:
         left = max(0.001, deadline - time.monotonic())
-        status, body = http_request(
-            host, port, "GET", path + query, timeout_s=left, max_nbytes=MAX_REGISTRATION_BYTES, headers=headers
-        )
+        status, body = _request(host, port, "GET", path + query, api_keys, left)
         if status not in (404, 405):
             break
     return status, path, body

@@ -139,7 +139,7 @@ class SeedInstance:
             rank,
             self._manifest.role,
             left,
-            self._config.api_key,
+            self._config.api_keys,
             min(absent_grace_s, left),
             is_listed=self._ready_rank is not None,
         )

@@ -74,7 +74,7 @@ class _Pair:
         self.timeout_s = min(config.timeout_s, MAX_TIMEOUT_S)
         self.backend = "gloo" if arena.device == "cpu" else "nccl"
         self.arena = arena
-        self._api_key = config.api_key
+        self._api_keys = config.api_keys
         self._target: _Target | None = None
         self._group: PairGroup | None = None
         self._sending: threading.Thread | None = None
@@ -83,7 +83,7 @@ class _Pair:
     def post(self, path: str, body: msgspec.Struct, timeout_s: float) -> InitSendGroupAnswer:
         """Raises OSError if the seed does not do it."""
         try:
-            _, data = post_to_seed(self.rank.host, self.rank.port, path, body, timeout_s, self._api_key)
+            _, data = post_to_seed(self.rank.host, self.rank.port, path, body, timeout_s, self._api_keys)
             answer = msgspec.json.decode(data, type=InitSendGroupAnswer)
         except ValueError as error:
             raise OSError(f"its answer to {path} is of no use: {error}") from error
