@@ -128,7 +128,7 @@ def fetch_seed_answer(
             if (status not in RETRIED_STATUS and status != 404) or (status == 503 and is_listed):
                 raise SeedRefused("ask", rank, seed, reason)
         if not is_waiting:
-            logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, timeout_s, seed, reason)
+            logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, round(timeout_s, 1), seed, reason)
             is_waiting = True
         time.sleep(max(0.0, min(POLL_PERIOD_S, start + timeout_s - time.monotonic())))
     raise WeightTransferError("ask", rank, seed, reason)

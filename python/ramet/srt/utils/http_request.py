@@ -50,7 +50,7 @@ def http_request(
         return response.status, bytes(answer)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
-            raise TimeoutError(f"no complete answer within {timeout_s:g} s") from error
+            raise TimeoutError(f"no complete answer within {round(timeout_s, 1):g} s") from error
         if isinstance(error, http.client.HTTPException) and not isinstance(error, OSError):
             raise ValueError(f"the answer is not HTTP: {error!r}") from error
         raise
