@@ -151,7 +151,9 @@ def test_what_a_lying_seed_has_sent_is_taken_from_the_other():
 def test_a_seed_on_this_host_is_taken_before_one_behind_a_network(reads):
     with SeedProcess() as one, SeedProcess() as two:
         client = Client(one.port, two.port, local_mode="copy")
-        assert client.load().source == "local_copy" and client.holds(one.config)
+        report = client.load()
+        assert report.source == "local_copy" and client.holds(one.config)
+        assert set(report.taken_from) <= {f"127.0.0.1:{seed.port}" for seed in (one, two)} and report.taken_from
     assert not reads.nbytes
 
 

@@ -55,8 +55,8 @@ def test_a_source_with_other_weights_than_it_says_is_passed_over(client, seed, c
         good = client.publish(seed.port, load=0.5)
         report = client.load()
     assert report.taken_from == (good,) and client.holds()
-    assert "checksums" in report.fallback_reason
-    assert "trying the next" in caplog.text
+    assert report.fallback_reason == "" and report.source == "transfer_engine"
+    assert "checksums" in caplog.text and "trying the next" in caplog.text
 
 
 @pytest.mark.parametrize("local_mode", ["off", "auto"])
@@ -150,7 +150,9 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     )
     port = free_port()
     client.publish(port)
-    with pytest.raises(WeightTransferError, match=f"{port}.*it is not there.*no source became ready"):
+    with pytest.raises(
+        WeightTransferError, match=f"{port}.*it is not there.*ModelExpress server.*no source became ready"
+    ):
         client.load(tmp_path)
     other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
     report = other.load(tmp_path)

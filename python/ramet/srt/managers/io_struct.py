@@ -135,8 +135,9 @@ class LoadReport(msgspec.Struct, kw_only=True):
     seconds: float
     verified: bool  # content checksums were compared with the seed's
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
-    fallback_reason: str = ""  # why an earlier source was given up; empty when the first one served
-    taken_from: tuple[str, ...] = ()  # ModelExpress worker ids of the ranks that gave the weights
+    fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
+    # Who gave all of the weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty for files.
+    taken_from: tuple[str, ...] = ()
 
 
 class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):

@@ -95,12 +95,12 @@ class RemoteInstanceModelLoader:
                 errors.append(error)
                 search.give_up(candidate)
                 continue
-            reason = "; ".join(map(str, errors))
-            report = msgspec.structs.replace(report, taken_from=candidate.worker_ids, fallback_reason=reason)
+            report = msgspec.structs.replace(report, taken_from=candidate.worker_ids)
             log_report(manifest, report)
             return report
         if search.reason:
-            errors.append(WeightTransferError("find", rank, search.client.address, search.reason))
+            where = f"the sources at the ModelExpress server {search.client.address}"
+            errors.append(WeightTransferError("find", rank, where, search.reason))
         if self._config.fallback == "error":
             raise combine_errors(rank, errors)
         if errors:
@@ -220,7 +220,9 @@ class RemoteInstanceModelLoader:
             # The memory is the seed's own: samples tell whether it is what was announced.
             assert rank.answer.manifest is not None
             unknown = verify_by_entries(arena, [rank.answer.manifest], rank.seed, samples_only=True)
-            return LoadReport(source="local_map", num_bytes=num_bytes, seconds=0.0, verified=not unknown)
+            return LoadReport(
+                source="local_map", num_bytes=num_bytes, seconds=0.0, verified=not unknown, taken_from=(rank.seed,)
+            )
         if mode == "map" and ranks:
             logger.warning("rank %d: no memory of the seed %s is laid out as the own one: copying",
                            arena.manifest.parallel.world_rank, self.seed)  # fmt: skip
@@ -245,6 +247,7 @@ class RemoteInstanceModelLoader:
             seconds=0.0,
             verified=verified,
             transfer_seconds=transfer.transfer_seconds,
+            taken_from=transfer.givers,
         )
 
     def _verify(self, arena: WeightArena, transfer: SeedTransfer) -> bool:

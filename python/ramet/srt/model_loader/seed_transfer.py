@@ -91,6 +91,11 @@ class SeedTransfer:
     def received_nbytes(self) -> int:
         return sum(op.nbytes for _, op in self._received)
 
+    @property
+    def givers(self) -> tuple[str, ...]:
+        """Addresses of the seeds that have filled something."""
+        return tuple(dict.fromkeys(seed for seed, _ in self._received))
+
     def run(self) -> None:
         """Fill all of the arena, or what `unfinished` says.
 
