@@ -53,7 +53,7 @@ class EngineInfoBootstrapServer:
             raise OSError(
                 error.errno,
                 f"the engine info bootstrap server can't use port {port} of {host} "
-                f"(--engine-info-bootstrap-port): {error.strerror}",
+                f"(--engine-info-bootstrap-port; 0 takes a free one): {error.strerror}",
             ) from error
         self.host = host
         self.port: int = self._http.server_address[1]
