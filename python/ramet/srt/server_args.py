@@ -460,6 +460,11 @@ def format_url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches `host`, as far as its name tells."""
+    return host.startswith("127.") or host in ("localhost", "::1")
+
+
 def split_address(address: str, flag: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[ipv6]:port".
 

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from modelexpress_harness import make_manifest
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.modelexpress.source_identity import compute_source_id, make_source_identity
 from ramet.srt.server_args import ServerArgs
 
@@ -97,3 +98,23 @@ def test_seed_and_client_have_one_identity_and_other_weights_another() -> None:
     ]
     ids = {compute_source_id(make_source_identity(seed, other)) for other in (manifest, *others)}
     assert len(ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "is_told"),
+    [
+        ("127.0.0.1", "10.0.0.9:8001", True),
+        ("localhost", "mx.example", True),
+        ("127.0.0.1", "127.0.0.1:8001", False),
+        ("127.0.0.1", "[::1]:8001", False),
+        ("10.0.0.1", "10.0.0.9:8001", False),
+    ],
+)
+def test_an_instance_that_others_would_look_for_on_themselves_warns(
+    host: str, url: str, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = make_args({"url": url}, **CLIENT, host=host)
+    assert args.modelexpress is not None
+    Instance(args, 0.0)._prepare_modelexpress(args.modelexpress)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == is_told and all(f"it is at {host}" in line and "--host" in line for line in lines)

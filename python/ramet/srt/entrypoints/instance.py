@@ -28,9 +28,9 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.managers.weight_control import ask_rank
-from ramet.srt.modelexpress.settings import ModelExpressConfig, check_environment, check_installed
+from ramet.srt.modelexpress.settings import ModelExpressConfig, check_environment, check_installed, resolve_address
 from ramet.srt.observability.progress import Progress
-from ramet.srt.server_args import ServerArgs, format_url
+from ramet.srt.server_args import ServerArgs, format_url, is_loopback, split_address
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class Instance:
             ValueError: if it can't start, or a file that the environment names can't be read.
         """
         check_environment()
+        if self.is_head and not config.is_embedded:
+            self._warn_of_loopback(resolve_address(config.url))
         if config.is_embedded:
             check_installed()
             from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server
@@ -123,6 +125,19 @@ class Instance:
             self.modelexpress, url = start_embedded_server(config, args.host, args.head_host, self.is_head)
             config = dataclasses.replace(config, url=url, source=not args.takes_weights_from_instances)
         self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
+
+    def _warn_of_loopback(self, server_address: str) -> None:
+        from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
+
+        args = self.server_args
+        host = args.host if args.nnodes > 1 else reachable_host(args.host)
+        if is_loopback(host) and not is_loopback(split_address(server_address, "url")[0]):
+            logger.warning(
+                "this instance says to the ModelExpress server %s that it is at %s: other hosts would look for it on "
+                "themselves; start it with --host and an address of this host",
+                server_address,
+                host,
+            )
 
     def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
         from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer

@@ -30,7 +30,7 @@ from ramet.srt.model_loader.weight_manifest import build_weight_manifest
 from ramet.srt.model_loader.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
-from ramet.srt.server_args import ServerArgs
+from ramet.srt.server_args import ServerArgs, is_loopback
 from ramet.srt.utils.device import to_device
 
 if TYPE_CHECKING:
@@ -207,8 +207,7 @@ class ModelRunner:
     def _weights_host(self) -> str:
         """The address at which this rank's weights are offered: a loopback one is of no use to other nodes."""
         args = self.server_args
-        is_loopback = args.host.startswith("127.") or args.host in ("localhost", "::1")
-        return local_address(args.dist_init_addr) if args.nnodes > 1 and is_loopback else args.host
+        return local_address(args.dist_init_addr) if args.nnodes > 1 and is_loopback(args.host) else args.host
 
     def publish(self, bootstrap_url: str) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.
