@@ -183,7 +183,9 @@ def test_defect_15_closing_frees_the_port():
 
 
 def test_a_port_in_use_is_named_with_its_flag(server):
-    with pytest.raises(OSError, match=f"port {server.port} of 127.0.0.1 .--engine-info-bootstrap-port; 0 takes a free one"):
+    with pytest.raises(
+        OSError, match=f"port {server.port} of 127.0.0.1 .--engine-info-bootstrap-port; 0 takes a free one"
+    ):
         EngineInfoBootstrapServer("127.0.0.1", server.port)
 
 
