@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -165,6 +165,13 @@ def running_metadata_server(folder: Path, *flags: str) -> Iterator[MetadataServe
     finally:
         process.terminate()
         process.wait(20)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_common import RESULTS, ROOT, report
+from bench_common import RESULTS, ROOT, report, timed
 from gpu_model import SHAPE, TINY, make_model, write_config
 from gpu_weight_seed import WeightSeedProcess
 
@@ -95,12 +95,6 @@ def time_on(device: torch.device, function: Callable[[], Any], repeats: int) -> 
             stop.synchronize()
             times.append(start.elapsed_time(stop) / 1e3)
     return min(times)
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 class Bench:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_common import ROOT, report
+from bench_common import ROOT, report, timed
 
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -58,12 +58,6 @@ for _ in range(int(sys.argv[3])):
     group.barrier()
     group.broadcast(memory)
 """
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 class Bench:

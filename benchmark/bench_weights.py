@@ -17,13 +17,10 @@ import re
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from bench_common import ROOT, read_weights, report
+from bench_common import ROOT, read_weights, report, timed
 
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -49,12 +46,6 @@ from safetensors.numpy import save_file
 NUM_TENSORS = 64
 LOOP_BYTES = 64 << 20
 TIMEOUT_S = 60.0
-
-
-def timed(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def status_nbytes(path: str, key: str) -> int:

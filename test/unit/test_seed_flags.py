@@ -56,6 +56,12 @@ def test_a_seed_is_shown_the_own_keys():
     assert LoadConfig.from_server_args(parse_server_args([*BASE, IP, "a:1"])).api_keys == ()
 
 
+def test_a_source_that_a_metadata_server_names_never_sees_the_admin_key():
+    express = ["--remote-instance-weight-loader-backend", "modelexpress", "--modelexpress-config", '{"url": "a:1"}']
+    args = parse_server_args([*BASE, *express, "--api-key", "user", "--admin-api-key", "admin"])
+    assert LoadConfig.from_server_args(args).api_keys == ("user",)
+
+
 def test_group_ports():
     args = parse_server_args([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[4000, 4001]", "--tp-size", "2"])
     assert LoadConfig.from_server_args(args).send_weights_group_ports == (4000, 4001)

@@ -73,6 +73,10 @@ class LoadConfig:
                 "modelexpress_quantization": quantization if express.quantization is None else express.quantization,
                 "modelexpress_wait_s": express.wait_timeout,
             }
+        keys = [args.api_key]
+        if args.remote_instance_weight_loader_backend != "modelexpress":
+            # Who may publish at a metadata server decides whom an instance asks: that must not earn the admin key.
+            keys.append(args.admin_api_key)
         is_forced_seed = args.load_format == "remote_instance" and not args.takes_weights_from_instances
         return cls(
             load_format="auto" if is_forced_seed else args.load_format,
@@ -84,7 +88,7 @@ class LoadConfig:
             fallback=args.remote_instance_weight_loader_fallback,
             timeout_s=args.remote_instance_weight_loader_timeout,
             host=args.host,
-            api_keys=tuple(key for key in (args.api_key, args.admin_api_key) if key is not None),
+            api_keys=tuple(key for key in keys if key is not None),
             model_path=args.model_path,
             revision=args.revision,
             **names,
