@@ -1,9 +1,11 @@
 """Owns the random model of the benchmarks on GPUs: its shape, and its files. Measures nothing."""
 
 import json
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from bench_common import ROOT
@@ -59,11 +61,18 @@ def make_model(folder: Path, config: dict[str, Any], device: str = "cuda") -> Pa
         list(pool.map(lambda name, shapes: _write_file(folder / name, shapes, device), names, files))
     weight_map = {tensor: name for name, shapes in zip(names, files, strict=True) for tensor in shapes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_large_tokenizer(folder, config["vocab_size"])
+    return folder
+
+
+def write_large_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of that many tokens, trained on words that mean nothing: real ones take as long to read."""
     sys.path.insert(0, str(ROOT / "test"))
     from random_models import write_tokenizer
 
-    write_tokenizer(folder)
-    return folder
+    generator = random.Random(0)
+    words = ("".join(generator.choices(ascii_lowercase, k=generator.randint(4, 9))) for _ in range(vocab_size))
+    write_tokenizer(folder, vocab_size=vocab_size, text=" ".join(words))
 
 
 def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], device: str) -> None:

@@ -42,10 +42,10 @@ class LoadStages:
             (CheckpointSource, "plan", "plan"),
             (CheckpointSource, "fill", "fill, all of it"),
             (type(arena), "prepare_fill", "zero what no file fills"),
-            (cuda_file_reader._Ring, "__init__", "pin the ring"),
-            (cuda_file_reader._Ring, "take", "wait for a slice"),
+            (cuda_file_reader._PinnedBuffer, "__init__", "pin a buffer"),
+            (cuda_file_reader._PinnedBuffer, "wait", "wait for a slice"),
             (cuda_driver, "queue_upload", "queue a copy"),
-            (torch.cuda.Event, "record", "record an event"),
+            (cuda_driver, "record_event", "record an event"),
             (torch.cuda.Stream, "synchronize", "wait for the stream"),
         ]
         with contextlib.ExitStack() as stack:

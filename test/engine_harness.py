@@ -1,5 +1,6 @@
 """Runs a scheduler with its model in the test's own process: messages go in and come out without sockets."""
 
+import functools
 from collections.abc import Sequence
 from concurrent.futures import wait
 from pathlib import Path
@@ -63,10 +64,10 @@ class EngineHarness:
         self.runner = ModelRunner(self.args, config, ParallelConfig(), device, lambda phase: None)
         torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()
-        tokenizer = Tokenizer.from_path(str(folder))
-        grammar_backend = make_grammar_backend(self.args.grammar_backend, tokenizer, config)
+        get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, str(folder)))
+        grammar_backend = make_grammar_backend(self.args.grammar_backend, get_tokenizer, config)
         self.scheduler = Scheduler(
-            self.args, config, self.runner, tokenizer, grammar_backend, self.channel, overlap=overlap
+            self.args, config, self.runner, get_tokenizer, grammar_backend, self.channel, overlap=overlap
         )
         self.num_batches = 0
         self.max_batch_size = 0

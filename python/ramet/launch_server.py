@@ -18,6 +18,7 @@ from ramet.srt.entrypoints.listener import bind
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.imports import importing
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
                 logger.info("listening on %s", server_args.url())
                 instance = Instance(server_args, launch_time, scheduler_module)
                 instance.start()
-                from ramet.srt.entrypoints.http_server import serve  # heavy: the scheduler imports torch meanwhile
+                with importing():
+                    from ramet.srt.entrypoints.http_server import serve  # heavy: the scheduler imports torch meanwhile
 
                 serve(instance, listener)
         except (ValueError, LaunchError) as error:

@@ -25,7 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def backend(tokenizer: Tokenizer) -> GrammarBackend:
-    return GrammarBackend(tokenizer, VOCAB_SIZE, [EOS, IM_END])
+    return GrammarBackend(lambda: tokenizer, VOCAB_SIZE, [EOS, IM_END])
 
 
 def compiled(backend: GrammarBackend, **constraint: Any) -> Grammar:

@@ -49,7 +49,7 @@ def test_eos_ends_unless_ignored(engine):
 def test_stop_string_ends_at_the_token_that_completes_it(engine):
     prompt = rm.random_prompts([9])[0]
     full = engine.generate([prompt], max_new_tokens=30)[0].token_ids
-    decode = engine.scheduler.tokenizer.decode
+    decode = engine.scheduler.get_tokenizer().decode
     texts = [decode(full[: count + 1]) for count in range(30)]
     target = texts[20][-3:]
     first = next(index for index, text in enumerate(texts) if target in text)
@@ -86,7 +86,7 @@ def test_json_schema_is_obeyed(engine):
         prompts, max_new_tokens=200, json_schema=json.dumps(schema), temperature=1.0, ignore_eos=False, sampling_seed=3
     ):
         assert result.finish_reason.type == "stop"
-        value = json.loads(engine.scheduler.tokenizer.decode(result.token_ids, skip_special_tokens=True))
+        value = json.loads(engine.scheduler.get_tokenizer().decode(result.token_ids, skip_special_tokens=True))
         assert set(value) == {"alive", "runners"} and 0 <= value["runners"] <= 99
 
 

@@ -410,6 +410,10 @@ class ServerArgs:
         count = self.world_size // self.nnodes
         return range(self.node_rank * count, (self.node_rank + 1) * count)
 
+    def gpu_id(self, world_rank: int) -> int:
+        """The GPU of this node that a rank takes, if it takes one."""
+        return self.base_gpu_id + self.local_ranks.index(world_rank)
+
     @property
     def head_host(self) -> str:
         """Host of node 0, as the ranks of this node reach it."""

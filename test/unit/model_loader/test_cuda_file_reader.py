@@ -43,11 +43,17 @@ class LateStream:
 
 class LateEvent:
     def __init__(self):
-        self.stream, self.position = None, 0
+        self.stream, self.position, self.recorded = None, 0, False
+
+    @property
+    def cuda_event(self):  # what the driver is given
+        assert self.recorded, "an event is made when it is first recorded"
+        return self
 
     def record(self, stream=None):
-        self.stream = stream or LateStream.current.stream
-        self.position = len(self.stream.pending)
+        self.recorded = True
+        self.stream = stream or getattr(LateStream.current, "stream", None)
+        self.position = 0 if self.stream is None else len(self.stream.pending)
 
     def query(self):
         return self.stream is None or self.stream.num_done >= self.position
@@ -89,12 +95,16 @@ def arena(monkeypatch):
     def queue_upload(source, target, nbytes, stream):
         stream.queue(functools.partial(ctypes.memmove, target, source, nbytes))
 
+    def record_event(event, stream):
+        event.record(stream)
+
     def queue_scatter(op, source, buffer, scatter=cuda_file_reader.scatter_device_rows):
         LateStream.current.stream.queue(functools.partial(scatter, op, source, buffer))
 
     fake = SimpleNamespace(cuda=fake_cuda, uint8=torch.uint8, empty=empty)
     monkeypatch.setattr(cuda_file_reader, "torch", fake)
     monkeypatch.setattr(cuda_file_reader.cuda_driver, "queue_upload", queue_upload)
+    monkeypatch.setattr(cuda_file_reader.cuda_driver, "record_event", record_event)
     monkeypatch.setattr(cuda_file_reader, "scatter_device_rows", queue_scatter)
     monkeypatch.setattr(cuda_file_reader, "BLOCK_BYTES", 2000)
     monkeypatch.setattr(cuda_file_reader, "SLICE_BYTES", 1000)

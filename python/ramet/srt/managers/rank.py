@@ -1,5 +1,6 @@
 """Owns one rank from its start to its end: who it meets, what it builds, and whether it schedules or follows."""
 
+import functools
 import logging
 import os
 import signal
@@ -68,9 +69,7 @@ class Rank:
         Raises:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
-        self.device = pick_device(
-            self.args.device, self.args.base_gpu_id + self.args.local_ranks.index(self.parallel.world_rank)
-        )
+        self.device = pick_device(self.args.device, self.args.gpu_id(self.parallel.world_rank))
         self.args = args = self.args.with_device_defaults(self.device.type)
         self._on_phase("device")
         model_path = resolve_model_path(args.model_path, args.revision, weights=not args.takes_weights_from_instances)
@@ -163,13 +162,13 @@ class Rank:
 
     def _make_scheduler(self, config: ModelConfig) -> None:
         assert self.runner is not None and self._channel is not None
-        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(self.args))
+        get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, resolve_tokenizer_path(self.args)))
         self.scheduler = Scheduler(
             self.args,
             config,
             self.runner,
-            tokenizer,
-            make_grammar_backend(self.args.grammar_backend, tokenizer, config),
+            get_tokenizer,
+            make_grammar_backend(self.args.grammar_backend, get_tokenizer, config),
             self._channel,
             self._plans if isinstance(self._plans, PlanSender) else None,
             overlap=self.device.type == "cuda" and not self.args.disable_overlap_schedule,

@@ -71,17 +71,22 @@ class Scheduler:
         server_args: ServerArgs,
         model_config: ModelConfig,
         model_runner: ModelRunner,
-        tokenizer: Tokenizer,
+        get_tokenizer: Callable[[], Tokenizer],
         grammar_backend: GrammarBackend | None,
         channel: SchedulerChannel,
         plan_sender: PlanSender | None = None,
         overlap: bool = False,
     ):
+        """
+        Args:
+            get_tokenizer: reads it when first called. A large one takes most of a second and Python's lock, so a start
+                does without: it is read for the first stop string or constraint, or in the first quiet moment.
+        """
         self.plan_sender = plan_sender  # to the replica's other ranks, if it has any
         self.server_args = server_args
         self.model_config = model_config
         self.model_runner = model_runner
-        self.tokenizer = tokenizer
+        self.get_tokenizer = get_tokenizer
         self.grammar_backend = grammar_backend
         self.channel = channel
         self.page_size = server_args.page_size
@@ -89,7 +94,7 @@ class Scheduler:
         self.rows = RowAllocator(server_args.max_running_requests)
         # One for each attention group: its ranks alone hold the keys and values of its requests.
         self.caches = [self._make_cache() for _ in range(model_runner.parallel.attn_dp_size)]
-        self.output = OutputProcessor(tokenizer, model_config.eos_token_ids, server_args.stream_interval)
+        self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, server_args.stream_interval)
         self.waiting: deque[Req] = deque()
         self.running: list[Req] = []
         self.chunked: dict[int, Req] = {}  # by attention group: whose prompt did not fit into the last prefill pass
@@ -116,8 +121,12 @@ class Scheduler:
 
     def run_once(self) -> None:
         """Take messages in, waiting a moment for the first when there is nothing to do, and take one step."""
-        for message in self.channel.receive(0.0 if self._has_work() else IDLE_POLL_S):
+        is_idle = not self._has_work()
+        messages = self.channel.receive(IDLE_POLL_S if is_idle else 0.0)
+        for message in messages:
             self._handle(message)
+        if is_idle and not messages:
+            self.get_tokenizer()
         if self.step() is None:
             if not self._has_work():
                 self._check_caches()

@@ -1,6 +1,6 @@
 """Owns what a request's new token means: whether it ends the request, and what is sent on of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
 from ramet.srt.managers.schedule_batch import Req, empty_logprobs
@@ -12,8 +12,8 @@ from ramet.srt.utils.tokenizer import Tokenizer
 class OutputProcessor:
     """Appends tokens, decides when a request ends and collects its unsent output."""
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Sequence[int], stream_interval: int):
-        self.tokenizer = tokenizer
+    def __init__(self, get_tokenizer: Callable[[], Tokenizer], eos_token_ids: Sequence[int], stream_interval: int):
+        self.get_tokenizer = get_tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.stream_interval = stream_interval
 
@@ -49,7 +49,7 @@ class OutputProcessor:
         if req.stop_stream is None:
             params = req.sampling_params
             decoder = IncrementalDecoder(
-                self.tokenizer, req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
+                self.get_tokenizer(), req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
             )
             req.stop_stream = TextStream(decoder, params.stop, params.min_new_tokens)
         req.stop_stream.push([token_id])

@@ -7,8 +7,10 @@ opened and closed exactly when we say. A CUDA context must be current in the cal
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ramet.srt.model_loader.transfer_plan import CopyOp
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.transfer_plan import CopyOp
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
@@ -51,6 +53,10 @@ def _driver_with_lock() -> ctypes.CDLL:
 def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
     address, size, stream = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
     signatures = {
+        "cuInit": [ctypes.c_uint],
+        "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
+        "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
+        "cuEventRecord": [ctypes.c_void_p, stream],
         "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
         "cuMemGetAddressRange_v2": [ctypes.POINTER(address), ctypes.POINTER(size), address],
         "cuIpcGetMemHandle": [ctypes.POINTER(_IpcHandle), address],
@@ -74,6 +80,18 @@ def _check(name: str, code: int) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
         raise OSError(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
+
+
+def retain_primary_context(gpu_id: int) -> None:
+    """Make the context of a GPU that this process's libraries share, unless there is one. It stays.
+
+    Raises:
+        OSError: if there is no driver, or it refuses.
+    """
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuInit", 0)
+    _call("cuDeviceGet", ctypes.byref(device), gpu_id)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
 
 
 def export_memory(address: int) -> tuple[bytes, int]:
@@ -115,7 +133,16 @@ def queue_upload(source: int, target: int, nbytes: int, stream: int) -> None:
     _check("cuMemcpyHtoDAsync_v2", _driver_with_lock().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream))
 
 
-def queue_copies(ops: Sequence[CopyOp], source: int, target: int, stream: int) -> None:
+def record_event(event: int, stream: int) -> None:
+    """Mark a place in a stream with a CUDA event, without giving Python's lock away.
+
+    Raises:
+        OSError: if the driver refuses it.
+    """
+    _check("cuEventRecord", _driver_with_lock().cuEventRecord(event, stream))
+
+
+def queue_copies(ops: "Sequence[CopyOp]", source: int, target: int, stream: int) -> None:
     """Queue copies between device memories on a stream: the offsets of `ops` are from these addresses.
 
     Raises:

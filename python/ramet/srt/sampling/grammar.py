@@ -5,7 +5,7 @@ It knows nothing of logits: the scheduler applies the mask. `llguidance` is impo
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramet.srt.configs.model_config import ModelConfig
@@ -64,12 +64,12 @@ class GrammarBackend:
         eos_ids: the tokens that may end a complete output.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]):
+    def __init__(self, get_tokenizer: Callable[[], Tokenizer], vocab_size: int, eos_ids: Sequence[int]):
         if not eos_ids:
             raise ValueError("constrained output needs a model with an end-of-sequence token")
         self.eos_ids = tuple(eos_ids)
         self.vocab_size = vocab_size
-        self._tokenizer = tokenizer
+        self._get_tokenizer = get_tokenizer
         self._ll_tokenizer: Any = None
         self._matchers: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class GrammarBackend:
                 from llguidance import LLTokenizer
 
                 self._ll_tokenizer = LLTokenizer(
-                    self._tokenizer.to_json(), n_vocab=self.vocab_size, eos_token=list(self.eos_ids)
+                    self._get_tokenizer().to_json(), n_vocab=self.vocab_size, eos_token=list(self.eos_ids)
                 )
             return self._ll_tokenizer
 
@@ -173,11 +173,13 @@ class Grammar:
             raise RuntimeError(f"constrained output can't go on: {_first_line(self._matcher.get_error())}")
 
 
-def make_grammar_backend(name: str, tokenizer: Tokenizer, model_config: ModelConfig) -> GrammarBackend | None:
+def make_grammar_backend(
+    name: str, get_tokenizer: Callable[[], Tokenizer], model_config: ModelConfig
+) -> GrammarBackend | None:
     """The backend that --grammar-backend names; None if constrained output is off, or the model has no end token."""
     if name == "none" or not model_config.eos_token_ids:
         return None
-    return GrammarBackend(tokenizer, model_config.vocab_size, model_config.eos_token_ids)
+    return GrammarBackend(get_tokenizer, model_config.vocab_size, model_config.eos_token_ids)
 
 
 def _to_llguidance(name: str, text: str) -> str:

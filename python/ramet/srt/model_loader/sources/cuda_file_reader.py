@@ -38,7 +38,7 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
         return
     largest = max((op.source_span_nbytes for op in parts if not op.is_contiguous), default=0)
     num_threads = min(num_copy_threads(MAX_READERS), len(parts))
-    ring = _Ring(num_threads + SPARE_SLICES, SLICE_BYTES)
+    ring = _Ring(num_threads + SPARE_SLICES)
     readers: list[_Reader] = []  # their buffers must live until the last copy out of them is done
 
     def make_worker() -> Callable[[CopyOp], None]:
@@ -63,11 +63,12 @@ def _cut(op: CopyOp) -> list[CopyOp]:
 class _PinnedBuffer:
     """Host memory that the GPU reads by itself; `copied` is done when its last copy is."""
 
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-        self.memory = memoryview(tensor.numpy())
-        self.address = tensor.data_ptr()
+    def __init__(self, nbytes: int):
+        self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.memory = memoryview(self.tensor.numpy())
+        self.address = self.tensor.data_ptr()
         self.copied = torch.cuda.Event()
+        self.copied.record()  # makes it
 
     def wait(self) -> None:
         """Until it can be written again."""
@@ -76,17 +77,21 @@ class _PinnedBuffer:
 
 
 class _Ring:
-    """Slices of one pinned allocation, in the order in which the GPU is done with them. All threads take from it."""
+    """Pinned slices, in the order in which the GPU is done with them. All threads take from it."""
 
-    def __init__(self, num_slices: int, nbytes: int):
-        memory = torch.empty(num_slices * nbytes, dtype=torch.uint8, pin_memory=True)
-        self._free = deque(_PinnedBuffer(part) for part in memory.split(nbytes))
+    def __init__(self, num_slices: int):
+        self._unmade = deque(range(num_slices))  # pinning takes milliseconds: threads do it side by side
+        self._free: deque[_PinnedBuffer] = deque()
 
     def take(self) -> _PinnedBuffer:
         """The slice whose copy was queued first; there are more of them than threads."""
-        buffer = self._free.popleft()
-        buffer.wait()
-        return buffer
+        try:
+            self._unmade.pop()
+        except IndexError:
+            buffer = self._free.popleft()
+            buffer.wait()
+            return buffer
+        return _PinnedBuffer(SLICE_BYTES)
 
     def give_back(self, buffer: _PinnedBuffer) -> None:
         """After its copy has been queued and `copied` recorded."""
@@ -108,7 +113,7 @@ class _Reader:
 
     @functools.cached_property
     def rows(self) -> _PinnedBuffer:
-        return _PinnedBuffer(torch.empty(self.rows_nbytes, dtype=torch.uint8, pin_memory=True))
+        return _PinnedBuffer(self.rows_nbytes)
 
     def run(self, op: CopyOp) -> None:
         if op.is_contiguous:
@@ -123,7 +128,7 @@ class _Reader:
             buffer = self.ring.take()
             read_range(self.fds, op.source, op.source_offset + start, buffer.memory[:nbytes])
             cuda_driver.queue_upload(buffer.address, target + start, nbytes, stream.cuda_stream)
-            buffer.copied.record(stream)
+            cuda_driver.record_event(buffer.copied.cuda_event, stream.cuda_stream)
             self.ring.give_back(buffer)
 
     def _upload_rows(self, op: CopyOp) -> None:
