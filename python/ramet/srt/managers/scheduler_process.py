@@ -4,7 +4,6 @@ The launcher writes one JSON line to its standard input and reads one message, S
 from the status pipe. Torch is imported in managers/rank.py, after the process has tied its life to the launcher's.
 """
 
-import contextlib
 import logging
 import os
 import signal
@@ -16,14 +15,8 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.utils.child_process import (
-    ChildConfig,
-    die_with_parent,
-    read_child_config,
-    send_status,
-    status_fd_argument,
-)
-from ramet.srt.utils.imports import importing
+from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.utils.imports import importing, start_gpu
 
 if TYPE_CHECKING:
     from ramet.srt.managers.rank import Rank
@@ -42,8 +35,10 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides what it means
     world_rank = config.parallel.world_rank
     configure_logging(config.server_args["log_level"], f"scheduler {world_rank}")
-    start_context(config)
+    args = config.make_server_args()
     with importing():
+        if args.device != "cpu":
+            start_gpu(args.gpu_id(world_rank))
         from ramet.srt.managers.rank import Rank
 
     rank = Rank(config)
@@ -66,20 +61,6 @@ def main(argv: Sequence[str]) -> int:
     finally:
         rank.close()
     return 0
-
-
-def start_context(config: ChildConfig) -> None:
-    """Have the GPU's driver make its context while torch is imported. What goes wrong, torch finds out again."""
-    args = config.make_server_args()
-    if args.device == "cpu":
-        return
-    from ramet.srt.model_loader.cuda_driver import retain_primary_context
-
-    def retain() -> None:
-        with contextlib.suppress(OSError):
-            retain_primary_context(args.gpu_id(config.parallel.world_rank))
-
-    threading.Thread(target=retain, name="cuda-context", daemon=True).start()
 
 
 def watch(rank: "Rank") -> None:

@@ -82,6 +82,14 @@ def _check(name: str, code: int) -> None:
         raise OSError(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
 
 
+def is_installed() -> bool:
+    try:
+        _driver()
+    except OSError:
+        return False
+    return True
+
+
 def retain_primary_context(gpu_id: int) -> None:
     """Make the context of a GPU that this process's libraries share, unless there is one. It stays.
 
