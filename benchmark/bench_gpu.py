@@ -1,13 +1,13 @@
 """What a GPU instance reaches, each figure beside the limit that the same run measures on the same GPU.
 
-    python benchmark/bench_gpu.py [--only limits,checkpoint,decode,throughput,clone] [--work-dir FOLDER]
+    python benchmark/bench_gpu.py [--only limits,decode,throughput,clone] [--work-dir FOLDER]
 
 The model is a random one in the shape of Qwen3-8B (16.4 GB in bfloat16), written to the work folder at the first run.
-Limits: a device-to-device copy (bytes read plus written), a pinned copy from the host, a bfloat16 product of random
-matrices. Decode: one request's token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that
-many requests at once, 512 tokens in and 256 out, against the floor: the prompt's operations at the product's rate plus
-the bytes of weights and KV cache that decoding reads at the copy's rate. Clone: a second instance takes the weights
-from the first one, on another GPU if there is one, while the first one serves.
+Limits: a device-to-device copy (bytes read plus written), a bfloat16 product of random matrices. Decode: one request's
+token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that many requests at once, 512 tokens
+in and 256 out, against the floor: the prompt's operations at the product's rate plus the bytes of weights and KV cache
+that decoding reads at the copy's rate. Clone: a second instance takes the weights from the first one, on another GPU if
+there is one, while the first one serves.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from bench_common import RESULTS, Server, percentile, random_prompt, report
 from bench_serving import run_load
 from gpu_model import SHAPE, make_model, tensor_shapes
 
-PARTS = ("limits", "checkpoint", "decode", "throughput", "clone")
+PARTS = ("limits", "decode", "throughput", "clone")
 INPUT_LEN, OUTPUT_LEN = 512, 256
 SERVER_FLAGS = ["--max-total-tokens", "300000", "--max-running-requests", "256"]
 
@@ -41,48 +41,32 @@ def empty_gpu() -> None:
             torch.cuda.empty_cache()
 
 
-def time_device(function: Callable[[], Any], repeats: int = 10) -> float:
-    """Median seconds of a function's work on the GPU, by its events."""
-    import torch
-
-    for _ in range(3):
-        function()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
-
-
 @dataclasses.dataclass
 class Limits:
     """Bytes and operations per second of this GPU."""
 
     copy: float  # read plus written
-    host_copy: float  # pinned host memory to the GPU
     product: float  # bfloat16
     peer_copy: float  # bytes copied, to where a clone runs: another GPU, or the same one
 
     @classmethod
     def measure(cls) -> "Limits":
         import torch
+        from gpu_timing import time_on
 
-        source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device="cuda")
+        def rate(amount: float, function: Callable[[], Any]) -> float:
+            return amount / statistics.median(time_on(device, function, 10))
+
+        device = torch.device("cuda", 0)
+        source = torch.randint(0, 255, (4 << 30,), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        copy = 2 * source.nbytes / time_device(lambda: target.copy_(source))
+        copy = rate(2 * source.nbytes, lambda: target.copy_(source))
         peer_copy = copy / 2
         if torch.cuda.device_count() > 1:
             peer = torch.empty_like(source, device="cuda:1")
-            peer_copy = source.nbytes / time_device(lambda: peer.copy_(source))
-        host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-        host_copy = host.nbytes / time_device(lambda: target[: host.nbytes].copy_(host, non_blocking=True))
-        a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-        product = 2 * 8192**3 / time_device(lambda: a @ b)
-        return cls(copy, host_copy, product, peer_copy)
+            peer_copy = rate(source.nbytes, lambda: peer.copy_(source))
+        a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
+        return cls(copy, rate(2 * 8192**3, lambda: a @ b), peer_copy)
 
     def floor_s(self, config: dict[str, Any], num_requests: int) -> float:
         """Seconds that so many requests take at least, by the rule in the issue."""
@@ -98,32 +82,6 @@ class Limits:
 
 
 Rows = list[tuple[str, str]]
-
-
-def measure_checkpoint(folder: Path, limits: Limits, rows: Rows, values: dict[str, Any]) -> None:
-    """Fill an arena from the files, which are in the page cache."""
-    import torch
-    from ramet.srt.configs.model_config import ModelConfig
-    from ramet.srt.configs.parallel_config import ParallelConfig
-    from ramet.srt.model_loader.loader import DefaultModelLoader
-    from ramet.srt.model_loader.weight_arena import WeightArena
-    from ramet.srt.model_loader.weight_manifest import build_weight_manifest
-    from ramet.srt.models.registry import get_model_class
-
-    config = ModelConfig.from_path(str(folder))
-    model = get_model_class(config.architecture)(config, torch.bfloat16, ParallelConfig())
-    manifest = build_weight_manifest(
-        model.named_parameters(remove_duplicate=False), model_name="bench", revision="", dtype="bfloat16",
-        quantization="", role="target", parallel=ParallelConfig(),
-    )  # fmt: skip
-    arena = WeightArena.allocate(manifest, "cuda")
-    rates = []
-    for _ in range(3):
-        result = DefaultModelLoader().load_weights(manifest, arena, str(folder))
-        rates.append(result.num_bytes / result.seconds)
-    rate = max(rates)
-    rows.append(("checkpoint", f"{rate / 1e9:.1f} GB/s; {rate / limits.host_copy:.0%} of the pinned copy"))
-    values["checkpoint"] = rates
 
 
 def measure_decode(server: Server, limits: Limits, config: dict[str, Any], rows: Rows, values: dict[str, Any]) -> None:
@@ -222,13 +180,10 @@ def main() -> None:
     limits = Limits.measure()
     empty_gpu()
     rows: Rows = [
-        ("limits", f"copy {limits.copy / 1e9:.0f} GB/s, host copy {limits.host_copy / 1e9:.1f} GB/s, "
-                   f"product {limits.product / 1e12:.0f} TFLOP/s, peer copy {limits.peer_copy / 1e9:.0f} GB/s"),
+        ("limits", f"copy {limits.copy / 1e9:.0f} GB/s, product {limits.product / 1e12:.0f} TFLOP/s, "
+                   f"peer copy {limits.peer_copy / 1e9:.0f} GB/s"),
     ]  # fmt: skip
     values: dict[str, Any] = {"limits": dataclasses.asdict(limits)}
-    if "checkpoint" in parts:
-        measure_checkpoint(folder, limits, rows, values)
-        empty_gpu()
     if {"decode", "throughput", "clone"} & set(parts):
         offer = ["--remote-instance-weight-loader-start-seed-via-transfer-engine"] if "clone" in parts else []
         server = Server(folder, *SERVER_FLAGS, *offer, *args.server_flags)

@@ -33,6 +33,7 @@ from typing import Any
 
 from bench_common import RESULTS, ROOT, report, timed
 from gpu_model import SHAPE, TINY, make_model, write_config
+from gpu_timing import on_device, time_on
 from gpu_weight_seed import WeightSeedProcess
 
 sys.path.insert(0, str(ROOT / "test"))
@@ -53,7 +54,8 @@ NEEDED_TOPOLOGIES: dict[str, tuple[str, ...]] = {  # of the seed
 }  # fmt: skip
 GRACE_S = 10.0  # for a part to notice that its time is over, before the whole run is ended
 START_TIMEOUT_S = 60.0
-ROUNDS = 3
+ROUNDS = 5
+PROFILED_LOADS = 4
 SMALL = {"vocab_size": 32000, "num_hidden_layers": 2}  # of the model that goes over the network: 1.3 GB
 SWEEP_SLICES_MB = (1, 2, 4)
 SWEEP_THREADS = (8, 12, 16, 24)
@@ -74,27 +76,6 @@ class Result:
     def texts(self) -> tuple[str, str, str]:
         limit = f"{self.limit / 1e9:.1f} GB/s {self.limit_name} ({self.rate / self.limit:.0%})" if self.limit else ""
         return self.what, f"{self.rate / 1e9:.1f} GB/s{', ' * bool(self.note)}{self.note}", limit
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def time_on(device: torch.device, function: Callable[[], Any], repeats: int) -> float:
-    """Shortest seconds of a function's work, by a GPU's events where there is one."""
-    if device.type == "cpu":
-        return min(timed(function) for _ in range(repeats))
-    times = []
-    with on_device(device):
-        function()
-        for _ in range(repeats):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop) / 1e3)
-    return min(times)
 
 
 class Bench:
@@ -187,7 +168,7 @@ class Bench:
         """Of a plain copy between devices into an arena's memory."""
         memory = target.byte_tensor()
         source = torch.empty_like(memory, device=source_device).fill_(1)
-        return memory.nbytes / time_on(source.device, lambda: memory.copy_(source), 5)
+        return memory.nbytes / min(time_on(source.device, lambda: memory.copy_(source), 5))
 
     # The parts
 
@@ -269,7 +250,7 @@ class Bench:
         memory = arena.byte_tensor()
         host = torch.ones(min(1 << 30, memory.nbytes), dtype=torch.uint8, pin_memory=memory.is_cuda)
         part = memory[: host.nbytes]
-        return host.nbytes / time_on(memory.device, lambda: part.copy_(host, non_blocking=True), 5)
+        return host.nbytes / min(time_on(memory.device, lambda: part.copy_(host, non_blocking=True), 5))
 
     def broadcast(self) -> None:
         if not self.has_pair:
@@ -308,7 +289,7 @@ class Bench:
 
         print(f"importing the readers: {1e3 * (time.perf_counter() - begin):.0f} ms")
         arena, folder = self.open_checkpoint()
-        for number in range(1, ROUNDS + 2):
+        for number in range(1, 1 + PROFILED_LOADS):
             arena.byte_tensor().fill_(255)
             self.synchronize()
             stages = LoadStages()
