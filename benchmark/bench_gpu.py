@@ -4,10 +4,10 @@
 
 The model is a random one in the shape of Qwen3-8B (16.4 GB in bfloat16), written to the work folder at the first run.
 Limits: a device-to-device copy (bytes read plus written), a bfloat16 product of random matrices. Decode: one request's
-token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that many requests at once, 512 tokens
-in and 256 out, against the floor: the prompt's operations at the product's rate plus the bytes of weights and KV cache
-that decoding reads at the copy's rate. Clone: a second instance takes the weights from the first one, on another GPU if
-there is one, while the first one serves.
+token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that many requests at once, 512
+tokens in and 256 out, against the floor: the prompt's operations at the product's rate plus the bytes of weights and
+KV cache that decoding reads at the copy's rate. Clone: a second instance takes the weights from the first one, on
+another GPU if there is one, while the first one serves.
 """
 
 import argparse
