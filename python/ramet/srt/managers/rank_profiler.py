@@ -24,7 +24,13 @@ class RankProfiler:
     the device; on the rank that samples, "wait_for_result" is the time in which the host waits for a pass's tokens.
     """
 
-    def __init__(self, world_rank: int, device: torch.device):
+    def __init__(self, world_rank: int, device: torch.device, finish_sending: Callable[[], None]):
+        """
+        Args:
+            finish_sending: ends what the rank sends beside its passes. Torch writes the end of a recorded transfer into
+                the recording, even when that has been freed: so it must come first.
+        """
+        self._finish_sending = finish_sending
         self._world_rank = world_rank
         self._device = device
         self._profile: profile | None = None
@@ -75,8 +81,9 @@ class RankProfiler:
         if self._profile is None:
             raise ValueError("no profile is being recorded")
         recording, self._profile = self._profile, None
+        self._finish_sending()
         recording.stop()  # waits for the device
-        part = self._path.with_name(f".{self._path.name}")
+        part = self._path.with_suffix(".part.gz")  # torch compresses what ends so
         recording.export_chrome_trace(str(part))
         part.replace(self._path)
         line = f"recorded {self._num_passes} passes to {self._path}"

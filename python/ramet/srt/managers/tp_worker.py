@@ -22,7 +22,7 @@ class TpModelWorker:
         self.model_runner = model_runner
         self.device = model_runner.device
         self._reports = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
-        self.profiler = RankProfiler(model_runner.parallel.world_rank, self.device)
+        self.profiler = RankProfiler(model_runner.parallel.world_rank, self.device, model_runner.finish_sending)
         self._rows: dict[str, SamplingRow] = {}
         self._info_rows: list[SamplingRow] = []
         self._info: SamplingInfo | None = None
