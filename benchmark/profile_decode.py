@@ -19,8 +19,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from bench_common import RESULTS, ROOT, Server, report, running
 from bench_gpu import SERVER_FLAGS, empty_gpu
@@ -34,7 +35,7 @@ TIMEOUT_S = 120.0
 NAME_LEN = 80
 
 
-def wait_for(what: str, condition, poll_s: float = 0.02):
+def wait_for(what: str, condition: Callable[[], Any], poll_s: float = 0.02) -> Any:
     """The first true value of `condition`. Raises TimeoutError."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (value := condition()):

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import random_models as rm
+import torch
 from engine_harness import EngineHarness
 from ramet.srt.managers.io_struct import ProfileReqOutput, StartProfileReqInput, StopProfileReqInput
+from ramet.srt.managers.rank_profiler import RankProfiler
 
 PROMPT = rm.random_prompts([9])[0]
 
@@ -21,19 +23,19 @@ def engine(folder, request):
     return EngineHarness(folder, overlap=request.param)
 
 
-def start(
-    engine, output_dir, num_steps=None, activities=("CPU", "GPU"), profile_id="id", **options
-) -> ProfileReqOutput:
-    options = {"with_stack": False, "record_shapes": False} | options
-    message = StartProfileReqInput(
+def start_message(output_dir, num_steps=None, activities=("CPU", "GPU"), profile_id="id", **options):
+    return StartProfileReqInput(
         request_id="start",
         profile_id=profile_id,
         output_dir=str(output_dir),
         num_steps=num_steps,
         activities=list(activities),
-        **options,
+        **{"with_stack": False, "record_shapes": False} | options,
     )
-    return ask(engine, message)
+
+
+def start(engine, *args, **options) -> ProfileReqOutput:
+    return ask(engine, start_message(*args, **options))
 
 
 def stop(engine) -> ProfileReqOutput:
@@ -117,3 +119,11 @@ def test_a_trace_that_can_not_be_written_leaves_the_rank_serving(folder, tmp_pat
         assert not stop(engine).success
         (tmp_path / "traces").unlink()
     assert start(engine, tmp_path / "traces").success and stop(engine).success
+
+
+def test_what_is_sent_beside_a_pass_ends_within_the_recording(tmp_path):
+    ends = []
+    profiler = RankProfiler(3, torch.device("cpu"), lambda: ends.append(torch.autograd._profiler_enabled()))
+    profiler.start(start_message(tmp_path))
+    profiler.stop()
+    assert ends == [True] and (tmp_path / "id-rank-3.trace.json.gz").is_file()
