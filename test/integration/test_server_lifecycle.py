@@ -244,7 +244,8 @@ def test_keys(model: Path, tmp_path: Path) -> None:
             assert status("GET", "/v1/models", key) == 200
             assert status("POST", "/generate", key, json={"text": "a"}) == 200
             assert status("POST", "/abort_request", key, json={"rid": "x"}) == 200
-        assert status("POST", "/flush_cache", "user-key") == 401
+        for path in ("/flush_cache", "/start_profile", "/stop_profile"):
+            assert status("POST", path, "user-key") == 401
         assert status("POST", "/flush_cache", "admin-key") == 200
         assert status("POST", "/abort_request", "user-key", json={"abort_all": True}) == 401
         assert status("POST", "/abort_request", "admin-key", json={"abort_all": True}) == 200

@@ -23,6 +23,8 @@ class Envs:
     MOONCAKE_PROTOCOL = EnvStr("MOONCAKE_PROTOCOL", "")
     # RDMA devices that Mooncake may use, comma-separated; empty means all.
     MOONCAKE_DEVICE = EnvStr("MOONCAKE_DEVICE", "")
+    # Where /start_profile lets the ranks write their traces when it names no folder.
+    RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "/tmp")
 
 
 envs = Envs()

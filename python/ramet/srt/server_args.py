@@ -77,7 +77,7 @@ class ServerArgs:
     port: int = flag(30000, "Port of the HTTP server.")
     api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
     admin_api_key: str | None = flag(
-        None, "Bearer key for administrative calls (flush_cache, abort_request of all) and for registering weights."
+        None, "Bearer key for administrative calls (flush_cache, profiles, abort_request of all), registering weights."
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
     drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.")

@@ -10,7 +10,7 @@ from ramet.srt.entrypoints.http_errors import error_response
 
 MAX_BODY_BYTES = 64 << 20
 HEALTH_PATHS = frozenset({"/health", "/health_generate"})
-ADMIN_PATHS = frozenset({"/flush_cache"})
+ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
 
 
 class AccessMiddleware:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import ConfigDict, Field
@@ -40,6 +40,8 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 from ramet.srt.entrypoints.weight_routes import make_weight_router
+from ramet.srt.environ import envs
+from ramet.srt.managers.io_struct import FlushCacheReqOutput, ProfileReqOutput
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.request_error import RequestError, ServiceError
 from ramet.srt.observability.metrics import CONTENT_TYPE
@@ -74,6 +76,16 @@ class AbortBody(RequestBody):
 
     rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     abort_all: bool = False
+
+
+class StartProfileBody(RequestBody):
+    """What the ranks record, and where they write it."""
+
+    output_dir: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    num_steps: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    activities: Annotated[list[Literal["CPU", "GPU"]], Field(min_length=1)] | None = None
+    with_stack: bool | None = None
+    record_shapes: bool | None = None
 
 
 def create_app(instance: Instance) -> FastAPI:
@@ -200,13 +212,33 @@ def _native_routes(instance: Instance) -> APIRouter:
 def _admin_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["administration"], responses=ERRORS)
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"], responses={200: {"model": Done}})
-    async def flush_cache() -> Response:
-        """Drop the prefix cache; refused while requests run."""
-        reply = await instance.manager.flush_cache()
+    def done_or_refused(reply: FlushCacheReqOutput | ProfileReqOutput) -> Response:
         if not reply.success:
             return error_response(400, reply.message)
         return json_response({"success": True, "message": reply.message})
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"], responses={200: {"model": Done}})
+    async def flush_cache() -> Response:
+        """Drop the prefix cache; refused while requests run."""
+        return done_or_refused(await instance.manager.flush_cache())
+
+    @router.post("/start_profile", responses={200: {"model": Done}})
+    async def start_profile(body: StartProfileBody | None = None) -> Response:
+        """Have every rank record `num_steps` passes, or all until /stop_profile, and write a Chrome trace."""
+        body = body or StartProfileBody()
+        reply = await instance.manager.start_profile(
+            output_dir=body.output_dir or envs.RAMET_TORCH_PROFILER_DIR.get(),
+            num_steps=body.num_steps,
+            activities=list(body.activities or ("CPU", "GPU")),
+            with_stack=bool(body.with_stack),
+            record_shapes=bool(body.record_shapes),
+        )
+        return done_or_refused(reply)
+
+    @router.post("/stop_profile", responses={200: {"model": Done}})
+    async def stop_profile() -> Response:
+        """End the recording; answered when it is written."""
+        return done_or_refused(await instance.manager.stop_profile())
 
     @router.post("/abort_request", responses={200: {"model": Done}})
     async def abort_request(body: AbortBody, request: Request) -> Response:

@@ -55,6 +55,30 @@ class FlushCacheReqOutput(msgspec.Struct, kw_only=True, tag=True):
     message: str
 
 
+class StartProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Record the passes of every rank. A replica's leader hands it on to its other ranks."""
+
+    request_id: str
+    profile_id: str  # the traces' names begin with it
+    output_dir: str  # absolute; on the node of each rank
+    num_steps: int | None  # passes; None: until StopProfileReqInput
+    activities: list[str]  # "CPU", "GPU"
+    with_stack: bool
+    record_shapes: bool
+
+
+class StopProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """End the recording and write it. Handed on in the same way."""
+
+    request_id: str
+
+
+class ProfileReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+    success: bool
+    message: str
+
+
 class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
     """Ask the scheduler for the numbers that /get_server_info and /metrics show."""
 
@@ -246,6 +270,9 @@ Message = (
     | AbortReq
     | FlushCacheReqInput
     | FlushCacheReqOutput
+    | StartProfileReqInput
+    | StopProfileReqInput
+    | ProfileReqOutput
     | GetInternalStateReq
     | GetInternalStateReqOutput
     | BatchTokenIDOutput

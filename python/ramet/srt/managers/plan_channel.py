@@ -7,13 +7,16 @@ import zmq
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
 from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
 
 SEND_TIMEOUT_MS = 30_000
 PLANS_KEY = "plans"
 RESULTS_KEY = "results"
 
-_plan_decoder = msgspec.msgpack.Decoder(BatchPlan)
+# What comes between two plans belongs between these passes, on every rank.
+PlanMessage = BatchPlan | StartProfileReqInput | StopProfileReqInput
+_plan_decoder = msgspec.msgpack.Decoder(PlanMessage)
 _result_decoder = msgspec.msgpack.Decoder(BatchResult)
 _encoder = msgspec.msgpack.Encoder()
 
@@ -33,9 +36,9 @@ class PlanSender:
             if rank != parallel.world_rank:
                 self._followers.append(connect_writer(self._context, self._rendezvous.get(f"{PLANS_KEY}/{rank}")))
 
-    def send(self, plan: BatchPlan) -> None:
-        """Hand the plan to every follower."""
-        data = _encoder.encode(plan)
+    def send(self, message: PlanMessage) -> None:
+        """Hand the message to every follower."""
+        data = _encoder.encode(message)
         for follower in self._followers:
             follower.send(data)
 
@@ -64,8 +67,8 @@ class PlanReceiver:
             address = self._rendezvous.get(f"{RESULTS_KEY}/{parallel.leader_rank}")
             self._results = connect_writer(self._context, address)
 
-    def receive(self, timeout_s: float) -> BatchPlan | None:
-        """The next plan; None if there is none within `timeout_s`."""
+    def receive(self, timeout_s: float) -> PlanMessage | None:
+        """The next message; None if there is none within `timeout_s`."""
         if not self._plans.poll(timeout_s * 1000):
             return None
         return _plan_decoder.decode(self._plans.recv())

@@ -16,6 +16,7 @@ from ramet.srt.managers.plan_channel import PlanReceiver, PlanSender
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
+from ramet.srt.model_executor.batch_plan import BatchPlan
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
 from ramet.srt.sampling.grammar import make_grammar_backend
@@ -202,23 +203,26 @@ class Rank:
 
     def run(self) -> None:
         """Serve until `stop`, or until the launcher has gone."""
-        if self.scheduler is not None:
-            while self._goes_on():
-                self.scheduler.run_once()
-        else:
-            self._follow()
-
-    def _follow(self) -> None:
-        """Run the leader's plans."""
-        assert self.runner is not None and isinstance(self._plans, PlanReceiver)
-        worker = TpModelWorker(self.runner)
+        assert self.runner is not None
+        worker = TpModelWorker(self.runner) if self.scheduler is None else self.scheduler.worker
         while self._goes_on():
-            plan = self._plans.receive(FOLLOWER_POLL_S)
-            if plan is not None:
-                self._last_plan_time, self._last_plan_len = time.monotonic(), len(plan.sequences)
-            wait = worker.launch(plan) if plan is not None else None
+            if self.scheduler is not None:
+                self.scheduler.run_once()
+            else:
+                self._follow_once(worker)
+        worker.profiler.close()
+
+    def _follow_once(self, worker: TpModelWorker) -> None:
+        """Do what the leader says next, if it comes soon."""
+        assert isinstance(self._plans, PlanReceiver)
+        message = self._plans.receive(FOLLOWER_POLL_S)
+        if isinstance(message, BatchPlan):
+            self._last_plan_time, self._last_plan_len = time.monotonic(), len(message.sequences)
+            wait = worker.launch(message)
             if wait is not None:
                 self._plans.send(wait())
+        elif message is not None:
+            worker.profiler.follow(message)
 
     def _goes_on(self) -> bool:
         return not self.stopping and os.getppid() == self.config.parent_pid

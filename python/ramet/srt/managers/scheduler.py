@@ -19,9 +19,13 @@ from ramet.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     Message,
+    ProfileReqOutput,
+    StartProfileReqInput,
+    StopProfileReqInput,
     TokenizedGenerateReqInput,
 )
 from ramet.srt.managers.plan_channel import PlanSender
+from ramet.srt.managers.rank_profiler import FAILURES
 from ramet.srt.managers.schedule_batch import Req, ScheduleBatch
 from ramet.srt.managers.schedule_policy import PrefillAdder, order_waiting, pick_retracted
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
@@ -203,6 +207,8 @@ class Scheduler:
                 self.channel.reply(self._flush_cache(message))
             case GetInternalStateReq():
                 self.channel.reply(self._internal_state(message))
+            case StartProfileReqInput() | StopProfileReqInput():
+                self.channel.reply(self._profile(message))
             case _:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
 
@@ -260,6 +266,18 @@ class Scheduler:
             return FlushCacheReqOutput(request_id=message.request_id, success=False, message=text)
         self._flush_caches()
         return FlushCacheReqOutput(request_id=message.request_id, success=True, message="cache flushed")
+
+    def _profile(self, message: StartProfileReqInput | StopProfileReqInput) -> ProfileReqOutput:
+        """Start or end a recording on every rank of the replica, between the same two passes."""
+        profiler, is_start = self.worker.profiler, isinstance(message, StartProfileReqInput)
+        try:
+            text = profiler.start(message) if is_start else ""
+            if self.plan_sender is not None and profiler.is_recording:
+                self.plan_sender.send(message)
+            return ProfileReqOutput(request_id=message.request_id, success=True, message=text or profiler.stop())
+        except FAILURES as error:
+            logger.warning("not profiled: %s", error)
+            return ProfileReqOutput(request_id=message.request_id, success=False, message=str(error))
 
     def _internal_state(self, message: GetInternalStateReq) -> GetInternalStateReqOutput:
         num_pages = sum(cache.allocator.num_pages for cache in self.caches)

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -27,7 +27,10 @@ from ramet.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     Message,
+    ProfileReqOutput,
     RequestText,
+    StartProfileReqInput,
+    StopProfileReqInput,
     TokenizedGenerateReqInput,
     decode,
     encode,
@@ -44,7 +47,11 @@ logger = logging.getLogger(__name__)
 CONTROL_TIMEOUT_S = 10.0
 ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
 
-Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput)
+PROFILE_TIMEOUT_S = 300.0  # a long trace takes its time to be written
+
+Question = FlushCacheReqInput | GetInternalStateReq | StartProfileReqInput | StopProfileReqInput
+AnyReply = FlushCacheReqOutput | GetInternalStateReqOutput | ProfileReqOutput
+Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput, ProfileReqOutput)
 
 
 class TokenizerManager:
@@ -68,7 +75,7 @@ class TokenizerManager:
         self._running: dict[str, tuple[Generation, int]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._replies: dict[str, asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput]] = {}
+        self._replies: dict[str, asyncio.Future[AnyReply]] = {}
         self._context = zmq.asyncio.Context(io_threads=1)
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
@@ -175,6 +182,27 @@ class TokenizerManager:
         replies = await self._ask_all(FlushCacheReqInput, FlushCacheReqOutput)
         return min(replies, key=lambda reply: reply.success)
 
+    async def start_profile(
+        self, output_dir: str, num_steps: int | None, activities: list[str], with_stack: bool, record_shapes: bool
+    ) -> ProfileReqOutput:
+        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer."""
+        question = functools.partial(
+            StartProfileReqInput,
+            profile_id=str(time.time()),
+            output_dir=os.path.abspath(output_dir),
+            num_steps=num_steps,
+            activities=activities,
+            with_stack=with_stack,
+            record_shapes=record_shapes,
+        )
+        replies = await self._ask_all(question, ProfileReqOutput, PROFILE_TIMEOUT_S)
+        return min(replies, key=lambda reply: reply.success)
+
+    async def stop_profile(self) -> ProfileReqOutput:
+        """End the recording where there is one; refused if there is none. Raises ServiceError without an answer."""
+        replies = await self._ask_all(StopProfileReqInput, ProfileReqOutput, PROFILE_TIMEOUT_S)
+        return max(replies, key=lambda reply: reply.success)
+
     async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
         """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
         return await self._ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
@@ -187,7 +215,7 @@ class TokenizerManager:
                 now = time.monotonic()
                 for item in message.outputs:
                     self._take_output(item, now)
-            elif isinstance(message, FlushCacheReqOutput | GetInternalStateReqOutput):
+            elif isinstance(message, AnyReply):
                 future = self._replies.get(message.request_id)
                 if future is not None and not future.done():
                     future.set_result(message)
@@ -255,7 +283,7 @@ class TokenizerManager:
 
     async def _ask_all(
         self,
-        question: type[FlushCacheReqInput] | type[GetInternalStateReq],
+        question: Callable[..., Question],
         kind: type[Reply],
         timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> list[Reply]:
@@ -270,14 +298,12 @@ class TokenizerManager:
     async def _ask(
         self,
         replica: int,
-        message: FlushCacheReqInput | GetInternalStateReq,
+        message: Question,
         kind: type[Reply],
         timeout_s: float,
     ) -> Reply:
         request_id = message.request_id
-        future: asyncio.Future[FlushCacheReqOutput | GetInternalStateReqOutput] = (
-            asyncio.get_running_loop().create_future()
-        )
+        future: asyncio.Future[AnyReply] = asyncio.get_running_loop().create_future()
         self._replies[request_id] = future
         try:
             self._controller.send(replica, message)

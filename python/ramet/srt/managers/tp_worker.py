@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
+from ramet.srt.managers.rank_profiler import RankProfiler
 from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, BatchResult, LogprobRows
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.model_executor.model_runner import ModelRunner
@@ -21,6 +22,7 @@ class TpModelWorker:
         self.model_runner = model_runner
         self.device = model_runner.device
         self._reports = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
+        self.profiler = RankProfiler(model_runner.parallel.world_rank, self.device, model_runner.finish_sending)
         self._rows: dict[str, SamplingRow] = {}
         self._info_rows: list[SamplingRow] = []
         self._info: SamplingInfo | None = None
@@ -34,7 +36,7 @@ class TpModelWorker:
         Returns:
             On the rank that reports its replica's results, a function that waits for them; None on the others.
         """
-        wait = self._launch(plan)
+        wait = self.profiler.record(plan, self._launch) if self.profiler.is_recording else self._launch(plan)
         return wait if self._reports else None
 
     def _launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:

@@ -41,7 +41,7 @@ class SamplingState(msgspec.Struct, kw_only=True):
     top_logprobs_num: int
 
 
-class BatchPlan(msgspec.Struct, kw_only=True):
+class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     """One forward pass, in full: a rank that has run all plans before it needs nothing else."""
 
     is_decode: bool  # one new token for each sequence

@@ -293,10 +293,15 @@ class ModelRunner:
         output = self.model(inputs, batch.positions, batch)
         if self.parallel.is_last_stage:
             return output
-        if self._sending is not None:
-            self._sending[0].wait()
+        self.finish_sending()
         self._sending = (send_to_next_stage(output), output)
         return None
+
+    def finish_sending(self) -> None:
+        """Wait, on a GPU only its stream, until the next pipeline stage has what this one has sent."""
+        if self._sending is not None:
+            self._sending[0].wait()
+            self._sending = None
 
     @torch.inference_mode()
     def decode(self, rows: Sequence[int], starts: Sequence[int], own: slice) -> torch.Tensor | None:

@@ -1,0 +1,120 @@
+"""Owns the recording of one rank's passes with torch.profiler, and the trace that comes of it. Tells nobody else."""
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
+from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
+
+logger = logging.getLogger(__name__)
+
+Wait = Callable[[], BatchResult]
+FAILURES = (ValueError, OSError, RuntimeError)  # what `start` and `stop` raise; torch's own are RuntimeErrors
+
+
+class RankProfiler:
+    """Records passes from `start` until so many are launched, or until `stop`.
+
+    A pass is in the trace as "decode_pass[N]" or "prefill_pass[N]", N being its sequences, from which it is launched on
+    the device; on the rank that samples, "wait_for_result" is the time in which the host waits for a pass's tokens.
+    """
+
+    def __init__(self, world_rank: int, device: torch.device, finish_sending: Callable[[], None]):
+        """
+        Args:
+            finish_sending: ends what the rank sends beside its passes. Torch writes the end of a recorded transfer into
+                the recording, even when that has been freed: so it must come first.
+        """
+        self._finish_sending = finish_sending
+        self._world_rank = world_rank
+        self._device = device
+        self._profile: profile | None = None
+        self._path = Path()
+        self._num_passes = 0
+        self._num_steps: int | None = None
+
+    @property
+    def is_recording(self) -> bool:
+        return self._profile is not None
+
+    def start(self, request: StartProfileReqInput) -> str:
+        """Begin, and say in a line what is recorded.
+
+        Raises:
+            ValueError: if a recording runs already, if this device has nothing of that kind to record, or if there can
+                be no file in that folder.
+            RuntimeError: if torch can't record.
+        """
+        if self._profile is not None:
+            raise ValueError("a profile is being recorded already; /stop_profile ends it")
+        kinds = {"CPU": ProfilerActivity.CPU, "GPU": ProfilerActivity.CUDA}
+        activities = [kinds[name] for name in request.activities if name == "CPU" or self._device.type == "cuda"]
+        if not activities:
+            raise ValueError("activities: this instance runs on a CPU, there is no GPU to record")
+        folder = Path(request.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # better now than after the recording
+        except (OSError, ValueError) as error:
+            raise ValueError(f"output_dir: no file can be written there ({error})") from error
+        self._path = folder / f"{request.profile_id}-rank-{self._world_rank}.trace.json.gz"
+        self._num_passes, self._num_steps = 0, request.num_steps
+        recording = profile(activities=activities, with_stack=request.with_stack, record_shapes=request.record_shapes)
+        recording.start()
+        self._profile = recording
+        length = "until /stop_profile" if self._num_steps is None else f"for {self._num_steps} passes"
+        return f"recording {length}; then each rank writes {request.profile_id}-rank-N.trace.json.gz to {folder}"
+
+    def stop(self) -> str:
+        """End the recording and write the trace, which appears under its name when it is complete.
+
+        Raises:
+            ValueError: if nothing is being recorded.
+            OSError, RuntimeError: if it can't be written.
+        """
+        if self._profile is None:
+            raise ValueError("no profile is being recorded")
+        recording, self._profile = self._profile, None
+        self._finish_sending()
+        recording.stop()  # waits for the device
+        part = self._path.with_suffix(".part.gz")  # torch compresses what ends so
+        recording.export_chrome_trace(str(part))
+        part.replace(self._path)
+        line = f"recorded {self._num_passes} passes to {self._path}"
+        logger.info(line)
+        return line
+
+    def record(self, plan: BatchPlan, launch: Callable[[BatchPlan], Wait | None]) -> Wait | None:
+        """Launch a pass within the recording, which ends with the last pass that was asked for."""
+        with record_function(f"{'decode' if plan.is_decode else 'prefill'}_pass[{len(plan.sequences)}]"):
+            wait = launch(plan)
+        self._num_passes += 1
+        if self._num_passes == self._num_steps:
+            self.close()
+        return None if wait is None else lambda: _wait_in_sight(wait)
+
+    def follow(self, message: StartProfileReqInput | StopProfileReqInput) -> None:
+        """Do as the leader of the replica does. What fails here is only logged: it is the leader that answers."""
+        try:
+            self.start(message) if isinstance(message, StartProfileReqInput) else self.stop()
+        except FAILURES as error:
+            logger.error("this rank is not profiled: %s", error)
+
+    def close(self) -> None:
+        """End a recording, if there is one, when nobody waits for an answer."""
+        if self._profile is not None:
+            try:
+                self.stop()
+            except FAILURES as error:
+                logger.error("the profile of this rank is lost: %s", error)
+
+
+def _wait_in_sight(wait: Wait) -> BatchResult:
+    with record_function("wait_for_result"):
+        return wait()
