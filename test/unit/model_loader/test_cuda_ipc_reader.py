@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader import seed_sources
 from ramet.srt.model_loader.sources import cuda_ipc_reader, local
-from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
+from ramet.srt.model_loader.sources.cuda_ipc_reader import CudaIpcMemory
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def gpu(monkeypatch):
 
 
 def fill(gpu, seed_is_alive=lambda: True, timeout_s=10.0):
-    return fill_from_cuda_memory([], b"handle", 0, gpu.arena, seed_is_alive, timeout_s)
+    return CudaIpcMemory(b"handle", gpu.arena).copy([], 0, seed_is_alive, timeout_s)
 
 
 def test_the_memory_is_closed_after_the_last_copy(gpu):
@@ -66,14 +68,37 @@ def test_a_copy_has_a_time_limit(gpu):
     assert gpu.calls == ["synchronize", "close"]
 
 
-def test_a_copy_may_take_longer_than_handing_the_memory_over(gpu, monkeypatch):
-    limits = []
+@pytest.fixture
+def offered(gpu, monkeypatch):
+    """A rank of a seed on this host that lends a GPU's memory; `limits` are the time limits for handing it over."""
+    gpu.limits = []
+    gpu.arena.device, gpu.arena.manifest = "cuda", SimpleNamespace(parallel=SimpleNamespace(world_rank=0))
     memory = SimpleNamespace(cuda_ipc_handle=b"handle", offset=0, seed_is_alive=lambda: True)
-    monkeypatch.setattr(local, "request_memory", lambda name, digest, timeout_s: limits.append(timeout_s) or memory)
+    memory.__exit__ = lambda: gpu.calls.append("hang up")
+    monkeypatch.setattr(local, "request_memory", lambda name, digest, timeout_s: gpu.limits.append(timeout_s) or memory)
     monkeypatch.setattr(local, "layout_digest", lambda manifest: "")
-    monkeypatch.setattr(
-        cuda_ipc_reader, "fill_from_cuda_memory", lambda *arguments: limits.append(arguments[-1]) or 1.0
-    )
-    arena = SimpleNamespace(device="cuda")
-    local.LocalSource(None, SimpleNamespace(socket_name=""), arena, timeout_s=60.0).run([])
-    assert limits == [local.HAND_OVER_TIMEOUT_S, 60.0]
+    answer = SimpleNamespace(manifest=SimpleNamespace(), local_handle=SimpleNamespace(socket_name=""))
+    return SimpleNamespace(is_local=True, seed="a seed", answer=answer)
+
+
+def test_a_copy_may_take_longer_than_handing_the_memory_over(gpu, offered, monkeypatch):
+    monkeypatch.setattr(CudaIpcMemory, "copy", lambda *arguments: gpu.limits.append(arguments[-1]) or 1.0)
+    source = seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source.run([])
+    assert gpu.limits == [local.HAND_OVER_TIMEOUT_S, 60.0]
+
+
+def test_memory_that_may_not_be_opened_leaves_the_network_to_try(gpu, offered, monkeypatch, caplog):
+    def refuse(handle):
+        raise OSError("cuIpcOpenMemHandle_v2: invalid device context (CUDA error 201)")
+
+    monkeypatch.setattr(cuda_ipc_reader.cuda_driver, "open_memory", refuse)
+    assert seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True) is None
+    assert "invalid device context (CUDA error 201)); using the network" in caplog.text
+    assert gpu.calls == ["hang up"]
+
+
+def test_memory_that_was_opened_and_not_copied_is_closed(gpu, offered):
+    source = seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source.close()
+    assert gpu.calls == ["close", "hang up"]

@@ -34,7 +34,7 @@ class SeedSources:
 
     def open(self, rank: SeedRank) -> RankSource:
         """Raises WeightTransferError if a transport does not start, or can't pair this rank."""
-        local = open_local(rank, self._arena, self._config)
+        local = open_local(rank, self._arena, self._config, for_copy=True)
         if local is not None:
             return self._files.enter_context(local)
         if self._config.backend == "nccl":
@@ -81,14 +81,23 @@ class SeedSources:
         return self._engine.protocol == "tcp"
 
 
-def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig) -> LocalSource | None:
-    """The rank's memory, if it is on this host and can be had."""
+def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig, *, for_copy: bool = False) -> LocalSource | None:
+    """The rank's memory, if it is on this host and can be had.
+
+    Args:
+        for_copy: whether it is to be copied, and not mapped.
+    """
     if not rank.is_local:
         return None
     manifest, handle = rank.answer.manifest, rank.answer.local_handle
     assert manifest is not None and handle is not None
     try:
-        return LocalSource(manifest, handle, arena, config.timeout_s)
+        with ExitStack() as undo:
+            source = undo.enter_context(LocalSource(manifest, handle, arena, config.timeout_s))
+            if for_copy:
+                source.prepare_copy()
+            undo.pop_all()
+            return source
     except (OSError, ValueError) as error:
         logger.warning(
             "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",

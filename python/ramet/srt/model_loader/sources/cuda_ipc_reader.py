@@ -13,38 +13,53 @@ from ramet.srt.model_loader.transfer_plan import CopyOp
 POLL_S = 0.0005
 
 
-def fill_from_cuda_memory(
-    ops: Sequence[CopyOp],
-    handle: bytes,
-    offset: int,
-    arena: CudaWeightArena,
-    seed_is_alive: Callable[[], bool],
-    timeout_s: float,
-) -> float:
-    """Execute operations whose source is the memory that a CUDA IPC handle opens, from `offset` on.
+class CudaIpcMemory:
+    """Another process's memory, for as long as it is open. Every copy out of it ends before its call does."""
 
-    The copies run on a stream of their own, beside whatever the seed computes and other sources copy. The handle is
-    closed before this returns, whatever happens.
+    def __init__(self, handle: bytes, arena: CudaWeightArena) -> None:
+        """
+        Args:
+            arena: what it is copied to, and the GPU that has to see the memory.
 
-    Returns:
-        The seconds that the copies took, by the GPU's clock.
+        Raises:
+            OSError: if the memory can't be opened.
+        """
+        self._arena = arena
+        with current_context(arena.torch_device):
+            self._address: int | None = cuda_driver.open_memory(handle)
 
-    Raises:
-        OSError: if the memory can't be opened, or the seed ends before the last byte has been copied.
-        TimeoutError: if the copies take longer than `timeout_s`.
-    """
-    with current_context(arena.torch_device):
-        source = cuda_driver.open_memory(handle)
-        try:
-            return _copy(join_neighbours(ops), source + offset, arena, seed_is_alive, timeout_s)
-        finally:
-            cuda_driver.close_memory(source)
+    def copy(self, ops: Sequence[CopyOp], offset: int, seed_is_alive: Callable[[], bool], timeout_s: float) -> float:
+        """Execute operations whose source is the memory from `offset` on.
+
+        The copies run on a stream of their own, beside whatever the seed computes and other sources copy. The memory
+        is closed before this returns, whatever happens.
+
+        Returns:
+            The seconds that the copies took, by the GPU's clock.
+
+        Raises:
+            OSError: if the seed ends before the last byte has been copied.
+            TimeoutError: if the copies take longer than `timeout_s`.
+        """
+        assert self._address is not None, "the memory is closed"
+        with current_context(self._arena.torch_device):
+            try:
+                return _copy(join_neighbours(ops), self._address + offset, self._arena, seed_is_alive, timeout_s)
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Give the memory back. May be called again."""
+        address, self._address = self._address, None
+        if address is not None:
+            with current_context(self._arena.torch_device):
+                cuda_driver.close_memory(address)
 
 
 def _copy(
     ops: Sequence[CopyOp], source: int, arena: CudaWeightArena, seed_is_alive: Callable[[], bool], timeout_s: float
 ) -> float:
-    """See `fill_from_cuda_memory`; `source` is an address. No copy is under way any more afterwards."""
+    """See `CudaIpcMemory.copy`; `source` is an address. No copy is under way any more afterwards."""
     stream = torch.cuda.Stream(arena.torch_device, priority=-1)  # of the pool that has no capturing ones, too
     try:
         begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

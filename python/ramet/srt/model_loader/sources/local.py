@@ -1,6 +1,7 @@
 """Owns filling an arena from a seed on the same host: mapping its memory, or copying it."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -10,6 +11,9 @@ from ramet.srt.model_loader.sources.file_reader import fill_from_files
 from ramet.srt.model_loader.transfer_plan import CopyOp
 from ramet.srt.model_loader.weight_arena import HostWeightArena, WeightArena
 from ramet.srt.model_loader.weight_manifest import WeightManifest, layout_digest
+
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.sources.cuda_ipc_reader import CudaIpcMemory
 
 HAND_OVER_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
@@ -34,6 +38,7 @@ class LocalSource:
         self._arena = arena
         self._digest = layout_digest(seed_manifest)
         self._timeout_s = timeout_s
+        self._gpu_memory: CudaIpcMemory | None = None
         self._memory = request_memory(handle.socket_name, self._digest, min(timeout_s, HAND_OVER_TIMEOUT_S))
         if self._memory.cuda_ipc_handle and arena.device != "cuda":
             self.close()
@@ -46,7 +51,20 @@ class LocalSource:
         self.close()
 
     def close(self) -> None:
+        if self._gpu_memory is not None:
+            self._gpu_memory.close()
         self._memory.__exit__()
+
+    def prepare_copy(self) -> None:
+        """Open a GPU's memory now, so that where this is not allowed there is still time to go another way.
+
+        Raises:
+            OSError: if it can't be opened.
+        """
+        if self._memory.cuda_ipc_handle:
+            from ramet.srt.model_loader.sources.cuda_ipc_reader import CudaIpcMemory
+
+            self._gpu_memory = CudaIpcMemory(self._memory.cuda_ipc_handle, self._arena)
 
     def can_map(self) -> bool:
         """Whether the seed's memory can stand in for the arena's: host memory on both sides, laid out equally."""
@@ -67,18 +85,14 @@ class LocalSource:
         return [list(ops)]
 
     def run(self, step: list[CopyOp]) -> None:
-        """Copy from the seed's memory into the arena's own, whatever the layouts.
+        """Copy from the seed's memory into the arena's own, whatever the layouts; after `prepare_copy`.
 
         Raises:
-            OSError: if the memory can't be opened, is not as large as the seed said, or the seed ends too early.
+            OSError: if the memory is not as large as the seed said, or the seed ends too early.
         """
         memory = self._memory
-        if memory.cuda_ipc_handle:
-            from ramet.srt.model_loader.sources.cuda_ipc_reader import fill_from_cuda_memory
-
-            self.measured_seconds = fill_from_cuda_memory(
-                step, memory.cuda_ipc_handle, memory.offset, self._arena, memory.seed_is_alive, self._timeout_s
-            )
+        if self._gpu_memory is not None:
+            self.measured_seconds = self._gpu_memory.copy(step, memory.offset, memory.seed_is_alive, self._timeout_s)
             return
         # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
         assert memory.fd is not None
