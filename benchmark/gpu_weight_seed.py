@@ -89,8 +89,6 @@ def serve(topologies: dict[str, dict[str, Any]], answers_fd: int) -> None:
                 manifest = sm.make_manifest(sm.build_model(Path(one["folder"]), parallel))
                 arena = WeightArena.allocate(manifest, device)
                 DummyModelLoader(0).load_weights(manifest, arena, "")
-                if arena.device == "cuda":
-                    torch.cuda.synchronize(device)  # the offer computes checksums on another stream
                 arenas[name].append(arena)
             ports[name] = stack.enter_context(SeedServer(arenas[name])).port
         with os.fdopen(answers_fd, "w") as answers:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from ramet.srt.configs import device_config
 from ramet.srt.configs.device_config import free_memory_nbytes, pick_device
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils import child_process
 
 
 @pytest.fixture
@@ -55,6 +57,41 @@ def test_a_rank_without_a_gpu_of_its_own(cuda):
 def test_a_gpu_that_somebody_else_fills(cuda):
     cuda.setattr(torch, "empty", raising(RuntimeError("CUDA error: out of memory\nFor debugging consider more")))
     assert one_line() == "GPU 0 can't be used: CUDA error: out of memory"
+
+
+OUT_OF_MEMORY = """CUDA error: out of memory
+Search for `cudaErrorMemoryAllocation' in https://docs.nvidia.com/cuda/cuda-runtime-api/ for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+"""
+
+
+@pytest.mark.parametrize("step", ["cuda.set_device", "empty"])  # which of them makes the context depends on the GPU
+def test_advice_for_developers_is_left_out(cuda, step):
+    cuda.setattr(f"torch.{step}", raising(RuntimeError(OUT_OF_MEMORY)))
+    assert one_line() == "GPU 0 can't be used: CUDA error: out of memory"
+
+
+def test_memory_that_is_full_later_on_is_one_line_too():
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.10 GiB is "
+        "free. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
+    )
+    said = child_process.one_line(torch.OutOfMemoryError(text))
+    assert "\n" not in said and "1.10 GiB is free. (a lower --mem-fraction-static" in said and "segments" not in said
+    assert child_process.one_line(RuntimeError("")) == "RuntimeError"
+
+
+@pytest.mark.parametrize("visible, is_said", [(None, True), ("0", True), ("", False)])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(cuda, caplog, tmp_path, visible, is_said):
+    cuda.setattr(device_config, "DRIVER_DEVICE", str(tmp_path))
+    cuda.setattr(torch.cuda, "is_available", lambda: False)
+    cuda.setattr(torch.cuda, "init", raising(RuntimeError("The NVIDIA driver on your system is too old")))
+    cuda.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        cuda.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert pick_device("auto", 0) == torch.device("cpu")
+    assert ("runs on the CPU: --device cuda: The NVIDIA driver on your system is too old" in caplog.text) == is_said
 
 
 def test_what_was_not_given_depends_on_the_device():

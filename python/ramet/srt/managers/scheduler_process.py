@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.utils.child_process import die_with_parent, one_line, read_child_config, send_status, status_fd_argument
 from ramet.srt.utils.imports import importing, start_gpu
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         logger.debug("start failed", exc_info=True)
         rank.let_loss_be_named(error)
-        message = str(error).strip() or type(error).__name__
-        send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=message)))
+        send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=one_line(error))))
         return 1
     signal.signal(signal.SIGTERM, lambda signum, frame: rank.stop())
     threading.Thread(target=watch, args=(rank,), name="watchdog", daemon=True).start()

@@ -66,6 +66,8 @@ class DummyModelLoader:
             tensor = arena.tensor(entry)
             for box in entry.boxes:
                 self._fill_box(tensor[tuple(slice(start, stop) for start, stop in box.target)], box, noise)
+        if arena.device == "cuda":
+            torch.cuda.current_stream(noise.device).synchronize()  # checksums are computed on another stream
         report = LoadReport(
             source="dummy", num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
