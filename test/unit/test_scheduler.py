@@ -5,6 +5,7 @@ import json
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
+from ramet.srt.layers import sampler
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
 
@@ -16,6 +17,16 @@ def folder(tmp_path_factory):
 @pytest.fixture()
 def engine(folder):
     return EngineHarness(folder)
+
+
+def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(engine, monkeypatch):
+    """On a GPU the search for the limits is a kernel that takes a second or more to compile."""
+    searched = []
+    least_kept = sampler._least_kept
+    monkeypatch.setattr(sampler, "_least_kept", lambda *args: searched.append(1) or least_kept(*args))
+    engine.scheduler.warm_up()
+    assert searched and not engine.channel.outputs
+    engine.scheduler._check_caches()
 
 
 def test_length_and_stop_tokens(engine):

@@ -183,7 +183,10 @@ class Scheduler:
         length = min(WARM_UP_TOKENS, self.model_runner.max_req_len - WARM_UP_TOKENS)
         if length < 1:
             return
-        params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
+        # Drawn with every limit: choosing the best token is a part of that, and the kernel for the limits is compiled.
+        params = SamplingParams(
+            max_new_tokens=2, temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, ignore_eos=True, sampling_seed=0
+        )
         req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
         req.is_silent = True
         self.waiting.append(req)
