@@ -1,12 +1,14 @@
 """What the scheduler promises beside the right tokens: ends, aborts, limits, sharing, sampling."""
 
 import json
+import shutil
 
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.layers import sampler
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
+from ramet.srt.model_executor.forward_batch_info import ForwardMode
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,24 @@ def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(
     engine.scheduler.warm_up()
     assert searched and not engine.channel.outputs
     engine.scheduler._check_caches()
+
+
+def test_without_graphs_the_kernels_of_few_and_many_requests_are_prepared(engine, monkeypatch):
+    """What a GPU rank does beside the loading of its weights."""
+    runner, batches = engine.runner, []
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", lambda batch: batches.append(batch) or forward(batch))
+    monkeypatch.setattr(type(runner), "can_be_captured", False)
+    runner._prepare_kernels()
+    assert {batch.batch_size for batch in batches if batch.forward_mode is ForwardMode.DECODE} == {1, 16}
+
+
+def test_an_end_token_beyond_the_vocabulary_can_be_held_back(folder, tmp_path):
+    """Writing to such a place of the logits would end the whole instance."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [rm.EOS, 10**6]}))
+    engine = EngineHarness(copy)
+    assert len(engine.generate(rm.random_prompts([9]), max_new_tokens=5, min_new_tokens=5)[0].token_ids) == 5
 
 
 def test_length_and_stop_tokens(engine):

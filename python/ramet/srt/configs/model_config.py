@@ -114,7 +114,7 @@ class ModelConfig:
             rope=rope,
             quantization=quantization or _quantization(hf_config, need.file),
             layer_windows=_layer_windows(hf_config, num_layers, need.file),
-            eos_token_ids=_eos_token_ids(path, hf_config),
+            eos_token_ids=_eos_token_ids(path, hf_config, need.integer("vocab_size")),
             moe=read_moe_config(architectures[0], need, num_layers),
             hf_config=hf_config,
         )
@@ -233,13 +233,13 @@ def _layer_windows(hf_config: dict[str, Any], num_layers: int, file: str) -> tup
     return (window,) * num_layers
 
 
-def _eos_token_ids(path: str, hf_config: dict[str, Any]) -> tuple[int, ...]:
-    """The end-of-sequence ids of config.json and generation_config.json together."""
+def _eos_token_ids(path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The end-of-sequence ids of config.json and generation_config.json together, without those that no model gives."""
     ids: list[int] = []
     generation = read_json(path, "generation_config.json") if has_file(path, "generation_config.json") else {}
     for value in (hf_config.get("eos_token_id"), generation.get("eos_token_id")):
         for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int) and token_id not in ids:
+            if isinstance(token_id, int) and 0 <= token_id < vocab_size and token_id not in ids:
                 ids.append(token_id)
     return tuple(ids)
 

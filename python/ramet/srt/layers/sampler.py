@@ -74,12 +74,19 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
     best, tokens = logits.max(dim=-1)
     if not info.all_greedy:
         assert uniforms is not None
-        tokens = torch.where(info.is_greedy, tokens, _sample_inverse_cdf(logits / info.temperatures, info, uniforms))
+        drawn = _sample_inverse_cdf(logits / info.temperatures, info, uniforms, tokens)
+        tokens = torch.where(info.is_greedy, tokens, drawn)
     return tokens.masked_fill(~torch.isfinite(best), INVALID_TOKEN)
 
 
-def _sample_inverse_cdf(scaled: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first token, by id, at which the cumulated probability of the kept ones passes the uniform number."""
+def _sample_inverse_cdf(
+    scaled: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor, best: torch.Tensor
+) -> torch.Tensor:
+    """The first token, by id, at which the cumulated probability of the kept ones passes the uniform number.
+
+    A GPU sums one row in parallel, so that the sum can grow by a rounding at a token that has no probability. Where it
+    is just that one, the `best` token is taken.
+    """
     probs = torch.softmax(scaled, dim=-1)
     if info.is_filtered:
         probs = probs.masked_fill(probs < _least_kept(probs, info), 0.0)
@@ -87,7 +94,8 @@ def _sample_inverse_cdf(scaled: torch.Tensor, info: SamplingInfo, uniforms: torc
     total = cumulative[:, -1:]
     # The product can round up to the total, beyond the last token that has any probability.
     targets = torch.minimum(uniforms.unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=probs.shape[1] - 1)  # NaN passes nothing
+    return torch.where(probs.gather(1, tokens) > 0, tokens, best.unsqueeze(1)).squeeze(1)
 
 
 def _least_kept(probs: torch.Tensor, info: SamplingInfo) -> torch.Tensor:

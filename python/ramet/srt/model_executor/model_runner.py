@@ -196,6 +196,9 @@ class ModelRunner:
         if is_wanted and self.can_be_captured:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
+            return
+        for size in sorted({1, self.server_args.max_running_requests}):  # few and many requests take other kernels
+            self.decode([self.req_pool.padding_row] * size, [0] * size, slice(0, size))
 
     @property
     def can_be_captured(self) -> bool:
