@@ -2,12 +2,14 @@
 
 import gc
 import os
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 import toy_model as toy
 from ramet.srt.model_loader import host_memory, weight_arena
+from ramet.srt.model_loader.loader import DummyModelLoader
 from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.model_loader.weight_checksums import (
     compute_checksums,
@@ -221,3 +223,15 @@ def test_unknown_checksum_algorithms_compare_nothing(manifest):
     other = with_checksums(manifest, msgspec.structs.replace(checksums, algorithm="crc0"))
     assert expected_checksums(arena, other) == {}
     assert expected_checksums(arena, manifest) == {}
+
+
+def test_made_up_weights_are_on_the_gpu_before_anybody_reads_them(manifest, monkeypatch):
+    """Checksums are computed on another stream than the weights. With a stand-in for the GPU."""
+    arena = WeightArena.allocate(manifest, "cpu")
+    last = arena.tensor(manifest.entries[-1])
+    complete = []
+    stream = SimpleNamespace(synchronize=lambda: complete.append(bool(last.any())))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(arena, "device", "cuda")
+    DummyModelLoader(0).load_weights(manifest, arena, "")
+    assert complete == [True]
