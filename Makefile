@@ -1,10 +1,11 @@
 # Every target sets up what it needs; nothing has to be done before. `make` alone lists the targets.
-# Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13),
+# Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13;
+# the one that the environment has, or cpu for a new one),
 # MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run),
 # MARKS (make test: pytest's -m; empty runs the slow tests too), ARGS (more flags for run and bench).
 PYTHON ?= python3
 VENV ?= .venv
-EXTRA ?= cpu
+EXTRA ?= $(or $(patsubst $(VENV)/.ramet-%,%,$(firstword $(shell ls -t $(VENV)/.ramet-* 2>/dev/null))),cpu)
 MODEL ?=
 TESTS ?= test/unit test/integration
 MARKS ?= not slow
@@ -22,6 +23,7 @@ help: ## list the targets
 setup: $(STAMP) ## make the virtual environment and install everything
 $(STAMP): setup.py constraints.txt scripts/setup_env.sh
 	@bash scripts/setup_env.sh $(VENV) $(PYTHON) $(EXTRA)
+	@rm -f $(VENV)/.ramet-*
 	@touch $@
 
 run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... takes a real model

@@ -7,15 +7,20 @@ Limits: a device-to-device copy (bytes read plus written), a bfloat16 product of
 token rate over HTTP, against the copy's rate over the weights' bytes. Throughput: that many requests at once, 512
 tokens in and 256 out, against the floor: the prompt's operations at the product's rate plus the bytes of weights and
 KV cache that decoding reads at the copy's rate. Clone: a second instance takes the weights from the first one, on
-another GPU if there is one, while the first one serves.
+another GPU if there is one, while the first one serves. A single clone takes them in so short a time that no percentile
+of the seed's token times can show it: so they are also taken all the time, by a process beside the one that makes the
+load.
 """
 
 import argparse
 import asyncio
 import dataclasses
 import gc
+import json
 import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,9 +30,11 @@ from typing import Any
 from bench_common import RESULTS, Server, percentile, random_prompt, report
 from bench_serving import run_load
 from gpu_model import SHAPE, make_model, tensor_shapes
+from soak_clones import WeightClones
 
 PARTS = ("limits", "decode", "throughput", "clone")
 INPUT_LEN, OUTPUT_LEN = 512, 256
+LOAD_TIMEOUT_S = 300.0
 SERVER_FLAGS = ["--max-total-tokens", "300000", "--max-running-requests", "256"]
 
 
@@ -163,7 +170,34 @@ def measure_clone(seed: Server, folder: Path, limits: Limits, config: dict, rows
     rows.append(
         ("the seed's p99 token time", f"{itl['busy'] * 1e3:.2f} ms; {itl['busy'] / itl['quiet']:.2f} x without")
     )
-    values["clone"] = {"runs": runs, "itl": itl}
+    taken = measure_taking(seed, f"cuda:{torch.cuda.device_count() - 1}", config["vocab_size"], folder.parent)
+    rows.append(
+        (f"the same, weights taken {taken['count']} times", f"{taken['busy']:.2f} ms; "
+         f"{taken['busy'] / taken['quiet']:.2f} x without")
+    )  # fmt: skip
+    values["clone"] = {"runs": runs, "itl": itl, "taken": taken}
+
+
+def measure_taking(
+    seed: Server, device: str, vocab_size: int, work_dir: Path, output_len: int = 1500
+) -> dict[str, float]:
+    """The seed's p99 token time in milliseconds, quiet, and busy with giving its weights to `device` all the time."""
+    clones = WeightClones(seed, device, "copy")
+    clones.take([])  # what is made once
+    result: dict[str, float] = {"count": 0}
+    for name in ("quiet", "busy"):
+        output = work_dir / f"token-times-{name}.json"
+        command = [sys.executable, str(Path(__file__).with_name("bench_serving.py")), "--url", seed.url,
+                   "--num-requests", "16", "--concurrency", "16", "--input-len", "128", "--output-len", str(output_len),
+                   "--vocab-size", str(vocab_size), "--output", str(output)]  # fmt: skip
+        load = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while name == "busy" and load.poll() is None:
+            assert clones.take([])["source"] == "local_copy"
+            result["count"] += 1
+        if load.wait(LOAD_TIMEOUT_S) != 0:
+            raise RuntimeError("requests of the load have failed: see above")
+        result[name] = json.loads(output.read_text())["values"]["ITL"]["p99"]
+    return result
 
 
 def main() -> None:

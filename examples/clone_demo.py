@@ -29,6 +29,7 @@ DEMO_MODEL = ROOT / "examples" / "demo_model"
 SHOW_LAST_LINES = 15
 STOP_TIMEOUT_S = 20.0
 DRAIN_TIMEOUT_S = 5.0
+MEM_FRACTION = 0.4  # of what each finds free: both are on one machine, or one GPU
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -233,7 +234,8 @@ def start_by_name(args: argparse.Namespace, model: Path, running: list[Instance]
 
 
 def common_flags(args: argparse.Namespace) -> list[str]:
-    return ["--served-model-name", "demo", "--drain-timeout", str(DRAIN_TIMEOUT_S), *args.server_flags]
+    flags = ["--served-model-name", "demo", "--drain-timeout", str(DRAIN_TIMEOUT_S)]
+    return [*flags, "--mem-fraction-static", str(MEM_FRACTION), *args.server_flags]
 
 
 def run(args: argparse.Namespace, work: Path, running: list[Instance]) -> bool:
