@@ -21,7 +21,7 @@ from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.batch_plan import LogprobRows
-from ramet.srt.model_executor.cuda_graph_runner import CudaGraphRunner
+from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
@@ -197,7 +197,8 @@ class ModelRunner:
             self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
             self.graph_runner.capture()
             return
-        for size in sorted({1, self.server_args.max_running_requests}):  # few and many requests take other kernels
+        largest = min(self.server_args.max_running_requests, MAX_BATCH_SIZE)
+        for size in sorted({1, largest}):  # few and many requests take other kernels
             self.decode([self.req_pool.padding_row] * size, [0] * size, slice(0, size))
 
     @property
