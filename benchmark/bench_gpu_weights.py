@@ -57,8 +57,8 @@ START_TIMEOUT_S = 60.0
 ROUNDS = 5
 PROFILED_LOADS = 4
 SMALL = {"vocab_size": 32000, "num_hidden_layers": 2}  # of the model that goes over the network: 1.3 GB
-SWEEP_SLICES_MB = (1, 2, 4)
-SWEEP_THREADS = (8, 12, 16, 24)
+SWEEP_SLICES_MB = (2, 4, 8)
+SWEEP_THREADS = (8, 12, 16)
 SWEEP_SPARES = (4,)
 
 

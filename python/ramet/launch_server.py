@@ -52,7 +52,7 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
                 logger.info("listening on %s", server_args.url())
                 instance = Instance(server_args, launch_time, scheduler_module)
                 instance.start()
-                with importing():
+                with importing("fastapi"):
                     from ramet.srt.entrypoints.http_server import serve  # heavy: the scheduler imports torch meanwhile
 
                 serve(instance, listener)

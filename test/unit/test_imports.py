@@ -1,12 +1,25 @@
-"""Beside a rank's imports nothing is searched for garbage, and a GPU's context is made if there is one."""
+"""What imports compile is kept and not searched for garbage; beside a rank's imports a GPU's context is made."""
 
 import gc
+import os
+import py_compile
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from ramet.srt.model_loader import cuda_driver
 from ramet.srt.utils.imports import importing, start_gpu
+
+IMPORT = """
+import sys
+from ramet.srt.utils.imports import importing
+with importing("heavy"):
+    import heavy
+print(heavy.__cached__)
+"""
 
 
 @pytest.fixture
@@ -29,7 +42,7 @@ def retained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_what_was_imported_is_never_searched_for_garbage() -> None:
     frozen = gc.get_freeze_count()
     try:
-        with pytest.raises(ImportError), importing():
+        with pytest.raises(ImportError), importing("no_such_package"):
             assert not gc.isenabled()
             kept = [[number] for number in range(1000)]
             raise ImportError
@@ -55,3 +68,24 @@ def test_without_a_driver_nothing_is_started(monkeypatch: pytest.MonkeyPatch, re
     start_gpu(0)
     assert retained == []
     assert "start-gpu" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("case", ["no bytecode", "has bytecode", "a folder of the user's", "may be written"])
+def test_bytecode_is_kept_where_an_image_has_none(tmp_path: Path, case: str) -> None:
+    package = tmp_path / "heavy"
+    package.mkdir()
+    (package / "__init__.py").write_text("VALUE = 1\n")
+    beside = package / "__pycache__" / f"__init__.{sys.implementation.cache_tag}.pyc"
+    if case == "has bytecode":
+        py_compile.compile(str(package / "__init__.py"), str(beside))
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
+    if case == "a folder of the user's":
+        environment["PYTHONPYCACHEPREFIX"] = str(tmp_path / "own")
+    if case == "may be written":
+        del environment["PYTHONDONTWRITEBYTECODE"]
+    done = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=60)
+    kept = Path(done.stdout.strip())
+    assert kept.exists() == (case != "a folder of the user's"), done.stderr  # which Python is told not to write to
+    folder = {"no bytecode": "cache/ramet/bytecode", "a folder of the user's": "own"}.get(case, "heavy/__pycache__")
+    assert kept.is_relative_to(tmp_path / folder)

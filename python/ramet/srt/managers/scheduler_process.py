@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     world_rank = config.parallel.world_rank
     configure_logging(config.server_args["log_level"], f"scheduler {world_rank}")
     args = config.make_server_args()
-    with importing():
+    with importing("torch"):
         if args.device != "cpu":
             start_gpu(args.gpu_id(world_rank))
         from ramet.srt.managers.rank import Rank

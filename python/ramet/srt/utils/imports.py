@@ -1,27 +1,52 @@
-"""Owns what is done about the time that imports take: no search for garbage, and a GPU that gets ready beside them."""
+"""Owns what is done about the time of imports: kept bytecode, no search for garbage, a GPU that gets ready beside."""
 
 import contextlib
 import functools
 import gc
+import importlib.util
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 from ramet.srt.model_loader import cuda_driver
 
 
-@contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Import much in the block: Python searches none of it for garbage, neither meanwhile nor ever after.
+BYTECODE_FOLDER = "ramet/bytecode"  # in the user's cache
 
-    Such searches are a tenth of torch's import, and each later one of the oldest generation would go through all of
-    its objects.
+
+@contextlib.contextmanager
+def importing(package: str) -> Iterator[None]:
+    """Import `package`, or something that needs it, in the block.
+
+    Python searches none of it for garbage, neither meanwhile nor ever after. Such searches are a tenth of torch's
+    import, and each later one of the oldest generation would go through all of its objects.
     """
+    _keep_bytecode(package)
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _keep_bytecode(package: str) -> None:
+    """Have compiled modules kept in the user's cache, if nothing else keeps those of `package`.
+
+    Container images often come without, and with PYTHONDONTWRITEBYTECODE set: each process would then compile the
+    thousand modules of torch, which is half of its import. PYTHONPYCACHEPREFIX is respected.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None or sys.pycache_prefix is not None:
+        return
+    if os.path.exists(importlib.util.cache_from_source(spec.origin)):
+        return
+    if not sys.dont_write_bytecode and os.access(os.path.dirname(spec.origin), os.W_OK):
+        return  # it will be kept where it belongs
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    sys.pycache_prefix = os.path.join(cache, BYTECODE_FOLDER)
+    sys.dont_write_bytecode = False
 
 
 def start_gpu(gpu_id: int) -> None:

@@ -22,7 +22,7 @@ from ramet.srt.model_loader.transfer_plan import CopyOp, split_op
 PART_BYTES = 16 << 20  # of an operation, for one thread at a time
 SLICE_BYTES = 4 << 20  # of a read and of a copy
 SPARE_SLICES = 4  # beyond one for each thread: those that the GPU copies from meanwhile
-MAX_READERS = 16  # threads
+MAX_READERS = 12  # threads; more of them slow each other down
 
 
 def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaWeightArena) -> None:
