@@ -27,7 +27,7 @@ def run(tmp_path: Path, module: str, what: str, then: str, *arguments: str) -> s
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=20,
         env={"PYTHONPATH": f"{PYTHON_FOLDER}:{TEST_FOLDER}", "PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
     )
 
