@@ -72,16 +72,22 @@ def test_what_is_not_such_a_folder_stays(
 ) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "mine").touch()
-    (temporary / "ramet-demo-1").mkdir()
-    (temporary / f"{PREFIX}file").touch()
-    (temporary / f"{PREFIX}link").symlink_to(elsewhere)
+    for name in ("ramet-demo-12345678", f"{PREFIX}mine", f"{PREFIX}mine-too", f"{PREFIX}12345678.old"):
+        (temporary / name).mkdir(0o700)
+    (temporary / f"{PREFIX}12345678").touch()
+    (temporary / f"{PREFIX}1234567_").symlink_to(elsewhere)
+    (temporary / f"{PREFIX}123456__").mkdir(0o755)
     before = sorted(temporary.iterdir())
     remove_abandoned_folders()
     assert sorted(temporary.iterdir()) == before and list(elsewhere.iterdir())
-    (temporary / f"{PREFIX}other-user").mkdir()
+    (temporary / f"{PREFIX}otheruse").mkdir(0o700)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     remove_abandoned_folders()
     assert len(list(temporary.iterdir())) == len(before) + 1
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    remove_abandoned_folders()
+    assert sorted(temporary.iterdir()) == before
 
 
 def test_a_start_that_loses_its_folder_before_it_holds_it_makes_another(

@@ -7,12 +7,15 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "ramet-ipc-"  # and nothing else begins so: a socket's path has room for little more than 100 characters
+PREFIX = "ramet."  # short: a socket's path has room for little more than 100 characters
+NAME = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as mkdtemp makes them
 
 
 class SocketFolder:
@@ -46,7 +49,7 @@ def remove_abandoned_folders() -> None:
     """Remove this user's folders that nobody holds any more."""
     with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
         for entry in entries:
-            if entry.name.startswith(PREFIX):
+            if NAME.fullmatch(entry.name):
                 with contextlib.suppress(OSError):  # its owner is faster, or the file system knows no locks
                     _remove_if_abandoned(entry.path)
 
@@ -54,7 +57,8 @@ def remove_abandoned_folders() -> None:
 def _remove_if_abandoned(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if os.fstat(fd).st_uid == os.geteuid() and _lock(fd):
+        status = os.fstat(fd)
+        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700 and _lock(fd):
             logger.debug("removing %s: the instance was killed", path)
             shutil.rmtree(path, ignore_errors=True)
     finally:
