@@ -167,6 +167,7 @@ async def measure_server(server: MetadataServer, args: argparse.Namespace) -> di
             "ListSources, one rank": [lambda: raw["ListSources"](one_rank, timeout=60)],
             "ListSources, all ranks": [lambda: raw["ListSources"](all_ranks, timeout=60)],
             "GetMetadata": [lambda i=i: get(i) for i in workers],
+            "GetMetadata, the same 8 workers": [lambda i=i: get(i) for i in workers[:8]],
         }.items():
             results[name] = await measure(calls, process, args.concurrency, args.seconds)
         listed = await raw["ListSources"](all_ranks, timeout=60)

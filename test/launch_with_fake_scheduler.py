@@ -2,8 +2,8 @@
 
 import sys
 
-from ramet.launch_server import launch
 from ramet.srt.command_line import parse_server_args
+from ramet.srt.entrypoints.launch import launch
 from ramet.srt.observability.progress import process_start_time
 
 if __name__ == "__main__":

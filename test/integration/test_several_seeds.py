@@ -1,5 +1,6 @@
 """Owns the tests of taking weights from several seeds at once, some of which fail or have something else."""
 
+import logging
 import socket
 from types import SimpleNamespace
 
@@ -67,7 +68,8 @@ def test_two_seeds_share_the_work(reads):
         client = Client(one.port, two.port, config=BIG)
         report = client.load()
         assert client.holds(one.config) and report.verified and report.source == "transfer_engine"
-    assert len(reads.nbytes) == 2
+        assert set(report.taken_from) == {f"127.0.0.1:{seed.port}" for seed in (one, two)}
+    assert sorted(report.taken_bytes) == sorted(reads.nbytes.values()) and len(reads.nbytes) == 2
     assert min(reads.nbytes.values()) > 0.4 * sum(reads.nbytes.values())
 
 
@@ -88,7 +90,8 @@ def test_the_share_of_a_seed_that_dies_goes_to_the_other(reads, caplog):
     assert f"127.0.0.1:{one.port} failed, its share goes to 127.0.0.1:{two.port}" in caplog.text
 
 
-def test_what_is_left_when_all_seeds_have_died_comes_from_disk(tmp_path, reads):
+def test_what_is_left_when_all_seeds_have_died_comes_from_disk(tmp_path, reads, caplog):
+    caplog.set_level(logging.INFO)
     with SeedProcess(**BIG) as one, SeedProcess(**BIG) as two:
         number = []
 
@@ -104,7 +107,12 @@ def test_what_is_left_when_all_seeds_have_died_comes_from_disk(tmp_path, reads):
         report = client.load(tmp_path)
         assert client.holds(one.config) and report.verified
     assert report.source == "transfer_engine+checkpoint"
-    assert f"127.0.0.1:{one.port}" in report.fallback_reason and f"127.0.0.1:{two.port}" in report.fallback_reason
+    seeds = [f"127.0.0.1:{one.port}", f"127.0.0.1:{two.port}"]
+    assert all(seed in report.fallback_reason for seed in seeds)
+    assert sorted(report.taken_from) == sorted(seeds)
+    assert all(report.taken_bytes) and sum(report.taken_bytes) < report.num_bytes == client.manifest.payload_nbytes
+    for seed, num_bytes in zip(report.taken_from, report.taken_bytes, strict=True):
+        assert f"; {num_bytes / 1e9:.3f} GB from {seed}" in caplog.text
 
 
 def write_files(folder, config):

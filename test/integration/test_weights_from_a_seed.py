@@ -76,6 +76,7 @@ def test_weights_come_by_each_way_and_are_verified(small_seed, caplog, mode, sou
     report = client.load()
     assert (report.source, report.verified, report.fallback_reason) == (source, True, "")
     assert report.taken_from == (f"127.0.0.1:{small_seed.port}",)
+    assert report.taken_bytes == (report.num_bytes,)
     assert report.num_bytes >= client.manifest.payload_nbytes and report.seconds > 0
     assert client.holds(small_seed.config)
     summary = [r.message for r in caplog.records if "loaded target weights" in r.message]

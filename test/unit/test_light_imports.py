@@ -16,7 +16,8 @@ WEB = ("fastapi", "uvicorn", "pydantic")
     [
         ("ramet", (*HEAVY, *WEB, "zmq")),
         ("ramet.cli", (*HEAVY, *WEB, "zmq")),
-        ("ramet.launch_server", (*HEAVY, *WEB, "zmq", "tokenizers", "huggingface_hub")),
+        ("ramet.launch_server", (*HEAVY, *WEB, "zmq", "msgspec", "argparse")),
+        ("ramet.srt.entrypoints.launch", (*HEAVY, *WEB, "zmq", "tokenizers", "huggingface_hub")),
         ("ramet.srt.managers.detokenizer_manager", (*HEAVY, *WEB, "huggingface_hub", "jinja2")),
         ("ramet.srt.entrypoints.http_server", (*HEAVY, "huggingface_hub", "jinja2")),
         ("ramet.srt.entrypoints.engine", (*HEAVY, "fastapi", "uvicorn", "huggingface_hub", "jinja2")),

@@ -19,7 +19,12 @@ SEED, CLIENT = "http://10.0.0.1:30000", "http://10.0.0.2:30000"
 EVIL = "<img src=x onerror=alert(1)>"
 FROM_FILES = LoadFacts(source="checkpoint", num_bytes=2_000_000_000, seconds=4.0)
 FROM_SEED = LoadFacts(
-    source="transfer_engine", num_bytes=2_000_000_000, seconds=0.5, verified=True, taken_from=("seed", "gone")
+    source="transfer_engine",
+    num_bytes=2_000_000_000,
+    seconds=0.5,
+    verified=True,
+    taken_from=("seed", "gone"),
+    taken_bytes=(1_500_000_000,),
 )
 
 
@@ -61,8 +66,8 @@ def test_the_same_as_json(server: ModelExpressServer, client: ModelExpressClient
     taking = grown["workers"][0]["taking"]
     assert taking["gb_per_s"] == 4.0 and taking["verified"]
     assert taking["taken_from"] == [
-        {"worker_id": "seed", "instance": SEED, "worker_rank": 0},
-        {"worker_id": "gone", "instance": "", "worker_rank": None},
+        {"worker_id": "seed", "instance": SEED, "worker_rank": 0, "num_bytes": 1_500_000_000},
+        {"worker_id": "gone", "instance": "", "worker_rank": None, "num_bytes": None},
     ]
 
 

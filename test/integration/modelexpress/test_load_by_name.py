@@ -11,8 +11,11 @@ import pytest
 import seed_process
 from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
+from ramet.srt.model_loader import seed_transfer
 from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.sources import transfer_engine
 from ramet.srt.modelexpress.claim import FileClaim
 from ramet.srt.modelexpress.client import ModelExpressClient
 from ramet.srt.modelexpress.discovery import find_other_topologies
@@ -38,6 +41,14 @@ def seed():
 def client(mx):
     with running_server() as server:
         yield LoadingClient(server.address)
+
+
+def write_files(client, folder, **changes):
+    """The client's model as files, in `folder`."""
+    tensors = seed_process.make_tensors(client.config | changes)
+    shapes = client.config["shapes"]
+    arrays = {name: tensors[name].view(np.float32).reshape(shapes[name]) for name in shapes}
+    save_file(arrays, folder / "model.safetensors")
 
 
 def test_the_least_busy_source_is_tried_first(client, seed):
@@ -143,11 +154,7 @@ def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(cli
 
 def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(client, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    tensors = seed_process.make_tensors(client.config | {"fill": 9})
-    shapes = client.config["shapes"]
-    save_file(
-        {name: tensors[name].view(np.float32).reshape(shapes[name]) for name in shapes}, tmp_path / "m.safetensors"
-    )
+    write_files(client, tmp_path, fill=9)
     port = free_port()
     client.publish(port)
     with pytest.raises(
@@ -160,6 +167,29 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     assert "loading from disk instead" in caplog.text and other.holds({"fill": 9})
     assert other.loader.claim is not None and other.loader.claim.held
     other.loader.release_claim()
+
+
+def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", 1 << 10)
+    monkeypatch.setattr(seed_transfer, "SHARED_BYTES", 1 << 10)
+    read, sizes = MooncakeEngine.read, []
+
+    def break_off(engine, session_id, local, remote, nbytes, timeout_s):
+        if len(sizes) == 3:
+            raise OSError("the seed has gone")
+        read(engine, session_id, local, remote, nbytes, timeout_s)
+        sizes.append(sum(nbytes))
+
+    monkeypatch.setattr(MooncakeEngine, "read", break_off)
+    write_files(client, tmp_path)
+    worker_id = client.publish(seed.port)
+    other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
+    report = other.load(tmp_path)
+    other.loader.release_claim()
+    assert other.holds() and report.source == "transfer_engine+checkpoint" and report.fallback_reason
+    assert (report.taken_from, report.taken_bytes) == ((worker_id,), (sum(sizes),))
+    assert f" GB from {worker_id}" in caplog.text
 
 
 def test_it_waits_for_a_source_that_is_initializing(client, seed):
@@ -193,10 +223,7 @@ def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path
     monkeypatch.setitem(FileClaim.__init__.__kwdefaults__, "ack_timeout_s", 1.0)
     with running_server() as server:
         client = LoadingClient(server.address, fallback="disk", timeout_s=5.0)
-        files = seed_process.make_tensors(client.config)
-        shapes = client.config["shapes"]
-        arrays = {name: files[name].view(np.float32).reshape(shapes[name]) for name in shapes}
-        save_file(arrays, tmp_path / "model.safetensors")
+        write_files(client, tmp_path)
         if has_source:
             client.publish(seed.port)
         original = getattr(ModelExpressClient, step)

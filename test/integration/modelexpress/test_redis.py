@@ -20,8 +20,10 @@ from modelexpress_harness import (
     running_server,
     wait_until,
 )
+from ramet.srt.modelexpress import redis_layout
 from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.redis_store import RedisStore
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 
@@ -40,6 +42,32 @@ def test_records_outlive_the_server(redis: RedisProcess) -> None:
         (ref,) = client.list_sources(make_identity(), status=READY)
         assert ref.source_load == 0.5
         assert client.get_metadata(source_id, "w1").worker.tensors == make_worker().tensors
+
+
+async def test_a_record_is_decoded_once_until_it_is_replaced(
+    redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, decode = [], redis_layout.decode_record
+    monkeypatch.setattr(redis_layout, "decode_record", lambda text: decoded.append(text) or decode(text))
+
+    async def get(source_id: str) -> p2p_pb2.WorkerMetadata:
+        stored = await store.get(source_id, "w1")
+        assert stored is not None
+        return p2p_pb2.WorkerMetadata.FromString(stored.worker)
+
+    store = RedisStore(redis.url)
+    source_id = await store.publish(make_identity(), "w1", make_worker(status=1))
+    assert [(await get(source_id)).status for _ in range(3)] == [1, 1, 1]
+    later = make_worker().updated_at + 60_000
+    await store.update_status(source_id, "w1", 0, READY, later, None)
+    found = await get(source_id)
+    assert (found.status, found.updated_at, found.tensors) == (READY, later, make_worker().tensors)
+    assert len(decoded) == 1
+    worker = make_worker()
+    worker.agent_name = "another"
+    await store.publish(make_identity(), "w1", worker)
+    assert (await get(source_id)).agent_name == "another" and len(decoded) == 2
+    await store.close()
 
 
 def test_two_servers_see_the_same(redis: RedisProcess) -> None:

@@ -44,3 +44,9 @@ def test_what_clients_say_about_themselves_is_taken() -> None:
     own = {"user": "u", "metadata": {"a": "b"}, "store": False, "tools": []}
     assert ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES} | own).tools == []
     assert error_of(ChatCompletionRequest, messages=MESSAGES, store=True)[1] == "store"
+
+
+@pytest.mark.parametrize("bias", [{"7": 1, "abc": 1}, {"7": 1, "abc": "x"}, {"abc": 101}])
+def test_a_wrong_bias_is_called_by_its_key(bias: dict[str, Any]) -> None:
+    message, param, _ = error_of(ChatCompletionRequest, messages=MESSAGES, logit_bias=bias)
+    assert message.startswith("logit_bias['abc']: ") and param == "logit_bias"

@@ -25,6 +25,10 @@ TENSORS = st.lists(
 )
 
 
+def read(text: bytes, summary: layout.SummaryJson | None = None) -> p2p_pb2.WorkerMetadata:
+    return p2p_pb2.WorkerMetadata.FromString(layout.decode_record(text).encode_with(summary))
+
+
 @given(
     tensors=TENSORS,
     session=st.text(max_size=5) | st.none(),
@@ -51,7 +55,7 @@ def test_a_record_comes_back(tensors, session, nixl, text, rank, updated_at, top
         worker.transfer_engine_session_id = session
     elif nixl is not None:
         worker.nixl_metadata = nixl
-    assert layout.decode_record(layout.encode_record(worker), None) == worker
+    assert read(layout.encode_record(worker)) == worker
 
 
 def test_an_artifact_comes_back() -> None:
@@ -60,7 +64,7 @@ def test_an_artifact_comes_back() -> None:
     )
     worker = p2p_pb2.WorkerMetadata(artifact_source=artifact)
     assert json.loads(layout.encode_record(worker))["artifact_source"]["total_size"] == str(2**63)
-    assert layout.decode_record(layout.encode_record(worker), None) == worker
+    assert read(layout.encode_record(worker)) == worker
 
 
 def test_the_texts_are_the_reference_servers() -> None:
@@ -88,7 +92,7 @@ def test_identities_come_back() -> None:
 
 def test_fields_of_later_versions_are_kept() -> None:
     later = p2p_pb2.WorkerMetadata.FromString(make_worker(1).SerializeToString() + b"\xc2\x3e\x03new")  # field 1000
-    assert layout.decode_record(layout.encode_record(later), None).SerializeToString() == later.SerializeToString()
+    assert read(layout.encode_record(later)).SerializeToString() == later.SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -101,21 +105,26 @@ def test_fields_of_later_versions_are_kept() -> None:
 )
 def test_records_without_a_backend_type(extra: dict[str, object], kind: str | None) -> None:
     text = msgspec.json.encode({"worker_rank": 1, "tensors": [], "some_new_key": 1} | extra)
-    assert layout.decode_record(text, None).WhichOneof("backend_metadata") == kind
+    assert read(text).WhichOneof("backend_metadata") == kind
 
 
 def test_numbers_that_lua_has_rounded_are_read() -> None:
     text = b'{"worker_rank":0,"tensors":[{"name":"a","addr":1.2345e+3,"size":7,"device_id":0,"dtype":""}]}'
-    tensor = layout.decode_record(text, None).tensors[0]
+    tensor = read(text).tensors[0]
     assert (tensor.addr, tensor.size) == (1234, 7)
+    with pytest.raises(OverflowError):
+        layout.decode_record(text.replace(b"1.2345e+3", b'"inf"'))
 
 
 def test_a_newer_summary_counts_and_an_older_one_does_not() -> None:
     worker = p2p_pb2.WorkerMetadata(status=1, updated_at=100)
     newer = layout.SummaryJson(worker_rank=0, status=3, updated_at=100)
     older = layout.SummaryJson(worker_rank=0, status=3, updated_at=99)
-    assert layout.decode_record(layout.encode_record(worker), newer).status == 3
-    assert layout.decode_record(layout.encode_record(worker), older).status == 1
+    assert read(layout.encode_record(worker), newer).status == 3
+    assert read(layout.encode_record(worker), older).status == 1
+    forgotten = layout.SummaryJson(worker_rank=0, status=0, updated_at=0)
+    worker.updated_at = 0
+    assert read(layout.encode_record(worker), forgotten) == p2p_pb2.WorkerMetadata(tensor_source={})
 
 
 def test_passwords_are_not_shown() -> None:

@@ -5,8 +5,26 @@ from collections.abc import Callable
 
 import pytest
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.redis_store import KnownSource, RedisStore
+from ramet.srt.modelexpress.redis_layout import StoredRecord
+from ramet.srt.modelexpress.redis_store import KnownSource, RecordCache, RedisStore
 from ramet.srt.modelexpress.store import Source, StoreError
+
+
+def record_of(size: int) -> StoredRecord:
+    return StoredRecord(encoded=bytes(size), status=0, updated_at=0)
+
+
+def test_the_records_asked_for_last_are_kept_as_far_as_they_fit() -> None:
+    cache = RecordCache(limit_bytes=40)
+    for name in (b"a", b"b", b"b", b"c"):
+        cache.put(name, record_of(12))
+    assert cache.get(b"a")
+    cache.put(b"d", record_of(12))
+    assert [name for name in (b"a", b"b", b"c", b"d") if cache.get(name)] == [b"a", b"c", b"d"]
+    cache.put(b"giant", record_of(100))
+    assert not any(cache.get(name) for name in (b"a", b"c", b"d", b"giant"))
+    cache.put(b"e", record_of(39))
+    assert cache.get(b"e")
 
 
 class GatedStore(RedisStore):

@@ -9,12 +9,10 @@ import io
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.server_args import PortArgs, ServerArgs
 from ramet.srt.utils.child_process import ChildConfig
+from ramet.srt.utils.socket_folder import SocketFolder
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +62,13 @@ class ChildProcesses:
 
     def __init__(self, scheduler_module: str = SCHEDULER_MODULE):
         self._scheduler_module = scheduler_module
-        self._directory = tempfile.mkdtemp(prefix="ramet-")  # only this user may enter it
-        self.port_args = PortArgs.in_directory(self._directory)
+        self._folder = SocketFolder()
+        self.port_args = PortArgs.in_directory(self._folder.path)
         self._listeners: list[socket.socket] = []  # behind the addresses that other nodes connect to
         self._children: list[Child] = []
         self._stopping = False
         self._lock = threading.Lock()
-        longest = f"{self._directory}/scheduler-9999"
+        longest = f"{self._folder.path}/scheduler-9999"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
             self.stop()
             raise ValueError(f"the temporary folder's path is too long for a socket ({longest}); set TMPDIR to another")
@@ -86,7 +85,7 @@ class ChildProcesses:
         config = ChildConfig(
             server_args=dataclasses.asdict(args),
             port_args=dataclasses.asdict(self.port_args),
-            directory=self._directory,
+            directory=self._folder.path,
             parallel=ParallelConfig(),
             bootstrap_url=bootstrap_url,
             launch_time=launch_time,
@@ -231,7 +230,7 @@ class ChildProcesses:
                 child.process.wait()
         for listener in self._listeners:
             listener.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._folder.close()
 
     def kill(self) -> None:
         """End every child at once, without asking."""

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import uvicorn
@@ -23,8 +23,11 @@ KEEP_ALIVE_S = 60
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def serve(instance: Instance, listener: socket.socket) -> None:
+def serve(instance: Instance, listener: socket.socket, check_signals: Callable[[], None]) -> None:
     """Serve a started `instance` on `listener` until SIGTERM or SIGINT; a second signal ends the process at once.
+
+    Args:
+        check_signals: called once signals are taken here; raises if one has come before.
 
     Raises:
         ValueError: if the tokenizer can't be read.
@@ -36,7 +39,7 @@ def serve(instance: Instance, listener: socket.socket) -> None:
 
         loop_factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(HttpServer(instance, listener).run())
+        runner.run(HttpServer(instance, listener).run(check_signals))
 
 
 class HttpServer:
@@ -58,11 +61,12 @@ class HttpServer:
         )
         self._server = SignalFreeServer(config)
 
-    async def run(self) -> None:
+    async def run(self, check_signals: Callable[[], None]) -> None:
         """Serve until the end. Raises what `serve` raises."""
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
+        check_signals()
         instance = self._instance
         serving: asyncio.Task[None] | None = None
         try:

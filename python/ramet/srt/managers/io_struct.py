@@ -160,8 +160,9 @@ class LoadReport(msgspec.Struct, kw_only=True):
     verified: bool  # content checksums were compared with the seed's
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
-    # Who gave all of the weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty for files.
+    # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
     taken_from: tuple[str, ...] = ()
+    taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
 
 
 class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):

@@ -28,8 +28,9 @@ class DefaultModelLoader:
 
 def log_report(manifest: WeightManifest, report: LoadReport) -> None:
     """The one summary line of a load."""
+    given = zip(report.taken_from, report.taken_bytes, strict=True)
     logger.info(
-        "rank %d: loaded %s weights from %s: %.3f GB in %.2f s, %.2f GB/s%s",
+        "rank %d: loaded %s weights from %s: %.3f GB in %.2f s, %.2f GB/s%s%s",
         manifest.parallel.world_rank,
         manifest.role,
         report.source,
@@ -37,4 +38,5 @@ def log_report(manifest: WeightManifest, report: LoadReport) -> None:
         report.seconds,
         report.num_bytes / 1e9 / max(report.seconds, 1e-9),
         ", checksums verified" if report.verified else "",
+        "".join(f"; {num_bytes / 1e9:.3f} GB from {giver}" for giver, num_bytes in given),
     )

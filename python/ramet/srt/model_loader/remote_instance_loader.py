@@ -41,7 +41,9 @@ class RemoteInstanceModelLoader:
         self.claim: FileClaim | None = None  # to read the files; to be kept until this instance is a source itself
         self.seed = ", ".join(format_address(host, port) for host, port in config.seeds)
         self._broken_off: SeedTransfer | None = None  # a transfer that has filled a part of the arena
+        self._given: dict[str, int] = {}  # what it has filled: bytes by giver
         self._seeds: list[SeedInstance] = []
+        self._worker_ids: dict[int, str] = {}  # of the seed's ranks, where a metadata server has listed it
         self._start = 0.0
 
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
@@ -89,13 +91,14 @@ class RemoteInstanceModelLoader:
         for candidate in search.candidates():
             self.seed = candidate.name
             try:
-                report = self._load_from_seeds([search.open(candidate)], manifest, arena, model_path)
+                seeds = [search.open(candidate)]
+                self._worker_ids = candidate.worker_ids
+                report = self._load_from_seeds(seeds, manifest, arena, model_path)
             except WeightTransferError as error:
                 logger.warning("rank %d: no weights from the source %s, trying the next: %s", rank, self.seed, error)
                 errors.append(error)
                 search.give_up(candidate)
                 continue
-            report = msgspec.structs.replace(report, taken_from=candidate.worker_ids)
             log_report(manifest, report)
             return report
         if search.reason:
@@ -152,6 +155,8 @@ class RemoteInstanceModelLoader:
             num_bytes=broken_off.received_nbytes + rest.nbytes,
             seconds=time.perf_counter() - self._start,
             verified=True,
+            taken_from=tuple(self._given),
+            taken_bytes=tuple(self._given.values()),
         )
         log_report(manifest, report)
         return report
@@ -221,7 +226,12 @@ class RemoteInstanceModelLoader:
             assert rank.answer.manifest is not None
             unknown = verify_by_entries(arena, [rank.answer.manifest], rank.seed, samples_only=True)
             return LoadReport(
-                source="local_map", num_bytes=num_bytes, seconds=0.0, verified=not unknown, taken_from=(rank.seed,)
+                source="local_map",
+                num_bytes=num_bytes,
+                seconds=0.0,
+                verified=not unknown,
+                taken_from=(self._worker_ids.get(rank.answer.rank, rank.seed),),
+                taken_bytes=(num_bytes,),
             )
         if mode == "map" and ranks:
             logger.warning("rank %d: no memory of the seed %s is laid out as the own one: copying",
@@ -239,15 +249,17 @@ class RemoteInstanceModelLoader:
                 except ChecksumMismatch as error:
                     transfer.blame([(e.offset, e.offset + e.nbytes) for e in error.entries], error)
         except WeightTransferError:
-            self._broken_off = transfer
+            self._broken_off, self._given = transfer, transfer.given_nbytes(self._worker_ids)
             raise
+        given = transfer.given_nbytes(self._worker_ids)
         return LoadReport(
             source="+".join(transfer.source_names),
             num_bytes=transfer.planned_nbytes,
             seconds=0.0,
             verified=verified,
             transfer_seconds=transfer.transfer_seconds,
-            taken_from=transfer.givers,
+            taken_from=tuple(given),
+            taken_bytes=tuple(given.values()),
         )
 
     def _verify(self, arena: WeightArena, transfer: SeedTransfer) -> bool:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,16 +85,23 @@ class SeedTransfer:
         self.planned_nbytes = 0
         self.source_names: list[str] = []
         self.transfer_seconds = 0.0  # in which bytes moved
-        self._received: list[tuple[str, CopyOp]] = []  # which seed has filled what
+        self._received: list[tuple[SeedRank, CopyOp]] = []  # who has filled what
 
     @property
     def received_nbytes(self) -> int:
         return sum(op.nbytes for _, op in self._received)
 
-    @property
-    def givers(self) -> tuple[str, ...]:
-        """Addresses of the seeds that have filled something."""
-        return tuple(dict.fromkeys(seed for seed, _ in self._received))
+    def given_nbytes(self, worker_ids: Mapping[int, str]) -> dict[str, int]:
+        """Who has filled how much.
+
+        Args:
+            worker_ids: by which ranks of the seed are called; the others by the seed's address.
+        """
+        totals: dict[str, int] = {}
+        for rank, op in self._received:
+            name = worker_ids.get(rank.answer.rank, rank.seed)
+            totals[name] = totals.get(name, 0) + op.nbytes
+        return totals
 
     def run(self) -> None:
         """Fill all of the arena, or what `unfinished` says.
@@ -118,14 +125,14 @@ class SeedTransfer:
         """
         wrong = list(ranges)
         blamed = {
-            seed
-            for seed, op in self._received
+            rank.seed
+            for rank, op in self._received
             if any(op.target_offset < stop and op.target_stop > start for start, stop in wrong)
         } or {seed.name for seed in self.alive}
         self.errors.append(error)
         self.alive = [seed for seed in self.alive if seed.name not in blamed]
-        self.unfinished = [op for seed, op in self._received if seed in blamed]
-        self._received = [(seed, op) for seed, op in self._received if seed not in blamed]
+        self.unfinished = [op for rank, op in self._received if rank.seed in blamed]
+        self._received = [(rank, op) for rank, op in self._received if rank.seed not in blamed]
 
     def _run_round(self) -> None:
         # A seed on this host is worth more than one behind a network.
@@ -148,7 +155,7 @@ class SeedTransfer:
             opener.abandon()
             raise
         for job in jobs:
-            self._received += [(job.rank.seed, op) for op in job.done]
+            self._received += [(job.rank, op) for op in job.done]
             if job.source is not None and job.num_done and job.source.name not in self.source_names:
                 self.source_names.append(job.source.name)
         self.unfinished = [op for job in jobs for op in job.unfinished]

@@ -1,6 +1,7 @@
 """Owns the fleet as data: which instances serve which model, how they are, and who took its weights from whom."""
 
 import time
+from itertools import zip_longest
 
 import msgspec
 
@@ -20,6 +21,7 @@ class Giver(msgspec.Struct, kw_only=True):
     worker_id: str
     instance: str
     worker_rank: int | None
+    num_bytes: int | None  # that it gave, where that was said
 
 
 class Taking(msgspec.Struct, kw_only=True):
@@ -181,10 +183,11 @@ def make_taking(facts: InstanceFacts, known: dict[str, tuple[Row, InstanceFacts 
     load = facts.load
     assert load is not None
     givers = []
-    for worker_id in load.taken_from:
+    for worker_id, num_bytes in zip_longest(load.taken_from, load.taken_bytes[: len(load.taken_from)]):
         row, giver = known.get(worker_id, (None, None))
         name = giver.instance if giver else worker_id if row else ""
-        givers.append(Giver(worker_id=worker_id, instance=name, worker_rank=row.worker_rank if row else None))
+        rank = row.worker_rank if row else None
+        givers.append(Giver(worker_id=worker_id, instance=name, worker_rank=rank, num_bytes=num_bytes))
     return Taking(
         source=load.source,
         num_bytes=load.num_bytes,

@@ -36,6 +36,7 @@ def make_instance_facts(
             seconds=report.seconds,
             verified=report.verified,
             taken_from=report.taken_from,
+            taken_bytes=report.taken_bytes,
             fallback_reason=report.fallback_reason,
         )
     return InstanceFacts(

@@ -29,6 +29,7 @@ class LoadFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seconds: float
     verified: bool = False
     taken_from: tuple[str, ...] = ()  # worker ids of the seeds; empty for files
+    taken_bytes: tuple[int, ...] = ()  # from each of them
     fallback_reason: str = ""
 
 

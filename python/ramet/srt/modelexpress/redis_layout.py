@@ -8,7 +8,7 @@ know travel in one more key, `unknown_fields`, which the reference server does n
 """
 
 import base64
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar
 
 import msgspec
 from google.protobuf.message import Message
@@ -23,11 +23,26 @@ ATTRIBUTES = "__attributes__"
 
 
 class TensorJson(msgspec.Struct):
+    """A tensor as it is written."""
+
     name: str
-    addr: str | int | float
-    size: str | int | float
+    addr: str
+    size: str
     device_id: int
     dtype: str
+
+
+class TensorFields(TypedDict):
+    """A tensor as it is read: what protobuf makes a message of, much faster than Python sets its fields."""
+
+    name: str
+    addr: int | float
+    size: int | float
+    device_id: int
+    dtype: str
+
+
+Tensor = TypeVar("Tensor")
 
 
 class ArtifactJson(msgspec.Struct):
@@ -38,9 +53,9 @@ class ArtifactJson(msgspec.Struct):
     node_rank: int = 0
 
 
-class RecordJson(msgspec.Struct, kw_only=True):
+class RecordJson(msgspec.Struct, Generic[Tensor], kw_only=True):
     worker_rank: int
-    tensors: list[TensorJson]
+    tensors: list[Tensor]
     backend_type: str | None = None  # "nixl", "transfer_engine" or "none"
     nixl_metadata: list[int] = []
     transfer_engine_session_id: str | None = None
@@ -85,6 +100,7 @@ class IdentityJson(msgspec.Struct, kw_only=True):
     unknown_fields: str | UnsetType = UNSET
 
 
+RECORD_DECODER = msgspec.json.Decoder(RecordJson[TensorFields], strict=False)  # not strict: numbers in strings
 IDENTITY_FIELDS = [
     name for name in IdentityJson.__struct_fields__ if name not in ("extra_parameters", "unknown_fields")
 ]
@@ -155,17 +171,39 @@ def encode_record(worker: p2p_pb2.WorkerMetadata) -> bytes:
     return msgspec.json.encode(record)
 
 
-def decode_record(text: bytes, summary: SummaryJson | None) -> p2p_pb2.WorkerMetadata:
-    """The record, with the status and time of its summary when that is not older.
+class StoredRecord(msgspec.Struct, frozen=True):
+    """A record that was read."""
+
+    encoded: bytes  # a WorkerMetadata without status and time
+    status: int
+    updated_at: int
+
+    def encode_with(self, summary: SummaryJson | None) -> bytes:
+        """A WorkerMetadata on the wire, with the status and time of the summary when that is not older."""
+        live = self if summary is None or summary.updated_at < self.updated_at else summary
+        return self.encoded + p2p_pb2.WorkerMetadata(status=live.status, updated_at=live.updated_at).SerializeToString()
+
+
+def decode_record(text: bytes) -> StoredRecord:
+    """Read a record.
 
     Raises:
         msgspec.DecodeError: if the text is not a record.
         ValueError: if one of its numbers is out of range.
+        OverflowError: if it is infinite.
     """
-    record = msgspec.json.decode(text, type=RecordJson)
-    if summary is not None and summary.updated_at >= record.updated_at:
-        record.status, record.updated_at = summary.status, summary.updated_at
-    worker = p2p_pb2.WorkerMetadata(**{name: getattr(record, name) for name in SAME_RECORD_FIELDS})
+    record = RECORD_DECODER.decode(text)
+    tensors: list[TensorFields] | None = None
+    if record.artifact_source is None:
+        tensors = record.tensors
+        for t in tensors:
+            if isinstance(t["addr"], float) or isinstance(t["size"], float):
+                t["addr"], t["size"] = int(t["addr"]), int(t["size"])
+    worker = p2p_pb2.WorkerMetadata(
+        **{name: getattr(record, name) for name in SAME_RECORD_FIELDS},
+        tensors=tensors,
+        tensor_source=None if tensors is None else {"tensors": tensors},
+    )
     worker.topology.update(record.topology)
     if record.backend_type == "transfer_engine" or (record.backend_type is None and record.transfer_engine_session_id):
         worker.transfer_engine_session_id = record.transfer_engine_session_id or ""
@@ -181,15 +219,11 @@ def decode_record(text: bytes, summary: SummaryJson | None) -> p2p_pb2.WorkerMet
             artifact.chunk_count,
         )
         worker.artifact_source.node_rank = artifact.node_rank
-    else:
-        worker.tensor_source.SetInParent()
-        for t in record.tensors:
-            worker.tensor_source.tensors.add(
-                name=t.name, addr=int(t.addr), size=int(t.size), device_id=t.device_id, dtype=t.dtype
-            )
-        worker.tensors.MergeFrom(worker.tensor_source.tensors)
     decode_unknown(worker, record.unknown_fields)
-    return worker
+    status, updated_at = worker.status, worker.updated_at
+    worker.ClearField("status")
+    worker.ClearField("updated_at")
+    return StoredRecord(worker.SerializeToString(), status, updated_at)
 
 
 def encode_unknown(message: Message) -> str | UnsetType:

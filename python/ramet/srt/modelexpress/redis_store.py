@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 2.0
 ANSWER_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 32
+CACHED_BYTES = 64 << 20
 
 T = TypeVar("T")
 
@@ -159,6 +161,7 @@ class RedisStore:
         self._update = self._redis.register_script(UPDATE)
         self._remove = self._redis.register_script(REMOVE)
         self._known: dict[str, KnownSource] = {}  # by source id
+        self._records = RecordCache(CACHED_BYTES)
         # Reads of one source, or of all (None): the one that is going on, and the one that comes after it.
         self._running: dict[str | None, asyncio.Task[list[Source]]] = {}
         self._queued: dict[str | None, asyncio.Task[list[Source]]] = {}
@@ -245,10 +248,18 @@ class RedisStore:
         status = fields.get(b"status:%d" % ranks[0])
         try:
             summary = msgspec.json.decode(status, type=layout.SummaryJson) if status else None
-            worker = await asyncio.to_thread(layout.decode_record, fields[b"%d" % ranks[0]], summary)
-            return StoredWorker(layout.decode_identity(attributes) if attributes else None, worker)
-        except ValueError as error:  # msgspec.DecodeError is one too
+            record = await self._decode_record(fields[b"%d" % ranks[0]])
+            identity = layout.decode_identity(attributes) if attributes else None
+            return StoredWorker(identity, record.encode_with(summary))
+        except (ValueError, OverflowError) as error:  # msgspec.DecodeError is one of the former
             raise StoreError(f"the record of worker {worker_id} in Redis cannot be read: {error}") from error
+
+    async def _decode_record(self, text: bytes) -> layout.StoredRecord:
+        record = self._records.get(text)
+        if record is None:
+            record = await asyncio.to_thread(layout.decode_record, text)
+            self._records.put(text, record)
+        return record
 
     async def update_status(
         self, source_id: str, worker_id: str, worker_rank: int, status: int, updated_at: int, load: float | None
@@ -310,6 +321,34 @@ def decode_text(raw: msgspec.Raw) -> str:
         return msgspec.msgpack.decode(raw, type=str)
     except ValueError:
         return ""
+
+
+class RecordCache:
+    """The records that were asked for last, by their text: many clients ask for the few sources that are idle.
+
+    Args:
+        limit_bytes: that texts and records may have together.
+    """
+
+    def __init__(self, limit_bytes: int):
+        self._limit_bytes = limit_bytes
+        self._num_bytes = 0
+        self._records: OrderedDict[bytes, layout.StoredRecord] = OrderedDict()  # the one used last at the end
+
+    def get(self, text: bytes) -> layout.StoredRecord | None:
+        record = self._records.get(text)
+        if record is not None:
+            self._records.move_to_end(text)
+        return record
+
+    def put(self, text: bytes, record: layout.StoredRecord) -> None:
+        """Keep it, and let go of as many old ones as that takes."""
+        if text not in self._records:
+            self._num_bytes += len(text) + len(record.encoded)
+        self._records[text] = record
+        while self._num_bytes > self._limit_bytes:
+            old_text, old = self._records.popitem(last=False)
+            self._num_bytes -= len(old_text) + len(old.encoded)
 
 
 class KnownSource:

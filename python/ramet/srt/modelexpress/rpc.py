@@ -5,6 +5,7 @@ from typing import Any
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
 
 MAX_MESSAGE_BYTES = 100 * 1024 * 1024  # both ways, as the published clients and servers have it
 MESSAGE_SIZE_OPTIONS = [
@@ -26,13 +27,20 @@ def client_calls(channel: grpc.Channel, service: ServiceDescriptor) -> dict[str,
 
 
 def server_handler(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
-    """A handler that gives each method of `service` to the method of `servicer` with the same name."""
+    """A handler that gives each method of `service` to the method of `servicer` with the same name.
+
+    That answers a message, or one that it has serialized already.
+    """
     handlers = {}
     for method in service.methods:
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         handlers[method.name] = make(
             getattr(servicer, method.name),
             request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
-            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+            response_serializer=_serialize,
         )
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _serialize(answer: Message | bytes) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()

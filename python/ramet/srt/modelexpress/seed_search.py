@@ -39,7 +39,8 @@ class Candidate:
     """An instance that is listed as READY."""
 
     refs: list[p2p_pb2.SourceInstanceRef]  # the record for this shard rank, or all records of another topology
-    worker_ids: tuple[str, ...] = ()  # of the ranks that give the weights, once it is opened
+    # By world rank: of the ranks that give the weights, once it is opened.
+    worker_ids: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -111,8 +112,8 @@ class SeedSearch:
         if source is None:
             raise self._error(candidate, "it is no longer READY")
         if not source.info_url:
-            candidate.worker_ids = (source.worker_id,)
             answer = make_seed_answer(source, self._manifest)
+            candidate.worker_ids = {answer.rank: source.worker_id}
             return SeedInstance.of_answer(candidate.name, answer, self._config, self._manifest)
         seed = self._ask(candidate, source)
         answers = {rank.answer.rank: rank.answer for rank in seed.ranks}
@@ -122,7 +123,7 @@ class SeedSearch:
             real, listed = answers[rank].started_at, records[rank][0].started_at
             if real and listed and real != listed:
                 raise self._error(candidate, "the instance that is listed has ended: another one has its address")
-        candidate.worker_ids = tuple(records[rank][1].worker_id for rank in shared)
+        candidate.worker_ids = {rank: records[rank][1].worker_id for rank in shared}
         return seed
 
     def _ask(self, candidate: Candidate, source: SourceRecord) -> SeedInstance:

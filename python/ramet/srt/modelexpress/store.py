@@ -69,7 +69,7 @@ class StoredWorker(msgspec.Struct, frozen=True):
     """A record and the identity under which it was published."""
 
     identity: p2p_pb2.SourceIdentity | None
-    worker: p2p_pb2.WorkerMetadata
+    worker: bytes  # a WorkerMetadata on the wire
 
 
 class MetadataStore(Protocol):
@@ -116,14 +116,14 @@ class _Record:
         worker.ClearField("tensors")
         self.head = worker.SerializeToString()
 
-    def unpack(self) -> p2p_pb2.WorkerMetadata:
+    def unpack(self) -> bytes:
         worker = p2p_pb2.WorkerMetadata.FromString(self.head)
         worker.status, worker.updated_at = self.row.status, self.row.updated_at
         if self.tensors:
             worker.tensor_source.SetInParent()
             worker.tensor_source.MergeFromString(zlib.decompress(self.tensors))
             worker.tensors.MergeFrom(worker.tensor_source.tensors)
-        return worker
+        return worker.SerializeToString()
 
 
 class _Entry:

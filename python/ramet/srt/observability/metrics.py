@@ -58,6 +58,12 @@ class Metrics:
                 ("seconds", "Seconds that filling the arena took."),
             )
         }
+        self._load_taken = Gauge(
+            "ramet:weight_load_taken_bytes",
+            "Of the bytes of weights in the rank's arena, those that a seed gave.",
+            ["model_name", "seed", "rank"],
+            registry=self.registry,
+        )
         self._modelexpress = {
             name: Gauge(f"ramet:modelexpress_{name}", text, ["model_name", "replica"], registry=self.registry)
             for name, text in (
@@ -76,6 +82,8 @@ class Metrics:
         labels = {**self._labels, "source": report.source, "rank": str(rank)}
         self._load["bytes"].labels(**labels).set(report.num_bytes)
         self._load["seconds"].labels(**labels).set(report.seconds)
+        for seed, num_bytes in zip(report.taken_from, report.taken_bytes, strict=True):
+            self._load_taken.labels(**self._labels, seed=seed, rank=str(rank)).set(num_bytes)
 
     def observe_output(self, sequence: RunningSequence, num_tokens: int, previous_s: float | None) -> None:
         """A sequence has got `num_tokens` more; its output before that came at `previous_s`."""

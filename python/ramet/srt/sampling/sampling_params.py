@@ -77,7 +77,7 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
     try:
         params = _convert(values)
     except msgspec.ValidationError as error:
-        raise _named(error) from None
+        raise _named(error, values) from None
     _check_together(params, vocab_size)
     if params.temperature < GREEDY_TEMPERATURE:
         params.temperature = 0.0
@@ -104,13 +104,32 @@ def with_whole_numbers(value: Any) -> Any:
     return value
 
 
-def _named(error: msgspec.ValidationError) -> RequestError:
+def _named(error: msgspec.ValidationError, values: dict[str, Any]) -> RequestError:
     """msgspec's message, which ends in "at `$.name…`", with the parameter's name in front."""
     match = re.fullmatch(r"(?P<what>.*) - at (?:`key` in )?`\$\.(?P<name>\w+)(?P<rest>.*)`", str(error), re.DOTALL)
     if match is None:
         return RequestError(str(error), param="sampling_params")
     what = match["what"].replace("`", "")
-    return RequestError(f"{match['name']}{match['rest']}: {what[0].lower()}{what[1:]}", param=match["name"])
+    what = what[0].lower() + what[1:]
+    name, biases = match["name"], values.get("logit_bias")
+    if name == "logit_bias" and isinstance(biases, Mapping):
+        return RequestError(_describe_bad_bias(biases, what), param=name)
+    return RequestError(f"{name}{match['rest']}: {what}", param=name)
+
+
+def _describe_bad_bias(biases: Mapping[Any, Any], what: str) -> str:
+    """What is wrong with the first bad entry, whose key msgspec does not tell."""
+    for key, bias in biases.items():
+        shown = f"{key!r:.60}"
+        try:
+            msgspec.convert({key: 0}, dict[int, float], str_keys=True)
+        except msgspec.ValidationError:
+            return f"logit_bias: the key {shown} is not a token id, an int"
+        try:
+            msgspec.convert(bias, Bias)
+        except msgspec.ValidationError:
+            return f"logit_bias[{shown}]: {what}"
+    return f"logit_bias: {what}"
 
 
 def _check_together(params: SamplingParams, vocab_size: int) -> None:

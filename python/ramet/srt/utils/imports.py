@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 from ramet.srt.model_loader import cuda_driver
 
-
 BYTECODE_FOLDER = "ramet/bytecode"  # in the user's cache
 
 

@@ -1,0 +1,105 @@
+"""Owns the life of a server's main process: from its flags to its exit code.
+
+What can be wrong is found first, then the children are started, and only then the heavy imports begin.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from ramet.srt.command_line import parse_server_args
+from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.listener import bind
+from ramet.srt.observability.logs import configure_logging
+from ramet.srt.observability.progress import process_start_time
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.imports import importing
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(BaseException):
+    """A signal has come before there was a server to take it."""
+
+
+def serve_from_command_line(argv: Sequence[str], prog: str) -> int:
+    """Serve as the flags say; the exit code."""
+    launch_time = process_start_time()
+    try:
+        server_args = parse_server_args(argv, prog)
+    except ValueError as error:
+        return _fail(error)
+    return launch(server_args, launch_time)
+
+
+def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = SCHEDULER_MODULE) -> int:
+    """Serve until SIGTERM, SIGINT or the death of a child.
+
+    Returns:
+        The exit code: 0 after a signal; 1, with one line on stderr, if the start failed or a child has died.
+    """
+    configure_logging(server_args.log_level, "server")
+    try:
+        with _StartSignals() as signals:
+            return _run(server_args, launch_time, scheduler_module, signals)
+    except Interrupted:
+        return 0
+
+
+def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, signals: "_StartSignals") -> int:
+    instance: Instance | None = None
+    try:
+        with contextlib.closing(bind(server_args.host, server_args.port)) as listener:
+            server_args = dataclasses.replace(server_args, port=listener.getsockname()[1])
+            logger.info("listening on %s", server_args.url())
+            instance = Instance(server_args, launch_time, scheduler_module)
+            instance.start()
+            with importing("fastapi"):
+                from ramet.srt.entrypoints.http_server import serve  # heavy: the scheduler imports torch meanwhile
+
+            signals.check()
+            serve(instance, listener, signals.check)
+    except (ValueError, LaunchError) as error:
+        return _fail(error)
+    finally:
+        if instance is not None:
+            with _StartSignals():  # once more: an event loop that ends leaves Python's own handlers behind
+                instance.stop_processes()
+    return 0
+
+
+class _StartSignals:
+    """Until a server takes the signals, they end the start in an orderly way."""
+
+    def __init__(self) -> None:
+        self._has_come = False
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come. What it raised then may have met code that drops all exceptions."""
+        if self._has_come:
+            raise Interrupted
+
+    def __enter__(self) -> "_StartSignals":
+        self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._has_come = True
+        raise Interrupted
+
+
+def _fail(error: Exception) -> int:
+    """One line for the user, whatever the error's text looks like; the exit code."""
+    print("ramet: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 1
