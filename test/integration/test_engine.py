@@ -130,20 +130,26 @@ def test_shutdown(model: Path) -> None:
 
 
 def test_death_of_a_child(model: Path) -> None:
+    before = fake_schedulers()
     engine = FakeEngine(model_path=str(model))
-    pids = [
-        int(folder.name)
-        for folder in Path("/proc").iterdir()
-        if folder.name.isdigit() and b"fake_scheduler" in read(folder / "cmdline") and is_ours(folder)
-    ]
+    (pid,) = fake_schedulers() - before
     stream = engine.generate("a", {"max_new_tokens": 400}, stream=True)
     next(stream)
-    os.kill(max(pids), signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(ServiceError, match="SIGKILL"):
         list(stream)
     with pytest.raises(ServiceError, match="SIGKILL"):
         wait_until(lambda: engine.generate("a") is None, "an error")
     engine.shutdown()
+
+
+def fake_schedulers() -> set[int]:
+    """Process ids of this test run's fake schedulers."""
+    return {
+        int(folder.name)
+        for folder in Path("/proc").iterdir()
+        if folder.name.isdigit() and b"fake_scheduler" in read(folder / "cmdline") and is_ours(folder)
+    }
 
 
 def read(file: Path) -> bytes:

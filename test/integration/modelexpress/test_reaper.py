@@ -88,7 +88,7 @@ async def test_one_rank_of_a_worker_can_go_alone(store: MetadataStore) -> None:
         source_id = await store.publish(IDENTITY, "w", worker)
     assert await Clocks().reaper(store).reap() == (0, 1)
     stored = await store.get(source_id, "w")
-    assert stored is not None and stored.worker.worker_rank == 1
+    assert stored is not None and p2p_pb2.WorkerMetadata.FromString(stored.worker).worker_rank == 1
     assert (await rows(store))["w"].worker_rank == 1
 
 

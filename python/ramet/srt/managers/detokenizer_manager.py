@@ -122,9 +122,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         die_with_parent(config.parent_pid, signal.SIGTERM)
         return _serve(config, status_fd)
-    except SystemExit:
+    finally:
         shutil.rmtree(config.directory, ignore_errors=True)  # the launcher does it too, unless it has been killed
-        raise
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
