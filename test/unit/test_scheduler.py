@@ -1,12 +1,15 @@
 """What the scheduler promises beside the right tokens: ends, aborts, limits, sharing, sampling."""
 
+import gc
 import json
 import shutil
+import tracemalloc
 
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.layers import sampler
+from ramet.srt.managers import scheduler as scheduler_module
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 from ramet.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -191,3 +194,23 @@ def test_streamed_outputs_come_token_by_token(folder):
     sizes = [len(output.token_ids) for output in engine.channel.outputs]
     assert sizes == [1, 3, 3, 1]
     assert all(len(output.output_logprobs.logprobs) == len(output.token_ids) for output in engine.channel.outputs)
+
+
+def test_memory_does_not_grow_with_the_passes(engine, monkeypatch):
+    """Nobody asks for the throughput meanwhile."""
+    monkeypatch.setattr(scheduler_module, "THROUGHPUT_WINDOW_S", 0.0)
+
+    def run() -> int:
+        for number in range(12):
+            engine.generate([[5, 6, number]], max_new_tokens=20)
+            engine.channel.outputs.clear()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    run()
+    tracemalloc.start()
+    try:
+        before, after = run(), run()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 8_000, "240 passes more"

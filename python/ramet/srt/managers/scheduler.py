@@ -305,10 +305,13 @@ class Scheduler:
 
     def _throughput(self) -> float:
         """Output tokens per second over the last few seconds."""
-        now = time.monotonic()
-        while self._token_times and now - self._token_times[0][0] > THROUGHPUT_WINDOW_S:
-            self._token_times.popleft()
+        self._forget_old_passes()
         return sum(count for _, count in self._token_times) / THROUGHPUT_WINDOW_S
+
+    def _forget_old_passes(self) -> None:
+        start = time.monotonic() - THROUGHPUT_WINDOW_S
+        while self._token_times and self._token_times[0][0] < start:
+            self._token_times.popleft()
 
     # -- What runs next
 
@@ -468,6 +471,7 @@ class Scheduler:
                 gaining.append(req)
         self.running = [req for req in self.running if req.finish_reason is None]
         self._token_times.append((time.monotonic(), len(gaining)))
+        self._forget_old_passes()
         self._send([req for req in gaining if not req.is_silent])
 
     def _take_token(self, req: Req, token_id: int, result: BatchResult) -> None:
