@@ -44,8 +44,9 @@ def _keep_bytecode(package: str) -> None:
     if not sys.dont_write_bytecode and os.access(os.path.dirname(spec.origin), os.W_OK):
         return  # it will be kept where it belongs
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    sys.pycache_prefix = os.path.join(cache, BYTECODE_FOLDER)
-    sys.dont_write_bytecode = False
+    if os.path.isabs(cache):  # not so for a user without a home
+        sys.pycache_prefix = os.path.join(cache, BYTECODE_FOLDER)
+        sys.dont_write_bytecode = False
 
 
 def start_gpu(gpu_id: int) -> None:
