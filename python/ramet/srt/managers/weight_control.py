@@ -16,6 +16,7 @@ from collections.abc import Callable
 import msgspec
 
 from ramet.srt.managers.io_struct import WeightControlError, WeightReply, WeightRequest
+from ramet.srt.utils.child_process import one_line
 from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class WeightControlServer:
     def __init__(self, handle: Callable[[WeightRequest], WeightReply], host: str | None) -> None:
         """
         Args:
-            handle: answers a request; a ValueError becomes a WeightControlError.
+            handle: answers a request; a ValueError or RuntimeError becomes a WeightControlError.
             host: address of this node if other nodes must reach it; None: only this host must.
 
         Raises:
@@ -91,8 +92,8 @@ class WeightControlServer:
     def _reply_to(self, request: WeightRequest) -> WeightReply:
         try:
             return self._handle(request)
-        except ValueError as error:
-            return WeightControlError(message=str(error))
+        except (ValueError, RuntimeError) as error:  # the latter from a GPU that has no room left, for example
+            return WeightControlError(message=one_line(error))
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
