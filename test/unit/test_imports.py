@@ -70,7 +70,9 @@ def test_without_a_driver_nothing_is_started(monkeypatch: pytest.MonkeyPatch, re
     assert "start-gpu" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.parametrize("case", ["no bytecode", "has bytecode", "a folder of the user's", "may be written"])
+@pytest.mark.parametrize(
+    "case", ["no bytecode", "has bytecode", "a folder of the user's", "no place", "may be written"]
+)
 def test_bytecode_is_kept_where_an_image_has_none(tmp_path: Path, case: str) -> None:
     package = tmp_path / "heavy"
     package.mkdir()
@@ -82,10 +84,14 @@ def test_bytecode_is_kept_where_an_image_has_none(tmp_path: Path, case: str) -> 
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *sys.path])
     if case == "a folder of the user's":
         environment["PYTHONPYCACHEPREFIX"] = str(tmp_path / "own")
+    if case == "no place":
+        (tmp_path / "cache").touch()
     if case == "may be written":
         del environment["PYTHONDONTWRITEBYTECODE"]
     done = subprocess.run([sys.executable, "-c", IMPORT], env=environment, capture_output=True, text=True, timeout=60)
     kept = Path(done.stdout.strip())
-    assert kept.exists() == (case != "a folder of the user's"), done.stderr  # which Python is told not to write to
+    assert kept.exists() == (case not in ("a folder of the user's", "no place")), (
+        done.stderr
+    )  # Python may not write there
     folder = {"no bytecode": "cache/ramet/bytecode", "a folder of the user's": "own"}.get(case, "heavy/__pycache__")
     assert kept.is_relative_to(tmp_path / folder)

@@ -44,9 +44,18 @@ def _keep_bytecode(package: str) -> None:
     if not sys.dont_write_bytecode and os.access(os.path.dirname(spec.origin), os.W_OK):
         return  # it will be kept where it belongs
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(cache):  # not so for a user without a home
-        sys.pycache_prefix = os.path.join(cache, BYTECODE_FOLDER)
+    if os.path.isabs(cache) and _is_writable(folder := os.path.join(cache, BYTECODE_FOLDER)):  # no home: not absolute
+        sys.pycache_prefix = folder
         sys.dont_write_bytecode = False
+
+
+def _is_writable(folder: str) -> bool:
+    """Whether files can be kept there. Otherwise what has bytecode beside it would be compiled each time too."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def start_gpu(gpu_id: int) -> None:
