@@ -70,7 +70,11 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
     finally:
         if instance is not None:
             with _StartSignals():  # once more: an event loop that ends leaves Python's own handlers behind
-                instance.stop_processes()
+                try:
+                    instance.stop_processes()
+                except Interrupted:
+                    instance.kill_processes()
+                    raise
     return 0
 
 
