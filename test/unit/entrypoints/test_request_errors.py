@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ramet.srt.entrypoints.http_api import StartProfileBody
 from ramet.srt.entrypoints.http_validation import describe_validation_errors
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
@@ -50,3 +51,7 @@ def test_what_clients_say_about_themselves_is_taken() -> None:
 def test_a_wrong_bias_is_called_by_its_key(bias: dict[str, Any]) -> None:
     message, param, _ = error_of(ChatCompletionRequest, messages=MESSAGES, logit_bias=bias)
     assert message.startswith("logit_bias['abc']: ") and param == "logit_bias"
+
+
+def test_a_wrong_entry_of_a_list_is_called_by_its_place() -> None:
+    assert error_of(StartProfileBody, activities=["CPU", "TPU"])[0].startswith("activities[1]: ")

@@ -58,5 +58,5 @@ def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None
     place = "".join(f"[{part}]" for part in path[1:] if isinstance(part, int))
     if param == "logit_bias" and len(path) > 1:
         place = f"[{path[1]!r:.60}]"  # its keys are a user's own
-    field = f".{path[-1]}" if first["type"] == "literal_error" and len(path) > 1 else ""
+    field = f".{path[-1]}" if first["type"] == "literal_error" and isinstance(path[-1], str) and len(path) > 1 else ""
     return f"{param}{place}{field}: {first['msg']}", param, None
