@@ -1,13 +1,15 @@
 """Stands in for the scheduler process: no model, no torch. It repeats the prompt's tokens over and over.
 
 What it does wrong comes from the environment: FAKE_FAULT is "" or one of fail_start, die_at_start, hang_at_start,
-die_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds before it is ready.
+die_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds before it is ready; FAKE_PROFILE a
+file that it makes when a profile is to be ended.
 """
 
 import os
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import zmq
 from ramet.srt.configs.model_config import ModelConfig
@@ -21,9 +23,12 @@ from ramet.srt.managers.io_struct import (
     GetInternalStateReqOutput,
     LoadReport,
     Message,
+    ProfileReqOutput,
     RequestOutput,
     SchedulerFailed,
     SchedulerReady,
+    StartProfileReqInput,
+    StopProfileReqInput,
     TokenizedGenerateReqInput,
     TokenLogprobs,
     decode,
@@ -110,6 +115,10 @@ class FakeScheduler:
         if isinstance(message, FlushCacheReqInput):
             idle = not self.running
             return FlushCacheReqOutput(request_id=message.request_id, success=idle, message="" if idle else "busy")
+        if isinstance(message, StartProfileReqInput | StopProfileReqInput):
+            if isinstance(message, StopProfileReqInput):
+                Path(os.environ["FAKE_PROFILE"]).touch()
+            return ProfileReqOutput(request_id=message.request_id, success=True, message="")
         assert isinstance(message, GetInternalStateReq)
         return GetInternalStateReqOutput(
             request_id=message.request_id,

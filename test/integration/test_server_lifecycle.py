@@ -90,6 +90,20 @@ def test_signal_lets_running_requests_end(model: Path, tmp_path: Path, number: i
     assert len(children) == 2
 
 
+@pytest.mark.parametrize("records", [True, False])
+def test_a_profile_that_is_recorded_is_written_before_the_ranks_are_told_to_end(
+    model: Path, tmp_path: Path, records: bool
+) -> None:
+    written = tmp_path / "written"
+    with ServerProcess(model, tmp_path / "log", FAKE_PROFILE=str(written)) as server:
+        url = server.wait_ready().url
+        if records:
+            assert httpx.post(f"{url}/start_profile", json={"output_dir": str(tmp_path)}).status_code == 200
+        server.signal(signal.SIGTERM)
+        assert server.wait_exit(10) == 0
+    assert written.exists() == records
+
+
 def test_drain_timeout_aborts(model: Path, tmp_path: Path) -> None:
     with ServerProcess(model, tmp_path / "log", "--drain-timeout", "0.5", FAKE_STEP_S="0.1") as server:
         request = Background(server.wait_ready().url, sampling_params={"max_new_tokens": 400})

@@ -256,19 +256,24 @@ class Instance:
             logger.warning("rank %d could not be told of %s: %s", rank, type(news).__name__, error)
 
     async def drain(self) -> None:
-        """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them."""
+        """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them.
+
+        A profile that is being recorded is written after that, which may take minutes.
+        """
         if not self.is_head:
             return
         self._tell_ranks(InstanceStopping())
         self.manager.stop_accepting(SHUTTING_DOWN)
         if self._telling:
             await asyncio.wait(self._telling)
-        if await self.manager.drain(self.server_args.drain_timeout):
-            return
-        logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
-        self.manager.abort_all()
-        if not await self.manager.drain(ABORT_TIMEOUT_S):
-            self.manager.fail_all(ServiceError(SHUTTING_DOWN))
+        if not await self.manager.drain(self.server_args.drain_timeout):
+            logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
+            self.manager.abort_all()
+            if not await self.manager.drain(ABORT_TIMEOUT_S):
+                self.manager.fail_all(ServiceError(SHUTTING_DOWN))
+                return
+        if self.death is None:
+            await self.manager.end_profile()
 
     def fail_requests(self) -> None:
         """Refuse new requests and give up those that still run: they get an error."""

@@ -4,6 +4,7 @@ It runs on one asyncio event loop and knows nothing of HTTP.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -76,6 +77,7 @@ class TokenizerManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
+        self._may_record = False  # a profile; one that ends by itself does not tell
         self._context = zmq.asyncio.Context(io_threads=1)
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
@@ -195,13 +197,22 @@ class TokenizerManager:
             with_stack=with_stack,
             record_shapes=record_shapes,
         )
+        self._may_record = True
         replies = await self._ask_all(question, ProfileReqOutput, PROFILE_TIMEOUT_S)
         return min(replies, key=lambda reply: reply.success)
 
     async def stop_profile(self) -> ProfileReqOutput:
         """End the recording where there is one; refused if there is none. Raises ServiceError without an answer."""
         replies = await self._ask_all(StopProfileReqInput, ProfileReqOutput, PROFILE_TIMEOUT_S)
+        self._may_record = False
         return max(replies, key=lambda reply: reply.success)
+
+    async def end_profile(self) -> None:
+        """Wait until what was recorded is written: a rank that is only told to end is killed after some seconds."""
+        if self._may_record:
+            logger.info("waiting until the profile is written, if one is being recorded")
+            with contextlib.suppress(ServiceError):
+                await self.stop_profile()
 
     async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
         """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
