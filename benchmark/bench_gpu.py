@@ -193,6 +193,7 @@ def measure_token_times(
                 work()
         finally:
             load.kill()
+            load.wait()
         if load.returncode != 0:
             raise RuntimeError("requests of the load have failed: see above")
         times[name] = json.loads(output.read_text())["values"]["ITL"]["p99"]
