@@ -59,7 +59,6 @@ PROFILED_LOADS = 4
 SMALL = {"vocab_size": 32000, "num_hidden_layers": 2}  # of the model that goes over the network: 1.3 GB
 SWEEP_SLICES_MB = (2, 4, 8)
 SWEEP_THREADS = (8, 12, 16)
-SWEEP_SPARES = (4,)
 
 
 @dataclass
@@ -310,21 +309,22 @@ class Bench:
         planning = timed(lambda: source.plan(arena.manifest))
         plan = source.plan(arena.manifest)
         print(f"pinned copy {limit / 1e9:.1f} GB/s, planning {planning * 1e3:.0f} ms, {plan.nbytes / 1e9:.2f} GB")
-        print("slice MB, threads, spare: GB/s first, best of 3; reads alone")
+        print("slice MB, threads: GB/s first, best of 3; reads alone")
         upload = cuda_driver.queue_upload
         for threads in SWEEP_THREADS:
             for slice_mb in SWEEP_SLICES_MB:
-                for spare in SWEEP_SPARES:
-                    reader.MAX_READERS, reader.SLICE_BYTES, reader.SPARE_SLICES = threads, slice_mb << 20, spare
-                    rates = [plan.nbytes / timed(lambda: source.fill(plan, arena)) for _ in range(3)]
-                    cuda_driver.queue_upload = lambda *_: None
-                    alone = plan.nbytes / timed(lambda: source.fill(plan, arena))
-                    cuda_driver.queue_upload = upload
-                    print(f"{slice_mb}, {threads}, {spare}: {rates[0] / 1e9:.1f}, {max(rates) / 1e9:.1f};"
-                          f" {alone / 1e9:.1f}", flush=True)  # fmt: skip
-                    what = f"{slice_mb} MB, {threads} threads, {spare} spare"
-                    note = f"reads alone {alone / 1e9:.1f}"
-                    self.results.append(Result(what, max(rates), limit, "pinned copy", note, rates))
+                reader.MAX_READERS, reader.SLICE_BYTES = threads, slice_mb << 20
+                rates = [plan.nbytes / timed(lambda: source.fill(plan, arena)) for _ in range(3)]
+                cuda_driver.queue_upload = lambda *_: None
+                alone = plan.nbytes / timed(lambda: source.fill(plan, arena))
+                cuda_driver.queue_upload = upload
+                print(
+                    f"{slice_mb}, {threads}: {rates[0] / 1e9:.1f}, {max(rates) / 1e9:.1f}; {alone / 1e9:.1f}",
+                    flush=True,
+                )
+                what = f"{slice_mb} MB, {threads} threads"
+                note = f"reads alone {alone / 1e9:.1f}"
+                self.results.append(Result(what, max(rates), limit, "pinned copy", note, rates))
 
 
 @contextlib.contextmanager
