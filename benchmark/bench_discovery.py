@@ -26,7 +26,7 @@ IMPORTS = """
 import time
 import ramet.srt.model_loader.loader
 start = time.perf_counter()
-import ramet.srt.modelexpress.seed_search
+import ramet.srt.modelexpress.client.seed_search
 print(time.perf_counter() - start)
 """
 

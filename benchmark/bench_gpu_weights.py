@@ -43,8 +43,8 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
 from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.weight_arena import WeightArena
 
 # The parts in order of worth, and their time limits.
 PART_TIMEOUT_S = {"local": 15.0, "reshard": 15.0, "checkpoint": 60.0, "broadcast": 20.0, "network": 30.0}
@@ -199,8 +199,8 @@ class Bench:
 
     def measure_rows(self, arena: WeightArena, limit: float) -> None:
         """The strided rows of one such load by themselves: they are queued before the rest, with a mark in between."""
-        from ramet.srt.model_loader import cuda_driver
-        from ramet.srt.model_loader.transfer_plan import CopyOp
+        from ramet.srt.utils import cuda_driver
+        from ramet.srt.weights.planner import CopyOp
 
         queue, marks, sizes = cuda_driver.queue_copies, [torch.cuda.Event(enable_timing=True) for _ in range(2)], []
 
@@ -299,9 +299,9 @@ class Bench:
 
     def sweep_checkpoint(self) -> None:
         """Rates of reading files with several slice sizes and numbers of threads; and without the copies."""
-        from ramet.srt.model_loader import cuda_driver
-        from ramet.srt.model_loader.sources import cuda_file_reader as reader
-        from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
+        from ramet.srt.model_loader.arena import cuda_reader as reader
+        from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+        from ramet.srt.utils import cuda_driver
 
         arena, folder = self.open_checkpoint()
         limit = self.host_copy_rate(arena)

@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT / "test"))
 import sharded_models as sm
 from bench_transfers import SHAPE
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.seed_instance import SeedInstance
-from ramet.srt.model_loader.seed_sources import SeedSources
-from ramet.srt.model_loader.seed_transfer import SeedTransfer
-from ramet.srt.model_loader.weight_arena import HostWeightArena
-from ramet.srt.model_loader.weight_manifest import WeightManifest
+from ramet.srt.model_loader.arena.base import HostWeightArena
+from ramet.srt.model_loader.client.open_sources import SeedSources
+from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.transfer import SeedTransfer
+from ramet.srt.weights.manifest import WeightManifest
 from random_models import write_tokenizer
 from seed_server import write_random_model
 

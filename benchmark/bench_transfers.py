@@ -30,13 +30,13 @@ import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
-from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.arena.base import HostWeightArena
+from ramet.srt.model_loader.client.open_sources import SeedSources
+from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.seed_instance import SeedInstance
-from ramet.srt.model_loader.seed_sources import SeedSources
-from ramet.srt.model_loader.seed_transfer import SeedTransfer
-from ramet.srt.model_loader.weight_arena import HostWeightArena
-from ramet.srt.model_loader.weight_manifest import WeightManifest
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.weights.manifest import WeightManifest
 from seed_server import SeedServerProcess, write_random_model
 
 SHAPE = {

@@ -27,20 +27,20 @@ sys.path.insert(0, str(ROOT / "test"))
 import numpy as np
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader import host_memory
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.client.local import LocalSource
+from ramet.srt.model_loader.client.open_sources import SeedSources
+from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.local_share import request_memory
-from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.seed_instance import SeedInstance
-from ramet.srt.model_loader.seed_registration import SeedAnswer
-from ramet.srt.model_loader.seed_sources import SeedSources
-from ramet.srt.model_loader.seed_transfer import SeedTransfer
-from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
-from ramet.srt.model_loader.sources.local import LocalSource
-from ramet.srt.model_loader.threads import num_copy_threads
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import layout_digest
+from ramet.srt.model_loader.transport.local_share import request_memory
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils import host_memory
+from ramet.srt.utils.threads import num_copy_threads
+from ramet.srt.weights.manifest import layout_digest
+from ramet.srt.weights.registration import SeedAnswer
 from safetensors.numpy import save_file
 
 NUM_TENSORS = 64

@@ -76,8 +76,8 @@ def serve(topologies: dict[str, dict[str, Any]], answers_fd: int) -> None:
     import sharded_models as sm
     import torch
     from ramet.srt.distributed.pair_group import SENDER, PairGroup, connect
+    from ramet.srt.model_loader.arena.base import WeightArena
     from ramet.srt.model_loader.loader import DummyModelLoader
-    from ramet.srt.model_loader.weight_arena import WeightArena
     from seed_server import SeedServer
 
     torch.set_num_threads(1)

@@ -9,10 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ramet.srt.model_loader import cuda_driver
-from ramet.srt.model_loader.sources import cuda_file_reader, file_reader
-from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.arena import cuda_reader, host_reader
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.utils import cuda_driver
 
 BUCKET_S = 0.02  # of the course of reading
 
@@ -42,8 +42,8 @@ class LoadStages:
             (CheckpointSource, "plan", "plan"),
             (CheckpointSource, "fill", "fill, all of it"),
             (type(arena), "prepare_fill", "zero what no file fills"),
-            (cuda_file_reader._PinnedBuffer, "__init__", "pin a buffer"),
-            (cuda_file_reader._PinnedBuffer, "wait", "wait for a slice"),
+            (cuda_reader._PinnedBuffer, "__init__", "pin a buffer"),
+            (cuda_reader._PinnedBuffer, "wait", "wait for a slice"),
             (cuda_driver, "queue_upload", "queue a copy"),
             (cuda_driver, "record_event", "record an event"),
             (torch.cuda.Stream, "synchronize", "wait for the stream"),
@@ -51,7 +51,7 @@ class LoadStages:
         with contextlib.ExitStack() as stack:
             for owner, name, stage in stages:
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), stage)))
-            for reader in (file_reader, cuda_file_reader):
+            for reader in (host_reader, cuda_reader):
                 read = self._timed(reader.read_range, "read a range", lambda fds, index, offset, into: len(into))
                 stack.enter_context(mock.patch.object(reader, "read_range", read))
                 run = functools.partial(self._run_in_threads, reader.run_in_threads)

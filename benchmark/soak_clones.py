@@ -138,9 +138,9 @@ class WeightClones:
 
     def __init__(self, seed: Server, device: str, local_mode: str) -> None:
         from ramet.srt.configs.load_config import LoadConfig
+        from ramet.srt.model_loader.arena.base import WeightArena
         from ramet.srt.model_loader.loader import get_model_loader
         from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-        from ramet.srt.model_loader.weight_arena import WeightArena
 
         if device != "cpu":
             import torch

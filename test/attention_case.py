@@ -3,11 +3,11 @@
 import random
 
 import torch
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

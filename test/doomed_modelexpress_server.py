@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ramet import modelexpress_server
-from ramet.srt.modelexpress import server
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.service import P2pService
+from ramet.srt.modelexpress.server import server
+from ramet.srt.modelexpress.server.service import P2pService
 
 ANY = ""
 

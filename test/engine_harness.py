@@ -23,7 +23,7 @@ from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import make_grammar_backend
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 GRAMMAR_TIMEOUT_S = 30.0
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import zmq
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -34,9 +35,8 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
-from ramet.srt.utils.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
-from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
+from ramet.srt.text.tokenizer import Tokenizer
 
 LOGPROB = -0.5
 MAX_TOTAL_TOKENS = 4096

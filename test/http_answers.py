@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import httpx
-from ramet.srt.entrypoints.answers import NativeOutput
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.entrypoints.http.answers import NativeOutput
+from ramet.srt.text.tokenizer import Tokenizer
 
 
 def repeated(tokenizer: Tokenizer, prompt: str, num_tokens: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.model_loader.sources.local import LocalSource
+from ramet.srt.model_loader.client.local import LocalSource
 from server_process import is_running
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
@@ -72,7 +72,7 @@ def interrupt_first_copy(monkeypatch, device: str, interrupt: Callable[[int], No
 @contextlib.contextmanager
 def _held_back_copies(monkeypatch, when_queued: Callable[[], None]) -> Iterator[None]:
     import torch
-    from ramet.srt.model_loader import cuda_driver
+    from ramet.srt.utils import cuda_driver
 
     queue = cuda_driver.queue_copies
 

@@ -11,13 +11,13 @@ from typing import Any
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.weight_arena import WeightArena
 from ramet.srt.modelexpress.ages import wall_clock_ms
-from ramet.srt.modelexpress.client import ModelExpressClient
-from ramet.srt.modelexpress.publisher import READY
+from ramet.srt.modelexpress.client.client import ModelExpressClient
+from ramet.srt.modelexpress.client.publisher import READY
+from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
-from ramet.srt.modelexpress.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from seed_process import DEFAULTS
 

@@ -184,7 +184,8 @@ def import_both(ours_first: bool) -> dict[str, Any]:
     """This project's stubs and the published ones, in one process."""
 
     def ours() -> Any:
-        from ramet.srt.modelexpress import client, source_identity
+        from ramet.srt.modelexpress import source_identity
+        from ramet.srt.modelexpress.client import client
         from ramet.srt.modelexpress.proto import p2p_pb2
 
         assert client.SERVICE is not None

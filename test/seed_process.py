@@ -18,9 +18,9 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightBox, WeightManifest, build_weight_manifest
-from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
 DEFAULTS: dict[str, Any] = {
     "shapes": {"a": [3, 7], "b": [1000, 64], "c": [0, 4], "d": [5]},

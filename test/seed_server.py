@@ -17,14 +17,14 @@ import uvicorn
 from fastapi import FastAPI, Request
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
-from ramet.srt.entrypoints.http_errors import install_error_handlers
+from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.weight_routes import make_weight_router
 from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightManifest
-from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.weights.manifest import WeightManifest
 from seed_process import ChildSeed
 from starlette.responses import Response
 

@@ -8,11 +8,11 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.quantization.fp8 import declare_fp8
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.transfer_plan import CopyOp
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightManifest, build_weight_manifest
 from ramet.srt.models.registry import get_model_class
+from ramet.srt.weights.manifest import WeightManifest, build_weight_manifest
+from ramet.srt.weights.planner import CopyOp
 from torch import nn
 
 TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4)]  # (tp_size, ep_size)

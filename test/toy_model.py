@@ -5,7 +5,7 @@ import os
 
 import torch
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.model_loader.weight_manifest import WeightBox, WeightManifest, build_weight_manifest
+from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 from safetensors.torch import save_file
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, VOCAB, EXPERTS = 32, 4, 2, 8, 48, 100, 4

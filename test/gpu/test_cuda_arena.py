@@ -5,12 +5,12 @@ import random_models as rm
 import torch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums.entries import compute_checksums, expected_checksums, find_mismatches
+from ramet.srt.model_loader.checksums.entries import with_checksums as add_checksums
 from ramet.srt.model_loader.loader import DefaultModelLoader, DummyModelLoader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_checksums import compute_checksums, expected_checksums, find_mismatches
-from ramet.srt.model_loader.weight_checksums import with_checksums as add_checksums
-from ramet.srt.model_loader.weight_manifest import build_weight_manifest
 from ramet.srt.models.registry import get_model_class
+from ramet.srt.weights.manifest import build_weight_manifest
 
 
 def make_arena(folder, device, dtype, parallel=None):

@@ -55,10 +55,10 @@ def test_parts_that_fail_or_hang_leave_the_others_alone(tmp_path, flags, monkeyp
 
 
 def test_the_sweep(tmp_path, flags, monkeypatch):
-    from ramet.srt.model_loader.sources import cuda_file_reader
+    from ramet.srt.model_loader.arena import cuda_reader
 
     for name in ("MAX_READERS", "SLICE_BYTES"):
-        monkeypatch.setattr(cuda_file_reader, name, getattr(cuda_file_reader, name))  # the sweep sets them
+        monkeypatch.setattr(cuda_reader, name, getattr(cuda_reader, name))  # the sweep sets them
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags, "--sweep-checkpoint"])
     assert bench.main() == 0
     values = values_in(tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ramet import Engine
 from ramet.srt.entrypoints.child_processes import LaunchError
-from ramet.srt.managers.request_error import ServiceError
+from ramet.srt.errors import ServiceError
 from server_process import PYTHON_FOLDER, TEST_FOLDER, wait_until, write_weightless_model
 
 

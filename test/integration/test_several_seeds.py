@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader import find_seeds, seed_transfer
-from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.client import seeds_by_address, transfer, transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.model_loader.weight_arena import WeightArena
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
 
@@ -43,7 +42,7 @@ class Client:
 def reads(monkeypatch):
     """Small batches; what is read from each session; `on_read` is called with the session before each."""
     monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", BATCH)
-    monkeypatch.setattr(seed_transfer, "SHARED_BYTES", BATCH)
+    monkeypatch.setattr(transfer, "SHARED_BYTES", BATCH)
 
     seen = SimpleNamespace(nbytes={}, on_read=lambda session: None)
     original = MooncakeEngine.read
@@ -166,7 +165,7 @@ def test_a_seed_on_this_host_is_taken_before_one_behind_a_network(reads):
 
 
 def test_a_slow_seed_is_not_waited_for_once_another_has_answered(monkeypatch):
-    monkeypatch.setattr(find_seeds, "LATE_GRACE_S", 0.1)
+    monkeypatch.setattr(seeds_by_address, "LATE_GRACE_S", 0.1)
     with SeedProcess() as seed, socket.create_server(("127.0.0.1", 0)) as silent:
         client = Client(silent.getsockname()[1], seed.port)
         assert client.load().verified and client.holds(seed.config)

@@ -19,13 +19,20 @@ import torch
 import torch.distributed as dist
 from ramet.srt.distributed.pair_group import PairGroup, connect
 from ramet.srt.entrypoints import weight_routes
-from ramet.srt.model_loader import broadcast_steps, seed_transfer, send_groups
-from ramet.srt.model_loader.broadcast_steps import make_broadcast_steps, pack, source_rows, target_rows, unpack
-from ramet.srt.model_loader.seed_registration import InitSendGroupBody
-from ramet.srt.model_loader.sources import collective
-from ramet.srt.model_loader.transfer_plan import plan, source_from_manifest
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import layout_digest
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.client import collective, transfer
+from ramet.srt.model_loader.seed import send_groups
+from ramet.srt.model_loader.transport import broadcast_steps
+from ramet.srt.model_loader.transport.broadcast_steps import (
+    make_broadcast_steps,
+    pack,
+    source_rows,
+    target_rows,
+    unpack,
+)
+from ramet.srt.weights.manifest import layout_digest
+from ramet.srt.weights.planner import plan, source_from_manifest
+from ramet.srt.weights.registration import InitSendGroupBody
 from seed_server import SeedServer, load_all, take, write_random_model
 from torch.distributed.distributed_c10d import _new_process_group_helper
 
@@ -383,7 +390,7 @@ def test_a_client_that_disappears_half_way_leaves_the_seed_able_to_serve_the_nex
 def test_a_seed_that_dies_half_way_gives_way_to_the_next(big_server, monkeypatch, caplog):
     """The first of two seeds breaks the group off; the ranges that it has not sent come from the other."""
     monkeypatch.setattr(broadcast_steps, "DIRECT_BYTES", 4 << 20)
-    monkeypatch.setattr(seed_transfer, "SHARED_BYTES", 4 << 20)
+    monkeypatch.setattr(transfer, "SHARED_BYTES", 4 << 20)
     (expected,) = big_server.arenas
     original = send_groups._Transfer._tensors
     broken = []

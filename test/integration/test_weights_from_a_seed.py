@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader import host_memory, remote_instance_weight_loader_utils, seed_registration
-from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.model_loader import remote_instance_weight_loader_utils
+from ramet.srt.model_loader.arena.base import HostReceiveWindow, WeightArena
+from ramet.srt.model_loader.client import transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
-from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.model_loader.weight_arena import HostReceiveWindow, WeightArena
-from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils import host_memory
+from ramet.srt.weights import registration
+from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
 
@@ -104,7 +106,7 @@ def test_an_upstream_client_can_read_from_our_seed(small_seed):
         timeout_s=10,
         max_nbytes=1 << 20,
     )
-    answer = seed_registration.parse_answer(body)
+    answer = registration.parse_answer(body)
     target = np.zeros(256000, np.uint8)
     address, num_elements, size = answer.weights_info["b"]
     engine = MooncakeEngine.acquire("127.0.0.1", 0)
@@ -120,10 +122,10 @@ def test_defect_2_a_client_is_a_seed_for_the_next(small_seed, mode):
     first.load()
     seed = WeightSeed.start(first.manifest, first.arena, host="127.0.0.1")
     try:
-        answer = seed_registration.parse_answer(seed_registration.make_answer(seed.registration))
+        answer = registration.parse_answer(registration.make_answer(seed.registration))
         assert answer.manifest.checksums == first.arena.checksums
         for second_mode in ("auto", "copy", "off"):
-            with answering(seed_registration.make_answer(seed.registration)) as port:
+            with answering(registration.make_answer(seed.registration)) as port:
                 second = Client(port, local_mode=second_mode)
                 assert second.load().verified
             assert second.holds(small_seed.config)
@@ -212,14 +214,14 @@ def test_a_socket_that_is_gone_falls_through_to_the_network(small_seed, caplog, 
     def gone(*args):
         raise FileNotFoundError(2, "No such file or directory")
 
-    monkeypatch.setattr("ramet.srt.model_loader.sources.local.request_memory", gone)
+    monkeypatch.setattr("ramet.srt.model_loader.client.local.request_memory", gone)
     client = Client(small_seed.port, local_mode="auto")
     assert client.load().source == "transfer_engine"
     assert "its memory can't be had" in caplog.text and client.holds(small_seed.config)
 
 
 def test_another_host_goes_through_the_network(small_seed, monkeypatch):
-    monkeypatch.setattr("ramet.srt.model_loader.seed_instance.host_identity", lambda: "elsewhere")
+    monkeypatch.setattr("ramet.srt.model_loader.client.seed_instance.host_identity", lambda: "elsewhere")
     assert Client(small_seed.port, local_mode="auto").load().source == "transfer_engine"
 
 

@@ -7,12 +7,12 @@ import msgspec
 import pytest
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
-from ramet.srt.managers.weight_control import ask_rank
-from ramet.srt.model_loader.errors import WeightTransferError
-from ramet.srt.model_loader.region_checksums import RegionChecksums
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_checksums import compute_checksums
-from ramet.srt.model_loader.weight_manifest import WeightBox, build_weight_manifest
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums.entries import compute_checksums
+from ramet.srt.model_loader.checksums.regions import RegionChecksums
+from ramet.srt.model_loader.seed.control import ask_rank
+from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.manifest import WeightBox, build_weight_manifest
 from seed_server import SeedServer, load_all, take, write_random_model
 
 DENSE = {  # grouped heads that are replicated at tp 4, a tied table that the last stage copies, a padded vocabulary

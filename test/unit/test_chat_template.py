@@ -4,8 +4,8 @@ import re
 from typing import Any
 
 import pytest
-from ramet.srt.managers.request_error import RequestError
-from ramet.srt.utils.chat_template import ChatTemplate
+from ramet.srt.errors import RequestError
+from ramet.srt.text.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ramet.srt.managers.detokenizer_manager import MAX_EARLY_REQUESTS, Detokenizer
 from ramet.srt.managers.io_struct import DetokenizerRequest, FinishReason, RequestOutput
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 
 

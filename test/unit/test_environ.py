@@ -1,6 +1,6 @@
 """Owns the tests of what environment variables decide."""
 
-from ramet.srt.model_loader import mooncake_engine
+from ramet.srt.model_loader.transport import mooncake_engine
 
 
 def test_the_protocol_is_what_the_environment_says_or_what_the_machine_has(monkeypatch, tmp_path):

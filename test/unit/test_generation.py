@@ -4,9 +4,9 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
+from ramet.srt.errors import ServiceError
 from ramet.srt.managers.generation import Generation
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, RequestText, TokenizedGenerateReqInput
-from ramet.srt.managers.request_error import ServiceError
 from ramet.srt.sampling.sampling_params import SamplingParams
 
 END = FinishReason(type="length", length=1)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ramet.srt.managers.request_error import RequestError
+from ramet.srt.errors import RequestError
 from ramet.srt.sampling.grammar import Grammar, GrammarBackend, check_grammar
 from ramet.srt.sampling.sampling_params import parse_sampling_params
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from random_models import EOS, IM_END, write_tokenizer
 
 VOCAB_SIZE = 331

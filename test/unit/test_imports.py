@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ramet.srt.model_loader import cuda_driver
+from ramet.srt.utils import cuda_driver
 from ramet.srt.utils.imports import importing, start_gpu
 
 IMPORT = """

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ramet.srt.utils.incremental_decode import IncrementalDecoder, TextStream, find_stop, held_length
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream, find_stop, held_length
+from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, normalizers

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ramet.srt.errors import RequestError
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.managers.request_error import RequestError
 from ramet.srt.sampling.sampling_params import parse_sampling_params
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 
 LIMITS = Limits(vocab_size=331, max_req_len=100, has_eos=True, grammars=True)

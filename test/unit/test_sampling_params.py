@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from ramet.srt.managers.request_error import RequestError
+from ramet.srt.errors import RequestError
 from ramet.srt.sampling.sampling_params import SamplingParams, parse_sampling_params, sampling_params_schema
 
 VOCAB_SIZE = 100

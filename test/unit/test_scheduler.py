@@ -8,10 +8,10 @@ import tracemalloc
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
+from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.layers import sampler
 from ramet.srt.managers import scheduler as scheduler_module
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
-from ramet.srt.model_executor.forward_batch_info import ForwardMode
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from ramet.srt.managers.io_struct import SendWeightsReq, WeightControlError, WeightReply, WeightRequest
-from ramet.srt.managers.weight_control import WeightControlServer, ask_rank
+from ramet.srt.model_loader.seed.control import WeightControlServer, ask_rank
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1"])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from server_process import ServerProcess, write_weightless_model
 
 CONTEXT_LEN = 256

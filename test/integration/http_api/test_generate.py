@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 from http_answers import events, generate, repeated
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 CONTEXT_LEN = 256
 

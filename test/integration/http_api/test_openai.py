@@ -6,7 +6,7 @@ import httpx
 import openai
 import pytest
 from http_answers import repeated
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 from server_process import MODEL_NAME
 
 CONTEXT_LEN = 256

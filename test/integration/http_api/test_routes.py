@@ -8,8 +8,8 @@ from typing import Any
 import httpx
 import pytest
 from http_answers import generate
-from ramet.srt.entrypoints import answers
-from ramet.srt.entrypoints.answers import NativeOutput
+from ramet.srt.entrypoints.http import answers
+from ramet.srt.entrypoints.http.answers import NativeOutput
 from server_process import MODEL_NAME, wait_until
 
 CONTEXT_LEN = 256

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from modelexpress_harness import make_identity, make_worker, open_client, running_server, wait_until
 from ramet.srt.modelexpress.ages import AgeTracker
-from ramet.srt.modelexpress.claim import FileClaim
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
-from ramet.srt.modelexpress.discovery import (
+from ramet.srt.modelexpress.client.claim import FileClaim
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.discovery import (
     fetch_source,
     find_other_topologies,
     find_sources,
@@ -19,10 +19,10 @@ from ramet.srt.modelexpress.discovery import (
     order_sources,
     search,
 )
+from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.records import InstanceFacts
-from ramet.srt.modelexpress.server import ModelExpressServer
+from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 IDENTITY = make_identity()
 

@@ -12,8 +12,8 @@ import pytest
 from doomed_modelexpress_server import DoomedServer
 from modelexpress_harness import free_port, running_server, wait_until
 from ramet import Engine
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
-from ramet.srt.modelexpress.publisher import READY, STALE
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.publisher import READY, STALE
 from random_models import write_tokenizer
 from seed_server import write_random_model
 from server_process import MODEL_NAME, PYTHON_FOLDER, ServerProcess

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from browser import Tab, open_browser
 from modelexpress_harness import make_identity, make_worker, running_server
-from ramet.srt.modelexpress.client import ModelExpressClient
+from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import LoadFacts
-from ramet.srt.modelexpress.server import ModelExpressServer
+from ramet.srt.modelexpress.server.server import ModelExpressServer
 from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
 
 SEED, CLIENT = "http://10.0.0.1:30000", "http://10.0.0.2:30000"

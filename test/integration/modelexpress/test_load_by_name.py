@@ -11,16 +11,15 @@ import pytest
 import seed_process
 from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
-from ramet.srt.model_loader import seed_transfer
-from ramet.srt.model_loader.errors import WeightTransferError
-from ramet.srt.model_loader.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.client import transfer, transfer_engine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
-from ramet.srt.model_loader.sources import transfer_engine
-from ramet.srt.modelexpress.claim import FileClaim
-from ramet.srt.modelexpress.client import ModelExpressClient
-from ramet.srt.modelexpress.discovery import find_other_topologies
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.modelexpress.client.claim import FileClaim
+from ramet.srt.modelexpress.client.client import ModelExpressClient
+from ramet.srt.modelexpress.client.discovery import find_other_topologies
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import SeedProcess
 
@@ -172,7 +171,7 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", 1 << 10)
-    monkeypatch.setattr(seed_transfer, "SHARED_BYTES", 1 << 10)
+    monkeypatch.setattr(transfer, "SHARED_BYTES", 1 << 10)
     read, sizes = MooncakeEngine.read, []
 
     def break_off(engine, session_id, local, remote, nbytes, timeout_s):
@@ -219,7 +218,7 @@ def test_what_discovery_adds_to_a_load(client, seed):
 @pytest.mark.parametrize("step", ["list_sources", "get_metadata", "publish", "update_status"])
 @pytest.mark.parametrize("has_source", [True, False])
 def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path, monkeypatch, seed, step, has_source):
-    monkeypatch.setattr("ramet.srt.modelexpress.discovery.OUTAGE_S", 1.0)
+    monkeypatch.setattr("ramet.srt.modelexpress.client.discovery.OUTAGE_S", 1.0)
     monkeypatch.setitem(FileClaim.__init__.__kwdefaults__, "ack_timeout_s", 1.0)
     with running_server() as server:
         client = LoadingClient(server.address, fallback="disk", timeout_s=5.0)

@@ -7,7 +7,7 @@ import urllib.request
 import random_models as rm
 from cluster import Case, Cluster, Network
 from modelexpress_harness import wait_until
-from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
+from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
 
 FLAGS = ["--load-format", "remote_instance", "--remote-instance-weight-loader-backend", "modelexpress"]
 FLAGS += ["--max-total-tokens", "256", "--served-model-name", "m", "--device", "cpu", "--modelexpress-config"]

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from modelexpress_harness import free_port, make_identity, make_worker, running_server, wait_until
 from published_modelexpress import VERSIONS, run_driver, start_driver
-from ramet.srt.modelexpress.claim import FileClaim
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
-from ramet.srt.modelexpress.discovery import fetch_source, find_sources, search
+from ramet.srt.modelexpress.client.claim import FileClaim
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.discovery import fetch_source, find_sources, search
+from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.records import InstanceFacts
 from ramet.srt.modelexpress.source_identity import compute_source_id
 

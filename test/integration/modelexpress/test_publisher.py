@@ -19,10 +19,10 @@ from modelexpress_harness import (
     wait_until,
 )
 from ramet.srt.managers.io_struct import PublisherStats
-from ramet.srt.modelexpress.client import ModelExpressClient
+from ramet.srt.modelexpress.client.client import ModelExpressClient
+from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.publisher import INITIALIZING, READY, STALE, Publisher
-from ramet.srt.modelexpress.server import ModelExpressServer
+from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 from modelexpress_harness import make_identity, make_worker, running_redis
 from ramet.srt.modelexpress.ages import AgeTracker, wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.reaper import Reaper
-from ramet.srt.modelexpress.server_metrics import ServerMetrics
-from ramet.srt.modelexpress.store import MemoryStore, MetadataStore, Row
+from ramet.srt.modelexpress.server.reaper import Reaper
+from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
+from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore, Row
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 STALE = p2p_pb2.SOURCE_STATUS_STALE
@@ -21,7 +21,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     if request.param == "memory":
         yield MemoryStore()
         return
-    from ramet.srt.modelexpress.redis_store import RedisStore
+    from ramet.srt.modelexpress.server.redis_store import RedisStore
 
     with running_redis(tmp_path) as redis:
         made = RedisStore(redis.url)

@@ -20,10 +20,10 @@ from modelexpress_harness import (
     running_server,
     wait_until,
 )
-from ramet.srt.modelexpress import redis_layout
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.redis_store import RedisStore
+from ramet.srt.modelexpress.server import redis_layout
+from ramet.srt.modelexpress.server.redis_store import RedisStore
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 

@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from modelexpress_harness import free_port, make_manifest, open_client
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.modelexpress.ages import wall_clock_ms
+from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY
+from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
+from ramet.srt.modelexpress.client.seed_search import SeedSearch
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.publisher import INITIALIZING, READY
 from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, build_worker_metadata
-from ramet.srt.modelexpress.seed_info import InfoAddress, make_info_url
-from ramet.srt.modelexpress.seed_search import SeedSearch
-from ramet.srt.modelexpress.server import ModelExpressServer
+from ramet.srt.modelexpress.server.server import ModelExpressServer
+from ramet.srt.weights.errors import WeightTransferError
 
 OWN = InstanceFacts(instance="http://127.0.0.1:1", host="here", started_at=50.0)
 

@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 import pytest
 from modelexpress_harness import free_port, make_identity, make_worker, running_server, wait_until
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
 from ramet.srt.modelexpress.rpc import client_calls
-from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
+from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 MODULE = [sys.executable, "-m", "ramet.modelexpress_server"]

@@ -8,10 +8,10 @@ import grpc
 import pytest
 from modelexpress_harness import make_identity, make_worker, running_redis, running_server
 from ramet.srt.modelexpress.ages import wall_clock_ms
-from ramet.srt.modelexpress.client import SERVICE, ModelExpressClient
+from ramet.srt.modelexpress.client.client import SERVICE, ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, client_calls
-from ramet.srt.modelexpress.server import ModelExpressServer
+from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 READY = p2p_pb2.SOURCE_STATUS_READY

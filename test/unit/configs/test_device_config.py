@@ -4,8 +4,8 @@ import pytest
 import torch
 from ramet.srt.configs import device_config
 from ramet.srt.configs.device_config import free_memory_nbytes, pick_device
+from ramet.srt.managers import child_process
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.utils import child_process
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import threading
 import pytest
 import seed_process
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
-from ramet.srt.model_loader import seed_registration
-from ramet.srt.model_loader.errors import WeightTransferError
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
-from ramet.srt.model_loader.seed_registration import SeedRegistration, TransferEngineInfo, parse_answer
-from ramet.srt.model_loader.weight_manifest import manifest_to_json
+from ramet.srt.weights import registration
+from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.manifest import manifest_to_json
+from ramet.srt.weights.registration import SeedRegistration, TransferEngineInfo, parse_answer
 
 INFO = {"session_id": "10.0.0.1:12345", "weights_info_dict": {"w": [4096, 10, 2]}}
 
@@ -128,7 +128,7 @@ def test_a_body_that_is_no_json_object_is_refused(server, body):
 
 
 def test_a_body_that_is_too_long_is_refused_before_it_is_read(server):
-    headers = {"Content-Length": str(seed_registration.MAX_REGISTRATION_BYTES + 1)}
+    headers = {"Content-Length": str(registration.MAX_REGISTRATION_BYTES + 1)}
     assert call(server, "PUT", "/register_transfer_engine_info", b"", headers)[0] == 413
     headers = {"Content-Length": "-5"}
     assert call(server, "PUT", "/register_transfer_engine_info", b"", headers)[0] == 411

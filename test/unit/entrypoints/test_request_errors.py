@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ramet.srt.entrypoints.http.http_validation import describe_validation_errors
 from ramet.srt.entrypoints.http_api import StartProfileBody
-from ramet.srt.entrypoints.http_validation import describe_validation_errors
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 
 MESSAGES = [{"role": "user", "content": "a"}]

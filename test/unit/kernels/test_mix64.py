@@ -21,20 +21,20 @@ def mix64(data):
 
 @pytest.mark.parametrize("nbytes", [0, 1, 8, 13, 4096 * 8, 4096 * 8 * 2 + 5])
 def test_mix64(device, nbytes):
-    from ramet.srt.model_loader import cuda_checksums
+    from ramet.srt.model_loader.arena import cuda_hash
 
     data = random.Random(nbytes).randbytes(nbytes)
     padded = bytearray(data + b"\xff" * (-nbytes % 8 + 16))  # what lies behind must not count
     words = torch.frombuffer(padded, dtype=torch.int64).to(device)
     out = torch.zeros((), dtype=torch.int64, device=device)
-    cuda_checksums.mix64(words, nbytes, out)
+    cuda_hash.mix64(words, nbytes, out)
     assert int(out) & MASK == mix64(data)
 
 
 def test_rows_that_lie_apart_hash_like_their_copy(device):
-    from ramet.srt.model_loader import cuda_checksums
+    from ramet.srt.model_loader.arena import cuda_hash
 
     data = random.Random(0).randbytes(400)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     copy = b"".join(data[start : start + 6] for first in (3, 210) for start in range(first, first + 5 * 20, 20))
-    assert cuda_checksums.gather_and_hash(buffer, [3, 210], 6, 5, 20) == f"{mix64(copy):016x}"
+    assert cuda_hash.gather_and_hash(buffer, [3, 210], 6, 5, 20) == f"{mix64(copy):016x}"

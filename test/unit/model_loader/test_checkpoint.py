@@ -8,8 +8,8 @@ import pytest
 import torch
 import toy_model as toy
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.weight_arena import WeightArena
 from safetensors.torch import save_file
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ramet.srt.model_loader.sources import cuda_file_reader
-from ramet.srt.model_loader.sources.file_reader import ShortReadError
-from ramet.srt.model_loader.transfer_plan import CopyOp
+from ramet.srt.model_loader.arena import cuda_reader
+from ramet.srt.model_loader.arena.host_reader import ShortReadError
+from ramet.srt.weights.planner import CopyOp
 
 
 class LateStream:
@@ -98,19 +98,19 @@ def arena(monkeypatch):
     def record_event(event, stream):
         event.record(stream)
 
-    def queue_scatter(op, source, buffer, scatter=cuda_file_reader.scatter_device_rows):
+    def queue_scatter(op, source, buffer, scatter=cuda_reader.scatter_device_rows):
         LateStream.current.stream.queue(functools.partial(scatter, op, source, buffer))
 
     fake = SimpleNamespace(cuda=fake_cuda, uint8=torch.uint8, empty=empty)
-    monkeypatch.setattr(cuda_file_reader, "torch", fake)
-    monkeypatch.setattr(cuda_file_reader.cuda_driver, "queue_upload", queue_upload)
-    monkeypatch.setattr(cuda_file_reader.cuda_driver, "record_event", record_event)
-    monkeypatch.setattr(cuda_file_reader, "scatter_device_rows", queue_scatter)
-    monkeypatch.setattr(cuda_file_reader, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(cuda_file_reader, "SLICE_BYTES", 1000)
-    monkeypatch.setattr(cuda_file_reader, "PART_BYTES", 3500)
-    monkeypatch.setattr(cuda_file_reader, "SPARE_SLICES", 2)
-    monkeypatch.setattr(cuda_file_reader, "num_copy_threads", lambda limit: 4)
+    monkeypatch.setattr(cuda_reader, "torch", fake)
+    monkeypatch.setattr(cuda_reader.cuda_driver, "queue_upload", queue_upload)
+    monkeypatch.setattr(cuda_reader.cuda_driver, "record_event", record_event)
+    monkeypatch.setattr(cuda_reader, "scatter_device_rows", queue_scatter)
+    monkeypatch.setattr(cuda_reader, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(cuda_reader, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(cuda_reader, "PART_BYTES", 3500)
+    monkeypatch.setattr(cuda_reader, "SPARE_SLICES", 2)
+    monkeypatch.setattr(cuda_reader, "num_copy_threads", lambda limit: 4)
     buffer = torch.zeros(200_000, dtype=torch.uint8)
     return SimpleNamespace(
         buffer=buffer, address=buffer.data_ptr(), stream=LateStream(), torch_device=torch.device("cpu")
@@ -140,7 +140,7 @@ def test_ranges_and_rows_arrive(arena, file):
     for row in range(300):
         start = 11 + row * 300
         expected[position + row * 96 : position + row * 96 + 96] = data[start : start + 96]
-    cuda_file_reader.fill_cuda_from_files([*ops, rows], [fd], arena)
+    cuda_reader.fill_cuda_from_files([*ops, rows], [fd], arena)
     assert np.array_equal(arena.buffer.numpy(), expected)
 
 
@@ -148,10 +148,10 @@ def test_a_file_that_ends_early_is_an_error_after_the_last_copy(arena, file):
     fd, data = file
     ops = [CopyOp(source=0, source_offset=start, target_offset=start, row_nbytes=10_000) for start in (0, 95_000)]
     with pytest.raises(ShortReadError):
-        cuda_file_reader.fill_cuda_from_files(ops, [fd], arena)
+        cuda_reader.fill_cuda_from_files(ops, [fd], arena)
     assert arena.stream.num_done == len(arena.stream.pending)
 
 
 def test_nothing_to_read_starts_nothing(arena):
-    cuda_file_reader.fill_cuda_from_files([], [], arena)
+    cuda_reader.fill_cuda_from_files([], [], arena)
     assert arena.stream.pending == []

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader import seed_sources
-from ramet.srt.model_loader.sources import cuda_ipc_reader, local
-from ramet.srt.model_loader.sources.cuda_ipc_reader import CudaIpcMemory
+from ramet.srt.model_loader.client import cuda_ipc, local, open_sources
+from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
 
 
 @pytest.fixture
@@ -19,10 +18,10 @@ def gpu(monkeypatch):
     gpu.arena = SimpleNamespace(torch_device=torch.device("cpu"), address=0)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: gpu.calls.append("synchronize"))
     event = SimpleNamespace(record=lambda stream: None, query=lambda: gpu.is_done(), elapsed_time=lambda other: 2500.0)
-    monkeypatch.setattr(cuda_ipc_reader, "current_context", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_ipc, "current_context", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
-    driver = cuda_ipc_reader.cuda_driver
+    driver = cuda_ipc.cuda_driver
     monkeypatch.setattr(driver, "open_memory", lambda handle: 1)
     monkeypatch.setattr(driver, "close_memory", lambda address: gpu.calls.append("close"))
     monkeypatch.setattr(driver, "queue_copies", lambda *_: None)
@@ -83,7 +82,7 @@ def offered(gpu, monkeypatch):
 
 def test_a_copy_may_take_longer_than_handing_the_memory_over(gpu, offered, monkeypatch):
     monkeypatch.setattr(CudaIpcMemory, "copy", lambda *arguments: gpu.limits.append(arguments[-1]) or 1.0)
-    source = seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source = open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
     source.run([])
     assert gpu.limits == [local.HAND_OVER_TIMEOUT_S, 60.0]
 
@@ -92,13 +91,13 @@ def test_memory_that_may_not_be_opened_leaves_the_network_to_try(gpu, offered, m
     def refuse(handle):
         raise OSError("cuIpcOpenMemHandle_v2: invalid device context (CUDA error 201)")
 
-    monkeypatch.setattr(cuda_ipc_reader.cuda_driver, "open_memory", refuse)
-    assert seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True) is None
+    monkeypatch.setattr(cuda_ipc.cuda_driver, "open_memory", refuse)
+    assert open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True) is None
     assert "invalid device context (CUDA error 201)); using the network" in caplog.text
     assert gpu.calls == ["hang up"]
 
 
 def test_memory_that_was_opened_and_not_copied_is_closed(gpu, offered):
-    source = seed_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source = open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
     source.close()
     assert gpu.calls == ["close", "hang up"]

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 import toy_model as toy
-from ramet.srt.model_loader import local_share
-from ramet.srt.model_loader.local_share import LocalShareServer, ShareReply, request_memory
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import layout_digest
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.transport import local_share
+from ramet.srt.model_loader.transport.local_share import LocalShareServer, ShareReply, request_memory
+from ramet.srt.weights.manifest import layout_digest
 
 
 @pytest.fixture

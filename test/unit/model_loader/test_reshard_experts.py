@@ -4,8 +4,8 @@ import pytest
 import random_models as rm
 import sharded_models as sm
 import toy_model as toy
-from ramet.srt.model_loader.transfer_plan import PlanError, plan, source_from_manifest, zero_ranges
-from ramet.srt.model_loader.weight_manifest import WeightManifest, layout_digest
+from ramet.srt.weights.manifest import WeightManifest, layout_digest
+from ramet.srt.weights.planner import PlanError, plan, source_from_manifest, zero_ranges
 
 FAMILIES = {"qwen3_moe": {"num_experts": 8, "dtype": "bfloat16"}, "mixtral": {"dtype": "float32"}}
 PAIRS = [  # (tp_size, ep_size) of the seed and of the client

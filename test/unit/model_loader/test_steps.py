@@ -3,7 +3,9 @@
 import pytest
 import sharded_models as sm
 import torch
-from ramet.srt.model_loader.broadcast_steps import (
+from ramet.srt.model_loader.client.seed_instance import choose_replica, likely_shard_ranks
+from ramet.srt.model_loader.client.transfer_engine import MAX_BATCH_BYTES, MAX_BATCH_RANGES, make_batches
+from ramet.srt.model_loader.transport.broadcast_steps import (
     DIRECT_BYTES,
     MIN_DIRECT_BYTES,
     PACKED_BYTES,
@@ -16,9 +18,7 @@ from ramet.srt.model_loader.broadcast_steps import (
     target_rows,
     unpack,
 )
-from ramet.srt.model_loader.seed_instance import choose_replica, likely_shard_ranks
-from ramet.srt.model_loader.sources.transfer_engine import MAX_BATCH_BYTES, MAX_BATCH_RANGES, make_batches
-from ramet.srt.model_loader.transfer_plan import CopyOp
+from ramet.srt.weights.planner import CopyOp
 
 MIB = 1 << 20
 

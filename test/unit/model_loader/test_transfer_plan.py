@@ -9,7 +9,9 @@ import toy_model as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.model_loader.transfer_plan import (
+from ramet.srt.weights.boxes import intersect, region_volume, subtract
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, align_up
+from ramet.srt.weights.planner import (
     CopyOp,
     PlanError,
     PlanSource,
@@ -18,8 +20,6 @@ from ramet.srt.model_loader.transfer_plan import (
     whole_tensor,
     zero_ranges,
 )
-from ramet.srt.model_loader.weight_boxes import intersect, region_volume, subtract
-from ramet.srt.model_loader.weight_manifest import WeightBox, WeightEntry, WeightManifest, align_up
 
 
 def make_manifest(tensors: list[tuple[str, tuple[int, ...], tuple[WeightBox, ...]]], alignment: int) -> WeightManifest:

@@ -8,16 +8,17 @@ import msgspec
 import pytest
 import torch
 import toy_model as toy
-from ramet.srt.model_loader import host_memory, weight_arena
-from ramet.srt.model_loader.loader import DummyModelLoader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_checksums import (
+from ramet.srt.model_loader.arena import base
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums.entries import (
     compute_checksums,
     expected_checksums,
     find_mismatches,
     with_checksums,
 )
-from ramet.srt.model_loader.weight_manifest import (
+from ramet.srt.model_loader.loader import DummyModelLoader
+from ramet.srt.utils import host_memory
+from ramet.srt.weights.manifest import (
     WeightBox,
     check_manifest,
     layout_digest,
@@ -182,7 +183,7 @@ def test_defect_13_mapping_and_refilling_hold_one_copy(manifest):
 
 
 def test_too_little_memory_is_an_error_before_it_is_taken(manifest, monkeypatch):
-    monkeypatch.setattr(weight_arena.host_memory, "available_memory_nbytes", lambda: 1000)
+    monkeypatch.setattr(base.host_memory, "available_memory_nbytes", lambda: 1000)
     arena = WeightArena.allocate(manifest, "cpu")
     with pytest.raises(MemoryError, match="rank 0 need .* GB more memory"):
         arena.prepare_fill([])

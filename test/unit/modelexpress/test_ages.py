@@ -1,7 +1,7 @@
 """Ages by a clock that does not jump, whatever the wall clocks say."""
 
 from ramet.srt.modelexpress.ages import AgeTracker
-from ramet.srt.modelexpress.store import Row
+from ramet.srt.modelexpress.server.store import Row
 
 
 class Clocks:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelexpress_harness import make_identity, make_worker
-from ramet.srt.modelexpress import redis_layout as layout
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.redis_store import redact
+from ramet.srt.modelexpress.server import redis_layout as layout
+from ramet.srt.modelexpress.server.redis_store import redact
 
 UINT64 = st.integers(0, 2**64 - 1)
 TENSORS = st.lists(

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.redis_layout import StoredRecord
-from ramet.srt.modelexpress.redis_store import KnownSource, RecordCache, RedisStore
-from ramet.srt.modelexpress.store import Source, StoreError
+from ramet.srt.modelexpress.server.redis_layout import StoredRecord
+from ramet.srt.modelexpress.server.redis_store import KnownSource, RecordCache, RedisStore
+from ramet.srt.modelexpress.server.store import Source, StoreError
 
 
 def record_of(size: int) -> StoredRecord:

@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 from modelexpress_harness import make_manifest, make_worker
-from ramet.srt.model_loader.errors import WeightTransferError
+from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url, make_seed_answer, read_info_url
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import SourceRecord, read_source
-from ramet.srt.modelexpress.seed_info import InfoAddress, make_info_url, make_seed_answer, read_info_url
+from ramet.srt.weights.errors import WeightTransferError
 
 
 def source_of(worker: p2p_pb2.WorkerMetadata) -> SourceRecord:

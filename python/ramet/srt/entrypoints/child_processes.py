@@ -1,6 +1,6 @@
 """Owns the processes of an instance besides the main one: their start, their status, their deaths and their end.
 
-The children's side is utils/child_process.py.
+The children's side is managers/child_process.py.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import msgspec
 
 import ramet
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import (
     DetokenizerFailed,
     DetokenizerReady,
@@ -31,7 +32,6 @@ from ramet.srt.managers.io_struct import (
     decode,
 )
 from ramet.srt.server_args import PortArgs, ServerArgs
-from ramet.srt.utils.child_process import ChildConfig
 from ramet.srt.utils.socket_folder import SocketFolder
 
 logger = logging.getLogger(__name__)

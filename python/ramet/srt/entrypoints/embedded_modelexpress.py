@@ -2,8 +2,8 @@
 
 import logging
 
-from ramet.srt.modelexpress.client import ModelExpressClient, ModelExpressError
-from ramet.srt.modelexpress.server import ModelExpressServer, ServerOptions
+from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
 from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port
 from ramet.srt.server_args import format_url
 

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.errors import ServiceError
 from ramet.srt.managers.generation import Generation
-from ramet.srt.managers.request_error import ServiceError
 from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)

@@ -9,19 +9,19 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
-from ramet.srt.entrypoints.http_validation import (
+from ramet.srt.entrypoints.http.http_validation import (
     MAX_PROMPTS,
     PromptText,
     RequestBody,
     TokenIds,
     describe_validation_errors,
 )
+from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, SequenceInput
-from ramet.srt.managers.request_error import RequestError
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 SamplingParamsBody = Annotated[
     dict[str, Any] | list[dict[str, Any]] | None,

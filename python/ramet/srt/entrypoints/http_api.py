@@ -14,7 +14,8 @@ from pydantic import ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 import ramet
-from ramet.srt.entrypoints.answers import (
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.http.answers import (
     ChatCompletion,
     Completion,
     Done,
@@ -24,27 +25,26 @@ from ramet.srt.entrypoints.answers import (
     NativeOutput,
     Status,
 )
-from ramet.srt.entrypoints.event_stream import (
+from ramet.srt.entrypoints.http.event_stream import (
     CLIENT_GONE_STATUS,
     ClientGone,
     event_stream,
     json_response,
     until_disconnect,
 )
-from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
-from ramet.srt.entrypoints.http_access import HEALTH_PATHS, AccessMiddleware
-from ramet.srt.entrypoints.http_errors import ErrorResponse, error_response, install_error_handlers
-from ramet.srt.entrypoints.http_validation import RequestBody
+from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
+from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
+from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 from ramet.srt.entrypoints.weight_routes import make_weight_router
 from ramet.srt.environ import envs
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import FlushCacheReqOutput, ProfileReqOutput
+from ramet.srt.managers.metrics import CONTENT_TYPE
 from ramet.srt.managers.prepare_requests import SequenceInput
-from ramet.srt.managers.request_error import RequestError, ServiceError
-from ramet.srt.observability.metrics import CONTENT_TYPE
 from ramet.srt.sampling.sampling_params import SamplingParams
 
 HEALTH_TIMEOUT_S = 20.0

@@ -16,6 +16,7 @@ import ramet
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.layers.attention.requirements import check_attention_backend
 from ramet.srt.managers.io_struct import (
     GetInternalStateReqOutput,
@@ -26,8 +27,7 @@ from ramet.srt.managers.io_struct import (
     WeightReply,
     WeightRequest,
 )
-from ramet.srt.managers.request_error import RequestError, ServiceError
-from ramet.srt.managers.weight_control import ask_rank
+from ramet.srt.model_loader.seed.control import ask_rank
 from ramet.srt.modelexpress.settings import ModelExpressConfig, check_environment, check_installed, resolve_address
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs, format_url, is_loopback, split_address
@@ -35,9 +35,9 @@ from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
+    from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
-    from ramet.srt.modelexpress.server import ModelExpressServer
-    from ramet.srt.observability.metrics import Metrics
+    from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 logger = logging.getLogger(__name__)
 
@@ -182,10 +182,10 @@ class Instance:
             self._open_manager()
 
     def _open_manager(self) -> None:
+        from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
-        from ramet.srt.observability.metrics import Metrics
-        from ramet.srt.utils.tokenizer import Tokenizer
+        from ramet.srt.text.tokenizer import Tokenizer
 
         assert self._children is not None
         args = self.server_args

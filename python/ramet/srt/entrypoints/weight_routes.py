@@ -7,21 +7,16 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.event_stream import json_response
+from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import (
     InitSendGroupReq,
     SendWeightsReq,
     WeightChecksumsOutput,
     WeightChecksumsReq,
 )
-from ramet.srt.managers.request_error import RequestError, ServiceError
-from ramet.srt.model_loader.seed_registration import (
-    ChecksumsRequest,
-    InitSendGroupAnswer,
-    InitSendGroupBody,
-    SendWeightsBody,
-)
+from ramet.srt.weights.registration import ChecksumsRequest, InitSendGroupAnswer, InitSendGroupBody, SendWeightsBody
 
 CHECKSUMS_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 3600.0  # the ranks have shorter ones for each step

@@ -12,7 +12,7 @@ from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
-from ramet.srt.model_loader.weight_manifest import WeightBox
+from ramet.srt.weights.manifest import WeightBox
 
 
 def project(

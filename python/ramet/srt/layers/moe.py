@@ -13,7 +13,7 @@ from ramet.srt.distributed.communication_op import tensor_model_parallel_all_red
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts, needs_host
 from ramet.srt.layers.parameter import declare_weight, shard_box
-from ramet.srt.model_loader.weight_manifest import WeightBox
+from ramet.srt.weights.manifest import WeightBox
 
 GATE, UP, DOWN = range(3)  # places in the names of an expert's matrices
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ramet.srt.model_loader.weight_manifest import WeightBox
+from ramet.srt.weights.manifest import WeightBox
 
 
 def declare_weight(shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[WeightBox]) -> nn.Parameter:

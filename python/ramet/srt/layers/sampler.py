@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ramet.srt.batch.batch_plan import LogprobRows
 from ramet.srt.layers.kernels.runtime import use_kernels
-from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.utils.device import to_device
 

@@ -11,6 +11,13 @@ from types import FrameType
 
 import zmq
 
+from ramet.srt.managers.child_process import (
+    ChildConfig,
+    die_with_parent,
+    read_child_config,
+    send_status,
+    status_fd_argument,
+)
 from ramet.srt.managers.io_struct import (
     BatchStrOutput,
     BatchTokenIDOutput,
@@ -25,16 +32,9 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.server_args import PortArgs
-from ramet.srt.utils.child_process import (
-    ChildConfig,
-    die_with_parent,
-    read_child_config,
-    send_status,
-    status_fd_argument,
-)
+from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream
+from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_tokenizer_path
-from ramet.srt.utils.incremental_decode import IncrementalDecoder, TextStream
-from ramet.srt.utils.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

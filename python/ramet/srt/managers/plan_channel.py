@@ -5,10 +5,10 @@ import os
 import msgspec
 import zmq
 
+from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
-from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
 
 SEND_TIMEOUT_MS = 30_000
 PLANS_KEY = "plans"

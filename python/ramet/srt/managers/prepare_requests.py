@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ramet.srt.errors import RequestError
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
-from ramet.srt.managers.request_error import RequestError
 from ramet.srt.sampling.grammar import check_grammar
 from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams, is_unicode
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES_OF_REQUEST = 4096
 MAX_TOP_LOGPROBS = 128

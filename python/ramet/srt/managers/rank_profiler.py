@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
-from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
 
 logger = logging.getLogger(__name__)
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SamplingState, SequencePlan
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SamplingState, SequencePlan
 
 if TYPE_CHECKING:
     from ramet.srt.sampling.grammar import Grammar
-    from ramet.srt.utils.incremental_decode import TextStream
+    from ramet.srt.text.incremental_decode import TextStream
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.layers.sampler import INVALID_TOKEN
 from ramet.srt.managers.io_struct import (
@@ -34,12 +35,11 @@ from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
-from ramet.srt.model_executor.batch_plan import BatchPlan, BatchResult
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import Grammar, GrammarBackend
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

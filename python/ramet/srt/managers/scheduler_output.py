@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from ramet.srt.batch.batch_plan import LogprobRows
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
 from ramet.srt.managers.schedule_batch import Req, empty_logprobs
-from ramet.srt.model_executor.batch_plan import LogprobRows
-from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
+from ramet.srt.text.tokenizer import Tokenizer
 
 
 class OutputProcessor:

@@ -17,6 +17,7 @@ from typing import TypeVar
 import zmq
 import zmq.asyncio
 
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.data_parallel_controller import DataParallelController
 from ramet.srt.managers.generation import Generation
 from ramet.srt.managers.io_struct import (
@@ -36,12 +37,11 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.managers.request_error import RequestError, ServiceError
-from ramet.srt.observability.metrics import Metrics
 from ramet.srt.server_args import PortArgs
-from ramet.srt.utils.incremental_decode import PROMPT_TAIL_TOKENS
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS
+from ramet.srt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, BatchResult, LogprobRows
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
 from ramet.srt.managers.rank_profiler import RankProfiler
-from ramet.srt.model_executor.batch_plan import LAST_TOKEN, BatchPlan, BatchResult, LogprobRows
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.penalties import SamplingRow, apply_logit_rules
 from ramet.srt.utils.device import HostCopies, to_device

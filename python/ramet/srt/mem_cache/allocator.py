@@ -1,6 +1,6 @@
 """Owns which KV cache pages and which rows of the page table are free."""
 
-from ramet.srt.model_executor.batch_plan import PageWrite
+from ramet.srt.batch.batch_plan import PageWrite
 
 
 class PageAllocator:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ramet.srt.model_executor.batch_plan import PageWrite
+from ramet.srt.batch.batch_plan import PageWrite
 from ramet.srt.utils.device import to_device
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ramet.srt.batch.batch_plan import LogprobRows
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
 from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.model_config import ModelConfig
@@ -20,21 +22,19 @@ from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
-from ramet.srt.model_executor.batch_plan import LogprobRows
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import build_weight_manifest
-from ramet.srt.model_loader.weight_seed import WeightSeed
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.server_args import ServerArgs, is_loopback
 from ramet.srt.utils.device import to_device
+from ramet.srt.weights.manifest import build_weight_manifest
 
 if TYPE_CHECKING:
-    from ramet.srt.modelexpress.publication import Publication
+    from ramet.srt.modelexpress.client.publication import Publication
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ class ModelRunner:
     def _publish_modelexpress_metadata(self) -> None:
         """Tell the metadata server of this rank's weights, which nobody may take before the instance is healthy."""
         check_installed()
-        from ramet.srt.modelexpress.publication import Publication, make_instance_facts
+        from ramet.srt.modelexpress.client.publication import Publication, make_instance_facts
 
         assert self._seed is not None, "the weights are published after they are offered"
         context = self._context

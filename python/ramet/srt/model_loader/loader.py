@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.managers.io_struct import LoadReport
-from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightBox, WeightManifest
+from ramet.srt.weights.manifest import WeightBox, WeightManifest
 
 if TYPE_CHECKING:
     import torch

@@ -9,23 +9,23 @@ import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.managers.io_struct import LoadReport
-from ramet.srt.model_loader.checkpoint_loader import DefaultModelLoader, log_report
-from ramet.srt.model_loader.errors import WeightTransferError
-from ramet.srt.model_loader.find_seeds import find_seeds
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.client.open_sources import SeedSources, open_local
+from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.seeds_by_address import find_seeds
+from ramet.srt.model_loader.client.transfer import SeedTransfer, combine_errors
+from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import format_address, is_folder_name
-from ramet.srt.model_loader.seed_instance import SeedInstance
-from ramet.srt.model_loader.seed_sources import SeedSources, open_local
-from ramet.srt.model_loader.seed_transfer import SeedTransfer, combine_errors
-from ramet.srt.model_loader.sources.checkpoint import CheckpointSource
-from ramet.srt.model_loader.weight_arena import WeightArena
-from ramet.srt.model_loader.weight_manifest import WeightManifest
-from ramet.srt.model_loader.weight_verification import ChecksumMismatch, verify_by_entries, verify_by_regions
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.utils.hub import has_weights, resolve_model_path
+from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.manifest import WeightManifest
 
 if TYPE_CHECKING:
-    from ramet.srt.modelexpress.claim import FileClaim
-    from ramet.srt.modelexpress.seed_search import SeedSearch
+    from ramet.srt.modelexpress.client.claim import FileClaim
+    from ramet.srt.modelexpress.client.seed_search import SeedSearch
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class RemoteInstanceModelLoader:
     def load_model_from_modelexpress(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
         """Fill the arena from an instance that the metadata server lists, or else from files; see ModelLoader."""
         check_installed()
-        from ramet.srt.modelexpress.publication import make_instance_facts
-        from ramet.srt.modelexpress.seed_search import SeedSearch
+        from ramet.srt.modelexpress.client.publication import make_instance_facts
+        from ramet.srt.modelexpress.client.seed_search import SeedSearch
 
         facts = make_instance_facts(self._context.instance_url, self._context.started_at, manifest)
         can_read_files = self._config.fallback == "disk" and has_weights(self._config.model_path or model_path)

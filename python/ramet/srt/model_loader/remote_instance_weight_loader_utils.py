@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ramet.srt.model_loader.errors import WeightTransferError
-from ramet.srt.model_loader.seed_registration import (
+from ramet.srt.utils.http_request import http_request
+from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.registration import (
     MAX_REGISTRATION_BYTES,
     ChecksumsAnswer,
     ChecksumsRequest,
@@ -18,8 +20,6 @@ from ramet.srt.model_loader.seed_registration import (
     SeedRegistration,
     parse_answer,
 )
-from ramet.srt.model_loader.weight_manifest import WeightManifest
-from ramet.srt.utils.http_request import http_request
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 
-from ramet.srt.modelexpress.store import Row
+from ramet.srt.modelexpress.server.store import Row
 
 Key = tuple[str, str, int]
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from ramet.srt.model_loader.weight_manifest import WeightManifest
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.weights.manifest import WeightManifest
 
 FACTS_KEY = "ramet"
 DTYPE_PREFIX = "torch."  # published readers compare with str(tensor.dtype)

@@ -13,7 +13,7 @@ from ramet.srt.modelexpress.settings import ModelExpressConfig
 
 if TYPE_CHECKING:
     from ramet.srt.configs.load_config import LoadConfig
-    from ramet.srt.model_loader.weight_manifest import WeightManifest
+    from ramet.srt.weights.manifest import WeightManifest
 
 # Part of every identity. Upstream engines put the version of their modelexpress package here, so a source is shared
 # with them when they run this one.

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
@@ -12,7 +13,6 @@ from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class LlamaMLP(nn.Module):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.managers.request_error import RequestError
+from ramet.srt.errors import RequestError
 from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np

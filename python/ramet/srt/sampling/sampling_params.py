@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from ramet.srt.managers.request_error import RequestError
+from ramet.srt.errors import RequestError
 
 MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
 MAX_SEQUENCES = 128  # largest n

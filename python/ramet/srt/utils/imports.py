@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from ramet.srt.model_loader import cuda_driver
+from ramet.srt.utils import cuda_driver
 
 BYTECODE_FOLDER = "ramet/bytecode"  # in the user's cache
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, WithJsonSchema
 
-from ramet.srt.entrypoints.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
+from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
 from ramet.srt.sampling.sampling_params import MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
 
 MAX_OPENAI_LOGPROBS = 20

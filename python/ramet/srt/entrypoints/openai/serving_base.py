@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ramet.srt.entrypoints.openai.protocol import SamplingBody
+from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.prepare_requests import SequenceInput
-from ramet.srt.managers.request_error import RequestError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, SamplingParams, parse_sampling_params
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 SAME_NAMES = (

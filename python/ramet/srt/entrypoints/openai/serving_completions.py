@@ -7,13 +7,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.event_stream import event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
 from ramet.srt.entrypoints.openai.protocol import CompletionRequest
 from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
 from ramet.srt.managers.generation import RunningSequence, Update
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import SequenceInput
-from ramet.srt.utils.tokenizer import Tokenizer
+from ramet.srt.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch
+from ramet.srt.batch.forward_batch_info import ForwardBatch
 
 if TYPE_CHECKING:
     from ramet.srt.layers.attention.radix_attention import RadixAttention

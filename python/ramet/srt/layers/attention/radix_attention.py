@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
+from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.rotary_embedding import apply_rotary
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class RadixAttention(nn.Module):

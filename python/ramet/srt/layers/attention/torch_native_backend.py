@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 if TYPE_CHECKING:
     from ramet.srt.layers.attention.radix_attention import RadixAttention

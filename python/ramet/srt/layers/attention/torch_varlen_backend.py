@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.utils.device import to_device
 
 if TYPE_CHECKING:

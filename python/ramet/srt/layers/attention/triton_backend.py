@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.kernels.decode_attention import decode_attention
 from ramet.srt.layers.kernels.prefill_attention import prefill_attention
 from ramet.srt.layers.kernels.runtime import can_run_kernels
-from ramet.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.utils.device import to_device
 
 if TYPE_CHECKING:

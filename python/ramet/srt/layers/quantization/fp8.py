@@ -10,7 +10,7 @@ from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear, project
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.parameter import declare_weight
-from ramet.srt.model_loader.weight_manifest import WeightBox
+from ramet.srt.weights.manifest import WeightBox
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = torch.finfo(FP8).max

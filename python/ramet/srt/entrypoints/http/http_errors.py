@@ -1,0 +1,85 @@
+"""Owns how errors look on the wire: OpenAI's shape, for every route and every kind of failure."""
+
+import json
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ramet.srt.entrypoints.http.http_validation import describe_validation_errors
+from ramet.srt.errors import RequestError, ServiceError
+
+ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+def error_body(
+    status_code: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, dict[str, str | None]]:
+    """An error in OpenAI's shape."""
+    default = "invalid_request_error" if status_code < 500 else "server_error"
+    kind = ERROR_TYPES.get(status_code, default)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    status_code: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    """An answer in OpenAI's error shape. ASCII only: what a client sent may not be valid Unicode."""
+    body = json.dumps(error_body(status_code, message, param=param, code=code))
+    return Response(body, status_code, headers, media_type="application/json")
+
+
+def body_of(error: Exception) -> dict[str, dict[str, str | None]]:
+    """The error in OpenAI's shape, for a stream that has already begun."""
+    if isinstance(error, RequestError):
+        return error_body(error.status_code, str(error), param=error.param, code=error.code)
+    if isinstance(error, ServiceError):
+        return error_body(error.status_code, str(error))
+    return error_body(500, "internal error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every failure of `app` an answer in OpenAI's error shape."""
+
+    @app.exception_handler(RequestError)
+    async def on_request_error(request: Request, error: RequestError) -> Response:
+        return error_response(error.status_code, str(error), param=error.param, code=error.code)
+
+    @app.exception_handler(ServiceError)
+    async def on_service_error(request: Request, error: ServiceError) -> Response:
+        return error_response(error.status_code, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+        message, param, code = describe_validation_errors(error.errors())
+        return error_response(400, message, param=param, code=code)
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def on_unexpected(request: Request, error: Exception) -> Response:
+        return error_response(500, "internal error")

@@ -1,0 +1,131 @@
+"""Owns the safetensors container: finding a model's files and reading their headers. Reads no tensor data."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+
+from ramet.srt.weights.manifest import element_size
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf")
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# The format: https://github.com/huggingface/safetensors#format
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor in a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+def find_checkpoint_files(folder: str) -> dict[str, set[str] | None]:
+    """The safetensors files of a model folder: path -> names of the tensors that the index promises, if there is one.
+
+    Raises:
+        ValueError: if there are none, or the index is broken or names a file that is missing.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no model folder {folder}")
+    single = os.path.join(folder, SINGLE_FILE)
+    if os.path.exists(single):
+        return {single: None}
+    index = os.path.join(folder, INDEX_FILE)
+    if os.path.exists(index):
+        return _read_index(folder, index)
+    names = sorted(os.listdir(folder))
+    files = [n for n in names if n.endswith(".safetensors") and not n.startswith(("consolidated", "adapter_"))]
+    if not files:
+        other = [n for n in names if n.endswith(OTHER_WEIGHT_SUFFIXES)]
+        hint = f"; {other[0]} is of a format that is not read here" if other else ""
+        raise ValueError(f"there are no weights in {folder}: no {SINGLE_FILE} or {INDEX_FILE}{hint}")
+    return {os.path.join(folder, name): None for name in files}
+
+
+def _read_index(folder: str, path: str) -> dict[str, set[str] | None]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            weight_map = json.load(file)["weight_map"]
+        pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
+    if not pairs:
+        raise ValueError(f"{path} names no tensors")
+    files: dict[str, set[str] | None] = {}
+    for tensor, name in pairs:
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError(f"{path}: {tensor} is said to be in {name!r}, outside the model folder")
+        promised = files.setdefault(os.path.join(folder, name), set())
+        assert promised is not None
+        promised.add(tensor)
+    for file_path, promised in files.items():
+        if not os.path.exists(file_path):
+            example = min(promised or {"?"})
+            raise ValueError(f"{file_path} is missing, though {INDEX_FILE} says that it has {example}")
+    return files
+
+
+def read_header(path: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, with every number checked against the file's size.
+
+    Raises:
+        ValueError: if the header is broken or a tensor reaches beyond the end of the file.
+    """
+    try:
+        with open(path, "rb") as file:
+            file_nbytes = os.fstat(file.fileno()).st_size
+            header_nbytes = int.from_bytes(file.read(8), "little")
+            if file_nbytes < 8 or header_nbytes > min(MAX_HEADER_BYTES, file_nbytes - 8):
+                raise ValueError(f"{path} is no safetensors file or is truncated: {file_nbytes} bytes long, "
+                                 f"its header claims {header_nbytes}")  # fmt: skip
+            text = file.read(header_nbytes)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError("the header is not an object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: broken safetensors header: {error}") from error
+    header.pop("__metadata__", None)
+    data_start = 8 + header_nbytes
+    return {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
+
+
+def _read_tensor_info(path: str, name: str, fields: object, data_start: int, file_nbytes: int) -> TensorInfo:
+    try:
+        code, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[index]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError("negative or non-integer numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: broken header entry of {name}: {error!r}") from error
+    dtype = DTYPES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise ValueError(f"{path}: {name} has the unknown dtype {code!r}")
+    if stop - start != math.prod(shape) * element_size(dtype):
+        raise ValueError(f"{path}: {name} of shape {tuple(shape)} {dtype} does not fit its {stop - start} bytes")
+    if data_start + stop > file_nbytes:
+        raise ValueError(
+            f"{path} is truncated: {name} ends at byte {data_start + stop}, the file has {file_nbytes} bytes"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + start, stop - start)

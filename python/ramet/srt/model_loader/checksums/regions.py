@@ -1,0 +1,124 @@
+"""Owns checksums of slices of checkpoint tensors, which arenas of different topologies can compare. No transport."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import xxhash
+
+from ramet.srt.model_loader.arena.base import HostWeightArena, WeightArena
+from ramet.srt.weights.boxes import Region, contiguous_strides, flatten, intersect, subtract
+from ramet.srt.weights.manifest import WeightEntry, element_size
+from ramet.srt.weights.planner import Holding, holdings_of, region_offset
+
+BLOCK_BYTES = 4 << 20  # rows that are gathered before they are hashed
+MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
+
+
+class WeightRegion(msgspec.Struct, frozen=True, array_like=True):
+    """A slice of a checkpoint tensor."""
+
+    checkpoint_name: str
+    region: Region
+
+
+class RegionChecksums:
+    """Computes the checksums of regions that an arena holds. The arena must not change any more.
+
+    They are over the elements in the row-major order of the checkpoint tensor, by the algorithm of the arena's device.
+    """
+
+    def __init__(self, arena: WeightArena) -> None:
+        self.algorithm = arena.checksum_algorithm
+        self._arena = arena
+        self._holdings = holdings_of(arena.manifest)
+        self._known: dict[WeightRegion, str] = {}
+
+    def compute(self, regions: Sequence[WeightRegion], num_threads: int = 1) -> list[str]:
+        """The checksum of each region; those asked for before are remembered.
+
+        Raises:
+            ValueError: if one is not wholly in the arena.
+        """
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
+            return list(pool.map(self._compute_one, regions))
+
+    def _compute_one(self, wanted: WeightRegion) -> str:
+        found = self._known.get(wanted)
+        if found is None:
+            found = hash_region(self._arena, self._find(wanted), wanted.region)
+            if len(self._known) < MAX_REMEMBERED:
+                self._known[wanted] = found
+        return found
+
+    def _find(self, wanted: WeightRegion) -> Holding:
+        for holding in self._holdings.get(wanted.checkpoint_name, ()):
+            if len(holding.region) == len(wanted.region) and _contains(holding.region, wanted.region):
+                return holding
+        raise ValueError(f"{wanted.checkpoint_name}{list(wanted.region)} is not in this rank's weights")
+
+
+def split_over_ranks(
+    entries: Sequence[WeightEntry], ranks: Sequence[Mapping[str, Sequence[Holding]]]
+) -> list[list[tuple[str, WeightRegion]]]:
+    """Which regions of the entries each rank of a seed can speak for: (entry's name, region); none is in two lists.
+
+    Args:
+        ranks: holdings of each rank.
+    """
+    shares: list[list[tuple[str, WeightRegion]]] = [[] for _ in ranks]
+    for entry in entries:
+        for box in entry.boxes:
+            remaining: list[Region] = [box.source]
+            for share, holdings in zip(shares, ranks, strict=True):
+                for holding in holdings.get(box.checkpoint_name, ()):
+                    rest: list[Region] = []
+                    for region in remaining:
+                        common = intersect(region, holding.region)
+                        if common is None:
+                            rest.append(region)
+                            continue
+                        share.append((entry.name, WeightRegion(box.checkpoint_name, common)))
+                        rest.extend(subtract(region, common))
+                    remaining = rest
+    return shares
+
+
+def hash_region(arena: WeightArena, holding: Holding, region: Region) -> str:
+    """The checksum of a region that lies inside of a holding of the arena."""
+    size = element_size(holding.dtype)
+    extents = [stop - start for start, stop in region]
+    row, (num_rows, stride, _), repeats = flatten(
+        extents, holding.strides, contiguous_strides(extents, size), (size, size)
+    )
+    start = holding.offset + region_offset(region, holding)
+    starts = [start + offset for offset, _ in repeats]
+    if arena.device == "cuda":
+        from ramet.srt.model_loader.arena.cuda_hash import hash_rows
+
+        return hash_rows(arena, starts, row * size, num_rows, stride)
+    assert isinstance(arena, HostWeightArena)
+    digest = xxhash.xxh3_64()
+    for start in starts:
+        for block in _rows(arena.memory, start, row * size, num_rows, stride):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rows(memory: memoryview, start: int, row_nbytes: int, num_rows: int, stride: int) -> Iterator[memoryview]:
+    """Rows one after the other, gathered into blocks."""
+    step = max(1, BLOCK_BYTES // max(stride, row_nbytes, 1))
+    for first in range(0, num_rows, step):
+        count = min(step, num_rows - first)
+        begin = start + first * stride
+        span = memory[begin : begin + (count - 1) * stride + row_nbytes]
+        if count == 1:
+            yield span
+        else:
+            rows = np.ndarray((count, row_nbytes), np.uint8, span, strides=(stride, 1))
+            yield memoryview(np.ascontiguousarray(rows)).cast("B")
+
+
+def _contains(outer: Region, inner: Region) -> bool:
+    return all(a <= c <= d <= b for (a, b), (c, d) in zip(outer, inner, strict=True))

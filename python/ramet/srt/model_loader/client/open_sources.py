@@ -1,0 +1,108 @@
+"""Owns the choice of the way to each rank of a seed: its memory where it is on this host, a network where it is not."""
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.client.local import LocalSource
+from ramet.srt.model_loader.client.seed_instance import SeedRank
+from ramet.srt.model_loader.client.transfer import RankSource
+from ramet.srt.model_loader.client.transfer_engine import TransferEngineSource
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.client.collective import CollectiveSource, UpstreamCollectiveSource
+
+logger = logging.getLogger(__name__)
+
+
+class SeedSources:
+    """The sources of one round of a transfer."""
+
+    def __init__(self, arena: WeightArena, config: LoadConfig) -> None:
+        self._arena = arena
+        self._config = config
+        self._files = ExitStack()
+        self._remote: list[TransferEngineSource | CollectiveSource | UpstreamCollectiveSource] = []
+        self._engine: MooncakeEngine | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="populate")
+        self._populating: Future[None] | None = None
+
+    def open(self, rank: SeedRank) -> RankSource:
+        """Raises WeightTransferError if a transport does not start, or can't pair this rank."""
+        local = open_local(rank, self._arena, self._config, for_copy=True)
+        if local is not None:
+            return self._files.enter_context(local)
+        if self._config.backend == "nccl":
+            source = self._open_collective(rank)
+        else:
+            source = self._open_engine(rank)
+            if self._populating is None:
+                # It is three times slower when it touches fresh memory page by page; gloo only loses a core.
+                self._populating = self._pool.submit(self._arena.populate)
+        self._remote.append(source)
+        return source
+
+    def _open_engine(self, rank: SeedRank) -> TransferEngineSource:
+        if self._engine is None:
+            self._engine = MooncakeEngine.acquire(
+                reachable_host(self._config.host), self._arena.manifest.parallel.world_rank
+            )
+        return TransferEngineSource(rank.answer, self._arena, self._engine, self._config.timeout_s)
+
+    def _open_collective(self, rank: SeedRank) -> "CollectiveSource | UpstreamCollectiveSource":
+        from ramet.srt.model_loader.client.collective import open_collective  # needs torch.distributed
+
+        return open_collective(rank, self._arena, self._config)
+
+    def close(self) -> None:
+        """After every step has ended well. Raises MemoryError if there was not enough for the arena."""
+        self._files.close()
+        for source in self._remote:
+            source.close()
+        self._pool.shutdown()
+        if self._populating is not None:
+            self._populating.result()
+
+    def abandon(self) -> bool:
+        """After a step has failed: False if it may still overwrite what the arena holds."""
+        self._files.close()
+        for source in self._remote:
+            source.cut_off()
+        self._pool.shutdown()
+        if self._engine is None:
+            return True
+        self._engine.abandon()
+        # A network card writes to pages, not to addresses.
+        return self._engine.protocol == "tcp"
+
+
+def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig, *, for_copy: bool = False) -> LocalSource | None:
+    """The rank's memory, if it is on this host and can be had.
+
+    Args:
+        for_copy: whether it is to be copied, and not mapped.
+    """
+    if not rank.is_local:
+        return None
+    manifest, handle = rank.answer.manifest, rank.answer.local_handle
+    assert manifest is not None and handle is not None
+    try:
+        with ExitStack() as undo:
+            source = undo.enter_context(LocalSource(manifest, handle, arena, config.timeout_s))
+            if for_copy:
+                source.prepare_copy()
+            undo.pop_all()
+            return source
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",
+            arena.manifest.parallel.world_rank,
+            rank.seed,
+            error,
+        )
+        return None

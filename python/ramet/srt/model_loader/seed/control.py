@@ -1,0 +1,142 @@
+"""Owns how an instance's main process asks one of its ranks something about its weights, on this node or another.
+
+Each rank that offers its weights listens on a socket of its own; where, its registration tells the bootstrap server,
+which tells nobody else. Each connection is one request. Serving goes on meanwhile: the answers come from threads.
+"""
+
+import asyncio
+import hmac
+import logging
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from ramet.srt.managers.child_process import one_line
+from ramet.srt.managers.io_struct import WeightControlError, WeightReply, WeightRequest
+from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
+
+logger = logging.getLogger(__name__)
+
+READ_TIMEOUT_S = 10.0  # for a request to come in whole
+MAX_MESSAGE_BYTES = 64 << 20
+_LENGTH = struct.Struct("!Q")
+
+
+class ControlAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a rank listens: a name in the abstract namespace of Unix sockets, or a TCP port."""
+
+    token: str  # whoever knows it is the instance itself
+    name: str = ""
+    host: str = ""
+    port: int = 0
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    token: str
+    request: WeightRequest
+
+
+_envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
+_reply_decoder = msgspec.msgpack.Decoder(WeightReply)
+
+
+class WeightControlServer:
+    """A rank's side: a thread that accepts, and one for each request."""
+
+    def __init__(self, handle: Callable[[WeightRequest], WeightReply], host: str | None) -> None:
+        """
+        Args:
+            handle: answers a request; a ValueError or RuntimeError becomes a WeightControlError.
+            host: address of this node if other nodes must reach it; None: only this host must.
+
+        Raises:
+            OSError: if there is no such address.
+        """
+        self._handle = handle
+        token = secrets.token_hex(16)
+        if host is None:
+            listener, name = listen_on_abstract_name("ramet-control", socket.SOCK_STREAM)
+            self.address = ControlAddress(token=token, name=name)
+        else:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, 0), family=family)
+            self.address = ControlAddress(token=token, host=host, port=listener.getsockname()[1])
+        self._connections = ConnectionThreads(listener, self._answer, "weight-control")
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._connections.close()
+
+    def _answer(self, connection: socket.socket) -> None:
+        try:
+            connection.settimeout(READ_TIMEOUT_S)
+            if connection.family == socket.AF_UNIX and peer_uid(connection) != os.geteuid():
+                return
+            (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+            if length > MAX_MESSAGE_BYTES:
+                return
+            envelope = _envelope_decoder.decode(_receive(connection, length))
+            if not hmac.compare_digest(envelope.token.encode(), self.address.token.encode()):
+                return
+            reply = self._reply_to(envelope.request)
+            data = msgspec.msgpack.encode(reply)
+            connection.settimeout(READ_TIMEOUT_S)
+            connection.sendall(_LENGTH.pack(len(data)) + data)
+        except (OSError, ValueError) as error:
+            logger.debug("a control request broke off: %s", error)
+
+    def _reply_to(self, request: WeightRequest) -> WeightReply:
+        try:
+            return self._handle(request)
+        except (ValueError, RuntimeError) as error:  # the latter from a GPU that has no room left, for example
+            return WeightControlError(message=one_line(error))
+
+
+def _receive(connection: socket.socket, length: int) -> bytes:
+    data = bytearray()
+    while len(data) < length:
+        chunk = connection.recv(min(1 << 20, length - len(data)))
+        if not chunk:
+            raise ConnectionError(f"it ended after {len(data)} of {length} bytes")
+        data += chunk
+    return bytes(data)
+
+
+async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: float) -> WeightReply:
+    """The main process's side: a rank's reply to a request.
+
+    Raises:
+        TimeoutError: if there is none within `timeout_s`.
+        OSError: if the rank can't be reached, or has gone.
+    """
+    async with asyncio.timeout(timeout_s):
+        if address.name:
+            reader, writer = await asyncio.open_unix_connection(sock=await _connect(address.name))
+        else:
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            data = msgspec.msgpack.encode(_Envelope(address.token, request))
+            writer.write(_LENGTH.pack(len(data)) + data)
+            await writer.drain()
+            (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+            return _reply_decoder.decode(await reader.readexactly(length))
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionError("the rank has broken the connection off") from error
+        finally:
+            writer.close()
+
+
+async def _connect(name: str) -> socket.socket:
+    """A connection to a name in the abstract namespace, which not every event loop can make by itself."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, "\0" + name)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

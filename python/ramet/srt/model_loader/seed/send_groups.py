@@ -1,0 +1,200 @@
+"""Owns a seed's side of transfers by broadcast: a thread and a group of two for each, beside serving."""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from ramet.srt.distributed.pair_group import DEVICE_OF_BACKEND, SENDER, PairGroup, listen
+from ramet.srt.managers.io_struct import InitSendGroupOutput, InitSendGroupReq, SendWeightsOutput
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.transport.broadcast_steps import Broadcast, ByteRows, check_broadcasts, pack
+from ramet.srt.weights.manifest import layout_digest
+
+logger = logging.getLogger(__name__)
+
+MAX_TRANSFERS = 16
+MAX_TIMEOUT_S = 600.0
+KEPT_RESULTS_S = 60.0  # an ended transfer's result, for a request that comes late
+
+
+class SendGroups:
+    """The transfers of one rank. Each ends by itself: every step of it has a deadline."""
+
+    def __init__(self, arena: WeightArena, address: str) -> None:
+        """
+        Args:
+            address: of this node, where clients reach it.
+        """
+        self._arena = arena
+        self._address = address
+        self._lock = threading.Lock()
+        self._transfers: dict[str, _Transfer] = {}
+
+    def init(self, request: InitSendGroupReq) -> InitSendGroupOutput:
+        """Begin a transfer: listen for its client. An upstream client is waited for, as it expects.
+
+        Raises:
+            ValueError: if the request can't be fulfilled, or the client does not come.
+        """
+        transfer = self._make(request)
+        with self._lock:
+            now = time.monotonic()
+            self._transfers = {key: one for key, one in self._transfers.items() if not one.is_forgotten(now)}
+            if transfer.id in self._transfers and not self._transfers[transfer.id].ended.is_set():
+                raise ValueError(f"there is a group {transfer.id!r} already")
+            if sum(not one.ended.is_set() for one in self._transfers.values()) >= MAX_TRANSFERS:
+                raise ValueError(f"this rank is sending to {MAX_TRANSFERS} others already")
+            try:
+                port = transfer.listen(request.port)
+            except OSError as error:
+                raise ValueError(str(error)) from None
+            self._transfers[transfer.id] = transfer
+        transfer.thread.start()
+        if request.group_name:
+            transfer.wait_joined()
+        return InitSendGroupOutput(
+            transfer_id=transfer.id, master_address=self._address, port=port, warm_up=transfer.warms_up
+        )
+
+    def send(self, transfer_id: str) -> SendWeightsOutput:
+        """Send what was agreed on; returns when it has been sent.
+
+        Raises:
+            ValueError: if there is no such transfer, it was sent before, or it fails.
+        """
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+        if transfer is None:
+            raise ValueError(f"there is no transfer {transfer_id!r}: it has failed, or has waited for too long")
+        return transfer.send()
+
+    def close(self) -> None:
+        """End the transfers that wait; those that are sending end by their deadlines."""
+        with self._lock:
+            transfers = list(self._transfers.values())
+        for transfer in transfers:
+            transfer.cancel()
+
+    def _make(self, request: InitSendGroupReq) -> "_Transfer":
+        if not 0 < request.timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}; got {request.timeout_s}")
+        if request.backend and DEVICE_OF_BACKEND.get(request.backend) != self._arena.device:
+            raise ValueError(f"the backend {request.backend!r} can't send from {self._arena.device}")
+        if not request.group_name and request.layout != layout_digest(self._arena.manifest):
+            raise ValueError("another layout is in this memory")
+        broadcasts = [tuple(ByteRows(*rows) for rows in one) for one in request.broadcasts]
+        check_broadcasts(broadcasts, self._arena.nbytes)
+        return _Transfer(self._arena, self._address, request, broadcasts)
+
+
+class _Transfer:
+    """One client's rank: met, sent to and forgotten, in a thread of its own."""
+
+    def __init__(
+        self, arena: WeightArena, address: str, request: InitSendGroupReq, broadcasts: list[Broadcast]
+    ) -> None:
+        self.id = request.group_name or secrets.token_hex(16)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="send-weights", daemon=True)
+        self._is_upstream = bool(request.group_name)
+        self.warms_up = request.warm_up and not self._is_upstream
+        self._arena = arena
+        self._address = address
+        self._broadcasts = broadcasts
+        self._timeout_s = request.timeout_s
+        self._store: dist.Store | None = None
+        self._joined = threading.Event()
+        self._go = threading.Event()
+        self._was_asked = threading.Lock()
+        self._is_sent = False
+        self._error = ""
+        self._end_s = 0.0
+        self._num_bytes = 0
+        self._seconds = 0.0
+
+    def listen(self, port: int) -> int:
+        """Open the store. Returns its port. Raises OSError if the port is in use."""
+        store = listen(self._address, port, self._timeout_s)
+        self._store = store
+        return store.port
+
+    def is_forgotten(self, now: float) -> bool:
+        return self.ended.is_set() and now - self._end_s > KEPT_RESULTS_S
+
+    def wait_joined(self) -> None:
+        """Raises ValueError if the client does not come."""
+        self._joined.wait(2 * self._timeout_s)
+        if self._error:
+            raise ValueError(self._error)
+
+    def send(self) -> SendWeightsOutput:
+        if not self._was_asked.acquire(blocking=False):
+            raise ValueError(f"the transfer {self.id!r} was asked for before")
+        self._go.set()
+        self.ended.wait()  # the thread's own deadlines end it
+        if self._error:
+            raise ValueError(self._error)
+        return SendWeightsOutput(num_bytes=self._num_bytes, seconds=self._seconds)
+
+    def cancel(self) -> None:
+        self._error = self._error or "the seed is ending"
+        self._go.set()
+
+    def _run(self) -> None:
+        try:
+            self._meet_and_send()
+            self._is_sent = not self._error
+        except (OSError, RuntimeError, MemoryError) as error:
+            self._error = self._error or str(error)  # the text alone: the error holds the store, and so its port
+        finally:
+            if not self._is_sent:
+                self._error = self._error or "it broke off"
+                rank = self._arena.manifest.parallel.world_rank
+                logger.warning("rank %d: the weights were not sent: %s", rank, self._error)
+            self._end_s = time.monotonic()
+            self.ended.set()
+            self._joined.set()
+
+    def _meet_and_send(self) -> None:
+        store, self._store = self._store, None
+        assert store is not None
+        device = self._arena.byte_tensor().device
+        group = PairGroup(store, self.id, SENDER, device, self._address, self._timeout_s)
+        failed = True
+        try:
+            if self._is_upstream:
+                with self._arena.work_context():
+                    group.barrier()
+            self._joined.set()
+            if not self._go.wait(self._timeout_s):
+                raise TimeoutError(f"the client has met this rank and asked for nothing within {self._timeout_s:g} s")
+            if self._error:
+                return
+            with self._arena.work_context():
+                if self.warms_up:
+                    group.warm_up()
+                start = time.perf_counter()
+                for tensor in self._tensors():
+                    group.broadcast(tensor)
+                    self._num_bytes += tensor.nbytes
+            self._seconds = time.perf_counter() - start
+            failed = False
+        finally:
+            group.close(failed)
+        logger.info("rank %d: sent %.3f GB of weights in %.2f s", self._arena.manifest.parallel.world_rank,
+                    self._num_bytes / 1e9, self._seconds)  # fmt: skip
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """What each broadcast sends. For an upstream client: every parameter, in the model's order."""
+        if self._is_upstream:
+            for entry in self._arena.manifest.entries:
+                yield self._arena.tensor(entry)
+            return
+        memory = self._arena.byte_tensor()
+        for broadcast in self._broadcasts:
+            yield pack(broadcast, memory)

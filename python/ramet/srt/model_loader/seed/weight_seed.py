@@ -1,0 +1,184 @@
+"""Owns offering a loaded arena to others: its checksums, its transfer engine, its local socket, its registration."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from ramet.srt.managers.io_struct import (
+    InitSendGroupReq,
+    InstanceReady,
+    InstanceStateOutput,
+    InstanceStopping,
+    SendWeightsReq,
+    WeightChecksumsOutput,
+    WeightReply,
+    WeightRequest,
+)
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
+from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
+    host_identity,
+    reachable_host,
+    register_transfer_engine_info,
+)
+from ramet.srt.model_loader.seed.control import WeightControlServer
+from ramet.srt.model_loader.transport.local_share import LocalShareServer
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.weights.manifest import WeightManifest, element_size
+from ramet.srt.weights.registration import LocalHandle, SeedRegistration, TransferEngineInfo
+
+if TYPE_CHECKING:
+    from ramet.srt.model_loader.seed.send_groups import SendGroups
+
+logger = logging.getLogger(__name__)
+
+
+class WeightSeed:
+    """One rank's weights on offer. The arena is immutable from the start on."""
+
+    def __init__(self, registration: SeedRegistration, resources: ExitStack) -> None:
+        self.registration = registration
+        self._resources = resources
+
+    @staticmethod
+    def prepare(host: str, rank: int) -> None:
+        """Do beforehand, while the weights still come, what takes longest: start the transfer engine.
+
+        Raises:
+            WeightTransferError: if it does not start.
+        """
+        MooncakeEngine.acquire(reachable_host(host), rank)
+
+    @classmethod
+    def start(
+        cls,
+        manifest: WeightManifest,
+        arena: WeightArena,
+        *,
+        host: str,
+        started_at: float = 0.0,
+        control_host: str | None = None,
+        on_state: Callable[[bool], None] = lambda is_ready: None,
+    ) -> "WeightSeed":
+        """Publish an arena whose content is final.
+
+        Args:
+            host: address that the instance is bound to.
+            started_at: when the instance was launched, in unix seconds: tells it from one that had its address before.
+            control_host: address of this node, if the instance's main process may be on another one.
+            on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
+
+        Raises:
+            WeightTransferError: if Mooncake does not start.
+            OSError: if a socket can't be made.
+        """
+        start = time.perf_counter()
+        checksums = arena.checksums or compute_checksums(manifest, arena)
+        arena.checksums = checksums
+        arena.publish()
+        rank = manifest.parallel.world_rank
+        with ExitStack() as undo:
+            engine = MooncakeEngine.acquire(reachable_host(host), rank)
+            engine.register(arena.address, arena.nbytes)
+            undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
+            share = LocalShareServer(arena)
+            undo.callback(share.close)
+            requests = SeedRequests(arena, reachable_host(host), on_state)
+            undo.callback(requests.close)
+            control = WeightControlServer(requests.handle, control_host)
+            undo.callback(control.close)
+            resources = undo.pop_all()
+        registration = SeedRegistration(
+            rank=rank,
+            role=manifest.role,
+            transfer_engine_info=TransferEngineInfo(
+                session_id=engine.session_id, weights_info_dict=weights_info(manifest, arena.address)
+            ),
+            manifest=with_checksums(manifest, checksums),
+            arena_address=arena.address,
+            local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
+            started_at=started_at,
+            control=control.address,
+        )
+        logger.info(
+            "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",
+            rank,
+            manifest.payload_nbytes / 1e9,
+            manifest.role,
+            engine.session_id,
+            time.perf_counter() - start,
+        )
+        return cls(registration, resources)
+
+    def register(self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float) -> None:
+        """Tell the instance's bootstrap server, until it has understood.
+
+        Raises:
+            WeightTransferError: if it has not within `timeout_s`: a rank that nobody can find is no running rank.
+        """
+        register_transfer_engine_info(
+            bootstrap_url, self.registration, admin_api_key=admin_api_key, timeout_s=timeout_s
+        )
+
+    def close(self) -> None:
+        """Withdraw the offer. Processes that have mapped the memory keep it."""
+        self._resources.close()
+
+
+class SeedRequests:
+    """Answers what the instance's main process asks a rank on behalf of clients."""
+
+    def __init__(
+        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda is_ready: None
+    ) -> None:
+        """
+        Args:
+            address: of this node, where clients reach it.
+        """
+        self._arena = arena
+        self._address = address
+        self._on_state = on_state
+        self._checksums = RegionChecksums(arena)
+        self._groups: SendGroups | None = None
+        self._lock = threading.Lock()
+
+    def handle(self, request: WeightRequest) -> WeightReply:
+        """Raises ValueError if the request can't be fulfilled."""
+        if isinstance(request, InstanceReady | InstanceStopping):
+            self._on_state(isinstance(request, InstanceReady))
+            return InstanceStateOutput()
+        if isinstance(request, InitSendGroupReq):
+            return self._send_groups().init(request)
+        if isinstance(request, SendWeightsReq):
+            return self._send_groups().send(request.transfer_id)
+        regions = [WeightRegion(name, region) for name, region in request.regions]
+        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=self._checksums.compute(regions))
+
+    def _send_groups(self) -> "SendGroups":
+        with self._lock:
+            if self._groups is None:
+                from ramet.srt.model_loader.seed.send_groups import (
+                    SendGroups,
+                )  # needs torch.distributed, and is rarely used
+
+                self._groups = SendGroups(self._arena, self._address)
+            return self._groups
+
+    def close(self) -> None:
+        """End the transfers that wait."""
+        with self._lock:
+            if self._groups is not None:
+                self._groups.close()
+
+
+def weights_info(manifest: WeightManifest, arena_address: int) -> dict[str, tuple[int, int, int]]:
+    """Upstream's description of the tensors: name -> (address, number of elements, bytes of an element)."""
+    info = {}
+    for entry in manifest.entries:
+        size = element_size(entry.dtype)
+        info[entry.name] = (arena_address + entry.offset, entry.nbytes // size, size)
+    return info

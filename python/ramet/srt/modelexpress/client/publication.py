@@ -1,0 +1,139 @@
+"""Owns what the metadata server is told about one rank of this engine, from its last byte of weights to its end."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.managers.io_struct import LoadReport, PublisherStats
+from ramet.srt.modelexpress.client.claim import FileClaim
+from ramet.srt.modelexpress.client.client import ModelExpressClient
+from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
+from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
+from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worker_metadata
+from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.weights.manifest import WeightManifest, layout_digest
+from ramet.srt.weights.registration import SeedRegistration
+
+logger = logging.getLogger(__name__)
+
+STALE_TIMEOUT_S = 2.0  # for the server to acknowledge that the instance is about to end
+ACK_PERIOD_S = 1.0
+
+
+def make_instance_facts(
+    instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
+) -> InstanceFacts:
+    """What a record or a claim says about the instance behind it."""
+    load = None
+    if report is not None:
+        load = LoadFacts(
+            source=report.source,
+            num_bytes=report.num_bytes,
+            seconds=report.seconds,
+            verified=report.verified,
+            taken_from=report.taken_from,
+            taken_bytes=report.taken_bytes,
+            fallback_reason=report.fallback_reason,
+        )
+    return InstanceFacts(
+        instance=instance_url,
+        host=socket.gethostname(),
+        world_rank=manifest.parallel.world_rank,
+        started_at=started_at,
+        layout_signature=layout_digest(manifest),
+        load=load,
+    )
+
+
+class Publication:
+    """One rank's record. Nothing here waits for the server, but `withdraw` for a moment."""
+
+    def __init__(
+        self,
+        config: LoadConfig,
+        registration: SeedRegistration,
+        facts: InstanceFacts,
+        *,
+        accelerator: str,
+        device_id: int,
+        load_probe: Callable[[], float | None],
+        claim: FileClaim | None,
+    ):
+        """Publish the record as INITIALIZING.
+
+        Args:
+            registration: what the rank offers.
+            claim: released once the record is READY, so that whoever waits for the claim finds a source.
+
+        Raises:
+            ValueError: if a certificate, a token file or an environment variable can't be used.
+        """
+        manifest = registration.manifest
+        assert manifest is not None and registration.arena_address is not None
+        self._claim = claim
+        self._ended = threading.Event()
+        worker = build_worker_metadata(
+            manifest,
+            base_address=registration.arena_address,
+            session_id=registration.transfer_engine_info.session_id,
+            info_url=self._info_url(facts.instance, manifest),
+            facts=facts,
+            accelerator=accelerator,
+            device_id=device_id,
+        )
+        self._publisher = Publisher(
+            ModelExpressClient(config.modelexpress_url),
+            make_source_identity(config, manifest),
+            worker,
+            load_probe=load_probe,
+        )
+        self._publisher.start()
+
+    @property
+    def worker_id(self) -> str:
+        return self._publisher.worker_id
+
+    def stats(self) -> PublisherStats:
+        return self._publisher.stats()
+
+    def set_ready(self) -> None:
+        """The instance is healthy."""
+        if self._ended.is_set():
+            return
+        self._publisher.set_status(READY)
+        if self._claim is not None:
+            threading.Thread(target=self._hand_over, args=(self._claim,), name="release-claim", daemon=True).start()
+
+    def withdraw(self) -> None:
+        """The instance is about to end, or its weights to change: nobody shall come any more."""
+        self._ended.set()
+        if not self._publisher.set_status(STALE, STALE_TIMEOUT_S):
+            logger.warning("the ModelExpress server has not yet heard that this instance ends")
+
+    def close(self) -> None:
+        """Tell the server, if that can be done in time, and end. Idempotent."""
+        self._ended.set()
+        if self._claim is not None:
+            self._claim.release()
+        self._publisher.close(STALE_TIMEOUT_S)
+
+    def _hand_over(self, claim: FileClaim) -> None:
+        """Give the claim back once there is a source in its place."""
+        while not self._ended.is_set():
+            start = time.monotonic()
+            if self._publisher.set_status(READY, ACK_PERIOD_S):
+                break
+            self._ended.wait(max(0.0, ACK_PERIOD_S - (time.monotonic() - start)))
+        claim.release()
+
+    @staticmethod
+    def _info_url(instance_url: str, manifest: WeightManifest) -> str:
+        parts = urlsplit(instance_url)
+        if not parts.hostname or parts.port is None:
+            return ""
+        rank = manifest.parallel.world_rank
+        return make_info_url(InfoAddress(parts.hostname, parts.port, rank, manifest.role))

@@ -1,0 +1,70 @@
+"""Owns the way from a source to what its seed says of a rank's weights: the URL to ask at, or the record itself."""
+
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+from ramet.srt.modelexpress.records import SourceRecord
+from ramet.srt.weights.errors import WeightTransferError, name_some
+from ramet.srt.weights.manifest import WeightManifest, element_size
+from ramet.srt.weights.registration import SeedAnswer
+
+INFO_PATH = "/remote_instance_transfer_engine_info"
+
+
+class InfoAddress(NamedTuple):
+    """Where an instance answers for one rank; the arguments of fetch_seed_answer."""
+
+    host: str
+    port: int
+    rank: int  # world rank in the seed's instance
+    role: str
+
+
+def make_info_url(address: InfoAddress) -> str:
+    """The URL that a record holds as its metadata_endpoint."""
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"http://{host}:{address.port}{INFO_PATH}?{urlencode({'rank': address.rank, 'role': address.role})}"
+
+
+def read_info_url(url: str) -> InfoAddress:
+    """What make_info_url was given.
+
+    Raises:
+        ValueError: if it is not such a URL.
+    """
+    parts = urlsplit(url)
+    query = parse_qs(parts.query)
+    rank = query.get("rank", [""])[0]
+    if not parts.hostname or parts.port is None or not (rank.isascii() and rank.isdigit()):
+        raise ValueError(f"{url!r} does not say host, port and rank")
+    return InfoAddress(parts.hostname, parts.port, int(rank), query.get("role", ["target"])[0])
+
+
+def make_seed_answer(source: SourceRecord, manifest: WeightManifest) -> SeedAnswer:
+    """What an engine that has no such URL would answer, from the tensors in its record.
+
+    Matched are name and size, and the type where the record says it (SGLang's first integration does not).
+
+    Raises:
+        WeightTransferError: if the source lacks a tensor of `manifest`, or has another size or type of it.
+    """
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    rank, seed = manifest.parallel.world_rank, source.session_id or source.worker_id
+    if not source.session_id:
+        raise WeightTransferError("agree", rank, seed, "its record has no session of the transfer engine")
+    if missing := [entry.name for entry in manifest.entries if entry.name not in tensors]:
+        raise WeightTransferError("agree", rank, seed, f"its record lacks {name_some(missing)}")
+    weights_info = {}
+    for entry in manifest.entries:
+        tensor = tensors[entry.name]
+        if tensor.nbytes != entry.nbytes or tensor.dtype not in ("", entry.dtype):
+            theirs = f"{tensor.nbytes} bytes of {tensor.dtype or 'some type'}"
+            cause = f"{entry.name} has {theirs} there and {entry.nbytes} bytes of {entry.dtype} here"
+            raise WeightTransferError("agree", rank, seed, cause)
+        size = element_size(entry.dtype)
+        weights_info[entry.name] = (tensor.addr, tensor.nbytes // size, size)
+    return SeedAnswer(
+        rank=rank,
+        remote_instance_transfer_engine_info=(source.session_id, weights_info),
+        role=manifest.role,
+    )

@@ -1,0 +1,266 @@
+"""Owns the running metadata server: its ports, its thread, its start and its stop. What it answers is service.py."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import grpc
+import uvicorn
+
+from ramet.srt.modelexpress.ages import AgeTracker
+from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
+from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, server_handler
+from ramet.srt.modelexpress.server.auth import TokenInterceptor
+from ramet.srt.modelexpress.server.fleet import Fleet
+from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
+from ramet.srt.modelexpress.server.health import HealthService
+from ramet.srt.modelexpress.server.reaper import Reaper
+from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
+from ramet.srt.modelexpress.server.service import P2pService
+from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
+from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
+from ramet.srt.modelexpress.tokens import TokenFile
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 30.0
+MIN_KEEPALIVE_PING_MS = 10_000
+MIN_HEARTBEATS = 3  # that fit into the time after which a silent worker is stale
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """How a metadata server runs. A duration that is None comes from the environment, or is the reference server's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8001  # gRPC; 0 takes a free one
+    metrics_port: int = 8002  # HTTP: the fleet page, /fleet.json, /metrics, /health; 0 takes a free one
+    redis_url: str | None = None
+    auth_token_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    reaper_scan_interval: float | None = None  # seconds; MX_REAPER_SCAN_INTERVAL_SECS, else 30
+    heartbeat_timeout: float | None = None  # seconds; MX_HEARTBEAT_TIMEOUT_SECS, else 90
+    gc_timeout: float | None = None  # seconds; MX_GC_TIMEOUT_SECS, else 3600
+
+    def __post_init__(self) -> None:
+        for name in ("port", "metrics_port"):
+            if not 0 <= getattr(self, name) <= 65535:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be a port number from 0 to 65535; got {getattr(self, name)}")
+        for name in ("reaper_scan_interval", "heartbeat_timeout", "gc_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0; got {value}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key are needed together")
+
+
+class ModelExpressServer:
+    """A metadata server in a thread of its own: `start` returns when it answers, `close` when it has ended.
+
+    After the start, `address` is the host:port of gRPC and `http_url` that of the fleet page.
+    """
+
+    def __init__(self, options: ServerOptions):
+        """
+        Raises:
+            ValueError: if a file cannot be read, or the Redis URL or an environment variable is malformed.
+        """
+        self.options = options
+        self.metrics = ServerMetrics()
+        self.address = ""
+        self.http_url = ""
+        self._tokens = TokenFile(options.auth_token_file) if options.auth_token_file else None
+        self._credentials = read_credentials(options)
+        self._interval_s = options.reaper_scan_interval or env_seconds("MX_REAPER_SCAN_INTERVAL_SECS", 30)
+        self._heartbeat_timeout_s = options.heartbeat_timeout or env_seconds("MX_HEARTBEAT_TIMEOUT_SECS", 90)
+        self._gc_timeout_s = options.gc_timeout or env_seconds("MX_GC_TIMEOUT_SECS", 3600)
+        self._warn_of_few_heartbeats()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._grace_s = 0.0
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name="modelexpress-server", daemon=True)
+
+    def start(self) -> None:
+        """Bind the ports and serve.
+
+        Raises:
+            ValueError: if a port cannot be bound, or a certificate is not one. The message names the flag.
+        """
+        self._thread.start()
+        self._started.result(timeout=START_TIMEOUT_S)
+
+    def close(self, grace_s: float = 5.0) -> None:
+        """Refuse new calls, give those that run `grace_s` to end, and free the ports. Idempotent."""
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._grace_s = grace_s
+            with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(timeout=grace_s + 10)
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _warn_of_few_heartbeats(self) -> None:
+        interval_s = env_seconds(INTERVAL_VARIABLE, HEARTBEAT_INTERVAL_S)
+        if (num_beats := int(self._heartbeat_timeout_s // interval_s)) < MIN_HEARTBEATS:
+            logger.warning(
+                "a heartbeat timeout of %g s leaves time for %d heartbeats of an instance, which come every %g s "
+                "(%s): a living one may vanish when one is late; --heartbeat-timeout should be at least %g",
+                self._heartbeat_timeout_s,
+                num_beats,
+                interval_s,
+                INTERVAL_VARIABLE,
+                MIN_HEARTBEATS * interval_s,
+            )
+
+    def _run(self) -> None:
+        try:
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # whatever loop the process prefers
+                runner.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                logger.exception("the ModelExpress server has ended")
+            else:
+                self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        store = self._make_store()
+        ages, health = AgeTracker(), HealthService()
+        grpc_server = self._make_grpc_server(P2pService(store, ages, self.metrics, self._heartbeat_timeout_s), health)
+        port = bind_grpc(grpc_server, self.options, self._credentials)
+        with bind_http(self.options) as http_socket:
+            http = self._make_http_server(Fleet(store, ages, self._heartbeat_timeout_s))
+            reaper = Reaper(store, ages, self.metrics, self._heartbeat_timeout_s, self._gc_timeout_s)
+            await grpc_server.start()
+            reaping = asyncio.create_task(reaper.run(self._interval_s, self._stop))
+            serving = asyncio.create_task(http.serve([http_socket]))
+            self.address = join_address(self.options.host, port)
+            scheme = "https" if self.options.tls_cert else "http"
+            self.http_url = f"{scheme}://{join_address(self.options.host, http_socket.getsockname()[1])}"
+            logger.info(
+                "ModelExpress server: gRPC on %s, fleet page on %s/, records in %s",
+                self.address,
+                self.http_url,
+                store.name,
+            )
+            self._started.set_result(None)
+            await self._stop.wait()
+            health.stop_serving()
+            http.should_exit = True
+            await grpc_server.stop(self._grace_s)
+            await asyncio.wait((reaping, serving), timeout=self._grace_s)
+        await store.close()
+
+    def _make_grpc_server(self, service: P2pService, health: HealthService) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[TokenInterceptor(self._tokens, self.metrics)] if self._tokens else [],
+            options=[
+                *MESSAGE_SIZE_OPTIONS,
+                ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a secret sharer
+                ("grpc.http2.min_ping_interval_without_data_ms", MIN_KEEPALIVE_PING_MS),
+            ],
+        )
+        server.add_generic_rpc_handlers(
+            (
+                server_handler(p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], service),
+                server_handler(health_pb2.DESCRIPTOR.services_by_name["Health"], health),
+            )
+        )
+        return server
+
+    def _make_http_server(self, fleet: Fleet) -> uvicorn.Server:
+        config = uvicorn.Config(
+            make_fleet_app(fleet, self.metrics, self._tokens),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ssl_certfile=self.options.tls_cert,
+            ssl_keyfile=self.options.tls_key,
+            timeout_graceful_shutdown=2,
+        )
+        config.load()
+        return uvicorn.Server(config)
+
+    def _make_store(self) -> MetadataStore:
+        if self.options.redis_url is None:
+            return MemoryStore()
+        from ramet.srt.modelexpress.server.redis_store import RedisStore  # redis is imported only where it is used
+
+        try:
+            return RedisStore(self.options.redis_url)
+        except ValueError as error:
+            raise ValueError(f"--redis-url: {error}") from None
+
+
+def read_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
+    """The TLS credentials in the files of --tls-cert and --tls-key; None without them.
+
+    Raises:
+        ValueError: if one of them cannot be read.
+    """
+    if options.tls_cert is None or options.tls_key is None:
+        return None
+    contents = []
+    for flag, path in (("--tls-cert", options.tls_cert), ("--tls-key", options.tls_key)):
+        try:
+            with open(path, "rb") as file:
+                contents.append(file.read())
+        except OSError as error:
+            raise ValueError(f"{flag}: {error}") from None
+    return grpc.ssl_server_credentials([(contents[1], contents[0])])
+
+
+def bind_grpc(server: grpc.aio.Server, options: ServerOptions, credentials: grpc.ServerCredentials | None) -> int:
+    """Bind --port and return the port, which is another one if that is 0."""
+    listen_on(options.host, options.port, "--port").close()  # says what is wrong better than grpc does
+    address = join_address(options.host, options.port)
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError:
+        raise ValueError(
+            f"cannot serve gRPC on {address}; are --tls-cert and --tls-key a certificate and its key?"
+        ) from None
+
+
+def bind_http(options: ServerOptions) -> socket.socket:
+    """A listening socket on --metrics-port."""
+    return listen_on(options.host, options.metrics_port, "--metrics-port")
+
+
+def listen_on(host: str, port: int, flag: str) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ValueError: if the port cannot be bound; the message names it and its flag.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(128)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(
+            f"cannot bind {join_address(host, port)}: {reason}; choose another with {flag} or --host"
+        ) from None
+    return listener
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,174 @@
+"""Owns the calls into the CUDA driver: lending a GPU's memory to another process, and queueing copies.
+
+The driver's API is used directly (cuda.h; CUDA Driver API reference, "Memory Management"), because with it a handle is
+opened and closed exactly when we say. A CUDA context must be current in the calling thread.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ramet.srt.weights.planner import CopyOp
+
+HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
+_LAZY_ENABLE_PEER_ACCESS = 1
+_MEMORY_TYPE_DEVICE = 2
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        (f"{side}_{name}", kind)
+        for side in ("source", "target")
+        for name, kind in (
+            ("x", ctypes.c_size_t),
+            ("y", ctypes.c_size_t),
+            ("memory_type", ctypes.c_uint),
+            ("host", ctypes.c_void_p),
+            ("device", ctypes.c_uint64),
+            ("array", ctypes.c_void_p),
+            ("pitch", ctypes.c_size_t),
+        )
+    ] + [("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return _declare(ctypes.CDLL("libcuda.so.1"))
+
+
+@functools.cache
+def _driver_with_lock() -> ctypes.CDLL:
+    """The same; a call keeps Python's lock, which is cheaper for one that only takes microseconds."""
+    return _declare(ctypes.PyDLL("libcuda.so.1"))
+
+
+def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
+    address, size, stream = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+    signatures = {
+        "cuInit": [ctypes.c_uint],
+        "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
+        "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
+        "cuEventRecord": [ctypes.c_void_p, stream],
+        "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
+        "cuMemGetAddressRange_v2": [ctypes.POINTER(address), ctypes.POINTER(size), address],
+        "cuIpcGetMemHandle": [ctypes.POINTER(_IpcHandle), address],
+        "cuIpcOpenMemHandle_v2": [ctypes.POINTER(address), _IpcHandle, ctypes.c_uint],
+        "cuIpcCloseMemHandle": [address],
+        "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
+        "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
+        "cuMemcpy2DAsync_v2": [ctypes.POINTER(_Copy2D), stream],
+    }
+    for name, argtypes in signatures.items():
+        getattr(driver, name).argtypes = argtypes
+    return driver
+
+
+def _call(name: str, *arguments: object) -> None:
+    _check(name, getattr(_driver(), name)(*arguments))
+
+
+def _check(name: str, code: int) -> None:
+    if code != 0:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise OSError(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
+
+
+def is_installed() -> bool:
+    try:
+        _driver()
+    except OSError:
+        return False
+    return True
+
+
+def retain_primary_context(gpu_id: int) -> None:
+    """Make the context of a GPU that this process's libraries share, unless there is one. It stays.
+
+    Raises:
+        OSError: if there is no driver, or it refuses.
+    """
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call("cuInit", 0)
+    _call("cuDeviceGet", ctypes.byref(device), gpu_id)
+    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+
+
+def export_memory(address: int) -> tuple[bytes, int]:
+    """A handle by which other processes open the allocation around `address`, and where in it `address` is.
+
+    Raises:
+        OSError: if the memory can't be lent.
+    """
+    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _IpcHandle()
+    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    return bytes(handle), address - base.value
+
+
+def open_memory(handle: bytes) -> int:
+    """The address at which this process sees another one's allocation.
+
+    Raises:
+        OSError: if it may not, or the memory is gone; the message has the driver's reason.
+    """
+    if len(handle) != HANDLE_BYTES:
+        raise OSError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(handle)}")
+    address = ctypes.c_uint64()
+    _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), _LAZY_ENABLE_PEER_ACCESS)
+    return address.value
+
+
+def close_memory(address: int) -> None:
+    """Give back what `open_memory` gave; no copy out of it may be under way."""
+    _call("cuIpcCloseMemHandle", address)
+
+
+def queue_upload(source: int, target: int, nbytes: int, stream: int) -> None:
+    """Queue a copy from pinned host memory on a stream, without giving Python's lock away.
+
+    Raises:
+        OSError: if the driver refuses it.
+    """
+    _check("cuMemcpyHtoDAsync_v2", _driver_with_lock().cuMemcpyHtoDAsync_v2(target, source, nbytes, stream))
+
+
+def record_event(event: int, stream: int) -> None:
+    """Mark a place in a stream with a CUDA event, without giving Python's lock away.
+
+    Raises:
+        OSError: if the driver refuses it.
+    """
+    _check("cuEventRecord", _driver_with_lock().cuEventRecord(event, stream))
+
+
+def queue_copies(ops: "Sequence[CopyOp]", source: int, target: int, stream: int) -> None:
+    """Queue copies between device memories on a stream: the offsets of `ops` are from these addresses.
+
+    Raises:
+        OSError: if the driver refuses one.
+    """
+    for op in ops:
+        source_address, target_address = source + op.source_offset, target + op.target_offset
+        if op.num_rows == 1:
+            _call("cuMemcpyDtoDAsync_v2", target_address, source_address, op.row_nbytes, stream)
+            continue
+        copy = _Copy2D(
+            source_memory_type=_MEMORY_TYPE_DEVICE,
+            source_device=source_address,
+            source_pitch=op.source_stride,
+            target_memory_type=_MEMORY_TYPE_DEVICE,
+            target_device=target_address,
+            target_pitch=op.target_stride,
+            width=op.row_nbytes,
+            height=op.num_rows,
+        )
+        _call("cuMemcpy2DAsync_v2", ctypes.byref(copy), stream)

@@ -1,0 +1,115 @@
+"""Owns the arithmetic of boxes: cutting n-dimensional slices and flattening them to byte ranges. Pure functions."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, element_size
+
+Region = tuple[tuple[int, int], ...]  # one (start, stop) per dimension
+ByteRange = tuple[int, int]  # (start, stop)
+
+
+def region_volume(region: Region) -> int:
+    """Number of elements."""
+    return math.prod(stop - start for start, stop in region)
+
+
+def intersect(a: Region, b: Region) -> Region | None:
+    """The common part of two regions of equal rank; None when it is empty."""
+    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return None if any(start >= stop for start, stop in common) else common
+
+
+def subtract(region: Region, hole: Region) -> list[Region]:
+    """What is left of `region` without `hole`, as disjoint regions; `hole` must lie inside."""
+    rest = []
+    current = list(region)
+    for d, ((start, stop), (hole_start, hole_stop)) in enumerate(zip(region, hole, strict=True)):
+        for piece in ((start, hole_start), (hole_stop, stop)):
+            if piece[0] < piece[1]:
+                rest.append((*current[:d], piece, *current[d + 1 :]))
+        current[d] = (hole_start, hole_stop)
+    return rest
+
+
+def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Bytes between neighbours along each dimension of a row-major tensor."""
+    strides = [itemsize] * len(shape)
+    for d in range(len(shape) - 2, -1, -1):
+        strides[d] = strides[d + 1] * shape[d + 1]
+    return tuple(strides)
+
+
+def locate_box(entry: WeightEntry, box: WeightBox) -> tuple[int, tuple[int, ...]]:
+    """Where a box of an arena tensor lies, in the coordinates of its checkpoint tensor.
+
+    Returns:
+        The byte offset of its first element in the arena, and the bytes between neighbours in the arena
+        along each dimension of the checkpoint tensor (0 along those of extent 1).
+    """
+    strides = contiguous_strides(entry.shape, element_size(entry.dtype))
+    offset = entry.offset + sum(start * stride for (start, _), stride in zip(box.target, strides, strict=True))
+    extended = iter(stride for (start, stop), stride in zip(box.target, strides, strict=True) if stop - start != 1)
+    return offset, tuple(next(extended) if stop - start != 1 else 0 for start, stop in box.source)
+
+
+def box_byte_range(entry: WeightEntry, box: WeightBox) -> ByteRange | None:
+    """The arena bytes that a box fills when they are one range; None when they are several."""
+    size = element_size(entry.dtype)
+    offset, _ = locate_box(entry, box)
+    extents = [stop - start for start, stop in box.target]
+    first = next((d for d, extent in enumerate(extents) if extent != 1), len(extents))
+    if any(extent != full for extent, full in zip(extents[first + 1 :], entry.shape[first + 1 :], strict=True)):
+        return None
+    return offset, offset + region_volume(box.target) * size
+
+
+def flatten(
+    extents: Sequence[int], source_strides: Sequence[int], target_strides: Sequence[int], sizes: tuple[int, int]
+) -> tuple[int, tuple[int, int, int], list[tuple[int, int]]]:
+    """An n-dimensional copy as repeated two-dimensional ones.
+
+    Args:
+        extents: elements along each dimension.
+        sizes: bytes of an element in the source and in the target.
+
+    Returns:
+        Elements in a row that is contiguous on both sides; (rows, source stride, target stride) of the
+        rows; and the (source, target) byte offsets at which that two-dimensional copy repeats.
+    """
+    dims: list[list[int]] = []  # [extent, source stride, target stride], outermost first
+    for extent, source, target in zip(extents, source_strides, target_strides, strict=True):
+        if extent == 1:
+            continue
+        if dims and dims[-1][1] == extent * source and dims[-1][2] == extent * target:
+            dims[-1] = [dims[-1][0] * extent, source, target]
+        else:
+            dims.append([extent, source, target])
+    row = dims.pop()[0] if dims and (dims[-1][1], dims[-1][2]) == sizes else 1
+    num_rows, source_stride, target_stride = dims.pop() if dims else (1, 0, 0)
+    repeats = [(0, 0)]
+    for extent, source, target in dims:
+        repeats = [(s + i * source, t + i * target) for s, t in repeats for i in range(extent)]
+    return row, (num_rows, source_stride, target_stride), repeats
+
+
+def merge_ranges(ranges: Sequence[ByteRange]) -> list[ByteRange]:
+    """The same bytes as sorted ranges that neither touch nor overlap."""
+    merged: list[ByteRange] = []
+    for start, stop in sorted(r for r in ranges if r[0] < r[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def invert_ranges(ranges: Sequence[ByteRange], end: int) -> Iterator[ByteRange]:
+    """What sorted disjoint ranges leave free between 0 and `end`."""
+    position = 0
+    for start, stop in ranges:
+        if position < start:
+            yield position, start
+        position = max(position, stop)
+    if position < end:
+        yield position, end

@@ -1,0 +1,415 @@
+"""Owns the planner: which bytes of which source fill which bytes of an arena. A pure function; it copies nothing."""
+
+import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ramet.srt.weights.boxes import (
+    ByteRange,
+    Region,
+    box_byte_range,
+    contiguous_strides,
+    flatten,
+    intersect,
+    invert_ranges,
+    locate_box,
+    merge_ranges,
+    region_volume,
+    subtract,
+)
+from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.manifest import WeightEntry, WeightManifest, element_size, layout_digest
+
+MAX_OP_BYTES = 64 << 20
+MAX_MERGED_GAP_BYTES = 1 << 20
+CASTABLE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class CopyOp(msgspec.Struct, frozen=True, kw_only=True):
+    """A two-dimensional copy: `num_rows` rows, each contiguous on both sides. All numbers are bytes."""
+
+    source: int  # index into the sources that were planned with
+    source_offset: int
+    target_offset: int
+    row_nbytes: int  # in the target
+    num_rows: int = 1
+    source_stride: int = 0
+    target_stride: int = 0
+    source_dtype: str = ""  # both empty unless the elements are converted
+    target_dtype: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it writes."""
+        return self.row_nbytes * self.num_rows
+
+    @property
+    def source_row_nbytes(self) -> int:
+        """Bytes of a row in the source."""
+        if not self.source_dtype:
+            return self.row_nbytes
+        return self.row_nbytes // element_size(self.target_dtype) * element_size(self.source_dtype)
+
+    @property
+    def source_span_nbytes(self) -> int:
+        """Source bytes from the first row's start to the last one's end."""
+        return (self.num_rows - 1) * self.source_stride + self.source_row_nbytes
+
+    @property
+    def is_contiguous(self) -> bool:
+        return self.num_rows == 1 and not self.source_dtype
+
+    def rows(self) -> "Iterator[CopyOp]":
+        """Its rows as operations of their own."""
+        if self.num_rows == 1:
+            yield self
+            return
+        for row in range(self.num_rows):
+            yield msgspec.structs.replace(
+                self,
+                source_offset=self.source_offset + row * self.source_stride,
+                target_offset=self.target_offset + row * self.target_stride,
+                num_rows=1,
+            )
+
+    @property
+    def target_stop(self) -> int:
+        return self.target_offset + (self.num_rows - 1) * self.target_stride + self.row_nbytes
+
+
+@dataclass(frozen=True)
+class Holding:
+    """A region of a checkpoint tensor that a source has."""
+
+    region: Region
+    offset: int  # of the region's first element, in bytes in the source
+    strides: tuple[int, ...]  # bytes between neighbours along each dimension of the checkpoint tensor
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """What the planner knows of a source."""
+
+    name: str  # for messages
+    holdings: Mapping[str, Sequence[Holding]]  # by the name of the checkpoint tensor
+    casts: bool = False  # whether it can convert between floating-point types while it copies
+    layout: str = ""  # sources with the same non-empty layout hold the same bytes and share the work
+    occupied: Sequence[ByteRange] | None = None  # its non-zero bytes; None when a read must not leave the tensors
+
+
+class PlanError(ValueError):
+    """The sources can't fill the arena: they lack tensors, or hold them in another type."""
+
+    def __init__(self, uncovered: Sequence[str], mismatches: Sequence[str]) -> None:
+        self.uncovered = tuple(uncovered)
+        self.mismatches = tuple(mismatches)
+        parts = []
+        if mismatches:
+            parts.append(f"dtype or number of dimensions differs for {name_some(mismatches)}")
+        if uncovered:
+            parts.append(f"no source has {name_some(uncovered)}")
+        super().__init__("; ".join(parts))
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """Copy operations that together fill an arena, sorted by source and then by target offset."""
+
+    ops: tuple[CopyOp, ...]
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", sum(op.nbytes for op in self.ops))
+
+    def of_source(self, index: int) -> list[CopyOp]:
+        return [op for op in self.ops if op.source == index]
+
+
+def source_from_manifest(name: str, manifest: WeightManifest) -> PlanSource:
+    """A seed's arena as a source; offsets are those in its arena."""
+    return PlanSource(
+        name=name,
+        holdings=holdings_of(manifest),
+        layout=layout_digest(manifest),
+        occupied=occupied_ranges(manifest.entries),
+    )
+
+
+def holdings_of(manifest: WeightManifest) -> dict[str, list[Holding]]:
+    """What an arena has of each checkpoint tensor; offsets are those in the arena."""
+    holdings: dict[str, list[Holding]] = {}
+    for entry in manifest.entries:
+        for box in entry.boxes:
+            offset, strides = locate_box(entry, box)
+            holdings.setdefault(box.checkpoint_name, []).append(Holding(box.source, offset, strides, entry.dtype))
+    return holdings
+
+
+def whole_tensor(shape: Sequence[int], offset: int, dtype: str) -> Holding:
+    """A row-major checkpoint tensor that lies at a byte offset of a source."""
+    strides = contiguous_strides(shape, element_size(dtype))
+    return Holding(tuple((0, extent) for extent in shape), offset, strides, dtype)
+
+
+def occupied_ranges(entries: Iterable[WeightEntry]) -> list[ByteRange]:
+    """The arena bytes that boxes fill; what is in between is alignment or padding, and holds zeros."""
+    ranges = []
+    for entry in entries:
+        for box in entry.boxes:
+            # A box of several ranges counts as its whole tensor: nothing is merged across that.
+            ranges.append(box_byte_range(entry, box) or (entry.offset, entry.offset + entry.nbytes))
+    return merge_ranges(ranges)
+
+
+def zero_ranges(manifest: WeightManifest) -> Iterator[ByteRange]:
+    """The arena bytes that must be cleared before a plan is executed, because it may not write them.
+
+    Computed when they are asked for: a fresh arena is all zeros.
+    """
+    filled = []
+    for entry in manifest.entries:
+        ranges = [box_byte_range(entry, box) for box in entry.boxes]
+        volume = sum(region_volume(box.target) for box in entry.boxes)
+        if volume * element_size(entry.dtype) == entry.nbytes:
+            filled.append((entry.offset, entry.offset + entry.nbytes))
+        elif None not in ranges:
+            filled.extend(r for r in ranges if r is not None)
+    yield from invert_ranges(merge_ranges(filled), manifest.arena_nbytes)
+
+
+def plan(
+    target: WeightManifest,
+    sources: Sequence[PlanSource],
+    *,
+    max_op_nbytes: int = MAX_OP_BYTES,
+    unfinished: Iterable[CopyOp] | None = None,
+) -> TransferPlan:
+    """Copy operations that fill the target's boxes: from sources laid out as it is if there are any, else earlier ones.
+
+    Sources of the same layout share the work evenly. Neighbouring ranges are merged, across gaps of
+    zeros too, then cut so that none writes more than `max_op_nbytes` (a single row is never cut in two
+    when there are several).
+
+    Args:
+        unfinished: operations of an earlier plan for this target: only what they would have written is
+            planned again. A strided operation that touches it is taken whole.
+
+    Raises:
+        PlanError: if no source has a part of a tensor, or only in a type that it can't convert.
+    """
+    groups = _group_equal_sources(sources)
+    wanted = None if unfinished is None else merge_ranges([(op.target_offset, op.target_stop) for op in unfinished])
+    twins = _find_twins(target, sources, groups)
+    merged = [(twins, _whole_arena(target, twins[0]))] if twins else _plan_boxes(target, sources, groups)
+    ops: list[CopyOp] = []
+    for members, group_ops in merged:
+        chosen = group_ops if wanted is None else [part for op in group_ops for part in _clip(op, wanted)]
+        ops.extend(_share([part for op in chosen for part in split_op(op, max_op_nbytes)], members))
+    return TransferPlan(tuple(sorted(ops, key=lambda op: (op.source, op.target_offset))))
+
+
+def _find_twins(target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]) -> list[int]:
+    """The sources that are laid out as the target."""
+    layout = layout_digest(target)
+    return next((members for members in groups if sources[members[0]].layout == layout), [])
+
+
+def _whole_arena(target: WeightManifest, source: int) -> list[CopyOp]:
+    """All tensors, and the zeros between them, in one range."""
+    stop = max((entry.offset + entry.nbytes for entry in target.entries), default=0)
+    return [CopyOp(source=source, source_offset=0, target_offset=0, row_nbytes=stop)] if stop else []
+
+
+def _plan_boxes(
+    target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]
+) -> list[tuple[list[int], list[CopyOp]]]:
+    """The members of each group of equal sources, and what to take from one of them."""
+    pieces: list[list[CopyOp]] = [[] for _ in groups]
+    uncovered: list[str] = []
+    mismatches: list[str] = []
+    for entry in target.entries:
+        for number, op in _plan_entry(entry, sources, groups, uncovered, mismatches):
+            pieces[number].append(op)
+    if uncovered or mismatches:
+        raise PlanError(uncovered, mismatches)
+    occupied = occupied_ranges(target.entries)
+    return [
+        (members, _merge(group_ops, sources[members[0]].occupied, occupied))
+        for members, group_ops in zip(groups, pieces, strict=True)
+    ]
+
+
+def _group_equal_sources(sources: Sequence[PlanSource]) -> list[list[int]]:
+    groups: dict[object, list[int]] = {}
+    for index, source in enumerate(sources):
+        groups.setdefault(source.layout or index, []).append(index)
+    return list(groups.values())
+
+
+def _plan_entry(
+    entry: WeightEntry,
+    sources: Sequence[PlanSource],
+    groups: Sequence[Sequence[int]],
+    uncovered: list[str],
+    mismatches: list[str],
+) -> Iterator[tuple[int, CopyOp]]:
+    """The operations that fill one tensor, each with the number of its group; what is amiss goes to the lists."""
+    for box in entry.boxes:
+        if region_volume(box.source) == 0:
+            continue
+        target = Holding(box.source, *locate_box(entry, box), entry.dtype)
+        remaining: list[Region] = [box.source]
+        unusable: str | None = None
+        for number, members in enumerate(groups):
+            source = sources[members[0]]
+            for holding in source.holdings.get(box.checkpoint_name, ()):
+                if len(holding.region) != len(box.source):
+                    unusable = f"{entry.name} ({len(holding.region)} dimensions in {source.name})"
+                    continue
+                if holding.dtype != entry.dtype and not (source.casts and _can_cast(holding.dtype, entry.dtype)):
+                    unusable = f"{entry.name} ({holding.dtype} in {source.name}, {entry.dtype} here)"
+                    continue
+                rest: list[Region] = []
+                for region in remaining:
+                    common = intersect(region, holding.region)
+                    if common is None:
+                        rest.append(region)
+                        continue
+                    rest.extend(subtract(region, common))
+                    for op in _copy_region(common, holding, target, members[0]):
+                        yield number, op
+                remaining = rest
+            if not remaining:
+                break
+        if remaining and unusable:
+            mismatches.append(unusable)
+        elif remaining:
+            uncovered.append(f"{entry.name} ({box.checkpoint_name}{_format_region(remaining[0])})")
+
+
+def _can_cast(source: str, target: str) -> bool:
+    return source in CASTABLE_DTYPES and target in CASTABLE_DTYPES
+
+
+def _copy_region(region: Region, source: Holding, target: Holding, index: int) -> Iterator[CopyOp]:
+    sizes = element_size(source.dtype), element_size(target.dtype)
+    casts = source.dtype != target.dtype
+    row, (num_rows, source_stride, target_stride), repeats = flatten(
+        [stop - start for start, stop in region], source.strides, target.strides, sizes
+    )
+    source_start = source.offset + region_offset(region, source)
+    target_start = target.offset + region_offset(region, target)
+    for source_offset, target_offset in repeats:
+        yield CopyOp(
+            source=index,
+            source_offset=source_start + source_offset,
+            target_offset=target_start + target_offset,
+            row_nbytes=row * sizes[1],
+            num_rows=num_rows,
+            source_stride=source_stride,
+            target_stride=target_stride,
+            source_dtype=source.dtype if casts else "",
+            target_dtype=target.dtype if casts else "",
+        )
+
+
+def region_offset(region: Region, holding: Holding) -> int:
+    """Bytes from a holding's first element to the first one of a region inside of it."""
+    return sum(
+        (start - held) * stride
+        for (start, _), (held, _), stride in zip(region, holding.region, holding.strides, strict=True)
+    )
+
+
+def _clip(op: CopyOp, wanted: Sequence[ByteRange]) -> Iterator[CopyOp]:
+    """The parts of an operation that write wanted bytes."""
+    first = bisect.bisect_right(wanted, op.target_offset, key=lambda r: r[1])
+    for start, stop in wanted[first:]:
+        if start >= op.target_stop:
+            return
+        if not op.is_contiguous:
+            yield op
+            return
+        start, stop = max(start, op.target_offset), min(stop, op.target_stop)
+        yield msgspec.structs.replace(
+            op,
+            source_offset=op.source_offset + start - op.target_offset,
+            target_offset=start,
+            row_nbytes=stop - start,
+        )
+
+
+def _merge(
+    ops: Sequence[CopyOp], source_occupied: Sequence[ByteRange] | None, target_occupied: Sequence[ByteRange]
+) -> list[CopyOp]:
+    """Join contiguous operations that follow each other on both sides, or have only zeros in between."""
+    merged: list[CopyOp] = []
+    for op in sorted(ops, key=lambda op: op.target_offset):
+        last = merged[-1] if merged else None
+        if last is None or not (last.is_contiguous and op.is_contiguous):
+            merged.append(op)
+            continue
+        gap = op.target_offset - last.target_stop
+        source_stop = last.source_offset + last.row_nbytes
+        follows = 0 <= gap <= MAX_MERGED_GAP_BYTES and op.source_offset - source_stop == gap
+        if follows and (
+            gap == 0
+            or source_occupied is not None
+            and _is_free(source_occupied, source_stop, op.source_offset)
+            and _is_free(target_occupied, last.target_stop, op.target_offset)
+        ):
+            merged[-1] = msgspec.structs.replace(last, row_nbytes=op.target_stop - last.target_offset)
+        else:
+            merged.append(op)
+    return merged
+
+
+def _is_free(occupied: Sequence[ByteRange], start: int, stop: int) -> bool:
+    following = bisect.bisect_right(occupied, start, key=lambda r: r[1])
+    return following == len(occupied) or occupied[following][0] >= stop
+
+
+def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
+    """The operation in parts of at most `max_nbytes`, by rows or, if there is one row, by bytes."""
+    if op.nbytes <= max_nbytes:
+        yield op
+    elif op.num_rows > 1:
+        step = max(1, max_nbytes // op.row_nbytes)
+        for row in range(0, op.num_rows, step):
+            yield msgspec.structs.replace(
+                op,
+                source_offset=op.source_offset + row * op.source_stride,
+                target_offset=op.target_offset + row * op.target_stride,
+                num_rows=min(step, op.num_rows - row),
+            )
+    else:
+        size = element_size(op.target_dtype) if op.target_dtype else 1
+        step = max(size, max_nbytes // size * size)
+        for done in range(0, op.row_nbytes, step):
+            source_done = done // size * element_size(op.source_dtype) if op.source_dtype else done
+            yield msgspec.structs.replace(
+                op,
+                source_offset=op.source_offset + source_done,
+                target_offset=op.target_offset + done,
+                row_nbytes=min(step, op.row_nbytes - done),
+            )
+
+
+def _share(ops: Sequence[CopyOp], members: Sequence[int]) -> Iterator[CopyOp]:
+    """Give each of several equal sources a run of neighbouring operations of about the same bytes."""
+    if len(members) == 1:
+        yield from ops
+        return
+    total = sum(op.nbytes for op in ops)
+    done = 0
+    for op in ops:
+        middle = done + op.nbytes // 2
+        yield msgspec.structs.replace(op, source=members[min(len(members) - 1, middle * len(members) // total)])
+        done += op.nbytes
+
+
+def _format_region(region: Region) -> str:
+    return "[" + ", ".join(f"{start}:{stop}" for start, stop in region) + "]"

@@ -1,0 +1,168 @@
+"""Owns what a seed says of one rank's weights: the registration on the wire, and the checks of what is received."""
+
+import msgspec
+
+from ramet.srt.model_loader.seed.control import ControlAddress
+from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
+
+MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
+
+
+class TransferEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Upstream's part of a registration."""
+
+    session_id: str  # Mooncake's address of the rank, "host:port"
+    weights_info_dict: dict[str, tuple[int, int, int]]  # name -> (address, number of elements, bytes of an element)
+
+
+class LocalHandle(msgspec.Struct, frozen=True, kw_only=True):
+    """How a process on the same host gets the arena's memory."""
+
+    host_identity: str
+    socket_name: str  # of a Unix socket in the abstract namespace
+
+
+class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of PUT /register_transfer_engine_info. All but `rank` and `transfer_engine_info` is ours."""
+
+    transfer_engine_info: TransferEngineInfo
+    rank: int | None = None
+    tp_rank: int | None = None  # what older peers send in place of `rank`
+    role: str = "target"
+    manifest: WeightManifest | None = None
+    arena_address: int | None = None  # where the manifest's offset 0 is
+    local_handle: LocalHandle | None = None
+    started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
+    control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
+
+    @property
+    def world_rank(self) -> int:
+        rank = self.tp_rank if self.rank is None else self.rank
+        assert rank is not None
+        return rank
+
+
+class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to GET /get_transfer_engine_info, and to the routes on the engine's own HTTP port."""
+
+    rank: int
+    remote_instance_transfer_engine_info: tuple[str, dict[str, tuple[int, int, int]]]
+    role: str = "target"
+    manifest: WeightManifest | None = None
+    arena_address: int | None = None
+    local_handle: LocalHandle | None = None
+    started_at: float = 0.0
+
+    @property
+    def session_id(self) -> str:
+        return self.remote_instance_transfer_engine_info[0]
+
+    @property
+    def weights_info(self) -> dict[str, tuple[int, int, int]]:
+        return self.remote_instance_transfer_engine_info[1]
+
+
+class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
+
+    rank: int
+    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # checkpoint tensor; (start, stop) per dimension
+    role: str = "target"
+
+
+class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: a checksum for each region, over its elements in row-major order of the checkpoint tensor."""
+
+    algorithm: str
+    checksums: list[str]
+
+
+class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /init_weights_send_group_for_remote_instance. From `rank` on it is ours.
+
+    Without `rank` it is about every rank, as upstream's clients ask: `ports` has one for each.
+    """
+
+    master_address: str = ""  # of the seed; it knows it itself
+    ports: str = ""  # joined by commas; empty or 0 takes a free one
+    group_rank: int = 0  # of the seed
+    world_size: int = 2
+    group_name: str = ""  # given by upstream's clients; otherwise the seed names the group by the transfer's id
+    backend: str = "nccl"
+    rank: int | None = None
+    role: str = "target"
+    broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena: offset, nbytes, count, stride
+    layout: str = ""
+    timeout_s: float = 60.0
+    warm_up: bool = False  # a broadcast of one byte before the others, if the answer agrees
+
+
+class InitSendGroupAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Its answer. From `transfer_id` on it is ours."""
+
+    success: bool
+    message: str
+    transfer_id: str = ""
+    master_address: str = ""
+    ports: str = ""
+    warm_up: bool = False  # whether the seed sends the one byte that it was asked for; older seeds don't
+
+
+class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The body of POST /send_weights_to_remote_instance; `rank` as above, `group_name` is the transfer's id then."""
+
+    master_address: str = ""
+    ports: str = ""
+    group_name: str
+    rank: int | None = None
+    role: str = "target"
+
+
+def parse_registration(body: bytes) -> SeedRegistration:
+    """Raises ValueError with the reason if `body` is not a sound registration."""
+    registration = msgspec.json.decode(body, type=SeedRegistration)
+    if registration.rank is None and registration.tp_rank is None:
+        raise ValueError("rank is missing")
+    if registration.world_rank < 0:
+        raise ValueError(f"rank must not be negative; got {registration.world_rank}")
+    _check(registration.role, registration.transfer_engine_info, registration.manifest, registration.arena_address)
+    return registration
+
+
+def make_answer(registration: SeedRegistration) -> bytes:
+    """What whoever asks for this registration gets, as JSON."""
+    info = registration.transfer_engine_info
+    answer = SeedAnswer(
+        rank=registration.world_rank,
+        remote_instance_transfer_engine_info=(info.session_id, info.weights_info_dict),
+        role=registration.role,
+        manifest=registration.manifest,
+        arena_address=registration.arena_address,
+        local_handle=registration.local_handle,
+        started_at=registration.started_at,
+    )
+    return msgspec.json.encode(answer)
+
+
+def parse_answer(body: bytes) -> SeedAnswer:
+    """Raises ValueError with the reason if `body` is not a sound answer."""
+    answer = msgspec.json.decode(body, type=SeedAnswer)
+    info = TransferEngineInfo(session_id=answer.session_id, weights_info_dict=answer.weights_info)
+    _check(answer.role, info, answer.manifest, answer.arena_address)
+    return answer
+
+
+def _check(role: str, info: TransferEngineInfo, manifest: WeightManifest | None, arena_address: int | None) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}; got {role!r}")
+    if not info.session_id:
+        raise ValueError("session_id is empty")
+    for name, (address, num_elements, element_nbytes) in info.weights_info_dict.items():
+        if address < 0 or num_elements < 0 or element_nbytes < 1 or address + num_elements * element_nbytes >= 1 << 64:
+            raise ValueError(f"{name}: [{address}, {num_elements}, {element_nbytes}] is no piece of memory")
+    if manifest is not None:
+        check_manifest(manifest)
+        if manifest.role != role:
+            raise ValueError(f"the manifest is of the role {manifest.role}, the registration of {role}")
+        if arena_address is None or not 0 <= arena_address < (1 << 64) - manifest.arena_nbytes:
+            raise ValueError("arena_address is missing or no address")
