@@ -35,6 +35,7 @@ from bench_common import RESULTS, ROOT, report, timed
 from gpu_model import SHAPE, TINY, make_model, write_config
 from gpu_timing import on_device, time_on
 from gpu_weight_seed import WeightSeedProcess
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -42,9 +43,9 @@ import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
-from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.weights.report import LoadReport
 
 # The parts in order of worth, and their time limits.
 PART_TIMEOUT_S = {"local": 15.0, "reshard": 15.0, "checkpoint": 60.0, "broadcast": 20.0, "network": 30.0}
@@ -113,7 +114,7 @@ class Bench:
         key = (str(folder), f"{device} {sizes}", rank)
         if key not in self._arenas:
             manifest = sm.make_manifest(sm.build_model(folder, sm.ranks_of(**sizes)[rank]))
-            self._arenas[key] = WeightArena.allocate(manifest, device)
+            self._arenas[key] = allocate_arena(manifest, device)
         return self._arenas[key]
 
     def release(self) -> None:
@@ -199,10 +200,10 @@ class Bench:
 
     def measure_rows(self, arena: WeightArena, limit: float) -> None:
         """The strided rows of one such load by themselves: they are queued before the rest, with a mark in between."""
-        from ramet.srt.utils import cuda_driver
-        from ramet.srt.weights.planner import CopyOp
+        from ramet.srt.model_loader.arena import cuda_copies
+        from ramet.srt.weights.copy_op import CopyOp
 
-        queue, marks, sizes = cuda_driver.queue_copies, [torch.cuda.Event(enable_timing=True) for _ in range(2)], []
+        queue, marks, sizes = cuda_copies.queue_copies, [torch.cuda.Event(enable_timing=True) for _ in range(2)], []
 
         def queue_rows_first(ops: list[CopyOp], source: int, target: int, stream: int) -> None:
             rows = [op for op in ops if op.num_rows > 1]
@@ -213,11 +214,11 @@ class Bench:
             queue([op for op in ops if op.num_rows == 1], source, target, stream)
             sizes.append(sum(op.nbytes for op in rows))
 
-        cuda_driver.queue_copies = queue_rows_first
+        cuda_copies.queue_copies = queue_rows_first
         try:
             self.load(arena, "tp1", local_mode="copy")
         finally:
-            cuda_driver.queue_copies = queue
+            cuda_copies.queue_copies = queue
         rate = sizes[0] / (marks[0].elapsed_time(marks[1]) / 1e3)
         self.add(Result("of these, the strided rows alone", rate, limit, "plain copy", f"{sizes[0] / 1e9:.2f} GB"))
 

@@ -22,13 +22,13 @@ from typing import Any
 import grpc
 import psutil
 from bench_common import MetadataServer, free_port, report, running_metadata_server
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import SERVICE
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worker_metadata
 from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, client_calls
-from ramet.srt.modelexpress.settings import ModelExpressConfig
 from ramet.srt.modelexpress.source_identity import EngineValues, build_source_identity, compute_source_id
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest
 

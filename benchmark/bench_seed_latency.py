@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "test"))
 import sharded_models as sm
 from bench_transfers import SHAPE
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.arena.base import HostWeightArena
+from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer

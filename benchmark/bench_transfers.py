@@ -30,7 +30,7 @@ import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
-from ramet.srt.model_loader.arena.base import HostWeightArena
+from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer

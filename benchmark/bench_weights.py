@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from bench_common import ROOT, read_weights, report, timed
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -108,7 +109,7 @@ class Bench:
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
 
     def arena(self) -> WeightArena:
-        return WeightArena.allocate(self.manifest, "cpu")
+        return allocate_arena(self.manifest, "cpu")
 
     def memcpy_from_seed(self) -> float:
         np.frombuffer(self.seed_view, np.uint8)[:: mmap.PAGESIZE].sum()  # map the source's pages

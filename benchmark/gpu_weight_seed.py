@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -76,7 +77,6 @@ def serve(topologies: dict[str, dict[str, Any]], answers_fd: int) -> None:
     import sharded_models as sm
     import torch
     from ramet.srt.distributed.pair_group import SENDER, PairGroup, connect
-    from ramet.srt.model_loader.arena.base import WeightArena
     from ramet.srt.model_loader.loader import DummyModelLoader
     from seed_server import SeedServer
 
@@ -87,7 +87,7 @@ def serve(topologies: dict[str, dict[str, Any]], answers_fd: int) -> None:
             arenas[name] = []
             for parallel, device in zip(sm.ranks_of(**one["sizes"]), one["devices"], strict=True):
                 manifest = sm.make_manifest(sm.build_model(Path(one["folder"]), parallel))
-                arena = WeightArena.allocate(manifest, device)
+                arena = allocate_arena(manifest, device)
                 DummyModelLoader(0).load_weights(manifest, arena, "")
                 arenas[name].append(arena)
             ports[name] = stack.enter_context(SeedServer(arenas[name])).port

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, Server, percentile, report
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 
 DEMO_MODEL = ROOT / "examples" / "demo_model"
 SERVER_FLAGS = ["--max-total-tokens", "16384", "--max-running-requests", "32"]
@@ -138,7 +139,6 @@ class WeightClones:
 
     def __init__(self, seed: Server, device: str, local_mode: str) -> None:
         from ramet.srt.configs.load_config import LoadConfig
-        from ramet.srt.model_loader.arena.base import WeightArena
         from ramet.srt.model_loader.loader import get_model_loader
         from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
 
@@ -149,7 +149,7 @@ class WeightClones:
         manifest = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 30.0).manifest
         assert manifest is not None
         self._manifest = manifest
-        self._arena = WeightArena.allocate(manifest, device)
+        self._arena = allocate_arena(manifest, device)
         config = LoadConfig(load_format="remote_instance", seeds=(("127.0.0.1", seed.port),), local_mode=local_mode,
                             fallback="error")  # fmt: skip
         self._make_loader = lambda: get_model_loader(config)

@@ -22,7 +22,6 @@ from ramet.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
-    LoadReport,
     Message,
     ProfileReqOutput,
     RequestOutput,
@@ -37,6 +36,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.weights.report import LoadReport
 
 LOGPROB = -0.5
 MAX_TOTAL_TOKENS = 4096

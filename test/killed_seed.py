@@ -72,9 +72,9 @@ def interrupt_first_copy(monkeypatch, device: str, interrupt: Callable[[int], No
 @contextlib.contextmanager
 def _held_back_copies(monkeypatch, when_queued: Callable[[], None]) -> Iterator[None]:
     import torch
-    from ramet.srt.utils import cuda_driver
+    from ramet.srt.model_loader.arena import cuda_copies
 
-    queue = cuda_driver.queue_copies
+    queue = cuda_copies.queue_copies
 
     def queue_held_back(ops, source, target, stream) -> None:
         with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
@@ -83,7 +83,7 @@ def _held_back_copies(monkeypatch, when_queued: Callable[[], None]) -> Iterator[
         when_queued()
 
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_driver, "queue_copies", queue_held_back)
+        patch.setattr(cuda_copies, "queue_copies", queue_held_back)
         yield
 
 

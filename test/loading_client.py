@@ -10,8 +10,7 @@ from typing import Any
 
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.managers.io_struct import LoadReport
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient
@@ -19,6 +18,7 @@ from ramet.srt.modelexpress.client.publisher import READY
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.weights.report import LoadReport
 from seed_process import DEFAULTS
 
 OPTIONS: dict[str, Any] = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off"}
@@ -52,7 +52,7 @@ class LoadingClient:
     def _prepare(self, config: dict[str, Any] | None, **options: Any) -> None:
         self.config = DEFAULTS | (config or {})
         self.manifest = seed_process.make_manifest(self.config)
-        self.arena = WeightArena.allocate(self.manifest, "cpu")
+        self.arena = allocate_arena(self.manifest, "cpu")
         self.load_config = LoadConfig(load_format="remote_instance", **OPTIONS | options)
         self.loader = get_model_loader(self.load_config)
 

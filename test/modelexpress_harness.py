@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
-from ramet.srt.modelexpress.settings import ModelExpressConfig
 from ramet.srt.modelexpress.source_identity import EngineValues, build_source_identity
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest
 

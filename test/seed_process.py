@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
@@ -76,7 +77,7 @@ def holds(arena: WeightArena, tensors: dict[str, np.ndarray]) -> bool:
 def serve(config: dict[str, Any]) -> None:
     """Be a seed until stdin ends. Prints its HTTP port when it is ready."""
     manifest = make_manifest(config)
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     fill_arena(arena, make_tensors(config))
     seed = WeightSeed.start(manifest, arena, host="127.0.0.1", started_at=config["started_at"])
     if config["lie"]:

@@ -20,11 +20,12 @@ from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstr
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.weight_routes import make_weight_router
-from ramet.srt.managers.io_struct import LoadReport
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport
 from seed_process import ChildSeed
 from starlette.responses import Response
 
@@ -137,7 +138,7 @@ def take(
     Args:
         options: of LoadConfig.
     """
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     config = {"timeout_s": 10.0, "fallback": "error"} | options
     seeds = tuple(("127.0.0.1", server.port) for server in servers)
     loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))

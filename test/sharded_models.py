@@ -8,11 +8,12 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.quantization.fp8 import declare_fp8
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.models.registry import get_model_class
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, build_weight_manifest
-from ramet.srt.weights.planner import CopyOp
 from torch import nn
 
 TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4)]  # (tp_size, ep_size)
@@ -72,7 +73,7 @@ def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> d
 
 def load_from_disk(folder: str | Path, manifest: WeightManifest) -> WeightArena:
     """A rank's arena filled from the files in `folder`."""
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     get_model_loader(LoadConfig()).load_weights(manifest, arena, str(folder))
     return arena
 

@@ -5,7 +5,7 @@ import random_models as rm
 import torch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, expected_checksums, find_mismatches
 from ramet.srt.model_loader.checksums.entries import with_checksums as add_checksums
 from ramet.srt.model_loader.loader import DefaultModelLoader, DummyModelLoader
@@ -21,7 +21,7 @@ def make_arena(folder, device, dtype, parallel=None):
         model.named_parameters(remove_duplicate=False), model_name="m", revision="", dtype=dtype, quantization="",
         role="target", parallel=parallel,
     )  # fmt: skip
-    arena = WeightArena.allocate(manifest, device)
+    arena = allocate_arena(manifest, device)
     arena.bind(model)
     return arena, manifest, model
 
@@ -78,7 +78,7 @@ def test_too_little_memory_is_one_clear_line(tmp_path):
 
         large = msgspec.structs.replace(manifest, arena_nbytes=1 << 30)
         with pytest.raises(MemoryError, match=r"need 1\.07 GB, but of the .* GB of GPU 0 only .* GB are free"):
-            WeightArena.allocate(large, "cuda")
+            allocate_arena(large, "cuda")
     finally:
         del filler
         torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import seeds_by_address, transfer, transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
@@ -26,7 +26,7 @@ class Client:
 
     def __init__(self, *ports, config=None, **options):
         self.manifest = seed_process.make_manifest(DEFAULTS | (config or {}))
-        self.arena = WeightArena.allocate(self.manifest, "cpu")
+        self.arena = allocate_arena(self.manifest, "cpu")
         options = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off"} | options
         seeds = tuple(("127.0.0.1", port) for port in ports)
         self.loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **options))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from ramet.srt.distributed.pair_group import PairGroup, connect
 from ramet.srt.entrypoints import weight_routes
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import collective, transfer
 from ramet.srt.model_loader.seed import send_groups
 from ramet.srt.model_loader.transport import broadcast_steps
@@ -357,7 +357,7 @@ take(manifest, SimpleNamespace(port={port}), backend="nccl", local_mode="off", t
 
 @pytest.fixture
 def big_server():
-    arena = WeightArena.allocate(seed_process.make_manifest(BIG), "cpu")
+    arena = allocate_arena(seed_process.make_manifest(BIG), "cpu")
     seed_process.fill_arena(arena, seed_process.make_tensors(BIG))
     with SeedServer([arena]) as server:
         yield server
@@ -403,7 +403,7 @@ def test_a_seed_that_dies_half_way_gives_way_to_the_next(big_server, monkeypatch
             yield tensor
 
     monkeypatch.setattr(send_groups._Transfer, "_tensors", tensors)
-    second = WeightArena.allocate(expected.manifest, "cpu")
+    second = allocate_arena(expected.manifest, "cpu")
     seed_process.fill_arena(second, seed_process.make_tensors(BIG))
     with SeedServer([second]) as other_server:
         arena, report = take(expected.manifest, big_server, other_server, **BROADCAST)

@@ -13,7 +13,8 @@ import pytest
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader import remote_instance_weight_loader_utils
-from ramet.srt.model_loader.arena.base import HostReceiveWindow, WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
+from ramet.srt.model_loader.arena.host import HostReceiveWindow
 from ramet.srt.model_loader.client import transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
@@ -45,7 +46,7 @@ class Client:
     def __init__(self, port, config=None, **options):
         self.config = DEFAULTS | (config or {})
         self.manifest = seed_process.make_manifest(self.config)
-        self.arena = WeightArena.allocate(self.manifest, "cpu")
+        self.arena = allocate_arena(self.manifest, "cpu")
         load_config = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off"} | options
         self.loader = get_model_loader(
             LoadConfig(

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.managers.io_struct import WeightChecksumsReq, WeightControlError
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.seed.control import ask_rank
+from ramet.srt.weights.control_messages import WeightChecksumsReq, WeightControlError
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightBox, build_weight_manifest
 from seed_server import SeedServer, load_all, take, write_random_model
@@ -160,7 +160,7 @@ def quantised_manifest(weight_dtype, *, with_scale, part=None):
 
 def filled(manifest):
     """The arena of a manifest, with bytes that tell the slices of a tensor apart."""
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     for entry in manifest.entries:
         first = entry.boxes[0].source[0][0]
         for row in range(entry.shape[0]):

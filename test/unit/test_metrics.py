@@ -1,7 +1,7 @@
 """What /metrics says that no running server is needed for."""
 
-from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.managers.metrics import Metrics
+from ramet.srt.weights.report import LoadReport
 
 
 def test_what_each_seed_gave_of_a_load_that_files_completed() -> None:

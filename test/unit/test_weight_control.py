@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from ramet.srt.managers.io_struct import SendWeightsReq, WeightControlError, WeightReply, WeightRequest
 from ramet.srt.model_loader.seed.control import WeightControlServer, ask_rank
+from ramet.srt.weights.control_messages import SendWeightsReq, WeightControlError, WeightReply, WeightRequest
 
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1"])

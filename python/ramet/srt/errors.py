@@ -1,5 +1,7 @@
 """Owns the two errors with which a request can end: the client's mistake, and a service that can't answer."""
 
+import re
+
 
 class RequestError(ValueError):
     """Something in a request is wrong; `param` names it as the client wrote it."""
@@ -17,3 +19,17 @@ class ServiceError(RuntimeError):
     def __init__(self, message: str, *, status_code: int = 503):
         super().__init__(message)
         self.status_code = status_code
+
+
+# What torch says behind an error: advice to its own developers, stack traces, and a setting that rules CUDA IPC out.
+_TORCH_ADVICE = re.compile(
+    r"Search for `|CUDA kernel errors might|For debugging consider|Exception raised from|If reserved but unallocated"
+)
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a user, in one line."""
+    text = " ".join(_TORCH_ADVICE.split(str(error))[0].split())
+    if text.startswith("CUDA out of memory"):
+        text += " (a lower --mem-fraction-static or --max-total-tokens leaves more beside the KV cache)"
+    return text or type(error).__name__

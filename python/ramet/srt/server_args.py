@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramet.srt.modelexpress.settings import (
+from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
     parse_modelexpress_config,
     resolve_address,
 )
+from ramet.srt.utils.net import format_url, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -458,27 +459,6 @@ class ServerArgs:
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: model_path -> --model-path."""
     return "--" + field_name.replace("_", "-")
-
-
-def format_url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches `host`, as far as its name tells."""
-    return host.startswith("127.") or host in ("localhost", "::1")
-
-
-def split_address(address: str, flag: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[ipv6]:port".
-
-    Raises:
-        ValueError: if it is neither; the message names the flag.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
-        raise ValueError(f"{flag} must be host:port; got {address!r}")
-    return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, kw_only=True)

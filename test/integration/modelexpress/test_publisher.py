@@ -18,11 +18,11 @@ from modelexpress_harness import (
     running_server,
     wait_until,
 )
-from ramet.srt.managers.io_struct import PublisherStats
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.server.server import ModelExpressServer
+from ramet.srt.weights.report import PublisherStats
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from ramet.srt import errors
 from ramet.srt.configs import device_config
 from ramet.srt.configs.device_config import free_memory_nbytes, pick_device
-from ramet.srt.managers import child_process
 from ramet.srt.server_args import ServerArgs
 
 
@@ -77,9 +77,9 @@ def test_memory_that_is_full_later_on_is_one_line_too():
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.10 GiB is "
         "free. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
     )
-    said = child_process.one_line(torch.OutOfMemoryError(text))
+    said = errors.one_line(torch.OutOfMemoryError(text))
     assert "\n" not in said and "1.10 GiB is free. (a lower --mem-fraction-static" in said and "segments" not in said
-    assert child_process.one_line(RuntimeError("")) == "RuntimeError"
+    assert errors.one_line(RuntimeError("")) == "RuntimeError"
 
 
 @pytest.mark.parametrize("visible, is_said", [(None, True), ("0", True), ("", False)])

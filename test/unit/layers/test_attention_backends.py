@@ -11,12 +11,12 @@ import random_models as rm
 import torch
 from attention_case import Case
 from engine_harness import EngineHarness
-from ramet.srt.batch.forward_batch_info import make_decode_batch
 from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from ramet.srt.layers.attention.requirements import missing_package
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from ramet.srt.layers.attention.torch_varlen_backend import TorchVarlenAttnBackend
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.model_executor.decode_batch import make_decode_batch
 from torch.nn.attention import varlen
 
 BACKENDS = {"flashinfer": FlashInferAttnBackend, "torch_varlen": TorchVarlenAttnBackend}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import toy_model as toy
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
 from safetensors.torch import save_file
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 def load(folder, dtype=torch.float32, tp_size=1, tp_rank=0, load_format="auto"):
     model = toy.make_model(tp_size, tp_rank, dtype)
     manifest = toy.make_manifest(model, tp_size, tp_rank)
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     arena.bind(model)
     report = get_model_loader(LoadConfig(load_format=load_format)).load_weights(manifest, arena, str(folder))
     return model, report

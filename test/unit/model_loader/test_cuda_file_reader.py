@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from ramet.srt.model_loader.arena import cuda_reader
-from ramet.srt.model_loader.arena.host_reader import ShortReadError
-from ramet.srt.weights.planner import CopyOp
+from ramet.srt.model_loader.arena.read_range import ShortReadError
+from ramet.srt.weights.copy_op import CopyOp
 
 
 class LateStream:

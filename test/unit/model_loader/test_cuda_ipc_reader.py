@@ -24,7 +24,7 @@ def gpu(monkeypatch):
     driver = cuda_ipc.cuda_driver
     monkeypatch.setattr(driver, "open_memory", lambda handle: 1)
     monkeypatch.setattr(driver, "close_memory", lambda address: gpu.calls.append("close"))
-    monkeypatch.setattr(driver, "queue_copies", lambda *_: None)
+    monkeypatch.setattr(cuda_ipc.cuda_copies, "queue_copies", lambda *_: None)
     return gpu
 
 

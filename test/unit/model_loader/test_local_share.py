@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 import toy_model as toy
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.transport import local_share
 from ramet.srt.model_loader.transport.local_share import LocalShareServer, ShareReply, request_memory
 from ramet.srt.weights.manifest import layout_digest
@@ -16,7 +16,7 @@ from ramet.srt.weights.manifest import layout_digest
 
 @pytest.fixture
 def arena():
-    arena = WeightArena.allocate(toy.make_manifest(toy.make_model()), "cpu")
+    arena = allocate_arena(toy.make_manifest(toy.make_model()), "cpu")
     arena.memory[:3] = b"abc"
     arena.publish()
     return arena

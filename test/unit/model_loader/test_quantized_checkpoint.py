@@ -9,8 +9,9 @@ from engine_harness import EngineHarness
 from fp8_models import load, same, write_dequantised, write_fp8
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers.matmul import fp8_linear
 from ramet.srt.layers.quantization import fp8
-from ramet.srt.layers.quantization.fp8 import FP8, dequantize_rows, fp8_linear, quantize_rows
+from ramet.srt.layers.quantization.fp8 import FP8, dequantize_rows, quantize_rows
 
 
 @pytest.fixture(scope="module")

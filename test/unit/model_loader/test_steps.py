@@ -18,7 +18,7 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     target_rows,
     unpack,
 )
-from ramet.srt.weights.planner import CopyOp
+from ramet.srt.weights.copy_op import CopyOp
 
 MIB = 1 << 20
 

@@ -10,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.weights.boxes import intersect, region_volume, subtract
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, align_up
-from ramet.srt.weights.planner import (
-    CopyOp,
-    PlanError,
-    PlanSource,
-    plan,
-    source_from_manifest,
-    whole_tensor,
-    zero_ranges,
-)
+from ramet.srt.weights.planner import PlanError, PlanSource, plan, source_from_manifest, whole_tensor, zero_ranges
 
 
 def make_manifest(tensors: list[tuple[str, tuple[int, ...], tuple[WeightBox, ...]]], alignment: int) -> WeightManifest:

@@ -8,8 +8,7 @@ import msgspec
 import pytest
 import torch
 import toy_model as toy
-from ramet.srt.model_loader.arena import base
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import (
     compute_checksums,
     expected_checksums,
@@ -43,7 +42,7 @@ def test_entries_are_aligned_in_parameter_order_and_tied_ones_are_aliases(manife
 
 
 def test_a_manifest_survives_both_encodings(manifest):
-    manifest = with_checksums(manifest, compute_checksums(manifest, WeightArena.allocate(manifest, "cpu")))
+    manifest = with_checksums(manifest, compute_checksums(manifest, allocate_arena(manifest, "cpu")))
     assert manifest_from_msgpack(manifest_to_msgpack(manifest)) == manifest
     assert manifest_from_json(manifest_to_json(manifest)) == manifest
     assert manifest_from_builtins(msgspec.json.decode(manifest_to_json(manifest))) == manifest
@@ -80,7 +79,7 @@ def test_a_parameter_without_boxes_is_named():
 
 def test_bound_parameters_are_views_that_outlive_the_arena(manifest):
     model = toy.make_model()
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     arena.bind(model)
     assert model.embed is model.lm_head and model.embed.boxes
     for entry in manifest.entries:
@@ -96,13 +95,13 @@ def test_bound_parameters_are_views_that_outlive_the_arena(manifest):
 
 def test_binding_another_model_is_refused(manifest):
     with pytest.raises(ValueError, match="embed is .* bfloat16"):
-        WeightArena.allocate(manifest, "cpu").bind(toy.make_model(dtype=torch.bfloat16))
+        allocate_arena(manifest, "cpu").bind(toy.make_model(dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="no weight arena for the device 'tpu'"):
-        WeightArena.allocate(manifest, "tpu")
+        allocate_arena(manifest, "tpu")
 
 
 def filled_arena(manifest, byte=7):
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     arena.memory[:] = bytes([byte]) * arena.nbytes
     return arena
 
@@ -126,13 +125,13 @@ def test_mapping_replaces_the_memory_in_place_and_writes_stay_private(manifest):
 
 
 def test_a_mapping_survives_the_seed(manifest):
-    seed, client = filled_arena(manifest), WeightArena.allocate(manifest, "cpu")
+    seed, client = filled_arena(manifest), allocate_arena(manifest, "cpu")
     seed.publish()
     client.map_seed_memory(seed.fd)
     del seed
     gc.collect()
     assert bytes(client.memory[:2]) == b"\7\7"
-    second = WeightArena.allocate(manifest, "cpu")
+    second = allocate_arena(manifest, "cpu")
     second.map_seed_memory(client.fd)
     assert bytes(second.memory[:2]) == b"\7\7"
 
@@ -141,7 +140,7 @@ def test_a_file_that_is_too_small_is_refused(manifest):
     fd = host_memory.create_memfd("small", 4096)
     host_memory.seal_for_sharing(fd)
     with pytest.raises(ValueError, match="holds 4096 bytes"):
-        WeightArena.allocate(manifest, "cpu").map_seed_memory(fd)
+        allocate_arena(manifest, "cpu").map_seed_memory(fd)
     os.close(fd)
 
 
@@ -162,7 +161,7 @@ def test_a_published_arena_is_immutable(manifest):
 
 
 def test_an_abandoned_writer_cannot_reach_the_arena(manifest):
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     window = arena.open_receive_window(1)
     late = host_memory.view_memory(window.address, window.nbytes)
     late[0] = b"a"
@@ -183,8 +182,8 @@ def test_defect_13_mapping_and_refilling_hold_one_copy(manifest):
 
 
 def test_too_little_memory_is_an_error_before_it_is_taken(manifest, monkeypatch):
-    monkeypatch.setattr(base.host_memory, "available_memory_nbytes", lambda: 1000)
-    arena = WeightArena.allocate(manifest, "cpu")
+    monkeypatch.setattr(host_memory, "available_memory_nbytes", lambda: 1000)
+    arena = allocate_arena(manifest, "cpu")
     with pytest.raises(MemoryError, match="rank 0 need .* GB more memory"):
         arena.prepare_fill([])
     assert host_memory.resident_file_nbytes(arena.fd) == 0
@@ -201,7 +200,7 @@ def test_available_memory_is_plausible():
 
 
 def test_populating_takes_all_memory(manifest):
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     arena.populate()
     assert host_memory.resident_file_nbytes(arena.fd) == arena.nbytes
 
@@ -219,7 +218,7 @@ def test_checksums_name_the_tensor_that_differs(manifest):
 
 
 def test_unknown_checksum_algorithms_compare_nothing(manifest):
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     checksums = compute_checksums(manifest, arena)
     other = with_checksums(manifest, msgspec.structs.replace(checksums, algorithm="crc0"))
     assert expected_checksums(arena, other) == {}
@@ -228,7 +227,7 @@ def test_unknown_checksum_algorithms_compare_nothing(manifest):
 
 def test_made_up_weights_are_on_the_gpu_before_anybody_reads_them(manifest, monkeypatch):
     """Checksums are computed on another stream than the weights. With a stand-in for the GPU."""
-    arena = WeightArena.allocate(manifest, "cpu")
+    arena = allocate_arena(manifest, "cpu")
     last = arena.tensor(manifest.entries[-1])
     complete = []
     stream = SimpleNamespace(synchronize=lambda: complete.append(bool(last.any())))

@@ -4,13 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ramet.srt.modelexpress.settings import (
-    ModelExpressConfig,
-    check_environment,
-    env_seconds,
-    parse_modelexpress_config,
-    resolve_address,
-)
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig, parse_modelexpress_config, resolve_address
+from ramet.srt.modelexpress.settings import check_environment, env_seconds
 
 
 def test_every_key_is_read(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The source id follows the reference server, and an engine's identity is the same for seed and client."""
 
 import pytest
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.settings import ModelExpressConfig
 from ramet.srt.modelexpress.source_identity import (
     EngineValues,
     build_source_identity,

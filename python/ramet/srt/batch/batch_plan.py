@@ -2,7 +2,7 @@
 
 import msgspec
 
-from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.sampling.sampling_state import SamplingState
 
 LAST_TOKEN = -1  # in place of an input id: the token that the row's last pass chose and that only the ranks know yet
 
@@ -27,18 +27,6 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
     logprob_targets: list[int] = []  # the tokens behind it and those after it
     top_logprobs_num: int = 0
-
-
-class SamplingState(msgspec.Struct, kw_only=True):
-    """What the sampling rank must know of a request, sent before its first token."""
-
-    rid: str
-    params: SamplingParams
-    seed: int
-    prompt_ids: list[int]  # empty unless a penalty looks at the prompt
-    output_ids: list[int]  # tokens that it has already, after a retraction
-    return_logprob: bool
-    top_logprobs_num: int
 
 
 class BatchPlan(msgspec.Struct, kw_only=True, tag=True):

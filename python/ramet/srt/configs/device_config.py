@@ -6,7 +6,7 @@ import os
 import psutil
 import torch
 
-from ramet.srt.managers.child_process import one_line
+from ramet.srt.errors import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ramet.srt.modelexpress.settings import resolve_address
+from ramet.srt.configs.modelexpress_config import resolve_address
 
 if TYPE_CHECKING:
     from ramet.srt.server_args import ServerArgs

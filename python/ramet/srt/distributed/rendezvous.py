@@ -9,10 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import psutil
 import torch.distributed as dist
 
-from ramet.srt.server_args import split_address
+from ramet.srt.utils.net import split_address
 
 logger = logging.getLogger(__name__)
 
@@ -239,26 +238,6 @@ class _NewsOfWaiting:
         if self._when is not None and time.monotonic() > self._when:
             logger.info("waiting up to %g s (--dist-timeout) for %s", self._timeout_s, whom)
             self._when = None
-
-
-def local_address(peer: str | None) -> str:
-    """This node's address as seen from `peer`, "host:port"; loopback without a peer."""
-    if peer is None:
-        return "127.0.0.1"
-    host, port = split_address(peer, "--dist-init-addr")
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing: it only makes the kernel choose the interface
-        return probe.getsockname()[0]
-
-
-def choose_interface(address: str) -> None:
-    """Have gloo and NCCL use the interface that holds `address`, unless the user has chosen one."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in entries):
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(variable, name)
-            return
 
 
 def _first_line(error: BaseException) -> str:

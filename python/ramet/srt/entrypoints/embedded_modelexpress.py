@@ -2,10 +2,10 @@
 
 import logging
 
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig, embedded_port
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
-from ramet.srt.modelexpress.settings import ModelExpressConfig, embedded_port
-from ramet.srt.server_args import format_url
+from ramet.srt.utils.net import format_url
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
-from ramet.srt.model_loader.seed.control import ControlAddress
 from ramet.srt.weights.manifest import ROLES
-from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, make_answer, parse_registration
+from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, ControlAddress, make_answer, parse_registration
 
 logger = logging.getLogger(__name__)
 

@@ -14,24 +14,25 @@ import msgspec
 
 import ramet
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.layers.attention.requirements import check_attention_backend
-from ramet.srt.managers.io_struct import (
-    GetInternalStateReqOutput,
+from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
+from ramet.srt.model_loader.seed.control import ask_rank
+from ramet.srt.modelexpress.settings import check_environment, check_installed
+from ramet.srt.observability.progress import Progress
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
+from ramet.srt.utils.net import format_url, is_loopback, split_address
+from ramet.srt.weights.control_messages import (
     InstanceReady,
     InstanceStopping,
-    SchedulerReady,
     WeightControlError,
     WeightReply,
     WeightRequest,
 )
-from ramet.srt.model_loader.seed.control import ask_rank
-from ramet.srt.modelexpress.settings import ModelExpressConfig, check_environment, check_installed, resolve_address
-from ramet.srt.observability.progress import Progress
-from ramet.srt.server_args import ServerArgs, format_url, is_loopback, split_address
-from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
@@ -127,7 +128,7 @@ class Instance:
         self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
 
     def _warn_of_loopback(self, server_address: str) -> None:
-        from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
+        from ramet.srt.utils.net import reachable_host
 
         args = self.server_args
         host = args.host if args.nnodes > 1 else reachable_host(args.host)

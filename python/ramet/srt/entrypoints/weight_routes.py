@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.io_struct import (
+from ramet.srt.weights.control_messages import (
     InitSendGroupReq,
     SendWeightsReq,
     WeightChecksumsOutput,

@@ -4,7 +4,7 @@ import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
-from ramet.srt.layers.linear import project
+from ramet.srt.layers.matmul import project
 
 
 def needs_host(dtype: torch.dtype, w13: torch.Tensor, w2: torch.Tensor) -> bool:

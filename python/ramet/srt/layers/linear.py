@@ -3,43 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
-from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
-from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
+from ramet.srt.layers.matmul import project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.weights.manifest import WeightBox
-
-
-def project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scales: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x W^T + b for x [num_tokens, input_size] and W [output_size, input_size].
-
-    Args:
-        scales: float32 [output_size, 1] that multiply the rows of an fp8 `weight`.
-    """
-    if _takes_gemv(x, scales):
-        from ramet.srt.layers.kernels.gemv import gemv
-
-        return gemv(x, weight, bias, scales)
-    if scales is not None:
-        from ramet.srt.layers.quantization.fp8 import fp8_linear
-
-        return fp8_linear(x, weight, scales, bias)
-    if widens_weights(x, weight):
-        return widening_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def _takes_gemv(x: torch.Tensor, scales: torch.Tensor | None) -> bool:
-    if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
-        return False
-    return scales is None or has_fp8_units(x.device)
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -49,6 +20,8 @@ class MergedColumnParallelLinear(nn.Module):
         names: checkpoint prefixes of the parts, in the order in which their rows stand.
         output_sizes: rows of each part in the checkpoint.
     """
+
+    quantisable_weights = ("weight",)
 
     def __init__(
         self,
@@ -92,7 +65,7 @@ class MergedColumnParallelLinear(nn.Module):
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
-        if _takes_gemv(x, self.weight_scale):
+        if takes_gemv(x, self.weight_scale):
             from ramet.srt.layers.kernels.gemv import gemv
 
             return gemv(x, self.weight, self.bias, self.weight_scale, activation.name)
@@ -139,6 +112,8 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 
 class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input columns split over the ranks; the partial results are summed."""
+
+    quantisable_weights = ("weight",)
 
     def __init__(
         self,

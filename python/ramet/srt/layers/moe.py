@@ -85,6 +85,8 @@ class FusedMoE(nn.Module):
         expert_names: what the checkpoint calls an expert's gate, up and down matrices.
     """
 
+    quantisable_weights = ("w13_weight", "w2_weight")
+
     def __init__(
         self,
         hidden_size: int,

@@ -6,7 +6,7 @@ from torch import nn
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
-from ramet.srt.layers.linear import project
+from ramet.srt.layers.matmul import project
 from ramet.srt.layers.parameter import declare_weight, shard_box
 
 VOCAB_PADDING = 64  # rows; SGLang pads to the same multiple, so that the tensors of both have one size

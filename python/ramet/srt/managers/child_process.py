@@ -5,7 +5,6 @@ The parent's side is entrypoints/child_processes.py.
 
 import ctypes
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,6 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.server_args import PortArgs, ServerArgs
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# What torch says behind an error: advice to its own developers, stack traces, and a setting that rules CUDA IPC out.
-_TORCH_ADVICE = re.compile(
-    r"Search for `|CUDA kernel errors might|For debugging consider|Exception raised from|If reserved but unallocated"
-)
 
 
 class ChildConfig(msgspec.Struct, kw_only=True):
@@ -69,14 +64,6 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal_number)
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a user, in one line."""
-    text = " ".join(_TORCH_ADVICE.split(str(error))[0].split())
-    if text.startswith("CUDA out of memory"):
-        text += " (a lower --mem-fraction-static or --max-total-tokens leaves more beside the KV cache)"
-    return text or type(error).__name__
 
 
 def send_status(status_fd: int, message: bytes) -> None:

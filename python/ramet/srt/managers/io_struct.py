@@ -3,6 +3,7 @@
 import msgspec
 
 from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.weights.report import LoadReport, PublisherStats
 
 
 class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -85,17 +86,6 @@ class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
 
 
-class PublisherStats(msgspec.Struct, kw_only=True):
-    """What a rank's ModelExpress publisher has done so far."""
-
-    status: str  # what the server was last told: "", "INITIALIZING", "READY" or "STALE"
-    num_publishes: int = 0
-    num_heartbeats: int = 0
-    num_lost: int = 0  # times that the server had lost the record and it was published again
-    num_failures: int = 0  # calls that failed
-    last_error: str = ""  # of the last call; "" when it succeeded
-
-
 class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     num_running_reqs: int
@@ -149,92 +139,6 @@ class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
     """Detokenizer to tokenizer manager."""
 
     outputs: list[RequestText]
-
-
-class LoadReport(msgspec.Struct, kw_only=True):
-    """How one rank's arena was filled."""
-
-    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
-    num_bytes: int
-    seconds: float
-    verified: bool  # content checksums were compared with the seed's
-    transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
-    fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
-    # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
-    taken_from: tuple[str, ...] = ()
-    taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
-
-
-class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):
-    """Main process to a rank: the checksums of slices of checkpoint tensors that are in its weights."""
-
-    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # name of the tensor; (start, stop) per dimension
-
-
-class WeightChecksumsOutput(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process."""
-
-    algorithm: str
-    checksums: list[str]  # in the order of the regions
-
-
-class InitSendGroupReq(msgspec.Struct, kw_only=True, tag=True):
-    """Main process to a rank: meet a client's rank in a group of two.
-
-    The name is the client's if it is of upstream's kind, which gets every parameter; otherwise the rank makes one.
-    """
-
-    port: int = 0  # where to listen; 0 takes a free one
-    group_name: str = ""
-    backend: str = ""  # "nccl" or "gloo"; empty: the one of the rank's device
-    broadcasts: list[list[tuple[int, int, int, int]]] = []  # rows of the arena that each broadcast carries
-    layout: str = ""  # digest of the layout that the rows are of
-    timeout_s: float = 60.0  # for each step
-    warm_up: bool = False  # send one byte before the broadcasts
-
-
-class InitSendGroupOutput(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process: where the client finds it."""
-
-    transfer_id: str
-    master_address: str
-    port: int
-    warm_up: bool = False  # whether one byte comes before the broadcasts
-
-
-class SendWeightsReq(msgspec.Struct, kw_only=True, tag=True):
-    """Main process to a rank: send what was agreed on; answered when it has been sent."""
-
-    transfer_id: str
-
-
-class SendWeightsOutput(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process."""
-
-    num_bytes: int
-    seconds: float
-
-
-class WeightControlError(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process: why it does not do what it was asked to."""
-
-    message: str
-
-
-class InstanceReady(msgspec.Struct, kw_only=True, tag=True):
-    """Main process to every rank that offers its weights: the instance is healthy, others may come."""
-
-
-class InstanceStopping(msgspec.Struct, kw_only=True, tag=True):
-    """Main process to every rank that offers its weights: the instance is about to end, nobody shall come any more."""
-
-
-class InstanceStateOutput(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process: it has noted the state of the instance, and told others if it could."""
-
-
-WeightRequest = WeightChecksumsReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
-WeightReply = WeightChecksumsOutput | InitSendGroupOutput | SendWeightsOutput | InstanceStateOutput | WeightControlError
 
 
 class SchedulerReady(msgspec.Struct, kw_only=True, tag=True):

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LoadReport, PublisherStats
+from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput
+from ramet.srt.weights.report import LoadReport, PublisherStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)

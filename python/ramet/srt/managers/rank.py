@@ -11,7 +11,7 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.distributed.parallel_state import init_process_groups
-from ramet.srt.distributed.rendezvous import Rendezvous, choose_interface, local_address
+from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.plan_channel import PlanReceiver, PlanSender
@@ -19,11 +19,11 @@ from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
 from ramet.srt.sampling.grammar import make_grammar_backend
-from ramet.srt.server_args import PortArgs, format_url
+from ramet.srt.server_args import PortArgs
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
+from ramet.srt.utils.net import choose_interface, format_url, local_address, reachable_host
 
 logger = logging.getLogger(__name__)
 

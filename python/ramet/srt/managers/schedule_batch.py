@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SamplingState, SequencePlan
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PageWrite, SequencePlan
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from ramet.srt.mem_cache.request_cache import CacheHandle
+from ramet.srt.sampling.sampling_state import SamplingState
 
 if TYPE_CHECKING:
     from ramet.srt.sampling.grammar import Grammar

@@ -13,13 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ramet.srt.managers.child_process import (
-    die_with_parent,
-    one_line,
-    read_child_config,
-    send_status,
-    status_fd_argument,
-)
+from ramet.srt.errors import one_line
+from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.utils.imports import importing, start_gpu

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ramet.srt.batch.forward_batch_info import make_decode_batch
+from ramet.srt.model_executor.decode_batch import make_decode_batch
 
 if TYPE_CHECKING:
     from ramet.srt.model_executor.model_runner import ModelRunner

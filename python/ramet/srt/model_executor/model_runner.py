@@ -9,29 +9,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from ramet.srt.batch.batch_plan import LogprobRows
-from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode, make_decode_batch
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.distributed.rendezvous import local_address
 from ramet.srt.layers.attention.registry import describe_attention, make_attn_backend
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
-from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
-from ramet.srt.server_args import ServerArgs, is_loopback
+from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.device import to_device
+from ramet.srt.utils.net import is_loopback, local_address
 from ramet.srt.weights.manifest import build_weight_manifest
+from ramet.srt.weights.report import LoadReport, PublisherStats
 
 if TYPE_CHECKING:
     from ramet.srt.modelexpress.client.publication import Publication
@@ -86,7 +87,7 @@ class ModelRunner:
         num_pages = self._num_kv_pages(free_bytes)
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
         self.attn_backend = make_attn_backend(server_args.attention_backend, attention)
-        self.arena = WeightArena.allocate(self.manifest, device)
+        self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
         on_phase("model")
         # Everything that needs only the addresses of the weights is made while they come.

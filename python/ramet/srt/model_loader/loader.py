@@ -5,11 +5,11 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
-from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.weights.manifest import WeightBox, WeightManifest
+from ramet.srt.weights.report import LoadReport
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
-from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
@@ -17,11 +16,13 @@ from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.seeds_by_address import find_seeds
 from ramet.srt.model_loader.client.transfer import SeedTransfer, combine_errors
 from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import format_address, is_folder_name
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.utils.hub import has_weights, resolve_model_path
+from ramet.srt.utils.net import format_address
+from ramet.srt.weights.agreement import is_folder_name
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport
 
 if TYPE_CHECKING:
     from ramet.srt.modelexpress.client.claim import FileClaim

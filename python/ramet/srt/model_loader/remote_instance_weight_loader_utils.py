@@ -1,8 +1,6 @@
 """Owns the talk with a seed's HTTP ports: registering a rank, asking for one, and what two sides must agree on."""
 
 import logging
-import os
-import socket
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -10,8 +8,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from ramet.srt.utils.http_request import http_request
+from ramet.srt.utils.net import format_address
 from ramet.srt.weights.errors import WeightTransferError
-from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.registration import (
     MAX_REGISTRATION_BYTES,
     ChecksumsAnswer,
@@ -208,57 +206,6 @@ def _parse(body: bytes, rank: int, role: str, seed: str) -> SeedAnswer:
     except ValueError as error:
         raise WeightTransferError("ask", rank, seed, f"its answer is of no use: {error}") from error
     return answer
-
-
-def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | None:
-    """Why a client must not take a seed's weights, as far as names and numbers tell; None if nothing speaks against it.
-
-    Layout and coverage are the planner's to judge.
-    """
-    for field in ("role", "quantization", "dtype"):
-        ours, theirs = getattr(client, field), getattr(seed, field)
-        if ours != theirs:
-            return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
-    for name, size in client.dimensions.items():
-        # The planner can't tell: what a small model needs lies inside the tensors of a larger one.
-        if seed.dimensions.get(name, size) != size:
-            return f"its {name} is {seed.dimensions[name]}, not {size}"
-    if client.revision and seed.revision and client.revision != seed.revision:
-        return f"its revision is {seed.revision}, not {client.revision}"
-    if client.model_name != seed.model_name and not is_folder_name(client, seed):
-        return f"its model is {seed.model_name}, not {client.model_name}"
-    return None
-
-
-def is_folder_name(client: WeightManifest, seed: WeightManifest) -> bool:
-    """Whether one side goes by a folder's name, which says nothing to the other."""
-    names = (client.model_name, seed.model_name)
-    return any(name.startswith((os.sep, ".", "~")) or os.path.isdir(name) for name in names)
-
-
-def format_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def host_identity() -> str:
-    """Equal for two processes exactly if they run under one kernel and in one network namespace."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot_id = file.read().strip()
-    return f"{boot_id}:{os.stat('/proc/self/ns/net').st_ino}"
-
-
-def reachable_host(host: str) -> str:
-    """The address by which other hosts reach a server that is bound to `host`."""
-    if host not in ("0.0.0.0", "::", ""):
-        return host
-    family = socket.AF_INET6 if host == "::" else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: it only makes the kernel choose the interface that leads outside.
-            probe.connect(("2001:db8::1", 9) if family == socket.AF_INET6 else ("192.0.2.1", 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return "::1" if family == socket.AF_INET6 else "127.0.0.1"
 
 
 def _excerpt(body: bytes) -> str:

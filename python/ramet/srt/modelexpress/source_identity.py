@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.settings import ModelExpressConfig
 
 if TYPE_CHECKING:
     from ramet.srt.configs.load_config import LoadConfig

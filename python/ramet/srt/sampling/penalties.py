@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ramet.srt.batch.batch_plan import SamplingState
+from ramet.srt.sampling.sampling_state import SamplingState
 from ramet.srt.utils.device import to_device
 
 

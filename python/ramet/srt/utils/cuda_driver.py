@@ -6,22 +6,20 @@ opened and closed exactly when we say. A CUDA context must be current in the cal
 
 import ctypes
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ramet.srt.weights.planner import CopyOp
+    pass
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
-_MEMORY_TYPE_DEVICE = 2
 
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
 
 
-class _Copy2D(ctypes.Structure):
+class Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D."""
 
     _fields_ = [
@@ -64,14 +62,15 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuIpcCloseMemHandle": [address],
         "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
         "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
-        "cuMemcpy2DAsync_v2": [ctypes.POINTER(_Copy2D), stream],
+        "cuMemcpy2DAsync_v2": [ctypes.POINTER(Copy2D), stream],
     }
     for name, argtypes in signatures.items():
         getattr(driver, name).argtypes = argtypes
     return driver
 
 
-def _call(name: str, *arguments: object) -> None:
+def call_driver(name: str, *arguments: object) -> None:
+    """Call a function of the driver by its C name. Raises OSError, with the driver's own words, if it fails."""
     _check(name, getattr(_driver(), name)(*arguments))
 
 
@@ -97,9 +96,9 @@ def retain_primary_context(gpu_id: int) -> None:
         OSError: if there is no driver, or it refuses.
     """
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _call("cuInit", 0)
-    _call("cuDeviceGet", ctypes.byref(device), gpu_id)
-    _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    call_driver("cuInit", 0)
+    call_driver("cuDeviceGet", ctypes.byref(device), gpu_id)
+    call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
 
 
 def export_memory(address: int) -> tuple[bytes, int]:
@@ -109,8 +108,8 @@ def export_memory(address: int) -> tuple[bytes, int]:
         OSError: if the memory can't be lent.
     """
     base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _IpcHandle()
-    _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
-    _call("cuIpcGetMemHandle", ctypes.byref(handle), base)
+    call_driver("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    call_driver("cuIpcGetMemHandle", ctypes.byref(handle), base)
     return bytes(handle), address - base.value
 
 
@@ -123,13 +122,15 @@ def open_memory(handle: bytes) -> int:
     if len(handle) != HANDLE_BYTES:
         raise OSError(f"a CUDA IPC handle has {HANDLE_BYTES} bytes, not {len(handle)}")
     address = ctypes.c_uint64()
-    _call("cuIpcOpenMemHandle_v2", ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), _LAZY_ENABLE_PEER_ACCESS)
+    call_driver(
+        "cuIpcOpenMemHandle_v2", ctypes.byref(address), _IpcHandle.from_buffer_copy(handle), _LAZY_ENABLE_PEER_ACCESS
+    )
     return address.value
 
 
 def close_memory(address: int) -> None:
     """Give back what `open_memory` gave; no copy out of it may be under way."""
-    _call("cuIpcCloseMemHandle", address)
+    call_driver("cuIpcCloseMemHandle", address)
 
 
 def queue_upload(source: int, target: int, nbytes: int, stream: int) -> None:
@@ -148,27 +149,3 @@ def record_event(event: int, stream: int) -> None:
         OSError: if the driver refuses it.
     """
     _check("cuEventRecord", _driver_with_lock().cuEventRecord(event, stream))
-
-
-def queue_copies(ops: "Sequence[CopyOp]", source: int, target: int, stream: int) -> None:
-    """Queue copies between device memories on a stream: the offsets of `ops` are from these addresses.
-
-    Raises:
-        OSError: if the driver refuses one.
-    """
-    for op in ops:
-        source_address, target_address = source + op.source_offset, target + op.target_offset
-        if op.num_rows == 1:
-            _call("cuMemcpyDtoDAsync_v2", target_address, source_address, op.row_nbytes, stream)
-            continue
-        copy = _Copy2D(
-            source_memory_type=_MEMORY_TYPE_DEVICE,
-            source_device=source_address,
-            source_pitch=op.source_stride,
-            target_memory_type=_MEMORY_TYPE_DEVICE,
-            target_device=target_address,
-            target_pitch=op.target_stride,
-            width=op.row_nbytes,
-            height=op.num_rows,
-        )
-        _call("cuMemcpy2DAsync_v2", ctypes.byref(copy), stream)

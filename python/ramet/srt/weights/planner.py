@@ -19,64 +19,13 @@ from ramet.srt.weights.boxes import (
     region_volume,
     subtract,
 )
+from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest, element_size, layout_digest
 
 MAX_OP_BYTES = 64 << 20
 MAX_MERGED_GAP_BYTES = 1 << 20
 CASTABLE_DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-
-class CopyOp(msgspec.Struct, frozen=True, kw_only=True):
-    """A two-dimensional copy: `num_rows` rows, each contiguous on both sides. All numbers are bytes."""
-
-    source: int  # index into the sources that were planned with
-    source_offset: int
-    target_offset: int
-    row_nbytes: int  # in the target
-    num_rows: int = 1
-    source_stride: int = 0
-    target_stride: int = 0
-    source_dtype: str = ""  # both empty unless the elements are converted
-    target_dtype: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it writes."""
-        return self.row_nbytes * self.num_rows
-
-    @property
-    def source_row_nbytes(self) -> int:
-        """Bytes of a row in the source."""
-        if not self.source_dtype:
-            return self.row_nbytes
-        return self.row_nbytes // element_size(self.target_dtype) * element_size(self.source_dtype)
-
-    @property
-    def source_span_nbytes(self) -> int:
-        """Source bytes from the first row's start to the last one's end."""
-        return (self.num_rows - 1) * self.source_stride + self.source_row_nbytes
-
-    @property
-    def is_contiguous(self) -> bool:
-        return self.num_rows == 1 and not self.source_dtype
-
-    def rows(self) -> "Iterator[CopyOp]":
-        """Its rows as operations of their own."""
-        if self.num_rows == 1:
-            yield self
-            return
-        for row in range(self.num_rows):
-            yield msgspec.structs.replace(
-                self,
-                source_offset=self.source_offset + row * self.source_stride,
-                target_offset=self.target_offset + row * self.target_stride,
-                num_rows=1,
-            )
-
-    @property
-    def target_stop(self) -> int:
-        return self.target_offset + (self.num_rows - 1) * self.target_stride + self.row_nbytes
 
 
 @dataclass(frozen=True)
@@ -370,32 +319,6 @@ def _merge(
 def _is_free(occupied: Sequence[ByteRange], start: int, stop: int) -> bool:
     following = bisect.bisect_right(occupied, start, key=lambda r: r[1])
     return following == len(occupied) or occupied[following][0] >= stop
-
-
-def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
-    """The operation in parts of at most `max_nbytes`, by rows or, if there is one row, by bytes."""
-    if op.nbytes <= max_nbytes:
-        yield op
-    elif op.num_rows > 1:
-        step = max(1, max_nbytes // op.row_nbytes)
-        for row in range(0, op.num_rows, step):
-            yield msgspec.structs.replace(
-                op,
-                source_offset=op.source_offset + row * op.source_stride,
-                target_offset=op.target_offset + row * op.target_stride,
-                num_rows=min(step, op.num_rows - row),
-            )
-    else:
-        size = element_size(op.target_dtype) if op.target_dtype else 1
-        step = max(size, max_nbytes // size * size)
-        for done in range(0, op.row_nbytes, step):
-            source_done = done // size * element_size(op.source_dtype) if op.source_dtype else done
-            yield msgspec.structs.replace(
-                op,
-                source_offset=op.source_offset + source_done,
-                target_offset=op.target_offset + done,
-                row_nbytes=min(step, op.row_nbytes - done),
-            )
 
 
 def _share(ops: Sequence[CopyOp], members: Sequence[int]) -> Iterator[CopyOp]:

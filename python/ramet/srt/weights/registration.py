@@ -2,7 +2,6 @@
 
 import msgspec
 
-from ramet.srt.model_loader.seed.control import ControlAddress
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
@@ -20,6 +19,15 @@ class LocalHandle(msgspec.Struct, frozen=True, kw_only=True):
 
     host_identity: str
     socket_name: str  # of a Unix socket in the abstract namespace
+
+
+class ControlAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a rank listens: a name in the abstract namespace of Unix sockets, or a TCP port."""
+
+    token: str  # whoever knows it is the instance itself
+    name: str = ""
+    host: str = ""
+    port: int = 0
 
 
 class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

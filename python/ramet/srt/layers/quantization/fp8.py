@@ -6,16 +6,12 @@ The scale of a row is taken over the whole row of the unsharded matrix, so that 
 import torch
 from torch import nn
 
-from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
-from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear, project
-from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.weights.manifest import WeightBox
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = torch.finfo(FP8).max
 MIN_SCALE = 1e-12  # of a row of zeros
-MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # scaled at a time: 1 MB and 64 MB in float32
 
 
@@ -41,16 +37,13 @@ def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
 
 
 def declare_fp8(model: nn.Module) -> None:
-    """Turn the weights of a model's linear layers and experts, on the meta device, into fp8 weights with scales.
+    """Turn the weights that a model's layers name in `quantisable_weights`, on the meta device, into fp8 with scales.
 
-    Embedding, output head, routers and norms keep their type.
+    Embedding, output head, routers and norms name none and keep their type.
     """
     for module in model.modules():
-        if isinstance(module, MergedColumnParallelLinear | RowParallelLinear):
-            _declare_quantised(module, "weight")
-        elif isinstance(module, FusedMoE):
-            _declare_quantised(module, "w13_weight")
-            _declare_quantised(module, "w2_weight")
+        for name in getattr(module, "quantisable_weights", ()):
+            _declare_quantised(module, name)
 
 
 def _declare_quantised(module: nn.Module, name: str) -> None:
@@ -62,22 +55,3 @@ def _declare_quantised(module: nn.Module, name: str) -> None:
         WeightBox(f"{box.checkpoint_name}_scale", box.source[:-1] + one, box.target[:-1] + one) for box in weight.boxes
     ]
     setattr(module, f"{name}_scale", declare_weight((*weight.shape[:-1], 1), torch.float32, boxes))
-
-
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b. On a GPU the rows of x are quantised too, and the matrix units multiply fp8.
-
-    Args:
-        x: [num_tokens, n].
-        weight: fp8 [output_size, n], contiguous.
-        scales: float32 [output_size, 1].
-    """
-    if not (use_kernels(x) and has_fp8_units(x.device)) or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
-        # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
-        return project(x, dequantize_rows(weight, scales, x.dtype), bias)
-    from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu
-
-    values, x_scales = quantize_on_gpu(x)
-    y = torch._scaled_mm(values, weight.T, x_scales, scales.T, out_dtype=torch.bfloat16, use_fast_accum=True)
-    y = y.to(x.dtype)
-    return y if bias is None else y + bias

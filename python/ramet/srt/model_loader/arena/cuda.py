@@ -11,8 +11,8 @@ from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
 from ramet.srt.utils import cuda_driver
 from ramet.srt.weights.boxes import ByteRange
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
-from ramet.srt.weights.planner import CopyOp
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a receive window

@@ -14,10 +14,10 @@ import torch
 
 from ramet.srt.model_loader.arena.cuda import CudaWeightArena
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
-from ramet.srt.model_loader.arena.host_reader import BLOCK_BYTES, read_range
+from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
 from ramet.srt.utils import cuda_driver
 from ramet.srt.utils.threads import num_copy_threads, run_in_threads
-from ramet.srt.weights.planner import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_op
 
 PART_BYTES = 16 << 20  # of an operation, for one thread at a time
 SLICE_BYTES = 4 << 20  # of a read and of a copy

@@ -2,7 +2,7 @@
 
 import torch
 
-from ramet.srt.weights.planner import CopyOp
+from ramet.srt.weights.copy_op import CopyOp
 
 
 def scatter_device_rows(op: CopyOp, source: torch.Tensor, buffer: torch.Tensor) -> None:

@@ -1,25 +1,15 @@
 """Owns reading planned ranges of open files into an arena with several threads. Knows neither formats nor seeds."""
 
-import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host_rows import scatter_rows
+from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
 from ramet.srt.utils.threads import run_in_threads
-from ramet.srt.weights.planner import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_op
 
 READ_BYTES = 8 << 20  # one call's read: long enough to be efficient, short enough to share the work evenly
-BLOCK_BYTES = 4 << 20  # buffer of a thread for rows that are gathered or converted
 MIN_DIRECT_ROW_BYTES = 64 << 10  # rows at least this long are read one by one, without the bytes between them
-
-
-class ShortReadError(OSError):
-    """A file ended before a planned range did."""
-
-    def __init__(self, fd_index: int) -> None:
-        super().__init__("the file became shorter while it was read")
-        self.fd_index = fd_index
 
 
 def fill_from_files(ops: Sequence[CopyOp], fds: Sequence[int], target: WeightArena | memoryview) -> None:
@@ -77,43 +67,7 @@ def _cut(op: CopyOp) -> list[CopyOp]:
     return list(split_op(op, max(1, int(BLOCK_BYTES / reach))))
 
 
-def read_range(fds: Sequence[int], index: int, offset: int, into: memoryview) -> None:
-    """Fill `into` from an offset of a file."""
-    done = 0
-    while done < len(into):
-        count = os.preadv(fds[index], [into[done:]], offset + done)
-        if count == 0:
-            raise ShortReadError(index)
-        done += count
-
-
 def _read_rows(op: CopyOp, fds: Sequence[int], memory: memoryview, block: memoryview) -> None:
     """Read a span of the file that holds all rows, then copy or convert the rows out of it."""
     read_range(fds, op.source, op.source_offset, block)
     scatter_rows(op, memory, block)
-
-
-def scatter_rows(op: CopyOp, memory: memoryview, block: memoryview) -> None:
-    """Copy or convert the rows out of a block that starts with the first one."""
-    if op.source_dtype:
-        _convert_rows(op, memory, block)
-        return
-    shape = (op.num_rows, op.row_nbytes)
-    source = np.ndarray(shape, np.uint8, block, strides=(op.source_stride, 1))
-    target = np.ndarray(shape, np.uint8, memory, op.target_offset, strides=(op.target_stride, 1))
-    np.copyto(target, source)
-
-
-def _convert_rows(op: CopyOp, memory: memoryview, block: memoryview) -> None:
-    import torch
-
-    source_dtype, target_dtype = getattr(torch, op.source_dtype), getattr(torch, op.target_dtype)
-    length = op.row_nbytes // target_dtype.itemsize
-
-    def rows(buffer: memoryview, offset: int, dtype: "torch.dtype", stride: int) -> "torch.Tensor":
-        span = (op.num_rows - 1) * stride // dtype.itemsize + length
-        flat = torch.frombuffer(buffer, dtype=dtype, count=span, offset=offset)
-        return flat.as_strided((op.num_rows, length), (stride // dtype.itemsize, 1))
-
-    target = rows(memory, op.target_offset, target_dtype, op.target_stride)
-    target.copy_(rows(block, 0, source_dtype, op.source_stride))

@@ -3,10 +3,10 @@
 import logging
 import time
 
-from ramet.srt.managers.io_struct import LoadReport
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport
 
 logger = logging.getLogger(__name__)
 

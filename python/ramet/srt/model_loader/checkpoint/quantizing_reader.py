@@ -6,7 +6,7 @@ import torch
 
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host_reader import read_range
+from ramet.srt.model_loader.arena.read_range import read_range
 from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.utils.threads import run_in_threads

@@ -8,13 +8,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host_reader import ShortReadError, fill_from_files
+from ramet.srt.model_loader.arena.host_reader import fill_from_files
+from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_experts
+from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.planner import CopyOp, PlanSource, TransferPlan, plan, split_op, whole_tensor, zero_ranges
+from ramet.srt.weights.planner import PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
 
 logger = logging.getLogger(__name__)
 

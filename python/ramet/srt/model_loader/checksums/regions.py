@@ -1,18 +1,18 @@
 """Owns checksums of slices of checkpoint tensors, which arenas of different topologies can compare. No transport."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
-import numpy as np
 import xxhash
 
-from ramet.srt.model_loader.arena.base import HostWeightArena, WeightArena
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host import HostWeightArena
+from ramet.srt.model_loader.arena.host_hash import _rows
 from ramet.srt.weights.boxes import Region, contiguous_strides, flatten, intersect, subtract
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
 
-BLOCK_BYTES = 4 << 20  # rows that are gathered before they are hashed
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
 
 
@@ -104,20 +104,6 @@ def hash_region(arena: WeightArena, holding: Holding, region: Region) -> str:
         for block in _rows(arena.memory, start, row * size, num_rows, stride):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _rows(memory: memoryview, start: int, row_nbytes: int, num_rows: int, stride: int) -> Iterator[memoryview]:
-    """Rows one after the other, gathered into blocks."""
-    step = max(1, BLOCK_BYTES // max(stride, row_nbytes, 1))
-    for first in range(0, num_rows, step):
-        count = min(step, num_rows - first)
-        begin = start + first * stride
-        span = memory[begin : begin + (count - 1) * stride + row_nbytes]
-        if count == 1:
-            yield span
-        else:
-            rows = np.ndarray((count, row_nbytes), np.uint8, span, strides=(stride, 1))
-            yield memoryview(np.ascontiguousarray(rows)).cast("B")
 
 
 def _contains(outer: Region, inner: Region) -> bool:

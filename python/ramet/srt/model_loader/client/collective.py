@@ -9,13 +9,12 @@ import torch
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, connect
-from ramet.srt.distributed.rendezvous import local_address
-from ramet.srt.model_loader.arena.base import HostReceiveWindow, HostWeightArena, WeightArena
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host import HostReceiveWindow, HostWeightArena
 from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     INIT_SEND_GROUP_PATH,
     SEND_WEIGHTS_PATH,
-    format_address,
     post_to_seed,
 )
 from ramet.srt.model_loader.transport.broadcast_steps import (
@@ -27,9 +26,10 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     unpack,
 )
 from ramet.srt.utils import host_memory
+from ramet.srt.utils.net import format_address, local_address
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import layout_digest
-from ramet.srt.weights.planner import CopyOp
 from ramet.srt.weights.registration import InitSendGroupAnswer, InitSendGroupBody, SendWeightsBody
 
 MAX_TIMEOUT_S = 600.0

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
+from ramet.srt.model_loader.arena import cuda_copies
 from ramet.srt.model_loader.arena.cuda import CudaWeightArena, current_context
 from ramet.srt.utils import cuda_driver
-from ramet.srt.weights.planner import CopyOp
+from ramet.srt.weights.copy_op import CopyOp
 
 POLL_S = 0.0005
 
@@ -64,7 +65,7 @@ def _copy(
     try:
         begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begun.record(stream)
-        cuda_driver.queue_copies(ops, source, arena.address, stream.cuda_stream)
+        cuda_copies.queue_copies(ops, source, arena.address, stream.cuda_stream)
         done.record(stream)
         deadline = time.monotonic() + timeout_s
         while True:

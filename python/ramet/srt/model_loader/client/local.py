@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ramet.srt.model_loader.arena.base import HostWeightArena, WeightArena
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_from_files
 from ramet.srt.model_loader.transport.local_share import request_memory
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
-from ramet.srt.weights.planner import CopyOp
 from ramet.srt.weights.registration import LocalHandle
 
 if TYPE_CHECKING:

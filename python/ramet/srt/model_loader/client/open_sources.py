@@ -11,8 +11,8 @@ from ramet.srt.model_loader.client.local import LocalSource
 from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.client.transfer import RankSource
 from ramet.srt.model_loader.client.transfer_engine import TransferEngineSource
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import reachable_host
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils.net import reachable_host
 
 if TYPE_CHECKING:
     from ramet.srt.model_loader.client.collective import CollectiveSource, UpstreamCollectiveSource

@@ -14,10 +14,9 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     RankNotRegistered,
     SeedRefused,
     fetch_seed_answer,
-    find_disagreement,
-    format_address,
-    host_identity,
 )
+from ramet.srt.utils.net import format_address, host_identity
+from ramet.srt.weights.agreement import find_disagreement
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.planner import PlanError, PlanSource, plan, source_from_manifest

@@ -11,8 +11,9 @@ from typing import Protocol
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
 from ramet.srt.weights.boxes import ByteRange
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
-from ramet.srt.weights.planner import CopyOp, plan, zero_ranges
+from ramet.srt.weights.planner import plan, zero_ranges
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
-from ramet.srt.weights.planner import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.registration import SeedAnswer
 
 MAX_BATCH_BYTES = 64 << 20  # the time limit is per batch, so this is also the grain of "progress"

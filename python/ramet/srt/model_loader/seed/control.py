@@ -15,24 +15,16 @@ from collections.abc import Callable
 
 import msgspec
 
-from ramet.srt.managers.child_process import one_line
-from ramet.srt.managers.io_struct import WeightControlError, WeightReply, WeightRequest
+from ramet.srt.errors import one_line
 from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
+from ramet.srt.weights.control_messages import WeightControlError, WeightReply, WeightRequest
+from ramet.srt.weights.registration import ControlAddress
 
 logger = logging.getLogger(__name__)
 
 READ_TIMEOUT_S = 10.0  # for a request to come in whole
 MAX_MESSAGE_BYTES = 64 << 20
 _LENGTH = struct.Struct("!Q")
-
-
-class ControlAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a rank listens: a name in the abstract namespace of Unix sockets, or a TCP port."""
-
-    token: str  # whoever knows it is the instance itself
-    name: str = ""
-    host: str = ""
-    port: int = 0
 
 
 class _Envelope(msgspec.Struct, frozen=True):

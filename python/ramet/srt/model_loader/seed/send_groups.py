@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from ramet.srt.distributed.pair_group import DEVICE_OF_BACKEND, SENDER, PairGroup, listen
-from ramet.srt.managers.io_struct import InitSendGroupOutput, InitSendGroupReq, SendWeightsOutput
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.transport.broadcast_steps import Broadcast, ByteRows, check_broadcasts, pack
+from ramet.srt.weights.control_messages import InitSendGroupOutput, InitSendGroupReq, SendWeightsOutput
 from ramet.srt.weights.manifest import layout_digest
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from ramet.srt.managers.io_struct import (
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
+from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
+from ramet.srt.model_loader.seed.control import WeightControlServer
+from ramet.srt.model_loader.transport.local_share import LocalShareServer
+from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils.net import host_identity, reachable_host
+from ramet.srt.weights.control_messages import (
     InitSendGroupReq,
     InstanceReady,
     InstanceStateOutput,
@@ -17,17 +25,6 @@ from ramet.srt.managers.io_struct import (
     WeightReply,
     WeightRequest,
 )
-from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
-from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
-    host_identity,
-    reachable_host,
-    register_transfer_engine_info,
-)
-from ramet.srt.model_loader.seed.control import WeightControlServer
-from ramet.srt.model_loader.transport.local_share import LocalShareServer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import LocalHandle, SeedRegistration, TransferEngineInfo
 

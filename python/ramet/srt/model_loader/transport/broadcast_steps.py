@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
-from ramet.srt.weights.planner import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_op
 
 DIRECT_BYTES = 1 << 30  # a broadcast straight out of the one arena into the other
 MIN_DIRECT_BYTES = 1 << 20

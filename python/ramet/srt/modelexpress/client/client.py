@@ -8,9 +8,10 @@ from typing import Any
 
 import grpc
 
+from ramet.srt.configs.modelexpress_config import resolve_address
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
-from ramet.srt.modelexpress.settings import open_token_file, resolve_address
+from ramet.srt.modelexpress.settings import open_token_file
 from ramet.srt.modelexpress.tokens import TokenFile
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.managers.io_struct import LoadReport, PublisherStats
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
@@ -17,6 +16,7 @@ from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worke
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import SeedRegistration
+from ramet.srt.weights.report import LoadReport, PublisherStats
 
 logger = logging.getLogger(__name__)
 

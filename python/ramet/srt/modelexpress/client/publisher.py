@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from ramet.srt.managers.io_struct import PublisherStats
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
+from ramet.srt.weights.report import PublisherStats
 
 logger = logging.getLogger(__name__)
 

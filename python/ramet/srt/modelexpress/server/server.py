@@ -24,6 +24,7 @@ from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.tokens import TokenFile
+from ramet.srt.utils.net import join_address
 
 logger = logging.getLogger(__name__)
 
@@ -259,8 +260,3 @@ def listen_on(host: str, port: int, flag: str) -> socket.socket:
             f"cannot bind {join_address(host, port)}: {reason}; choose another with {flag} or --host"
         ) from None
     return listener
-
-
-def join_address(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,203 @@
+"""Owns an arena in host memory: one shared-memory file, which other processes of the host can map."""
+
+import ctypes
+import math
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
+from ramet.srt.model_loader.arena.host_rows import scatter_rows
+from ramet.srt.utils import host_memory
+from ramet.srt.utils.threads import run_in_threads
+from ramet.srt.weights.boxes import ByteRange
+from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
+
+if TYPE_CHECKING:
+    import torch
+
+    from ramet.srt.weights.copy_op import CopyOp
+
+POPULATE_BLOCK_BYTES = 32 << 20
+
+
+class HostWeightArena(WeightArena):
+    """An arena in host memory: one memfd, mapped once.
+
+    The mapping lives until this object and every tensor that views it are gone. It takes no memory
+    until somebody fills it, so that another process's arena can be mapped in its place at no cost.
+    """
+
+    device = "cpu"
+    checksum_algorithm = "xxh3_64"
+
+    def __init__(self, manifest: WeightManifest) -> None:
+        super().__init__(manifest)
+        self.nbytes = max(align_up(manifest.arena_nbytes, host_memory.PAGE_BYTES), host_memory.PAGE_BYTES)
+        self.address = host_memory.reserve_addresses(self.nbytes)
+        self._buffer = host_memory.view_memory(self.address, self.nbytes)
+        weakref.finalize(self._buffer, host_memory.unmap, self.address, self.nbytes).atexit = False
+        self._own_fd = host_memory.create_memfd("ramet-weights", self.nbytes)
+        weakref.finalize(self, os.close, self._own_fd).atexit = False
+        self._mapped_fd: int | None = None  # somebody else's memfd that is mapped in place of ours
+        self._map_own()
+
+    @property
+    def memory(self) -> memoryview:
+        """All bytes of the arena, writable."""
+        return memoryview(self._buffer).cast("B")
+
+    @property
+    def fd(self) -> int:
+        """The memfd whose content the arena shows: what a process on the same host can map."""
+        return self._own_fd if self._mapped_fd is None else self._mapped_fd
+
+    @property
+    def own_fd(self) -> int:
+        """The memfd of the own memory."""
+        return self._own_fd
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether another process's arena is mapped in place of own memory."""
+        return self._mapped_fd is not None
+
+    def tensor(self, entry: WeightEntry) -> "torch.Tensor":
+        import torch
+
+        dtype = getattr(torch, entry.dtype)
+        if entry.nbytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        count = math.prod(entry.shape)
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+
+    # Memory
+
+    def byte_tensor(self) -> "torch.Tensor":
+        import torch
+
+        return torch.frombuffer(self._buffer, dtype=torch.uint8)
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        return bytes(self.memory[start:stop])
+
+    def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
+        self._require_private()
+        self.restore_own_memory()
+        if host_memory.resident_file_nbytes(self._own_fd):  # a fresh file is all zeros
+            for start, stop in zeroed:
+                ctypes.memset(self.address + start, 0, stop - start)
+        needed = self.nbytes - host_memory.resident_file_nbytes(self._own_fd)
+        available = host_memory.available_memory_nbytes()
+        if needed > available:
+            raise MemoryError(
+                f"the weights of rank {self.manifest.parallel.world_rank} need {needed / 1e9:.2f} GB more memory, "
+                f"but only {available / 1e9:.2f} GB are available"
+            )
+
+    def populate(self) -> None:
+        """With several threads."""
+        start = self.address
+        blocks = range(0, self.nbytes, POPULATE_BLOCK_BYTES)
+
+        def populate_block(offset: int) -> None:
+            host_memory.populate(start + offset, min(POPULATE_BLOCK_BYTES, self.nbytes - offset))
+
+        run_in_threads(blocks, lambda: populate_block, "populate")
+
+    def map_seed_memory(self, fd: int) -> None:
+        """Show another arena's memfd at the arena's addresses, copy-on-write, and give the own memory back.
+
+        The descriptor is kept (duplicated), so that the memory outlives the process that made it.
+
+        Raises:
+            ValueError: if the file is too small, or could change or shrink under the mapping.
+            OSError: if it can't be mapped.
+        """
+        self._require_private()
+        size = os.fstat(fd).st_size
+        if size < self.nbytes:
+            raise ValueError(f"the memory offered holds {size} bytes, the arena needs {self.nbytes}")
+        if not host_memory.is_sealed_for_sharing(fd):
+            raise ValueError("the memory offered is not sealed: it could change or shrink while it is mapped")
+        kept = os.dup(fd)
+        try:
+            host_memory.map_file_at(self.address, self.nbytes, kept, private=True)
+        except OSError:
+            os.close(kept)
+            raise
+        self.drop_memory()
+        self._mapped_fd = kept
+        self._mapped_closer = weakref.finalize(self, os.close, kept)
+        self._mapped_closer.atexit = False
+
+    def restore_own_memory(self) -> None:
+        """Show the own (empty) memfd again, after `map_seed_memory`."""
+        self._require_private()
+        if self._mapped_fd is not None:
+            self._map_own()
+            self._mapped_fd = None
+            self._mapped_closer()
+
+    def drop_memory(self) -> None:
+        """Give the own memory back: the arena reads as zeros, and who still writes to the old pages harms nobody."""
+        self._require_private()
+        host_memory.drop_file_memory(self._own_fd, self.nbytes)
+
+    def publish(self) -> None:
+        """Declare the content final: from now on others may map or read it, and no source may fill it."""
+        if self._mapped_fd is None:
+            host_memory.seal_for_sharing(self._own_fd)
+        super().publish()
+
+    def open_receive_window(self, max_batch_nbytes: int) -> ReceiveWindow:
+        self._require_private()
+        return HostReceiveWindow(self, max_batch_nbytes)
+
+    def _map_own(self) -> None:
+        host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
+
+
+class HostReceiveWindow(ReceiveWindow):
+    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off.
+
+    Behind it lies a staging area of its own for rows that are received together with what is between them.
+    """
+
+    def __init__(self, arena: HostWeightArena, staging_nbytes: int) -> None:
+        self.nbytes = arena.nbytes + align_up(staging_nbytes, host_memory.PAGE_BYTES)
+        self.address = host_memory.reserve_addresses(self.nbytes)
+        self._arena = arena
+        host_memory.map_nothing_at(self.address, self.nbytes)
+        host_memory.map_file_at(self.address, arena.nbytes, arena.own_fd, private=False)
+
+    def place(self, batch: "Sequence[CopyOp]") -> list[int]:
+        return [self.address + start for start in self._starts(batch)]
+
+    def deliver(self, batch: "Sequence[CopyOp]") -> None:
+        memory = memoryview(host_memory.view_memory(self.address, self.nbytes)).cast("B")
+        for op, start in zip(batch, self._starts(batch), strict=True):
+            if op.num_rows > 1:
+                scatter_rows(op, self._arena.memory, memory[start : start + op.source_span_nbytes])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def cut_off(self) -> None:
+        host_memory.map_nothing_at(self.address, self.nbytes)
+
+    def close(self) -> None:
+        host_memory.unmap(self.address, self.nbytes)
+
+    def _starts(self, batch: "Sequence[CopyOp]") -> list[int]:
+        """Where in the window each operation's bytes stand: single rows in their place, others in the staging area."""
+        starts = []
+        staged = self._arena.nbytes
+        for op in batch:
+            if op.num_rows == 1:
+                starts.append(op.target_offset)
+            else:
+                starts.append(staged)
+                staged += op.source_span_nbytes
+        return starts

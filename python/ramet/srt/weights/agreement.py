@@ -1,0 +1,31 @@
+"""Owns what a client and a seed must agree on before weights move."""
+
+import os
+
+from ramet.srt.weights.manifest import WeightManifest
+
+
+def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | None:
+    """Why a client must not take a seed's weights, as far as names and numbers tell; None if nothing speaks against it.
+
+    Layout and coverage are the planner's to judge.
+    """
+    for field in ("role", "quantization", "dtype"):
+        ours, theirs = getattr(client, field), getattr(seed, field)
+        if ours != theirs:
+            return f"its {field} is {theirs or 'none'}, not {ours or 'none'}"
+    for name, size in client.dimensions.items():
+        # The planner can't tell: what a small model needs lies inside the tensors of a larger one.
+        if seed.dimensions.get(name, size) != size:
+            return f"its {name} is {seed.dimensions[name]}, not {size}"
+    if client.revision and seed.revision and client.revision != seed.revision:
+        return f"its revision is {seed.revision}, not {client.revision}"
+    if client.model_name != seed.model_name and not is_folder_name(client, seed):
+        return f"its model is {seed.model_name}, not {client.model_name}"
+    return None
+
+
+def is_folder_name(client: WeightManifest, seed: WeightManifest) -> bool:
+    """Whether one side goes by a folder's name, which says nothing to the other."""
+    names = (client.model_name, seed.model_name)
+    return any(name.startswith((os.sep, ".", "~")) or os.path.isdir(name) for name in names)

@@ -1,0 +1,28 @@
+"""Owns what is told of a load and of a publication."""
+
+import msgspec
+
+
+class PublisherStats(msgspec.Struct, kw_only=True):
+    """What a rank's ModelExpress publisher has done so far."""
+
+    status: str  # what the server was last told: "", "INITIALIZING", "READY" or "STALE"
+    num_publishes: int = 0
+    num_heartbeats: int = 0
+    num_lost: int = 0  # times that the server had lost the record and it was published again
+    num_failures: int = 0  # calls that failed
+    last_error: str = ""  # of the last call; "" when it succeeded
+
+
+class LoadReport(msgspec.Struct, kw_only=True):
+    """How one rank's arena was filled."""
+
+    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
+    num_bytes: int
+    seconds: float
+    verified: bool  # content checksums were compared with the seed's
+    transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
+    fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
+    # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
+    taken_from: tuple[str, ...] = ()
+    taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
