@@ -1,9 +1,10 @@
-"""Two checkouts of Ramet beside each other: starts, clones, decoding, throughput, and whether their greedy tokens are equal.
+"""Two checkouts of Ramet beside each other: starts, clones, decoding, throughput, and whether the tokens are equal.
 
     python benchmark/compare_versions.py --before FOLDER [--after FOLDER] [--rounds 5] [-- more flags for the servers]
 
-FOLDER is a checkout, in most cases a git worktree of the commit before a change. The two take turns, each first in every other
-round, on an otherwise idle machine, with this environment's packages. Given the same checkout twice, the ratios show the noise.
+FOLDER is a checkout, in most cases a git worktree of the commit before a change. The two take turns, each first in every
+other round, on an otherwise idle machine, with this environment's packages. Given the same checkout twice, the ratios
+show the noise. Decoding is greedy.
 """
 
 import argparse
