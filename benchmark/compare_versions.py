@@ -4,8 +4,8 @@
 
 FOLDER is a checkout, in most cases a git worktree of the commit before a change. The two take turns, each first in
 every other round, on an otherwise idle machine, with this environment's packages. Given the same checkout twice, the
-ratios show the noise. Decoding is greedy; tokens are compared of requests that run alone, because what a batch rounds in
-bfloat16 depends on who else is in it.
+ratios show the noise. Decoding is greedy; tokens are compared of requests that run alone, because what a batch rounds
+in bfloat16 depends on who else is in it.
 """
 
 import argparse
