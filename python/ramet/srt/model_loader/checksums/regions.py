@@ -3,24 +3,16 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
 import xxhash
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.arena.host_hash import _rows
-from ramet.srt.weights.boxes import Region, contiguous_strides, flatten, intersect, subtract
+from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, share_out
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
 
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
-
-
-class WeightRegion(msgspec.Struct, frozen=True, array_like=True):
-    """A slice of a checkpoint tensor."""
-
-    checkpoint_name: str
-    region: Region
 
 
 class RegionChecksums:
@@ -70,18 +62,11 @@ def split_over_ranks(
     shares: list[list[tuple[str, WeightRegion]]] = [[] for _ in ranks]
     for entry in entries:
         for box in entry.boxes:
-            remaining: list[Region] = [box.source]
-            for share, holdings in zip(shares, ranks, strict=True):
-                for holding in holdings.get(box.checkpoint_name, ()):
-                    rest: list[Region] = []
-                    for region in remaining:
-                        common = intersect(region, holding.region)
-                        if common is None:
-                            rest.append(region)
-                            continue
-                        share.append((entry.name, WeightRegion(box.checkpoint_name, common)))
-                        rest.extend(subtract(region, common))
-                    remaining = rest
+            name = box.checkpoint_name
+            held = ((share, holding.region) for share, rank in zip(shares, ranks, strict=True)
+                    for holding in rank.get(name, ()))  # fmt: skip
+            for share, region in share_out(box.source, held)[0]:
+                share.append((entry.name, WeightRegion(name, region)))
     return shares
 
 

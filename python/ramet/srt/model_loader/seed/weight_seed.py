@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
-from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
+from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
@@ -152,8 +152,8 @@ class SeedRequests:
             return self._send_groups().init(request)
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
-        regions = [WeightRegion(name, region) for name, region in request.regions]
-        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=self._checksums.compute(regions))
+        checksums = self._checksums.compute(request.regions)
+        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)
 
     def _send_groups(self) -> "SendGroups":
         with self._lock:
