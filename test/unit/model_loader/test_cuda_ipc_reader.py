@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.client import cuda_ipc, local, open_sources
-from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
+from ramet.srt.model_loader.arena import cuda_ipc
+from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
+from ramet.srt.model_loader.client import local, open_sources
 
 
 @pytest.fixture

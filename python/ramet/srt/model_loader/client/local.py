@@ -14,7 +14,7 @@ from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import LocalHandle
 
 if TYPE_CHECKING:
-    from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
+    from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
 
 HAND_OVER_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
@@ -63,7 +63,7 @@ class LocalSource:
             OSError: if it can't be opened.
         """
         if self._memory.cuda_ipc_handle:
-            from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
+            from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
 
             self._gpu_memory = CudaIpcMemory(self._memory.cuda_ipc_handle, self._arena)
 
