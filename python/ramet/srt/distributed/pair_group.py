@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 SENDER, RECEIVER = 0, 1
 POLL_S = 0.0001
 _nccl_options_lock = threading.Lock()

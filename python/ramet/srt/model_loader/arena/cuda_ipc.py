@@ -1,71 +1,102 @@
-"""Owns filling a GPU arena from another process's GPU memory on the same host, at the copy engine's speed."""
+"""Owns a GPU's memory between processes of a host: lending it, and copying from it at the copy engine's speed."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import msgspec
 import torch
 
 from ramet.srt.model_loader.arena import cuda_copies
-from ramet.srt.model_loader.arena.cuda import CudaWeightArena, current_context
+from ramet.srt.model_loader.arena.base import SeedMemory
 from ramet.srt.utils import cuda_driver
-from ramet.srt.weights.copy_op import CopyOp
+from ramet.srt.weights.copy_op import CopyOp, join_neighbours
 
 POLL_S = 0.0005
 
 
-class CudaIpcMemory:
-    """Another process's memory, for as long as it is open. Every copy out of it ends before its call does."""
+@contextlib.contextmanager
+def _current_context(device: torch.device) -> Iterator[None]:
+    """Make a device's CUDA context the calling thread's, for calls into the driver."""
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
+        yield
 
-    def __init__(self, handle: bytes, arena: CudaWeightArena) -> None:
+
+def lend_memory(address: int, device: torch.device) -> tuple[bytes, int]:
+    """A CUDA IPC handle of the allocation around an address, and where in it the address is.
+
+    Raises:
+        OSError: if the memory can't be lent to other processes.
+    """
+    with _current_context(device):
+        return cuda_driver.export_memory(address)
+
+
+class CudaIpcMemory(SeedMemory):
+    """Another process's memory. Every copy out of it ends before its call does."""
+
+    def __init__(self, handle: bytes, offset: int, target: int, device: torch.device) -> None:
         """
         Args:
-            arena: what it is copied to, and the GPU that has to see the memory.
-
-        Raises:
-            OSError: if the memory can't be opened.
+            offset: of the seed's arena in the memory that the handle opens.
+            target: address of the arena that it is copied to.
+            device: the GPU of that arena, which has to see the memory.
         """
-        self._arena = arena
-        with current_context(arena.torch_device):
-            self._address: int | None = cuda_driver.open_memory(handle)
+        self._handle = handle
+        self._offset = offset
+        self._target = target
+        self._device = device
+        self._address: int | None = None  # while it is open
 
-    def copy(self, ops: Sequence[CopyOp], offset: int, seed_is_alive: Callable[[], bool], timeout_s: float) -> float:
-        """Execute operations whose source is the memory from `offset` on.
+    def open(self) -> None:
+        self._opened()
+
+    def _opened(self) -> int:
+        """The memory's address here. Raises OSError if it can't be opened."""
+        if self._address is None:
+            with _current_context(self._device):
+                self._address = cuda_driver.open_memory(self._handle)
+        return self._address
+
+    def copy(self, ops: Sequence[CopyOp], seed_is_alive: Callable[[], bool], timeout_s: float) -> float:
+        """See `SeedMemory`.
 
         The copies run on a stream of their own, beside whatever the seed computes and other sources copy. The memory
         is closed before this returns, whatever happens.
-
-        Returns:
-            The seconds that the copies took, by the GPU's clock.
-
-        Raises:
-            OSError: if the seed ends before the last byte has been copied.
-            TimeoutError: if the copies take longer than `timeout_s`.
         """
-        assert self._address is not None, "the memory is closed"
-        with current_context(self._arena.torch_device):
+        source = self._opened() + self._offset
+        with _current_context(self._device):
             try:
-                return _copy(join_neighbours(ops), self._address + offset, self._arena, seed_is_alive, timeout_s)
+                return _copy(_join(ops), source, self._target, self._device, seed_is_alive, timeout_s)
             finally:
                 self.close()
 
     def close(self) -> None:
-        """Give the memory back. May be called again."""
         address, self._address = self._address, None
         if address is not None:
-            with current_context(self._arena.torch_device):
+            with _current_context(self._device):
                 cuda_driver.close_memory(address)
 
 
+def _join(ops: Sequence[CopyOp]) -> list[CopyOp]:
+    """A GPU copies any length at once."""
+    return join_neighbours(sorted(ops, key=lambda op: op.target_offset))
+
+
 def _copy(
-    ops: Sequence[CopyOp], source: int, arena: CudaWeightArena, seed_is_alive: Callable[[], bool], timeout_s: float
+    ops: Sequence[CopyOp],
+    source: int,
+    target: int,
+    device: torch.device,
+    seed_is_alive: Callable[[], bool],
+    timeout_s: float,
 ) -> float:
-    """See `CudaIpcMemory.copy`; `source` is an address. No copy is under way any more afterwards."""
-    stream = torch.cuda.Stream(arena.torch_device, priority=-1)  # of the pool that has no capturing ones, too
+    """See `CudaIpcMemory.copy`; `source` and `target` are addresses. No copy is under way any more afterwards."""
+    stream = torch.cuda.Stream(device, priority=-1)  # of the pool that has no capturing ones, too
     try:
         begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begun.record(stream)
-        cuda_copies.queue_copies(ops, source, arena.address, stream.cuda_stream)
+        cuda_copies.queue_copies(ops, source, target, stream.cuda_stream)
         done.record(stream)
         deadline = time.monotonic() + timeout_s
         while True:
@@ -79,21 +110,3 @@ def _copy(
             time.sleep(POLL_S)
     finally:
         stream.synchronize()
-
-
-def join_neighbours(ops: Sequence[CopyOp]) -> list[CopyOp]:
-    """The same copies with those in one that follow each other on both sides: a GPU copies any length at once."""
-    joined: list[CopyOp] = []
-    for op in sorted(ops, key=lambda op: op.target_offset):
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.is_contiguous
-            and op.is_contiguous
-            and op.target_offset == last.target_stop
-            and op.source_offset == last.source_offset + last.row_nbytes
-        ):
-            joined[-1] = msgspec.structs.replace(last, row_nbytes=last.row_nbytes + op.row_nbytes)
-        else:
-            joined.append(op)
-    return joined

@@ -3,11 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import xxhash
-
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host import HostWeightArena
-from ramet.srt.model_loader.arena.host_hash import _rows
 from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, share_out
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
@@ -78,17 +74,7 @@ def hash_region(arena: WeightArena, holding: Holding, region: Region) -> str:
         extents, holding.strides, contiguous_strides(extents, size), (size, size)
     )
     start = holding.offset + region_offset(region, holding)
-    starts = [start + offset for offset, _ in repeats]
-    if arena.device == "cuda":
-        from ramet.srt.model_loader.arena.cuda_hash import hash_rows
-
-        return hash_rows(arena, starts, row * size, num_rows, stride)
-    assert isinstance(arena, HostWeightArena)
-    digest = xxhash.xxh3_64()
-    for start in starts:
-        for block in _rows(arena.memory, start, row * size, num_rows, stride):
-            digest.update(block)
-    return digest.hexdigest()
+    return arena.hash_rows([start + offset for offset, _ in repeats], row * size, num_rows, stride)
 
 
 def _contains(outer: Region, inner: Region) -> bool:
