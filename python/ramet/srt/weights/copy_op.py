@@ -1,4 +1,4 @@
-"""Owns one copy operation of a plan: which bytes of which source fill which bytes of an arena."""
+"""Owns the copy operations of a plan, which bytes of which source fill which bytes of an arena; cutting and joining them."""
 
 from collections.abc import Iterable, Iterator
 

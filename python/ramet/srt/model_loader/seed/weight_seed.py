@@ -59,7 +59,7 @@ class WeightSeed:
         host: str,
         started_at: float = 0.0,
         control_host: str | None = None,
-        on_state: Callable[[bool], None] = lambda is_ready: None,
+        on_state: Callable[[bool], None] = lambda _is_ready: None,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
@@ -130,7 +130,7 @@ class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
     def __init__(
-        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda is_ready: None
+        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda _is_ready: None
     ) -> None:
         """
         Args:
@@ -158,9 +158,8 @@ class SeedRequests:
     def _send_groups(self) -> "SendGroups":
         with self._lock:
             if self._groups is None:
-                from ramet.srt.model_loader.seed.send_groups import (
-                    SendGroups,
-                )  # needs torch.distributed, and is rarely used
+                # It needs torch.distributed, and is rarely used.
+                from ramet.srt.model_loader.seed.send_groups import SendGroups
 
                 self._groups = SendGroups(self._arena, self._address)
             return self._groups
