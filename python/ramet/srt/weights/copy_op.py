@@ -1,4 +1,4 @@
-"""Owns the copy operations of a plan, which bytes of which source fill which bytes of an arena; cutting and joining them."""
+"""Owns the copy operations of a plan: which bytes of which source fill which bytes of an arena; cutting, joining."""
 
 from collections.abc import Iterable, Iterator
 
