@@ -86,7 +86,7 @@ def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
 
 
 def split_by_source(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
-    """The operation in parts that reach over at most `max_nbytes` of the source, with what lies between their rows."""
+    """The operation in parts that reach over at most `max_nbytes` of the source, or by single rows that are longer."""
     reach = max(op.source_stride, op.source_row_nbytes) / op.row_nbytes  # source bytes per target byte
     return split_op(op, max(1, int(max_nbytes / reach)))
 
