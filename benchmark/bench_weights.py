@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "test"))
 import numpy as np
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.base import SharedFile, WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.local import LocalSource
 from ramet.srt.model_loader.client.open_sources import SeedSources
@@ -104,8 +104,8 @@ class Bench:
         assert self.answer.local_handle
         name = self.answer.local_handle.socket_name
         self.seed_memory = request_memory(name, layout_digest(self.manifest), TIMEOUT_S)
-        assert self.seed_memory.fd is not None
-        self.seed_view = mmap.mmap(self.seed_memory.fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        assert isinstance(self.seed_memory.share, SharedFile)
+        self.seed_view = mmap.mmap(self.seed_memory.share.fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
         self.seed_address = np.frombuffer(self.seed_view, np.uint8).ctypes.data
 
     def arena(self) -> WeightArena:

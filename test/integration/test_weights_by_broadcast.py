@@ -334,7 +334,7 @@ import json, os, signal, sys
 import seed_process
 from types import SimpleNamespace
 from ramet.srt.distributed.pair_group import PairGroup
-from ramet.srt.model_loader import broadcast_steps
+from ramet.srt.model_loader.transport import broadcast_steps
 from seed_server import take
 
 broadcast_steps.DIRECT_BYTES = 4 << 20

@@ -380,7 +380,7 @@ def test_defect_13_a_seed_that_is_killed_mid_transfer_gives_way_to_disk(tmp_path
     assert report.source == "checkpoint" and "transfer failed" in report.fallback_reason
     assert seed_process.holds(client.arena, disk)
     # Refilled in place: the memory file holds one copy, and nothing else was taken.
-    assert host_memory.resident_file_nbytes(client.arena.fd) <= client.arena.nbytes
+    assert host_memory.resident_file_nbytes(client.arena.share().fd) <= client.arena.nbytes
 
 
 def test_what_a_dead_seed_has_sent_is_kept_if_the_files_complete_it(tmp_path, monkeypatch):

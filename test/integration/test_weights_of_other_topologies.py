@@ -10,6 +10,7 @@ from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.seed.control import ask_rank
+from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.control_messages import WeightChecksumsReq, WeightControlError
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightBox, build_weight_manifest
@@ -136,7 +137,7 @@ def test_a_seed_that_cannot_compute_checksums_of_slices_leaves_the_load_unverifi
 def test_slices_that_no_rank_has_are_refused(dense_folder):
     with SeedServer(load_all(dense_folder, {})) as server:
         address = server.bootstrap.control_address("target", 0)
-        unknown = WeightChecksumsReq(regions=[("model.norm.weight", ((0, 129),))])
+        unknown = WeightChecksumsReq(regions=[WeightRegion("model.norm.weight", ((0, 129),))])
         reply = asyncio.run(ask_rank(address, unknown, 10))
         assert isinstance(reply, WeightControlError) and "model.norm.weight" in reply.message
         stranger = msgspec.structs.replace(address, token="wrong")

@@ -5,13 +5,13 @@ import json
 import socket
 import threading
 
+import msgspec
 import pytest
 import seed_process
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.weights import registration
 from ramet.srt.weights.errors import WeightTransferError
-from ramet.srt.weights.manifest import manifest_to_json
 from ramet.srt.weights.registration import SeedRegistration, TransferEngineInfo, parse_answer
 
 INFO = {"session_id": "10.0.0.1:12345", "weights_info_dict": {"w": [4096, 10, 2]}}
@@ -139,7 +139,7 @@ def test_what_is_ours_comes_back(server):
     document = {
         "rank": 0,
         "transfer_engine_info": INFO,
-        "manifest": json.loads(manifest_to_json(manifest)),
+        "manifest": msgspec.to_builtins(manifest),
         "arena_address": 4096,
         "local_handle": {"host_identity": "h", "socket_name": "s"},
         "something_newer": 1,

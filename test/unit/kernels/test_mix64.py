@@ -1,6 +1,8 @@
 """The checksum kernel against the formula in its docstring, in plain Python."""
 
+import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,3 +40,25 @@ def test_rows_that_lie_apart_hash_like_their_copy(device):
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
     copy = b"".join(data[start : start + 6] for first in (3, 210) for start in range(first, first + 5 * 20, 20))
     assert cuda_hash.gather_and_hash(buffer, [3, 210], 6, 5, 20) == f"{mix64(copy):016x}"
+
+
+def test_an_arena_hashes_entries_and_rows_on_its_own_stream(device, monkeypatch):
+    from ramet.srt.model_loader.arena.cuda import CudaWeightArena
+
+    data = random.Random(1).randbytes(400)
+    arena = object.__new__(CudaWeightArena)
+    arena.buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    if device.type == "cuda":
+        arena.torch_device, arena.stream = arena.buffer.device, torch.cuda.Stream()
+        arena.stream.wait_stream(torch.cuda.current_stream())
+    else:
+        used = []
+        arena.torch_device, arena.stream = "the GPU", "its stream"
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda what: used.append(what) or contextlib.nullcontext())
+    entries = [SimpleNamespace(offset=256, nbytes=13), SimpleNamespace(offset=0, nbytes=100)]
+    expected = tuple(f"{mix64(data[e.offset : e.offset + e.nbytes]):016x}" for e in entries)
+    assert arena.hash_entries(entries) == arena.hash_samples(entries) == expected
+    rows = b"".join(data[start : start + 6] for start in range(3, 103, 20))
+    assert arena.hash_rows([3], 6, 5, 20) == f"{mix64(rows):016x}"
+    assert device.type == "cuda" or used == 3 * ["the GPU", "its stream"]

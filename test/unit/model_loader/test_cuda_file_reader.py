@@ -83,7 +83,7 @@ def make_current(stream):
 
 @pytest.fixture
 def arena(monkeypatch):
-    """Of host memory, with the interface of a GPU's."""
+    """Buffer and stream of an arena: of host memory, with the interface of a GPU's."""
     fake_cuda = SimpleNamespace(
         Event=LateEvent, set_device=lambda device: None, mem_get_info=lambda device: None, stream=make_current
     )  # fmt: skip
@@ -112,9 +112,7 @@ def arena(monkeypatch):
     monkeypatch.setattr(cuda_reader, "SPARE_SLICES", 2)
     monkeypatch.setattr(cuda_reader, "num_copy_threads", lambda limit: 4)
     buffer = torch.zeros(200_000, dtype=torch.uint8)
-    return SimpleNamespace(
-        buffer=buffer, address=buffer.data_ptr(), stream=LateStream(), torch_device=torch.device("cpu")
-    )
+    return SimpleNamespace(buffer=buffer, stream=LateStream())
 
 
 @pytest.fixture
@@ -140,7 +138,7 @@ def test_ranges_and_rows_arrive(arena, file):
     for row in range(300):
         start = 11 + row * 300
         expected[position + row * 96 : position + row * 96 + 96] = data[start : start + 96]
-    cuda_reader.fill_cuda_from_files([*ops, rows], [fd], arena)
+    cuda_reader.fill_cuda_from_files([*ops, rows], [fd], arena.buffer, arena.stream)
     assert np.array_equal(arena.buffer.numpy(), expected)
 
 
@@ -148,10 +146,10 @@ def test_a_file_that_ends_early_is_an_error_after_the_last_copy(arena, file):
     fd, data = file
     ops = [CopyOp(source=0, source_offset=start, target_offset=start, row_nbytes=10_000) for start in (0, 95_000)]
     with pytest.raises(ShortReadError):
-        cuda_reader.fill_cuda_from_files(ops, [fd], arena)
+        cuda_reader.fill_cuda_from_files(ops, [fd], arena.buffer, arena.stream)
     assert arena.stream.num_done == len(arena.stream.pending)
 
 
 def test_nothing_to_read_starts_nothing(arena):
-    cuda_reader.fill_cuda_from_files([], [], arena)
+    cuda_reader.fill_cuda_from_files([], [], arena.buffer, arena.stream)
     assert arena.stream.pending == []

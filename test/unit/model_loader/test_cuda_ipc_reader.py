@@ -7,18 +7,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.client import cuda_ipc, local, open_sources
-from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
+from ramet.srt.model_loader.arena import cuda_ipc
+from ramet.srt.model_loader.arena.base import LentMemory
+from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
+from ramet.srt.model_loader.client import local, open_sources
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """`is_done` answers for the copy; `calls` are those to close things."""
     gpu = SimpleNamespace(is_done=lambda: True, calls=[])
-    gpu.arena = SimpleNamespace(torch_device=torch.device("cpu"), address=0)
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: gpu.calls.append("synchronize"))
     event = SimpleNamespace(record=lambda stream: None, query=lambda: gpu.is_done(), elapsed_time=lambda other: 2500.0)
-    monkeypatch.setattr(cuda_ipc, "current_context", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_ipc, "_current_context", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
     driver = cuda_ipc.cuda_driver
@@ -28,8 +29,12 @@ def gpu(monkeypatch):
     return gpu
 
 
+def open_memory(share):
+    return CudaIpcMemory(share.cuda_ipc_handle, share.offset, target=0, device=torch.device("cpu"))
+
+
 def fill(gpu, seed_is_alive=lambda: True, timeout_s=10.0):
-    return CudaIpcMemory(b"handle", gpu.arena).copy([], 0, seed_is_alive, timeout_s)
+    return open_memory(LentMemory(b"handle", 0)).copy([], seed_is_alive, timeout_s)
 
 
 def test_the_memory_is_closed_after_the_last_copy(gpu):
@@ -71,8 +76,9 @@ def test_a_copy_has_a_time_limit(gpu):
 def offered(gpu, monkeypatch):
     """A rank of a seed on this host that lends a GPU's memory; `limits` are the time limits for handing it over."""
     gpu.limits = []
-    gpu.arena.device, gpu.arena.manifest = "cuda", SimpleNamespace(parallel=SimpleNamespace(world_rank=0))
-    memory = SimpleNamespace(cuda_ipc_handle=b"handle", offset=0, seed_is_alive=lambda: True)
+    manifest = SimpleNamespace(parallel=SimpleNamespace(world_rank=0))
+    gpu.arena = SimpleNamespace(manifest=manifest, open_shared=open_memory)
+    memory = SimpleNamespace(share=LentMemory(b"handle", 0), seed_is_alive=lambda: True)
     memory.__exit__ = lambda: gpu.calls.append("hang up")
     monkeypatch.setattr(local, "request_memory", lambda name, digest, timeout_s: gpu.limits.append(timeout_s) or memory)
     monkeypatch.setattr(local, "layout_digest", lambda manifest: "")

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import toy_model as toy
 from ramet.srt.model_loader.arena.allocate import allocate_arena
+from ramet.srt.model_loader.arena.base import LentMemory
 from ramet.srt.model_loader.transport import local_share
 from ramet.srt.model_loader.transport.local_share import LocalShareServer, ShareReply, request_memory
 from ramet.srt.weights.manifest import layout_digest
@@ -31,11 +32,12 @@ def server(arena):
 
 def test_the_memory_file_arrives_and_can_only_be_read(arena, server):
     with request_memory(server.name, layout_digest(arena.manifest), 5) as memory:
-        assert os.pread(memory.fd, 3, 0) == b"abc" and not os.get_inheritable(memory.fd)
+        fd = memory.share.fd
+        assert os.pread(fd, 3, 0) == b"abc" and not os.get_inheritable(fd)
         with pytest.raises(PermissionError):
-            os.pwrite(memory.fd, b"x", 0)
+            os.pwrite(fd, b"x", 0)
         with pytest.raises(PermissionError):
-            os.ftruncate(memory.fd, 0)
+            os.ftruncate(fd, 0)
 
 
 def test_a_server_that_is_closed_leaves_nothing(arena):
@@ -87,22 +89,20 @@ def test_a_server_that_never_answers_is_given_up():
 class GpuArena:
     """What the server sees of an arena in a GPU's memory."""
 
-    device = "cuda"
-
     def __init__(self, manifest, error=None):
         self.manifest = manifest
         self.error = error
 
-    def export_memory(self):
+    def share(self):
         if self.error is not None:
             raise self.error
-        return b"h" * 64, 512
+        return LentMemory(b"h" * 64, 512)
 
 
 def test_a_gpus_memory_is_lent_for_as_long_as_both_sides_live(arena):
     server = LocalShareServer(GpuArena(arena.manifest))
     with request_memory(server.name, layout_digest(arena.manifest), 5) as memory:
-        assert (memory.fd, memory.cuda_ipc_handle, memory.offset) == (None, b"h" * 64, 512)
+        assert memory.share == LentMemory(b"h" * 64, 512)
         assert memory.seed_is_alive()
         closing = threading.Thread(target=server.close)
         closing.start()

@@ -9,7 +9,7 @@ import toy_model as toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.weights.boxes import intersect, region_volume, subtract
+from ramet.srt.weights.boxes import intersect, region_volume, share_out, subtract
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, align_up
 from ramet.srt.weights.planner import PlanError, PlanSource, plan, source_from_manifest, whole_tensor, zero_ranges
@@ -141,6 +141,21 @@ def test_subtracting_a_part_leaves_the_rest(data):
         count[tuple(slice(a, b) for a, b in rest)] += 1
     assert count.max(initial=0) <= 1 and count.sum() == region_volume(region) - region_volume(hole)
     assert not count[tuple(slice(a, b) for a, b in hole)].any()
+
+
+def test_a_region_is_shared_out_to_the_first_that_has_each_part():
+    offers = iter([("a", ((0, 2), (0, 3))), ("b", ((1, 4), (0, 3))), ("c", ((0, 4), (0, 4))), ("asked too much", None)])
+    parts, missing = share_out(((0, 4), (0, 4)), offers)
+    count = np.zeros((4, 4), int)
+    owners = np.full((4, 4), "")
+    for owner, part in parts:
+        place = tuple(slice(start, stop) for start, stop in part)
+        count[place] += 1
+        owners[place] = owner
+    assert not missing and (count == 1).all()
+    assert ["".join(row) for row in owners] == ["aaac", "aaac", "bbbc", "bbbc"]
+    assert next(offers) == ("asked too much", None)
+    assert share_out(((0, 4),), [("a", ((1, 3),))]) == ([("a", ((1, 3),))], [((0, 1),), ((3, 4),)])
 
 
 def test_equal_layouts_become_one_range_across_alignment_gaps_and_padding():

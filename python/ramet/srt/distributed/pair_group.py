@@ -8,12 +8,12 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-DEVICE_OF_BACKEND = {"gloo": "cpu", "nccl": "cuda"}
 SENDER, RECEIVER = 0, 1
 POLL_S = 0.0001
 _nccl_options_lock = threading.Lock()
@@ -49,6 +49,16 @@ def connect(host: str, port: int, timeout_s: float) -> dist.TCPStore:
         raise OSError(f"{host}:{port} can't be reached: {_first_line(error)}") from None
 
 
+class _Group(Protocol):
+    """What is used of torch's groups; its stubs don't have it."""
+
+    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions, /) -> dist.Work: ...
+    def allreduce(self, tensors: list[torch.Tensor], /) -> dist.Work: ...
+    def barrier(self) -> dist.Work: ...
+    def shutdown(self) -> None: ...
+    def abort(self) -> None: ...
+
+
 class PairGroup:
     """One of the two sides. Every operation ends within the time limit, well or with an OSError."""
 
@@ -71,15 +81,12 @@ class PairGroup:
         prefix = dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store))
         prefix = dist.PrefixStore(f"{device.type}/", prefix)
         timeout = datetime.timedelta(seconds=timeout_s)
-        self._group: dist.ProcessGroup | None
+        self._group: _Group | None  # None when it is closed, so that its sockets and threads go
         try:
             if device.type == "cuda":
                 self._group = _make_nccl(prefix, rank, timeout)
             else:
-                options = dist.ProcessGroupGloo._Options()
-                options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-                options._timeout = timeout
-                self._group = dist.ProcessGroupGloo(prefix, rank, 2, options)
+                self._group = _make_gloo(prefix, rank, address, timeout)
         except (dist.DistError, RuntimeError) as error:
             raise OSError(f"the other side has not come within {timeout_s:g} s: {_first_line(error)}") from None
 
@@ -89,11 +96,10 @@ class PairGroup:
         Raises:
             OSError: if the other side has gone, or does nothing for too long.
         """
-        assert self._group is not None, "the group is closed"
         options = dist.BroadcastOptions()
         options.rootRank = SENDER
         options.timeout = datetime.timedelta(seconds=self.timeout_s)
-        self._wait(lambda: self._group.broadcast([tensor], options))
+        self._wait(lambda group: group.broadcast([tensor], options))
 
     def warm_up(self) -> None:
         """Make the connection now, not with the first broadcast: NCCL takes most of a second for it.
@@ -107,16 +113,17 @@ class PairGroup:
 
     def barrier(self) -> None:
         """Wait for the other side to come here too. Raises OSError as `broadcast` does."""
-        assert self._group is not None, "the group is closed"
         if self._device.type == "cuda":
-            self._wait(lambda: self._group.allreduce([torch.zeros(1, device=self._device)]))
+            self._wait(lambda group: group.allreduce([torch.zeros(1, device=self._device)]))
         else:
-            self._wait(lambda: self._group.barrier())
+            self._wait(lambda group: group.barrier())
 
-    def _wait(self, start) -> None:
+    def _wait(self, start: Callable[[_Group], dist.Work]) -> None:
+        """Start an operation and wait for its end. Raises OSError as `broadcast` does."""
+        assert self._group is not None, "the group is closed"
         try:
             with _on_device(self._device):
-                work = start()
+                work = start(self._group)
                 if self._device.type == "cpu":
                     work.wait(datetime.timedelta(seconds=self.timeout_s))
                     return
@@ -141,13 +148,22 @@ class PairGroup:
             group.abort() if failed else group.shutdown()
 
 
-def _make_nccl(store: dist.Store, rank: int, timeout: datetime.timedelta) -> dist.ProcessGroup:
-    options = dist.ProcessGroupNCCL.Options()
+def _make_gloo(store: dist.Store, rank: int, address: str, timeout: datetime.timedelta) -> _Group:
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname=address)]
+    options._timeout = timeout
+    return kind(store, rank, 2, options)
+
+
+def _make_nccl(store: dist.Store, rank: int, timeout: datetime.timedelta) -> _Group:
+    kind: Any = dist.ProcessGroupNCCL
+    options = kind.Options()
     options._timeout = timeout
     # By default torch ends the whole process when a peer is lost. Here the peer is of another instance: its end is
     # an error of one transfer, which `PairGroup` finds by its own deadlines.
     with _nccl_options_lock, _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0"):
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
+        return kind(store, rank, 2, options)
 
 
 @contextlib.contextmanager

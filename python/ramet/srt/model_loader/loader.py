@@ -21,7 +21,7 @@ DUMMY_PATTERN_LEN = 1_048_573  # a prime, so that repeating the pattern makes no
 class ModelLoader(Protocol):
     """Fills a rank's arena."""
 
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str, /) -> LoadReport:
         """Fill the arena in place and say how.
 
         Raises:
@@ -53,21 +53,20 @@ class DummyModelLoader:
     def __init__(self, random_seed: int) -> None:
         self.random_seed = random_seed
 
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
-        """Fill the arena; see ModelLoader. `model_path` is not read."""
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, _model_path: str) -> LoadReport:
+        """Fill the arena; see ModelLoader. The path is not read."""
         import torch
 
         start = time.perf_counter()
         arena.prepare_fill([(0, manifest.arena_nbytes)])
         # Twice the pattern, so that it can be read from any place in its first half on.
         noise = torch.rand(DUMMY_PATTERN_LEN, generator=torch.Generator().manual_seed(self.random_seed)).sub_(0.5)
-        noise = noise.mul_(2 * DUMMY_SCALE).repeat(2).to(arena.tensor(manifest.entries[0]).device)
+        noise = noise.mul_(2 * DUMMY_SCALE).repeat(2).to(arena.byte_tensor().device)
         for entry in manifest.entries:
             tensor = arena.tensor(entry)
             for box in entry.boxes:
                 self._fill_box(tensor[tuple(slice(start, stop) for start, stop in box.target)], box, noise)
-        if arena.device == "cuda":
-            torch.cuda.current_stream(noise.device).synchronize()  # checksums are computed on another stream
+        arena.synchronize()  # checksums are computed on another stream
         report = LoadReport(
             source="dummy", num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )

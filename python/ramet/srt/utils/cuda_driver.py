@@ -6,10 +6,6 @@ opened and closed exactly when we say. A CUDA context must be current in the cal
 
 import ctypes
 import functools
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1

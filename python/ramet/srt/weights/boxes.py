@@ -1,12 +1,23 @@
-"""Owns the arithmetic of boxes: cutting n-dimensional slices and flattening them to byte ranges. Pure functions."""
+"""Owns slices of tensors: cutting n-dimensional boxes and flattening them to byte ranges. Pure functions."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
 
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, element_size
 
+Owner = TypeVar("Owner")
 Region = tuple[tuple[int, int], ...]  # one (start, stop) per dimension
 ByteRange = tuple[int, int]  # (start, stop)
+
+
+class WeightRegion(msgspec.Struct, frozen=True, array_like=True):
+    """A slice of a checkpoint tensor."""
+
+    checkpoint_name: str
+    region: Region
 
 
 def region_volume(region: Region) -> int:
@@ -22,14 +33,41 @@ def intersect(a: Region, b: Region) -> Region | None:
 
 def subtract(region: Region, hole: Region) -> list[Region]:
     """What is left of `region` without `hole`, as disjoint regions; `hole` must lie inside."""
-    rest = []
+    rest: list[Region] = []
     current = list(region)
     for d, ((start, stop), (hole_start, hole_stop)) in enumerate(zip(region, hole, strict=True)):
-        for piece in ((start, hole_start), (hole_stop, stop)):
-            if piece[0] < piece[1]:
-                rest.append((*current[:d], piece, *current[d + 1 :]))
+        pieces = [piece for piece in ((start, hole_start), (hole_stop, stop)) if piece[0] < piece[1]]
+        rest.extend((*current[:d], piece, *current[d + 1 :]) for piece in pieces)
         current[d] = (hole_start, hole_stop)
     return rest
+
+
+def share_out(
+    region: Region, offers: Iterable[tuple[Owner, Region]]
+) -> tuple[list[tuple[Owner, Region]], list[Region]]:
+    """Cut a region by what each of several owners has of it; what two of them have goes to the earlier one.
+
+    Args:
+        offers: owners and regions of theirs; no more of them are asked for than it takes.
+
+    Returns:
+        Disjoint parts with their owners, in the order of the offers; and the parts that nobody has.
+    """
+    parts: list[tuple[Owner, Region]] = []
+    missing = [region]
+    for owner, offered in offers:
+        rest: list[Region] = []
+        for piece in missing:
+            common = intersect(piece, offered)
+            if common is None:
+                rest.append(piece)
+            else:
+                parts.append((owner, common))
+                rest.extend(subtract(piece, common))
+        missing = rest
+        if not missing:
+            break
+    return parts, missing
 
 
 def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -2,11 +2,13 @@
 
 import msgspec
 
+from ramet.srt.weights.boxes import WeightRegion
+
 
 class WeightChecksumsReq(msgspec.Struct, kw_only=True, tag=True):
     """Main process to a rank: the checksums of slices of checkpoint tensors that are in its weights."""
 
-    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # name of the tensor; (start, stop) per dimension
+    regions: list[WeightRegion]
 
 
 class WeightChecksumsOutput(msgspec.Struct, kw_only=True, tag=True):

@@ -1,6 +1,6 @@
-"""Owns one copy operation of a plan: which bytes of which source fill which bytes of an arena."""
+"""Owns the copy operations of a plan: which bytes of which source fill which bytes of an arena; cutting, joining."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -83,3 +83,23 @@ def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
                 target_offset=op.target_offset + done,
                 row_nbytes=min(step, op.row_nbytes - done),
             )
+
+
+def split_by_source(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
+    """The operation in parts that reach over at most `max_nbytes` of the source, or by single rows that are longer."""
+    reach = max(op.source_stride, op.source_row_nbytes) / op.row_nbytes  # source bytes per target byte
+    return split_op(op, max(1, int(max_nbytes / reach)))
+
+
+def join_neighbours(ops: Iterable[CopyOp]) -> list[CopyOp]:
+    """The same copies, in their order, with those in one that follow each other on both sides."""
+    joined: list[CopyOp] = []
+    for op in ops:
+        last = joined[-1] if joined else None
+        if last is not None and last.is_contiguous and op.is_contiguous:
+            source_stop = last.source_offset + last.row_nbytes
+            if (source_stop, last.target_stop) == (op.source_offset, op.target_offset):
+                joined[-1] = msgspec.structs.replace(last, row_nbytes=last.row_nbytes + op.row_nbytes)
+                continue
+        joined.append(op)
+    return joined

@@ -220,26 +220,3 @@ def check_manifest(manifest: WeightManifest) -> WeightManifest:
     if checksums and not len(checksums.values) == len(checksums.samples) == len(manifest.entries):
         raise ValueError(f"{len(checksums.values)} checksums for {len(manifest.entries)} tensors")
     return manifest
-
-
-def manifest_to_msgpack(manifest: WeightManifest) -> bytes:
-    return msgspec.msgpack.encode(manifest)
-
-
-def manifest_from_msgpack(data: bytes) -> WeightManifest:
-    """Raises ValueError (msgspec.ValidationError and DecodeError are such) if `data` is no sound manifest."""
-    return check_manifest(msgspec.msgpack.decode(data, type=WeightManifest))
-
-
-def manifest_to_json(manifest: WeightManifest) -> bytes:
-    return msgspec.json.encode(manifest)
-
-
-def manifest_from_json(data: bytes | str) -> WeightManifest:
-    """Raises ValueError if `data` is no sound manifest."""
-    return check_manifest(msgspec.json.decode(data, type=WeightManifest))
-
-
-def manifest_from_builtins(data: Any) -> WeightManifest:
-    """The manifest in a part of an already decoded JSON document. Raises ValueError if there is none."""
-    return check_manifest(msgspec.convert(data, type=WeightManifest))

@@ -12,16 +12,15 @@ from ramet.srt.weights.boxes import (
     box_byte_range,
     contiguous_strides,
     flatten,
-    intersect,
     invert_ranges,
     locate_box,
     merge_ranges,
     region_volume,
-    subtract,
+    share_out,
 )
 from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.errors import name_some
-from ramet.srt.weights.manifest import WeightEntry, WeightManifest, element_size, layout_digest
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size, layout_digest
 
 MAX_OP_BYTES = 64 << 20
 MAX_MERGED_GAP_BYTES = 1 << 20
@@ -105,12 +104,14 @@ def whole_tensor(shape: Sequence[int], offset: int, dtype: str) -> Holding:
 
 def occupied_ranges(entries: Iterable[WeightEntry]) -> list[ByteRange]:
     """The arena bytes that boxes fill; what is in between is alignment or padding, and holds zeros."""
-    ranges = []
-    for entry in entries:
-        for box in entry.boxes:
-            # A box of several ranges counts as its whole tensor: nothing is merged across that.
-            ranges.append(box_byte_range(entry, box) or (entry.offset, entry.offset + entry.nbytes))
-    return merge_ranges(ranges)
+    # A box of several ranges counts as its whole tensor: nothing is merged across that.
+    return merge_ranges(
+        [
+            box_byte_range(entry, box) or (entry.offset, entry.offset + entry.nbytes)
+            for entry in entries
+            for box in entry.boxes
+        ]
+    )
 
 
 def zero_ranges(manifest: WeightManifest) -> Iterator[ByteRange]:
@@ -151,92 +152,104 @@ def plan(
     """
     groups = _group_equal_sources(sources)
     wanted = None if unfinished is None else merge_ranges([(op.target_offset, op.target_stop) for op in unfinished])
-    twins = _find_twins(target, sources, groups)
-    merged = [(twins, _whole_arena(target, twins[0]))] if twins else _plan_boxes(target, sources, groups)
+    twins = _find_twins(target, groups)
+    merged = _plan_boxes(target, groups) if twins is None else [(twins, _whole_arena(target, twins))]
     ops: list[CopyOp] = []
-    for members, group_ops in merged:
+    for group, group_ops in merged:
         chosen = group_ops if wanted is None else [part for op in group_ops for part in _clip(op, wanted)]
-        ops.extend(_share([part for op in chosen for part in split_op(op, max_op_nbytes)], members))
+        ops.extend(_share([part for op in chosen for part in split_op(op, max_op_nbytes)], group.members))
     return TransferPlan(tuple(sorted(ops, key=lambda op: (op.source, op.target_offset))))
 
 
-def _find_twins(target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]) -> list[int]:
-    """The sources that are laid out as the target."""
-    layout = layout_digest(target)
-    return next((members for members in groups if sources[members[0]].layout == layout), [])
+@dataclass(frozen=True)
+class _Group:
+    """Sources that hold the same bytes: what is planned with the first one suits each of them."""
+
+    first: PlanSource
+    members: list[int]  # indices of the sources
+
+    @property
+    def index(self) -> int:
+        return self.members[0]
 
 
-def _whole_arena(target: WeightManifest, source: int) -> list[CopyOp]:
-    """All tensors, and the zeros between them, in one range."""
-    stop = max((entry.offset + entry.nbytes for entry in target.entries), default=0)
-    return [CopyOp(source=source, source_offset=0, target_offset=0, row_nbytes=stop)] if stop else []
-
-
-def _plan_boxes(
-    target: WeightManifest, sources: Sequence[PlanSource], groups: Sequence[list[int]]
-) -> list[tuple[list[int], list[CopyOp]]]:
-    """The members of each group of equal sources, and what to take from one of them."""
-    pieces: list[list[CopyOp]] = [[] for _ in groups]
-    uncovered: list[str] = []
-    mismatches: list[str] = []
-    for entry in target.entries:
-        for number, op in _plan_entry(entry, sources, groups, uncovered, mismatches):
-            pieces[number].append(op)
-    if uncovered or mismatches:
-        raise PlanError(uncovered, mismatches)
-    occupied = occupied_ranges(target.entries)
-    return [
-        (members, _merge(group_ops, sources[members[0]].occupied, occupied))
-        for members, group_ops in zip(groups, pieces, strict=True)
-    ]
-
-
-def _group_equal_sources(sources: Sequence[PlanSource]) -> list[list[int]]:
-    groups: dict[object, list[int]] = {}
+def _group_equal_sources(sources: Sequence[PlanSource]) -> list[_Group]:
+    groups: dict[object, _Group] = {}
     for index, source in enumerate(sources):
-        groups.setdefault(source.layout or index, []).append(index)
+        groups.setdefault(source.layout or index, _Group(source, [])).members.append(index)
     return list(groups.values())
 
 
-def _plan_entry(
-    entry: WeightEntry,
-    sources: Sequence[PlanSource],
-    groups: Sequence[Sequence[int]],
-    uncovered: list[str],
-    mismatches: list[str],
-) -> Iterator[tuple[int, CopyOp]]:
-    """The operations that fill one tensor, each with the number of its group; what is amiss goes to the lists."""
-    for box in entry.boxes:
+def _find_twins(target: WeightManifest, groups: Sequence[_Group]) -> _Group | None:
+    """The sources that are laid out as the target, if there are any."""
+    layout = layout_digest(target)
+    return next((group for group in groups if group.first.layout == layout), None)
+
+
+def _whole_arena(target: WeightManifest, twins: _Group) -> list[CopyOp]:
+    """All tensors, and the zeros between them, in one range."""
+    stop = max((entry.offset + entry.nbytes for entry in target.entries), default=0)
+    return [CopyOp(source=twins.index, source_offset=0, target_offset=0, row_nbytes=stop)] if stop else []
+
+
+def _plan_boxes(target: WeightManifest, groups: Sequence[_Group]) -> list[tuple[_Group, list[CopyOp]]]:
+    """Each group of equal sources, and what to take from one of them."""
+    boxes = _BoxPlan(groups)
+    for entry in target.entries:
+        for box in entry.boxes:
+            boxes.add(entry, box)
+    if boxes.uncovered or boxes.mismatches:
+        raise PlanError(boxes.uncovered, boxes.mismatches)
+    occupied = occupied_ranges(target.entries)
+    return [
+        (group, _merge(group_ops, group.first.occupied, occupied))
+        for group, group_ops in zip(groups, boxes.ops, strict=True)
+    ]
+
+
+class _BoxPlan:
+    """What each group of equal sources gives, box by box, and what none can give."""
+
+    def __init__(self, groups: Sequence[_Group]) -> None:
+        self._groups = groups
+        self.ops: list[list[CopyOp]] = [[] for _ in groups]
+        self.uncovered: list[str] = []
+        self.mismatches: list[str] = []
+
+    def add(self, entry: WeightEntry, box: WeightBox) -> None:
+        """Plan one box of one tensor."""
         if region_volume(box.source) == 0:
-            continue
+            return
+        unusable: list[str] = []
+        parts, missing = share_out(box.source, self._offers(entry, box, unusable))
         target = Holding(box.source, *locate_box(entry, box), entry.dtype)
-        remaining: list[Region] = [box.source]
-        unusable: str | None = None
-        for number, members in enumerate(groups):
-            source = sources[members[0]]
-            for holding in source.holdings.get(box.checkpoint_name, ()):
-                if len(holding.region) != len(box.source):
-                    unusable = f"{entry.name} ({len(holding.region)} dimensions in {source.name})"
-                    continue
-                if holding.dtype != entry.dtype and not (source.casts and _can_cast(holding.dtype, entry.dtype)):
-                    unusable = f"{entry.name} ({holding.dtype} in {source.name}, {entry.dtype} here)"
-                    continue
-                rest: list[Region] = []
-                for region in remaining:
-                    common = intersect(region, holding.region)
-                    if common is None:
-                        rest.append(region)
-                        continue
-                    rest.extend(subtract(region, common))
-                    for op in _copy_region(common, holding, target, members[0]):
-                        yield number, op
-                remaining = rest
-            if not remaining:
-                break
-        if remaining and unusable:
-            mismatches.append(unusable)
-        elif remaining:
-            uncovered.append(f"{entry.name} ({box.checkpoint_name}{_format_region(remaining[0])})")
+        for (number, holding), region in parts:
+            self.ops[number].extend(_copy_region(region, holding, target, self._groups[number].index))
+        if missing and unusable:
+            self.mismatches.append(unusable[-1])
+        elif missing:
+            self.uncovered.append(f"{entry.name} ({box.checkpoint_name}{_format_region(missing[0])})")
+
+    def _offers(
+        self, entry: WeightEntry, box: WeightBox, unusable: list[str]
+    ) -> Iterator[tuple[tuple[int, Holding], Region]]:
+        """What the groups, by their numbers, hold of a box's tensor; what can't be used of it goes to `unusable`."""
+        for number, group in enumerate(self._groups):
+            for holding in group.first.holdings.get(box.checkpoint_name, ()):
+                difference = _find_difference(group.first, holding, entry, box)
+                if difference is None:
+                    yield (number, holding), holding.region
+                else:
+                    unusable.append(f"{entry.name} ({difference})")
+
+
+def _find_difference(source: PlanSource, holding: Holding, entry: WeightEntry, box: WeightBox) -> str | None:
+    """Why a holding can't fill a box of its tensor; None if it can."""
+    if len(holding.region) != len(box.source):
+        return f"{len(holding.region)} dimensions in {source.name}"
+    if holding.dtype != entry.dtype and not (source.casts and _can_cast(holding.dtype, entry.dtype)):
+        return f"{holding.dtype} in {source.name}, {entry.dtype} here"
+    return None
 
 
 def _can_cast(source: str, target: str) -> bool:

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
@@ -74,7 +75,7 @@ class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
 
     rank: int
-    regions: list[tuple[str, tuple[tuple[int, int], ...]]]  # checkpoint tensor; (start, stop) per dimension
+    regions: list[WeightRegion]
     role: str = "target"
 
 

@@ -21,7 +21,7 @@ def allocate_arena(manifest: WeightManifest, device: "str | torch.device") -> We
     if kind == "cpu":
         return HostWeightArena(manifest)
     if kind == "cuda":
-        from ramet.srt.model_loader.arena.cuda import CudaWeightArena  # needs triton
+        from ramet.srt.model_loader.arena.cuda import CudaWeightArena  # with its readers: for GPUs alone
 
         return CudaWeightArena(manifest, str(device))
     raise ValueError(f"there is no weight arena for the device {str(device)!r}; use cpu or cuda")

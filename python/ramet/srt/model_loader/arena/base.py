@@ -1,9 +1,12 @@
-"""Owns the one allocation that holds a rank's weights, and the parameters' views into it. Moves no bytes itself."""
+"""Owns what an arena is to everybody else: a rank's weights at addresses that stay, on a device that it alone knows."""
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ramet.srt.weights.boxes import ByteRange
 from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest, dtype_name
@@ -14,10 +17,29 @@ if TYPE_CHECKING:
     from ramet.srt.weights.copy_op import CopyOp
 
 
+@dataclass(frozen=True)
+class SharedFile:
+    """Host memory for other processes of the host: a file that outlives the process that made it."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class LentMemory:
+    """A GPU's memory for other processes of the host, to be read while its own process lends it."""
+
+    cuda_ipc_handle: bytes
+    offset: int  # of the arena in the memory that the handle opens
+
+
+MemoryShare = SharedFile | LentMemory
+
+
 class WeightArena(ABC):
     """A rank's weights at addresses that never change, on some device."""
 
-    device: str  # "cpu" or "cuda"
+    device: str  # its name, for messages
+    broadcast_backend: str  # of torch.distributed, which sends from this memory and receives into it
     checksum_algorithm: str
     nbytes: int
     address: int
@@ -61,6 +83,18 @@ class WeightArena(ABC):
         """Around work on the arena's tensors: on a GPU it goes to the arena's own stream, which is never captured."""
         return contextlib.nullcontext()
 
+    def synchronize(self) -> None:
+        """Wait for what the calling thread has queued on the arena's device, in the context that it is in."""
+        return
+
+    def make_current(self) -> None:
+        """Make the arena's device the one on which the calling thread computes: for threads that begin."""
+        return
+
+    @abstractmethod
+    def host_buffer(self, nbytes: int) -> "torch.Tensor":
+        """Host memory from which bytes go to the arena's device without another copy: uint8, [nbytes]."""
+
     @abstractmethod
     def byte_tensor(self) -> "torch.Tensor":
         """All bytes of the arena: uint8, [nbytes], on its device."""
@@ -76,6 +110,52 @@ class WeightArena(ABC):
             MemoryError: if less memory is free than the arena still has to take. It is an error now rather than
                 a killed process later.
         """
+
+    @abstractmethod
+    def fill_from_files(self, ops: "Sequence[CopyOp]", fds: Sequence[int]) -> None:
+        """Execute operations whose sources are open files: `op.source` is an index into `fds`.
+
+        Raises:
+            OSError: if a file can't be read or is shorter than planned.
+        """
+
+    @abstractmethod
+    def hash_entries(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        """The checksum of each of some entries of the arena, by its algorithm."""
+
+    def hash_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        """Checksums of a sample of each entry; of all of it where that is as fast."""
+        return self.hash_entries(entries)
+
+    @abstractmethod
+    def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+        """The checksum of rows as if one lay behind the other: of `num_rows` from each of `starts` on, `stride` apart.
+
+        All numbers but `num_rows` are bytes.
+        """
+
+    @abstractmethod
+    def share(self) -> MemoryShare:
+        """What another process of the host needs to have the arena's memory.
+
+        Raises:
+            OSError: if it can't be given away.
+        """
+
+    @abstractmethod
+    def open_shared(self, share: MemoryShare) -> "SeedMemory":
+        """What another process's arena has shared, to be taken into this one.
+
+        Args:
+            share: stays the caller's, who keeps it until the result is closed.
+
+        Raises:
+            ValueError: if this arena can't take from such memory.
+        """
+
+    @abstractmethod
+    def open_receive_buffer(self) -> "ReceiveBuffer":
+        """The arena's bytes for a transport that writes to tensors, and may have to be abandoned."""
 
     @abstractmethod
     def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
@@ -104,6 +184,74 @@ class WeightArena(ABC):
     def _require_private(self) -> None:
         if self.is_published:
             raise RuntimeError("a published arena is immutable")
+
+
+class SeedMemory(ABC):
+    """Another process's weights on the same host, as one arena can take them."""
+
+    def can_map(self) -> bool:
+        """Whether the memory can stand in for the arena's own where both are laid out equally."""
+        return False
+
+    def map(self) -> None:
+        """Show the memory in place of the arena's own, copy-on-write. It outlives the seed.
+
+        Raises:
+            ValueError: if it can't be mapped, or is not sealed or too small.
+            OSError: if the kernel refuses.
+        """
+        raise ValueError("the seed's memory can't be mapped here")
+
+    def open(self) -> None:
+        """Get ready to copy now, so that where this is not allowed there is still time to go another way.
+
+        Raises:
+            OSError: if the memory can't be opened.
+        """
+        return
+
+    @abstractmethod
+    def copy(self, ops: "Sequence[CopyOp]", seed_is_alive: Callable[[], bool], timeout_s: float, /) -> float:
+        """Execute operations whose source is the seed's arena, whatever the layouts. No copy is under way afterwards.
+
+        Returns:
+            The seconds that the copies took by the device's own clock; 0 if it has none.
+
+        Raises:
+            OSError: if the memory is not as large as the seed said, or the seed ends too early.
+            TimeoutError: if the seed can end too early, and the copies take longer than `timeout_s`.
+        """
+
+    def close(self) -> None:
+        """Give the memory back. May be called again."""
+        return
+
+
+class SeedFile(SeedMemory):
+    """Host memory of another process. Read as a file it needs no page tables here: faster than mapping and copying."""
+
+    def __init__(self, arena: WeightArena, fd: int) -> None:
+        self._arena = arena
+        self._fd = fd
+
+    def copy(self, ops: "Sequence[CopyOp]", _seed_is_alive: Callable[[], bool], _timeout_s: float) -> float:
+        """The file outlives the seed."""
+        self._arena.fill_from_files([msgspec.structs.replace(op, source=0) for op in ops], [self._fd])
+        return 0.0
+
+
+class ReceiveBuffer(ABC):
+    """All bytes of an arena as a tensor that a transport fills, and which can be cut off from it as a window can."""
+
+    memory: "torch.Tensor"  # uint8, [nbytes], on the arena's device
+
+    @abstractmethod
+    def cut_off(self) -> None:
+        """Part the buffer from the arena for good, where whoever was given up might still write; it stays valid."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the buffer back: only when nobody writes to it any more."""
 
 
 class ReceiveWindow(ABC):

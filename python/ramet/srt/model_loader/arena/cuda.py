@@ -1,29 +1,31 @@
-"""Owns the weight arena in a GPU's memory: one allocation and the views into it. Moves no bytes itself."""
+"""Owns the weight arena in a GPU's memory: one allocation, the views into it, and the windows that fill it."""
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
+from ramet.srt.model_loader.arena.base import (
+    LentMemory,
+    MemoryShare,
+    ReceiveBuffer,
+    ReceiveWindow,
+    SeedFile,
+    SeedMemory,
+    SharedFile,
+    WeightArena,
+)
+from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory, lend_memory
+from ramet.srt.model_loader.arena.cuda_reader import fill_cuda_from_files
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
-from ramet.srt.utils import cuda_driver
 from ramet.srt.weights.boxes import ByteRange
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a receive window
-
-
-@contextlib.contextmanager
-def current_context(device: torch.device) -> Iterator[None]:
-    """Make a device's CUDA context the calling thread's, for calls into the driver."""
-    with torch.cuda.device(device):
-        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
-        yield
 
 
 class CudaWeightArena(WeightArena):
@@ -33,6 +35,7 @@ class CudaWeightArena(WeightArena):
     """
 
     device = "cuda"
+    broadcast_backend = "nccl"
     checksum_algorithm = "mix64"
 
     def __init__(self, manifest: WeightManifest, device: str) -> None:
@@ -62,8 +65,32 @@ class CudaWeightArena(WeightArena):
     def work_context(self) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self.stream)
 
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self.torch_device).synchronize()
+
+    def make_current(self) -> None:
+        torch.cuda.set_device(self.torch_device)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
     def byte_tensor(self) -> torch.Tensor:
         return self.buffer
+
+    def fill_from_files(self, ops: Sequence[CopyOp], fds: Sequence[int]) -> None:
+        fill_cuda_from_files(ops, fds, self.buffer, self.stream)
+
+    def hash_entries(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        from ramet.srt.model_loader.arena.cuda_hash import hash_buffer  # needs triton, which takes its time to import
+
+        with torch.cuda.device(self.torch_device), self.work_context():
+            return hash_buffer(entries, self.buffer)
+
+    def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+        from ramet.srt.model_loader.arena.cuda_hash import gather_and_hash
+
+        with torch.cuda.device(self.torch_device), self.work_context():
+            return gather_and_hash(self.buffer, starts, row_nbytes, num_rows, stride)
 
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
@@ -71,6 +98,10 @@ class CudaWeightArena(WeightArena):
             for start, stop in zeroed:
                 self.buffer[start:stop].zero_()
         self.stream.synchronize()
+
+    def open_receive_buffer(self) -> ReceiveBuffer:
+        self._require_private()
+        return CudaReceiveBuffer(self)
 
     def open_receive_window(self, max_batch_nbytes: int) -> ReceiveWindow:
         self._require_private()
@@ -80,18 +111,33 @@ class CudaWeightArena(WeightArena):
         """Nobody but this process writes to the arena itself: there is nothing to part from."""
         self._require_private()
 
-    def export_memory(self) -> tuple[bytes, int]:
-        """A CUDA IPC handle of the memory around the arena, and where in it the arena starts.
+    def share(self) -> LentMemory:
+        try:
+            return LentMemory(*lend_memory(self.address, self.torch_device))
+        except OSError as error:
+            raise OSError(f"the GPU's memory can't be lent: {error}") from error
 
-        Raises:
-            OSError: if the memory can't be lent to other processes.
-        """
-        with current_context(self.torch_device):
-            return cuda_driver.export_memory(self.address)
+    def open_shared(self, share: MemoryShare) -> SeedMemory:
+        if isinstance(share, SharedFile):
+            return SeedFile(self, share.fd)
+        return CudaIpcMemory(share.cuda_ipc_handle, share.offset, self.address, self.torch_device)
 
     def read_bytes(self, start: int, stop: int) -> bytes:
         with torch.cuda.stream(self.stream):
             return self.buffer[start:stop].cpu().numpy().tobytes()
+
+
+class CudaReceiveBuffer(ReceiveBuffer):
+    """The arena's own memory: when the group that writes to it is aborted, nothing writes there any more."""
+
+    def __init__(self, arena: CudaWeightArena) -> None:
+        self.memory = arena.buffer
+
+    def cut_off(self) -> None:
+        """The abort does it."""
+
+    def close(self) -> None:
+        """The memory stays the arena's."""
 
 
 class CudaReceiveWindow(ReceiveWindow):

@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.model_loader.arena.cuda import CudaWeightArena
-from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
+from ramet.srt.weights.manifest import WeightEntry, align_up
 
 BLOCK_WORDS = 4096
 WORD_BYTES = 8
@@ -49,13 +48,7 @@ def mix64(data: torch.Tensor, nbytes: int, out: torch.Tensor) -> None:
         _mix64_kernel[(triton.cdiv(num_words, BLOCK_WORDS),)](data, out, num_words, tail_mask, BLOCK=BLOCK_WORDS)
 
 
-def hash_entries(manifest: WeightManifest, arena: CudaWeightArena) -> tuple[str, ...]:
-    """The checksum of each entry of a CudaWeightArena; `manifest` may hold some of its entries only."""
-    with torch.cuda.device(arena.torch_device), torch.cuda.stream(arena.stream):
-        return hash_buffer(manifest.entries, arena.buffer)
-
-
-def hash_buffer(entries: tuple[WeightEntry, ...], buffer: torch.Tensor) -> tuple[str, ...]:
+def hash_buffer(entries: Sequence[WeightEntry], buffer: torch.Tensor) -> tuple[str, ...]:
     """The checksums of entries in a uint8 buffer that ends on a word's end."""
     words = buffer.view(torch.int64)
     sums = torch.zeros(max(1, len(entries)), dtype=torch.int64, device=buffer.device)
@@ -64,14 +57,11 @@ def hash_buffer(entries: tuple[WeightEntry, ...], buffer: torch.Tensor) -> tuple
     return tuple(format_sum(value) for value in sums.tolist()[: len(entries)])
 
 
-def hash_rows(arena: CudaWeightArena, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
-    """The checksum of rows of an arena one behind the other: of `num_rows` from each of `starts` on, `stride` apart."""
-    with torch.cuda.device(arena.torch_device), torch.cuda.stream(arena.stream):
-        return gather_and_hash(arena.buffer, starts, row_nbytes, num_rows, stride)
-
-
 def gather_and_hash(buffer: torch.Tensor, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
-    """The same for rows of a contiguous uint8 buffer."""
+    """The checksum of rows of a contiguous uint8 buffer, one behind the other.
+
+    There are `num_rows` from each of `starts` on, `stride` bytes apart.
+    """
     nbytes = len(starts) * num_rows * row_nbytes
     gathered = torch.empty(align_up(nbytes, WORD_BYTES), dtype=torch.uint8, device=buffer.device)
     parts = gathered[:nbytes].view(len(starts), num_rows, row_nbytes)

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ramet.srt.model_loader.arena.cuda import CudaWeightArena
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
 from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
 from ramet.srt.utils import cuda_driver
 from ramet.srt.utils.threads import num_copy_threads, run_in_threads
-from ramet.srt.weights.copy_op import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_by_source, split_op
 
 PART_BYTES = 16 << 20  # of an operation, for one thread at a time
 SLICE_BYTES = 4 << 20  # of a read and of a copy
@@ -25,10 +24,16 @@ SPARE_SLICES = 4  # beyond one for each thread: those that the GPU copies from m
 MAX_READERS = 12  # threads; more of them slow each other down
 
 
-def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaWeightArena) -> None:
+def fill_cuda_from_files(
+    ops: Sequence[CopyOp], fds: Sequence[int], memory: torch.Tensor, stream: torch.cuda.Stream
+) -> None:
     """Execute operations whose sources are open files: `op.source` is an index into `fds`.
 
     Strided rows and rows of another dtype are sorted out on the GPU.
+
+    Args:
+        memory: what they write to: uint8, 1-D, on a GPU.
+        stream: on which all copies run; they are done when this returns.
 
     Raises:
         OSError: if a file can't be read or is shorter than planned.
@@ -42,30 +47,27 @@ def fill_cuda_from_files(ops: Sequence[CopyOp], fds: Sequence[int], arena: CudaW
     readers: list[_Reader] = []  # their buffers must live until the last copy out of them is done
 
     def make_worker() -> Callable[[CopyOp], None]:
-        torch.cuda.set_device(arena.torch_device)  # a thread starts with the first GPU
-        torch.cuda.mem_get_info(arena.torch_device)  # binds its context, which calls into the driver need
-        readers.append(_Reader(fds, arena, ring, largest))
+        torch.cuda.set_device(memory.device)  # a thread starts with the first GPU
+        torch.cuda.mem_get_info(memory.device)  # binds its context, which calls into the driver need
+        readers.append(_Reader(fds, memory, stream, ring, largest))
         return readers[-1].run
 
     try:
         run_in_threads(parts, make_worker, "read-weights", num_threads)
     finally:
-        arena.stream.synchronize()
+        stream.synchronize()
 
 
 def _cut(op: CopyOp) -> list[CopyOp]:
-    if op.is_contiguous:
-        return list(split_op(op, PART_BYTES))
-    reach = max(op.source_stride, op.source_row_nbytes) / op.row_nbytes  # source bytes per target byte
-    return list(split_op(op, max(1, int(BLOCK_BYTES / reach))))
+    return list(split_op(op, PART_BYTES) if op.is_contiguous else split_by_source(op, BLOCK_BYTES))
 
 
 class _PinnedBuffer:
     """Host memory that the GPU reads by itself; `copied` is done when its last copy is."""
 
-    def __init__(self, nbytes: int):
+    def __init__(self, nbytes: int) -> None:
         self.tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.memory = memoryview(self.tensor.numpy())
+        self.memory = self.tensor.numpy().data
         self.address = self.tensor.data_ptr()
         self.copied = torch.cuda.Event()
         self.copied.record()  # makes it
@@ -79,7 +81,7 @@ class _PinnedBuffer:
 class _Ring:
     """Pinned slices, in the order in which the GPU is done with them. All threads take from it."""
 
-    def __init__(self, num_slices: int):
+    def __init__(self, num_slices: int) -> None:
         self._unmade = deque(range(num_slices))  # pinning takes milliseconds: threads do it side by side
         self._free: deque[_PinnedBuffer] = deque()
 
@@ -105,9 +107,12 @@ class _Reader:
         rows_nbytes: room for the rows of an operation that is not contiguous.
     """
 
-    def __init__(self, fds: Sequence[int], arena: CudaWeightArena, ring: _Ring, rows_nbytes: int):
+    def __init__(
+        self, fds: Sequence[int], memory: torch.Tensor, stream: torch.cuda.Stream, ring: _Ring, rows_nbytes: int
+    ) -> None:
         self.fds = fds
-        self.arena = arena
+        self.memory = memory
+        self.stream = stream
         self.ring = ring
         self.rows_nbytes = rows_nbytes
 
@@ -122,7 +127,7 @@ class _Reader:
             self._upload_rows(op)
 
     def _upload(self, op: CopyOp) -> None:
-        target, stream = self.arena.address + op.target_offset, self.arena.stream
+        target, stream = self.memory.data_ptr() + op.target_offset, self.stream
         for start in range(0, op.row_nbytes, SLICE_BYTES):
             nbytes = min(SLICE_BYTES, op.row_nbytes - start)
             buffer = self.ring.take()
@@ -135,7 +140,7 @@ class _Reader:
         buffer = self.rows
         buffer.wait()
         read_range(self.fds, op.source, op.source_offset, buffer.memory[: op.source_span_nbytes])
-        with torch.cuda.stream(self.arena.stream):
-            source = buffer.tensor[: op.source_span_nbytes].to(self.arena.torch_device, non_blocking=True)
+        with torch.cuda.stream(self.stream):
+            source = buffer.tensor[: op.source_span_nbytes].to(self.memory.device, non_blocking=True)
             buffer.copied.record()
-            scatter_device_rows(op, source, self.arena.buffer)
+            scatter_device_rows(op, source, self.memory)

@@ -7,7 +7,17 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
+from ramet.srt.model_loader.arena import host_hash
+from ramet.srt.model_loader.arena.base import (
+    LentMemory,
+    MemoryShare,
+    ReceiveBuffer,
+    ReceiveWindow,
+    SeedFile,
+    SharedFile,
+    WeightArena,
+)
+from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.host_rows import scatter_rows
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.threads import run_in_threads
@@ -30,6 +40,7 @@ class HostWeightArena(WeightArena):
     """
 
     device = "cpu"
+    broadcast_backend = "gloo"
     checksum_algorithm = "xxh3_64"
 
     def __init__(self, manifest: WeightManifest) -> None:
@@ -49,19 +60,9 @@ class HostWeightArena(WeightArena):
         return memoryview(self._buffer).cast("B")
 
     @property
-    def fd(self) -> int:
-        """The memfd whose content the arena shows: what a process on the same host can map."""
-        return self._own_fd if self._mapped_fd is None else self._mapped_fd
-
-    @property
     def own_fd(self) -> int:
         """The memfd of the own memory."""
         return self._own_fd
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether another process's arena is mapped in place of own memory."""
-        return self._mapped_fd is not None
 
     def tensor(self, entry: WeightEntry) -> "torch.Tensor":
         import torch
@@ -71,6 +72,25 @@ class HostWeightArena(WeightArena):
             return torch.empty(entry.shape, dtype=dtype)
         count = math.prod(entry.shape)
         return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=entry.offset).view(entry.shape)
+
+    def host_buffer(self, nbytes: int) -> "torch.Tensor":
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    # Content
+
+    def fill_from_files(self, ops: "Sequence[CopyOp]", fds: Sequence[int]) -> None:
+        fill_memory_from_files(ops, fds, self.memory)
+
+    def hash_entries(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        return host_hash.hash_entries(entries, self.memory)
+
+    def hash_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        return host_hash.hash_samples(entries, self.memory)
+
+    def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+        return host_hash.hash_rows(self.memory, starts, row_nbytes, num_rows, stride)
 
     # Memory
 
@@ -105,6 +125,15 @@ class HostWeightArena(WeightArena):
             host_memory.populate(start + offset, min(POPULATE_BLOCK_BYTES, self.nbytes - offset))
 
         run_in_threads(blocks, lambda: populate_block, "populate")
+
+    def share(self) -> SharedFile:
+        """The file whose content the arena shows, which may be another process's."""
+        return SharedFile(self._own_fd if self._mapped_fd is None else self._mapped_fd)
+
+    def open_shared(self, share: MemoryShare) -> "HostSeedFile":
+        if isinstance(share, LentMemory):
+            raise ValueError("the seed's memory is on a GPU, this instance's is not")
+        return HostSeedFile(self, share.fd)
 
     def map_seed_memory(self, fd: int) -> None:
         """Show another arena's memfd at the arena's addresses, copy-on-write, and give the own memory back.
@@ -151,12 +180,47 @@ class HostWeightArena(WeightArena):
             host_memory.seal_for_sharing(self._own_fd)
         super().publish()
 
+    def open_receive_buffer(self) -> ReceiveBuffer:
+        self._require_private()
+        return HostReceiveBuffer(self)
+
     def open_receive_window(self, max_batch_nbytes: int) -> ReceiveWindow:
         self._require_private()
         return HostReceiveWindow(self, max_batch_nbytes)
 
     def _map_own(self) -> None:
         host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
+
+
+class HostSeedFile(SeedFile):
+    """Host memory of another process, which can be mapped too."""
+
+    def __init__(self, arena: HostWeightArena, fd: int) -> None:
+        super().__init__(arena, fd)
+        self._map = arena.map_seed_memory
+
+    def can_map(self) -> bool:
+        return True
+
+    def map(self) -> None:
+        self._map(self._fd)
+
+
+class HostReceiveBuffer(ReceiveBuffer):
+    """A window again: gloo may still write after a time limit."""
+
+    def __init__(self, arena: HostWeightArena) -> None:
+        import torch
+
+        self._window = HostReceiveWindow(arena, 0)
+        view = host_memory.view_memory(self._window.address, arena.nbytes)
+        self.memory = torch.frombuffer(view, dtype=torch.uint8)
+
+    def cut_off(self) -> None:
+        self._window.cut_off()
+
+    def close(self) -> None:
+        self._window.close()
 
 
 class HostReceiveWindow(ReceiveWindow):

@@ -1,10 +1,62 @@
-"""Owns the checksums of parts of an arena in host memory."""
+"""Owns the checksums of what an arena in host memory holds: whole entries, samples of them, and rows that lie apart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import xxhash
+
+from ramet.srt.utils.threads import num_copy_threads
+from ramet.srt.weights.manifest import WeightEntry
 
 BLOCK_BYTES = 4 << 20  # rows that are gathered before they are hashed
+SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
+
+
+def hash_entries(entries: Sequence[WeightEntry], memory: memoryview) -> tuple[str, ...]:
+    """The checksum of all bytes of each entry, with several threads."""
+    return _map_entries(entries, memory, _hash_all)
+
+
+def hash_samples(entries: Sequence[WeightEntry], memory: memoryview) -> tuple[str, ...]:
+    """The checksum of three blocks of each entry."""
+    return _map_entries(entries, memory, _hash_sample)
+
+
+def hash_rows(memory: memoryview, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
+    """The checksum of rows one behind the other: of `num_rows` from each of `starts` on, `stride` bytes apart."""
+    digest = xxhash.xxh3_64()
+    for start in starts:
+        for block in _rows(memory, start, row_nbytes, num_rows, stride):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _map_entries(
+    entries: Sequence[WeightEntry], memory: memoryview, function: Callable[[memoryview], str]
+) -> tuple[str, ...]:
+    def run(entry: WeightEntry) -> str:
+        return function(memory[entry.offset : entry.offset + entry.nbytes])
+
+    # The hash runs without the GIL. Large entries go first, so that no thread is left with one at the end.
+    order = sorted(range(len(entries)), key=lambda i: -entries[i].nbytes)
+    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="checksum") as pool:
+        hashed = dict(zip(order, pool.map(run, (entries[i] for i in order)), strict=True))
+    return tuple(hashed[i] for i in range(len(entries)))
+
+
+def _hash_all(data: memoryview) -> str:
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def _hash_sample(data: memoryview) -> str:
+    if data.nbytes <= 3 * SAMPLE_BYTES:
+        return xxhash.xxh3_64_hexdigest(data)
+    middle = data.nbytes // 2
+    digest = xxhash.xxh3_64(data[:SAMPLE_BYTES])
+    digest.update(data[middle : middle + SAMPLE_BYTES])
+    digest.update(data[-SAMPLE_BYTES:])
+    return digest.hexdigest()
 
 
 def _rows(memory: memoryview, start: int, row_nbytes: int, num_rows: int, stride: int) -> Iterator[memoryview]:
@@ -18,4 +70,4 @@ def _rows(memory: memoryview, start: int, row_nbytes: int, num_rows: int, stride
             yield span
         else:
             rows = np.ndarray((count, row_nbytes), np.uint8, span, strides=(stride, 1))
-            yield memoryview(np.ascontiguousarray(rows)).cast("B")
+            yield np.ascontiguousarray(rows).data.cast("B")

@@ -1,38 +1,24 @@
-"""Owns reading planned ranges of open files into an arena with several threads. Knows neither formats nor seeds."""
+"""Owns reading planned ranges of open files into host memory with several threads. Knows neither formats nor seeds."""
 
 from collections.abc import Callable, Sequence
 
-from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_rows import scatter_rows
 from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
 from ramet.srt.utils.threads import run_in_threads
-from ramet.srt.weights.copy_op import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, split_by_source, split_op
 
 READ_BYTES = 8 << 20  # one call's read: long enough to be efficient, short enough to share the work evenly
 MIN_DIRECT_ROW_BYTES = 64 << 10  # rows at least this long are read one by one, without the bytes between them
 
 
-def fill_from_files(ops: Sequence[CopyOp], fds: Sequence[int], target: WeightArena | memoryview) -> None:
+def fill_memory_from_files(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryview) -> None:
     """Execute operations whose sources are open files: `op.source` is an index into `fds`.
-
-    Raises:
-        OSError: if a file can't be read or is shorter than planned.
-    """
-    if isinstance(target, memoryview):
-        _fill_memory(ops, fds, target)
-    elif target.device == "cuda":
-        from ramet.srt.model_loader.arena.cuda_reader import fill_cuda_from_files
-
-        fill_cuda_from_files(ops, fds, target)
-    else:
-        _fill_memory(ops, fds, target.memory)
-
-
-def _fill_memory(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryview) -> None:
-    """Fill host memory.
 
     Plain rows are read straight into `memory`; short strided rows and rows of another dtype go through
     a buffer of a few megabytes per thread.
+
+    Raises:
+        OSError: if a file can't be read or is shorter than planned.
     """
 
     def make_worker() -> Callable[[CopyOp], None]:
@@ -48,10 +34,9 @@ def _fill_memory(ops: Sequence[CopyOp], fds: Sequence[int], memory: memoryview) 
                     read_range(fds, op.source, source, memory[start : start + op.row_nbytes])
             else:
                 nonlocal buffer
-                needed = (op.num_rows - 1) * op.source_stride + op.source_row_nbytes
-                if len(buffer) < needed:
-                    buffer = bytearray(needed)
-                _read_rows(op, fds, memory, memoryview(buffer)[:needed])
+                if len(buffer) < op.source_span_nbytes:
+                    buffer = bytearray(op.source_span_nbytes)
+                _read_rows(op, fds, memory, memoryview(buffer)[: op.source_span_nbytes])
 
         return run
 
@@ -63,8 +48,7 @@ def _cut(op: CopyOp) -> list[CopyOp]:
     """Operations of at most READ_BYTES, or whose source bytes fit into a thread's buffer."""
     if op.is_contiguous or (not op.source_dtype and op.row_nbytes >= MIN_DIRECT_ROW_BYTES):
         return list(split_op(op, READ_BYTES))
-    reach = max(op.source_stride, op.source_row_nbytes) / op.row_nbytes  # source bytes per target byte
-    return list(split_op(op, max(1, int(BLOCK_BYTES / reach))))
+    return list(split_by_source(op, BLOCK_BYTES))
 
 
 def _read_rows(op: CopyOp, fds: Sequence[int], memory: memoryview, block: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Owns laying rows that lie one behind the other out in host memory, converted where their dtype is another."""
+"""Owns copying rows out of a block of bytes into host memory, converted where their dtype is another."""
 
 import numpy as np
 

@@ -23,42 +23,38 @@ def fill_quantized(jobs: Sequence[QuantizeJob], fds: Mapping[str, int], arena: W
     Raises:
         OSError: if a file can't be read or is shorter than its header says.
     """
-    device = arena.tensor(arena.manifest.entries[0]).device
 
     def make_worker() -> Callable[[QuantizeJob], None]:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        return lambda job: _run(job, fds, arena, device)
+        arena.make_current()
+        return lambda job: _run(job, fds, arena)
 
     run_in_threads(jobs, make_worker, "quantize-weights")
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    arena.synchronize()
 
 
-def _run(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena, device: torch.device) -> None:
+def _run(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> None:
     num_columns = job.info.shape[1]
     start, stop = job.rows
     row_nbytes = job.info.nbytes // job.info.shape[0]
-    raw = _read(fds[job.path], job.info, start * row_nbytes, (stop - start) * row_nbytes, device)
+    raw = _read(fds[job.path], job.info, start * row_nbytes, (stop - start) * row_nbytes, arena)
     values = raw.view(stop - start, num_columns).float()
     if job.source_scale is not None:
         path, info = job.source_scale
-        scales = _read(fds[path], info, 0, info.nbytes, device).float().view(info.shape)
+        scales = _read(fds[path], info, 0, info.nbytes, arena).float().view(info.shape)
         values = values * _expand_scales(scales, job)
     quantized, scale = quantize_rows(values)
     *outer, row, column = job.target_start
-    rows = slice(row, row + stop - start)
+    rows: tuple[int | slice, ...] = (*outer, slice(row, row + stop - start))
     first, last = job.columns
-    columns = slice(column, column + last - first)
-    arena.tensor(job.weight)[(*outer, rows, columns)] = quantized[:, first:last]
-    arena.tensor(job.scale)[(*outer, rows)] = scale
+    arena.tensor(job.weight)[(*rows, slice(column, column + last - first))] = quantized[:, first:last]
+    arena.tensor(job.scale)[rows] = scale
 
 
-def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Some bytes of a checkpoint tensor, on the device, as a flat tensor of its type."""
-    buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    read_range([fd], 0, info.offset + offset, memoryview(buffer.numpy()))
-    return buffer.to(device, non_blocking=True).view(getattr(torch, info.dtype))
+def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, arena: WeightArena) -> torch.Tensor:
+    """Some bytes of a checkpoint tensor, on the arena's device, as a flat tensor of its type."""
+    buffer = arena.host_buffer(nbytes)
+    read_range([fd], 0, info.offset + offset, buffer.numpy().data)
+    return buffer.to(arena.byte_tensor().device, non_blocking=True).view(getattr(torch, info.dtype))
 
 
 def _expand_scales(scales: torch.Tensor, job: QuantizeJob) -> torch.Tensor:

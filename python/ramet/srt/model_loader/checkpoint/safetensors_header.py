@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from ramet.srt.weights.manifest import element_size
 
@@ -112,9 +113,9 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     return {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
 
 
-def _read_tensor_info(path: str, name: str, fields: object, data_start: int, file_nbytes: int) -> TensorInfo:
+def _read_tensor_info(path: str, name: str, fields: Any, data_start: int, file_nbytes: int) -> TensorInfo:
     try:
-        code, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]  # type: ignore[index]
+        code, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("negative or non-integer numbers")
     except (KeyError, TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host_reader import fill_from_files
+from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
@@ -93,7 +93,8 @@ class CheckpointSource:
             ValueError: if a file can't be read any more or has become shorter.
         """
         arena.prepare_fill(zero_ranges(arena.manifest))
-        self._read(transfer_plan.ops, arena)
+        with self._open_files() as fds:
+            arena.fill_from_files(transfer_plan.ops, list(fds.values()))
         if self._quantize_jobs:
             from ramet.srt.model_loader.checkpoint.quantizing_reader import fill_quantized
 
@@ -109,16 +110,13 @@ class CheckpointSource:
         samples = [next(split_op(op, SAMPLE_BYTES)) for op in self.plan(arena.manifest).ops]
         # As large as the arena, but memory is only taken where a sample is written.
         with mmap.mmap(-1, arena.nbytes) as scratch, memoryview(scratch) as memory:
-            self._read(samples, memory)
+            with self._open_files() as fds:
+                fill_memory_from_files(samples, list(fds.values()), memory)
             for row in (row for op in samples for row in op.rows()):
                 span = slice(row.target_offset, row.target_stop)
                 if memory[span] != arena.read_bytes(row.target_offset, row.target_stop):
                     return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
         return None
-
-    def _read(self, ops: Sequence[CopyOp], target: WeightArena | memoryview) -> None:
-        with self._open_files() as fds:
-            fill_from_files(ops, list(fds.values()), target)
 
     @contextlib.contextmanager
     def _open_files(self) -> Iterator[dict[str, int]]:

@@ -1,24 +1,17 @@
-"""Owns the content checksums of an arena: computing them where it lies and comparing them. Knows no transport."""
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+"""Owns which content checksums an arena has, and which it must have by what a seed says. Knows no transport."""
 
 import msgspec
-import xxhash
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest
-
-SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
 
 
 def compute_checksums(manifest: WeightManifest, arena: WeightArena) -> WeightChecksums:
     """Checksums of every entry of the arena, by its device's algorithm."""
     return WeightChecksums(
         algorithm=arena.checksum_algorithm,
-        values=_hash_entries(manifest, arena, samples_only=False),
-        samples=_hash_entries(manifest, arena, samples_only=True),
+        values=arena.hash_entries(manifest.entries),
+        samples=arena.hash_samples(manifest.entries),
     )
 
 
@@ -34,9 +27,9 @@ def find_mismatches(
     Args:
         expected: name to checksum (to checksum of the sample, with `samples_only`); entries without one are skipped.
     """
-    chosen = msgspec.structs.replace(manifest, entries=tuple(e for e in manifest.entries if e.name in expected))
-    actual = _hash_entries(chosen, arena, samples_only=samples_only)
-    return [entry.name for entry, value in zip(chosen.entries, actual, strict=True) if value != expected[entry.name]]
+    chosen = [entry for entry in manifest.entries if entry.name in expected]
+    actual = arena.hash_samples(chosen) if samples_only else arena.hash_entries(chosen)
+    return [entry.name for entry, value in zip(chosen, actual, strict=True) if value != expected[entry.name]]
 
 
 def expected_checksums(
@@ -64,38 +57,3 @@ def content_checksums(manifest: WeightManifest | None, *, samples_only: bool = F
 
 def _content_key(algorithm: str, entry: WeightEntry) -> tuple:
     return algorithm, entry.name, entry.dtype, entry.shape, entry.boxes
-
-
-def _hash_entries(manifest: WeightManifest, arena: WeightArena, *, samples_only: bool) -> tuple[str, ...]:
-    if arena.device == "cuda":
-        from ramet.srt.model_loader.arena.cuda_hash import hash_entries
-
-        return hash_entries(manifest, arena)  # so fast that samples would save nothing
-    return _map_entries(manifest, arena.memory, _hash_sample if samples_only else _hash_entry)
-
-
-def _map_entries(
-    manifest: WeightManifest, memory: memoryview, function: Callable[[memoryview], str]
-) -> tuple[str, ...]:
-    def run(entry: WeightEntry) -> str:
-        return function(memory[entry.offset : entry.offset + entry.nbytes])
-
-    # The hash runs without the GIL. Large entries go first, so that no thread is left with one at the end.
-    order = sorted(range(len(manifest.entries)), key=lambda i: -manifest.entries[i].nbytes)
-    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="checksum") as pool:
-        hashed = dict(zip(order, pool.map(run, (manifest.entries[i] for i in order)), strict=True))
-    return tuple(hashed[i] for i in range(len(manifest.entries)))
-
-
-def _hash_entry(data: memoryview) -> str:
-    return xxhash.xxh3_64_hexdigest(data)
-
-
-def _hash_sample(data: memoryview) -> str:
-    if data.nbytes <= 3 * SAMPLE_BYTES:
-        return xxhash.xxh3_64_hexdigest(data)
-    middle = data.nbytes // 2
-    digest = xxhash.xxh3_64(data[:SAMPLE_BYTES])
-    digest.update(data[middle : middle + SAMPLE_BYTES])
-    digest.update(data[-SAMPLE_BYTES:])
-    return digest.hexdigest()

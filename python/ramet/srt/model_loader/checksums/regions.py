@@ -3,24 +3,12 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
-import xxhash
-
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host import HostWeightArena
-from ramet.srt.model_loader.arena.host_hash import _rows
-from ramet.srt.weights.boxes import Region, contiguous_strides, flatten, intersect, subtract
+from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, share_out
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
 
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
-
-
-class WeightRegion(msgspec.Struct, frozen=True, array_like=True):
-    """A slice of a checkpoint tensor."""
-
-    checkpoint_name: str
-    region: Region
 
 
 class RegionChecksums:
@@ -70,18 +58,11 @@ def split_over_ranks(
     shares: list[list[tuple[str, WeightRegion]]] = [[] for _ in ranks]
     for entry in entries:
         for box in entry.boxes:
-            remaining: list[Region] = [box.source]
-            for share, holdings in zip(shares, ranks, strict=True):
-                for holding in holdings.get(box.checkpoint_name, ()):
-                    rest: list[Region] = []
-                    for region in remaining:
-                        common = intersect(region, holding.region)
-                        if common is None:
-                            rest.append(region)
-                            continue
-                        share.append((entry.name, WeightRegion(box.checkpoint_name, common)))
-                        rest.extend(subtract(region, common))
-                    remaining = rest
+            name = box.checkpoint_name
+            held = ((share, holding.region) for share, rank in zip(shares, ranks, strict=True)
+                    for holding in rank.get(name, ()))  # fmt: skip
+            for share, region in share_out(box.source, held)[0]:
+                share.append((entry.name, WeightRegion(name, region)))
     return shares
 
 
@@ -93,17 +74,7 @@ def hash_region(arena: WeightArena, holding: Holding, region: Region) -> str:
         extents, holding.strides, contiguous_strides(extents, size), (size, size)
     )
     start = holding.offset + region_offset(region, holding)
-    starts = [start + offset for offset, _ in repeats]
-    if arena.device == "cuda":
-        from ramet.srt.model_loader.arena.cuda_hash import hash_rows
-
-        return hash_rows(arena, starts, row * size, num_rows, stride)
-    assert isinstance(arena, HostWeightArena)
-    digest = xxhash.xxh3_64()
-    for start in starts:
-        for block in _rows(arena.memory, start, row * size, num_rows, stride):
-            digest.update(block)
-    return digest.hexdigest()
+    return arena.hash_rows([start + offset for offset, _ in repeats], row * size, num_rows, stride)
 
 
 def _contains(outer: Region, inner: Region) -> bool:

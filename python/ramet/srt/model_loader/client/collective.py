@@ -9,8 +9,7 @@ import torch
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, connect
-from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host import HostReceiveWindow, HostWeightArena
+from ramet.srt.model_loader.arena.base import ReceiveBuffer, WeightArena
 from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     INIT_SEND_GROUP_PATH,
@@ -25,7 +24,6 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     target_rows,
     unpack,
 )
-from ramet.srt.utils import host_memory
 from ramet.srt.utils.net import format_address, local_address
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
@@ -45,37 +43,16 @@ def open_collective(
     return kind(rank, arena, config)
 
 
-class _Target:
-    """Where broadcasts go. In host memory a window again: gloo may still write after a time limit."""
-
-    def __init__(self, arena: WeightArena) -> None:
-        self._window: HostReceiveWindow | None = None
-        if isinstance(arena, HostWeightArena):
-            self._window = HostReceiveWindow(arena, 0)
-            view = host_memory.view_memory(self._window.address, arena.nbytes)
-            self.memory = torch.frombuffer(view, dtype=torch.uint8)
-        else:
-            self.memory = arena.byte_tensor()
-
-    def close(self) -> None:
-        if self._window is not None:
-            self._window.close()
-
-    def cut_off(self) -> None:
-        if self._window is not None:
-            self._window.cut_off()
-
-
 class _Pair:
     """The talk with one rank of a seed: its two requests, and the group of two."""
 
     def __init__(self, rank: SeedRank, arena: WeightArena, config: LoadConfig) -> None:
         self.rank = rank
         self.timeout_s = min(config.timeout_s, MAX_TIMEOUT_S)
-        self.backend = "gloo" if arena.device == "cpu" else "nccl"
+        self.backend = arena.broadcast_backend
         self.arena = arena
         self._api_keys = config.api_keys
-        self._target: _Target | None = None
+        self._target: ReceiveBuffer | None = None
         self._group: PairGroup | None = None
         self._sending: threading.Thread | None = None
         self._failure = ""  # what the seed has answered to a request that was still open
@@ -111,7 +88,7 @@ class _Pair:
 
     def meet(self, host: str, port: int, name: str) -> None:
         """Raises OSError if the seed does not come."""
-        self._target = _Target(self.arena)
+        self._target = self.arena.open_receive_buffer()
         address = local_address(format_address(host, port))
         store = connect(host, port, self.timeout_s)
         self._group = PairGroup(store, name, RECEIVER, self.memory.device, address, self.timeout_s)
@@ -142,9 +119,8 @@ class _Pair:
 
     def close(self) -> None:
         """After everything has been received."""
-        if self.arena.device == "cuda":
-            with self.arena.work_context():
-                torch.cuda.current_stream().synchronize()  # rows may still be sorted out
+        with self.arena.work_context():
+            self.arena.synchronize()  # rows may still be sorted out
         if self._group is not None:
             self._group.close()
         if self._target is not None:

@@ -1,20 +1,12 @@
 """Owns filling an arena from a seed on the same host: mapping its memory, or copying it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import msgspec
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.arena.host import HostWeightArena
-from ramet.srt.model_loader.arena.host_reader import fill_from_files
 from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import LocalHandle
-
-if TYPE_CHECKING:
-    from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
 
 HAND_OVER_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
@@ -39,11 +31,12 @@ class LocalSource:
         self._arena = arena
         self._digest = layout_digest(seed_manifest)
         self._timeout_s = timeout_s
-        self._gpu_memory: CudaIpcMemory | None = None
         self._memory = request_memory(handle.socket_name, self._digest, min(timeout_s, HAND_OVER_TIMEOUT_S))
-        if self._memory.cuda_ipc_handle and arena.device != "cuda":
-            self.close()
-            raise ValueError("the seed's memory is on a GPU, this instance's is not")
+        try:
+            self._shared = arena.open_shared(self._memory.share)
+        except BaseException:
+            self._memory.__exit__()
+            raise
 
     def __enter__(self) -> "LocalSource":
         return self
@@ -52,25 +45,20 @@ class LocalSource:
         self.close()
 
     def close(self) -> None:
-        if self._gpu_memory is not None:
-            self._gpu_memory.close()
+        self._shared.close()
         self._memory.__exit__()
 
     def prepare_copy(self) -> None:
-        """Open a GPU's memory now, so that where this is not allowed there is still time to go another way.
+        """Open the memory now, so that where this is not allowed there is still time to go another way.
 
         Raises:
             OSError: if it can't be opened.
         """
-        if self._memory.cuda_ipc_handle:
-            from ramet.srt.model_loader.client.cuda_ipc import CudaIpcMemory
-
-            self._gpu_memory = CudaIpcMemory(self._memory.cuda_ipc_handle, self._arena)
+        self._shared.open()
 
     def can_map(self) -> bool:
-        """Whether the seed's memory can stand in for the arena's: host memory on both sides, laid out equally."""
-        is_host = isinstance(self._arena, HostWeightArena) and self._memory.fd is not None
-        return is_host and layout_digest(self._arena.manifest) == self._digest
+        """Whether the seed's memory can stand in for the arena's: it can be shown there, and is laid out equally."""
+        return self._shared.can_map() and layout_digest(self._arena.manifest) == self._digest
 
     def map(self) -> int:
         """Show the seed's memory in the arena, copy-on-write. It outlives the seed. Returns the bytes shown.
@@ -78,23 +66,16 @@ class LocalSource:
         Raises:
             ValueError: if the memory is not sealed or too small.
         """
-        assert isinstance(self._arena, HostWeightArena) and self._memory.fd is not None
-        self._arena.map_seed_memory(self._memory.fd)
+        self._shared.map()
         return self._arena.manifest.payload_nbytes
 
     def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
         return [list(ops)]
 
     def run(self, step: list[CopyOp]) -> None:
-        """Copy from the seed's memory into the arena's own, whatever the layouts; after `prepare_copy`.
+        """Copy from the seed's memory into the arena's own, whatever the layouts.
 
         Raises:
             OSError: if the memory is not as large as the seed said, or the seed ends too early.
         """
-        memory = self._memory
-        if self._gpu_memory is not None:
-            self.measured_seconds = self._gpu_memory.copy(step, memory.offset, memory.seed_is_alive, self._timeout_s)
-            return
-        # Read as a file, the seed's memory needs no page tables here: faster than mapping it and copying.
-        assert memory.fd is not None
-        fill_from_files([msgspec.structs.replace(op, source=0) for op in step], [memory.fd], self._arena)
+        self.measured_seconds = self._shared.copy(step, self._memory.seed_is_alive, self._timeout_s)

@@ -104,11 +104,7 @@ def _compare_regions(
         if not share:
             continue
         regions = [region for _, region in share]
-        request = ChecksumsRequest(
-            rank=rank.answer.rank,
-            role=arena.manifest.role,
-            regions=[(region.checkpoint_name, region.region) for region in regions],
-        )
+        request = ChecksumsRequest(rank=rank.answer.rank, role=arena.manifest.role, regions=regions)
         answer = fetch_checksums(seed.host, seed.port, request, config.timeout_s, config.api_keys)
         if answer is None or answer.algorithm != own.algorithm:
             return False

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ramet.srt.distributed.pair_group import DEVICE_OF_BACKEND, SENDER, PairGroup, listen
+from ramet.srt.distributed.pair_group import SENDER, PairGroup, listen
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.transport.broadcast_steps import Broadcast, ByteRows, check_broadcasts, pack
 from ramet.srt.weights.control_messages import InitSendGroupOutput, InitSendGroupReq, SendWeightsOutput
@@ -83,7 +83,7 @@ class SendGroups:
     def _make(self, request: InitSendGroupReq) -> "_Transfer":
         if not 0 < request.timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}; got {request.timeout_s}")
-        if request.backend and DEVICE_OF_BACKEND.get(request.backend) != self._arena.device:
+        if request.backend and request.backend != self._arena.broadcast_backend:
             raise ValueError(f"the backend {request.backend!r} can't send from {self._arena.device}")
         if not request.group_name and request.layout != layout_digest(self._arena.manifest):
             raise ValueError("another layout is in this memory")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
-from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
+from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
@@ -59,7 +59,7 @@ class WeightSeed:
         host: str,
         started_at: float = 0.0,
         control_host: str | None = None,
-        on_state: Callable[[bool], None] = lambda is_ready: None,
+        on_state: Callable[[bool], None] = lambda _is_ready: None,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
@@ -130,7 +130,7 @@ class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
     def __init__(
-        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda is_ready: None
+        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda _is_ready: None
     ) -> None:
         """
         Args:
@@ -152,15 +152,14 @@ class SeedRequests:
             return self._send_groups().init(request)
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
-        regions = [WeightRegion(name, region) for name, region in request.regions]
-        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=self._checksums.compute(regions))
+        checksums = self._checksums.compute(request.regions)
+        return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)
 
     def _send_groups(self) -> "SendGroups":
         with self._lock:
             if self._groups is None:
-                from ramet.srt.model_loader.seed.send_groups import (
-                    SendGroups,
-                )  # needs torch.distributed, and is rarely used
+                # It needs torch.distributed, and is rarely used.
+                from ramet.srt.model_loader.seed.send_groups import SendGroups
 
                 self._groups = SendGroups(self._arena, self._address)
             return self._groups

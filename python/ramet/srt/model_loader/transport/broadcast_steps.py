@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
-from ramet.srt.weights.copy_op import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, join_neighbours, split_op
 
 DIRECT_BYTES = 1 << 30  # a broadcast straight out of the one arena into the other
 MIN_DIRECT_BYTES = 1 << 20
@@ -36,7 +36,7 @@ def make_broadcast_steps(ops: Sequence[CopyOp]) -> Iterator[list[CopyOp]]:
     """The operations of each broadcast: one long range, or several that are packed."""
     packed: list[CopyOp] = []
     nbytes = 0
-    for op in _join(ops):
+    for op in join_neighbours(ops):  # the planner has cut ranges to share them between seeds
         if op.num_rows == 1 and op.nbytes >= MIN_DIRECT_BYTES:
             yield from ([part] for part in split_op(op, DIRECT_BYTES))
             continue
@@ -48,22 +48,6 @@ def make_broadcast_steps(ops: Sequence[CopyOp]) -> Iterator[list[CopyOp]]:
             nbytes += part.nbytes
     if packed:
         yield packed
-
-
-def _join(ops: Sequence[CopyOp]) -> Iterator[CopyOp]:
-    """The same with ranges in one piece that the planner has cut to share them between seeds."""
-    last: CopyOp | None = None
-    for op in ops:
-        if last is not None and last.num_rows == op.num_rows == 1:
-            source_stop = last.source_offset + last.row_nbytes
-            if (source_stop, last.target_stop) == (op.source_offset, op.target_offset):
-                last = msgspec.structs.replace(last, row_nbytes=last.row_nbytes + op.row_nbytes)
-                continue
-        if last is not None:
-            yield last
-        last = op
-    if last is not None:
-        yield last
 
 
 def source_rows(step: Sequence[CopyOp]) -> Broadcast:

@@ -11,7 +11,7 @@ import threading
 
 import msgspec
 
-from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.base import LentMemory, MemoryShare, SharedFile, WeightArena
 from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
 from ramet.srt.weights.manifest import layout_digest
 
@@ -67,22 +67,26 @@ class LocalShareServer:
                 reply = ShareReply(error=f"user {uid} may not have the memory of user {os.geteuid()}")
             elif request.layout_digest != self._digest:
                 reply = ShareReply(error="another layout is in this memory")
-            elif self._arena.device == "cuda":
-                return self._lend_gpu_memory(connection)
             else:
-                reply = ShareReply()
-            fds = [] if reply.error else [self._arena.fd]
-            socket.send_fds(connection, [msgspec.msgpack.encode(reply)], fds)
+                return self._hand_over(connection)
+            connection.send(msgspec.msgpack.encode(reply))
         except (OSError, ValueError) as error:
             logger.debug("a local client went away: %s", error)
 
-    def _lend_gpu_memory(self, connection: socket.socket) -> None:
-        """Send a handle and wait until the client has closed the connection."""
+    def _hand_over(self, connection: socket.socket) -> None:
         try:
-            handle, offset = self._arena.export_memory()
-            reply = ShareReply(cuda_ipc_handle=handle, offset=offset)
+            share = self._arena.share()
         except OSError as error:
-            reply = ShareReply(error=f"the GPU's memory can't be lent: {error}")
+            connection.send(msgspec.msgpack.encode(ShareReply(error=str(error))))
+            return
+        match share:
+            case SharedFile(fd):
+                socket.send_fds(connection, [msgspec.msgpack.encode(ShareReply())], [fd])
+            case LentMemory(handle, offset):
+                self._lend(connection, ShareReply(cuda_ipc_handle=handle, offset=offset))
+
+    def _lend(self, connection: socket.socket, reply: ShareReply) -> None:
+        """Send a handle and wait until the client has closed the connection."""
         with self._no_readers:
             self._readers.add(connection)
         try:
@@ -98,19 +102,17 @@ class LocalShareServer:
 class OfferedMemory:
     """A seed's memory. Use as a context manager: descriptor and connection are closed at the end."""
 
-    def __init__(self, connection: socket.socket, reply: ShareReply, fd: int | None) -> None:
+    def __init__(self, connection: socket.socket, share: MemoryShare) -> None:
         connection.setblocking(False)
         self._connection = connection
-        self.fd = fd  # of host memory
-        self.cuda_ipc_handle = reply.cuda_ipc_handle  # of a GPU's memory, else empty
-        self.offset = reply.offset
+        self.share = share
 
     def __enter__(self) -> "OfferedMemory":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.fd is not None:
-            os.close(self.fd)
+        if isinstance(self.share, SharedFile):
+            os.close(self.share.fd)
         self._connection.close()
 
     def seed_is_alive(self) -> bool:
@@ -145,7 +147,7 @@ def request_memory(name: str, digest: str, timeout_s: float) -> OfferedMemory:
             raise ValueError(reply.error or "the seed sent no memory")
         for fd in fds:
             os.set_inheritable(fd, False)
-        return OfferedMemory(connection, reply, fds[0] if fds else None)
+        return OfferedMemory(connection, SharedFile(fds[0]) if fds else LentMemory(reply.cuda_ipc_handle, reply.offset))
     except BaseException:
         for fd in fds:
             os.close(fd)

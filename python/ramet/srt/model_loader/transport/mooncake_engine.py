@@ -16,7 +16,7 @@ HANDSHAKE = "P2PHANDSHAKE"  # the engines find each other by session id, without
 
 
 class MooncakeEngine:
-    """One TransferEngine of this process. WIRE.md's traps are dealt with in here.
+    """One TransferEngine of this process.
 
     It is never destroyed: its destructor holds the GIL for a second, and waits for reads that are stuck.
     """
@@ -89,7 +89,7 @@ class MooncakeEngine:
                 results.append(
                     self._engine.batch_transfer_sync_read(session_id, list(local), list(remote), list(nbytes))
                 )
-            except BaseException as error:  # handed to the caller's thread
+            except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
                 results.append(error)
 
         # The call releases the GIL but can't be interrupted: a daemon thread can be left behind in it.
