@@ -5,8 +5,6 @@ import contextlib
 import re
 import time
 import warnings
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -14,7 +12,7 @@ from pydantic import ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 import ramet
-from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
 from ramet.srt.entrypoints.http.answers import (
     ChatCompletion,
     Completion,
@@ -166,24 +164,12 @@ def _native_routes(instance: Instance) -> APIRouter:
     async def generate(body: GenerateReqInput, request: Request) -> Response:
         """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
         if body.stream:
-            return await event_stream(request, stream(body))
-        return await until_disconnect(request, answer(body))
+            return await event_stream(request, stream_request(instance.manager, body))
 
-    async def answer(body: GenerateReqInput) -> Response:
-        manager = instance.manager
-        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
-        sequences = await generation.finish()
-        outputs = [native_output(sequence, body, manager.tokenizer) for sequence in sequences]
-        return json_response(outputs if body.is_batch or len(outputs) > 1 else outputs[0])
+        async def answer() -> Response:
+            return json_response(await answer_request(instance.manager, body))
 
-    async def stream(body: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
-        manager = instance.manager
-        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
-        has_several = body.is_batch or len(generation.sequences) > 1
-        async with aclosing(generation.updates()) as updates:
-            async for update in updates:
-                sequence = generation.sequences[update.index]
-                yield native_output(sequence, body, manager.tokenizer, update.index if has_several else None)
+        return await until_disconnect(request, answer())
 
     @router.get("/get_model_info", responses={200: {"model": ModelInfo}})
     async def get_model_info() -> Response:
