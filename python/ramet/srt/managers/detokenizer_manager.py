@@ -126,15 +126,16 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(config.directory, ignore_errors=True)  # the launcher does it too, unless it has been killed
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
 def _serve(config: ChildConfig, status_fd: int) -> int:
-    server_args = config.make_server_args()
-    configure_logging(server_args.log_level, "detokenizer")
+    args = config.make_server_args()
+    configure_logging(args.log_level, "detokenizer")
     try:
-        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(server_args))
+        path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
+        tokenizer = Tokenizer.from_path(path)
     except ValueError as error:
         send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
         return 1
