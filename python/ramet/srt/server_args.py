@@ -475,21 +475,3 @@ class ServerArgs:
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: model_path -> --model-path."""
     return "--" + field_name.replace("_", "-")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PortArgs:
-    """Addresses of the ZeroMQ sockets between one instance's processes (pyzmq address strings).
-
-    Whoever reads a socket binds it. Where each scheduler reads, its SchedulerReady says.
-    """
-
-    tokenizer_ipc_name: str  # PULL at the tokenizer manager; from the detokenizer and the schedulers
-    detokenizer_ipc_name: str  # PULL at the detokenizer; from the schedulers and the tokenizer manager
-    tokenizer_fd: int | None = None  # listening socket behind the address, where that is TCP
-    detokenizer_fd: int | None = None
-
-    @classmethod
-    def in_directory(cls, directory: str) -> "PortArgs":
-        """Unix-socket addresses below `directory`, which only this user may enter."""
-        return cls(tokenizer_ipc_name=f"ipc://{directory}/tokenizer", detokenizer_ipc_name=f"ipc://{directory}/detok")

@@ -31,7 +31,8 @@ from ramet.srt.managers.io_struct import (
     SchedulerReady,
     decode,
 )
-from ramet.srt.server_args import PortArgs, ServerArgs
+from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.net import address_family, format_address
 from ramet.srt.utils.socket_folder import SocketFolder
 
@@ -85,7 +86,7 @@ class ChildProcesses:
             self._listen_for_other_nodes(args.head_host)
         config = ChildConfig(
             server_args=dataclasses.asdict(args),
-            port_args=dataclasses.asdict(self.port_args),
+            port_args=self.port_args,
             directory=self._folder.path,
             parallel=ParallelConfig(),
             bootstrap_url=bootstrap_url,

@@ -30,8 +30,8 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_tokenizer_path
@@ -139,7 +139,7 @@ def _serve(config: ChildConfig, status_fd: int) -> int:
     except ValueError as error:
         send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
         return 1
-    run_detokenizer(tokenizer, config.make_port_args(), config.parent_pid, status_fd)
+    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd)
     return 0
 
 

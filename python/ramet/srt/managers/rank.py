@@ -15,12 +15,12 @@ from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.plan_channel import PlanReceiver, PlanSender
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import make_grammar_backend
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
 from ramet.srt.utils.net import choose_interface, format_address, format_url, local_address, reachable_host
@@ -105,7 +105,7 @@ class Rank:
     def _meet(self) -> None:
         """Open this rank's sockets, find the other ranks and connect to those that it talks to."""
         args, parallel = self.args, self.parallel
-        port_args = self.config.make_port_args()
+        port_args = self.config.port_args
         is_local = args.nnodes == 1
         address = self.config.directory if is_local else local_address(args.dist_init_addr)
         if self.is_leader:

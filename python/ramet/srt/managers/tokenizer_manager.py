@@ -38,8 +38,8 @@ from ramet.srt.managers.io_struct import (
     encode,
 )
 from ramet.srt.managers.metrics import Metrics
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS
 from ramet.srt.text.tokenizer import Tokenizer
 
