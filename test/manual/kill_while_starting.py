@@ -47,9 +47,9 @@ def find_rank(node: Node) -> int | None:
 
 def kill(node: Node, victim: str) -> None:
     if victim.startswith("node"):
-        return node.kill()
-    # A launcher starts its ranks a moment after it listens.
-    os.kill(wait_until(lambda: find_rank(node), f"the process of {victim}", START_TIMEOUT_S), signal.SIGKILL)
+        node.kill()
+    else:  # a launcher starts its ranks a moment after it listens
+        os.kill(wait_until(lambda: find_rank(node), f"the process of {victim}", START_TIMEOUT_S), signal.SIGKILL)
 
 
 def run(case: Case, phase: str, victim: str, model: Path, folder: Path) -> str:

@@ -93,7 +93,7 @@ def create_app(instance: Instance) -> FastAPI:
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)
-    async def on_client_gone(request: Request, error: ClientGone) -> Response:
+    async def on_client_gone(_request: Request, _error: ClientGone) -> Response:
         return error_response(CLIENT_GONE_STATUS, "the client has gone")
 
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
