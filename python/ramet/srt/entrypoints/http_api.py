@@ -86,10 +86,38 @@ class StartProfileBody(RequestBody):
     record_shapes: bool | None = None
 
 
+class DescribedApp(FastAPI):
+    """An application whose OpenAPI description is true: bad input is answered with 400, never 422; keys are named."""
+
+    has_keys = False
+
+    def openapi(self) -> dict[str, Any]:
+        schema = self.openapi_schema
+        if schema is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a route with two methods has one operation id, until below
+                schema = super().openapi()
+            self._correct(schema)
+        return schema
+
+    def _correct(self, schema: dict[str, Any]) -> None:
+        schema["components"]["schemas"].pop("HTTPValidationError", None)
+        schema["components"]["schemas"].pop("ValidationError", None)
+        if self.has_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
+                operation["responses"].pop("422", None)
+                if self.has_keys and path not in HEALTH_PATHS:
+                    operation["security"] = [{"key": []}]
+
+
 def create_app(instance: Instance) -> FastAPI:
     """The application that serves `instance`."""
     args = instance.server_args
-    app = FastAPI(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
+    app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
+    app.has_keys = bool(args.api_key or args.admin_api_key)
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)
@@ -104,7 +132,6 @@ def create_app(instance: Instance) -> FastAPI:
     app.add_middleware(
         AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
     )
-    _describe(app, has_keys=bool(args.api_key or args.admin_api_key))
     return app
 
 
@@ -286,28 +313,3 @@ def _openai_routes(instance: Instance) -> APIRouter:
         return json_response(model_card())
 
     return router
-
-
-def _describe(app: FastAPI, has_keys: bool) -> None:
-    """Correct the generated OpenAPI description: bad input is answered with 400 here, never 422; keys are named."""
-    generate_schema = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a route with two methods has one operation id, until below
-                schema = generate_schema()
-            schema["components"]["schemas"].pop("HTTPValidationError", None)
-            schema["components"]["schemas"].pop("ValidationError", None)
-            if has_keys:
-                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, operations in schema["paths"].items():
-                for method, operation in operations.items():
-                    operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
-                    operation["responses"].pop("422", None)
-                    if has_keys and path not in HEALTH_PATHS:
-                        operation["security"] = [{"key": []}]
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
