@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from ServerArgs; test/unit/test_flags_doc.py checks that it is current."""
+"""Writes docs/flags.md from ServerArgs; test/unit/test_docs.py checks that it is current."""
 
 import dataclasses
 import re
