@@ -16,8 +16,8 @@ from ramet.srt.model_loader.client.local import LocalSource
 from server_process import is_running
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
-from bench_common import Server  # noqa: E402
-from soak_clones import process_tree  # noqa: E402
+from bench_common import Server  # noqa: E402 - its folder is made importable above
+from soak_clones import process_tree  # noqa: E402 - its folder is made importable above
 
 OFFER = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 PREFIX = "remote_instance_weight_loader"

@@ -18,7 +18,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "test"), str(ROOT / "python")]
 
-from cluster import CASES, Host, Node, check_registrations  # noqa: E402
+from cluster import CASES, Host, Node, check_registrations  # noqa: E402 - its folder is made importable above
 
 NODE_PORTS = 30000  # node n serves on the n-th port from here, so that all nodes may be one machine
 QUESTION = "What is a ramet?"
