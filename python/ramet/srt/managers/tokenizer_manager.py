@@ -264,7 +264,7 @@ class TokenizerManager:
         reason = item.output.finish_reason
         previous_s = sequence.last_output_s
         generation.add(index, item, now)
-        self.metrics.observe_output(sequence, len(item.output.token_ids), previous_s)
+        self.metrics.observe_output(sequence, len(item.output.token_ids), now, previous_s)
         if reason is None:
             return
         self._forget(item.output.rid)
