@@ -1,6 +1,6 @@
 """Reads the documentation for its tests: code blocks, the commands in them, and what those may name.
 
-A block says its language. One of shell commands is run by the tests, unless the line above it says why not:
+A block says its language. One of shell commands or Python is run by the tests, unless the line above it says why not:
 `<!-- not run: needs a GPU -->`.
 """
 
@@ -41,7 +41,7 @@ def blocks(page: Path) -> list[Block]:
     found, opened = [], 0
     lines = page.read_text().splitlines()
     for number, line in enumerate(lines, 1):
-        is_fence = line.startswith("```")
+        is_fence, next_is_fence = line.startswith("```"), "".join(lines[number : number + 1]).startswith("```")
         if is_fence and not opened:
             opened = number
         elif is_fence:
@@ -49,7 +49,7 @@ def blocks(page: Path) -> list[Block]:
             text = "\n".join(lines[opened : number - 1])
             found.append(Block(page.name, opened, lines[opened - 1][3:], text, mark and mark[1]))
             opened = 0
-        elif not opened and "<!-- not run" in line and not (MARK.fullmatch(line) and lines[number].startswith("```")):
+        elif not opened and line.startswith("<!-- not run") and not (MARK.fullmatch(line) and next_is_fence):
             raise ValueError(f"{page.name}:{number}: this mark has no block below it, or gives no reason")
     if opened:
         raise ValueError(f"{page.name}:{opened}: this block has no end")

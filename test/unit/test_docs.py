@@ -185,8 +185,10 @@ def problem_of(words: list[str], whole: bool) -> str | None:
 def problem_of_parse(parse, words: list[str]) -> str | None:
     try:
         parse(words)
-    except (ValueError, SystemExit) as error:
+    except ValueError as error:
         return f"the flags can't be used: {error}"
+    except SystemExit as error:
+        return f"the flags can't be used: {error}" if error.code else None  # --help ends with 0
     return None
 
 
@@ -217,7 +219,7 @@ def problem_of_make(words: list[str]) -> str | None:
 
 def problem_of_curl(words: list[str]) -> str | None:
     method = words[words.index("-X") + 1] if "-X" in words else "POST" if "-d" in words else "GET"
-    path = urlsplit(next(word for word in words if "://" in word)).path
+    path = urlsplit(next((word for word in words if "://" in word), "")).path
     return None if is_route(method, path) else f"there is no route {method} {path}"
 
 
@@ -273,6 +275,7 @@ def test_blocks_that_have_no_mark_run(block: Block) -> None:
         ("X=1 .venv/bin/python -m ramet.launch_server --model-path M  # with a comment", None),
         ("python -m ramet.launch", "no module"),
         ("ramet grow", "no such command"),
+        ("ramet serve --help && ramet modelexpress-server --help", None),
         ("ramet modelexpress-server --port x", "flags can't be used"),
         ("make test MARKS= && make bench ARGS='startup --output x'", None),
         ("make tests", "has no {'tests'}"),
@@ -300,7 +303,12 @@ def test_marks_are_read(tmp_path: Path) -> None:
         ("bash", "needs a GPU", "a"),
         ("", None, "b"),
     ]
-    for text in ("<!-- not run: x -->\n\ntext\n", "<!-- not run: -->\n```bash\n```\n", "```bash\n"):
+    for text in (
+        "<!-- not run: x -->\n\ntext\n",
+        "<!-- not run: x -->",
+        "<!-- not run: -->\n```bash\n```\n",
+        "```bash\n",
+    ):
         page.write_text(text)
         with pytest.raises(ValueError, match=r"page.md:1: "):
             blocks(page)
