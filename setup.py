@@ -59,7 +59,10 @@ setup(
     license="Apache-2.0",
     package_dir={"": "python"},
     packages=find_packages("python"),
-    package_data={"ramet.srt.modelexpress": ["server/fleet.html", "proto/*.proto", "proto/*.pyi"]},
+    package_data={
+        "ramet": ["py.typed"],
+        "ramet.srt.modelexpress": ["server/fleet.html", "proto/*.proto", "proto/*.pyi"],
+    },
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
-from ramet.srt.layers import cpu_matmul  # noqa: E402
+from ramet.srt.layers import cpu_matmul  # noqa: E402 - its folder is made importable above
 
 SHAPES = ((9728, 896), (896, 4864))  # output and input size: a 0.5 B model's gate_up_proj and down_proj
 NUM_ROWS = (1, 8, 12, 16, 64, 256, 2048)

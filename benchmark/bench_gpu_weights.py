@@ -398,7 +398,7 @@ def main() -> int:
             try:
                 with time_limit(seconds, lambda: bench.give_up(args.output)):
                     getattr(bench, part)()
-            except Exception as error:  # of whatever kind: the other parts are measured all the same
+            except Exception as error:  # noqa: BLE001 - of whatever kind: the other parts are measured all the same
                 traceback.print_exc()
                 bench.failures[part] = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"{part}: {time.perf_counter() - begin:.1f} s", flush=True)

@@ -57,9 +57,8 @@ def main() -> None:
         rows.append((f"{name}: load", f"{load_s:.3f} s, {load['num_bytes'] / 1e6:.0f} MB, {load['source']}"))
         rows.append((f"{name}: beyond the transfer", f"{ratio:.2f} x import torch"))
         for phase in rounds[-1][name]["phases"]:
-            rows.append(
-                (f"{name}: {phase}", f"{median([r[name]['phases'][phase] for r in rounds]):.2f} s after launch")
-            )
+            phase_s = median([r[name]["phases"][phase] for r in rounds])
+            rows.append((f"{name}: {phase}", f"{phase_s:.2f} s after launch"))
         values[name] = {"ready_s": ready_s, "load_s": load_s, "ratio_beyond_transfer": ratio}
     report("start-up", args.output, rows, values)
 

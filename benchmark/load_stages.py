@@ -52,7 +52,7 @@ class LoadStages:
             for owner, name, stage in stages:
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), stage)))
             for reader in (host_reader, cuda_reader):
-                read = self._timed(reader.read_range, "read a range", lambda fds, index, offset, into: len(into))
+                read = self._timed(reader.read_range, "read a range", lambda _fds, _index, _offset, into: len(into))
                 stack.enter_context(mock.patch.object(reader, "read_range", read))
                 run = functools.partial(self._run_in_threads, reader.run_in_threads)
                 stack.enter_context(mock.patch.object(reader, "run_in_threads", run))

@@ -287,7 +287,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def interrupt(signum: int, frame: Any) -> None:
+def interrupt(_signum: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
 

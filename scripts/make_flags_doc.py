@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from ServerArgs; test/unit/test_flags_doc.py checks that it is current."""
+"""Writes docs/flags.md from ServerArgs; test/unit/test_docs.py checks that it is current."""
 
 import dataclasses
 import re
@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from ramet.srt.server_args import ServerArgs, flag_name  # noqa: E402
+from ramet.srt.server_args import ServerArgs, flag_name  # noqa: E402 - its folder is made importable above
 
 PATH = ROOT / "docs" / "flags.md"
 HEAD = """# Flags

@@ -8,12 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,24 +71,15 @@ class Host:
         """Call `function` with the host's view of the network: in a thread that enters its namespace."""
         if self.namespace is None:
             return function()
-        outcome: list[Any] = []
 
-        def run() -> None:
-            try:
-                with open(f"/run/netns/{self.namespace}") as handle:
-                    if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), CLONE_NEWNET) != 0:
-                        raise OSError(ctypes.get_errno(), "setns failed")
-                outcome.append((function(), None))
-            except BaseException as error:
-                outcome.append((None, error))
+        def run() -> Result:
+            with open(f"/run/netns/{self.namespace}") as handle:
+                if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), CLONE_NEWNET) != 0:
+                    raise OSError(ctypes.get_errno(), "setns failed")
+            return function()
 
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        value, error = outcome[0]
-        if error is not None:
-            raise error
-        return value
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
 
 
 def namespaces_work() -> bool:

@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
     status_fd = status_fd_argument(argv)
     config = read_child_config()
     die_with_parent(config.parent_pid)
-    args, ports = config.make_server_args().with_device_defaults("cpu"), config.make_port_args()
+    args, ports = config.make_server_args().with_device_defaults("cpu"), config.port_args
     fault = os.environ.get("FAKE_FAULT", "")
     time.sleep(float(os.environ.get("FAKE_START_S", "0")))
     if fault == "fail_start":

@@ -16,8 +16,8 @@ from ramet.srt.model_loader.client.local import LocalSource
 from server_process import is_running
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmark"))
-from bench_common import Server  # noqa: E402
-from soak_clones import process_tree  # noqa: E402
+from bench_common import Server  # noqa: E402 - its folder is made importable above
+from soak_clones import process_tree  # noqa: E402 - its folder is made importable above
 
 OFFER = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 PREFIX = "remote_instance_weight_loader"
@@ -90,15 +90,13 @@ def _held_back_copies(monkeypatch, when_queued: Callable[[], None]) -> Iterator[
 @contextlib.contextmanager
 def seeds(folder: Path, device: str, count: int, *flags: str) -> Iterator[list[Server]]:
     """Running instances, ended however they are."""
-    servers: list[Server] = []
     common = ["--device", device, "--max-total-tokens", "4096", "--max-running-requests", "8"]
-    try:
+    servers: list[Server] = []
+    with contextlib.ExitStack() as stack:
         for _ in range(count):
             servers.append(Server(folder, *common, OFFER, *flags))
+            stack.callback(servers[-1].stop)
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def clone_while_one_dies(monkeypatch, folder: Path, device: str, servers: list[Server]) -> EngineHarness:

@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from bench_common import running  # noqa: E402
+from bench_common import running  # noqa: E402 - its folder is made importable above
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 FLAGS = ["--device", "cuda", "--max-total-tokens", "8192", "--max-running-requests", "8"]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
-from bench_common import Server, running  # noqa: E402
+from bench_common import Server, running  # noqa: E402 - its folder is made importable above
 
 DEMO = ROOT / "examples" / "demo_model"
 FLAGS = ["--device", "cuda", "--max-total-tokens", "8192", "--max-running-requests", "8"]

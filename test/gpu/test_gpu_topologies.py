@@ -8,7 +8,7 @@ import random_models as rm
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
-from bench_common import running  # noqa: E402
+from bench_common import running  # noqa: E402 - its folder is made importable above
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROMPTS = rm.random_prompts([5, 33, 60])

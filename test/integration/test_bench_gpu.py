@@ -8,9 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmark"))
-import bench_gpu  # noqa: E402
-from bench_common import running  # noqa: E402
-from soak_clones import DEMO_MODEL, OFFER  # noqa: E402
+import bench_gpu  # noqa: E402 - its folder is made importable above
+from bench_common import running  # noqa: E402 - its folder is made importable above
+from soak_clones import DEMO_MODEL, OFFER  # noqa: E402 - its folder is made importable above
 
 
 def test_token_times_while_the_weights_are_taken(tmp_path):

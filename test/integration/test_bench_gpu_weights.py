@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmark" / "bench_gpu_weights.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import bench_gpu_weights as bench  # noqa: E402
+import bench_gpu_weights as bench  # noqa: E402 - its folder is made importable above
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from server_process import is_running, run_script, wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmark"
 sys.path.insert(0, str(BENCHMARKS))
-import soak_clones  # noqa: E402
+import soak_clones  # noqa: E402 - its folder is made importable above
 
 SAMPLE = soak_clones.Sample(host_bytes=500 << 20, num_files=70, num_threads=20, gpu_bytes=1 << 30)
 CLONE = {"first_answer_s": 1.0, "answer": [1, 2], "source": "local_copy", "verified": True}

@@ -20,9 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "test"), str(ROOT / "python")]
 
-import random_models as rm  # noqa: E402
-from cluster import Case, Cluster, Network, Node  # noqa: E402
-from server_process import is_running, wait_until  # noqa: E402
+import random_models as rm  # noqa: E402 - its folder is made importable above
+from cluster import Case, Cluster, Network, Node  # noqa: E402 - its folder is made importable above
+from server_process import is_running, wait_until  # noqa: E402 - its folder is made importable above
 
 TOPOLOGIES = {"tp2": Case(nnodes=2, tp_size=2), "pp2": Case(nnodes=2, pp_size=2), "dp2": Case(nnodes=2, dp_size=2)}
 PHASES = ("listening on", "KV cache", "loaded target", "offering", "ready on")  # a line of the log of some node
@@ -47,9 +47,9 @@ def find_rank(node: Node) -> int | None:
 
 def kill(node: Node, victim: str) -> None:
     if victim.startswith("node"):
-        return node.kill()
-    # A launcher starts its ranks a moment after it listens.
-    os.kill(wait_until(lambda: find_rank(node), f"the process of {victim}", START_TIMEOUT_S), signal.SIGKILL)
+        node.kill()
+    else:  # a launcher starts its ranks a moment after it listens
+        os.kill(wait_until(lambda: find_rank(node), f"the process of {victim}", START_TIMEOUT_S), signal.SIGKILL)
 
 
 def run(case: Case, phase: str, victim: str, model: Path, folder: Path) -> str:

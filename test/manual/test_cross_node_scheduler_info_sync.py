@@ -13,11 +13,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "test"), str(ROOT / "python")]
 
-from cluster import CASES, Host, Node, check_registrations  # noqa: E402
+from cluster import CASES, Host, Node, check_registrations  # noqa: E402 - its folder is made importable above
 
 NODE_PORTS = 30000  # node n serves on the n-th port from here, so that all nodes may be one machine
 QUESTION = "What is a ramet?"
@@ -37,12 +38,11 @@ def main() -> int:
     return check(args) if args.test_only else serve(args)
 
 
-def serve(args: argparse.Namespace) -> int:
+def serve(args: argparse.Namespace) -> NoReturn:
     """Become the server of one node."""
     case = CASES[args.test_case]
     if not 0 <= args.node_rank < case.nnodes:
-        print(f"{args.test_case} has the nodes 0 to {case.nnodes - 1}", file=sys.stderr)
-        return 1
+        sys.exit(f"{args.test_case} has the nodes 0 to {case.nnodes - 1}")
     command = [sys.executable, "-m", "ramet.launch_server", "--model-path", args.model_path, *case.flags()]
     command += ["--node-rank", str(args.node_rank), "--host", args.host or args.head_host, "--device", args.device]
     command += ["--port", str(NODE_PORTS + args.node_rank)]

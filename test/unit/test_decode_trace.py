@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
-from decode_trace import Calls, Share, summarize_decode  # noqa: E402
+from decode_trace import Calls, Share, summarize_decode  # noqa: E402 - its folder is made importable above
 
 
 def event(cat, name, ts, dur, **args):

@@ -46,19 +46,16 @@ async def test_a_slow_reader_gets_merged_updates() -> None:
 
 async def test_a_fast_reader_gets_each_one() -> None:
     generation, _ = make(1)
-    texts = []
 
-    async def read() -> None:
-        async for update in generation.updates():
-            texts.append(update.text)
+    async def read() -> list[str]:
+        return [update.text async for update in generation.updates()]
 
     reader = asyncio.create_task(read())
     for text, end in (("a", None), ("b", None), ("c", END)):
         add(generation, 0, text, [1], end)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-    await reader
-    assert texts == ["a", "b", "c"]
+    assert await reader == ["a", "b", "c"]
 
 
 async def test_failure_reaches_the_reader() -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import ramet
 from ramet import cli
-from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert resolve_model_path(str(tmp_path)) == str(tmp_path)
-    args = ServerArgs(model_path=str(tmp_path / "missing"), tokenizer_path=str(tmp_path))
-    assert resolve_tokenizer_path(args) == str(tmp_path)
+    missing = str(tmp_path / "missing")
+    assert resolve_tokenizer_path(str(tmp_path), missing, None) == str(tmp_path)
+    assert resolve_tokenizer_path(None, str(tmp_path), None) == str(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "./a", "a/b/c", "../x", "~/model", "a/"])

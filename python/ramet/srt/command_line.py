@@ -35,7 +35,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
 class _JoinAction(argparse.Action):
     """Joins the values of a flag that is given several times with commas."""
 
-    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+    def __call__(self, _parser: Any, namespace: Any, value: Any, _option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest, None)
         setattr(namespace, self.dest, value if before is None else f"{before},{value}")
 

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
@@ -14,7 +14,7 @@ from ramet.srt.configs.modelexpress_config import (
     parse_modelexpress_config,
     resolve_address,
 )
-from ramet.srt.utils.net import format_url, split_address
+from ramet.srt.utils.net import format_url, host_from_here, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -34,20 +34,37 @@ DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+class Limit(NamedTuple):
+    """What a flag's number must be, as a check and as what stands behind "must"."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+PORT = Limit(lambda value: 0 <= value <= 65535, "be a port number from 0 to 65535")
+COUNT = Limit(lambda value: value >= 1, "be at least 1")
+NOT_NEGATIVE = Limit(lambda value: value >= 0, "not be negative")
+SECONDS = Limit(lambda value: value > 0, "be above 0")
+SHARE = Limit(lambda value: 0 < value < 1, "be between 0 and 1")
+CHUNK = Limit(lambda value: value == -1 or value >= 1, "be -1 or at least 1")
+
+
 def flag(
     default: Any,
     help: str,
     *,
     choices: Sequence[str] | None = None,
+    limit: Limit | None = None,
     aliases: Sequence[str] = (),
     repeatable: bool = False,
 ) -> Any:
     """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it.
 
     Args:
+        limit: what holds for a value that is given.
         repeatable: the flag may be given several times; the values are joined with commas.
     """
-    metadata = {"help": help, "choices": choices, "aliases": aliases, "repeatable": repeatable}
+    metadata = {"help": help, "choices": choices, "limit": limit, "aliases": aliases, "repeatable": repeatable}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -69,23 +86,27 @@ class ServerArgs:
         "the checkpoint's when not given.",
         choices=QUANTIZATIONS,
     )
-    context_length: int | None = flag(None, "Longest prompt plus output in tokens; the model's when not given.")
+    context_length: int | None = flag(
+        None, "Longest prompt plus output in tokens; the model's when not given.", limit=COUNT
+    )
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
 
     # HTTP
     host: str = flag("127.0.0.1", "Address that the HTTP server and the engine-info bootstrap server bind to.")
-    port: int = flag(30000, "Port of the HTTP server.")
+    port: int = flag(30000, "Port of the HTTP server.", limit=PORT)
     api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
     admin_api_key: str | None = flag(
         None, "Bearer key for administrative calls (flush_cache, profiles, abort_request of all), registering weights."
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
-    drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.")
+    drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.", limit=SECONDS)
 
     # Runtime
     device: str = flag("auto", "Where the model runs.", choices=DEVICES)
-    base_gpu_id: int = flag(0, "Number of the GPU that the node's first rank takes; the others take those behind it.")
+    base_gpu_id: int = flag(
+        0, "Number of the GPU that the node's first rank takes; the others take those behind it.", limit=NOT_NEGATIVE
+    )
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes, on a GPU, the first of triton, flashinfer, torch_varlen and torch_native "
@@ -97,18 +118,23 @@ class ServerArgs:
         False, "Plan a pass only when the tokens of the one before it are known, on a GPU too."
     )
     max_running_requests: int | None = flag(
-        None, "Most requests that are decoded together; 64 on a CPU and 256 on a GPU when not given."
+        None, "Most requests that are decoded together; 64 on a CPU and 256 on a GPU when not given.", limit=COUNT
     )
-    max_queued_requests: int = flag(4096, "Most requests that may wait; further ones get a 503.")
-    max_total_tokens: int | None = flag(None, "KV cache capacity in tokens; computed from free memory when not given.")
+    max_queued_requests: int = flag(4096, "Most requests that may wait; further ones get a 503.", limit=COUNT)
+    max_total_tokens: int | None = flag(
+        None, "KV cache capacity in tokens; computed from free memory when not given.", limit=COUNT
+    )
     mem_fraction_static: float | None = flag(
-        None, "Share of the free memory for weights and KV cache together; 0.5 on a CPU and 0.85 on a GPU by default."
+        None,
+        "Share of the free memory for weights and KV cache together; 0.5 on a CPU and 0.85 on a GPU by default.",
+        limit=SHARE,
     )
-    page_size: int = flag(16, "Tokens per KV cache page; also the granularity of prefix sharing.")
+    page_size: int = flag(16, "Tokens per KV cache page; also the granularity of prefix sharing.", limit=COUNT)
     chunked_prefill_size: int | None = flag(
         None,
         "Most prompt tokens in one forward pass, 2048 on a CPU and 8192 on a GPU when not given; -1 never splits a "
         "prompt.",
+        limit=CHUNK,
     )
     schedule_policy: str = flag(
         "lpm",
@@ -116,23 +142,29 @@ class ServerArgs:
         choices=SCHEDULE_POLICIES,
     )
     disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")
-    stream_interval: int = flag(1, "Output tokens between two streamed events of a request.")
+    stream_interval: int = flag(1, "Output tokens between two streamed events of a request.", limit=COUNT)
     grammar_backend: str = flag("llguidance", "Library for constrained output.", choices=GRAMMAR_BACKENDS)
-    watchdog_timeout: float = flag(300.0, "Seconds that one forward pass may take before the instance gives up.")
+    watchdog_timeout: float = flag(
+        300.0, "Seconds that one forward pass may take before the instance gives up.", limit=SECONDS
+    )
 
     # Parallelism
     tp_size: int = flag(
-        1, "Tensor-parallel ranks: each holds a slice of every layer.", aliases=("--tensor-parallel-size", "--tp")
+        1,
+        "Tensor-parallel ranks: each holds a slice of every layer.",
+        limit=COUNT,
+        aliases=("--tensor-parallel-size", "--tp"),
     )
     pp_size: int = flag(
-        1, "Pipeline stages: each holds a run of the layers.", aliases=("--pipeline-parallel-size", "--pp")
+        1, "Pipeline stages: each holds a run of the layers.", limit=COUNT, aliases=("--pipeline-parallel-size", "--pp")
     )
     dp_size: int = flag(
-        1, "Data-parallel replicas: each holds the whole model.", aliases=("--data-parallel-size", "--dp")
+        1, "Data-parallel replicas: each holds the whole model.", limit=COUNT, aliases=("--data-parallel-size", "--dp")
     )
     ep_size: int = flag(
         1,
         "Groups that the experts of a mixture-of-experts model are split over; divides --tp-size.",
+        limit=COUNT,
         aliases=("--expert-parallel-size", "--ep"),
     )
     enable_dp_attention: bool = flag(
@@ -145,11 +177,13 @@ class ServerArgs:
         "How requests are spread over the data-parallel replicas: in turn, or to the one with fewest running.",
         choices=LOAD_BALANCE_METHODS,
     )
-    nnodes: int = flag(1, "Nodes that the instance runs on.")
+    nnodes: int = flag(1, "Nodes that the instance runs on.", limit=COUNT)
     node_rank: int = flag(0, "This node's place among them; node 0 serves the users.")
     dist_init_addr: str | None = flag(None, "host:port on node 0 where the ranks of all nodes meet.")
     dist_timeout: float = flag(
-        120.0, "Seconds that a node or rank may be late at the start, and that one operation between ranks may take."
+        120.0,
+        "Seconds that a node or rank may be late at the start, and that one operation between ranks may take.",
+        limit=SECONDS,
     )
 
     # Weights
@@ -194,42 +228,31 @@ class ServerArgs:
         "disk", "What to do when no seed can give the weights: load from disk, or fail.", choices=FALLBACKS
     )
     remote_instance_weight_loader_timeout: float = flag(
-        60.0, "Seconds that one seed may take to answer, and a transfer may go without progress."
+        60.0, "Seconds that one seed may take to answer, and a transfer may go without progress.", limit=SECONDS
     )
-    engine_info_bootstrap_port: int = flag(6789, "Port of the engine-info bootstrap server; 0 takes a free one.")
+    engine_info_bootstrap_port: int = flag(
+        6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            choices = field.metadata["choices"]
-            value = getattr(self, field.name)
-            if choices and value not in choices and value is not None:
-                raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
-        self._validate_ranges()
+            self._validate_value(field)
+        self._validate_files()
         self._validate_parallelism()
         self._validate_modelexpress()
         self._validate_remote_instance()
 
-    def _validate_ranges(self) -> None:
-        for name in ("port", "engine_info_bootstrap_port"):
-            if not 0 <= getattr(self, name) <= 65535:
-                raise ValueError(f"{flag_name(name)} must be a port number from 0 to 65535; got {getattr(self, name)}")
-        positive = ("max_queued_requests", "page_size", "stream_interval")
-        for name in (*positive, "tp_size", "pp_size", "dp_size", "ep_size", "nnodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag_name(name)} must be at least 1; got {getattr(self, name)}")
-        if self.base_gpu_id < 0:
-            raise ValueError(f"--base-gpu-id must not be negative; got {self.base_gpu_id}")
-        for name in ("context_length", "max_total_tokens", "max_running_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{flag_name(name)} must be at least 1; got {value}")
-        if self.chunked_prefill_size is not None and self.chunked_prefill_size != -1 and self.chunked_prefill_size < 1:
-            raise ValueError(f"--chunked-prefill-size must be -1 or at least 1; got {self.chunked_prefill_size}")
-        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static < 1:
-            raise ValueError(f"--mem-fraction-static must be between 0 and 1; got {self.mem_fraction_static}")
-        for name in ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout", "dist_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{flag_name(name)} must be above 0; got {getattr(self, name)}")
+    def _validate_value(self, field: dataclasses.Field[Any]) -> None:
+        choices, limit = field.metadata["choices"], field.metadata["limit"]
+        value = getattr(self, field.name)
+        if value is None and (choices or field.default is None):
+            return
+        if choices and value not in choices:
+            raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}; got {value!r}")
+        if limit and (value is None or not limit.holds(value)):
+            raise ValueError(f"{flag_name(field.name)} must {limit.text}; got {value}")
+
+    def _validate_files(self) -> None:
         if not self.model_path:
             raise ValueError("--model-path must not be empty")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
@@ -419,7 +442,7 @@ class ServerArgs:
     def head_host(self) -> str:
         """Host of node 0, as the ranks of this node reach it."""
         if self.nnodes == 1 or self.dist_init_addr is None:
-            return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+            return host_from_here(self.host)
         return split_address(self.dist_init_addr, "--dist-init-addr")[0]
 
     @property
@@ -440,7 +463,7 @@ class ServerArgs:
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""
-        return format_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host), self.port)
+        return format_url(host_from_here(self.host), self.port)
 
     def with_device_defaults(self, device_type: str) -> "ServerArgs":
         """The same with a value for whatever depends on the device ("cpu" or "cuda") and was not given."""
@@ -448,32 +471,7 @@ class ServerArgs:
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "ServerArgs":
-        return cls(**json.loads(text))
-
 
 def flag_name(field_name: str) -> str:
     """The command-line flag of a field: model_path -> --model-path."""
     return "--" + field_name.replace("_", "-")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PortArgs:
-    """Addresses of the ZeroMQ sockets between one instance's processes (pyzmq address strings).
-
-    Whoever reads a socket binds it. Where each scheduler reads, its SchedulerReady says.
-    """
-
-    tokenizer_ipc_name: str  # PULL at the tokenizer manager; from the detokenizer and the schedulers
-    detokenizer_ipc_name: str  # PULL at the detokenizer; from the schedulers and the tokenizer manager
-    tokenizer_fd: int | None = None  # listening socket behind the address, where that is TCP
-    detokenizer_fd: int | None = None
-
-    @classmethod
-    def in_directory(cls, directory: str) -> "PortArgs":
-        """Unix-socket addresses below `directory`, which only this user may enter."""
-        return cls(tokenizer_ipc_name=f"ipc://{directory}/tokenizer", detokenizer_ipc_name=f"ipc://{directory}/detok")

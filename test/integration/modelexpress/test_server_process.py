@@ -80,8 +80,8 @@ def test_it_serves_and_ends_at_sigterm(start: Any) -> None:
 def test_it_never_imports_torch() -> None:
     code = (
         "import sys, threading\n"
-        "from ramet.srt.modelexpress.server import *\n"
-        "import ramet.srt.modelexpress.command_line, ramet.srt.modelexpress.redis_store\n"
+        "from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions\n"
+        "import ramet.srt.modelexpress.server.command_line, ramet.srt.modelexpress.server.redis_store\n"
         "server = ModelExpressServer(ServerOptions(port=0, metrics_port=0)); server.start(); server.close()\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.server.redis_layout import StoredRecord
-from ramet.srt.modelexpress.server.redis_store import KnownSource, RecordCache, RedisStore
+from ramet.srt.modelexpress.server.redis_reading import KnownSource, RecordCache
+from ramet.srt.modelexpress.server.redis_store import RedisStore
 from ramet.srt.modelexpress.server.store import Source, StoreError
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
+from ramet.srt.utils.net import format_address
+
 DEFAULT_PORT = 8001
 DEFAULT_ADDRESS = f"localhost:{DEFAULT_PORT}"
 TRANSPORTS = ("transfer_engine",)
@@ -160,4 +162,4 @@ def parse_address(text: str, what: str) -> str:
         port, is_whole = 0, False
     if not is_whole or not parts.hostname or not port or any(character.isspace() for character in address):
         raise ValueError(f"{what} must be host:port, the port from 1 to 65535; got {text!r}")
-    return f"[{parts.hostname}]:{port}" if ":" in parts.hostname else f"{parts.hostname}:{port}"
+    return format_address(parts.hostname, port)

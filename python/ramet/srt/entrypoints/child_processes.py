@@ -31,7 +31,9 @@ from ramet.srt.managers.io_struct import (
     SchedulerReady,
     decode,
 )
-from ramet.srt.server_args import PortArgs, ServerArgs
+from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.net import address_family, format_address
 from ramet.srt.utils.socket_folder import SocketFolder
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class ChildProcesses:
             self._listen_for_other_nodes(args.head_host)
         config = ChildConfig(
             server_args=dataclasses.asdict(args),
-            port_args=dataclasses.asdict(self.port_args),
+            port_args=self.port_args,
             directory=self._folder.path,
             parallel=ParallelConfig(),
             bootstrap_url=bootstrap_url,
@@ -115,12 +117,11 @@ class ChildProcesses:
         addresses = []
         for _ in range(2):
             try:
-                listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+                listener = socket.create_server((host, 0), family=address_family(host))
             except OSError as error:
                 raise LaunchError(f"node 0 can't listen on {host} (--dist-init-addr): {error.strerror}") from None
             self._listeners.append(listener)
-            port = listener.getsockname()[1]
-            addresses.append(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+            addresses.append(f"tcp://{format_address(host, listener.getsockname()[1])}")
         self.port_args = PortArgs(
             tokenizer_ipc_name=addresses[0],
             detokenizer_ipc_name=addresses[1],

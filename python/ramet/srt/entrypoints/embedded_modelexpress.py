@@ -5,7 +5,7 @@ import logging
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, embedded_port
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.server.server import ModelExpressServer, ServerOptions
-from ramet.srt.utils.net import format_url
+from ramet.srt.utils.net import format_address, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def start_embedded_server(
     """
     port = embedded_port(config.url)
     assert port is not None, "checked with the configuration"
-    url = format_url(head_host, port).removeprefix("http://")
+    url = format_address(head_host, port)
     if not is_head or (port and answers(url)):
         logger.info("using the ModelExpress server at %s", url)
         return None, url
@@ -37,9 +37,9 @@ def start_embedded_server(
         server.start()
     except ValueError as error:
         raise ValueError(f"the embedded ModelExpress server can't start: {error}") from None
-    port = int(server.address.rpartition(":")[2])
+    _, port = split_address(server.address, "--port")
     logger.info("embedded ModelExpress server at %s; the fleet is shown at %s", server.address, server.http_url)
-    return server, format_url(head_host, port).removeprefix("http://")
+    return server, format_address(head_host, port)
 
 
 def answers(url: str) -> bool:

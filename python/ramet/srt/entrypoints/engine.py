@@ -17,16 +17,14 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
-from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, answer_request, stream_request
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import ServiceError
-from ramet.srt.managers.generation import Generation
 from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Output = dict[str, Any]
 Prompt = str | list[str]
 Ids = list[int] | list[list[int]]
 STREAM_END = None
@@ -283,10 +281,7 @@ class EngineCore:
 
     async def answer(self, request: GenerateReqInput) -> Output | list[Output]:
         """The outputs of a request that is not streamed."""
-        generation = await self._generate(request)
-        sequences = await generation.finish()
-        outputs = [native_output(sequence, request, self.instance.manager.tokenizer) for sequence in sequences]
-        return outputs if request.is_batch or len(outputs) > 1 else outputs[0]
+        return await answer_request(self.instance.manager, request)
 
     async def server_info(self) -> Output:
         """What /get_server_info answers."""
@@ -300,18 +295,10 @@ class EngineCore:
         """End the request `rid`, or all for "": the number of sequences that this concerns."""
         return self.instance.manager.abort(rid) if rid else self.instance.manager.abort_all()
 
-    async def _generate(self, request: GenerateReqInput) -> Generation:
-        manager = self.instance.manager
-        return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
-
     async def _stream_into(self, request: GenerateReqInput, put: Callable[[Output], None]) -> None:
-        generation = await self._generate(request)
-        has_several = request.is_batch or len(generation.sequences) > 1
-        async with aclosing(generation.updates()) as updates:
-            async for update in updates:
-                sequence = generation.sequences[update.index]
-                index = update.index if has_several else None
-                put(native_output(sequence, request, self.instance.manager.tokenizer, index))
+        async with aclosing(stream_request(self.instance.manager, request)) as outputs:
+            async for output in outputs:
+                put(output)
 
 
 async def _cancel_other_tasks() -> None:

@@ -3,7 +3,6 @@
 import hmac
 import logging
 import re
-import socket
 import socketserver
 import threading
 import time
@@ -13,6 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 
+from ramet.srt.utils.net import address_family, format_url, host_from_here
 from ramet.srt.weights.manifest import ROLES
 from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, ControlAddress, make_answer, parse_registration
 
@@ -64,8 +64,7 @@ class EngineInfoBootstrapServer:
     @property
     def url(self) -> str:
         """Where it answers, for a caller on this host."""
-        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return format_url(host_from_here(self.host), self.port)
 
     def close(self) -> None:
         """Stop answering and free the port. May be called twice."""
@@ -126,8 +125,7 @@ class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
-        if ":" in host:
-            self.address_family = socket.AF_INET6
+        self.address_family = address_family(host)
         super().__init__((host, port), handler)
 
     def server_bind(self) -> None:
@@ -135,7 +133,7 @@ class _HTTPServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
-    def handle_error(self, request, client_address) -> None:
+    def handle_error(self, _request: Any, client_address: Any) -> None:
         logger.debug("a request from %s broke off", client_address, exc_info=True)
 
 

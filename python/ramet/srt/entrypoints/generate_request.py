@@ -1,9 +1,10 @@
-"""Owns the native request, SGLang's /generate: what it may hold, the sequences it asks for, and its answer's shape.
+"""Owns the native request, SGLang's /generate: what it may hold, the sequences it asks for, and how it is answered.
 
 The HTTP route and `Engine` both use it.
 """
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import msgspec
@@ -17,11 +18,14 @@ from ramet.srt.entrypoints.http.http_validation import (
     describe_validation_errors,
 )
 from ramet.srt.errors import RequestError
-from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, SequenceInput
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
 from ramet.srt.text.tokenizer import Tokenizer
+
+Output = dict[str, Any]
 
 SamplingParamsBody = Annotated[
     dict[str, Any] | list[dict[str, Any]] | None,
@@ -125,9 +129,42 @@ class GenerateReqInput(RequestBody):
         ]
 
 
+async def answer_request(manager: TokenizerManager, request: GenerateReqInput) -> Output | list[Output]:
+    """The output of a request that is not streamed; a list for a list of prompts or for `n` above 1.
+
+    Raises:
+        RequestError: that names what is wrong in the request.
+        ServiceError: if the instance can't answer it.
+    """
+    generation = await _start(manager, request)
+    outputs = [native_output(sequence, request, manager.tokenizer) for sequence in await generation.finish()]
+    return outputs if _has_several(request, generation) else outputs[0]
+
+
+async def stream_request(manager: TokenizerManager, request: GenerateReqInput) -> AsyncGenerator[Output, None]:
+    """The outputs of a streamed request as they grow, each with all text so far. Leaving early aborts it.
+
+    Raises what `answer_request` raises.
+    """
+    generation = await _start(manager, request)
+    has_several = _has_several(request, generation)
+    async with aclosing(generation.updates()) as updates:
+        async for update in updates:
+            sequence = generation.sequences[update.index]
+            yield native_output(sequence, request, manager.tokenizer, update.index if has_several else None)
+
+
+async def _start(manager: TokenizerManager, request: GenerateReqInput) -> Generation:
+    return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
+
+
+def _has_several(request: GenerateReqInput, generation: Generation) -> bool:
+    return request.is_batch or len(generation.sequences) > 1
+
+
 def native_output(
     sequence: RunningSequence, request: GenerateReqInput, tokenizer: Tokenizer, index: int | None = None
-) -> dict[str, Any]:
+) -> Output:
     """The sequence's output so far, as /generate answers it; with its `index` in streams of several."""
     reason = sequence.finish_reason
     meta_info: dict[str, Any] = {
@@ -144,7 +181,7 @@ def native_output(
             meta_info[f"{name}_token_logprobs"] = token_logprobs(logprobs, with_text)
             if request.top_logprobs_num:
                 meta_info[f"{name}_top_logprobs"] = top_logprobs(logprobs, with_text)
-    output: dict[str, Any] = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
+    output: Output = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
     if index is not None:
         output["index"] = index
     return output

@@ -5,8 +5,6 @@ import contextlib
 import re
 import time
 import warnings
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -14,7 +12,7 @@ from pydantic import ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 import ramet
-from ramet.srt.entrypoints.generate_request import GenerateReqInput, native_output
+from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
 from ramet.srt.entrypoints.http.answers import (
     ChatCompletion,
     Completion,
@@ -88,14 +86,42 @@ class StartProfileBody(RequestBody):
     record_shapes: bool | None = None
 
 
+class DescribedApp(FastAPI):
+    """An application whose OpenAPI description is true: bad input is answered with 400, never 422; keys are named."""
+
+    has_keys = False
+
+    def openapi(self) -> dict[str, Any]:
+        schema = self.openapi_schema
+        if schema is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a route with two methods has one operation id, until below
+                schema = super().openapi()
+            self._correct(schema)
+        return schema
+
+    def _correct(self, schema: dict[str, Any]) -> None:
+        schema["components"]["schemas"].pop("HTTPValidationError", None)
+        schema["components"]["schemas"].pop("ValidationError", None)
+        if self.has_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            for method, operation in operations.items():
+                operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
+                operation["responses"].pop("422", None)
+                if self.has_keys and path not in HEALTH_PATHS:
+                    operation["security"] = [{"key": []}]
+
+
 def create_app(instance: Instance) -> FastAPI:
     """The application that serves `instance`."""
     args = instance.server_args
-    app = FastAPI(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
+    app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
+    app.has_keys = bool(args.api_key or args.admin_api_key)
     install_error_handlers(app)
 
     @app.exception_handler(ClientGone)
-    async def on_client_gone(request: Request, error: ClientGone) -> Response:
+    async def on_client_gone(_request: Request, _error: ClientGone) -> Response:
         return error_response(CLIENT_GONE_STATUS, "the client has gone")
 
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
@@ -106,7 +132,6 @@ def create_app(instance: Instance) -> FastAPI:
     app.add_middleware(
         AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
     )
-    _describe(app, has_keys=bool(args.api_key or args.admin_api_key))
     return app
 
 
@@ -166,24 +191,12 @@ def _native_routes(instance: Instance) -> APIRouter:
     async def generate(body: GenerateReqInput, request: Request) -> Response:
         """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
         if body.stream:
-            return await event_stream(request, stream(body))
-        return await until_disconnect(request, answer(body))
+            return await event_stream(request, stream_request(instance.manager, body))
 
-    async def answer(body: GenerateReqInput) -> Response:
-        manager = instance.manager
-        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
-        sequences = await generation.finish()
-        outputs = [native_output(sequence, body, manager.tokenizer) for sequence in sequences]
-        return json_response(outputs if body.is_batch or len(outputs) > 1 else outputs[0])
+        async def answer() -> Response:
+            return json_response(await answer_request(instance.manager, body))
 
-    async def stream(body: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
-        manager = instance.manager
-        generation = await manager.generate(body.sequence_inputs(manager.limits.vocab_size), body.rid)
-        has_several = body.is_batch or len(generation.sequences) > 1
-        async with aclosing(generation.updates()) as updates:
-            async for update in updates:
-                sequence = generation.sequences[update.index]
-                yield native_output(sequence, body, manager.tokenizer, update.index if has_several else None)
+        return await until_disconnect(request, answer())
 
     @router.get("/get_model_info", responses={200: {"model": ModelInfo}})
     async def get_model_info() -> Response:
@@ -300,28 +313,3 @@ def _openai_routes(instance: Instance) -> APIRouter:
         return json_response(model_card())
 
     return router
-
-
-def _describe(app: FastAPI, has_keys: bool) -> None:
-    """Correct the generated OpenAPI description: bad input is answered with 400 here, never 422; keys are named."""
-    generate_schema = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a route with two methods has one operation id, until below
-                schema = generate_schema()
-            schema["components"]["schemas"].pop("HTTPValidationError", None)
-            schema["components"]["schemas"].pop("ValidationError", None)
-            if has_keys:
-                schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            for path, operations in schema["paths"].items():
-                for method, operation in operations.items():
-                    operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
-                    operation["responses"].pop("422", None)
-                    if has_keys and path not in HEALTH_PATHS:
-                        operation["security"] = [{"key": []}]
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

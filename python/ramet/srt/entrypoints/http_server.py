@@ -70,9 +70,9 @@ class HttpServer:
         instance = self._instance
         serving: asyncio.Task[None] | None = None
         try:
-            instance.open(on_death=lambda line: self._end.set(), on_end=self._end.set)
+            instance.open(on_death=lambda _line: self._end.set(), on_end=self._end.set)
             serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
-            serving.add_done_callback(lambda task: self._end.set())
+            serving.add_done_callback(lambda _task: self._end.set())
             if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())
                 await self._end.wait()

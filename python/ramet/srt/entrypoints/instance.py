@@ -25,7 +25,7 @@ from ramet.srt.modelexpress.settings import check_environment, check_installed
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
-from ramet.srt.utils.net import format_url, is_loopback, split_address
+from ramet.srt.utils.net import format_url, is_loopback, reachable_host, split_address
 from ramet.srt.weights.control_messages import (
     InstanceReady,
     InstanceStopping,
@@ -128,8 +128,6 @@ class Instance:
         self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
 
     def _warn_of_loopback(self, server_address: str) -> None:
-        from ramet.srt.utils.net import reachable_host
-
         args = self.server_args
         host = args.host if args.nnodes > 1 else reachable_host(args.host)
         if is_loopback(host) and not is_loopback(split_address(server_address, "url")[0]):
@@ -190,7 +188,8 @@ class Instance:
 
         assert self._children is not None
         args = self.server_args
-        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(args), args.chat_template)
+        path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
+        tokenizer = Tokenizer.from_path(path, args.chat_template)
         if tokenizer.chat_template is not None and args.chat_template is not None:
             tokenizer.chat_template.compile()
         limits = Limits(

@@ -98,7 +98,7 @@ class _StartSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self._has_come = True
         raise Interrupted
 

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 import msgspec
 
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.server_args import PortArgs, ServerArgs
+from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.server_args import ServerArgs
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -22,7 +23,7 @@ class ChildConfig(msgspec.Struct, kw_only=True):
     """What a child process gets as one JSON line on its stdin."""
 
     server_args: dict[str, Any]
-    port_args: dict[str, str | int | None]
+    port_args: PortArgs
     directory: str  # for Unix sockets; only this user may enter it
     parallel: ParallelConfig
     bootstrap_url: str | None  # of the engine-info bootstrap server, when the instance has one
@@ -31,9 +32,6 @@ class ChildConfig(msgspec.Struct, kw_only=True):
 
     def make_server_args(self) -> ServerArgs:
         return ServerArgs(**self.server_args)
-
-    def make_port_args(self) -> PortArgs:
-        return PortArgs(**self.port_args)  # type: ignore[arg-type]
 
 
 def status_fd_argument(argv: Sequence[str]) -> int:

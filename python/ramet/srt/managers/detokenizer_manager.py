@@ -30,8 +30,8 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_tokenizer_path
@@ -126,19 +126,20 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(config.directory, ignore_errors=True)  # the launcher does it too, unless it has been killed
 
 
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
 def _serve(config: ChildConfig, status_fd: int) -> int:
-    server_args = config.make_server_args()
-    configure_logging(server_args.log_level, "detokenizer")
+    args = config.make_server_args()
+    configure_logging(args.log_level, "detokenizer")
     try:
-        tokenizer = Tokenizer.from_path(resolve_tokenizer_path(server_args))
+        path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
+        tokenizer = Tokenizer.from_path(path)
     except ValueError as error:
         send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
         return 1
-    run_detokenizer(tokenizer, config.make_port_args(), config.parent_pid, status_fd)
+    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd)
     return 0
 
 

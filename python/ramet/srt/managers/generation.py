@@ -24,7 +24,6 @@ class RunningSequence:
     output_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
-    first_output_s: float | None = None
     last_output_s: float | None = None
 
     @property
@@ -53,8 +52,6 @@ class RunningSequence:
                 total.top_token_ids += new.top_token_ids
         self.finish_reason = output.finish_reason
         self.last_output_s = now
-        if self.first_output_s is None:
-            self.first_output_s = now
 
 
 @dataclass(kw_only=True)

@@ -86,18 +86,17 @@ class Metrics:
         for seed, num_bytes in zip(report.taken_from, report.taken_bytes, strict=True):
             self._load_taken.labels(**self._labels, seed=seed, rank=str(rank)).set(num_bytes)
 
-    def observe_output(self, sequence: RunningSequence, num_tokens: int, previous_s: float | None) -> None:
-        """A sequence has got `num_tokens` more; its output before that came at `previous_s`."""
-        assert sequence.last_output_s is not None
+    def observe_output(self, sequence: RunningSequence, num_tokens: int, now: float, previous_s: float | None) -> None:
+        """A sequence has got `num_tokens` more now; its output before that came at `previous_s`."""
         self.generation_tokens.inc(num_tokens)
         if previous_s is None:
             self.prompt_tokens.inc(sequence.prompt_tokens)
             self.cached_tokens.inc(sequence.cached_tokens)
             self._num_prompt_tokens += sequence.prompt_tokens
             self._num_cached_tokens += sequence.cached_tokens
-            self.time_to_first_token.observe(sequence.last_output_s - sequence.created_s)
+            self.time_to_first_token.observe(now - sequence.created_s)
         elif num_tokens:
-            latency_s = (sequence.last_output_s - previous_s) / num_tokens
+            latency_s = (now - previous_s) / num_tokens
             for _ in range(num_tokens):
                 self.inter_token_latency.observe(latency_s)
 

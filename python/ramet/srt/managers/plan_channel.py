@@ -9,6 +9,7 @@ from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
+from ramet.srt.utils.net import format_address, is_ipv6
 
 SEND_TIMEOUT_MS = 30_000
 PLANS_KEY = "plans"
@@ -93,8 +94,8 @@ def bind_reader(context: "zmq.Context[zmq.Socket[bytes]]", rendezvous: Rendezvou
     if address.startswith(os.sep):
         socket.bind(f"ipc://{address}/{key}-{rendezvous.world_rank}")
     else:
-        socket.setsockopt(zmq.IPV6, ":" in address)
-        socket.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
+        socket.setsockopt(zmq.IPV6, is_ipv6(address))
+        socket.bind(f"tcp://{format_address(address, '*')}")
     rendezvous.put(f"{key}/{rendezvous.world_rank}", socket.getsockopt_string(zmq.LAST_ENDPOINT))
     return socket
 

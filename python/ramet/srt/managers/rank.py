@@ -15,15 +15,15 @@ from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.plan_channel import PlanReceiver, PlanSender
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.grammar import make_grammar_backend
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
-from ramet.srt.utils.net import choose_interface, format_url, local_address, reachable_host
+from ramet.srt.utils.net import choose_interface, format_address, format_url, local_address, reachable_host
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,13 @@ class Rank:
     def _meet(self) -> None:
         """Open this rank's sockets, find the other ranks and connect to those that it talks to."""
         args, parallel = self.args, self.parallel
-        port_args = self.config.make_port_args()
+        port_args = self.config.port_args
         is_local = args.nnodes == 1
         address = self.config.directory if is_local else local_address(args.dist_init_addr)
         if self.is_leader:
-            listen = f"ipc://{address}/scheduler-{parallel.dp_rank}" if is_local else _tcp_address(address)
+            listen = (
+                f"ipc://{address}/scheduler-{parallel.dp_rank}" if is_local else f"tcp://{format_address(address, '*')}"
+            )
             self._channel = SchedulerChannel(listen)
         if parallel.world_size > 1:
             choose_interface(address if not is_local else "127.0.0.1")
@@ -163,7 +165,8 @@ class Rank:
 
     def _make_scheduler(self, config: ModelConfig) -> None:
         assert self.runner is not None and self._channel is not None
-        get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, resolve_tokenizer_path(self.args)))
+        path = resolve_tokenizer_path(self.args.tokenizer_path, self.args.model_path, self.args.revision)
+        get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, path))
         self.scheduler = Scheduler(
             self.args,
             config,
@@ -257,7 +260,3 @@ class Rank:
             self._channel.close()
         if self._plans is not None:
             self._plans.close()
-
-
-def _tcp_address(host: str) -> str:
-    return f"tcp://[{host}]:*" if ":" in host else f"tcp://{host}:*"

@@ -3,7 +3,7 @@
 import zmq
 
 from ramet.srt.managers.io_struct import BatchTokenIDOutput, Message, decode, encode
-from ramet.srt.server_args import PortArgs
+from ramet.srt.managers.port_args import PortArgs
 
 SEND_TIMEOUT_MS = 30_000
 LINGER_MS = 1000

@@ -38,8 +38,8 @@ from ramet.srt.managers.io_struct import (
     encode,
 )
 from ramet.srt.managers.metrics import Metrics
+from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.server_args import PortArgs
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS
 from ramet.srt.text.tokenizer import Tokenizer
 
@@ -74,6 +74,7 @@ class TokenizerManager:
         self.metrics = metrics
         self._refusal: str | None = "the model is still loading"
         self._running: dict[str, tuple[Generation, int]] = {}
+        self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
@@ -158,7 +159,7 @@ class TokenizerManager:
         prepare = functools.partial(prepare_requests, inputs, rid, self.tokenizer, self.limits)
         requests = await asyncio.to_thread(prepare) if is_slow(inputs) else prepare()
         self._check_accepting()
-        if any(request.rid in self._running for request in requests):
+        if any(request.rid in self._running or request.rid in self._ending for request in requests):
             raise RequestError(f"a request with the id {rid!r} is already running", param="rid")
         generation = Generation(rid, requests, self._release)
         self._idle.clear()
@@ -254,14 +255,16 @@ class TokenizerManager:
 
     def _take_output(self, item: RequestText, now: float) -> None:
         entry = self._running.get(item.output.rid)
-        if entry is None:
-            return  # its client has gone
+        if entry is None:  # its client has gone
+            if item.output.finish_reason is not None:
+                self._ending.discard(item.output.rid)
+            return
         generation, index = entry
         sequence = generation.sequences[index]
         reason = item.output.finish_reason
         previous_s = sequence.last_output_s
         generation.add(index, item, now)
-        self.metrics.observe_output(sequence, len(item.output.token_ids), previous_s)
+        self.metrics.observe_output(sequence, len(item.output.token_ids), now, previous_s)
         if reason is None:
             return
         self._forget(item.output.rid)
@@ -280,6 +283,7 @@ class TokenizerManager:
             if rid in self._running:
                 self._controller.abort(rid)
                 self._forget(rid)
+                self._ending.add(rid)
                 self.metrics.observe_abort()
 
     def _forget(self, rid: str) -> None:

@@ -42,7 +42,7 @@ class Tokenizer:
         if os.path.isfile(file):
             try:
                 backend = BackendTokenizer.from_file(file)
-            except Exception as error:  # the library raises plain Exception
+            except Exception as error:  # noqa: BLE001 - the library raises plain Exception
                 raise ValueError(f"{file} can't be read: {error}") from None
         else:
             backend = _convert_with_transformers(folder)

@@ -14,5 +14,5 @@ def exit_on_signals() -> None:
         signal.signal(number, _exit)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
+def _exit(_number: int, _frame: FrameType | None) -> None:
     os._exit(0)

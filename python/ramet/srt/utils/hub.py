@@ -4,8 +4,6 @@ import glob
 import os
 import re
 
-from ramet.srt.server_args import ServerArgs
-
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 # What an instance needs without weights: config, tokenizer, chat template.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -52,11 +50,14 @@ def snapshot_revision(folder: str) -> str | None:
     return match[1] if match else None
 
 
-def resolve_tokenizer_path(server_args: ServerArgs) -> str:
-    """The folder of the tokenizer: the one asked for, else the model's. Raises what `resolve_model_path` raises."""
-    if server_args.tokenizer_path is not None:
-        return resolve_model_path(server_args.tokenizer_path, weights=False)
-    return resolve_model_path(server_args.model_path, server_args.revision, weights=False)
+def resolve_tokenizer_path(tokenizer: str | None, model: str, revision: str | None) -> str:
+    """The folder of `tokenizer`; without one that of `model`, which is meant by the revision.
+
+    Raises what `resolve_model_path` raises.
+    """
+    if tokenizer is not None:
+        return resolve_model_path(tokenizer, weights=False)
+    return resolve_model_path(model, revision, weights=False)
 
 
 def _looks_like_hub_id(model: str) -> bool:

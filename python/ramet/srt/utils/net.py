@@ -2,17 +2,28 @@
 
 import os
 import socket
+from typing import Any
 
 import psutil
 
 
+def is_ipv6(host: str) -> bool:
+    """Whether `host` is an IPv6 address, not an IPv4 address or a name."""
+    return ":" in host
+
+
+def address_family(host: str) -> socket.AddressFamily:
+    """The family of a socket that is bound to the address `host`."""
+    return socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
+
+
+def format_address(host: str, port: int | str) -> str:
+    """host:port, with brackets around an IPv6 address. The port "*" is ZeroMQ's for a free one."""
+    return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"
+
+
 def format_url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this host reaches `host`, as far as its name tells."""
-    return host.startswith("127.") or host in ("localhost", "::1")
+    return f"http://{format_address(host, port)}"
 
 
 def split_address(address: str, flag: str) -> tuple[str, int]:
@@ -27,12 +38,38 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches `host`, as far as its name tells."""
+    return host.startswith("127.") or host in ("localhost", "::1")
+
+
+def host_from_here(host: str) -> str:
+    """The address by which this host reaches a server that is bound to `host`."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def reachable_host(host: str) -> str:
+    """The address by which other hosts reach a server that is bound to `host`."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    family = address_family(host)
+    try:
+        return _own_address(family, ("2001:db8::1", 9) if family == socket.AF_INET6 else ("192.0.2.1", 9))
+    except OSError:  # there is no way outside
+        return host_from_here(host)
+
+
 def local_address(peer: str | None) -> str:
     """This node's address as seen from `peer`, "host:port"; loopback without a peer."""
     if peer is None:
         return "127.0.0.1"
     host, port = split_address(peer, "--dist-init-addr")
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    return _own_address(family, target)
+
+
+def _own_address(family: socket.AddressFamily, target: Any) -> str:
+    """The address of the interface that leads to `target`. Raises OSError if none does."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing: it only makes the kernel choose the interface
         return probe.getsockname()[0]
@@ -47,31 +84,8 @@ def choose_interface(address: str) -> None:
             return
 
 
-def format_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def host_identity() -> str:
     """Equal for two processes exactly if they run under one kernel and in one network namespace."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot_id = file.read().strip()
     return f"{boot_id}:{os.stat('/proc/self/ns/net').st_ino}"
-
-
-def reachable_host(host: str) -> str:
-    """The address by which other hosts reach a server that is bound to `host`."""
-    if host not in ("0.0.0.0", "::", ""):
-        return host
-    family = socket.AF_INET6 if host == "::" else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Sends nothing: it only makes the kernel choose the interface that leads outside.
-            probe.connect(("2001:db8::1", 9) if family == socket.AF_INET6 else ("192.0.2.1", 9))
-            return probe.getsockname()[0]
-        except OSError:
-            return "::1" if family == socket.AF_INET6 else "127.0.0.1"
-
-
-def join_address(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

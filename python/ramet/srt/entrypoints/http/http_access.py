@@ -30,24 +30,30 @@ class AccessMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
-            return await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
+        elif (answer := self._refuse(scope)) is not None:
+            await answer(scope, receive, send)
+        else:
+            await self._app(scope, _limited(receive), send)
+
+    def _refuse(self, scope: Scope) -> ASGIApp | None:
+        """The answer to a request that goes no further. Notes in `scope` whether an administrator asks."""
         headers = Headers(scope=scope)
         scope["is_admin"] = self._is_admin(headers)
         if not self._may_call(scope["path"], headers, scope["is_admin"]):
-            response = error_response(
+            return error_response(
                 401,
                 "the Authorization header must be 'Bearer' and a valid key",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            return await response(scope, receive, send)
         refusal = self._refusal()
         if refusal is not None:
-            return await error_response(503, refusal)(scope, receive, send)
+            return error_response(503, refusal)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return await _too_large()(scope, receive, send)
-        await self._app(scope, _limited(receive), send)
+            return _too_large()
+        return None
 
     def _is_admin(self, headers: Headers) -> bool:
         """Whether the call has the strongest key there is; without any keys everybody has."""

@@ -64,22 +64,22 @@ def install_error_handlers(app: FastAPI) -> None:
     """Make every failure of `app` an answer in OpenAI's error shape."""
 
     @app.exception_handler(RequestError)
-    async def on_request_error(request: Request, error: RequestError) -> Response:
+    async def on_request_error(_request: Request, error: RequestError) -> Response:
         return error_response(error.status_code, str(error), param=error.param, code=error.code)
 
     @app.exception_handler(ServiceError)
-    async def on_service_error(request: Request, error: ServiceError) -> Response:
+    async def on_service_error(_request: Request, error: ServiceError) -> Response:
         return error_response(error.status_code, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
+    async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
         message, param, code = describe_validation_errors(error.errors())
         return error_response(400, message, param=param, code=code)
 
     @app.exception_handler(HTTPException)
-    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+    async def on_http_exception(_request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def on_unexpected(request: Request, error: Exception) -> Response:
+    async def on_unexpected(_request: Request, _error: Exception) -> Response:
         return error_response(500, "internal error")

@@ -60,7 +60,6 @@ class CompletionServing(OpenAIServing):
         choices = []
         for index, sequence in enumerate(sequences):
             writer = ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
-            assert sequence.finish_reason is not None
             choices.append(writer.choice(index, sequence.text, 0, len(sequence.output_ids)))
         return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})
 

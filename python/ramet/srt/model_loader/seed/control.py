@@ -17,6 +17,7 @@ import msgspec
 
 from ramet.srt.errors import one_line
 from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
+from ramet.srt.utils.net import address_family
 from ramet.srt.weights.control_messages import WeightControlError, WeightReply, WeightRequest
 from ramet.srt.weights.registration import ControlAddress
 
@@ -54,8 +55,7 @@ class WeightControlServer:
             listener, name = listen_on_abstract_name("ramet-control", socket.SOCK_STREAM)
             self.address = ControlAddress(token=token, name=name)
         else:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = socket.create_server((host, 0), family=family)
+            listener = socket.create_server((host, 0), family=address_family(host))
             self.address = ControlAddress(token=token, host=host, port=listener.getsockname()[1])
         self._connections = ConnectionThreads(listener, self._answer, "weight-control")
 

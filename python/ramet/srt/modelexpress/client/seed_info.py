@@ -4,6 +4,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from ramet.srt.modelexpress.records import SourceRecord
+from ramet.srt.utils.net import format_url
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import SeedAnswer
@@ -22,8 +23,8 @@ class InfoAddress(NamedTuple):
 
 def make_info_url(address: InfoAddress) -> str:
     """The URL that a record holds as its metadata_endpoint."""
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    return f"http://{host}:{address.port}{INFO_PATH}?{urlencode({'rank': address.rank, 'role': address.role})}"
+    query = urlencode({"rank": address.rank, "role": address.role})
+    return f"{format_url(address.host, address.port)}{INFO_PATH}?{query}"
 
 
 def read_info_url(url: str) -> InfoAddress:

@@ -24,7 +24,7 @@ from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.tokens import TokenFile
-from ramet.srt.utils.net import join_address
+from ramet.srt.utils.net import format_address
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +143,9 @@ class ModelExpressServer:
             await grpc_server.start()
             reaping = asyncio.create_task(reaper.run(self._interval_s, self._stop))
             serving = asyncio.create_task(http.serve([http_socket]))
-            self.address = join_address(self.options.host, port)
+            self.address = format_address(self.options.host, port)
             scheme = "https" if self.options.tls_cert else "http"
-            self.http_url = f"{scheme}://{join_address(self.options.host, http_socket.getsockname()[1])}"
+            self.http_url = f"{scheme}://{format_address(self.options.host, http_socket.getsockname()[1])}"
             logger.info(
                 "ModelExpress server: gRPC on %s, fleet page on %s/, records in %s",
                 self.address,
@@ -222,7 +222,7 @@ def read_credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
 def bind_grpc(server: grpc.aio.Server, options: ServerOptions, credentials: grpc.ServerCredentials | None) -> int:
     """Bind --port and return the port, which is another one if that is 0."""
     listen_on(options.host, options.port, "--port").close()  # says what is wrong better than grpc does
-    address = join_address(options.host, options.port)
+    address = format_address(options.host, options.port)
     try:
         if credentials is None:
             return server.add_insecure_port(address)
@@ -257,6 +257,6 @@ def listen_on(host: str, port: int, flag: str) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
-            f"cannot bind {join_address(host, port)}: {reason}; choose another with {flag} or --host"
+            f"cannot bind {format_address(host, port)}: {reason}; choose another with {flag} or --host"
         ) from None
     return listener

@@ -1,0 +1,65 @@
+"""How addresses are written and taken apart."""
+
+import socket
+
+import pytest
+from ramet.srt.utils.net import (
+    address_family,
+    format_address,
+    format_url,
+    host_from_here,
+    is_loopback,
+    local_address,
+    reachable_host,
+    split_address,
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [("::1", 5, "[::1]:5"), ("10.0.0.1", 5, "10.0.0.1:5"), ("a.b", 80, "a.b:80"), ("fe80::2", "*", "[fe80::2]:*")],
+)
+def test_an_ipv6_address_gets_brackets(host: str, port: int | str, address: str) -> None:
+    assert format_address(host, port) == address
+
+
+def test_urls() -> None:
+    assert format_url("::1", 5) == "http://[::1]:5"
+    assert format_url("a", 5) == "http://a:5"
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"), [("a:1", ("a", 1)), ("[::1]:65535", ("::1", 65535)), ("::1:7", ("::1", 7))]
+)
+def test_what_was_joined_is_split(address: str, parts: tuple[str, int]) -> None:
+    assert split_address(address, "--x") == parts
+
+
+@pytest.mark.parametrize("address", ["", "a", ":1", "a:", "a:b", "a:0", "a:65536", "a:-1"])
+def test_what_is_no_address_names_its_flag(address: str) -> None:
+    with pytest.raises(ValueError, match="^--x must be host:port; got "):
+        split_address(address, "--x")
+
+
+def test_families() -> None:
+    assert address_family("::") == socket.AF_INET6
+    assert address_family("127.0.0.1") == address_family("localhost") == socket.AF_INET
+
+
+def test_a_server_on_all_addresses_is_reached_at_one() -> None:
+    assert [host_from_here(host) for host in ("0.0.0.0", "", "::", "10.0.0.1")] == ["127.0.0.1"] * 2 + [
+        "::1",
+        "10.0.0.1",
+    ]
+    assert reachable_host("10.0.0.1") == "10.0.0.1"
+    assert reachable_host("0.0.0.0") not in ("0.0.0.0", "")
+    assert reachable_host("::") != "::"
+
+
+def test_loopback() -> None:
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.3.2.1", "localhost", "::1"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "::"))
+
+
+def test_the_address_that_a_peer_sees() -> None:
+    assert local_address(None) == local_address("127.0.0.1:5") == "127.0.0.1"

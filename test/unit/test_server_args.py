@@ -1,0 +1,62 @@
+"""What a flag's value must be, and what is said of one that can't be used."""
+
+from dataclasses import fields
+
+import pytest
+from ramet.srt.server_args import ServerArgs, flag_name
+
+COUNTS = (
+    "max_queued_requests", "page_size", "stream_interval", "tp_size", "pp_size", "dp_size", "ep_size", "nnodes",
+    "context_length", "max_total_tokens", "max_running_requests",
+)  # fmt: skip
+SECONDS = ("drain_timeout", "watchdog_timeout", "remote_instance_weight_loader_timeout", "dist_timeout")
+PORTS = ("port", "engine_info_bootstrap_port")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        *(
+            (name, value, f"must be a port number from 0 to 65535; got {value}")
+            for name in PORTS
+            for value in (-1, 65536)
+        ),
+        *((name, value, f"must be at least 1; got {value}") for name in COUNTS for value in (0, -3)),
+        *((name, value, f"must be above 0; got {value}") for name in SECONDS for value in (0, -0.5)),
+        ("base_gpu_id", -1, "must not be negative; got -1"),
+        ("chunked_prefill_size", 0, "must be -1 or at least 1; got 0"),
+        ("chunked_prefill_size", -2, "must be -1 or at least 1; got -2"),
+        ("mem_fraction_static", 0.0, "must be between 0 and 1; got 0.0"),
+        ("mem_fraction_static", 1, "must be between 0 and 1; got 1"),
+        ("model_path", "", "must not be empty"),
+        ("log_level", "loud", "must be one of debug, info, warning, error; got 'loud'"),
+        ("tp_size", None, "must be at least 1; got None"),
+    ],
+)
+def test_what_is_out_of_range_is_named(name: str, value: object, reason: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ServerArgs(**{"model_path": "m", name: value})
+    assert str(error.value) == f"{flag_name(name)} {reason}"
+
+
+def test_a_missing_template_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"^--chat-template: there is no file {tmp_path}/no.jinja$"):
+        ServerArgs(model_path="m", chat_template=f"{tmp_path}/no.jinja")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 0), ("port", 65535), ("page_size", 1), ("base_gpu_id", 0), ("chunked_prefill_size", -1),
+        ("chunked_prefill_size", 1), ("mem_fraction_static", 0.5), ("drain_timeout", 0.1), ("context_length", None),
+    ],
+)  # fmt: skip
+def test_what_is_in_range_is_taken(name: str, value: object) -> None:
+    assert getattr(ServerArgs(**{"model_path": "m", name: value}), name) == value
+
+
+def test_every_number_has_a_limit() -> None:
+    """A new flag that takes a number says which numbers make sense. These are checked with other flags, or take all."""
+    elsewhere = {"node_rank", "random_seed", "remote_instance_weight_loader_seed_instance_service_port"}
+    numbers = {field.name for field in fields(ServerArgs) if "int" in str(field.type) or "float" in str(field.type)}
+    assert {field.name for field in fields(ServerArgs) if field.metadata["limit"]} == numbers - elsewhere
