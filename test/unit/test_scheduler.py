@@ -11,7 +11,7 @@ import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.layers import sampler
-from ramet.srt.managers import scheduler as scheduler_module
+from ramet.srt.managers import throughput
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
 
@@ -32,7 +32,7 @@ def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(
     monkeypatch.setattr(sampler, "_least_kept", lambda *args: searched.append(1) or least_kept(*args))
     engine.scheduler.warm_up()
     assert searched and not engine.channel.outputs
-    engine.scheduler._check_caches()
+    engine.scheduler.check_caches()
 
 
 def test_without_graphs_the_kernels_of_few_and_many_requests_are_prepared(engine, monkeypatch):
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_passes(engine, monkeypatch):
     Python remembers attributes by the address of their name, and torch makes the names anew with each call: until that
     cache of 4096 places is full, every pass adds to it. How full it is depends on what has run before.
     """
-    monkeypatch.setattr(scheduler_module, "THROUGHPUT_WINDOW_S", 0.0)
+    monkeypatch.setattr(throughput, "WINDOW_S", 0.0)
 
     def run() -> int:
         for number in range(12):
