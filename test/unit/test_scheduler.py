@@ -139,6 +139,12 @@ def test_a_prompt_beyond_the_limits_is_a_bad_request(folder):
     assert len(longest.token_ids) == 1 and longest.finish_reason.type == "length"
 
 
+def test_a_prompt_without_tokens_is_a_bad_request_whatever_it_asks_for(engine):
+    for start in (None, 0, 5):
+        result = engine.generate([[]], logprob_start_len=start)[0]
+        assert result.finish_reason.status_code == 400 and "empty" in result.finish_reason.message
+
+
 def test_a_full_queue_refuses(folder):
     engine = EngineHarness(folder, max_queued_requests=2, max_running_requests=1)
     results = engine.generate([[7] * 8] * 4, max_new_tokens=4)
