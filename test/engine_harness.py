@@ -1,8 +1,8 @@
 """Runs a scheduler with its model in the test's own process: messages go in and come out without sockets."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ class EngineHarness:
         self.channel = DirectChannel()
         get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, str(folder)))
         grammar_backend = make_grammar_backend(self.args.grammar_backend, get_tokenizer, config)
-        self.scheduler = Scheduler(
-            self.args, config, self.runner, get_tokenizer, grammar_backend, self.channel, overlap=overlap
-        )
+        scheduler_config = dataclasses.replace(args.scheduler_config(device.type), overlap=overlap)
+        self.scheduler = Scheduler(scheduler_config, config, self.runner, get_tokenizer, grammar_backend, self.channel)
         self.num_batches = 0
         self.max_batch_size = 0
 
@@ -104,7 +103,7 @@ class EngineHarness:
         """Take in messages and run one pass; False when there was nothing to run."""
         scheduler = self.scheduler
         for message in self.channel.receive(0):
-            scheduler._handle(message)
+            scheduler.handle(message)
         batch = scheduler.step()
         if batch is not None:
             self.num_batches += 1
@@ -114,12 +113,12 @@ class EngineHarness:
     def run(self, max_steps: int = 5000) -> dict[str, "Result"]:
         """Step until everything has ended, check that no cache page is lost, and return what each request got."""
         for _ in range(max_steps):
-            wait([future for _, future in self.scheduler.compiling], timeout=GRAMMAR_TIMEOUT_S)
-            if not self.step() and not self.scheduler._has_work():
+            self.scheduler.grammar_queue.wait(GRAMMAR_TIMEOUT_S)
+            if not self.step() and not self.scheduler.has_work:
                 break
         else:
             raise AssertionError(f"requests still run after {max_steps} passes")
-        self.scheduler._check_caches()
+        self.scheduler.check_caches()
         return self.results()
 
     def results(self) -> dict[str, "Result"]:

@@ -60,7 +60,7 @@ def marks_in(path):
 
 def test_as_many_passes_as_were_asked_for(engine, tmp_path):
     expected = engine.generate([PROMPT, PROMPT[::-1]], max_new_tokens=6)
-    engine.scheduler._flush_caches()
+    engine.scheduler.flush_caches()
     reply = start(engine, tmp_path / "new" / "folder", num_steps=4)
     assert reply.success and reply.request_id == "start" and "for 4 passes" in reply.message
     found = engine.generate([PROMPT, PROMPT[::-1]], max_new_tokens=6)
@@ -69,7 +69,7 @@ def test_as_many_passes_as_were_asked_for(engine, tmp_path):
     assert trace.name == "id-rank-0.trace.json.gz"
     names = marks_in(trace)
     assert [name for name in names if "pass" in name] == ["prefill_pass[2]", *["decode_pass[2]"] * 3]
-    assert names.count("wait_for_result") == (2 if engine.scheduler.overlap else 3)  # the last one is not in it
+    assert names.count("wait_for_result") == (2 if engine.scheduler.config.overlap else 3)  # the last one is not in it
     assert not stop(engine).success
 
 

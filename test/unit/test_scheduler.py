@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import sys
 import tracemalloc
 
 import pytest
@@ -10,7 +11,7 @@ import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.layers import sampler
-from ramet.srt.managers import scheduler as scheduler_module
+from ramet.srt.managers import throughput
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
 
@@ -31,7 +32,7 @@ def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(
     monkeypatch.setattr(sampler, "_least_kept", lambda *args: searched.append(1) or least_kept(*args))
     engine.scheduler.warm_up()
     assert searched and not engine.channel.outputs
-    engine.scheduler._check_caches()
+    engine.scheduler.check_caches()
 
 
 def test_without_graphs_the_kernels_of_few_and_many_requests_are_prepared(engine, monkeypatch):
@@ -138,6 +139,12 @@ def test_a_prompt_beyond_the_limits_is_a_bad_request(folder):
     assert len(longest.token_ids) == 1 and longest.finish_reason.type == "length"
 
 
+def test_a_prompt_without_tokens_is_a_bad_request_whatever_it_asks_for(engine):
+    for start in (None, 0, 5):
+        result = engine.generate([[]], logprob_start_len=start)[0]
+        assert result.finish_reason.status_code == 400 and "empty" in result.finish_reason.message
+
+
 def test_a_full_queue_refuses(folder):
     engine = EngineHarness(folder, max_queued_requests=2, max_running_requests=1)
     results = engine.generate([[7] * 8] * 4, max_new_tokens=4)
@@ -197,14 +204,19 @@ def test_streamed_outputs_come_token_by_token(folder):
 
 
 def test_memory_does_not_grow_with_the_passes(engine, monkeypatch):
-    """Nobody asks for the throughput meanwhile."""
-    monkeypatch.setattr(scheduler_module, "THROUGHPUT_WINDOW_S", 0.0)
+    """Nobody asks for the throughput meanwhile.
+
+    Python remembers attributes by the address of their name, and torch makes the names anew with each call: until that
+    cache of 4096 places is full, every pass adds to it. How full it is depends on what has run before.
+    """
+    monkeypatch.setattr(throughput, "WINDOW_S", 0.0)
 
     def run() -> int:
         for number in range(12):
             engine.generate([[5, 6, number]], max_new_tokens=20)
             engine.channel.outputs.clear()
         gc.collect()
+        sys._clear_type_cache()
         return tracemalloc.get_traced_memory()[0]
 
     run()

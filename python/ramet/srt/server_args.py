@@ -14,6 +14,7 @@ from ramet.srt.configs.modelexpress_config import (
     parse_modelexpress_config,
     resolve_address,
 )
+from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.utils.net import format_url, host_from_here, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
@@ -470,6 +471,21 @@ class ServerArgs:
         defaults = DEVICE_DEFAULTS[device_type]
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
+
+    def scheduler_config(self, device_type: str) -> SchedulerConfig:
+        """What a replica's scheduler must know, on that kind of device ("cpu" or "cuda")."""
+        defaults = DEVICE_DEFAULTS[device_type]
+        return SchedulerConfig(
+            max_running_requests=self.max_running_requests or defaults["max_running_requests"],
+            max_queued_requests=self.max_queued_requests,
+            page_size=self.page_size,
+            chunked_prefill_size=self.chunked_prefill_size or defaults["chunked_prefill_size"],
+            schedule_policy=self.schedule_policy,
+            disable_radix_cache=self.disable_radix_cache,
+            stream_interval=self.stream_interval,
+            random_seed=self.random_seed,
+            overlap=device_type == "cuda" and not self.disable_overlap_schedule,
+        )
 
 
 def flag_name(field_name: str) -> str:

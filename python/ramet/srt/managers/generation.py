@@ -6,10 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from ramet.srt.managers.io_struct import FinishReason, RequestText, TokenizedGenerateReqInput, TokenLogprobs
-
-
-def no_logprobs() -> TokenLogprobs:
-    return TokenLogprobs(logprobs=[], token_ids=[], top_logprobs=[], top_token_ids=[])
+from ramet.srt.managers.logprobs import extend_logprobs, no_logprobs
 
 
 @dataclass(kw_only=True)
@@ -46,10 +43,7 @@ class RunningSequence:
             (self.output_logprobs, output.output_logprobs),
         ):
             if new is not None:
-                total.logprobs += new.logprobs
-                total.token_ids += new.token_ids
-                total.top_logprobs += new.top_logprobs
-                total.top_token_ids += new.top_token_ids
+                extend_logprobs(total, new.token_ids, new)
         self.finish_reason = output.finish_reason
         self.last_output_s = now
 

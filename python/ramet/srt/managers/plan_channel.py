@@ -1,4 +1,4 @@
-"""Owns how a replica's leader sends batch plans to its other ranks, and how the sampling rank sends results back."""
+"""Owns how a replica's leader sends batch plans to its other ranks, and how a sampling one sends results back."""
 
 import os
 
@@ -23,9 +23,13 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class PlanSender:
-    """The leader's side. `bind` first, `connect` once every rank has joined."""
+    """The leader's side. It reads results from the start; `connect` once every rank has joined."""
 
     def __init__(self, rendezvous: Rendezvous, address: str):
+        """
+        Args:
+            address: see bind_reader.
+        """
         self._rendezvous = rendezvous
         self._context = zmq.Context()
         self._results = bind_reader(self._context, rendezvous, RESULTS_KEY, address)
@@ -44,8 +48,12 @@ class PlanSender:
             follower.send(data)
 
     def receive(self, timeout_s: float) -> BatchResult | None:
-        """The next result, in the order of the plans; None if there is none within `timeout_s`."""
-        if not self._results.poll(timeout_s * 1000):
+        """The next result, in the order of the plans; None if there is none within `timeout_s`.
+
+        Raises:
+            msgspec.DecodeError: if something else has come.
+        """
+        if not self._results.poll(int(timeout_s * 1000)):
             return None
         return _result_decoder.decode(self._results.recv())
 
@@ -54,36 +62,51 @@ class PlanSender:
 
 
 class PlanReceiver:
-    """A follower's side. `connect` once every rank has joined."""
+    """A follower's side."""
 
     def __init__(self, rendezvous: Rendezvous, address: str):
+        """
+        Args:
+            address: see bind_reader.
+        """
         self._rendezvous = rendezvous
         self._context = zmq.Context()
         self._plans = bind_reader(self._context, rendezvous, PLANS_KEY, address)
-        self._results: zmq.Socket[bytes] | None = None
-
-    def connect(self, parallel: ParallelConfig) -> None:
-        """Connect to the leader if this rank is the one that samples."""
-        if parallel.world_rank == parallel.sampling_rank:
-            address = self._rendezvous.get(f"{RESULTS_KEY}/{parallel.leader_rank}")
-            self._results = connect_writer(self._context, address)
 
     def receive(self, timeout_s: float) -> PlanMessage | None:
-        """The next message; None if there is none within `timeout_s`."""
-        if not self._plans.poll(timeout_s * 1000):
+        """The next message; None if there is none within `timeout_s`.
+
+        Raises:
+            msgspec.DecodeError: if something else has come.
+        """
+        if not self._plans.poll(int(timeout_s * 1000)):
             return None
         return _plan_decoder.decode(self._plans.recv())
 
-    def send(self, result: BatchResult) -> None:
-        """Send the result of a plan to the leader."""
-        assert self._results is not None, "only the sampling rank has results"
-        self._results.send(_encoder.encode(result))
+    def open_results(self, parallel: ParallelConfig) -> "ResultSender":
+        """The way back to the leader, for the rank that samples; once every rank has joined."""
+        return ResultSender(
+            connect_writer(self._context, self._rendezvous.get(f"{RESULTS_KEY}/{parallel.leader_rank}"))
+        )
 
     def close(self) -> None:
         self._context.destroy(linger=0)
 
 
-def bind_reader(context: "zmq.Context[zmq.Socket[bytes]]", rendezvous: Rendezvous, key: str, address: str):
+class ResultSender:
+    """Tells the leader what passes gave. It is closed with the PlanReceiver that opened it."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]"):
+        self._socket = socket
+
+    def send(self, result: BatchResult) -> None:
+        """Send the result of a plan."""
+        self._socket.send(_encoder.encode(result))
+
+
+def bind_reader(
+    context: "zmq.Context[zmq.Socket[bytes]]", rendezvous: Rendezvous, key: str, address: str
+) -> "zmq.Socket[bytes]":
     """A PULL socket at `address`, announced under `key` of this rank.
 
     Args:

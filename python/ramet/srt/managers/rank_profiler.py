@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -13,7 +14,8 @@ from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInp
 
 logger = logging.getLogger(__name__)
 
-Wait = Callable[[], BatchResult]
+Wait = Callable[[], BatchResult]  # waits for a pass's result
+Launched = TypeVar("Launched")
 FAILURES = (ValueError, OSError, RuntimeError)  # what `start` and `stop` raise; torch's own are RuntimeErrors
 
 
@@ -90,14 +92,14 @@ class RankProfiler:
         logger.info(line)
         return line
 
-    def record(self, plan: BatchPlan, launch: Callable[[BatchPlan], Wait | None]) -> Wait | None:
+    def record(self, plan: BatchPlan, launch: Callable[[BatchPlan], Launched]) -> Launched:
         """Launch a pass within the recording, which ends with the last pass that was asked for."""
         with record_function(f"{'decode' if plan.is_decode else 'prefill'}_pass[{len(plan.sequences)}]"):
-            wait = launch(plan)
+            launched = launch(plan)
         self._num_passes += 1
         if self._num_passes == self._num_steps:
             self.close()
-        return None if wait is None else lambda: _wait_in_sight(wait)
+        return launched
 
     def follow(self, message: StartProfileReqInput | StopProfileReqInput) -> None:
         """Do as the leader of the replica does. What fails here is only logged: it is the leader that answers."""
@@ -115,6 +117,11 @@ class RankProfiler:
                 logger.error("the profile of this rank is lost: %s", error)
 
 
-def _wait_in_sight(wait: Wait) -> BatchResult:
-    with record_function("wait_for_result"):
-        return wait()
+def in_sight(wait: Wait) -> Wait:
+    """The same, to be seen in a recording."""
+
+    def wait_in_sight() -> BatchResult:
+        with record_function("wait_for_result"):
+            return wait()
+
+    return wait_in_sight

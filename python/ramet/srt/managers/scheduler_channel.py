@@ -41,7 +41,7 @@ class SchedulerChannel:
     def receive(self, timeout_s: float) -> list[Message]:
         """Every message that is there, after waiting up to `timeout_s` seconds for the first."""
         messages: list[Message] = []
-        if timeout_s and not self._requests.poll(timeout_s * 1000):
+        if timeout_s and not self._requests.poll(int(timeout_s * 1000)):
             return messages
         while True:
             try:

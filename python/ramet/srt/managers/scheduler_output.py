@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from ramet.srt.batch.batch_plan import LogprobRows
-from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenLogprobs
-from ramet.srt.managers.schedule_batch import Req, empty_logprobs
+from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenizedGenerateReqInput
+from ramet.srt.managers.schedule_batch import Req
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
 
@@ -60,19 +59,18 @@ class OutputProcessor:
         num_new = len(req.output_ids) - req.num_sent_tokens
         if req.finish_reason is None and (not req.stream or num_new < self._interval(req)):
             return None
-        output = make_output(req, req.output_ids[req.num_sent_tokens :])
-        req.num_sent_tokens = len(req.output_ids)
-        req.input_logprobs = None
-        if req.return_logprob:
-            req.output_logprobs = empty_logprobs()
-        return output
+        return make_output(req)
 
     def _interval(self, req: Req) -> int:
         """The first token is never held back."""
         return 1 if req.num_sent_tokens == 0 else self.stream_interval
 
 
-def make_output(req: Req, token_ids: list[int]) -> RequestOutput:
+def make_output(req: Req) -> RequestOutput:
+    """Everything that the request has gained since its last output; it counts as sent."""
+    token_ids = req.output_ids[req.num_sent_tokens :]
+    req.num_sent_tokens = len(req.output_ids)
+    input_logprobs, output_logprobs = req.logprobs.take()
     return RequestOutput(
         rid=req.rid,
         token_ids=token_ids,
@@ -80,33 +78,23 @@ def make_output(req: Req, token_ids: list[int]) -> RequestOutput:
         prompt_tokens=len(req.origin_input_ids),
         completion_tokens=len(req.output_ids),
         cached_tokens=req.cached_tokens,
-        input_logprobs=_with_first_token(req) if req.input_logprobs is not None else None,
-        output_logprobs=req.output_logprobs,
+        input_logprobs=input_logprobs,
+        output_logprobs=output_logprobs,
     )
 
 
-def _with_first_token(req: Req) -> TokenLogprobs:
-    """The prompt log-probabilities; the prompt's first token has none, but stands there if it was asked for."""
-    logprobs = req.input_logprobs
-    if req.logprob_start_len > 0:
-        return logprobs
-    return TokenLogprobs(
-        logprobs=[None, *logprobs.logprobs],
-        token_ids=[req.origin_input_ids[0], *logprobs.token_ids],
-        top_logprobs=[[], *logprobs.top_logprobs],
-        top_token_ids=[[], *logprobs.top_token_ids],
+def aborted_reason() -> FinishReason:
+    """Why a request ended whose client has gone."""
+    return FinishReason(type="abort", message="aborted", status_code=499)
+
+
+def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> RequestOutput:
+    """The output of a request that never ran."""
+    return RequestOutput(
+        rid=message.rid,
+        token_ids=[],
+        finish_reason=reason,
+        prompt_tokens=len(message.input_ids),
+        completion_tokens=0,
+        cached_tokens=0,
     )
-
-
-def add_logprobs(logprobs: TokenLogprobs, token_ids: Sequence[int], rows: LogprobRows) -> None:
-    """Append the log-probabilities of `token_ids`."""
-    logprobs.logprobs += rows.logprobs
-    logprobs.token_ids += token_ids
-    logprobs.top_logprobs += rows.top_logprobs
-    logprobs.top_token_ids += rows.top_token_ids
-
-
-def abort_output(req: Req, message: str, status_code: int) -> RequestOutput:
-    """The output of a request that ends before it ran."""
-    req.finish_reason = FinishReason(type="abort", message=message, status_code=status_code)
-    return make_output(req, req.output_ids[req.num_sent_tokens :])

@@ -40,32 +40,31 @@ def main(argv: Sequence[str]) -> int:
     with importing("torch"):
         if args.device != "cpu":
             start_gpu(args.gpu_id(world_rank))
-        from ramet.srt.managers.rank import Rank
+        from ramet.srt.managers.rank import RankStart
 
-    rank = Rank(config)
+    start = RankStart(config)
     try:
-        ready = rank.start()
+        rank = start.run()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         logger.debug("start failed", exc_info=True)
-        rank.let_loss_be_named(error)
+        start.let_loss_be_named(error)
         send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=one_line(error))))
         return 1
-    signal.signal(signal.SIGTERM, lambda signum, frame: rank.stop())
-    threading.Thread(target=watch, args=(rank,), name="watchdog", daemon=True).start()
-    send_status(status_fd, encode(ready))
+    signal.signal(signal.SIGTERM, lambda _signum, _frame: rank.stop())
+    threading.Thread(target=watch, args=(rank, args.watchdog_timeout), name="watchdog", daemon=True).start()
+    send_status(status_fd, encode(rank.ready))
     try:
         rank.run()
     except RuntimeError as error:
-        rank.let_loss_be_named(error)
+        start.let_loss_be_named(error)
         raise
     finally:
         rank.close()
     return 0
 
 
-def watch(rank: "Rank") -> None:
+def watch(rank: "Rank", limit_s: float) -> None:
     """End the process when one forward pass takes longer than the watchdog allows: better dead than hanging."""
-    limit_s = rank.args.watchdog_timeout
     while not rank.stopping:
         time.sleep(WATCHDOG_PERIOD_S)
         started = rank.oldest_launch

@@ -1,15 +1,16 @@
 """Owns the execution of batch plans on one rank: plan to tensors, forward pass, sampling. Decides nothing."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, BatchResult, LogprobRows
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, BatchResult
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
-from ramet.srt.managers.rank_profiler import RankProfiler
+from ramet.srt.managers.logprobs import split_rows
+from ramet.srt.managers.rank_profiler import RankProfiler, Wait, in_sight
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.penalties import SamplingRow, apply_logit_rules
 from ramet.srt.utils.device import HostCopies, to_device
@@ -21,7 +22,6 @@ class TpModelWorker:
     def __init__(self, model_runner: ModelRunner):
         self.model_runner = model_runner
         self.device = model_runner.device
-        self._reports = model_runner.parallel.world_rank == model_runner.parallel.sampling_rank
         self.profiler = RankProfiler(model_runner.parallel.world_rank, self.device, model_runner.finish_sending)
         self._rows: dict[str, SamplingRow] = {}
         self._info_rows: list[SamplingRow] = []
@@ -30,16 +30,24 @@ class TpModelWorker:
         self._last_tokens = model_runner.req_pool.last_tokens
 
     @torch.inference_mode()
-    def launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:
-        """Queue this rank's part of a pass on the device.
+    def launch(self, plan: BatchPlan) -> None:
+        """Queue this rank's part of a pass on the device, where another rank reports its result."""
+        if self.profiler.is_recording:
+            self.profiler.record(plan, self._launch)
+        else:
+            self._launch(plan)
 
-        Returns:
-            On the rank that reports its replica's results, a function that waits for them; None on the others.
-        """
-        wait = self.profiler.record(plan, self._launch) if self.profiler.is_recording else self._launch(plan)
-        return wait if self._reports else None
+    @torch.inference_mode()
+    def launch_for_result(self, plan: BatchPlan) -> Wait:
+        """The same on the rank that reports its replica's results: the function returned waits for this pass's."""
+        is_recording = self.profiler.is_recording
+        wait = self.profiler.record(plan, self._launch) if is_recording else self._launch(plan)
+        if wait is None:
+            raise RuntimeError("the tokens are chosen in the last pipeline stage, which this rank is not in")
+        return in_sight(wait) if is_recording else wait
 
-    def _launch(self, plan: BatchPlan) -> Callable[[], BatchResult] | None:
+    def _launch(self, plan: BatchPlan) -> Wait | None:
+        """Compute this rank's part; the tokens, where it is the last one's, can be waited for."""
         for rid in plan.ended_rids:
             self._rows.pop(rid, None)
         for state in plan.new_states:
@@ -130,7 +138,7 @@ class TpModelWorker:
 
     def _sample(
         self, rids: list[str], table_rows: list[int], logits: torch.Tensor, plan: BatchPlan, result: BatchResult
-    ) -> Callable[[], BatchResult]:
+    ) -> Wait:
         """Choose one token for each row of `logits`; the function returned waits for them."""
         rows = [self._rows[rid] for rid in rids]
         asked = [index for index, row in enumerate(rows) if row.state.return_logprob]
@@ -161,7 +169,7 @@ class TpModelWorker:
             copies.wait()
             result.token_ids = host_tokens.tolist()
             if logprobs is not None:
-                result.output_logprobs = _by_request([rids[index] for index in asked], logprobs.to_rows(nums))
+                result.output_logprobs = split_rows([rids[index] for index in asked], logprobs.to_rows(nums))
             return result
 
         return wait
@@ -177,17 +185,6 @@ class TpModelWorker:
                 self.device,
             )
         return self._info
-
-
-def _by_request(rids: Sequence[str], rows: LogprobRows) -> dict[str, LogprobRows]:
-    return {
-        rid: LogprobRows(
-            logprobs=rows.logprobs[place : place + 1],
-            top_logprobs=rows.top_logprobs[place : place + 1],
-            top_token_ids=rows.top_token_ids[place : place + 1],
-        )
-        for place, rid in enumerate(rids)
-    }
 
 
 def _last_rows(plan: BatchPlan, lens: Sequence[int]) -> list[int]:

@@ -1,21 +1,30 @@
 """Owns what a request holds of the KV cache: its table row, its pages and its lock on the prefix tree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
 
 
-@dataclass
+@dataclass(slots=True)
+class PrefixMatch:
+    """The longest cached prefix of some tokens. It holds nothing: what it found may be evicted."""
+
+    pages: list[int]
+    node: TreeNode  # where the prefix ends
+    num_evictions: int  # of the cache when it was found
+
+
+@dataclass(slots=True)
 class CacheHandle:
     """One request's share of the KV cache."""
 
     row: int
     node: TreeNode  # locked while the handle lives
-    pages: list[int] = field(default_factory=list)
-    num_tree_pages: int = 0  # the first pages belong to the prefix tree, the others to the request
-    kv_len: int = 0  # tokens whose keys and values are in the pages
+    pages: list[int]
+    num_tree_pages: int  # the first pages belong to the prefix tree, the others to the request
+    kv_len: int  # tokens whose keys and values are in the pages
 
 
 class RequestCache:
@@ -26,6 +35,7 @@ class RequestCache:
         self.allocator = allocator
         self.tree = tree
         self.page_size = page_size
+        self._num_evictions = 0
 
     @property
     def num_available_pages(self) -> int:
@@ -39,11 +49,34 @@ class RequestCache:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def begin(self, token_ids: Sequence[int]) -> CacheHandle:
-        """A handle that holds the longest cached prefix of `token_ids`."""
+    def match(self, token_ids: Sequence[int]) -> PrefixMatch:
+        """The longest cached prefix of `token_ids`."""
         pages, node = self.tree.match_prefix(token_ids)
-        self.tree.lock(node)
-        handle = CacheHandle(self.rows.alloc(), node, pages, len(pages), len(pages) * self.page_size)
+        return PrefixMatch(pages, node, self._num_evictions)
+
+    def is_current(self, match: PrefixMatch) -> bool:
+        """Whether nothing has been evicted since, so that the match may still be taken."""
+        return match.num_evictions == self._num_evictions
+
+    def begin(self, match: PrefixMatch, num_tokens: int, num_wanted: int = 0) -> CacheHandle | None:
+        """A handle with pages for `num_tokens` in all, the first of which are those of the match, which it takes over.
+
+        The caller has checked that the match is current and that a row is free.
+
+        Args:
+            num_wanted: pages that must be available beside those of the match, even if fewer are taken.
+
+        Returns:
+            None, and nothing changes, if there are not enough pages.
+        """
+        num_missing = max(0, self.num_pages(num_tokens) - len(match.pages))
+        self.tree.lock(match.node)
+        if max(num_wanted, num_missing) > self.num_available_pages:
+            self.tree.unlock(match.node)
+            return None
+        num_cached = len(match.pages)
+        pages = match.pages + self._take_pages(num_missing)
+        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, num_cached * self.page_size)
         self.rows.write(handle.row, 0, pages)
         return handle
 
@@ -54,12 +87,17 @@ class RequestCache:
             return True
         if missing > self.num_available_pages:
             return False
-        if missing > self.allocator.num_free:
-            self.tree.evict(missing - self.allocator.num_free)
-        pages = self.allocator.alloc(missing)
+        pages = self._take_pages(missing)
         self.rows.write(handle.row, len(handle.pages), pages)
         handle.pages.extend(pages)
         return True
+
+    def _take_pages(self, count: int) -> list[int]:
+        """So many of the available pages."""
+        if count > self.allocator.num_free:
+            self.tree.evict(count - self.allocator.num_free)
+            self._num_evictions += 1
+        return self.allocator.alloc(count)
 
     def share(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Put the handle's full pages into the prefix tree, for others to use while the request goes on.
@@ -95,6 +133,7 @@ class RequestCache:
         """Drop every cached prefix. No handle may be alive."""
         self.tree.evict(self.tree.num_evictable_pages)
         self.tree.reset()
+        self._num_evictions += 1
 
     def check(self, handles: Sequence[CacheHandle]) -> None:
         """Assert that every page is in exactly one place: free, in the tree, or with one handle."""

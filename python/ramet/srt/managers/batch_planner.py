@@ -1,0 +1,106 @@
+"""Owns how a batch becomes the plan that the ranks get: each rank is told of what it does not know yet."""
+
+import logging
+
+import numpy as np
+
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, SequencePlan
+from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
+from ramet.srt.mem_cache.allocator import RowAllocator
+from ramet.srt.sampling.grammar import Grammar
+from ramet.srt.sampling.sampling_state import SamplingState
+
+logger = logging.getLogger(__name__)
+
+
+class BatchPlanner:
+    """Makes plans, and remembers whose sampling state the ranks hold.
+
+    Args:
+        rows: the page table, whose changes go out with the next plan.
+    """
+
+    def __init__(self, rows: RowAllocator, vocab_size: int):
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._known_rids: set[str] = set()  # requests whose sampling state the ranks hold
+        self._ended_rids: list[str] = []  # those of them that the ranks may forget
+
+    def plan(self, batch: ScheduleBatch) -> BatchPlan:
+        """The pass as the ranks get it. The plans must reach them in the order in which they are made."""
+        known = self._known_rids
+        new_states = [_sampling_state(running.req) for running in batch.sampled_reqs if running.req.rid not in known]
+        known.update(state.rid for state in new_states)
+        ended, self._ended_rids = self._ended_rids, []
+        return BatchPlan(
+            is_decode=batch.is_decode,
+            sequences=[_decode_sequence(running) for running in batch.reqs]
+            if batch.is_decode
+            else [_extend_sequence(running) for running in batch.reqs],
+            page_writes=self._rows.take_writes(),
+            new_states=new_states,
+            ended_rids=ended,
+            grammar_masks={
+                running.req.rid: self._mask(running.req.rid, running.req.grammar)
+                for running in batch.sampled_reqs
+                if running.req.grammar is not None
+            },
+        )
+
+    def forget(self, rid: str) -> None:
+        """Have the ranks drop a request's sampling state: it has stopped running."""
+        if rid in self._known_rids:
+            self._known_rids.remove(rid)
+            self._ended_rids.append(rid)
+
+    def _mask(self, rid: str, grammar: Grammar) -> bytes:
+        """Which tokens the grammar allows next: one bit each, in int32 words; none if the grammar gave up."""
+        words = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
+        try:
+            grammar.fill_mask(words)
+        except RuntimeError as error:  # a resource limit of the grammar library
+            logger.warning("request %s: %s", rid, error)
+            words[:] = 0
+        return words.tobytes()
+
+
+def _sampling_state(req: Req) -> SamplingState:
+    """What the sampling rank must know before it chooses this request's next token."""
+    params = req.sampling_params
+    return SamplingState(
+        rid=req.rid,
+        params=params,
+        seed=req.sampling_seed,
+        prompt_ids=req.origin_input_ids if params.repetition_penalty != 1.0 else [],
+        output_ids=list(req.output_ids),
+        return_logprob=req.return_logprob,
+        top_logprobs_num=req.top_logprobs_num,
+    )
+
+
+def _decode_sequence(running: RunningReq) -> SequencePlan:
+    handle = running.handle
+    return SequencePlan(
+        rid=running.req.rid,
+        row=handle.row,
+        group=running.group,
+        start=handle.kv_len,
+        input_ids=[LAST_TOKEN if running.num_pending else running.req.output_ids[-1]],
+        is_sampled=True,
+    )
+
+
+def _extend_sequence(running: RunningReq) -> SequencePlan:
+    req, start = running.req, running.handle.kv_len
+    positions = running.input_logprob_positions()
+    return SequencePlan(
+        rid=req.rid,
+        row=running.handle.row,
+        group=running.group,
+        start=start,
+        input_ids=req.fill_ids[start : start + running.extend_len],
+        is_sampled=running.is_last_chunk,
+        logprob_offset=positions.start - start if positions else 0,
+        logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
+        top_logprobs_num=req.top_logprobs_num,
+    )

@@ -1,0 +1,99 @@
+"""Owns a rank that follows its replica's leader: it runs what the leader plans, and sends results if it samples."""
+
+import time
+from collections.abc import Callable
+
+from ramet.srt.batch.batch_plan import BatchPlan
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.plan_channel import PlanReceiver, ResultSender
+from ramet.srt.managers.role import READY_KEY
+from ramet.srt.managers.tp_worker import TpModelWorker
+from ramet.srt.model_executor.model_runner import ModelRunner
+
+FOLLOWER_POLL_S = 1.0
+BUSY_WINDOW_S = 2.0  # a rank that has had no plan for so long is idle
+
+
+class Follower:
+    """Decides nothing: a Role.
+
+    Args:
+        run_pass: computes this rank's part of a pass.
+        on_ready: tells the leader that this rank can.
+    """
+
+    def __init__(
+        self,
+        worker: TpModelWorker,
+        run_pass: Callable[[BatchPlan], None],
+        plans: PlanReceiver,
+        max_running_requests: int,
+        on_ready: Callable[[], None],
+    ):
+        self._worker = worker
+        self._run_pass = run_pass
+        self._plans = plans
+        self._max_running_requests = max_running_requests
+        self._on_ready = on_ready
+        self._last_plan_time, self._last_plan_len = 0.0, 0
+
+    @property
+    def oldest_launch(self) -> float | None:
+        """Always None: that a pass hangs is seen by the leader, which waits for its result."""
+        return None
+
+    def load(self) -> float:
+        """By the last plan: requests in it over those that can run."""
+        since_s = time.monotonic() - self._last_plan_time
+        return min(1.0, self._last_plan_len / self._max_running_requests) if since_s < BUSY_WINDOW_S else 0.0
+
+    def get_ready(self, _on_phase: Callable[[str], None]) -> list[str]:
+        """Tell the leader that this rank can take passes."""
+        self._on_ready()
+        return []
+
+    def run_once(self) -> None:
+        """Do what the leader says next, if it comes soon."""
+        message = self._plans.receive(FOLLOWER_POLL_S)
+        if isinstance(message, BatchPlan):
+            self._last_plan_time, self._last_plan_len = time.monotonic(), len(message.sequences)
+            self._run_pass(message)
+        elif message is not None:
+            self._worker.profiler.follow(message)
+
+    def finish(self) -> None:
+        self._worker.profiler.close()
+
+    def close(self) -> None:
+        self._plans.close()
+
+
+class FollowerSockets:
+    """A follower's RoleSockets.
+
+    Args:
+        address: a folder for Unix sockets, or the IP address of this node.
+        max_running_requests: of the replica.
+    """
+
+    def __init__(self, parallel: ParallelConfig, rendezvous: Rendezvous, address: str, max_running_requests: int):
+        self._parallel = parallel
+        self._rendezvous = rendezvous
+        self._max_running_requests = max_running_requests
+        self._plans = PlanReceiver(rendezvous, address)
+
+    def begin(self, runner: ModelRunner) -> Follower:
+        """Run the rank's model, and connect to the leader if this rank's results are the replica's."""
+        parallel, worker = self._parallel, TpModelWorker(runner)
+        run_pass: Callable[[BatchPlan], None] = worker.launch
+        if parallel.world_rank == parallel.sampling_rank:
+            run_pass = _reporting(worker, self._plans.open_results(parallel))
+        return Follower(worker, run_pass, self._plans, self._max_running_requests, self._tell_ready)
+
+    def _tell_ready(self) -> None:
+        self._rendezvous.put(f"{READY_KEY}/{self._parallel.world_rank}", "")
+
+
+def _reporting(worker: TpModelWorker, results: ResultSender) -> Callable[[BatchPlan], None]:
+    return lambda plan: results.send(worker.launch_for_result(plan)())

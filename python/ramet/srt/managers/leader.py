@@ -1,0 +1,158 @@
+"""Owns the rank that leads its replica: its sockets, its scheduler, and whom it waits for before it serves."""
+
+import functools
+import os
+from collections.abc import Callable
+
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.plan_channel import PlanSender
+from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.role import READY_KEY
+from ramet.srt.managers.scheduler import Scheduler
+from ramet.srt.managers.scheduler_channel import SchedulerChannel
+from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.sampling.grammar import make_grammar_backend
+from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.utils.net import format_address
+
+SCHEDULER_KEY = "scheduler"
+TOKENIZER_KEY, DETOKENIZER_KEY = "tokenizer", "detokenizer"
+
+
+class OtherRanks:
+    """The other ranks of an instance, as a leader meets them.
+
+    Args:
+        address: a folder for Unix sockets, or the IP address of this node.
+        scheduler_address: where the leader's scheduler reads.
+        port_args: where the processes of node 0 listen. World rank 0 knows, and tells the other leaders.
+    """
+
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        parallel: ParallelConfig,
+        address: str,
+        scheduler_address: str,
+        port_args: PortArgs,
+    ):
+        self._rendezvous = rendezvous
+        self._parallel = parallel
+        if parallel.world_rank == 0:
+            rendezvous.put(TOKENIZER_KEY, port_args.tokenizer_ipc_name)
+            rendezvous.put(DETOKENIZER_KEY, port_args.detokenizer_ipc_name)
+        rendezvous.put(f"{SCHEDULER_KEY}/{parallel.world_rank}", scheduler_address)
+        self.plans = PlanSender(rendezvous, address)
+
+    def connect(self) -> PortArgs:
+        """Connect to the followers; where the processes of node 0 listen. All have joined."""
+        self.plans.connect(self._parallel)
+        get = self._rendezvous.get
+        return PortArgs(tokenizer_ipc_name=get(TOKENIZER_KEY), detokenizer_ipc_name=get(DETOKENIZER_KEY))
+
+    def wait_for_followers(self) -> None:
+        """Wait until the replica's other ranks can take passes."""
+        parallel = self._parallel
+        others = [rank for rank in parallel.replica_ranks if rank != parallel.world_rank]
+        self._rendezvous.wait_all(READY_KEY, others)
+
+    def meet_leaders(self) -> list[str]:
+        """Say that this replica can serve. On world rank 0, wait for the others; where the scheduler of each reads."""
+        parallel, rendezvous = self._parallel, self._rendezvous
+        rendezvous.put(f"{READY_KEY}/{parallel.world_rank}", "")
+        if parallel.world_rank != 0:
+            return []
+        leaders = range(0, parallel.world_size, len(parallel.replica_ranks))
+        rendezvous.wait_all(READY_KEY, leaders)
+        return [rendezvous.get(f"{SCHEDULER_KEY}/{leader}") for leader in leaders]
+
+
+class Leader:
+    """Schedules for its replica: a Role.
+
+    Args:
+        others: None in an instance of one rank.
+    """
+
+    def __init__(self, scheduler: Scheduler, channel: SchedulerChannel, others: OtherRanks | None):
+        self._scheduler = scheduler
+        self._channel = channel
+        self._others = others
+
+    @property
+    def oldest_launch(self) -> float | None:
+        return self._scheduler.passes.oldest_launch
+
+    def load(self) -> float:
+        return self._scheduler.load()
+
+    def get_ready(self, on_phase: Callable[[str], None]) -> list[str]:
+        """Wait for the followers, warm the replica up and, on world rank 0, wait for the other leaders."""
+        if self._others is not None:
+            self._others.wait_for_followers()
+        self._scheduler.warm_up()
+        on_phase("warm_up")
+        return [self._channel.address] if self._others is None else self._others.meet_leaders()
+
+    def run_once(self) -> None:
+        self._scheduler.run_once()
+
+    def finish(self) -> None:
+        self._scheduler.worker.profiler.close()
+
+    def close(self) -> None:
+        self._channel.close()
+        if self._others is not None:
+            self._others.plans.close()
+
+
+class LeaderSockets:
+    """A leader's RoleSockets.
+
+    Args:
+        rendezvous: None in an instance of one rank.
+        address: a folder for Unix sockets, or the IP address of this node.
+        find_tokenizer: its folder or file, for the scheduler.
+        grammar_backend: its name.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        parallel: ParallelConfig,
+        rendezvous: Rendezvous | None,
+        address: str,
+        port_args: PortArgs,
+        find_tokenizer: Callable[[], str],
+        grammar_backend: str,
+    ):
+        self._config = config
+        self._port_args = port_args
+        self._find_tokenizer = find_tokenizer
+        self._grammar_backend = grammar_backend
+        is_folder = address.startswith(os.sep)
+        channel = SchedulerChannel(
+            f"ipc://{address}/scheduler-{parallel.dp_rank}" if is_folder else f"tcp://{format_address(address, '*')}"
+        )
+        self._channel = channel
+        self._others = None
+        if rendezvous is not None:
+            self._others = OtherRanks(rendezvous, parallel, address, channel.address, port_args)
+
+    def begin(self, runner: ModelRunner) -> Leader:
+        """Connect to the followers and to node 0, and make the scheduler."""
+        others = self._others
+        self._channel.connect(self._port_args if others is None else others.connect())
+        get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, self._find_tokenizer()))
+        scheduler = Scheduler(
+            self._config,
+            runner.model_config,
+            runner,
+            get_tokenizer,
+            make_grammar_backend(self._grammar_backend, get_tokenizer, runner.model_config),
+            self._channel,
+            None if others is None else others.plans,
+        )
+        return Leader(scheduler, self._channel, others)

@@ -1,0 +1,166 @@
+"""Owns the passes under way: from their plans, which every rank of the replica gets, to their results, oldest first.
+
+Where the results come from decides what may be planned ahead, so there are two kinds: without a pipeline this rank
+chooses the tokens, and in one the last stage's first rank does.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
+from ramet.srt.managers.plan_channel import PlanMessage, PlanSender
+from ramet.srt.managers.rank_profiler import Wait
+from ramet.srt.managers.schedule_batch import RunningReq, ScheduleBatch
+from ramet.srt.managers.tp_worker import TpModelWorker
+
+RESULT_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedPass:
+    """A pass that was computed."""
+
+    batch: ScheduleBatch
+    plan: BatchPlan
+    result: BatchResult
+
+
+class Passes(ABC):
+    """The ranks run passes in the order in which they are launched.
+
+    Args:
+        tell: hands a message to the replica's other ranks, if it has any.
+    """
+
+    max_under_way: int
+
+    def __init__(self, worker: TpModelWorker, tell: Callable[[PlanMessage], None]):
+        self._worker = worker
+        self.tell = tell
+        self._launch_times: deque[float] = deque()  # time.monotonic() of each pass that has not come back
+
+    def __len__(self) -> int:
+        """Passes whose results have not been dealt with."""
+        return len(self._launch_times)
+
+    @property
+    def oldest_launch(self) -> float | None:
+        """time.monotonic() of the launch of the oldest pass under way; None if there is none. Any thread may ask."""
+        times = list(self._launch_times)
+        return times[0] if times else None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be launched."""
+        return len(self._launch_times) < self.max_under_way
+
+    def launch(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
+        """Queue a pass on every rank of the replica."""
+        self._launch_times.append(time.monotonic())
+        self.tell(plan)
+        self._launch_here(batch, plan)
+
+    @abstractmethod
+    def _launch_here(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
+        """Queue this rank's part."""
+
+    @abstractmethod
+    def results(self, has_launched: bool) -> Iterator[FinishedPass]:
+        """The passes that are to be dealt with now, when another one has just been launched, or none could be."""
+
+    @abstractmethod
+    def settle(self) -> Iterator[FinishedPass]:
+        """The passes that must be dealt with before anything is planned that depends on their tokens."""
+
+    @abstractmethod
+    def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
+        """Which of the running requests the next decode pass may give a token."""
+
+
+class LocalPasses(Passes):
+    """Passes whose tokens this rank chooses.
+
+    With `overlap`, one stays under way while the next is planned: the ranks take its input from their own memory. What
+    ends a request is then seen one pass late, and the token too many is dropped.
+    """
+
+    max_under_way = 2
+
+    def __init__(self, worker: TpModelWorker, tell: Callable[[PlanMessage], None], overlap: bool):
+        super().__init__(worker, tell)
+        self._num_kept = 1 if overlap else 0
+        self._under_way: deque[tuple[ScheduleBatch, BatchPlan, Wait]] = deque()
+
+    def _launch_here(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
+        self._under_way.append((batch, plan, self._worker.launch_for_result(plan)))
+
+    def results(self, has_launched: bool) -> Iterator[FinishedPass]:
+        return self._wait_for_all_but(self._num_kept if has_launched else 0)
+
+    def settle(self) -> Iterator[FinishedPass]:
+        return self._wait_for_all_but(0)
+
+    def _wait_for_all_but(self, num_kept: int) -> Iterator[FinishedPass]:
+        while len(self._under_way) > num_kept:
+            batch, plan, wait = self._under_way.popleft()
+            result = wait()
+            self._launch_times.popleft()
+            yield FinishedPass(batch, plan, result)
+
+    def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
+        """All but those that end with the pass under way."""
+        return [req for req in running if req.num_remaining_tokens > 0]
+
+
+class PipelinePasses(Passes):
+    """Passes whose results the last pipeline stage sends: as many as there are stages, each for other requests.
+
+    A request is in one of them at a time, so its tokens are always known when it is planned again.
+    """
+
+    def __init__(self, worker: TpModelWorker, plan_sender: PlanSender, num_stages: int):
+        super().__init__(worker, plan_sender.send)
+        self.max_under_way = num_stages
+        self._receive = plan_sender.receive
+        self._under_way: deque[tuple[ScheduleBatch, BatchPlan]] = deque()
+
+    def _launch_here(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
+        self._under_way.append((batch, plan))
+        self._worker.launch(plan)
+
+    def results(self, has_launched: bool) -> Iterator[FinishedPass]:
+        """The next one, if it comes soon; at once if there is a pass to plan meanwhile."""
+        if self._under_way:
+            result = self._receive(0.0 if has_launched else RESULT_POLL_S)
+            if result is not None:
+                batch, plan = self._under_way.popleft()
+                self._launch_times.popleft()
+                yield FinishedPass(batch, plan, result)
+
+    def settle(self) -> Iterator[FinishedPass]:
+        return iter(())
+
+    def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
+        """One micro-batch of those that no pass under way computes."""
+        ready = [req for req in running if req.num_pending == 0]
+        return ready[: -(-len(running) // self.max_under_way)]
+
+
+def make_passes(worker: TpModelWorker, plan_sender: PlanSender | None, num_stages: int, overlap: bool) -> Passes:
+    """The kind that a replica needs.
+
+    Args:
+        plan_sender: to the replica's other ranks; None if it has only this one.
+    """
+    if plan_sender is None:
+        return LocalPasses(worker, _tell_nobody, overlap)
+    if num_stages == 1:
+        return LocalPasses(worker, plan_sender.send, overlap)
+    return PipelinePasses(worker, plan_sender, num_stages)
+
+
+def _tell_nobody(_message: PlanMessage) -> None:
+    """For a replica of one rank."""
