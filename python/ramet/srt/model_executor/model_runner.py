@@ -15,7 +15,8 @@ from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.layers.attention.registry import describe_attention, make_attn_backend
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.registry import bind_attention, choose_attn_backend, describe_attention
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
@@ -46,6 +47,10 @@ PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 class ModelRunner:
     """The model of one rank on one device."""
+
+    attn_backend: AttentionBackend
+    kv_pool: MHATokenToKVPool
+    req_pool: ReqToPagePool
 
     def __init__(
         self,
@@ -84,16 +89,18 @@ class ModelRunner:
         if device.type == "cpu":
             free_bytes //= num_local_ranks  # the ranks of a node share its memory
         self._build_model()
-        num_pages = self._num_kv_pages(free_bytes)
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
-        self.attn_backend = make_attn_backend(server_args.attention_backend, attention)
+        num_pages = self._num_kv_pages(free_bytes, attention)
+        backend_class = choose_attn_backend(server_args.attention_backend, attention)
         self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
         on_phase("model")
         # Everything that needs only the addresses of the weights is made while they come.
         with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
             loading = pool.submit(self._load_weights)
-            self._make_kv_cache(num_pages)
+            self._make_kv_cache(num_pages, attention)
+            self.attn_backend = backend_class(attention, self.kv_pool)
+            bind_attention(self.model, self.attn_backend)
             on_phase("kv_cache")
             if server_args.is_seed:
                 WeightSeed.prepare(self._weights_host, parallel.world_rank)
@@ -132,10 +139,7 @@ class ModelRunner:
         manifest = self.manifest
         return LoadConfig.from_server_args(self.server_args, dtype=manifest.dtype, quantization=manifest.quantization)
 
-    def _kv_layout(self) -> tuple[int, int, int, torch.dtype]:
-        return len(self.model.layer_ids), self.model.num_kv_heads, self.model_config.head_dim, self.dtype
-
-    def _num_kv_pages(self, free_bytes: int) -> int:
+    def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:
         """Pages of KV cache that fit beside the weights.
 
         Args:
@@ -145,7 +149,9 @@ class ModelRunner:
             ValueError: if the memory does not suffice, or for one request of useful length.
         """
         args = self.server_args
-        token_bytes = MHATokenToKVPool.bytes_per_token(*self._kv_layout())
+        token_bytes = MHATokenToKVPool.bytes_per_token(
+            attention.num_layers, attention.num_kv_heads, attention.head_dim, attention.dtype
+        )
         budget = int(free_bytes * args.mem_fraction_static) - self.manifest.arena_nbytes
         wanted = args.max_total_tokens or args.max_running_requests * self.model_config.context_len
         if args.max_total_tokens is None:
@@ -165,17 +171,16 @@ class ModelRunner:
             )
         return num_pages
 
-    def _make_kv_cache(self, num_pages: int) -> None:
-        num_layers, num_kv_heads, head_dim, dtype = self._kv_layout()
+    def _make_kv_cache(self, num_pages: int, attention: AttentionSpec) -> None:
         self.max_total_num_tokens = num_pages * self.page_size
         self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens)
         self.kv_pool = MHATokenToKVPool(
             num_pages=num_pages,
             page_size=self.page_size,
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
+            num_layers=attention.num_layers,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            dtype=attention.dtype,
             device=self.device,
         )
         max_pages = -(-self.max_req_len // self.page_size)
@@ -195,8 +200,15 @@ class ModelRunner:
         is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
         if is_wanted and self.can_be_captured:
-            self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
-            self.graph_runner.capture()
+            graphs = CudaGraphRunner(
+                self._compute,
+                self.req_pool,
+                self.attn_backend,
+                self.server_args.max_running_requests,
+                self.model_config.hidden_size,
+            )
+            graphs.capture()
+            self.graph_runner = graphs
             return
         largest = min(self.server_args.max_running_requests, MAX_BATCH_SIZE)
         for size in sorted({1, largest}):  # few and many requests take other kernels
@@ -287,7 +299,15 @@ class ModelRunner:
             Hidden states [num_tokens, hidden_size] in the last pipeline stage; None in the others, which send
             theirs to the next.
         """
-        batch.kv_pool, batch.attn_backend = self.kv_pool, self.attn_backend
+        output = self._compute(batch)
+        if self.parallel.is_last_stage:
+            return output
+        self.finish_sending()
+        self._sending = (send_to_next_stage(output), output)
+        return None
+
+    def _compute(self, batch: ForwardBatch) -> torch.Tensor:
+        """This stage's output [num_tokens, hidden_size]: of the token ids, or of what the stage before has sent."""
         if batch.batch_size > 0:
             self.attn_backend.init_forward_metadata(batch)
         inputs = batch.input_ids
@@ -295,12 +315,7 @@ class ModelRunner:
             shape = (len(batch.input_ids), self.model_config.hidden_size)
             inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
             receive_from_previous_stage(inputs)
-        output = self.model(inputs, batch.positions, batch)
-        if self.parallel.is_last_stage:
-            return output
-        self.finish_sending()
-        self._sending = (send_to_next_stage(output), output)
-        return None
+        return self.model(inputs, batch.positions, batch)
 
     def finish_sending(self) -> None:
         """Wait, on a GPU only its stream, until the next pipeline stage has what this one has sent."""
