@@ -83,10 +83,12 @@ class Rank:
             quantization=args.quantization,
         )
         self._meet()
-        self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase, self._load_context())
-        self.runner.load_probe = self._load
+        runner_config = args.runner_config(self.device.type, dtype=config.dtype, quantization=config.quantization)
+        self.runner = ModelRunner(
+            runner_config, config, self.parallel, self.device, self._on_phase, self._load_context()
+        )
         if self.config.bootstrap_url is not None:
-            self.runner.publish(self.config.bootstrap_url)
+            self.runner.publish(self.config.bootstrap_url, self._load)
             self._on_phase("registered")
         if self.is_leader:
             self._make_scheduler(config)
