@@ -55,7 +55,8 @@ class MHATokenToKVPool:
             _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.page_size = page_size
-        self._layers = [(layer[0], layer[1]) for layer in self.buffer]  # views, made once: every layer of a pass asks
+        # Views, made once: every layer of every pass asks for its own.
+        self._layers = [(self.buffer[layer_id, 0], self.buffer[layer_id, 1]) for layer_id in range(num_layers)]
 
     @staticmethod
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -167,7 +167,6 @@ class LlamaForCausalLM(nn.Module):
 
     has_qk_norm = False
     mlp_name = "mlp"  # of a decoder layer's second half, as an attribute and in checkpoints
-    ignored_checkpoint_suffixes = ("rotary_emb.inv_freq",)  # derived tensors that old checkpoints carry
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig):
         super().__init__()
