@@ -15,12 +15,18 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 class Case:
     """A random cache and a batch of sequences in it, each of (prefix_len, new_len)."""
 
-    def __init__(self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False):
+    def __init__(
+        self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False, pool=None
+    ):
+        """
+        Args:
+            pool: of another case, for its backend to be used again; what is in it is replaced.
+        """
         num_heads, num_kv_heads, head_dim = shape
         num_pages = sum(-(-(prefix + new) // page_size) for prefix, new in sequences) + 3
         self.device = device
         self.page_size = page_size
-        self.pool = MHATokenToKVPool(
+        self.pool = pool or MHATokenToKVPool(
             num_pages=num_pages, page_size=page_size, num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim,
             dtype=dtype, device=device,
         )  # fmt: skip
@@ -30,7 +36,7 @@ class Case:
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, layer_id=0, sliding_window=window
         )
         ends = [prefix + new for prefix, new in sequences]
-        pages = list(range(1, num_pages + 1))
+        pages = list(range(1, num_pages + 1))  # a pool of another case may have more
         random.Random(0).shuffle(pages)
         tables = torch.zeros(len(sequences), -(-max(ends) // page_size) + 1, dtype=torch.int64)
         rows, slots = [], []
@@ -44,8 +50,8 @@ class Case:
         num_tokens = len(slots)
         width = (num_heads + 2 * num_kv_heads) * head_dim
         parts = torch.randn(num_tokens, width, device=device, dtype=dtype).unflatten(1, (-1, head_dim))
-        self.q, self.k, self.v = parts.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        self.pool.set_kv_buffer(0, slots, self.k, self.v)
+        self.q, k, v = parts.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        self.pool.set_kv_buffer(0, slots, k, v)
         self.batch = ForwardBatch(
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
@@ -56,7 +62,6 @@ class Case:
             seq_lens_cpu=ends,
             extend_lens_cpu=[new for _, new in sequences],
             logits_rows=torch.arange(num_tokens, device=device),
-            kv_pool=self.pool,
         )
 
     @property
@@ -66,20 +71,29 @@ class Case:
             device=self.device,
             dtype=self.q.dtype,
             page_size=self.page_size,
+            num_layers=1,
             num_heads=layer.num_heads,
             num_kv_heads=layer.num_kv_heads,
             head_dim=layer.head_dim,
             scale=layer.scale,
-            windows=(layer.sliding_window,),
+            windows=(layer.layer.sliding_window,),
         )
 
     def run(self, backend):
         backend.init_forward_metadata(self.batch)
-        return backend.forward(self.q, self.k, self.v, self.layer, self.batch)
+        self.layer.bind(backend)
+        return self.layer(self.q, self.batch)
 
-    def check(self, backend):
+    def check(self, backend_class):
         """The backend must give what torch_native gives."""
-        self.compare(self.run(backend), self.run(TorchNativeAttnBackend(self.spec)))
+        self.check_made(backend_class(self.spec, self.pool))
+
+    def check_made(self, backend):
+        """The same for a backend that is there already, over this case's pool."""
+        self.compare(self.run(backend), self.native())
+
+    def native(self):
+        return self.run(TorchNativeAttnBackend(self.spec, self.pool))
 
     def compare(self, actual, expected):
         tolerance = TOLERANCE[expected.dtype]

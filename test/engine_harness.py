@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from ramet.srt.configs.device_config import pick_device
+from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.io_struct import (
@@ -61,7 +62,8 @@ class EngineHarness:
             context_length=self.args.context_length,
             quantization=self.args.quantization,
         )
-        self.runner = ModelRunner(self.args, config, ParallelConfig(), device, lambda phase: None)
+        runner_config = self.args.runner_config(device.type, dtype=config.dtype, quantization=config.quantization)
+        self.runner = ModelRunner(runner_config, config, ParallelConfig(), device, lambda phase: None, LoadContext())
         torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()
         get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, str(folder)))

@@ -5,7 +5,7 @@ import random_models as rm
 import torch
 from attention_case import Case
 from engine_harness import EngineHarness
-from ramet.srt.layers.attention.registry import PREFERENCE, make_attn_backend
+from ramet.srt.layers.attention.registry import PREFERENCE, choose_attn_backend
 from ramet.srt.layers.attention.requirements import missing_package
 
 PAGE_SIZES = {"torch_varlen": 256}  # of others 16
@@ -36,7 +36,7 @@ def test_one_layer(name, shape, dtype, window):
     for sequences, decode in ((PREFILL, False), (DECODE, True)):
         options = {"page_size": PAGE_SIZES.get(name, 16), "window": window, "dtype": dtype, "decode": decode}
         case = Case(torch.device("cuda", 0), sequences, shape, **options)
-        case.check(make_attn_backend(name, case.spec))
+        case.check(choose_attn_backend(name, case.spec))
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])

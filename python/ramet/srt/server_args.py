@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
     parse_modelexpress_config,
     resolve_address,
 )
+from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
-from ramet.srt.utils.net import format_url, host_from_here, split_address
+from ramet.srt.utils.net import format_url, host_from_here, is_loopback, local_address, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -485,6 +487,35 @@ class ServerArgs:
             stream_interval=self.stream_interval,
             random_seed=self.random_seed,
             overlap=device_type == "cuda" and not self.disable_overlap_schedule,
+        )
+
+    def runner_config(self, device_type: str, *, dtype: str, quantization: str) -> RunnerConfig:
+        """What a rank's model runner must know, on that kind of device ("cpu" or "cuda").
+
+        Args:
+            dtype, quantization: the engine's real ones.
+        """
+        defaults = DEVICE_DEFAULTS[device_type]
+        node_address = None if self.nnodes == 1 else local_address(self.dist_init_addr)
+        # A loopback address is of no use to other nodes.
+        weights_host = node_address if node_address is not None and is_loopback(self.host) else self.host
+        return RunnerConfig(
+            attention_backend=self.attention_backend,
+            page_size=self.page_size,
+            max_running_requests=self.max_running_requests or defaults["max_running_requests"],
+            max_total_tokens=self.max_total_tokens,
+            mem_fraction_static=self.mem_fraction_static or defaults["mem_fraction_static"],
+            use_cuda_graph=not self.disable_cuda_graph,
+            num_local_ranks=len(self.local_ranks),
+            weights=WeightsConfig(
+                name=self.weights_name,
+                load=LoadConfig.from_server_args(self, dtype=dtype, quantization=quantization),
+                is_seed=self.is_seed,
+                host=weights_host,
+                control_host=node_address,
+                admin_api_key=self.admin_api_key,
+                is_published=self.modelexpress is not None,
+            ),
         )
 
 

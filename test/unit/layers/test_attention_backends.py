@@ -13,7 +13,6 @@ from attention_case import Case
 from engine_harness import EngineHarness
 from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from ramet.srt.layers.attention.requirements import missing_package
-from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from ramet.srt.layers.attention.torch_varlen_backend import TorchVarlenAttnBackend
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.decode_batch import make_decode_batch
@@ -49,14 +48,14 @@ def backend_class(request):
 @pytest.mark.parametrize("sequences", EXTEND.values(), ids=EXTEND)
 def test_prefill(backend_class, sequences, window):
     case = Case(CPU, sequences, GROUPED, window=window)
-    case.check(backend_class(case.spec))
+    case.check(backend_class)
 
 
 @pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("sequences", DECODE.values(), ids=DECODE)
 def test_decode(backend_class, sequences, window):
     case = Case(CPU, sequences, GROUPED, window=window, decode=True)
-    case.check(backend_class(case.spec))
+    case.check(backend_class)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -64,26 +63,26 @@ def test_decode(backend_class, sequences, window):
 def test_page_sizes_and_head_counts(backend_class, page_size, shape):
     for sequences, decode in ((EXTEND["mixed with single tokens"], False), (DECODE["unlike lengths"], True)):
         case = Case(CPU, sequences, shape, page_size=page_size, decode=decode, dtype=torch.float16)
-        case.check(backend_class(case.spec))
+        case.check(backend_class)
 
 
 def test_a_pass_leaves_nothing_to_the_next(backend_class):
     """Prefill, decode and prefill again with one backend."""
     first = Case(CPU, EXTEND["behind prefixes"], GROUPED)
-    backend = backend_class(first.spec)
+    backend = backend_class(first.spec, first.pool)
     for sequences, decode in ((EXTEND["behind prefixes"], False), (DECODE["one"], True), ([(0, 3)], False)):
-        Case(CPU, sequences, GROUPED, decode=decode).check(backend)
+        Case(CPU, sequences, GROUPED, decode=decode, pool=first.pool).check_made(backend)
 
 
 def test_layers_with_and_without_a_window(backend_class):
     full = Case(CPU, EXTEND["behind prefixes"], GROUPED)
     windowed = Case(CPU, EXTEND["behind prefixes"], GROUPED, window=5)
-    backend = backend_class(dataclasses.replace(full.spec, windows=(None, 5)))
+    backend = backend_class(dataclasses.replace(full.spec, windows=(None, 5)), full.pool)
     backend.init_forward_metadata(full.batch)
     for layer in (full.layer, windowed.layer, full.layer):
         full.layer = layer
-        actual = backend.forward(full.q, full.k, full.v, layer, full.batch)
-        full.compare(actual, full.run(TorchNativeAttnBackend(full.spec)))
+        layer.bind(backend)
+        full.compare(layer(full.q, full.batch), full.native())
 
 
 class Replayed:
@@ -110,18 +109,19 @@ class Replayed:
         row_tensor, start_tensor = self.inputs[: 2 * size].view(2, size)
         longest = self.pool.req_to_page.shape[1] * self.case.page_size - 1
         batch = make_decode_batch(self.pool, self.case.page_size, row_tensor, start_tensor, [longest] * size)
-        batch.is_captured, batch.kv_pool = True, self.case.pool
+        batch.is_captured = True
         q = self.case.q[[row if row < len(self.case.q) else 0 for row in padded_rows]]
         self.backend.init_forward_metadata(batch)
-        return self.backend.forward(q, q, q, self.case.layer, batch)[: len(rows)]
+        self.case.layer.bind(self.backend)
+        return self.case.layer(q, batch)[: len(rows)]
 
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_replays_of_a_captured_pass(backend_class, window):
     case = Case(CPU, [(60, 1), (2, 1), (15, 1), (31, 1), (16, 1)], GROUPED, window=window, decode=True)
     case.pool.buffer[:, :, : case.page_size] = 0.5  # padding reads page 0, which holds numbers in an engine
-    expected = case.run(TorchNativeAttnBackend(case.spec))
-    replayed = Replayed(case, backend_class(case.spec), sizes=[1, 2, 4, 8])
+    expected = case.native()
+    replayed = Replayed(case, backend_class(case.spec, case.pool), sizes=[1, 2, 4, 8])
     for rows, size in (([0, 1, 2, 3, 4], 8), ([3], 1), ([4, 2, 0], 4), ([1, 0], 2), ([2], 1), ([0, 1, 2, 3], 4)):
         case.compare(replayed.run(rows, size), expected[rows])
 
@@ -129,7 +129,7 @@ def test_replays_of_a_captured_pass(backend_class, window):
 def test_captured_wrappers_share_their_buffers():
     """A plan is copied there before each replay: a buffer for each size would only cost memory."""
     case = Case(CPU, DECODE["unlike lengths"], GROUPED, decode=True)
-    Replayed(case, FlashInferAttnBackend(case.spec), sizes=[1, 2, 4])
+    Replayed(case, FlashInferAttnBackend(case.spec, case.pool), sizes=[1, 2, 4])
     made = [
         kwargs for _, method, _, kwargs in fake_flashinfer.CALLS if method == "__init__" and "use_cuda_graph" in kwargs
     ]
@@ -141,7 +141,7 @@ def test_captured_wrappers_share_their_buffers():
 @pytest.mark.parametrize(("num_heads", "wanted"), [(2, False), (4, False), (6, True), (16, True)])
 def test_tensor_cores_for_large_groups(num_heads, wanted):
     case = Case(CPU, DECODE["one"], (num_heads, 2, 16), decode=True)
-    case.check(FlashInferAttnBackend(case.spec))
+    case.check(FlashInferAttnBackend)
     made = [kwargs for name, method, _, kwargs in fake_flashinfer.CALLS if (name[5], method) == ("D", "__init__")]
     assert [kwargs["use_tensor_cores"] for kwargs in made] == [wanted]
 
@@ -166,9 +166,9 @@ def test_an_engine_gives_the_same_tokens(monkeypatch, tmp_path, name, family):
 def record_calls(backend_class):
     for sequences, decode in ((EXTEND["mixed with single tokens"], False), (DECODE["unlike lengths"], True)):
         case = Case(CPU, sequences, GROUPED, page_size=16, window=9, decode=decode, dtype=torch.float16)
-        case.check(backend_class(case.spec))
+        case.check(backend_class)
     case.pool.buffer[:, :, : case.page_size] = 0.5
-    Replayed(case, backend_class(case.spec), sizes=[2]).run([1], 2)
+    Replayed(case, backend_class(case.spec, case.pool), sizes=[2]).run([1], 2)
 
 
 @dataclasses.dataclass

@@ -9,12 +9,12 @@ import torch
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.layers.attention import registry, requirements
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
-from ramet.srt.layers.attention.registry import make_attn_backend
+from ramet.srt.layers.attention.registry import choose_attn_backend
 from ramet.srt.server_args import ATTENTION_BACKENDS, ServerArgs
 
 SPEC = AttentionSpec(
-    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_heads=8, num_kv_heads=2, head_dim=128,
-    scale=128**-0.5, windows=(None,),
+    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_layers=4, num_heads=8, num_kv_heads=2,
+    head_dim=128, scale=128**-0.5, windows=(None,),
 )  # fmt: skip
 
 
@@ -25,18 +25,14 @@ def packages(monkeypatch, *names, torch_version="2.13.0+cu130"):
 
 
 class Named(AttentionBackend):
-    """Stands in for a backend that would need a GPU to be made."""
-
-    def __init__(self, spec):
-        super().__init__(spec)
-        self.name = type(self).__name__
+    """Stands in for a backend that needs packages which aren't installed."""
 
     init_forward_metadata = forward = None
 
 
 @pytest.fixture
 def named(monkeypatch):
-    """The real backends say what they need; what is made is only a name."""
+    """The real backends say what they need; what is chosen is only a name."""
     real = registry._backend_class
 
     def stand_in(name):
@@ -68,7 +64,7 @@ def test_flag_and_preference_name_the_same_backends():
 )
 def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_version, changes, wanted):
     packages(monkeypatch, *installed, torch_version=torch_version)
-    assert make_attn_backend("auto", dataclasses.replace(SPEC, **changes)).name == wanted
+    assert choose_attn_backend("auto", dataclasses.replace(SPEC, **changes)).__name__ == wanted
 
 
 @pytest.mark.parametrize(
@@ -85,14 +81,14 @@ def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_ver
 def test_what_a_backend_needs_of_model_and_device(monkeypatch, named, name, changes, message):
     packages(monkeypatch, "triton", "flashinfer")
     with pytest.raises(ValueError, match=f"--attention-backend {message}"):
-        make_attn_backend(name, dataclasses.replace(SPEC, **changes))
+        choose_attn_backend(name, dataclasses.replace(SPEC, **changes))
 
 
 def test_a_flashinfer_that_cannot_be_imported(monkeypatch, named):
     packages(monkeypatch, "flashinfer")
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     with pytest.raises(ValueError, match="needs the package flashinfer, which can't be imported"):
-        make_attn_backend("flashinfer", SPEC)
+        choose_attn_backend("flashinfer", SPEC)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,8 @@
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
-    from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
 class ForwardMode(Enum):
@@ -20,29 +15,32 @@ class ForwardMode(Enum):
 
 @dataclass
 class ForwardBatch:
-    """One forward pass over `batch_size` sequences, whose new tokens stand one behind the other."""
+    """One forward pass over `batch_size` sequences, whose new tokens stand one behind the other.
+
+    Whoever makes it sets all of it: the worker for prompts, `make_decode_batch` for decoding. Layers and backends only
+    read it.
+    """
 
     forward_mode: ForwardMode
 
-    # Set by the scheduler
+    # What the model reads at its ends: all tokens of the pass.
     input_ids: torch.Tensor  # int64 [num_tokens]
+    logits_rows: torch.Tensor  # int64 [num_logits]: the tokens whose logits are wanted
+
+    # What attention reads: the tokens and sequences whose attention this rank computes, which are all unless attention
+    # is data-parallel.
     positions: torch.Tensor  # int64 [num_tokens]
     out_cache_loc: torch.Tensor  # int64 [num_tokens]: KV slot of each new token
     block_tables: torch.Tensor  # int64 [batch_size, max_pages]: KV pages of each sequence, 0 where there is none
     seq_lens: torch.Tensor  # int32 [batch_size]: tokens in the cache after this pass
-    seq_lens_cpu: list[int]  # the same on the host
-    extend_lens_cpu: list[int]  # new tokens of each sequence; all 1 when decoding
-    logits_rows: torch.Tensor  # int64 [num_logits]: the tokens whose logits are wanted
-    # With data-parallel attention: which tokens' attention this rank computes. What is said of sequences, positions
-    # and cache slots above is then of these alone; `input_ids` and `logits_rows` are of all tokens.
-    attn_tokens: slice | None = None
-    # Set by the CUDA graph runner: the pass is captured, or runs as it will be. What is said of it on the host is then
-    # the most that a replay may have.
-    is_captured: bool = False
 
-    # Set by the model runner, if not before
-    kv_pool: "MHATokenToKVPool | None" = None
-    attn_backend: "AttentionBackend | None" = None
+    # The same on the host, for what is planned there. In a captured pass, the most that a replay may have.
+    seq_lens_cpu: list[int]
+    extend_lens_cpu: list[int]  # new tokens of each sequence; all 1 when decoding
+
+    # How the pass runs.
+    attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
+    is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 
     @property
     def batch_size(self) -> int:

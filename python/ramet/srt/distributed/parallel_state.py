@@ -58,14 +58,6 @@ def _new_group(ranks: list[int], parallel: ParallelConfig) -> dist.ProcessGroup 
     return group if parallel.world_rank in ranks else None
 
 
-def destroy_process_groups() -> None:
-    """Leave all groups."""
-    global _groups
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    _groups = _Groups()
-
-
 def get_tp_group() -> dist.ProcessGroup | None:
     """The tensor-parallel group, or None when this rank is its only member."""
     return _groups.tp

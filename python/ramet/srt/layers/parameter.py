@@ -11,7 +11,7 @@ from ramet.srt.weights.manifest import WeightBox
 def declare_weight(shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[WeightBox]) -> nn.Parameter:
     """A parameter without memory; `boxes` say which checkpoint slices fill it, zeros fill the rest."""
     weight = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
-    weight.boxes = tuple(boxes)
+    vars(weight)["boxes"] = tuple(boxes)  # a subclass with such a field would make every operation look it up
     return weight
 
 

@@ -6,6 +6,8 @@ import torch
 
 from ramet.srt.configs.model_config import RopeConfig
 
+CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, head_dim / 2] each
+
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
     """float32 [head_dim / 2]: theta^(-2i / head_dim) (Su et al., 2021), rescaled by the config's rope type."""
@@ -34,7 +36,7 @@ class RotaryEmbedding:
         self.inv_freq = inverse_frequencies(config, head_dim).to(device)
         self.dtype = dtype
 
-    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def cos_sin(self, positions: torch.Tensor) -> CosSin:
         """int64 [num_tokens] -> cosines and sines [num_tokens, 1, head_dim / 2] in the model's dtype."""
         angles = positions.float().unsqueeze(-1) * self.inv_freq
         return angles.cos().to(self.dtype).unsqueeze(1), angles.sin().to(self.dtype).unsqueeze(1)

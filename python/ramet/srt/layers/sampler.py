@@ -13,6 +13,7 @@ from ramet.srt.utils.device import to_device
 
 INVALID_TOKEN = -1  # what is sampled from a row that has no finite logit
 _GREEDY_TEMPERATURE = 1e-6
+_UNFILTERED = SamplingParams(temperature=1.0)
 _MASK64 = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -37,27 +38,23 @@ class SamplingInfo:
     ) -> "SamplingInfo":
         greedy = [p.temperature < _GREEDY_TEMPERATURE or p.top_k == 1 for p in params]
         # A greedy row's token is the best one whatever is filtered: let it not ask for filters.
-        drawn = [p for p, is_greedy in zip(params, greedy, strict=True) if not is_greedy]
-        limits = [
-            vocab_size if g or p.top_k < 1 else min(p.top_k, vocab_size) for p, g in zip(params, greedy, strict=True)
-        ]
-
-        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-            return to_device(values, dtype, device).unsqueeze(1)
-
+        drawn = [_UNFILTERED if is_greedy else p for p, is_greedy in zip(params, greedy, strict=True)]
+        limits = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in drawn]
         return cls(
             seeds=np.array([seed & _MASK64 for seed in seeds], dtype=np.uint64),
             is_greedy=to_device(greedy, torch.bool, device),
-            temperatures=column(
-                [1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)], torch.float32
-            ),
-            top_ps=column([p.top_p for p in params], torch.float32),
-            top_ks=column(limits, torch.int64),
-            min_ps=column([p.min_p for p in params], torch.float32),
+            temperatures=_column([p.temperature for p in drawn], torch.float32, device),
+            top_ps=_column([p.top_p for p in drawn], torch.float32, device),
+            top_ks=_column(limits, torch.int64, device),
+            min_ps=_column([p.min_p for p in drawn], torch.float32, device),
             all_greedy=all(greedy),
             is_filtered=min(limits) < vocab_size or any(p.top_p < 1 or p.min_p > 0 for p in drawn),
             max_top_k=max(limits),
         )
+
+
+def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return to_device(values, dtype, device).unsqueeze(1)
 
 
 def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | None) -> torch.Tensor:

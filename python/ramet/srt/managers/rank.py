@@ -62,11 +62,13 @@ class RankStart:
         )
         scheduler_config = args.scheduler_config(self.device.type)
         sockets = self._meet(scheduler_config)
-        self.runner = ModelRunner(args, config, self.parallel, self.device, self._on_phase, self._load_context())
+        runner_config = args.runner_config(self.device.type, dtype=config.dtype, quantization=config.quantization)
+        self.runner = ModelRunner(
+            runner_config, config, self.parallel, self.device, self._on_phase, self._load_context()
+        )
         role = sockets.begin(self.runner)
-        self.runner.load_probe = role.load
         if self.config.bootstrap_url is not None:
-            self.runner.publish(self.config.bootstrap_url)
+            self.runner.publish(self.config.bootstrap_url, role.load)
             self._on_phase("registered")
         addresses = role.get_ready(self._on_phase)
         self._on_phase("ready")

@@ -55,6 +55,8 @@ class MHATokenToKVPool:
             _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         )
         self.page_size = page_size
+        # Views, made once: every layer of every pass asks for its own.
+        self._layers = [(self.buffer[layer_id, 0], self.buffer[layer_id, 1]) for layer_id in range(num_layers)]
 
     @staticmethod
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -62,14 +64,13 @@ class MHATokenToKVPool:
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer: views [num_slots, num_kv_heads, head_dim]."""
-        layer = self.buffer[layer_id]
-        return layer[0], layer[1]
+        return self._layers[layer_id]
 
     def set_kv_buffer(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [num_tokens, num_kv_heads, head_dim] to `slots` int64 [num_tokens]."""
-        layer = self.buffer[layer_id]
-        layer[0].index_copy_(0, slots, k)
-        layer[1].index_copy_(0, slots, v)
+        keys, values = self._layers[layer_id]
+        keys.index_copy_(0, slots, k)
+        values.index_copy_(0, slots, v)
 
 
 def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -10,17 +10,26 @@ PageKey = tuple[int, ...]  # the token ids of one page
 
 
 class TreeNode:
-    """An edge of the tree: a run of pages. `lock_ref` counts the running requests that use it or a descendant."""
+    """A place in the tree where a prefix ends: the root, where the empty one does, or the end of an edge."""
 
-    __slots__ = ("children", "keys", "last_access", "lock_ref", "pages", "parent")
+    __slots__ = ("children",)
 
-    def __init__(self, parent: "TreeNode | None", keys: list[PageKey], pages: list[int]):
+    def __init__(self) -> None:
+        self.children: dict[PageKey, TreeEdge] = {}
+
+
+class TreeEdge(TreeNode):
+    """A run of pages behind a place. `lock_ref` counts the running requests that use it or one behind it."""
+
+    __slots__ = ("keys", "last_access", "lock_ref", "pages", "parent")
+
+    def __init__(self, parent: TreeNode, keys: list[PageKey], pages: list[int], last_access: int):
+        super().__init__()
         self.parent = parent
         self.keys = keys
         self.pages = pages
-        self.children: dict[PageKey, TreeNode] = {}
+        self.last_access = last_access
         self.lock_ref = 0
-        self.last_access = 0
 
 
 class RadixCache:
@@ -38,15 +47,14 @@ class RadixCache:
 
     def reset(self) -> None:
         """Forget everything; the pages are the caller's to free."""
-        self.root = TreeNode(None, [], [])
-        self.root.lock_ref = 1
+        self.root = TreeNode()
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
 
     def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], TreeNode]:
         """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes."""
         pages: list[int] = []
-        node = self.root
+        node: TreeNode = self.root
         keys = self._page_keys(token_ids)
         start = 0
         while start < len(keys) and (child := node.children.get(keys[start])) is not None:
@@ -69,15 +77,14 @@ class RadixCache:
         keys = self._page_keys(token_ids)
         held, node = self.match_prefix(token_ids)
         if len(held) < len(keys):
-            new = TreeNode(node, keys[len(held) :], pages[len(held) : len(keys)])
-            new.last_access = next(self._clock)
+            new = TreeEdge(node, keys[len(held) :], pages[len(held) : len(keys)], next(self._clock))
             node.children[new.keys[0]] = new
             self.num_evictable_pages += len(new.pages)
         return len(held)
 
     def lock(self, node: TreeNode) -> None:
         """Keep `node` and its ancestors from eviction."""
-        while node.parent is not None:
+        while isinstance(node, TreeEdge):
             if node.lock_ref == 0:
                 self.num_evictable_pages -= len(node.pages)
                 self.num_locked_pages += len(node.pages)
@@ -86,7 +93,7 @@ class RadixCache:
 
     def unlock(self, node: TreeNode) -> None:
         """Undo one `lock` of the same node."""
-        while node.parent is not None:
+        while isinstance(node, TreeEdge):
             node.lock_ref -= 1
             assert node.lock_ref >= 0, "a prefix cache node was unlocked more often than locked"
             if node.lock_ref == 0:
@@ -96,23 +103,23 @@ class RadixCache:
 
     def evict(self, num_pages: int) -> int:
         """Free at least `num_pages` pages if so many are unlocked; returns how many were freed."""
-        leaves = [(node.last_access, id(node), node) for node in self._nodes() if self._is_evictable_leaf(node)]
+        leaves = [(edge.last_access, id(edge), edge) for edge in self._edges() if _is_evictable_leaf(edge)]
         heapq.heapify(leaves)
         freed = 0
         while leaves and freed < num_pages:
-            node = heapq.heappop(leaves)[2]
-            self.allocator.free(node.pages)
-            freed += len(node.pages)
-            parent = node.parent
-            del parent.children[node.keys[0]]
-            if self._is_evictable_leaf(parent):
+            edge = heapq.heappop(leaves)[2]
+            self.allocator.free(edge.pages)
+            freed += len(edge.pages)
+            parent = edge.parent
+            del parent.children[edge.keys[0]]
+            if isinstance(parent, TreeEdge) and _is_evictable_leaf(parent):
                 heapq.heappush(leaves, (parent.last_access, id(parent), parent))
         self.num_evictable_pages -= freed
         return freed
 
     def pages(self) -> set[int]:
         """Every page that the tree holds."""
-        return {page for node in self._nodes() for page in node.pages}
+        return {page for edge in self._edges() for page in edge.pages}
 
     def _page_keys(self, token_ids: Sequence[int]) -> list[PageKey]:
         if self.disabled:
@@ -120,24 +127,24 @@ class RadixCache:
         size = self.page_size
         return [tuple(token_ids[start : start + size]) for start in range(0, len(token_ids) - size + 1, size)]
 
-    def _split(self, node: TreeNode, length: int) -> TreeNode:
-        """Cut `node` after `length` pages; returns the new upper part."""
-        upper = TreeNode(node.parent, node.keys[:length], node.pages[:length])
-        upper.lock_ref = node.lock_ref
-        upper.last_access = node.last_access
-        node.parent.children[upper.keys[0]] = upper
-        node.keys, node.pages, node.parent = node.keys[length:], node.pages[length:], upper
-        upper.children[node.keys[0]] = node
+    def _split(self, edge: TreeEdge, length: int) -> TreeEdge:
+        """Cut `edge` after `length` pages; returns the new upper part."""
+        upper = TreeEdge(edge.parent, edge.keys[:length], edge.pages[:length], edge.last_access)
+        upper.lock_ref = edge.lock_ref
+        edge.parent.children[upper.keys[0]] = upper
+        edge.keys, edge.pages, edge.parent = edge.keys[length:], edge.pages[length:], upper
+        upper.children[edge.keys[0]] = edge
         return upper
 
-    def _nodes(self) -> list[TreeNode]:
-        nodes = list(self.root.children.values())
-        for node in nodes:  # the list grows while it is walked
-            nodes.extend(node.children.values())
-        return nodes
+    def _edges(self) -> list[TreeEdge]:
+        edges = list(self.root.children.values())
+        for edge in edges:  # the list grows while it is walked
+            edges.extend(edge.children.values())
+        return edges
 
-    def _is_evictable_leaf(self, node: TreeNode) -> bool:
-        return node.parent is not None and not node.children and node.lock_ref == 0
+
+def _is_evictable_leaf(edge: TreeEdge) -> bool:
+    return not edge.children and edge.lock_ref == 0
 
 
 def _common_length(edge: list[PageKey], keys: list[PageKey], start: int) -> int:

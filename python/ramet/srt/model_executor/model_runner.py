@@ -4,42 +4,34 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
 
 from ramet.srt.batch.batch_plan import LogprobRows
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.configs.device_config import free_memory_nbytes
-from ramet.srt.configs.load_config import LoadConfig, LoadContext
+from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.runner_config import RunnerConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.layers.attention.registry import describe_attention, make_attn_backend
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.registry import bind_attention, choose_attn_backend, describe_attention
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.fp8 import declare_fp8
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
-from ramet.srt.model_loader.seed.weight_seed import WeightSeed
-from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
-from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.device import to_device
-from ramet.srt.utils.net import is_loopback, local_address
 from ramet.srt.weights.manifest import build_weight_manifest
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
-if TYPE_CHECKING:
-    from ramet.srt.modelexpress.client.publication import Publication
-
 logger = logging.getLogger(__name__)
 
-REGISTRATION_TIMEOUT_S = 30.0
 WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens; each takes another tile of the prefill or the experts' kernel
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
@@ -47,60 +39,61 @@ PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 class ModelRunner:
     """The model of one rank on one device."""
 
+    attn_backend: AttentionBackend
+    kv_pool: MHATokenToKVPool
+    req_pool: ReqToPagePool
+
     def __init__(
         self,
-        server_args: ServerArgs,
+        config: RunnerConfig,
         model_config: ModelConfig,
         parallel: ParallelConfig,
         device: torch.device,
         on_phase: Callable[[str], None],
-        context: LoadContext | None = None,
+        context: LoadContext,
     ):
         """
         Args:
-            server_args: with the device's defaults.
             device: see pick_device.
-            context: the instance that the rank belongs to; needed where it is found through ModelExpress.
+            on_phase: called with the name of each phase of the start when it has ended.
+            context: the instance that the rank belongs to.
 
         Raises:
             ValueError, MemoryError: if the model can't run there; the message says why.
         """
-        self.server_args = server_args
+        self.config = config
         self.model_config = model_config
         self.parallel = parallel
         self.device = device
         self.dtype = getattr(torch, model_config.dtype)
-        self.page_size = server_args.page_size
+        self.page_size = config.page_size
         self.graph_runner: CudaGraphRunner | None = None
-        self.load_probe: Callable[[], float | None] = lambda: None  # how busy the rank is, from 0 to 1
-        self._context = context or LoadContext()
-        self._seed: WeightSeed | None = None
-        self._publication: Publication | None = None  # at the ModelExpress server
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
-        num_local_ranks = len(server_args.local_ranks)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_ranks))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_local_ranks))
         free_bytes = free_memory_nbytes(device)
         if device.type == "cpu":
-            free_bytes //= num_local_ranks  # the ranks of a node share its memory
+            free_bytes //= config.num_local_ranks  # the ranks of a node share its memory
         self._build_model()
-        num_pages = self._num_kv_pages(free_bytes)
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
-        self.attn_backend = make_attn_backend(server_args.attention_backend, attention)
+        num_pages = self._num_kv_pages(free_bytes, attention)
+        backend_class = choose_attn_backend(config.attention_backend, attention)
         self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
         on_phase("model")
+        weights = RankWeights(config.weights, context, self.manifest, self.arena, device)
         # Everything that needs only the addresses of the weights is made while they come.
         with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
-            loading = pool.submit(self._load_weights)
-            self._make_kv_cache(num_pages)
+            loading = pool.submit(weights.load, model_config.path)
+            self._make_kv_cache(num_pages, attention)
+            self.attn_backend = backend_class(attention, self.kv_pool)
+            bind_attention(self.model, self.attn_backend)
             on_phase("kv_cache")
-            if server_args.is_seed:
-                WeightSeed.prepare(self._weights_host, parallel.world_rank)
+            weights.prepare_offer()
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
-            self.load_report = loading.result()
+            self._weights: LoadedWeights | OfferedWeights = loading.result()
         on_phase("weights")
 
     def _build_model(self) -> None:
@@ -112,7 +105,7 @@ class ModelRunner:
         self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
             self.model.named_parameters(remove_duplicate=False),
-            model_name=self.server_args.weights_name,
+            model_name=self.config.weights.name,
             revision=config.revision,
             dtype=config.dtype,
             quantization=config.quantization,
@@ -121,21 +114,7 @@ class ModelRunner:
             dimensions=config.dimensions,
         )
 
-    def _load_weights(self) -> LoadReport:
-        """Runs in a thread of its own."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        self.loader = get_model_loader(self._load_config(), self._context)
-        return self.loader.load_weights(self.manifest, self.arena, self.model_config.path)
-
-    def _load_config(self) -> LoadConfig:
-        manifest = self.manifest
-        return LoadConfig.from_server_args(self.server_args, dtype=manifest.dtype, quantization=manifest.quantization)
-
-    def _kv_layout(self) -> tuple[int, int, int, torch.dtype]:
-        return len(self.model.layer_ids), self.model.num_kv_heads, self.model_config.head_dim, self.dtype
-
-    def _num_kv_pages(self, free_bytes: int) -> int:
+    def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:
         """Pages of KV cache that fit beside the weights.
 
         Args:
@@ -144,13 +123,14 @@ class ModelRunner:
         Raises:
             ValueError: if the memory does not suffice, or for one request of useful length.
         """
-        args = self.server_args
-        token_bytes = MHATokenToKVPool.bytes_per_token(*self._kv_layout())
-        budget = int(free_bytes * args.mem_fraction_static) - self.manifest.arena_nbytes
-        wanted = args.max_total_tokens or args.max_running_requests * self.model_config.context_len
-        if args.max_total_tokens is None:
-            wanted = min(wanted, budget // token_bytes)
-        elif wanted * token_bytes > free_bytes - self.manifest.arena_nbytes:
+        config = self.config
+        token_bytes = MHATokenToKVPool.bytes_per_token(
+            attention.num_layers, attention.num_kv_heads, attention.head_dim, attention.dtype
+        )
+        budget = int(free_bytes * config.mem_fraction_static) - self.manifest.arena_nbytes
+        if config.max_total_tokens is None:
+            wanted = min(config.max_running_requests * self.model_config.context_len, budget // token_bytes)
+        elif (wanted := config.max_total_tokens) * token_bytes > free_bytes - self.manifest.arena_nbytes:
             raise ValueError(
                 f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache beside "
                 f"{self.manifest.arena_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on "
@@ -160,26 +140,25 @@ class ModelRunner:
         if num_pages < 1:
             raise ValueError(
                 f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the "
-                f"weights take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {args.mem_fraction_static} that "
+                f"weights take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {config.mem_fraction_static} that "
                 "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
             )
         return num_pages
 
-    def _make_kv_cache(self, num_pages: int) -> None:
-        num_layers, num_kv_heads, head_dim, dtype = self._kv_layout()
+    def _make_kv_cache(self, num_pages: int, attention: AttentionSpec) -> None:
         self.max_total_num_tokens = num_pages * self.page_size
         self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens)
         self.kv_pool = MHATokenToKVPool(
             num_pages=num_pages,
             page_size=self.page_size,
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=dtype,
+            num_layers=attention.num_layers,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            dtype=attention.dtype,
             device=self.device,
         )
         max_pages = -(-self.max_req_len // self.page_size)
-        self.req_pool = ReqToPagePool(self.server_args.max_running_requests, max_pages, self.device)
+        self.req_pool = ReqToPagePool(self.config.max_running_requests, max_pages, self.device)
         logger.info(
             "KV cache: %d tokens in pages of %d, %.2f GB",
             self.max_total_num_tokens,
@@ -192,13 +171,17 @@ class ModelRunner:
         for num_tokens in WARM_UP_LENGTHS:
             if num_tokens <= self.max_req_len:
                 self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
-        is_wanted = not self.server_args.disable_cuda_graph and self.parallel.pp_size == 1
+        max_batch_size = self.config.max_running_requests
+        is_wanted = self.config.use_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
         if is_wanted and self.can_be_captured:
-            self.graph_runner = CudaGraphRunner(self, self.server_args.max_running_requests)
-            self.graph_runner.capture()
+            graphs = CudaGraphRunner(
+                self._compute, self.req_pool, self.attn_backend, max_batch_size, self.model_config.hidden_size
+            )
+            graphs.capture()
+            self.graph_runner = graphs
             return
-        largest = min(self.server_args.max_running_requests, MAX_BATCH_SIZE)
+        largest = min(max_batch_size, MAX_BATCH_SIZE)
         for size in sorted({1, largest}):  # few and many requests take other kernels
             self.decode([self.req_pool.padding_row] * size, [0] * size, slice(0, size))
 
@@ -209,75 +192,47 @@ class ModelRunner:
         return self.attn_backend.can_be_captured and not any(layer.needs_host(self.dtype) for layer in experts)
 
     @property
-    def _weights_host(self) -> str:
-        """The address at which this rank's weights are offered: a loopback one is of no use to other nodes."""
-        args = self.server_args
-        return local_address(args.dist_init_addr) if args.nnodes > 1 and is_loopback(args.host) else args.host
+    def load_report(self) -> LoadReport:
+        """How the weights came."""
+        return self._weights.report
 
-    def publish(self, bootstrap_url: str) -> None:
+    def publish(self, bootstrap_url: str, load_probe: Callable[[], float | None]) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.
+
+        Args:
+            load_probe: how busy the rank is, from 0 to 1; called in threads.
 
         Raises:
             WeightTransferError: if the offer can't be made or the bootstrap server doesn't take the registration.
+            RuntimeError: if they are offered already.
         """
-        args = self.server_args
-        control_host = None if args.nnodes == 1 else local_address(args.dist_init_addr)
-        self._seed = WeightSeed.start(
-            self.manifest,
-            self.arena,
-            host=self._weights_host,
-            started_at=self._context.started_at,
-            control_host=control_host,
-            on_state=self._on_instance_state,
-        )
+        if isinstance(self._weights, OfferedWeights):
+            raise RuntimeError("the weights are offered already")
+        self._weights = self._weights.offer(load_probe)
         self._register_to_engine_info_bootstrap(bootstrap_url)
-        if args.modelexpress is not None:
+        if self.config.weights.is_published:
             self._publish_modelexpress_metadata()
 
     def _register_to_engine_info_bootstrap(self, bootstrap_url: str) -> None:
-        """Tell the instance's bootstrap server where this rank's weights are; a rank that nobody finds doesn't run."""
-        assert self._seed is not None, "the weights are registered after they are offered"
-        self._seed.register(
-            bootstrap_url, admin_api_key=self.server_args.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
-        )
+        """Tell the instance's bootstrap server where this rank's weights are; see OfferedWeights."""
+        self._offered_weights().register(bootstrap_url)
 
     def _publish_modelexpress_metadata(self) -> None:
-        """Tell the metadata server of this rank's weights, which nobody may take before the instance is healthy."""
-        check_installed()
-        from ramet.srt.modelexpress.client.publication import Publication, make_instance_facts
+        """Tell the metadata server of this rank's weights; see OfferedWeights."""
+        self._offered_weights().publish_modelexpress()
 
-        assert self._seed is not None, "the weights are published after they are offered"
-        context = self._context
-        self._publication = Publication(
-            self._load_config(),
-            self._seed.registration,
-            make_instance_facts(context.instance_url, context.started_at, self.manifest, self.load_report),
-            accelerator=self.device.type,
-            device_id=self.device.index or 0,
-            load_probe=lambda: self.load_probe(),
-            claim=self.loader.claim if isinstance(self.loader, RemoteInstanceModelLoader) else None,
-        )
-
-    def _on_instance_state(self, is_ready: bool) -> None:
-        """The main process says that the instance has become healthy, or is about to end."""
-        if self._publication is not None:
-            if is_ready:
-                self._publication.set_ready()
-            else:
-                self._publication.withdraw()
+    def _offered_weights(self) -> OfferedWeights:
+        if not isinstance(self._weights, OfferedWeights):
+            raise RuntimeError("weights are offered before others are told of them")
+        return self._weights
 
     def publisher_stats(self) -> PublisherStats | None:
         """What the metadata server has been told; None for a rank that publishes nothing."""
-        return None if self._publication is None else self._publication.stats()
+        return self._weights.publisher_stats()
 
     def close(self) -> None:
-        """Withdraw the offer of the weights: first where others look for it."""
-        if self._publication is not None:
-            self._publication.close()
-            self._publication = None
-        if self._seed is not None:
-            self._seed.close()
-            self._seed = None
+        """Withdraw the offer of the weights."""
+        self._weights.close()
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
@@ -287,7 +242,15 @@ class ModelRunner:
             Hidden states [num_tokens, hidden_size] in the last pipeline stage; None in the others, which send
             theirs to the next.
         """
-        batch.kv_pool, batch.attn_backend = self.kv_pool, self.attn_backend
+        output = self._compute(batch)
+        if self.parallel.is_last_stage:
+            return output
+        self.finish_sending()
+        self._sending = (send_to_next_stage(output), output)
+        return None
+
+    def _compute(self, batch: ForwardBatch) -> torch.Tensor:
+        """This stage's output [num_tokens, hidden_size]: of the token ids, or of what the stage before has sent."""
         if batch.batch_size > 0:
             self.attn_backend.init_forward_metadata(batch)
         inputs = batch.input_ids
@@ -295,12 +258,7 @@ class ModelRunner:
             shape = (len(batch.input_ids), self.model_config.hidden_size)
             inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
             receive_from_previous_stage(inputs)
-        output = self.model(inputs, batch.positions, batch)
-        if self.parallel.is_last_stage:
-            return output
-        self.finish_sending()
-        self._sending = (send_to_next_stage(output), output)
-        return None
+        return self.model(inputs, batch.positions, batch)
 
     def finish_sending(self) -> None:
         """Wait, on a GPU only its stream, until the next pipeline stage has what this one has sent."""

@@ -8,10 +8,10 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
-from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.layers.attention.radix_attention import HeadNorms, RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from ramet.srt.layers.rotary_embedding import RotaryEmbedding
+from ramet.srt.layers.rotary_embedding import CosSin, RotaryEmbedding
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 
@@ -64,10 +64,11 @@ class LlamaAttention(nn.Module):
             dtype=dtype,
             parallel=parallel.attention,
         )
-        self.q_norm = self.k_norm = None
+        self.norms: HeadNorms | None = None
         if model.has_qk_norm:
             self.q_norm = RMSNorm(config.head_dim, f"{prefix}.q_norm", eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, f"{prefix}.k_norm", eps=config.rms_norm_eps, dtype=dtype)
+            self.norms = HeadNorms(self.q_norm, self.k_norm)
         self.attn = RadixAttention(
             num_heads=self.qkv_proj.num_heads,
             num_kv_heads=self.qkv_proj.num_kv_heads,
@@ -76,9 +77,7 @@ class LlamaAttention(nn.Module):
             sliding_window=config.layer_windows[layer_id],
         )
 
-    def forward(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
         if forward_batch.attn_tokens is None:
             return self.o_proj(self._attend(x, rotary, forward_batch))
@@ -89,23 +88,21 @@ class LlamaAttention(nn.Module):
             output[own] = self.o_proj.partial(self._attend(x[own], rotary, forward_batch))
         return tensor_model_parallel_all_reduce(output)
 
-    def _attend(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
-    ) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, rotary: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
-        q, k, v = self.attn.norm_and_rotate(self.qkv_proj(x), rotary, self.q_norm, self.k_norm, forward_batch)
-        return self.attn(q, k, v, forward_batch).flatten(1)
+        q = self.attn.rotate_and_store(self.qkv_proj(x), rotary, self.norms, forward_batch)
+        return self.attn(q, forward_batch).flatten(1)
 
 
 class LlamaDecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, with the residual carried beside the hidden states."""
 
-    def __init__(self, model: "LlamaForCausalLM", layer_id: int, prefix: str):
+    def __init__(self, model: "LlamaForCausalLM", layer_id: int):
         super().__init__()
-        config, dtype = model.config, model.dtype
+        config, dtype, prefix = model.config, model.dtype, f"model.layers.{layer_id}"
         self.self_attn = LlamaAttention(model, layer_id, f"{prefix}.self_attn")
         self.mlp_name = model.mlp_name
-        self.add_module(self.mlp_name, model.make_mlp(layer_id, f"{prefix}.{self.mlp_name}"))
+        self.add_module(self.mlp_name, model.make_mlp(layer_id))
         self.input_layernorm = RMSNorm(
             config.hidden_size, f"{prefix}.input_layernorm", eps=config.rms_norm_eps, dtype=dtype
         )
@@ -117,10 +114,10 @@ class LlamaDecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: CosSin,
         forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden states, residual), both [num_tokens, hidden_size]."""
+        """(hidden states, residual), both [num_tokens, hidden_size]; a stage's first layer is given no residual."""
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
@@ -141,33 +138,35 @@ class LlamaModel(nn.Module):
                 config.vocab_size, config.hidden_size, "model.embed_tokens", dtype=dtype, parallel=parallel
             )
         # Keyed by their numbers in the whole model, so that names don't depend on the stage.
-        self.layers = nn.ModuleDict(
-            {str(index): LlamaDecoderLayer(model, index, f"model.layers.{index}") for index in model.layer_ids}
-        )
+        self.layers = nn.ModuleDict({str(layer_id): LlamaDecoderLayer(model, layer_id) for layer_id in model.layer_ids})
         if parallel.is_last_stage:
             self.norm = RMSNorm(config.hidden_size, "model.norm", eps=config.rms_norm_eps, dtype=dtype)
         self.parallel = parallel
 
-    def forward(
-        self, inputs: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], forward_batch: ForwardBatch
-    ) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, rotary: CosSin, forward_batch: ForwardBatch) -> torch.Tensor:
         """Token ids, or the stage before's output -> this stage's output, normalised in the last stage.
 
         Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size].
         """
         x = self.embed_tokens(inputs) if self.parallel.is_first_stage else inputs
-        residual = None
-        for layer in self.layers.values():
+        first, *others = self.layers.values()
+        x, residual = first(x, None, rotary, forward_batch)
+        for layer in others:
             x, residual = layer(x, residual, rotary, forward_batch)
         return self.norm.add_and_norm(x, residual)[0] if self.parallel.is_last_stage else x + residual
 
 
 class LlamaForCausalLM(nn.Module):
-    """The dense decoder with its output head. Parameters are made on the meta device and bound to an arena later."""
+    """The dense decoder with its output head.
+
+    Parameters are made on the meta device and bound to an arena later; before the first pass come `prepare`, which
+    makes what is derived from the config alone, and `bind_attention`.
+    """
+
+    rotary: RotaryEmbedding
 
     has_qk_norm = False
     mlp_name = "mlp"  # of a decoder layer's second half, as an attribute and in checkpoints
-    ignored_checkpoint_suffixes = ("rotary_emb.inv_freq",)  # derived tensors that old checkpoints carry
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig):
         super().__init__()
@@ -182,7 +181,6 @@ class LlamaForCausalLM(nn.Module):
             self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, name, dtype=dtype, parallel=parallel)
             if tied and parallel.is_first_stage:
                 self.lm_head.weight = self.model.embed_tokens.weight
-        self.rotary: RotaryEmbedding | None = None
 
     def has_qkv_bias(self) -> bool:
         return bool(self.config.hf_config.get("attention_bias", False))
@@ -190,18 +188,17 @@ class LlamaForCausalLM(nn.Module):
     def has_o_bias(self) -> bool:
         return bool(self.config.hf_config.get("attention_bias", False))
 
-    def make_mlp(self, layer_id: int, prefix: str) -> nn.Module:
+    def make_mlp(self, layer_id: int) -> nn.Module:
         """The second half of a decoder layer: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
-        return LlamaMLP(self.config, prefix, self.dtype, self.parallel)
+        return LlamaMLP(self.config, self.mlp_prefix(layer_id), self.dtype, self.parallel)
+
+    def mlp_prefix(self, layer_id: int) -> str:
+        """What the checkpoint's names of a layer's second half begin with."""
+        return f"model.layers.{layer_id}.{self.mlp_name}"
 
     def prepare(self, device: torch.device) -> None:
         """Make what is derived from the config alone, on the device where the weights are."""
         self.rotary = RotaryEmbedding(self.config.rope, self.config.head_dim, self.dtype, device)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key/value heads of this rank, in every layer."""
-        return next(iter(self.model.layers.values())).self_attn.qkv_proj.num_kv_heads
 
     def forward(self, inputs: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """Inputs of this stage and int64 positions [num_tokens] -> its output [num_tokens, hidden_size]."""

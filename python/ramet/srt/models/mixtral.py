@@ -11,6 +11,6 @@ class MixtralForCausalLM(MistralForCausalLM):
 
     mlp_name = "block_sparse_moe"
 
-    def make_mlp(self, layer_id: int, prefix: str) -> nn.Module:
+    def make_mlp(self, layer_id: int) -> nn.Module:
         names = ("w1", "w3", "w2")  # gate, up, down
-        return SparseMoeBlock(self.config, prefix, names, self.dtype, self.parallel)
+        return SparseMoeBlock(self.config, self.mlp_prefix(layer_id), names, self.dtype, self.parallel)

@@ -1,7 +1,10 @@
 """Owns the map from the architecture that a config names to the class that builds it."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ramet.srt.models.llama import LlamaForCausalLM
 
 _MODELS = {
     "LlamaForCausalLM": "llama",
@@ -13,7 +16,7 @@ _MODELS = {
 }
 
 
-def get_model_class(architecture: str) -> Any:
+def get_model_class(architecture: str) -> "type[LlamaForCausalLM]":
     """The model class for `architecture`.
 
     Raises:

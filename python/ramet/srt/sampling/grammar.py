@@ -153,11 +153,6 @@ class Grammar:
         """Whether the output is complete and nothing but an end-of-sequence token can follow."""
         return self._ended or self._matcher.is_stopped()
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the output may end here, though more may be allowed."""
-        return self._ended or self._matcher.is_accepting()
-
     def copy(self) -> "Grammar":
         """An independent grammar at the same place."""
         twin = Grammar(self._matcher.deep_copy(), self._eos_ids)

@@ -1,16 +1,13 @@
-"""Owns the interface of attention backends, and what a backend is told of the model it computes for."""
+"""Owns the interface of attention backends, and what a backend is told of the model and the layers it computes for."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
-
-if TYPE_CHECKING:
-    from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
 @dataclass(frozen=True)
@@ -20,11 +17,20 @@ class AttentionSpec:
     device: torch.device
     dtype: torch.dtype  # of queries and KV cache
     page_size: int
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see RadixAttention.sliding_window
+    windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see AttentionLayer
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What one layer asks of its backend, beside what all layers of the rank have in common."""
+
+    layer_id: int  # its place in the rank's KV pool
+    sliding_window: int | None  # a query sees this many tokens, itself included; None: all before it
 
 
 class AttentionBackend(ABC):
@@ -37,11 +43,16 @@ class AttentionBackend(ABC):
 
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
 
-    def __init__(self, spec: AttentionSpec):
+    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+        """
+        Args:
+            kv_pool: the keys and values of all layers, at addresses that stay.
+        """
         self.spec = spec
+        self.kv_pool = kv_pool
 
     @staticmethod
-    def obstacle(spec: AttentionSpec) -> str | None:
+    def obstacle(_spec: AttentionSpec) -> str | None:
         """What is missing to run such a model, as the end of "it needs ..."; None if nothing is."""
         return None
 
@@ -53,14 +64,14 @@ class AttentionBackend(ABC):
         anew by every replay, what it does on the host happens once.
         """
 
-    def init_cuda_graph_state(self, batch_sizes: Sequence[int], req_to_page: torch.Tensor) -> None:  # noqa: B027
+    def init_cuda_graph_state(self, batch_sizes: Sequence[int], req_to_page: torch.Tensor) -> None:  # noqa: B027  optional
         """Make what captured passes of these sizes keep at fixed addresses.
 
         Args:
             req_to_page: int64 [num_rows, max_pages], the page table that all of them read, at its place.
         """
 
-    def init_forward_metadata_replay_cuda_graph(  # noqa: B027
+    def init_forward_metadata_replay_cuda_graph(  # noqa: B027  optional
         self, rows: torch.Tensor, starts_cpu: Sequence[int]
     ) -> None:
         """Prepare the next captured pass; called before its capture and before each replay, on the same stream.
@@ -71,15 +82,5 @@ class AttentionBackend(ABC):
         """
 
     @abstractmethod
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: "RadixAttention",
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim] -> like q.
-
-        The cache holds k and v of this pass already.
-        """
+    def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
+        """q [num_tokens, num_heads, head_dim] -> like q. The cache holds the keys and values of this pass already."""

@@ -1,18 +1,18 @@
 """Owns attention with FlashInfer: its wrappers for each kind of pass, and planning them on the host ahead of a pass."""
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
+from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 from ramet.srt.utils.device import to_device
-
-if TYPE_CHECKING:
-    from ramet.srt.layers.attention.radix_attention import RadixAttention
 
 WORKSPACE_NBYTES = 512 << 20  # for the partial results of split sequences; all wrappers share it
 HEAD_DIMS = (64, 128, 256)
@@ -24,8 +24,8 @@ class FlashInferAttnBackend(AttentionBackend):
 
     can_be_captured = True
 
-    def __init__(self, spec: AttentionSpec):
-        super().__init__(spec)
+    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+        super().__init__(spec, kv_pool)
         import flashinfer
 
         self._decode_wrapper: Callable[..., Any] = flashinfer.BatchDecodeWithPagedKVCacheWrapper
@@ -47,7 +47,7 @@ class FlashInferAttnBackend(AttentionBackend):
         if spec.head_dim not in HEAD_DIMS:
             return f"heads of {', '.join(map(str, HEAD_DIMS))}; the model's have {spec.head_dim}"
         try:
-            import flashinfer  # noqa: F401
+            importlib.import_module("flashinfer")
         except ImportError as error:
             return f"the package flashinfer, which can't be imported ({error})"
         return None
@@ -79,24 +79,15 @@ class FlashInferAttnBackend(AttentionBackend):
                 "paged_kv_indices_buffer": indices,
                 "paged_kv_last_page_len_buffer": last_page_lens[:size],
             }
-            self._captured[size] = self._for_windows(lambda buffers=buffers: self._make_decode(**buffers))
+            self._captured[size] = self._for_windows(functools.partial(self._make_decode, **buffers))
 
     def init_forward_metadata_replay_cuda_graph(self, rows: torch.Tensor, starts_cpu: Sequence[int]) -> None:
         self._current = self._captured[len(starts_cpu)]
         self._plan(self._list_pages(self._req_to_page, rows, [start + 1 for start in starts_cpu]))
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: "RadixAttention",
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        assert forward_batch.kv_pool is not None
+    def forward(self, q: torch.Tensor, layer: AttentionLayer, _forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = (
-            cache.unflatten(0, (-1, self.spec.page_size))
-            for cache in forward_batch.kv_pool.get_kv_buffer(layer.layer_id)
+            cache.unflatten(0, (-1, self.spec.page_size)) for cache in self.kv_pool.get_kv_buffer(layer.layer_id)
         )
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._current[layer.sliding_window].wrapper.run(q, (k_cache, v_cache), out=out)

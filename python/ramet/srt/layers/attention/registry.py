@@ -1,4 +1,4 @@
-"""Owns the choice of the attention backend for a model on a device."""
+"""Owns the choice of the attention backend for a model on a device, and binding the model's layers to it."""
 
 import torch
 from torch import nn
@@ -13,14 +13,24 @@ PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 
 def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
     """What the attention layers of this rank's part of a model have in common."""
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers = _attention_layers(model)
     shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale) for layer in layers}
     assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
-    windows = tuple(dict.fromkeys(layer.sliding_window for layer in layers))
-    return AttentionSpec(device, dtype, page_size, *shapes.pop(), windows)
+    windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
+    return AttentionSpec(device, dtype, page_size, len(layers), *shapes.pop(), windows)
 
 
-def make_attn_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
+def bind_attention(model: nn.Module, backend: AttentionBackend) -> None:
+    """Have every attention layer of a model compute with `backend`, over its KV pool."""
+    for layer in _attention_layers(model):
+        layer.bind(backend)
+
+
+def _attention_layers(model: nn.Module) -> list[RadixAttention]:
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend]:
     """The backend for --attention-backend `name`; "auto" takes the first of PREFERENCE that runs, on a GPU.
 
     Raises:
@@ -36,7 +46,7 @@ def make_attn_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
             backend = _backend_class(candidate)
             obstacle = backend.obstacle(spec)
             if obstacle is None:
-                return backend(spec)
+                return backend
     raise ValueError(f"--attention-backend {name} needs {obstacle}")
 
 

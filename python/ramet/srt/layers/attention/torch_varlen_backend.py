@@ -1,18 +1,15 @@
 """Owns attention with PyTorch's variable-length kernel, which finds the keys of a sequence through a block table."""
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
+from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 from ramet.srt.utils.device import to_device
-
-if TYPE_CHECKING:
-    from ramet.srt.layers.attention.radix_attention import RadixAttention
 
 PAGE_SIZE_STEP = 256  # tokens; the FlashAttention 2 kernel behind the function takes pages of a multiple of it
 MAX_HEAD_DIM = 256
@@ -24,8 +21,8 @@ class TorchVarlenAttnBackend(AttentionBackend):
 
     can_be_captured = True
 
-    def __init__(self, spec: AttentionSpec):
-        super().__init__(spec)
+    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+        super().__init__(spec, kv_pool)
         self._max_queries = self._max_keys = 0
         self._query_starts: torch.Tensor  # int32 [batch_size + 1]
         self._key_starts: torch.Tensor  # int32 [batch_size + 1], as if the keys stood one behind the other
@@ -55,16 +52,8 @@ class TorchVarlenAttnBackend(AttentionBackend):
         self._max_queries = max(forward_batch.extend_lens_cpu)
         self._max_keys = max(forward_batch.seq_lens_cpu)  # in a captured pass the most that there can be
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: "RadixAttention",
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        assert forward_batch.kv_pool is not None
-        k_cache, v_cache = forward_batch.kv_pool.get_kv_buffer(layer.layer_id)
+    def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
         window = layer.sliding_window
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         varlen.varlen_attn_out(
@@ -76,7 +65,7 @@ class TorchVarlenAttnBackend(AttentionBackend):
             self._key_starts,
             self._max_queries,
             self._max_keys,
-            scale=layer.scale,
+            scale=self.spec.scale,
             window_size=(-1 if window is None else window - 1, 0),  # (tokens before the query, tokens behind it)
             enable_gqa=True,
             seqused_k=forward_batch.seq_lens,

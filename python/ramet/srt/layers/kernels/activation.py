@@ -14,15 +14,16 @@ NAMES = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 def activate(x, NAME: tl.constexpr):
     """The activation of float32 values."""
     if NAME == "silu" or NAME == "swish":
-        return x / (1.0 + tl.exp(-x))
+        y = x / (1.0 + tl.exp(-x))
     elif NAME == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_pytorch_tanh":
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+        y = x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
     else:
         tl.static_assert(NAME == "relu")
-        return tl.maximum(x, 0.0)
+        y = tl.maximum(x, 0.0)
+    return y
 
 
 @triton.jit

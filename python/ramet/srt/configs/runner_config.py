@@ -1,0 +1,32 @@
+"""Owns what one rank's model runner, and its weights, need to know of the settings of the instance."""
+
+from dataclasses import dataclass
+
+from ramet.srt.configs.load_config import LoadConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """What a rank's weights are called, where they come from, and to whom they are offered."""
+
+    name: str  # the model's, among instances that share its weights
+    load: LoadConfig
+    is_seed: bool  # others may take the weights
+    host: str  # address at which they are offered
+    control_host: str | None  # of this node, where the instance's main process may be on another one; else None
+    admin_api_key: str | None  # with which they are registered; None where the bootstrap server asks for none
+    is_published: bool  # at a ModelExpress server
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """How a rank's model runs on its device. Made by ServerArgs.runner_config, where the values were validated."""
+
+    attention_backend: str
+    page_size: int  # tokens
+    max_running_requests: int
+    max_total_tokens: int | None  # of KV cache; None: as many as fit and can be used
+    mem_fraction_static: float  # of the free memory, for weights and KV cache together
+    use_cuda_graph: bool
+    num_local_ranks: int  # that share the node's processors and memory
+    weights: WeightsConfig

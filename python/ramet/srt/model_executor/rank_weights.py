@@ -1,0 +1,169 @@
+"""Owns one rank's weights, from their place in an arena to their offer to other instances and its end.
+
+They are in one of three states, each a type of its own: arriving (RankWeights), loaded, which nobody else knows of
+(LoadedWeights), and offered (OfferedWeights). Who changes weights withdraws the offer, which gives loaded ones back.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ramet.srt.configs.load_config import LoadContext
+from ramet.srt.configs.runner_config import WeightsConfig
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.modelexpress.settings import check_installed
+from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport, PublisherStats
+
+if TYPE_CHECKING:
+    from ramet.srt.modelexpress.client.claim import FileClaim
+    from ramet.srt.modelexpress.client.publication import Publication
+
+REGISTRATION_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class RankWeights:
+    """Weights that arrive: what they are, where they go to, and what they are for."""
+
+    config: WeightsConfig
+    context: LoadContext
+    manifest: WeightManifest
+    arena: WeightArena
+    device: torch.device
+
+    def load(self, model_path: str) -> "LoadedWeights":
+        """Fill the arena. For a thread of its own.
+
+        Raises:
+            ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        report, claim = self._fill(model_path)
+        return LoadedWeights(self, report, claim)
+
+    def _fill(self, model_path: str) -> "tuple[LoadReport, FileClaim | None]":
+        """How the arena was filled, and the claim to read the files, to be kept until others can take the weights."""
+        loader = get_model_loader(self.config.load, self.context)
+        report = loader.load_weights(self.manifest, self.arena, model_path)
+        return report, loader.claim if isinstance(loader, RemoteInstanceModelLoader) else None
+
+    def prepare_offer(self) -> None:
+        """Do beforehand, while the weights still arrive, what takes longest of offering them, if they will be offered.
+
+        Raises:
+            WeightTransferError: if the transfer engine does not start.
+        """
+        if self.config.is_seed:
+            WeightSeed.prepare(self.config.host, self.manifest.parallel.world_rank)
+
+
+class LoadedWeights:
+    """Weights that are final, and that nobody else knows of."""
+
+    def __init__(self, weights: RankWeights, report: LoadReport, claim: "FileClaim | None"):
+        self.weights = weights
+        self.report = report
+        self.claim = claim
+
+    def offer(self, load_probe: Callable[[], float | None]) -> "OfferedWeights":
+        """Let others take the weights, once they find them: see OfferedWeights.register.
+
+        Args:
+            load_probe: how busy the rank is, from 0 to 1, or None when that is not known; called in threads.
+
+        Raises:
+            WeightTransferError, OSError: if the offer can't be made.
+        """
+        return OfferedWeights(self, load_probe)
+
+    def publisher_stats(self) -> PublisherStats | None:
+        """What a metadata server has been told: nothing, of weights that are not offered."""
+        return None
+
+    def close(self) -> None:
+        """Let another instance read the files, if this one keeps it from doing so: nobody will take the weights."""
+        if self.claim is not None:
+            self.claim.release()
+
+
+class OfferedWeights:
+    """Weights that others may take, and where those look for them. The arena is immutable meanwhile."""
+
+    def __init__(self, loaded: LoadedWeights, load_probe: Callable[[], float | None]):
+        weights = loaded.weights
+        self.loaded = loaded
+        self.report = loaded.report
+        self._load_probe = load_probe
+        self._publications: list[Publication] = []  # at metadata servers: none or one
+        self._seed = WeightSeed.start(
+            weights.manifest,
+            weights.arena,
+            host=weights.config.host,
+            started_at=weights.context.started_at,
+            control_host=weights.config.control_host,
+            on_state=self._on_instance_state,
+        )
+
+    def register(self, bootstrap_url: str) -> None:
+        """Tell the instance's bootstrap server where the weights are.
+
+        Raises:
+            WeightTransferError: if it does not take the registration: a rank that nobody finds doesn't run.
+        """
+        self._seed.register(
+            bootstrap_url, admin_api_key=self.loaded.weights.config.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
+        )
+
+    def publish_modelexpress(self) -> None:
+        """Tell the metadata server of the weights, which nobody may take before the instance is healthy.
+
+        Raises:
+            ValueError: if what ModelExpress needs is not installed, or a setting can't be used.
+        """
+        check_installed()
+        from ramet.srt.modelexpress.client.publication import Publication, make_instance_facts
+
+        weights = self.loaded.weights
+        facts = make_instance_facts(
+            weights.context.instance_url, weights.context.started_at, weights.manifest, self.report
+        )
+        publication = Publication(
+            weights.config.load,
+            self._seed.registration,
+            facts,
+            accelerator=weights.device.type,
+            device_id=weights.device.index or 0,
+            load_probe=self._load_probe,
+            claim=self.loaded.claim,
+        )
+        self._publications.append(publication)
+
+    def _on_instance_state(self, is_ready: bool) -> None:
+        """The main process says, in a thread, that the instance has become healthy, or is about to end."""
+        for publication in self._publications:
+            if is_ready:
+                publication.set_ready()
+            else:
+                publication.withdraw()
+
+    def publisher_stats(self) -> PublisherStats | None:
+        """What the metadata server has been told; None for a rank that publishes nothing."""
+        return next((publication.stats() for publication in self._publications), None)
+
+    def withdraw(self) -> LoadedWeights:
+        """End the offer: first where others look for it. Processes that have mapped the memory keep it."""
+        while self._publications:
+            self._publications.pop().close()
+        self._seed.close()
+        return self.loaded
+
+    def close(self) -> None:
+        """End the offer for good."""
+        self.withdraw()
