@@ -23,7 +23,9 @@ Prefix = tuple[int, ...]
 
 def begin(cache: RequestCache, tokens: list[int]) -> CacheHandle:
     """A handle that holds the longest cached prefix of the tokens, and no pages beside it."""
-    return cache.begin(tokens)
+    handle = cache.begin(cache.match(tokens), 0)
+    assert handle is not None, "the pages of a match are there already"
+    return handle
 
 
 @dataclass
