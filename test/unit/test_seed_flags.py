@@ -2,7 +2,6 @@
 
 import pytest
 from ramet.srt.command_line import parse_server_args
-from ramet.srt.configs.load_config import LoadConfig
 
 BASE = ["--model-path", "m", "--load-format", "remote_instance"]
 IP = "--remote-instance-weight-loader-seed-instance-ip"
@@ -25,7 +24,7 @@ NCCL = ["--remote-instance-weight-loader-backend", "nccl"]
 )
 def test_seeds_are_given_one_by_one_or_as_lists(flags, seeds):
     args = parse_server_args(BASE + flags)
-    assert args.seeds == tuple(seeds) == LoadConfig.from_server_args(args).seeds
+    assert args.seeds == tuple(seeds) == args.load_config().seeds
 
 
 @pytest.mark.parametrize(
@@ -52,16 +51,16 @@ def test_what_makes_no_sense_is_an_error(flags, reason):
 
 def test_a_seed_is_shown_the_own_keys():
     args = parse_server_args([*BASE, IP, "a:1", "--api-key", "user", "--admin-api-key", "admin"])
-    assert LoadConfig.from_server_args(args).api_keys == ("user", "admin")
-    assert LoadConfig.from_server_args(parse_server_args([*BASE, IP, "a:1"])).api_keys == ()
+    assert args.load_config().api_keys == ("user", "admin")
+    assert parse_server_args([*BASE, IP, "a:1"]).load_config().api_keys == ()
 
 
 def test_a_source_that_a_metadata_server_names_never_sees_the_admin_key():
     express = ["--remote-instance-weight-loader-backend", "modelexpress", "--modelexpress-config", '{"url": "a:1"}']
     args = parse_server_args([*BASE, *express, "--api-key", "user", "--admin-api-key", "admin"])
-    assert LoadConfig.from_server_args(args).api_keys == ("user",)
+    assert args.load_config().api_keys == ("user",)
 
 
 def test_group_ports():
     args = parse_server_args([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[4000, 4001]", "--tp-size", "2"])
-    assert LoadConfig.from_server_args(args).send_weights_group_ports == (4000, 4001)
+    assert args.load_config().send_weights_group_ports == (4000, 4001)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
@@ -447,6 +448,46 @@ class ServerArgs:
         defaults = DEVICE_DEFAULTS[device_type]
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
+
+    def load_config(self, *, dtype: str = "", quantization: str = "") -> LoadConfig:
+        """What a rank's model loader must know.
+
+        Args:
+            dtype, quantization: the engine's real ones.
+        """
+        express = self.modelexpress
+        names: dict[str, Any] = {}
+        if express is not None:
+            names = {
+                "modelexpress_url": resolve_address(express.url),
+                "modelexpress_model_name": self.weights_name,
+                "modelexpress_tp_size": express.tp_size or self.tp_size,
+                "modelexpress_pp_size": express.pp_size or self.pp_size,
+                "modelexpress_ep_size": express.ep_size or self.ep_size,
+                "modelexpress_dtype": express.dtype or dtype,
+                "modelexpress_quantization": quantization if express.quantization is None else express.quantization,
+                "modelexpress_wait_s": express.wait_timeout,
+            }
+        keys = [self.api_key]
+        if self.remote_instance_weight_loader_backend != "modelexpress":
+            # Who may publish at a metadata server decides whom an instance asks: that must not earn the admin key.
+            keys.append(self.admin_api_key)
+        is_forced_seed = self.load_format == "remote_instance" and not self.takes_weights_from_instances
+        return LoadConfig(
+            load_format="auto" if is_forced_seed else self.load_format,
+            random_seed=self.random_seed,
+            seeds=self.seeds,
+            backend=self.remote_instance_weight_loader_backend,
+            send_weights_group_ports=self.send_weights_group_ports,
+            local_mode=self.remote_instance_weight_loader_local_mode,
+            fallback=self.remote_instance_weight_loader_fallback,
+            timeout_s=self.remote_instance_weight_loader_timeout,
+            host=self.host,
+            api_keys=tuple(key for key in keys if key is not None),
+            model_path=self.model_path,
+            revision=self.revision,
+            **names,
+        )
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

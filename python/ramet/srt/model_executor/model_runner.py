@@ -130,7 +130,7 @@ class ModelRunner:
 
     def _load_config(self) -> LoadConfig:
         manifest = self.manifest
-        return LoadConfig.from_server_args(self.server_args, dtype=manifest.dtype, quantization=manifest.quantization)
+        return self.server_args.load_config(dtype=manifest.dtype, quantization=manifest.quantization)
 
     def _kv_layout(self) -> tuple[int, int, int, torch.dtype]:
         return len(self.model.layer_ids), self.model.num_kv_heads, self.model_config.head_dim, self.dtype
