@@ -16,21 +16,10 @@ import msgspec
 
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport
 
 FACTS_KEY = "ramet"
 DTYPE_PREFIX = "torch."  # published readers compare with str(tensor.dtype)
-
-
-class LoadFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a rank came to its weights."""
-
-    source: str  # LoadReport.source: "checkpoint", "transfer_engine", "local_map", …
-    num_bytes: int
-    seconds: float
-    verified: bool = False
-    taken_from: tuple[str, ...] = ()  # worker ids of the seeds; empty for files
-    taken_bytes: tuple[int, ...] = ()  # from each of them
-    fallback_reason: str = ""
 
 
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,7 +30,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     world_rank: int = 0
     started_at: float = 0.0  # unix seconds
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
-    load: LoadFacts | None = None
+    load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 
 class SourceTensor(msgspec.Struct, frozen=True):
@@ -105,12 +94,25 @@ def build_worker_metadata(
         tensors=tensors,
         metadata_endpoint=info_url,
         accelerator=accelerator,
-        topology={**(topology or {}), FACTS_KEY: msgspec.json.encode(facts).decode()},
+        topology={**(topology or {}), FACTS_KEY: encode_facts(facts)},
         tensor_source=p2p_pb2.TensorSourceMetadata(tensors=tensors),
     )
     if session_id:
         worker.transfer_engine_session_id = session_id
     return worker
+
+
+def encode_facts(facts: InstanceFacts) -> str:
+    """The facts as JSON, without fields that have their default or that nobody needs: each listing has them."""
+    values = msgspec.to_builtins(facts)
+    if facts.load is not None:
+        defaults = {field.encode_name: field.default for field in msgspec.structs.fields(LoadReport)}
+        values["load"] = {
+            name: value
+            for name, value in values["load"].items()
+            if name != "transfer_seconds" and value != defaults[name]
+        }
+    return msgspec.json.encode(values).decode()
 
 
 def read_facts(topology: Mapping[str, str]) -> InstanceFacts | None:

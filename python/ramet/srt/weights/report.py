@@ -15,12 +15,12 @@ class PublisherStats(msgspec.Struct, kw_only=True):
 
 
 class LoadReport(msgspec.Struct, kw_only=True):
-    """How one rank's arena was filled."""
+    """How one rank's arena was filled. Records at a metadata server hold it too, without transfer_seconds."""
 
     source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
     num_bytes: int
     seconds: float
-    verified: bool  # content checksums were compared with the seed's
+    verified: bool = False  # content checksums were compared with the seed's
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.

@@ -12,7 +12,7 @@ from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
-from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worker_metadata
+from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import SeedRegistration
@@ -28,24 +28,13 @@ def make_instance_facts(
     instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
 ) -> InstanceFacts:
     """What a record or a claim says about the instance behind it."""
-    load = None
-    if report is not None:
-        load = LoadFacts(
-            source=report.source,
-            num_bytes=report.num_bytes,
-            seconds=report.seconds,
-            verified=report.verified,
-            taken_from=report.taken_from,
-            taken_bytes=report.taken_bytes,
-            fallback_reason=report.fallback_reason,
-        )
     return InstanceFacts(
         instance=instance_url,
         host=socket.gethostname(),
         world_rank=manifest.parallel.world_rank,
         started_at=started_at,
         layout_signature=layout_digest(manifest),
-        load=load,
+        load=report,
     )
 
 
