@@ -140,7 +140,7 @@ class Bench:
         )  # fmt: skip
         start = time.perf_counter()
         with on_device(arena.byte_tensor().device):
-            result = get_model_loader(config).load_weights(arena.manifest, arena, "/nonexistent")
+            result = get_model_loader(config).load_weights(arena.manifest, arena, "/nonexistent").report
         result.seconds = time.perf_counter() - start
         assert result.verified, "the load was not verified"
         return result

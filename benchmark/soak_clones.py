@@ -157,7 +157,7 @@ class WeightClones:
     def take(self, expected: list[int]) -> dict[str, Any]:
         """Load once; nothing is asked, so the answer is the expected one."""
         start = time.monotonic()
-        load = self._make_loader().load_weights(self._manifest, self._arena, "/nonexistent")
+        load = self._make_loader().load_weights(self._manifest, self._arena, "/nonexistent").report
         return {"first_answer_s": time.monotonic() - start, "answer": expected, "source": load.source,
                 "verified": load.verified}  # fmt: skip
 

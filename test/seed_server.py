@@ -142,7 +142,7 @@ def take(
     config = {"timeout_s": 10.0, "fallback": "error"} | options
     seeds = tuple(("127.0.0.1", server.port) for server in servers)
     loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
-    return arena, loader.load_weights(manifest, arena, str(folder))
+    return arena, loader.load_weights(manifest, arena, str(folder)).report
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Client:
         self.loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **options))
 
     def load(self, folder="/nonexistent"):
-        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+        return self.loader.load_weights(self.manifest, self.arena, str(folder)).report
 
     def holds(self, config):
         return seed_process.holds(self.arena, seed_process.make_tensors(config))

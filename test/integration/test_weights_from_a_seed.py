@@ -57,7 +57,7 @@ class Client:
         )
 
     def load(self, folder="/nonexistent"):
-        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+        return self.loader.load_weights(self.manifest, self.arena, str(folder)).report
 
     def holds(self, config):
         return seed_process.holds(self.arena, seed_process.make_tensors(config))

@@ -164,8 +164,8 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     report = other.load(tmp_path)
     assert report.source == "checkpoint" and str(port) in report.fallback_reason
     assert "loading from disk instead" in caplog.text and other.holds({"fill": 9})
-    assert other.loader.claim is not None and other.loader.claim.held
-    other.loader.release_claim()
+    assert other.claim is not None and other.claim.held
+    other.release_claim()
 
 
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch, caplog):
@@ -185,7 +185,7 @@ def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, 
     worker_id = client.publish(seed.port)
     other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
     report = other.load(tmp_path)
-    other.loader.release_claim()
+    other.release_claim()
     assert other.holds() and report.source == "transfer_engine+checkpoint" and report.fallback_reason
     assert (report.taken_from, report.taken_bytes) == ((worker_id,), (sum(sizes),))
     assert f" GB from {worker_id}" in caplog.text
@@ -234,5 +234,5 @@ def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path
         monkeypatch.setattr(ModelExpressClient, step, call)
         report = client.load(tmp_path)
         assert client.holds()
-        assert report.source == "transfer_engine" or report.fallback_reason or client.loader.claim.held
-        client.loader.release_claim()
+        assert report.source == "transfer_engine" or report.fallback_reason or client.claim.held
+        client.release_claim()

@@ -1,5 +1,6 @@
 """Owns one rank's model: its weights, its KV cache and the forward pass. What runs when is the scheduler's matter."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -22,9 +23,9 @@ from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.models.registry import get_model_class
@@ -32,7 +33,7 @@ from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.device import to_device
 from ramet.srt.utils.net import is_loopback, local_address
 from ramet.srt.weights.manifest import build_weight_manifest
-from ramet.srt.weights.report import LoadReport, PublisherStats
+from ramet.srt.weights.report import LoadResult, PublisherStats
 
 if TYPE_CHECKING:
     from ramet.srt.modelexpress.client.publication import Publication
@@ -100,7 +101,7 @@ class ModelRunner:
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
-            self.load_report = loading.result()
+            self.load_report, self._claim = loading.result()
         on_phase("weights")
 
     def _build_model(self) -> None:
@@ -121,12 +122,13 @@ class ModelRunner:
             dimensions=config.dimensions,
         )
 
-    def _load_weights(self) -> LoadReport:
+    def _load_weights(self) -> LoadResult:
         """Runs in a thread of its own."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.loader = get_model_loader(self._load_config(), self._context)
-        return self.loader.load_weights(self.manifest, self.arena, self.model_config.path)
+        config = self._load_config()
+        loader = get_model_loader(config, functools.partial(make_seed_finder, config, self._context))
+        return loader.load_weights(self.manifest, self.arena, self.model_config.path)
 
     def _load_config(self) -> LoadConfig:
         manifest = self.manifest
@@ -244,7 +246,8 @@ class ModelRunner:
     def _publish_modelexpress_metadata(self) -> None:
         """Tell the metadata server of this rank's weights, which nobody may take before the instance is healthy."""
         check_installed()
-        from ramet.srt.modelexpress.client.publication import Publication, make_instance_facts
+        from ramet.srt.modelexpress.client.publication import Publication
+        from ramet.srt.modelexpress.records import make_instance_facts
 
         assert self._seed is not None, "the weights are published after they are offered"
         context = self._context
@@ -255,7 +258,7 @@ class ModelRunner:
             accelerator=self.device.type,
             device_id=self.device.index or 0,
             load_probe=lambda: self.load_probe(),
-            claim=self.loader.claim if isinstance(self.loader, RemoteInstanceModelLoader) else None,
+            claim=self._claim,
         )
 
     def _on_instance_state(self, is_ready: bool) -> None:

@@ -10,12 +10,13 @@ What ModelExpress has no field for travels in two places that every other reader
   It comes with every listing; topology-aware clients only look at the domains that they were told to compare.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.report import LoadReport
 
 FACTS_KEY = "ramet"
@@ -56,6 +57,20 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     info_url: str  # where the instance answers for this rank; "" for other engines
     facts: InstanceFacts | None
+
+
+def make_instance_facts(
+    instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
+) -> InstanceFacts:
+    """What a record or a claim says about the instance behind it."""
+    return InstanceFacts(
+        instance=instance_url,
+        host=socket.gethostname(),
+        world_rank=manifest.parallel.world_rank,
+        started_at=started_at,
+        layout_signature=layout_digest(manifest),
+        load=report,
+    )
 
 
 def build_worker_metadata(

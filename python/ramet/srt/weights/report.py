@@ -1,4 +1,6 @@
-"""Owns what is told of a load and of a publication."""
+"""Owns what comes of a load, and what is told of it and of a publication."""
+
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -26,3 +28,18 @@ class LoadReport(msgspec.Struct, kw_only=True):
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
     taken_from: tuple[str, ...] = ()
     taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
+
+
+class Claim(Protocol):
+    """Keeps other instances from reading a model's files: they wait for weights from here."""
+
+    def release(self) -> None:
+        """Let another instance read the files. Idempotent."""
+        ...
+
+
+class LoadResult(NamedTuple):
+    """What comes of a load."""
+
+    report: LoadReport
+    claim: Claim | None = None  # to be kept until others can take the weights from here

@@ -242,8 +242,8 @@ class UpstreamCollectiveSource:
     def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
         return [list(ops)]
 
-    def run(self, step: list[CopyOp]) -> None:
-        """Receive everything. Raises OSError if the seed does not send it."""
+    def run(self, _step: list[CopyOp]) -> None:
+        """Receive everything, which is the one step. Raises OSError if the seed does not send it."""
         pair, ports = self._pair, self._ports
         tp_rank = self._manifest.parallel.tp_rank
         joined = ",".join(map(str, ports))

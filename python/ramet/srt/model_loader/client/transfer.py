@@ -31,7 +31,7 @@ class RankSource(Protocol):
         """The operations in pieces that can be told apart when the seed fails."""
         ...
 
-    def run(self, step: list[CopyOp]) -> None:
+    def run(self, step: list[CopyOp], /) -> None:
         """Fill what one step covers. Raises WeightTransferError, OSError or ValueError if the seed fails."""
         ...
 
