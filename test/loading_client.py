@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, LoadContext
+from ramet.srt.configs.load_config import LoadConfig, LoadContext, SeedAddress
 from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
@@ -48,7 +48,7 @@ class LoadingClient:
     def of_seeds(cls, ports: Sequence[int], config: dict[str, Any] | None = None, **options: Any) -> "LoadingClient":
         """One that is told where its seeds are."""
         client = cls.__new__(cls)
-        client._prepare(config, seeds=tuple(("127.0.0.1", port) for port in ports), **options)
+        client._prepare(config, seeds=tuple(SeedAddress("127.0.0.1", port) for port in ports), **options)
         return client
 
     def _prepare(self, config: dict[str, Any] | None, **options: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
@@ -80,6 +80,11 @@ class ServerArgs:
     api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
     admin_api_key: str | None = flag(
         None, "Bearer key for administrative calls (flush_cache, profiles, abort_request of all), registering weights."
+    )
+    ssl_ca_certs: str | None = flag(
+        None,
+        "File with the certificates (PEM) that other instances at https:// are verified with; the system's when not "
+        "given.",
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
     drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.")
@@ -170,7 +175,8 @@ class ServerArgs:
     )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
-        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again. "
+        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again; "
+        "https:// before it where the seed is reached by TLS. "
         "Several seeds share the work, and replace each other when one fails.",
         repeatable=True,
     )
@@ -209,6 +215,7 @@ class ServerArgs:
         self._validate_parallelism()
         self._validate_modelexpress()
         self._validate_remote_instance()
+        self._validate_certificates()
 
     def _validate_ranges(self) -> None:
         for name in ("port", "engine_info_bootstrap_port"):
@@ -313,6 +320,17 @@ class ServerArgs:
                 "--remote-instance-weight-loader-seed-instance-service-port"
             )
 
+    def _validate_certificates(self) -> None:
+        if self.ssl_ca_certs is None:
+            return
+        import ssl  # hardly ever needed at a start
+
+        try:
+            ssl.create_default_context(cafile=self.ssl_ca_certs)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(f"--ssl-ca-certs: no certificates in {self.ssl_ca_certs}: {reason}") from None
+
     def _validate_group_ports(self) -> None:
         name = "--remote-instance-weight-loader-send-weights-group-ports"
         given = self.remote_instance_weight_loader_send_weights_group_ports
@@ -344,8 +362,8 @@ class ServerArgs:
         return tuple(ports)
 
     @property
-    def seeds(self) -> tuple[tuple[str, int], ...]:
-        """Host and HTTP port of each seed instance, in the order given.
+    def seeds(self) -> tuple[SeedAddress, ...]:
+        """Where each seed instance is, in the order given.
 
         Raises:
             ValueError: if an address is malformed or lacks a port; the message names the flag.
@@ -353,16 +371,23 @@ class ServerArgs:
         given = self.remote_instance_weight_loader_seed_instance_ip or ""
         default_port = self.remote_instance_weight_loader_seed_instance_service_port
         seeds = []
-        for address in filter(None, (part.strip() for part in given.split(","))):
+        for text in filter(None, (part.strip() for part in given.split(","))):
+            scheme, _, address = text.rpartition("://")
+            if scheme not in ("", "http", "https"):
+                raise ValueError(
+                    "--remote-instance-weight-loader-seed-instance-ip must be host:port, or https://host:port; got "
+                    f"{text!r}"
+                )
             if address.count(":") == 1 or "]:" in address:
-                seeds.append(split_address(address, "--remote-instance-weight-loader-seed-instance-ip"))
+                host, port = split_address(address, "--remote-instance-weight-loader-seed-instance-ip")
             elif default_port is None:
                 raise ValueError(
-                    f"the seed {address} has no port: say {address}:PORT, or give "
+                    f"the seed {text} has no port: say {text}:PORT, or give "
                     "--remote-instance-weight-loader-seed-instance-service-port"
                 )
             else:
-                seeds.append((address.strip("[]"), default_port))
+                host, port = address.strip("[]"), default_port
+            seeds.append(SeedAddress(host, port, scheme or "http"))
         return tuple(dict.fromkeys(seeds))
 
     @property
@@ -483,6 +508,7 @@ class ServerArgs:
             fallback=self.remote_instance_weight_loader_fallback,
             timeout_s=self.remote_instance_weight_loader_timeout,
             host=self.host,
+            ssl_ca_certs=self.ssl_ca_certs,
             api_keys=tuple(key for key in keys if key is not None),
             model_path=self.model_path,
             revision=self.revision,

@@ -11,8 +11,9 @@ import pytest
 import seed_process
 from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
+from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.model_loader.client import transfer, transfer_engine
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
@@ -143,7 +144,7 @@ def test_a_seed_is_shown_every_key_and_one_that_has_others_is_named(client):
 
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
     """It has no manifest, no types, and never a heartbeat."""
-    answer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 10)
+    answer = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", seed.port)), 0, "target", 10)
     worker_id = client.publish(0, answer.session_id, answer.arena_address)
     report = client.load()
     assert report.source == "transfer_engine" and not report.verified

@@ -1,7 +1,9 @@
 """Owns what a model loader needs to know: where weights come from and what to do when they don't come."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+from ramet.srt.utils.net import format_address
 
 
 class Board(Protocol):
@@ -12,6 +14,23 @@ class Board(Protocol):
     def await_announcement(self, key: str, timeout_s: float) -> str | None:
         """The value; None if there is none in time."""
         ...
+
+
+class SeedAddress(NamedTuple):
+    """Where the HTTP server of an instance is that weights may come from."""
+
+    host: str
+    port: int
+    scheme: str = "http"  # or "https"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{format_address(self.host, self.port)}"
+
+    @property
+    def name(self) -> str:
+        """How logs, errors and reports call the instance."""
+        return format_address(self.host, self.port) if self.scheme == "http" else self.url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +48,14 @@ class LoadConfig:
 
     load_format: str = "auto"
     random_seed: int = 0  # of dummy weights
-    seeds: tuple[tuple[str, int], ...] = ()  # host and HTTP port of each instance that weights may come from
+    seeds: tuple[SeedAddress, ...] = ()
     backend: str = "transfer_engine"  # the transport for weights from another host
     send_weights_group_ports: tuple[int, ...] = ()  # on the seed's host, one for each rank; free ones when empty
     local_mode: str = "auto"  # "map", "copy", "off", or "auto": map where possible
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
     timeout_s: float = 60.0  # for a seed to answer, and for a transfer without progress
     host: str = "127.0.0.1"  # address of this instance, for the transfer engine
+    ssl_ca_certs: str | None = None  # file with the certificates that https servers are verified with; None: system's
     api_keys: tuple[str, ...] = ()  # the instances of a fleet share one: a seed with a key wants to see it
     model_path: str = ""  # folder or hub id of the files, where they have not been fetched yet
     revision: str | None = None

@@ -240,7 +240,10 @@ class ModelRunner:
         """Tell the instance's bootstrap server where this rank's weights are; a rank that nobody finds doesn't run."""
         assert self._seed is not None, "the weights are registered after they are offered"
         self._seed.register(
-            bootstrap_url, admin_api_key=self.server_args.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
+            bootstrap_url,
+            admin_api_key=self.server_args.admin_api_key,
+            timeout_s=REGISTRATION_TIMEOUT_S,
+            ca_certs=self.server_args.ssl_ca_certs,
         )
 
     def _publish_modelexpress_metadata(self) -> None:

@@ -13,7 +13,6 @@ from ramet.srt.model_loader.checksums.entries import content_checksums
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
-from ramet.srt.utils.net import format_address
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 
@@ -33,7 +32,7 @@ class SeedsByAddress:
             raise ValueError("loading from a remote instance needs the seed's address and port, or ModelExpress")
         self._config = config
         self._manifest = manifest
-        self._name = ", ".join(format_address(host, port) for host, port in config.seeds)
+        self._name = ", ".join(address.name for address in config.seeds)
 
     @property
     def origin(self) -> str:
@@ -50,7 +49,7 @@ class SeedsByAddress:
             WeightTransferError: if there is none.
         """
         rank = self._manifest.parallel.world_rank
-        seeds = [SeedInstance(host, port, self._config, self._manifest) for host, port in self._config.seeds]
+        seeds = [SeedInstance(address, self._config, self._manifest) for address in self._config.seeds]
         found, errors = _ask_all(seeds, rank, self._config.timeout_s)
         if not found:
             raise combine_errors(rank, [errors[seed.name] for seed in seeds])

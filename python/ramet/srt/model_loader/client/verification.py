@@ -109,7 +109,7 @@ def _compare_regions(
             role=arena.manifest.role,
             regions=[(region.checkpoint_name, region.region) for region in regions],
         )
-        answer = fetch_checksums(seed.host, seed.port, request, config.timeout_s, config.api_keys)
+        answer = fetch_checksums(seed.server, request, config.timeout_s)
         if answer is None or answer.algorithm != own.algorithm:
             return False
         actual = own.compute(regions, num_copy_threads())

@@ -109,4 +109,4 @@ class Publication:
         if not parts.hostname or parts.port is None:
             return ""
         rank = manifest.parallel.world_rank
-        return make_info_url(InfoAddress(parts.hostname, parts.port, rank, manifest.role))
+        return make_info_url(InfoAddress(parts.hostname, parts.port, rank, manifest.role, parts.scheme))

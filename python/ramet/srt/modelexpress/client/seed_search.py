@@ -144,7 +144,7 @@ class SeedSearch:
             raise self._error(candidate, error) from error
         timeout_s = min(self._config.timeout_s, ANSWER_TIMEOUT_S)
         config = dataclasses.replace(self._config, timeout_s=timeout_s)
-        seed = SeedInstance(address.host, address.port, config, self._manifest, ready_rank=address.rank)
+        seed = SeedInstance(address.seed, config, self._manifest, ready_rank=address.rank)
         seed.find_ranks()
         return seed
 
