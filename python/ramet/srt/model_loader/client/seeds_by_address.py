@@ -74,7 +74,7 @@ def _ask_all(
     results: queue.SimpleQueue[tuple[SeedInstance, BaseException | None]] = queue.SimpleQueue()
 
     def ask(seed: SeedInstance) -> None:
-        with contextlib.suppress(WeightTransferError):  # the other thread has it
+        with contextlib.suppress(Exception):  # the thread that waits has it, and raises what is no failure of a seed
             try:
                 seed.find_ranks()
             finally:
