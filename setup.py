@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "prometheus_client>=0.20",
     "psutil>=5.9",
     "pyzmq>=26",
+    "requests>=2.31",
     "safetensors>=0.5",
     "tokenizers>=0.21",
     "uvicorn>=0.30",
@@ -47,6 +48,7 @@ EXTRAS = {
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
         "transformers>=5.0",
+        "types-requests>=2.31",
     ],
 }
 

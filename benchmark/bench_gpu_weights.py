@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import sharded_models as sm
 import torch
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
@@ -135,12 +135,12 @@ class Bench:
         arena.byte_tensor().fill_(255)
         self.synchronize()
         config = LoadConfig(
-            load_format="remote_instance", seeds=(("127.0.0.1", self.seed.ports[topology]),), fallback="error",
-            timeout_s=20.0, **options,
+            load_format="remote_instance", seeds=(SeedAddress("127.0.0.1", self.seed.ports[topology]),),
+            fallback="error", timeout_s=20.0, **options,
         )  # fmt: skip
         start = time.perf_counter()
         with on_device(arena.byte_tensor().device):
-            result = get_model_loader(config).load_weights(arena.manifest, arena, "/nonexistent")
+            result = get_model_loader(config).load_weights(arena.manifest, arena, "/nonexistent").report
         result.seconds = time.perf_counter() - start
         assert result.verified, "the load was not verified"
         return result

@@ -27,10 +27,11 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import SERVICE
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worker_metadata
+from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, client_calls
 from ramet.srt.modelexpress.source_identity import EngineValues, build_source_identity, compute_source_id
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest
+from ramet.srt.weights.report import LoadReport
 
 READY = p2p_pb2.SOURCE_STATUS_READY
 PARTS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", "input_layernorm")
@@ -79,7 +80,7 @@ def make_worker(rank: int, num_ranks: int, num_tensors: int) -> p2p_pb2.WorkerMe
         arena_nbytes=num_tensors << 23,
         entries=entries,
     )
-    load = LoadFacts(source="transfer_engine", num_bytes=1, seconds=1.0, verified=True, taken_from=("0" * 32,))
+    load = LoadReport(source="transfer_engine", num_bytes=1, seconds=1.0, verified=True, taken_from=("0" * 32,))
     return build_worker_metadata(
         manifest,
         base_address=(1 << 46) + (rank << 40),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import sharded_models as sm
 from bench_transfers import SHAPE
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
@@ -71,7 +71,7 @@ def repeatedly(work: Callable[[], None]) -> Iterator[list[int]]:
 
 def take(server: Server, manifest: WeightManifest, options: dict[str, str]) -> None:
     config = LoadConfig(timeout_s=60, **options)
-    seed = SeedInstance("127.0.0.1", server.port, config, manifest)
+    seed = SeedInstance(SeedAddress("127.0.0.1", server.port), config, manifest)
     seed.find_ranks()
     arena = HostWeightArena(manifest)
     SeedTransfer(arena, [seed], lambda: SeedSources(arena, config)).run()

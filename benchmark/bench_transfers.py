@@ -28,13 +28,13 @@ import psutil
 import seed_process
 import sharded_models as sm
 import torch
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.weights.manifest import WeightManifest
 from seed_server import SeedServerProcess, write_random_model
@@ -68,7 +68,7 @@ class Bench:
         sizes = {"tp1": {}, "other tp1": {}, "tp2": {"tp_size": 2}, "tp4": {"tp_size": 4}}
         self.seeds = {name: stack.enter_context(SeedServerProcess(folder, one)) for name, one in sizes.items()}
         self.whole = self.manifest()
-        answer = fetch_seed_answer("127.0.0.1", self.seeds["tp1"].port, 0, "target", TIMEOUT_S)
+        answer = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", self.seeds["tp1"].port)), 0, "target", TIMEOUT_S)
         self.session, self.base = answer.session_id, answer.arena_address
         # The same bytes in few tensors and in many.
         nbytes = self.whole.arena_nbytes // 4
@@ -96,7 +96,7 @@ class Bench:
         """A load's transfer, without the checksums afterwards."""
         arena = HostWeightArena(manifest)
         config = LoadConfig(local_mode="off", timeout_s=TIMEOUT_S, **options)
-        seeds = [SeedInstance("127.0.0.1", port, config, manifest) for port in ports]
+        seeds = [SeedInstance(SeedAddress("127.0.0.1", port), config, manifest) for port in ports]
         for seed in seeds:
             seed.find_ranks()
         seconds = timed(SeedTransfer(arena, seeds, lambda: SeedSources(arena, config)).run)

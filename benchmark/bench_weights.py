@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import numpy as np
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.model_loader.arena.base import SharedFile, WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.local import LocalSource
@@ -35,7 +35,7 @@ from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils import host_memory
@@ -94,7 +94,9 @@ class Bench:
         self.folder = folder
         self.manifest = seed_process.make_manifest(seed.config)
         self.nbytes = self.manifest.arena_nbytes
-        self.answer: SeedAnswer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", TIMEOUT_S)
+        self.answer: SeedAnswer = fetch_seed_answer(
+            SeedServer(SeedAddress("127.0.0.1", seed.port)), 0, "target", TIMEOUT_S
+        )
         tensors = seed_process.make_tensors(seed.config)
         shapes = seed.config["shapes"]
         save_file(
@@ -120,7 +122,7 @@ class Bench:
         """What moves the bytes in a load: plan, window, transport; without asking the seed and without checksums."""
         arena = self.arena()
         config = LoadConfig(local_mode=local_mode, timeout_s=TIMEOUT_S)
-        seed = SeedInstance("127.0.0.1", self.seed.port, config, self.manifest)
+        seed = SeedInstance(SeedAddress("127.0.0.1", self.seed.port), config, self.manifest)
         seed.find_ranks()
         return timed(SeedTransfer(arena, [seed], lambda: SeedSources(arena, config)).run)
 
@@ -185,7 +187,7 @@ class Bench:
         arena = self.arena()
         config = LoadConfig(
             load_format="remote_instance",
-            seeds=(("127.0.0.1", self.seed.port),),
+            seeds=(SeedAddress("127.0.0.1", self.seed.port),),
             local_mode=local_mode,
             fallback="error",
         )

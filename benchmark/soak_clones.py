@@ -138,26 +138,26 @@ class WeightClones:
     """Takes the weights of a seed's only rank, again and again, into one arena; compares them by their checksums."""
 
     def __init__(self, seed: Server, device: str, local_mode: str) -> None:
-        from ramet.srt.configs.load_config import LoadConfig
+        from ramet.srt.configs.load_config import LoadConfig, SeedAddress
         from ramet.srt.model_loader.loader import get_model_loader
-        from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+        from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 
         if device != "cpu":
             import torch
 
             torch.cuda.set_device(device)
-        manifest = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 30.0).manifest
+        manifest = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", seed.port)), 0, "target", 30.0).manifest
         assert manifest is not None
         self._manifest = manifest
         self._arena = allocate_arena(manifest, device)
-        config = LoadConfig(load_format="remote_instance", seeds=(("127.0.0.1", seed.port),), local_mode=local_mode,
-                            fallback="error")  # fmt: skip
+        config = LoadConfig(load_format="remote_instance", seeds=(SeedAddress("127.0.0.1", seed.port),),
+                            local_mode=local_mode, fallback="error")  # fmt: skip
         self._make_loader = lambda: get_model_loader(config)
 
     def take(self, expected: list[int]) -> dict[str, Any]:
         """Load once; nothing is asked, so the answer is the expected one."""
         start = time.monotonic()
-        load = self._make_loader().load_weights(self._manifest, self._arena, "/nonexistent")
+        load = self._make_loader().load_weights(self._manifest, self._arena, "/nonexistent").report
         return {"first_answer_s": time.monotonic() - start, "answer": expected, "source": load.source,
                 "verified": load.verified}  # fmt: skip
 

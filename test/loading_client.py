@@ -3,13 +3,15 @@
 It imports no torch.
 """
 
+import functools
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, LoadContext, SeedAddress
+from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.modelexpress.ages import wall_clock_ms
@@ -18,7 +20,7 @@ from ramet.srt.modelexpress.client.publisher import READY
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
-from ramet.srt.weights.report import LoadReport
+from ramet.srt.weights.report import Claim, LoadReport
 from seed_process import DEFAULTS
 
 OPTIONS: dict[str, Any] = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off"}
@@ -46,7 +48,7 @@ class LoadingClient:
     def of_seeds(cls, ports: Sequence[int], config: dict[str, Any] | None = None, **options: Any) -> "LoadingClient":
         """One that is told where its seeds are."""
         client = cls.__new__(cls)
-        client._prepare(config, seeds=tuple(("127.0.0.1", port) for port in ports), **options)
+        client._prepare(config, seeds=tuple(SeedAddress("127.0.0.1", port) for port in ports), **options)
         return client
 
     def _prepare(self, config: dict[str, Any] | None, **options: Any) -> None:
@@ -54,10 +56,17 @@ class LoadingClient:
         self.manifest = seed_process.make_manifest(self.config)
         self.arena = allocate_arena(self.manifest, "cpu")
         self.load_config = LoadConfig(load_format="remote_instance", **OPTIONS | options)
-        self.loader = get_model_loader(self.load_config)
+        make_finder = functools.partial(make_seed_finder, self.load_config, LoadContext())
+        self.loader = get_model_loader(self.load_config, make_finder)
+        self.claim: Claim | None = None  # what is left of the last load
 
     def load(self, folder: str | Path = "/nonexistent") -> LoadReport:
-        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+        report, self.claim = self.loader.load_weights(self.manifest, self.arena, str(folder))
+        return report
+
+    def release_claim(self) -> None:
+        if self.claim is not None:
+            self.claim.release()
 
     def publish(
         self,

@@ -15,7 +15,7 @@ import sharded_models as sm
 import toy_model as toy
 import uvicorn
 from fastapi import FastAPI, Request
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
@@ -140,9 +140,9 @@ def take(
     """
     arena = allocate_arena(manifest, "cpu")
     config = {"timeout_s": 10.0, "fallback": "error"} | options
-    seeds = tuple(("127.0.0.1", server.port) for server in servers)
+    seeds = tuple(SeedAddress("127.0.0.1", server.port) for server in servers)
     loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **config))
-    return arena, loader.load_weights(manifest, arena, str(folder))
+    return arena, loader.load_weights(manifest, arena, str(folder)).report
 
 
 if __name__ == "__main__":

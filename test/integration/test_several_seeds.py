@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import seeds_by_address, transfer, transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
@@ -28,11 +28,11 @@ class Client:
         self.manifest = seed_process.make_manifest(DEFAULTS | (config or {}))
         self.arena = allocate_arena(self.manifest, "cpu")
         options = {"timeout_s": 20.0, "fallback": "error", "local_mode": "off"} | options
-        seeds = tuple(("127.0.0.1", port) for port in ports)
+        seeds = tuple(SeedAddress("127.0.0.1", port) for port in ports)
         self.loader = get_model_loader(LoadConfig(load_format="remote_instance", seeds=seeds, **options))
 
     def load(self, folder="/nonexistent"):
-        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+        return self.loader.load_weights(self.manifest, self.arena, str(folder)).report
 
     def holds(self, config):
         return seed_process.holds(self.arena, seed_process.make_tensors(config))
@@ -75,7 +75,7 @@ def test_two_seeds_share_the_work(reads):
 def test_the_share_of_a_seed_that_dies_goes_to_the_other(reads, caplog):
     with SeedProcess(**BIG) as one, SeedProcess(**BIG) as two:
         sessions = []
-        first = fetch_seed_answer("127.0.0.1", one.port, 0, "target", 10).session_id
+        first = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", one.port)), 0, "target", 10).session_id
 
         def kill_first(session):
             sessions.append(session)

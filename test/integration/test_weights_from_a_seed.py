@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.model_loader import remote_instance_weight_loader_utils
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.host import HostReceiveWindow
@@ -20,10 +20,12 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils import host_memory
+from ramet.srt.utils.http_client import http_request
 from ramet.srt.weights import registration
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
+from tls_server import make_certificates, server_context, tls_in_front_of
 
 BIG = {"shapes": {f"w{i}": [6 << 20] for i in range(4)}}  # 96 MB of float32
 SMALL_BATCH = 8 << 20
@@ -43,7 +45,7 @@ def disk_folder(path, config, fill):
 class Client:
     """What a starting instance does with its weights."""
 
-    def __init__(self, port, config=None, **options):
+    def __init__(self, port, config=None, scheme="http", **options):
         self.config = DEFAULTS | (config or {})
         self.manifest = seed_process.make_manifest(self.config)
         self.arena = allocate_arena(self.manifest, "cpu")
@@ -51,13 +53,13 @@ class Client:
         self.loader = get_model_loader(
             LoadConfig(
                 load_format="remote_instance",
-                seeds=(("127.0.0.1", port),),
+                seeds=(SeedAddress("127.0.0.1", port, scheme),),
                 **load_config,
             )
         )
 
     def load(self, folder="/nonexistent"):
-        return self.loader.load_weights(self.manifest, self.arena, str(folder))
+        return self.loader.load_weights(self.manifest, self.arena, str(folder)).report
 
     def holds(self, config):
         return seed_process.holds(self.arena, seed_process.make_tensors(config))
@@ -86,6 +88,17 @@ def test_weights_come_by_each_way_and_are_verified(small_seed, caplog, mode, sou
     assert len(summary) == 1 and source in summary[0] and "GB/s" in summary[0]
 
 
+def test_a_seed_behind_tls(small_seed, tmp_path):
+    certificates = make_certificates(tmp_path)
+    with tls_in_front_of(small_seed.port, server_context(certificates)) as port:
+        client = Client(port, scheme="https", local_mode="auto", ssl_ca_certs=str(certificates / "ca.pem"))
+        report = client.load()
+        assert (report.verified, report.taken_from) == (True, (f"https://127.0.0.1:{port}",))
+        assert client.holds(small_seed.config)
+        with pytest.raises(WeightTransferError, match="certificate verify failed"):
+            Client(port, scheme="https").load()
+
+
 def test_an_upstream_seed_is_matched_by_name_and_size(caplog):
     with SeedProcess(without_manifest=True) as seed:
         client = Client(seed.port, local_mode="auto")
@@ -99,11 +112,9 @@ def test_an_upstream_seed_is_matched_by_name_and_size(caplog):
 
 def test_an_upstream_client_can_read_from_our_seed(small_seed):
     """What upstream does: the deprecated route, then one read per tensor at its absolute address."""
-    _, body = remote_instance_weight_loader_utils.http_request(
-        "127.0.0.1",
-        small_seed.port,
+    _, body = http_request(
+        f"http://127.0.0.1:{small_seed.port}/get_remote_instance_transfer_engine_info?rank=0",
         "GET",
-        "/get_remote_instance_transfer_engine_info?rank=0",
         timeout_s=10,
         max_nbytes=1 << 20,
     )

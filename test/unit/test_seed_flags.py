@@ -2,7 +2,8 @@
 
 import pytest
 from ramet.srt.command_line import parse_server_args
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import SeedAddress
+from tls_server import make_certificates
 
 BASE = ["--model-path", "m", "--load-format", "remote_instance"]
 IP = "--remote-instance-weight-loader-seed-instance-ip"
@@ -21,11 +22,13 @@ NCCL = ["--remote-instance-weight-loader-backend", "nccl"]
         ([IP, "[::1]:5,::2", PORT, "7"], [("::1", 5), ("::2", 7)]),
         ([IP, "[::1]", PORT, "7"], [("::1", 7)]),
         ([IP, "a:1,a:1"], [("a", 1)]),
+        ([IP, "https://a:1,a:1,http://a:1"], [("a", 1, "https"), ("a", 1)]),
+        ([IP, "https://[::1]:5,https://b", PORT, "7"], [("::1", 5, "https"), ("b", 7, "https")]),
     ],
 )
 def test_seeds_are_given_one_by_one_or_as_lists(flags, seeds):
     args = parse_server_args(BASE + flags)
-    assert args.seeds == tuple(seeds) == LoadConfig.from_server_args(args).seeds
+    assert args.seeds == tuple(SeedAddress(*seed) for seed in seeds) == args.load_config().seeds
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,11 @@ def test_seeds_are_given_one_by_one_or_as_lists(flags, seeds):
         (BASE, "needs --remote-instance-weight-loader-seed-instance-ip"),
         ([*BASE, IP, "a"], "the seed a has no port"),
         ([*BASE, IP, "a:b"], "must be host:port"),
+        ([*BASE, IP, "https://a"], "the seed https://a has no port"),
+        ([*BASE, IP, "https://a:1/v1"], "must be host:port"),
+        ([*BASE, IP, "ftp://a:1"], "must be host:port, or https://host:port"),
+        ([*BASE, IP, "a:1", "--ssl-ca-certs", "/absent"], "--ssl-ca-certs: no certificates in /absent: No such file"),
+        ([*BASE, IP, "a:1", "--ssl-ca-certs", __file__], "--ssl-ca-certs: no certificates in .*py: "),
         ([*BASE, IP, ",", PORT, "7"], "needs --remote-instance-weight-loader-seed-instance-ip"),
         ([*BASE, IP, "a", PORT, "0"], "from 1 to 65535"),
         (["--model-path", "m", IP, "a:1"], "need --load-format remote_instance"),
@@ -52,16 +60,22 @@ def test_what_makes_no_sense_is_an_error(flags, reason):
 
 def test_a_seed_is_shown_the_own_keys():
     args = parse_server_args([*BASE, IP, "a:1", "--api-key", "user", "--admin-api-key", "admin"])
-    assert LoadConfig.from_server_args(args).api_keys == ("user", "admin")
-    assert LoadConfig.from_server_args(parse_server_args([*BASE, IP, "a:1"])).api_keys == ()
+    assert args.load_config().api_keys == ("user", "admin")
+    assert parse_server_args([*BASE, IP, "a:1"]).load_config().api_keys == ()
 
 
 def test_a_source_that_a_metadata_server_names_never_sees_the_admin_key():
     express = ["--remote-instance-weight-loader-backend", "modelexpress", "--modelexpress-config", '{"url": "a:1"}']
     args = parse_server_args([*BASE, *express, "--api-key", "user", "--admin-api-key", "admin"])
-    assert LoadConfig.from_server_args(args).api_keys == ("user",)
+    assert args.load_config().api_keys == ("user",)
 
 
 def test_group_ports():
     args = parse_server_args([*BASE, IP, "a:1", *NCCL, GROUP_PORTS, "[4000, 4001]", "--tp-size", "2"])
-    assert LoadConfig.from_server_args(args).send_weights_group_ports == (4000, 4001)
+    assert args.load_config().send_weights_group_ports == (4000, 4001)
+
+
+def test_certificates_of_seeds(tmp_path):
+    path = str(make_certificates(tmp_path) / "ca.pem")
+    args = parse_server_args([*BASE, IP, "https://a:1", "--ssl-ca-certs", path])
+    assert args.load_config().ssl_ca_certs == path

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
@@ -101,6 +101,11 @@ class ServerArgs:
     api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
     admin_api_key: str | None = flag(
         None, "Bearer key for administrative calls (flush_cache, profiles, abort_request of all), registering weights."
+    )
+    ssl_ca_certs: str | None = flag(
+        None,
+        "File with the certificates (PEM) that other instances at https:// are verified with; the system's when not "
+        "given.",
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
     drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.", limit=SECONDS)
@@ -206,7 +211,8 @@ class ServerArgs:
     )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
-        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again. "
+        "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again; "
+        "https:// before it where the seed is reached by TLS. "
         "Several seeds share the work, and replace each other when one fails.",
         repeatable=True,
     )
@@ -244,6 +250,7 @@ class ServerArgs:
         self._validate_parallelism()
         self._validate_modelexpress()
         self._validate_remote_instance()
+        self._validate_certificates()
 
     def _validate_value(self, field: dataclasses.Field[Any]) -> None:
         choices, limit = field.metadata["choices"], field.metadata["limit"]
@@ -338,6 +345,17 @@ class ServerArgs:
                 "--remote-instance-weight-loader-seed-instance-service-port"
             )
 
+    def _validate_certificates(self) -> None:
+        if self.ssl_ca_certs is None:
+            return
+        import ssl  # hardly ever needed at a start
+
+        try:
+            ssl.create_default_context(cafile=self.ssl_ca_certs)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ValueError(f"--ssl-ca-certs: no certificates in {self.ssl_ca_certs}: {reason}") from None
+
     def _validate_group_ports(self) -> None:
         name = "--remote-instance-weight-loader-send-weights-group-ports"
         given = self.remote_instance_weight_loader_send_weights_group_ports
@@ -369,8 +387,8 @@ class ServerArgs:
         return tuple(ports)
 
     @property
-    def seeds(self) -> tuple[tuple[str, int], ...]:
-        """Host and HTTP port of each seed instance, in the order given.
+    def seeds(self) -> tuple[SeedAddress, ...]:
+        """Where each seed instance is, in the order given.
 
         Raises:
             ValueError: if an address is malformed or lacks a port; the message names the flag.
@@ -378,16 +396,23 @@ class ServerArgs:
         given = self.remote_instance_weight_loader_seed_instance_ip or ""
         default_port = self.remote_instance_weight_loader_seed_instance_service_port
         seeds = []
-        for address in filter(None, (part.strip() for part in given.split(","))):
+        for text in filter(None, (part.strip() for part in given.split(","))):
+            scheme, _, address = text.rpartition("://")
+            if scheme not in ("", "http", "https"):
+                raise ValueError(
+                    "--remote-instance-weight-loader-seed-instance-ip must be host:port, or https://host:port; got "
+                    f"{text!r}"
+                )
             if address.count(":") == 1 or "]:" in address:
-                seeds.append(split_address(address, "--remote-instance-weight-loader-seed-instance-ip"))
+                host, port = split_address(address, "--remote-instance-weight-loader-seed-instance-ip")
             elif default_port is None:
                 raise ValueError(
-                    f"the seed {address} has no port: say {address}:PORT, or give "
+                    f"the seed {text} has no port: say {text}:PORT, or give "
                     "--remote-instance-weight-loader-seed-instance-service-port"
                 )
             else:
-                seeds.append((address.strip("[]"), default_port))
+                host, port = address.strip("[]"), default_port
+            seeds.append(SeedAddress(host, port, scheme or "http"))
         return tuple(dict.fromkeys(seeds))
 
     @property
@@ -489,6 +514,47 @@ class ServerArgs:
             overlap=device_type == "cuda" and not self.disable_overlap_schedule,
         )
 
+    def load_config(self, *, dtype: str = "", quantization: str = "") -> LoadConfig:
+        """What a rank's model loader must know.
+
+        Args:
+            dtype, quantization: the engine's real ones.
+        """
+        express = self.modelexpress
+        names: dict[str, Any] = {}
+        if express is not None:
+            names = {
+                "modelexpress_url": resolve_address(express.url),
+                "modelexpress_model_name": self.weights_name,
+                "modelexpress_tp_size": express.tp_size or self.tp_size,
+                "modelexpress_pp_size": express.pp_size or self.pp_size,
+                "modelexpress_ep_size": express.ep_size or self.ep_size,
+                "modelexpress_dtype": express.dtype or dtype,
+                "modelexpress_quantization": quantization if express.quantization is None else express.quantization,
+                "modelexpress_wait_s": express.wait_timeout,
+            }
+        keys = [self.api_key]
+        if self.remote_instance_weight_loader_backend != "modelexpress":
+            # Who may publish at a metadata server decides whom an instance asks: that must not earn the admin key.
+            keys.append(self.admin_api_key)
+        is_forced_seed = self.load_format == "remote_instance" and not self.takes_weights_from_instances
+        return LoadConfig(
+            load_format="auto" if is_forced_seed else self.load_format,
+            random_seed=self.random_seed,
+            seeds=self.seeds,
+            backend=self.remote_instance_weight_loader_backend,
+            send_weights_group_ports=self.send_weights_group_ports,
+            local_mode=self.remote_instance_weight_loader_local_mode,
+            fallback=self.remote_instance_weight_loader_fallback,
+            timeout_s=self.remote_instance_weight_loader_timeout,
+            host=self.host,
+            ssl_ca_certs=self.ssl_ca_certs,
+            api_keys=tuple(key for key in keys if key is not None),
+            model_path=self.model_path,
+            revision=self.revision,
+            **names,
+        )
+
     def runner_config(self, device_type: str, *, dtype: str, quantization: str) -> RunnerConfig:
         """What a rank's model runner must know, on that kind of device ("cpu" or "cuda").
 
@@ -509,7 +575,7 @@ class ServerArgs:
             num_local_ranks=len(self.local_ranks),
             weights=WeightsConfig(
                 name=self.weights_name,
-                load=LoadConfig.from_server_args(self, dtype=dtype, quantization=quantization),
+                load=self.load_config(dtype=dtype, quantization=quantization),
                 is_seed=self.is_seed,
                 host=weights_host,
                 control_host=node_address,

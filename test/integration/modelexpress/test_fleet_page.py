@@ -11,14 +11,14 @@ from browser import Tab, open_browser
 from modelexpress_harness import make_identity, make_worker, running_server
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import LoadFacts
 from ramet.srt.modelexpress.server.server import ModelExpressServer
 from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
+from ramet.srt.weights.report import LoadReport
 
 SEED, CLIENT = "http://10.0.0.1:30000", "http://10.0.0.2:30000"
 EVIL = "<img src=x onerror=alert(1)>"
-FROM_FILES = LoadFacts(source="checkpoint", num_bytes=2_000_000_000, seconds=4.0)
-FROM_SEED = LoadFacts(
+FROM_FILES = LoadReport(source="checkpoint", num_bytes=2_000_000_000, seconds=4.0)
+FROM_SEED = LoadReport(
     source="transfer_engine",
     num_bytes=2_000_000_000,
     seconds=0.5,
@@ -105,7 +105,7 @@ async def test_it_lives(server: ModelExpressServer, client: ModelExpressClient, 
 async def test_names_from_the_network_are_text(
     server: ModelExpressServer, client: ModelExpressClient, tab: Tab
 ) -> None:
-    facts = LoadFacts(source=EVIL, num_bytes=1, seconds=0.0, fallback_reason=EVIL)
+    facts = LoadReport(source=EVIL, num_bytes=1, seconds=0.0, fallback_reason=EVIL)
     client.publish(
         make_identity(EVIL, revision=EVIL, quantization=EVIL),
         EVIL,

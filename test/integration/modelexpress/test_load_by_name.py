@@ -11,8 +11,9 @@ import pytest
 import seed_process
 from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
+from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.model_loader.client import transfer, transfer_engine
-from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
@@ -143,7 +144,7 @@ def test_a_seed_is_shown_every_key_and_one_that_has_others_is_named(client):
 
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
     """It has no manifest, no types, and never a heartbeat."""
-    answer = fetch_seed_answer("127.0.0.1", seed.port, 0, "target", 10)
+    answer = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", seed.port)), 0, "target", 10)
     worker_id = client.publish(0, answer.session_id, answer.arena_address)
     report = client.load()
     assert report.source == "transfer_engine" and not report.verified
@@ -164,8 +165,8 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     report = other.load(tmp_path)
     assert report.source == "checkpoint" and str(port) in report.fallback_reason
     assert "loading from disk instead" in caplog.text and other.holds({"fill": 9})
-    assert other.loader.claim is not None and other.loader.claim.held
-    other.loader.release_claim()
+    assert other.claim is not None and other.claim.held
+    other.release_claim()
 
 
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch, caplog):
@@ -185,7 +186,7 @@ def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, 
     worker_id = client.publish(seed.port)
     other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
     report = other.load(tmp_path)
-    other.loader.release_claim()
+    other.release_claim()
     assert other.holds() and report.source == "transfer_engine+checkpoint" and report.fallback_reason
     assert (report.taken_from, report.taken_bytes) == ((worker_id,), (sum(sizes),))
     assert f" GB from {worker_id}" in caplog.text
@@ -234,5 +235,5 @@ def test_a_server_that_is_killed_at_any_step_of_a_load_leaves_the_files(tmp_path
         monkeypatch.setattr(ModelExpressClient, step, call)
         report = client.load(tmp_path)
         assert client.holds()
-        assert report.source == "transfer_engine" or report.fallback_reason or client.loader.claim.held
-        client.loader.release_claim()
+        assert report.source == "transfer_engine" or report.fallback_reason or client.claim.held
+        client.release_claim()

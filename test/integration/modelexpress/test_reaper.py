@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from modelexpress_harness import make_identity, make_worker, running_redis
-from ramet.srt.modelexpress.ages import AgeTracker, wall_clock_ms
+from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.server.reaper import Reaper
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore, Row
 
@@ -32,7 +33,7 @@ async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 class Clocks:
     def __init__(self) -> None:
         self.monotonic_s = 0.0
-        self.ages = AgeTracker(wall_clock_ms, lambda: self.monotonic_s)
+        self.ages = RowAges(wall_clock_ms, lambda: self.monotonic_s)
 
     def reaper(self, store: MetadataStore) -> Reaper:
         return Reaper(store, self.ages, ServerMetrics(), heartbeat_timeout_s=90, gc_timeout_s=3600)
@@ -95,7 +96,7 @@ async def test_one_rank_of_a_worker_can_go_alone(store: MetadataStore) -> None:
 async def test_a_clock_that_jumps_harms_nobody(store: MetadataStore) -> None:
     """Publishers' clocks are off by hours both ways; the server's jumps a day ahead. Nobody who lives is lost."""
     monotonic_s, wall_ms = 0.0, wall_clock_ms()
-    ages = AgeTracker(lambda: wall_ms, lambda: monotonic_s)
+    ages = RowAges(lambda: wall_ms, lambda: monotonic_s)
     reaper = Reaper(store, ages, ServerMetrics(), heartbeat_timeout_s=90, gc_timeout_s=3600)
     for worker_id, age_s in [("exact", 0), ("ahead", -7200)]:
         await store.publish(IDENTITY, worker_id, make_worker(status=READY, age_s=age_s))

@@ -83,9 +83,9 @@ def try_all(search: SeedSearch) -> int:
     """How many candidates there were, of which none gave its weights."""
     count = 0
     for candidate in search.candidates():
-        with pytest.raises(WeightTransferError):
+        with pytest.raises(WeightTransferError) as failure:
             search.open(candidate)
-        search.give_up(candidate)
+        search.give_up(candidate, failure.value)
         count += 1
     return count
 
@@ -111,7 +111,7 @@ def test_what_crashed_predecessors_have_left_is_not_tried(ranks: Ranks) -> None:
     ranks.publish("successor", 0, living, started_at=2.0)
     candidate = next(search.candidates())
     assert [ref.worker_id for ref in candidate.refs] == ["successor"]
-    search.give_up(candidate)
+    search.give_up(candidate, WeightTransferError("ask", 0, candidate.name, "it is not there"))
     assert [ref.worker_id for ref in search._look()[0].refs] == ["predecessor"]
 
 

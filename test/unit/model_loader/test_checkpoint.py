@@ -18,7 +18,7 @@ def load(folder, dtype=torch.float32, tp_size=1, tp_rank=0, load_format="auto"):
     manifest = toy.make_manifest(model, tp_size, tp_rank)
     arena = allocate_arena(manifest, "cpu")
     arena.bind(model)
-    report = get_model_loader(LoadConfig(load_format=load_format)).load_weights(manifest, arena, str(folder))
+    report, _ = get_model_loader(LoadConfig(load_format=load_format)).load_weights(manifest, arena, str(folder))
     return model, report
 
 

@@ -1,6 +1,6 @@
 """Ages by a clock that does not jump, whatever the wall clocks say."""
 
-from ramet.srt.modelexpress.ages import AgeTracker
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.store import Row
 
 
@@ -9,8 +9,8 @@ class Clocks:
         self.wall_ms = 1_000_000_000
         self.monotonic_s = 50.0
 
-    def tracker(self, trusted: bool = True) -> AgeTracker:
-        return AgeTracker((lambda: self.wall_ms) if trusted else None, lambda: self.monotonic_s)
+    def tracker(self, trusted: bool = True) -> RowAges:
+        return RowAges((lambda: self.wall_ms) if trusted else None, lambda: self.monotonic_s)
 
 
 def row(worker_id: str, updated_at: int) -> Row:

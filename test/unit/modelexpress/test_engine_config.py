@@ -20,7 +20,7 @@ def make_args(config: dict[str, Any] | str | None = None, **fields: Any) -> Serv
 
 
 def load_config(config: dict[str, Any] | None = None, **fields: Any) -> LoadConfig:
-    return LoadConfig.from_server_args(make_args(config, **CLIENT | fields), dtype="bfloat16", quantization="fp8")
+    return make_args(config, **CLIENT | fields).load_config(dtype="bfloat16", quantization="fp8")
 
 
 def test_values_come_from_the_engine_or_else_from_the_config() -> None:
@@ -37,7 +37,7 @@ def test_values_come_from_the_engine_or_else_from_the_config() -> None:
 
 
 def test_without_modelexpress_nothing_is_set() -> None:
-    config = LoadConfig.from_server_args(ServerArgs(model_path="m"), dtype="bfloat16")
+    config = ServerArgs(model_path="m").load_config(dtype="bfloat16")
     assert config.modelexpress_url is None
     assert not ServerArgs(model_path="m").is_seed
 
@@ -84,12 +84,12 @@ def test_roles() -> None:
     assert client.is_seed and client.takes_weights_from_instances
     for seed in (make_args({"source": True}), make_args({"source": True}, **CLIENT), make_args({"url": "embedded"})):
         assert seed.is_seed and not seed.takes_weights_from_instances
-        assert LoadConfig.from_server_args(seed).load_format == "auto"
+        assert seed.load_config().load_format == "auto"
 
 
 def test_seed_and_client_have_one_identity_and_other_weights_another() -> None:
     manifest = make_manifest()
-    seed = LoadConfig.from_server_args(make_args({"source": True}), dtype="bfloat16", quantization="fp8")
+    seed = make_args({"source": True}).load_config(dtype="bfloat16", quantization="fp8")
     identity = make_source_identity(seed, manifest)
     assert identity == make_source_identity(load_config(), manifest)
     others = [

@@ -1,22 +1,26 @@
 """A record holds what every reader looks for, and is read back as it was meant."""
 
+import json
+
 import pytest
 from modelexpress_harness import make_manifest
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import (
+    FACTS_KEY,
     InstanceFacts,
-    LoadFacts,
     SourceTensor,
     build_worker_metadata,
+    encode_facts,
     read_facts,
     read_source,
 )
+from ramet.srt.weights.report import LoadReport
 
 FACTS = InstanceFacts(
     instance="http://10.0.0.1:30000",
     world_rank=5,
     layout_signature="d1",
-    load=LoadFacts(source="transfer_engine", num_bytes=10, seconds=0.5, taken_from=("w1",)),
+    load=LoadReport(source="transfer_engine", num_bytes=10, seconds=0.5, taken_from=("w1",)),
 )
 URL = "http://10.0.0.1:30000/remote_instance_transfer_engine_info?rank=5&role=target"
 
@@ -72,3 +76,14 @@ def test_records_of_other_engines() -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"instance": 1}', '{"instance": "x", "load": {"source": 1}}'])
 def test_facts_that_cannot_be_read_are_none(text: str) -> None:
     assert read_facts({"ramet": text}) is None
+
+
+def test_facts_are_as_short_as_they_can_be() -> None:
+    """Each row of a listing carries them, and servers and pages of other versions read them."""
+    load = LoadReport(source="checkpoint", num_bytes=3, seconds=0.5, transfer_seconds=0.25)
+    text = encode_facts(InstanceFacts(instance="http://a:1", load=load))
+    assert text == '{"instance":"http://a:1","load":{"source":"checkpoint","num_bytes":3,"seconds":0.5}}'
+    assert json.loads(encode_facts(FACTS))["load"] == {
+        "source": "transfer_engine", "num_bytes": 10, "seconds": 0.5, "taken_from": ["w1"]
+    }  # fmt: skip
+    assert read_facts({FACTS_KEY: encode_facts(FACTS)}) == FACTS

@@ -14,7 +14,7 @@ def source_of(worker: p2p_pb2.WorkerMetadata) -> SourceRecord:
 
 
 @pytest.mark.parametrize(
-    "address", [InfoAddress("10.0.0.1", 30000, 0, "target"), InfoAddress("fd00::1", 1, 17, "draft")]
+    "address", [InfoAddress("10.0.0.1", 30000, 0, "target"), InfoAddress("fd00::1", 1, 17, "draft", "https")]
 )
 def test_a_url_is_read_back(address: InfoAddress) -> None:
     assert read_info_url(make_info_url(address)) == address

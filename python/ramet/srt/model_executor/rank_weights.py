@@ -4,6 +4,7 @@ They are in one of three states, each a type of its own: arriving (RankWeights),
 (LoadedWeights), and offered (OfferedWeights). Who changes weights withdraws the offer, which gives loaded ones back.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,16 +13,15 @@ import torch
 
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.runner_config import WeightsConfig
+from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.report import LoadReport, PublisherStats
+from ramet.srt.weights.report import Claim, LoadReport, PublisherStats
 
 if TYPE_CHECKING:
-    from ramet.srt.modelexpress.client.claim import FileClaim
     from ramet.srt.modelexpress.client.publication import Publication
 
 REGISTRATION_TIMEOUT_S = 30.0
@@ -43,16 +43,11 @@ class RankWeights:
         Raises:
             ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
         """
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        report, claim = self._fill(model_path)
+        self.arena.make_current()
+        config = self.config.load
+        loader = get_model_loader(config, functools.partial(make_seed_finder, config, self.context))
+        report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         return LoadedWeights(self, report, claim)
-
-    def _fill(self, model_path: str) -> "tuple[LoadReport, FileClaim | None]":
-        """How the arena was filled, and the claim to read the files, to be kept until others can take the weights."""
-        loader = get_model_loader(self.config.load, self.context)
-        report = loader.load_weights(self.manifest, self.arena, model_path)
-        return report, loader.claim if isinstance(loader, RemoteInstanceModelLoader) else None
 
     def prepare_offer(self) -> None:
         """Do beforehand, while the weights still arrive, what takes longest of offering them, if they will be offered.
@@ -67,7 +62,7 @@ class RankWeights:
 class LoadedWeights:
     """Weights that are final, and that nobody else knows of."""
 
-    def __init__(self, weights: RankWeights, report: LoadReport, claim: "FileClaim | None"):
+    def __init__(self, weights: RankWeights, report: LoadReport, claim: Claim | None):
         self.weights = weights
         self.report = report
         self.claim = claim
@@ -117,8 +112,12 @@ class OfferedWeights:
         Raises:
             WeightTransferError: if it does not take the registration: a rank that nobody finds doesn't run.
         """
+        config = self.loaded.weights.config
         self._seed.register(
-            bootstrap_url, admin_api_key=self.loaded.weights.config.admin_api_key, timeout_s=REGISTRATION_TIMEOUT_S
+            bootstrap_url,
+            admin_api_key=config.admin_api_key,
+            timeout_s=REGISTRATION_TIMEOUT_S,
+            ca_certs=config.load.ssl_ca_certs,
         )
 
     def publish_modelexpress(self) -> None:
@@ -128,7 +127,8 @@ class OfferedWeights:
             ValueError: if what ModelExpress needs is not installed, or a setting can't be used.
         """
         check_installed()
-        from ramet.srt.modelexpress.client.publication import Publication, make_instance_facts
+        from ramet.srt.modelexpress.client.publication import Publication
+        from ramet.srt.modelexpress.records import make_instance_facts
 
         weights = self.loaded.weights
         facts = make_instance_facts(

@@ -1,15 +1,18 @@
 """Owns the choice of a loader, and making weights up. The loaders choose their sources; those move the bytes."""
 
+import functools
 import hashlib
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from ramet.srt.configs.load_config import LoadConfig, LoadContext
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.client.seed_finder import FinderMaker
+from ramet.srt.model_loader.client.seeds_by_address import SeedsByAddress
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
 from ramet.srt.weights.manifest import WeightBox, WeightManifest
-from ramet.srt.weights.report import LoadReport
+from ramet.srt.weights.report import LoadReport, LoadResult
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +24,8 @@ DUMMY_PATTERN_LEN = 1_048_573  # a prime, so that repeating the pattern makes no
 class ModelLoader(Protocol):
     """Fills a rank's arena."""
 
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str, /) -> LoadReport:
-        """Fill the arena in place and say how.
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str, /) -> LoadResult:
+        """Fill the arena in place and say how; a claim on the files is released if that fails.
 
         Raises:
             ValueError: if what the user gave (a folder, an address) does not give the weights.
@@ -32,18 +35,18 @@ class ModelLoader(Protocol):
         ...
 
 
-def get_model_loader(config: LoadConfig, context: LoadContext | None = None) -> ModelLoader:
+def get_model_loader(config: LoadConfig, make_finder: FinderMaker | None = None) -> ModelLoader:
     """The loader for a load format.
 
     Args:
-        context: needed where other instances are found through ModelExpress.
+        make_finder: makes who finds seeds, where they are not at the addresses in `config`.
     """
     if config.load_format in ("auto", "safetensors"):
         return DefaultModelLoader()
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
     if config.load_format == "remote_instance":
-        return RemoteInstanceModelLoader(config, context)
+        return RemoteInstanceModelLoader(config, make_finder or functools.partial(SeedsByAddress, config))
     raise ValueError(f"unknown load format {config.load_format!r}")
 
 
@@ -53,7 +56,7 @@ class DummyModelLoader:
     def __init__(self, random_seed: int) -> None:
         self.random_seed = random_seed
 
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, _model_path: str) -> LoadReport:
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, _model_path: str) -> LoadResult:
         """Fill the arena; see ModelLoader. The path is not read."""
         import torch
 
@@ -71,7 +74,7 @@ class DummyModelLoader:
             source="dummy", num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
         log_report(manifest, report)
-        return report
+        return LoadResult(report)
 
     def _fill_box(self, view: "torch.Tensor", box: WeightBox, noise: "torch.Tensor") -> None:
         """Fill a slice of a parameter; where the pattern starts depends on which slice of which tensor it is."""

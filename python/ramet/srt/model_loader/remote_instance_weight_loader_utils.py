@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import msgspec
 
-from ramet.srt.utils.http_request import http_request
-from ramet.srt.utils.net import format_address
+from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
     MAX_REGISTRATION_BYTES,
@@ -30,6 +30,19 @@ class RankNotRegistered(SeedRefused):
     """The seed knows no such rank."""
 
 
+@dataclass(frozen=True)
+class SeedServer:
+    """A seed's HTTP server, and what it takes to be answered by it."""
+
+    address: SeedAddress
+    api_keys: Sequence[str] = ()  # tried in this order, if the seed wants one
+    ca_certs: str | None = None  # see http_request
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+
 # The second is upstream's name for the first, and the only one that an upstream seed knows.
 SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
 CHECKSUMS_PATH = "/remote_instance_weight_checksums"
@@ -42,13 +55,24 @@ RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)  # not ready: worth the who
 
 
 def register_transfer_engine_info(
-    url: str, registration: SeedRegistration, *, admin_api_key: str | None, timeout_s: float
+    url: str,
+    registration: SeedRegistration,
+    *,
+    admin_api_key: str | None,
+    timeout_s: float,
+    ca_certs: str | None = None,
 ) -> None:
     """Register a rank with its instance's bootstrap server, retrying until the deadline.
+
+    Args:
+        url: of the server, http:// or https://.
+        ca_certs: see http_request.
 
     Raises:
         WeightTransferError: if it was refused, or not accepted within `timeout_s`.
     """
+    from ramet.srt.utils.http_client import http_request  # imports requests
+
     parts = urlsplit(url)
     headers = {"Content-Type": "application/json"} | _authorization(admin_api_key)
     body = msgspec.json.encode(registration)
@@ -57,14 +81,13 @@ def register_transfer_engine_info(
     while (left := deadline - time.monotonic()) > 0:
         try:
             status, answer = http_request(
-                parts.hostname or "",
-                parts.port or 80,
+                f"{parts.scheme}://{parts.netloc}/register_transfer_engine_info",
                 "PUT",
-                "/register_transfer_engine_info",
                 timeout_s=min(left, REQUEST_TIMEOUT_S),
                 max_nbytes=1 << 16,
                 body=body,
                 headers=headers,
+                ca_certs=ca_certs,
             )
         except (OSError, ValueError) as error:
             reason = str(error)
@@ -79,19 +102,16 @@ def register_transfer_engine_info(
 
 
 def fetch_seed_answer(
-    host: str,
-    port: int,
+    server: SeedServer,
     rank: int,
     role: str,
     timeout_s: float,
-    api_keys: Sequence[str] = (),
     absent_grace_s: float = ABSENT_GRACE_S,
     is_listed: bool = False,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
-        api_keys: tried in this order, if the seed wants one.
         absent_grace_s: how long a rank that the seed does not know may take to register.
         is_listed: the seed has said that it is up, so one that is not has died, and another may start in its place.
 
@@ -99,14 +119,17 @@ def fetch_seed_answer(
         RankNotRegistered: if it has not.
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
-    seed = format_address(host, port)
     start = time.monotonic()
     query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
     reason = "no time was given"
     is_waiting = False
     while (left := start + timeout_s - time.monotonic()) > 0:
         try:
-            status, path, body = _ask(host, port, query, api_keys, left)
+            status, path, body = _ask(server, query, left)
+            if status == 200:
+                return _parse(body, rank, role, server.name)
+            is_late = time.monotonic() - start >= absent_grace_s
+            reason = _reason_to_wait(status, path, body, _Asked(rank, server.name, is_late, is_listed))
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
             if is_listed or time.monotonic() - start >= ABSENT_GRACE_S:
@@ -114,35 +137,45 @@ def fetch_seed_answer(
         except TimeoutError as error:
             reason = str(error)
         except (OSError, ValueError) as error:
-            raise WeightTransferError("ask", rank, seed, error) from error
-        else:
-            if status == 200:
-                return _parse(body, rank, role, seed)
-            reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
-            if status == 401:
-                reason = "HTTP 401: the seed has other API keys; instances that share weights must share --api-key"
-            if status == 404 and time.monotonic() - start >= absent_grace_s:
-                raise RankNotRegistered("ask", rank, seed, reason)
-            if (status not in RETRIED_STATUS and status != 404) or (status == 503 and is_listed):
-                raise SeedRefused("ask", rank, seed, reason)
+            raise WeightTransferError("ask", rank, server.name, error) from error
         if not is_waiting:
-            logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, round(timeout_s, 1), seed, reason)
+            logger.info("rank %d: waiting up to %g s for the seed %s: %s", rank, round(timeout_s, 1), server.name,
+                        reason)  # fmt: skip
             is_waiting = True
         time.sleep(max(0.0, min(POLL_PERIOD_S, start + timeout_s - time.monotonic())))
-    raise WeightTransferError("ask", rank, seed, reason)
+    raise WeightTransferError("ask", rank, server.name, reason)
 
 
-def fetch_checksums(
-    host: str, port: int, request: ChecksumsRequest, timeout_s: float, api_keys: Sequence[str] = ()
-) -> ChecksumsAnswer | None:
+@dataclass(frozen=True)
+class _Asked:
+    """A question about a rank that was not answered with its weights."""
+
+    rank: int
+    seed: str
+    is_late: bool  # a rank that the seed does not know now will not come
+    is_listed: bool  # see fetch_seed_answer
+
+
+def _reason_to_wait(status: int, path: str, body: bytes, asked: _Asked) -> str:
+    """Why asking again may help. Raises RankNotRegistered or SeedRefused if it will not."""
+    reason = f"it answers HTTP {status} to {path}: {_excerpt(body)}"
+    if status == 401:
+        reason = "HTTP 401: the seed has other API keys; instances that share weights must share --api-key"
+    if status == 404 and asked.is_late:
+        raise RankNotRegistered("ask", asked.rank, asked.seed, reason)
+    if (status not in RETRIED_STATUS and status != 404) or (status == 503 and asked.is_listed):
+        raise SeedRefused("ask", asked.rank, asked.seed, reason)
+    return reason
+
+
+def fetch_checksums(server: SeedServer, request: ChecksumsRequest, timeout_s: float) -> ChecksumsAnswer | None:
     """What slices of checkpoint tensors hash to in the weights of a seed's rank; None if the seed can't tell.
 
     Raises:
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
-    seed = format_address(host, port)
     try:
-        status, body = post_to_seed(host, port, CHECKSUMS_PATH, request, timeout_s, api_keys)
+        status, body = post_to_seed(server, CHECKSUMS_PATH, request, timeout_s)
         if status in (404, 405):
             return None
         if status != 200:
@@ -151,32 +184,31 @@ def fetch_checksums(
         if len(answer.checksums) != len(request.regions):
             raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
     except (OSError, ValueError) as error:
-        raise WeightTransferError("verify", request.rank, seed, error) from error
+        raise WeightTransferError("verify", request.rank, server.name, error) from error
     return answer
 
 
-def post_to_seed(
-    host: str, port: int, path: str, body: msgspec.Struct, timeout_s: float, api_keys: Sequence[str]
-) -> tuple[int, bytes]:
+def post_to_seed(server: SeedServer, path: str, body: msgspec.Struct, timeout_s: float) -> tuple[int, bytes]:
     """Status and body of a seed's answer. Raises OSError or ValueError as `http_request` does."""
-    return _request(host, port, "POST", path, api_keys, timeout_s, msgspec.json.encode(body))
+    return _request(server, "POST", path, timeout_s, msgspec.json.encode(body))
 
 
 def _request(
-    host: str, port: int, method: str, path: str, api_keys: Sequence[str], timeout_s: float, body: bytes | None = None
+    server: SeedServer, method: str, path: str, timeout_s: float, body: bytes | None = None
 ) -> tuple[int, bytes]:
     """Status and body of the answer to the first key that the seed takes."""
+    from ramet.srt.utils.http_client import http_request  # imports requests
+
     deadline = time.monotonic() + timeout_s
-    for key in api_keys or (None,):
+    for key in server.api_keys or (None,):
         status, answer = http_request(
-            host,
-            port,
+            server.address.url + path,
             method,
-            path,
             timeout_s=max(0.001, deadline - time.monotonic()),
             max_nbytes=MAX_REGISTRATION_BYTES,
             body=body,
             headers=({} if body is None else {"Content-Type": "application/json"}) | _authorization(key),
+            ca_certs=server.ca_certs,
         )
         if status != 401:
             break
@@ -187,12 +219,12 @@ def _authorization(key: str | None) -> dict[str, str]:
     return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
-def _ask(host: str, port: int, query: str, api_keys: Sequence[str], timeout_s: float) -> tuple[int, str, bytes]:
+def _ask(server: SeedServer, query: str, timeout_s: float) -> tuple[int, str, bytes]:
     """Status, path and body of the first route that the seed knows."""
     deadline = time.monotonic() + timeout_s
     for path in SEED_PATHS:
         left = max(0.001, deadline - time.monotonic())
-        status, body = _request(host, port, "GET", path + query, api_keys, left)
+        status, body = _request(server, "GET", path + query, left)
         if status not in (404, 405):
             break
     return status, path, body

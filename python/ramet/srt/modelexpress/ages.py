@@ -1,9 +1,7 @@
-"""Owns how old a row is. Wall clocks may be wrong or jump; nobody who is alive may vanish by that."""
+"""Owns how old a record is. Wall clocks may be wrong or jump; nobody who is alive may vanish by that."""
 
 import time
-from collections.abc import Callable, Iterable
-
-from ramet.srt.modelexpress.server.store import Row
+from collections.abc import Callable
 
 Key = tuple[str, str, int]
 
@@ -13,7 +11,7 @@ def wall_clock_ms() -> int:
 
 
 class AgeTracker:
-    """Ages rows from the moment at which this server first saw their `updated_at`, by a clock that never jumps.
+    """Ages records from the moment at which this process first saw their `updated_at`, by a clock that never jumps.
 
     A value that is first seen gets the age that the wall clock gives it, but not below 0. So a record that was old
     when it came stays old, a time stamp from the future does not keep a dead worker listed, and a jump of the wall
@@ -40,11 +38,3 @@ class AgeTracker:
             age_s = (self._wall_ms() - updated_at) / 1000 if self._wall_ms is not None else 0.0
             seen = self._seen[key] = (updated_at, now - max(0.0, age_s))
         return now - seen[1]
-
-    def row_age_s(self, row: Row) -> float:
-        return self.age_s(row.source_id, row.worker_id, row.worker_rank, row.updated_at)
-
-    def keep_only(self, rows: Iterable[Row]) -> None:
-        """Forget what is in none of `rows`: all rows that there are."""
-        keys = {(row.source_id, row.worker_id, row.worker_rank) for row in rows}
-        self._seen = {key: seen for key, seen in self._seen.items() if key in keys}

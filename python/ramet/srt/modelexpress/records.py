@@ -10,27 +10,17 @@ What ModelExpress has no field for travels in two places that every other reader
   It comes with every listing; topology-aware clients only look at the domains that they were told to compare.
 """
 
+import socket
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.manifest import WeightManifest, layout_digest
+from ramet.srt.weights.report import LoadReport
 
 FACTS_KEY = "ramet"
 DTYPE_PREFIX = "torch."  # published readers compare with str(tensor.dtype)
-
-
-class LoadFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a rank came to its weights."""
-
-    source: str  # LoadReport.source: "checkpoint", "transfer_engine", "local_map", …
-    num_bytes: int
-    seconds: float
-    verified: bool = False
-    taken_from: tuple[str, ...] = ()  # worker ids of the seeds; empty for files
-    taken_bytes: tuple[int, ...] = ()  # from each of them
-    fallback_reason: str = ""
 
 
 class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,7 +31,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     world_rank: int = 0
     started_at: float = 0.0  # unix seconds
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
-    load: LoadFacts | None = None
+    load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 
 class SourceTensor(msgspec.Struct, frozen=True):
@@ -67,6 +57,20 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str
     info_url: str  # where the instance answers for this rank; "" for other engines
     facts: InstanceFacts | None
+
+
+def make_instance_facts(
+    instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
+) -> InstanceFacts:
+    """What a record or a claim says about the instance behind it."""
+    return InstanceFacts(
+        instance=instance_url,
+        host=socket.gethostname(),
+        world_rank=manifest.parallel.world_rank,
+        started_at=started_at,
+        layout_signature=layout_digest(manifest),
+        load=report,
+    )
 
 
 def build_worker_metadata(
@@ -105,12 +109,25 @@ def build_worker_metadata(
         tensors=tensors,
         metadata_endpoint=info_url,
         accelerator=accelerator,
-        topology={**(topology or {}), FACTS_KEY: msgspec.json.encode(facts).decode()},
+        topology={**(topology or {}), FACTS_KEY: encode_facts(facts)},
         tensor_source=p2p_pb2.TensorSourceMetadata(tensors=tensors),
     )
     if session_id:
         worker.transfer_engine_session_id = session_id
     return worker
+
+
+def encode_facts(facts: InstanceFacts) -> str:
+    """The facts as JSON, without fields that have their default or that nobody needs: each listing has them."""
+    values = msgspec.to_builtins(facts)
+    if facts.load is not None:
+        defaults = {field.encode_name: field.default for field in msgspec.structs.fields(LoadReport)}
+        values["load"] = {
+            name: value
+            for name, value in values["load"].items()
+            if name != "transfer_seconds" and value != defaults[name]
+        }
+    return msgspec.json.encode(values).decode()
 
 
 def read_facts(topology: Mapping[str, str]) -> InstanceFacts | None:

@@ -1,4 +1,6 @@
-"""Owns what is told of a load and of a publication."""
+"""Owns what comes of a load, and what is told of it and of a publication."""
+
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -15,14 +17,29 @@ class PublisherStats(msgspec.Struct, kw_only=True):
 
 
 class LoadReport(msgspec.Struct, kw_only=True):
-    """How one rank's arena was filled."""
+    """How one rank's arena was filled. Records at a metadata server hold it too, without transfer_seconds."""
 
     source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
     num_bytes: int
     seconds: float
-    verified: bool  # content checksums were compared with the seed's
+    verified: bool = False  # content checksums were compared with the seed's
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
     taken_from: tuple[str, ...] = ()
     taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
+
+
+class Claim(Protocol):
+    """Keeps other instances from reading a model's files: they wait for weights from here."""
+
+    def release(self) -> None:
+        """Let another instance read the files. Idempotent."""
+        ...
+
+
+class LoadResult(NamedTuple):
+    """What comes of a load."""
+
+    report: LoadReport
+    claim: Claim | None = None  # to be kept until others can take the weights from here

@@ -6,7 +6,7 @@ import time
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.report import LoadReport
+from ramet.srt.weights.report import LoadReport, LoadResult
 
 logger = logging.getLogger(__name__)
 
@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 class DefaultModelLoader:
     """Reads safetensors files."""
 
-    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadReport:
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, model_path: str) -> LoadResult:
+        """Fill the arena; see ModelLoader."""
         start = time.perf_counter()
         source = CheckpointSource(model_path)
         transfer_plan = source.plan(manifest)
@@ -23,7 +24,7 @@ class DefaultModelLoader:
             source=source.name, num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
         log_report(manifest, report)
-        return report
+        return LoadResult(report)
 
 
 def log_report(manifest: WeightManifest, report: LoadReport) -> None:

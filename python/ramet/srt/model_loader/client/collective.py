@@ -51,7 +51,6 @@ class _Pair:
         self.timeout_s = min(config.timeout_s, MAX_TIMEOUT_S)
         self.backend = arena.broadcast_backend
         self.arena = arena
-        self._api_keys = config.api_keys
         self._target: ReceiveBuffer | None = None
         self._group: PairGroup | None = None
         self._sending: threading.Thread | None = None
@@ -60,7 +59,7 @@ class _Pair:
     def post(self, path: str, body: msgspec.Struct, timeout_s: float) -> InitSendGroupAnswer:
         """Raises OSError if the seed does not do it."""
         try:
-            _, data = post_to_seed(self.rank.host, self.rank.port, path, body, timeout_s, self._api_keys)
+            _, data = post_to_seed(self.rank.server, path, body, timeout_s)
             answer = msgspec.json.decode(data, type=InitSendGroupAnswer)
         except ValueError as error:
             raise OSError(f"its answer to {path} is of no use: {error}") from error
@@ -218,8 +217,8 @@ class UpstreamCollectiveSource:
     def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
         return [list(ops)]
 
-    def run(self, step: list[CopyOp]) -> None:
-        """Receive everything. Raises OSError if the seed does not send it."""
+    def run(self, _step: list[CopyOp]) -> None:
+        """Receive everything, which is the one step. Raises OSError if the seed does not send it."""
         pair, ports = self._pair, self._ports
         tp_rank = self._manifest.parallel.tp_rank
         joined = ",".join(map(str, ports))
@@ -227,13 +226,13 @@ class UpstreamCollectiveSource:
         name = f"send_weights_{joined.replace(',', '-')}"
         # The first rank asks for all of them, as upstream's clients do.
         if tp_rank == 0:
-            init = InitSendGroupBody(master_address=pair.rank.host, ports=joined, group_name=name,
+            init = InitSendGroupBody(master_address=pair.rank.server.address.host, ports=joined, group_name=name,
                                      backend=pair.backend)  # fmt: skip
             pair.post_beside(INIT_SEND_GROUP_PATH, init)
-        pair.meet(pair.rank.host, ports[tp_rank], f"{name}_{ports[tp_rank]}_{tp_rank}")
+        pair.meet(pair.rank.server.address.host, ports[tp_rank], f"{name}_{ports[tp_rank]}_{tp_rank}")
         pair.barrier()
         if tp_rank == 0:
-            send = SendWeightsBody(master_address=pair.rank.host, ports=joined, group_name=name)
+            send = SendWeightsBody(master_address=pair.rank.server.address.host, ports=joined, group_name=name)
             pair.post_beside(SEND_WEIGHTS_PATH, send)
         with pair.arena.work_context():
             for entry in self._manifest.entries:

@@ -37,6 +37,7 @@ class SeedSources:
         local = open_local(rank, self._arena, self._config, for_copy=True)
         if local is not None:
             return self._files.enter_context(local)
+        source: TransferEngineSource | CollectiveSource | UpstreamCollectiveSource
         if self._config.backend == "nccl":
             source = self._open_collective(rank)
         else:

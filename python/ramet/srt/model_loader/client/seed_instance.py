@@ -6,16 +6,17 @@ import time
 import zlib
 from dataclasses import dataclass
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import LoadConfig, SeedAddress
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.client.upstream_seed import source_from_names
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import (
     ABSENT_GRACE_S,
     RankNotRegistered,
     SeedRefused,
+    SeedServer,
     fetch_seed_answer,
 )
-from ramet.srt.utils.net import format_address, host_identity
+from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.agreement import find_disagreement
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
@@ -27,8 +28,7 @@ from ramet.srt.weights.registration import SeedAnswer
 class SeedRank:
     """One rank of a seed instance, as a source for the planner and for whoever executes the plan."""
 
-    host: str  # and port of the instance's HTTP server
-    port: int
+    server: SeedServer
     answer: SeedAnswer
     source: PlanSource
     is_local: bool  # its memory can be had on this host
@@ -36,23 +36,22 @@ class SeedRank:
     @property
     def seed(self) -> str:
         """The instance's address."""
-        return format_address(self.host, self.port)
+        return self.server.name
 
 
 class SeedInstance:
     """A running instance, asked for as few of its ranks as cover what one rank of a client needs."""
 
     def __init__(
-        self, host: str, port: int, config: LoadConfig, manifest: WeightManifest, ready_rank: int | None = None
+        self, address: SeedAddress, config: LoadConfig, manifest: WeightManifest, ready_rank: int | None = None
     ) -> None:
         """
         Args:
             manifest: what the client's rank needs.
             ready_rank: a rank that is known to be up; then nothing is waited for, and its replica is preferred.
         """
-        self.host = host
-        self.port = port
-        self.name = format_address(host, port)
+        self.server = SeedServer(address, config.api_keys, config.ssl_ca_certs)
+        self.name = address.name
         self.ranks: list[SeedRank] = []
         self._ready_rank = ready_rank
         self._config = config
@@ -66,7 +65,7 @@ class SeedInstance:
         Raises:
             WeightTransferError: if it does not have the weights.
         """
-        seed = cls("", 0, config, manifest)
+        seed = cls(SeedAddress("", 0), config, manifest)
         seed.name = name
         seed._add(answer)
         return seed
@@ -133,12 +132,10 @@ class SeedInstance:
     def _ask(self, rank: int, absent_grace_s: float) -> SeedAnswer:
         left = max(0.001, self._deadline - time.monotonic())
         return fetch_seed_answer(
-            self.host,
-            self.port,
+            self.server,
             rank,
             self._manifest.role,
             left,
-            self._config.api_keys,
             min(absent_grace_s, left),
             is_listed=self._ready_rank is not None,
         )
@@ -155,7 +152,7 @@ class SeedInstance:
         rank = self._manifest.parallel.world_rank
         answer = SeedAnswer(rank=rank, remote_instance_transfer_engine_info=("", {}), role=self._manifest.role)
         source = source_from_manifest(f"the seed {self.name}", self._manifest)
-        self.ranks.append(SeedRank(self.host, self.port, answer, source, False))
+        self.ranks.append(SeedRank(self.server, answer, source, False))
 
     def _add(self, answer: SeedAnswer) -> None:
         name = f"rank {answer.rank} of the seed {self.name}"
@@ -166,7 +163,7 @@ class SeedInstance:
                 source = source_from_manifest(name, answer.manifest)
         except PlanError as error:
             raise self._error("agree", error) from error
-        self.ranks.append(SeedRank(self.host, self.port, answer, source, self._is_local(answer)))
+        self.ranks.append(SeedRank(self.server, answer, source, self._is_local(answer)))
 
     def _is_local(self, answer: SeedAnswer) -> bool:
         if self._config.local_mode == "off" or answer.local_handle is None or answer.manifest is None:

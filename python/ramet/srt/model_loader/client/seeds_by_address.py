@@ -1,12 +1,16 @@
-"""Owns asking several seed instances at once, and which of them go together."""
+"""Owns the seeds at addresses that were given: asking all of them at once, and which of them go together."""
 
+import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.checksums.entries import content_checksums
+from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.weights.errors import WeightTransferError, name_some
@@ -17,51 +21,83 @@ logger = logging.getLogger(__name__)
 LATE_GRACE_S = 1.0  # once one seed has answered, the others get this long
 
 
-def find_seeds(config: LoadConfig, manifest: WeightManifest) -> list[SeedInstance]:
-    """The seeds that can fill a rank's arena, in the order of the configuration; what is wrong with others is logged.
+class SeedsByAddress:
+    """A SeedFinder with one candidate, the addresses: several seeds share the work. Nobody claims the files here."""
 
-    Raises:
-        WeightTransferError: if there is none.
-    """
-    rank = manifest.parallel.world_rank
-    candidates = [SeedInstance(host, port, config, manifest) for host, port in config.seeds]
-    results: queue.SimpleQueue[tuple[SeedInstance, Exception | None]] = queue.SimpleQueue()
+    claim = None
+
+    def __init__(self, config: LoadConfig, manifest: WeightManifest, _model_path: str = "") -> None:
+        """Raises ValueError if there are no addresses."""
+        if not config.seeds:
+            raise ValueError("loading from a remote instance needs the seed's address and port, or ModelExpress")
+        self._config = config
+        self._manifest = manifest
+        self._name = ", ".join(address.name for address in config.seeds)
+
+    @property
+    def origin(self) -> str:
+        return f"the seed {self._name}"
+
+    def candidates(self) -> Iterator[str]:
+        """The addresses, as they are called together."""
+        yield self._name
+
+    def open(self, candidate: str) -> FoundSeeds:
+        """The seeds that can fill the arena, in the order of the configuration; what is wrong with others is logged.
+
+        Raises:
+            WeightTransferError: if there is none.
+        """
+        rank = self._manifest.parallel.world_rank
+        seeds = [SeedInstance(address, self._config, self._manifest) for address in self._config.seeds]
+        found, errors = _ask_all(seeds, rank, self._config.timeout_s)
+        if not found:
+            raise combine_errors(rank, [errors[seed.name] for seed in seeds])
+        for name, error in errors.items():
+            logger.warning("rank %d: the seed %s is left out: %s", rank, name, error)
+        return FoundSeeds(candidate, _agreeing(found, rank))
+
+    def give_up(self, _candidate: str, _error: WeightTransferError) -> None:
+        """There is no other candidate: the loader says what follows."""
+
+    def shortage(self) -> None:
+        """What the seeds said is all there is to say."""
+
+    def close(self) -> None:
+        """Nothing is open between two calls."""
+
+
+def _ask_all(
+    seeds: Sequence[SeedInstance], rank: int, timeout_s: float
+) -> tuple[list[SeedInstance], dict[str, WeightTransferError]]:
+    """Ask each seed in a thread of its own. Returns those that have the weights, and by name why others don't."""
+    results: queue.SimpleQueue[tuple[SeedInstance, BaseException | None]] = queue.SimpleQueue()
 
     def ask(seed: SeedInstance) -> None:
-        try:
-            seed.find_ranks()
-        except Exception as error:  # handed to the caller's thread
-            results.put((seed, error))
-        else:
-            results.put((seed, None))
+        with contextlib.suppress(Exception):  # the thread that waits has it, and raises what is no failure of a seed
+            try:
+                seed.find_ranks()
+            finally:
+                results.put((seed, sys.exception()))
 
-    for seed in candidates:
+    for seed in seeds:
         threading.Thread(target=ask, args=(seed,), name="ask-seed", daemon=True).start()
-    found: list[SeedInstance] = []
-    errors: dict[str, WeightTransferError] = {}
+    outcomes: dict[str, WeightTransferError | None] = {}
     # Each seed's requests have their own time limit; looking its name up has none.
-    deadline = time.monotonic() + config.timeout_s + LATE_GRACE_S
-    while len(found) + len(errors) < len(candidates):
+    deadline = time.monotonic() + timeout_s + LATE_GRACE_S
+    while len(outcomes) < len(seeds):
         try:
             seed, error = results.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             break
-        if isinstance(error, WeightTransferError):
-            errors[seed.name] = error
-        elif error is not None:
+        if error is not None and not isinstance(error, WeightTransferError):
             raise error
-        else:
-            found.append(seed)
+        outcomes[seed.name] = error
+        if error is None:
             deadline = min(deadline, time.monotonic() + LATE_GRACE_S)
-    for seed in candidates:
-        if seed not in found and seed.name not in errors:
-            errors[seed.name] = WeightTransferError("ask", rank, seed.name, "it is late")
-    if not found:
-        raise combine_errors(rank, [errors[seed.name] for seed in candidates])
-    for seed in candidates:
-        if seed not in found:
-            logger.warning("rank %d: the seed %s is left out: %s", rank, seed.name, errors[seed.name])
-    return _agreeing([seed for seed in candidates if seed in found], rank)
+    late = {seed.name: WeightTransferError("ask", rank, seed.name, "it is late") for seed in seeds}
+    errors = {name: error for name, error in (late | outcomes).items() if error is not None}
+    return [seed for seed in seeds if seed.name not in errors], errors
 
 
 def _agreeing(seeds: list[SeedInstance], rank: int) -> list[SeedInstance]:

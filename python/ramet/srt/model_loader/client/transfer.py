@@ -31,7 +31,7 @@ class RankSource(Protocol):
         """The operations in pieces that can be told apart when the seed fails."""
         ...
 
-    def run(self, step: list[CopyOp]) -> None:
+    def run(self, step: list[CopyOp], /) -> None:
         """Fill what one step covers. Raises WeightTransferError, OSError or ValueError if the seed fails."""
         ...
 
@@ -136,30 +136,17 @@ class SeedTransfer:
         self._received = [(rank, op) for rank, op in self._received if rank.seed not in blamed]
 
     def _run_round(self) -> None:
-        # A seed on this host is worth more than one behind a network.
-        seeds = [seed for seed in self.alive if seed.is_local] or self.alive
-        ranks = [rank for seed in seeds for rank in seed.ranks]
-        sources = [rank.source for rank in ranks]
-        transfer_plan = plan(self._arena.manifest, sources, max_op_nbytes=SHARED_BYTES, unfinished=self.unfinished)
-        self.planned_nbytes = max(self.planned_nbytes, transfer_plan.nbytes)
+        shares = self._share_out()
         opener = self._make_opener()
         try:
-            shares = [(rank, transfer_plan.of_source(index)) for index, rank in enumerate(ranks)]
-            jobs = [_open_job(rank, ops, opener) for rank, ops in shares if ops]
+            jobs = [_open_job(rank, ops, opener) for rank, ops in shares]
             start = time.perf_counter()
             _run_jobs(jobs)
-            elapsed = time.perf_counter() - start
-            # Several sources need not move bytes at the same time: their own times can't be put together.
-            measured = jobs[0].source.measured_seconds if len(jobs) == 1 and jobs[0].source is not None else 0.0
-            self.transfer_seconds += measured or elapsed
+            self.transfer_seconds += _moving_seconds(jobs) or time.perf_counter() - start
         except BaseException:
             opener.abandon()
             raise
-        for job in jobs:
-            self._received += [(job.rank, op) for op in job.done]
-            if job.source is not None and job.num_done and job.source.name not in self.source_names:
-                self.source_names.append(job.source.name)
-        self.unfinished = [op for job in jobs for op in job.unfinished]
+        self._note(jobs)
         errors = {job.rank.seed: job.error for job in jobs if job.error is not None}
         if not errors:
             opener.close()
@@ -168,6 +155,25 @@ class SeedTransfer:
             self._arena.drop_memory()
             self._received, self.unfinished = [], None
         self._drop(errors)
+
+    def _share_out(self) -> list[tuple[SeedRank, list[CopyOp]]]:
+        """What each rank is to send of what is unfinished, without those that are to send nothing."""
+        # A seed on this host is worth more than one behind a network.
+        seeds = [seed for seed in self.alive if seed.is_local] or self.alive
+        ranks = [rank for seed in seeds for rank in seed.ranks]
+        sources = [rank.source for rank in ranks]
+        transfer_plan = plan(self._arena.manifest, sources, max_op_nbytes=SHARED_BYTES, unfinished=self.unfinished)
+        self.planned_nbytes = max(self.planned_nbytes, transfer_plan.nbytes)
+        shares = ((rank, transfer_plan.of_source(index)) for index, rank in enumerate(ranks))
+        return [(rank, ops) for rank, ops in shares if ops]
+
+    def _note(self, jobs: Sequence[_Job]) -> None:
+        """Remember who has sent what, and what nobody has."""
+        for job in jobs:
+            self._received += [(job.rank, op) for op in job.done]
+            if job.source is not None and job.num_done and job.source.name not in self.source_names:
+                self.source_names.append(job.source.name)
+        self.unfinished = [op for job in jobs for op in job.unfinished]
 
     def _drop(self, errors: dict[str, WeightTransferError]) -> None:
         self.errors += errors.values()
@@ -184,6 +190,11 @@ def _open_job(rank: SeedRank, ops: list[CopyOp], opener: SourceOpener) -> _Job:
         return _Job(rank, source, source.make_steps(ops))
     except WeightTransferError as error:
         return _Job(rank, None, [ops], error=error)
+
+
+def _moving_seconds(jobs: Sequence[_Job]) -> float:
+    """In which bytes moved, if one source alone took the time; else 0: the times of several can't be put together."""
+    return jobs[0].source.measured_seconds if len(jobs) == 1 and jobs[0].source is not None else 0.0
 
 
 def _run_jobs(jobs: Sequence[_Job]) -> None:

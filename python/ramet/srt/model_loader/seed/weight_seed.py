@@ -1,5 +1,6 @@
 """Owns offering a loaded arena to others: its checksums, its transfer engine, its local socket, its registration."""
 
+import importlib
 import logging
 import threading
 import time
@@ -43,12 +44,13 @@ class WeightSeed:
 
     @staticmethod
     def prepare(host: str, rank: int) -> None:
-        """Do beforehand, while the weights still come, what takes longest: start the transfer engine.
+        """Do beforehand, while the weights still come, what takes long: start the transfer engine, import requests.
 
         Raises:
             WeightTransferError: if it does not start.
         """
         MooncakeEngine.acquire(reachable_host(host), rank)
+        importlib.import_module("ramet.srt.utils.http_client")
 
     @classmethod
     def start(
@@ -111,14 +113,16 @@ class WeightSeed:
         )
         return cls(registration, resources)
 
-    def register(self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float) -> None:
+    def register(
+        self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float, ca_certs: str | None = None
+    ) -> None:
         """Tell the instance's bootstrap server, until it has understood.
 
         Raises:
             WeightTransferError: if it has not within `timeout_s`: a rank that nobody can find is no running rank.
         """
         register_transfer_engine_info(
-            bootstrap_url, self.registration, admin_api_key=admin_api_key, timeout_s=timeout_s
+            bootstrap_url, self.registration, admin_api_key=admin_api_key, timeout_s=timeout_s, ca_certs=ca_certs
         )
 
     def close(self) -> None:

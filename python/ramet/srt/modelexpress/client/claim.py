@@ -17,13 +17,11 @@ not count. If a process was only slow, two read the files: a waste, but no harm.
 import logging
 from collections.abc import Callable
 
-import msgspec
-
 from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, read_facts
+from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, encode_facts, read_facts
 from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
 
 logger = logging.getLogger(__name__)
@@ -57,7 +55,7 @@ class FileClaim:
         self._identity.CopyFrom(identity)
         self._identity.extra_parameters[CLAIM_PARAMETER] = "files"
         self._facts = facts
-        self._worker = p2p_pb2.WorkerMetadata(topology={FACTS_KEY: msgspec.json.encode(facts).decode()})
+        self._worker = p2p_pb2.WorkerMetadata(topology={FACTS_KEY: encode_facts(facts)})
         self._renewal_s = renewal_s
         self._silence_s = silence_s
         self._ack_timeout_s = ack_timeout_s

@@ -1,52 +1,25 @@
 """Owns what the metadata server is told about one rank of this engine, from its last byte of weights to its end."""
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
-from ramet.srt.modelexpress.records import InstanceFacts, LoadFacts, build_worker_metadata
+from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
-from ramet.srt.weights.manifest import WeightManifest, layout_digest
+from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.registration import SeedRegistration
-from ramet.srt.weights.report import LoadReport, PublisherStats
+from ramet.srt.weights.report import Claim, PublisherStats
 
 logger = logging.getLogger(__name__)
 
 STALE_TIMEOUT_S = 2.0  # for the server to acknowledge that the instance is about to end
 ACK_PERIOD_S = 1.0
-
-
-def make_instance_facts(
-    instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
-) -> InstanceFacts:
-    """What a record or a claim says about the instance behind it."""
-    load = None
-    if report is not None:
-        load = LoadFacts(
-            source=report.source,
-            num_bytes=report.num_bytes,
-            seconds=report.seconds,
-            verified=report.verified,
-            taken_from=report.taken_from,
-            taken_bytes=report.taken_bytes,
-            fallback_reason=report.fallback_reason,
-        )
-    return InstanceFacts(
-        instance=instance_url,
-        host=socket.gethostname(),
-        world_rank=manifest.parallel.world_rank,
-        started_at=started_at,
-        layout_signature=layout_digest(manifest),
-        load=load,
-    )
 
 
 class Publication:
@@ -61,7 +34,7 @@ class Publication:
         accelerator: str,
         device_id: int,
         load_probe: Callable[[], float | None],
-        claim: FileClaim | None,
+        claim: Claim | None,
     ):
         """Publish the record as INITIALIZING.
 
@@ -121,7 +94,7 @@ class Publication:
             self._claim.release()
         self._publisher.close(STALE_TIMEOUT_S)
 
-    def _hand_over(self, claim: FileClaim) -> None:
+    def _hand_over(self, claim: Claim) -> None:
         """Give the claim back once there is a source in its place."""
         while not self._ended.is_set():
             start = time.monotonic()
@@ -136,4 +109,4 @@ class Publication:
         if not parts.hostname or parts.port is None:
             return ""
         rank = manifest.parallel.world_rank
-        return make_info_url(InfoAddress(parts.hostname, parts.port, rank, manifest.role))
+        return make_info_url(InfoAddress(parts.hostname, parts.port, rank, manifest.role, parts.scheme))

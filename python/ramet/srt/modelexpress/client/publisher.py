@@ -87,12 +87,6 @@ class Publisher:
             self._note_change()
             return self._changed.wait_for(lambda: self._told == status, timeout_s)
 
-    def replace(self, worker: p2p_pb2.WorkerMetadata) -> None:
-        """Publish another record in place of this one, which is STALE, as INITIALIZING: the weights have changed."""
-        with self._changed:
-            self._worker, self._wanted, self._told, self._source_id = worker, INITIALIZING, None, ""
-            self._note_change()
-
     def stats(self) -> PublisherStats:
         """A copy of the counters."""
         with self._changed:
@@ -148,12 +142,12 @@ class Publisher:
     def _step(self) -> None:
         """Send what must be sent."""
         with self._changed:
-            wanted, source_id, worker = self._wanted, self._source_id, self._worker
+            wanted, source_id = self._wanted, self._source_id
             if wanted == STALE and not source_id:
                 return
         try:
-            source_id = source_id or self._publish(worker, wanted)
-            rank, load = worker.worker_rank, self._load_probe()
+            source_id = source_id or self._publish(wanted)
+            rank, load = self._worker.worker_rank, self._load_probe()
             accepted = self._client.update_status(source_id, self.worker_id, rank, wanted, load)
             if not accepted and wanted == STALE:
                 accepted = self._is_unknown(source_id)
@@ -161,8 +155,6 @@ class Publisher:
             self._note_failure(str(error))
             return
         with self._changed:
-            if worker is not self._worker:
-                return  # replaced meanwhile: what was acknowledged is about the old record
             if accepted:
                 self._note_success(wanted)
             else:
@@ -181,18 +173,17 @@ class Publisher:
         except ModelExpressError as error:
             logger.warning("other instances may look for this one for a while: %s", error)
 
-    def _publish(self, worker: p2p_pb2.WorkerMetadata, status: int) -> str:
+    def _publish(self, status: int) -> str:
         record = p2p_pb2.WorkerMetadata()
-        record.CopyFrom(worker)
+        record.CopyFrom(self._worker)
         record.MergeFrom(p2p_pb2.WorkerMetadata(status=status, updated_at=wall_clock_ms()))
         source_id = self._client.publish(self.identity, self.worker_id, record)
         with self._changed:
             self._stats.num_publishes += 1
-            if worker is self._worker:
-                self._source_id = source_id
+            self._source_id = source_id
         logger.info(
             "published rank %d of %s as worker %s of source %s at the ModelExpress server %s",
-            worker.worker_rank,
+            self._worker.worker_rank,
             self.identity.model_name,
             self.worker_id,
             source_id,

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode, urlsplit
 
+from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.modelexpress.records import SourceRecord
-from ramet.srt.utils.net import format_url
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import SeedAnswer
@@ -13,18 +13,23 @@ INFO_PATH = "/remote_instance_transfer_engine_info"
 
 
 class InfoAddress(NamedTuple):
-    """Where an instance answers for one rank; the arguments of fetch_seed_answer."""
+    """Where an instance answers for one rank."""
 
     host: str
     port: int
     rank: int  # world rank in the seed's instance
     role: str
+    scheme: str = "http"
+
+    @property
+    def seed(self) -> SeedAddress:
+        return SeedAddress(self.host, self.port, self.scheme)
 
 
 def make_info_url(address: InfoAddress) -> str:
     """The URL that a record holds as its metadata_endpoint."""
     query = urlencode({"rank": address.rank, "role": address.role})
-    return f"{format_url(address.host, address.port)}{INFO_PATH}?{query}"
+    return f"{address.seed.url}{INFO_PATH}?{query}"
 
 
 def read_info_url(url: str) -> InfoAddress:
@@ -38,7 +43,8 @@ def read_info_url(url: str) -> InfoAddress:
     rank = query.get("rank", [""])[0]
     if not parts.hostname or parts.port is None or not (rank.isascii() and rank.isdigit()):
         raise ValueError(f"{url!r} does not say host, port and rank")
-    return InfoAddress(parts.hostname, parts.port, int(rank), query.get("role", ["target"])[0])
+    scheme = "https" if parts.scheme == "https" else "http"
+    return InfoAddress(parts.hostname, parts.port, int(rank), query.get("role", ["target"])[0], scheme)
 
 
 def make_seed_answer(source: SourceRecord, manifest: WeightManifest) -> SeedAnswer:

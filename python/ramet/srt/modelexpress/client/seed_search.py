@@ -5,7 +5,8 @@ import logging
 import time
 from collections.abc import Iterator
 
-from ramet.srt.configs.load_config import Board, LoadConfig
+from ramet.srt.configs.load_config import Board, LoadConfig, LoadContext
+from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
@@ -19,8 +20,9 @@ from ramet.srt.modelexpress.client.discovery import (
 )
 from ramet.srt.modelexpress.client.seed_info import make_seed_answer, read_info_url
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, read_facts
+from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, make_instance_facts, read_facts
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.utils.hub import has_weights
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 
@@ -39,8 +41,6 @@ class Candidate:
     """An instance that is listed as READY."""
 
     refs: list[p2p_pb2.SourceInstanceRef]  # the record for this shard rank, or all records of another topology
-    # By world rank: of the ranks that give the weights, once it is opened.
-    worker_ids: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -49,7 +49,7 @@ class Candidate:
 
 
 class SeedSearch:
-    """One rank's search.
+    """One rank's search, as a SeedFinder: the instances that a metadata server lists are tried one after the other.
 
     World rank 0 decides for its whole instance whether weights come from other instances or from files, and tells the
     other ranks: if each rank claimed the files for itself, two instances could wait for each other. From which source a
@@ -76,6 +76,7 @@ class SeedSearch:
         self.identity = make_source_identity(config, manifest)
         self.client = ModelExpressClient(config.modelexpress_url)
         self.failed: set[str] = set()  # worker ids that were tried in vain
+        self.origin = "other instances"
         self.reason = ""  # why no source was found, unless the files were claimed
         self.claim: FileClaim | None = None
         self._own_instance = facts.instance
@@ -90,16 +91,27 @@ class SeedSearch:
             self.claim = FileClaim(lambda: ModelExpressClient(config.modelexpress_url), self.identity, facts)
 
     def close(self) -> None:
+        """End the search. The claim has connections of its own."""
         self.client.close()
+
+    def shortage(self) -> WeightTransferError | None:
+        """After the last candidate: why no source was found, unless the files were claimed."""
+        if not self.reason:
+            return None
+        where = f"the sources at the ModelExpress server {self.client.address}"
+        return WeightTransferError("find", self._manifest.parallel.world_rank, where, self.reason)
 
     def candidates(self) -> Iterator[Candidate]:
         """Instances to try, the best first, for as long as it makes sense. What failed must be told by `give_up`."""
         return self._lead() if self._is_leader else self._follow()
 
-    def give_up(self, candidate: Candidate) -> None:
+    def give_up(self, candidate: Candidate, error: WeightTransferError) -> None:
+        """Don't come back to an instance that could not give its weights."""
+        rank = self._manifest.parallel.world_rank
+        logger.warning("rank %d: no weights from the source %s, trying the next: %s", rank, candidate.name, error)
         self.failed.update(ref.worker_id for ref in candidate.refs)
 
-    def open(self, candidate: Candidate) -> SeedInstance:
+    def open(self, candidate: Candidate) -> FoundSeeds:
         """Ask the instance itself what it has.
 
         Raises:
@@ -113,8 +125,8 @@ class SeedSearch:
             raise self._error(candidate, "it is no longer READY")
         if not source.info_url:
             answer = make_seed_answer(source, self._manifest)
-            candidate.worker_ids = {answer.rank: source.worker_id}
-            return SeedInstance.of_answer(candidate.name, answer, self._config, self._manifest)
+            seed = SeedInstance.of_answer(candidate.name, answer, self._config, self._manifest)
+            return FoundSeeds(candidate.name, [seed], {answer.rank: source.worker_id})
         seed = self._ask(candidate, source)
         answers = {rank.answer.rank: rank.answer for rank in seed.ranks}
         records = {facts.world_rank: (facts, ref) for ref in candidate.refs if (facts := read_facts(ref.topology))}
@@ -123,8 +135,7 @@ class SeedSearch:
             real, listed = answers[rank].started_at, records[rank][0].started_at
             if real and listed and real != listed:
                 raise self._error(candidate, "the instance that is listed has ended: another one has its address")
-        candidate.worker_ids = {rank: records[rank][1].worker_id for rank in shared}
-        return seed
+        return FoundSeeds(candidate.name, [seed], {rank: records[rank][1].worker_id for rank in shared})
 
     def _ask(self, candidate: Candidate, source: SourceRecord) -> SeedInstance:
         try:
@@ -133,7 +144,7 @@ class SeedSearch:
             raise self._error(candidate, error) from error
         timeout_s = min(self._config.timeout_s, ANSWER_TIMEOUT_S)
         config = dataclasses.replace(self._config, timeout_s=timeout_s)
-        seed = SeedInstance(address.host, address.port, config, self._manifest, ready_rank=address.rank)
+        seed = SeedInstance(address.seed, config, self._manifest, ready_rank=address.rank)
         seed.find_ranks()
         return seed
 
@@ -217,3 +228,17 @@ class SeedSearch:
                     continue  # no instance answers for it, so there is no manifest to plan with
                 instances.setdefault(facts.instance, Candidate([])).refs.append(ref)
         return list(instances.values())
+
+
+def make_seed_search(config: LoadConfig, context: LoadContext, manifest: WeightManifest, model_path: str) -> SeedSearch:
+    """The search for one load of one rank.
+
+    Args:
+        model_path: the model's folder.
+
+    Raises:
+        ValueError: if a certificate or token file can't be read.
+    """
+    facts = make_instance_facts(context.instance_url, context.started_at, manifest)
+    can_read_files = config.fallback == "disk" and has_weights(config.model_path or model_path)
+    return SeedSearch(config, manifest, facts, context.board, can_read_files=can_read_files)

@@ -5,9 +5,9 @@ from itertools import zip_longest
 
 import msgspec
 
-from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, read_facts
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, Source
 from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER, ROLE_PARAMETER
 
@@ -92,7 +92,7 @@ class Snapshot(msgspec.Struct, kw_only=True):
 class Fleet:
     """Makes snapshots of a store."""
 
-    def __init__(self, store: MetadataStore, ages: AgeTracker, heartbeat_timeout_s: float):
+    def __init__(self, store: MetadataStore, ages: RowAges, heartbeat_timeout_s: float):
         self._store = store
         self._ages = ages
         self._heartbeat_timeout_s = heartbeat_timeout_s

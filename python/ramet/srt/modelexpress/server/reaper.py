@@ -5,8 +5,9 @@ import contextlib
 import logging
 from collections import Counter
 
-from ramet.srt.modelexpress.ages import AgeTracker, wall_clock_ms
+from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, StoreError
 
@@ -27,7 +28,7 @@ class Reaper:
     def __init__(
         self,
         store: MetadataStore,
-        ages: AgeTracker,
+        ages: RowAges,
         metrics: ServerMetrics,
         heartbeat_timeout_s: float,
         gc_timeout_s: float,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import grpc
 import uvicorn
 
-from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
 from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, server_handler
 from ramet.srt.modelexpress.server.auth import TokenInterceptor
@@ -19,6 +18,7 @@ from ramet.srt.modelexpress.server.fleet import Fleet
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
 from ramet.srt.modelexpress.server.health import HealthService
 from ramet.srt.modelexpress.server.reaper import Reaper
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
@@ -134,7 +134,7 @@ class ModelExpressServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         store = self._make_store()
-        ages, health = AgeTracker(), HealthService()
+        ages, health = RowAges(), HealthService()
         grpc_server = self._make_grpc_server(P2pService(store, ages, self.metrics, self._heartbeat_timeout_s), health)
         port = bind_grpc(grpc_server, self.options, self._credentials)
         with bind_http(self.options) as http_socket:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ramet.srt.modelexpress.ages import AgeTracker, wall_clock_ms
+from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import worker_tensors
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES
+from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, Source, StoreError, training_step
 from ramet.srt.modelexpress.source_identity import compute_source_id
@@ -29,7 +30,7 @@ class P2pService:
         heartbeat_timeout_s: a READY row that is older is not listed as READY.
     """
 
-    def __init__(self, store: MetadataStore, ages: AgeTracker, metrics: ServerMetrics, heartbeat_timeout_s: float):
+    def __init__(self, store: MetadataStore, ages: RowAges, metrics: ServerMetrics, heartbeat_timeout_s: float):
         self._store = store
         self._ages = ages
         self._metrics = metrics
