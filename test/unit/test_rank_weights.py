@@ -47,8 +47,8 @@ def made(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> dict[str, dict[s
             events.append("seed.start")
             return cls(events, "seed")
 
-        def register(self, url: str, *, admin_api_key: str, timeout_s: float) -> None:
-            events.append(f"seed.register {url} {admin_api_key}")
+        def register(self, url: str, *, admin_api_key: str, timeout_s: float, ca_certs: str | None) -> None:
+            events.append(f"seed.register {url} {admin_api_key} {ca_certs}")
 
         @staticmethod
         def prepare(host: str, rank: int) -> None:
@@ -67,7 +67,7 @@ def arriving(is_seed: bool = True) -> RankWeights:
     manifest = toy_model.make_manifest(toy_model.make_model())
     config = WeightsConfig(
         name="toy",
-        load=LoadConfig(load_format="dummy"),
+        load=LoadConfig(load_format="dummy", ssl_ca_certs="authorities.pem"),
         is_seed=is_seed,
         host="10.0.0.7",
         control_host=None,
@@ -119,7 +119,7 @@ def test_an_offer_is_registered_published_and_withdrawn(made: dict[str, dict[str
     assert offered.withdraw() is loaded
     assert events == [
         "seed.start",
-        f"seed.register {URL} admin",
+        f"seed.register {URL} admin authorities.pem",
         "publication.set_ready",
         "publication.withdraw",
         "publication.close",
