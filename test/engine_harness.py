@@ -53,9 +53,8 @@ class EngineHarness:
 
     def __init__(self, folder: str | Path, *, overlap: bool = False, **server_args: Any):
         defaults: dict[str, Any] = {"max_total_tokens": 2048, "max_running_requests": 16, "page_size": 4}
-        args = ServerArgs(model_path=str(folder), **(defaults | server_args))
-        device = pick_device(args.device, 0)
-        self.args = args.with_device_defaults(device.type)
+        self.args = ServerArgs(model_path=str(folder), **(defaults | server_args))
+        device = pick_device(self.args.device, 0)
         config = ModelConfig.from_path(
             str(folder),
             dtype=self.args.dtype,
@@ -68,7 +67,7 @@ class EngineHarness:
         self.channel = DirectChannel()
         get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, str(folder)))
         grammar_backend = make_grammar_backend(self.args.grammar_backend, get_tokenizer, config)
-        scheduler_config = dataclasses.replace(args.scheduler_config(device.type), overlap=overlap)
+        scheduler_config = dataclasses.replace(self.args.scheduler_config(device.type), overlap=overlap)
         self.scheduler = Scheduler(scheduler_config, config, self.runner, get_tokenizer, grammar_backend, self.channel)
         self.num_batches = 0
         self.max_batch_size = 0

@@ -168,7 +168,8 @@ def main(argv: list[str]) -> int:
     status_fd = status_fd_argument(argv)
     config = read_child_config()
     die_with_parent(config.parent_pid)
-    args, ports = config.make_server_args().with_device_defaults("cpu"), config.port_args
+    args, ports = config.make_server_args(), config.port_args
+    limits = args.scheduler_config("cpu")
     fault = os.environ.get("FAKE_FAULT", "")
     time.sleep(float(os.environ.get("FAKE_START_S", "0")))
     if fault == "fail_start":
@@ -184,7 +185,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         send_status(status_fd, encode(SchedulerFailed(world_rank=0, message=str(error))))
         return 1
-    scheduler = FakeScheduler(tokenizer, model_config, args.max_queued_requests, args.max_running_requests)
+    scheduler = FakeScheduler(tokenizer, model_config, limits.max_queued_requests, limits.max_running_requests)
     context = zmq.Context()
     reader = context.socket(zmq.PULL)
     address = f"ipc://{config.directory}/scheduler-0"
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
     ready = SchedulerReady(
         world_rank=0,
         max_total_num_tokens=MAX_TOTAL_TOKENS,
-        max_running_requests=args.max_running_requests,
+        max_running_requests=limits.max_running_requests,
         max_req_len=model_config.context_len,
         scheduler_addresses=[address],
         load_report=report,

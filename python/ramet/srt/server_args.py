@@ -30,11 +30,18 @@ FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
 GRAMMAR_BACKENDS = ("llguidance", "none")
-DEVICE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"max_running_requests": 64, "mem_fraction_static": 0.5, "chunked_prefill_size": 2048},
-    "cuda": {"max_running_requests": 256, "mem_fraction_static": 0.85, "chunked_prefill_size": 8192},
-}
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class DeviceDefaults(NamedTuple):
+    """What depends on the kind of device where it was not given."""
+
+    max_running_requests: int
+    mem_fraction_static: float
+    chunked_prefill_size: int
+
+
+DEVICE_DEFAULTS = {"cpu": DeviceDefaults(64, 0.5, 2048), "cuda": DeviceDefaults(256, 0.85, 8192)}
 
 
 class Limit(NamedTuple):
@@ -493,20 +500,14 @@ class ServerArgs:
         """Where the HTTP server answers, for a caller on this host."""
         return format_url(host_from_here(self.host), self.port)
 
-    def with_device_defaults(self, device_type: str) -> "ServerArgs":
-        """The same with a value for whatever depends on the device ("cpu" or "cuda") and was not given."""
-        defaults = DEVICE_DEFAULTS[device_type]
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
-
     def scheduler_config(self, device_type: str) -> SchedulerConfig:
         """What a replica's scheduler must know, on that kind of device ("cpu" or "cuda")."""
         defaults = DEVICE_DEFAULTS[device_type]
         return SchedulerConfig(
-            max_running_requests=self.max_running_requests or defaults["max_running_requests"],
+            max_running_requests=self.max_running_requests or defaults.max_running_requests,
             max_queued_requests=self.max_queued_requests,
             page_size=self.page_size,
-            chunked_prefill_size=self.chunked_prefill_size or defaults["chunked_prefill_size"],
+            chunked_prefill_size=self.chunked_prefill_size or defaults.chunked_prefill_size,
             schedule_policy=self.schedule_policy,
             disable_radix_cache=self.disable_radix_cache,
             stream_interval=self.stream_interval,
@@ -568,9 +569,9 @@ class ServerArgs:
         return RunnerConfig(
             attention_backend=self.attention_backend,
             page_size=self.page_size,
-            max_running_requests=self.max_running_requests or defaults["max_running_requests"],
+            max_running_requests=self.max_running_requests or defaults.max_running_requests,
             max_total_tokens=self.max_total_tokens,
-            mem_fraction_static=self.mem_fraction_static or defaults["mem_fraction_static"],
+            mem_fraction_static=self.mem_fraction_static or defaults.mem_fraction_static,
             use_cuda_graph=not self.disable_cuda_graph,
             num_local_ranks=len(self.local_ranks),
             weights=WeightsConfig(

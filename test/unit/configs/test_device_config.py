@@ -5,7 +5,6 @@ import torch
 from ramet.srt import errors
 from ramet.srt.configs import device_config
 from ramet.srt.configs.device_config import free_memory_nbytes, pick_device
-from ramet.srt.server_args import ServerArgs
 
 
 @pytest.fixture
@@ -92,11 +91,3 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(cuda, caplog,
         cuda.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert pick_device("auto", 0) == torch.device("cpu")
     assert ("runs on the CPU: --device cuda: The NVIDIA driver on your system is too old" in caplog.text) == is_said
-
-
-def test_what_was_not_given_depends_on_the_device():
-    args = ServerArgs(model_path="m", chunked_prefill_size=100)
-    cpu, gpu = args.with_device_defaults("cpu"), args.with_device_defaults("cuda")
-    assert (cpu.max_running_requests, gpu.max_running_requests) == (64, 256)
-    assert cpu.mem_fraction_static < gpu.mem_fraction_static < 1
-    assert cpu.chunked_prefill_size == gpu.chunked_prefill_size == 100

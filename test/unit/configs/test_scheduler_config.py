@@ -3,20 +3,19 @@
 import sys
 
 import pytest
-from ramet.srt.server_args import DEVICE_DEFAULTS, ServerArgs
+from ramet.srt.server_args import ServerArgs
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_what_was_not_given_is_the_devices(device_type):
+@pytest.mark.parametrize(("device_type", "requests", "chunk"), [("cpu", 64, 2048), ("cuda", 256, 8192)])
+def test_what_was_not_given_is_the_devices(device_type, requests, chunk):
     config = ServerArgs(model_path="m").scheduler_config(device_type)
-    defaults = DEVICE_DEFAULTS[device_type]
-    assert config.max_running_requests == defaults["max_running_requests"]
-    assert config.chunked_prefill_size == config.prefill_budget == defaults["chunked_prefill_size"]
+    assert config.max_running_requests == requests
+    assert config.chunked_prefill_size == config.prefill_budget == chunk
     assert config.overlap == (device_type == "cuda")
 
 
 def test_what_was_given_holds_on_every_device():
     args = ServerArgs(model_path="m", max_running_requests=3, chunked_prefill_size=-1, disable_overlap_schedule=True)
-    for config in (args.scheduler_config("cpu"), args.with_device_defaults("cuda").scheduler_config("cuda")):
+    for config in (args.scheduler_config("cpu"), args.scheduler_config("cuda")):
         assert config.max_running_requests == 3 and not config.overlap
         assert config.prefill_budget == sys.maxsize

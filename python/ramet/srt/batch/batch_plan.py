@@ -47,6 +47,12 @@ class LogprobRows(msgspec.Struct, kw_only=True):
     top_logprobs: list[list[float]]
     top_token_ids: list[list[int]]
 
+    def extend(self, rows: "LogprobRows") -> None:
+        """Append other rows."""
+        self.logprobs += rows.logprobs
+        self.top_logprobs += rows.top_logprobs
+        self.top_token_ids += rows.top_token_ids
+
 
 class BatchResult(msgspec.Struct, kw_only=True):
     """What a pass gave."""

@@ -48,8 +48,8 @@ class RankStart:
         Raises:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
-        self.device = pick_device(self.args.device, self.args.gpu_id(self.parallel.world_rank))
-        self.args = args = self.args.with_device_defaults(self.device.type)
+        args = self.args
+        self.device = pick_device(args.device, args.gpu_id(self.parallel.world_rank))
         self._on_phase("device")
         model_path = resolve_model_path(args.model_path, args.revision, weights=not args.takes_weights_from_instances)
         config = ModelConfig.from_path(

@@ -297,10 +297,7 @@ class ModelRunner:
         for start in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
             targets = torch.tensor(token_ids[start : start + PROMPT_LOGPROB_ROWS], device=hidden_states.device)
             logits = self.compute_logits(hidden_states[start : start + PROMPT_LOGPROB_ROWS])
-            part = compute_logprobs(logits, targets, top_num).to_rows([top_num] * len(targets))
-            rows.logprobs += part.logprobs
-            rows.top_logprobs += part.top_logprobs
-            rows.top_token_ids += part.top_token_ids
+            rows.extend(compute_logprobs(logits, targets, top_num).to_rows([top_num] * len(targets)))
         return rows
 
 
