@@ -95,9 +95,15 @@ def _ask_all(
         outcomes[seed.name] = error
         if error is None:
             deadline = min(deadline, time.monotonic() + LATE_GRACE_S)
-    late = {seed.name: WeightTransferError("ask", rank, seed.name, "it is late") for seed in seeds}
-    errors = {name: error for name, error in (late | outcomes).items() if error is not None}
-    return [seed for seed in seeds if seed.name not in errors], errors
+    found, errors = [], {}
+    for seed in seeds:
+        if seed.name not in outcomes:
+            errors[seed.name] = WeightTransferError("ask", rank, seed.name, "it is late")
+        elif (failure := outcomes[seed.name]) is not None:
+            errors[seed.name] = failure
+        else:
+            found.append(seed)
+    return found, errors
 
 
 def _agreeing(seeds: list[SeedInstance], rank: int) -> list[SeedInstance]:
