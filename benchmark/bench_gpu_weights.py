@@ -41,10 +41,11 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import sharded_models as sm
 import torch
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.report import LoadReport
 
 # The parts in order of worth, and their time limits.

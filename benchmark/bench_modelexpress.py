@@ -22,7 +22,6 @@ from typing import Any
 import grpc
 import psutil
 from bench_common import MetadataServer, free_port, report, running_metadata_server
-from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import SERVICE
@@ -125,9 +124,7 @@ async def measure(
 async def measure_server(server: MetadataServer, args: argparse.Namespace) -> dict[str, Any]:
     """Publish all workers, then measure each kind of call."""
     process = psutil.Process(server.pid)
-    identity = build_source_identity(
-        EngineValues(model_name="org/model", dtype="bfloat16", tp_size=args.ranks), ModelExpressConfig()
-    )
+    identity = build_source_identity(EngineValues(model_name="org/model", dtype="bfloat16", tp_size=args.ranks))
     source_id = compute_source_id(identity)
     records = [make_worker(rank, args.ranks, args.tensors) for rank in range(args.ranks)]
     ids = [f"{index:032x}" for index in range(args.workers)]

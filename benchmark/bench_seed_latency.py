@@ -25,11 +25,12 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import sharded_models as sm
 from bench_transfers import SHAPE
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.manifest import WeightManifest
 from random_models import write_tokenizer
 from seed_server import write_random_model

@@ -28,7 +28,7 @@ import psutil
 import seed_process
 import sharded_models as sm
 import torch
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
@@ -36,6 +36,7 @@ from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.manifest import WeightManifest
 from seed_server import SeedServerProcess, write_random_model
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "test"))
 
 import numpy as np
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import SharedFile, WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.local import LocalSource
@@ -39,6 +39,7 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServe
 from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils import host_memory
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.manifest import layout_digest
 from ramet.srt.weights.registration import SeedAnswer

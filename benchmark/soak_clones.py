@@ -138,9 +138,10 @@ class WeightClones:
     """Takes the weights of a seed's only rank, again and again, into one arena; compares them by their checksums."""
 
     def __init__(self, seed: Server, device: str, local_mode: str) -> None:
-        from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+        from ramet.srt.configs.load_config import LoadConfig
         from ramet.srt.model_loader.loader import get_model_loader
         from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
+        from ramet.srt.utils.net import SeedAddress
 
         if device != "cpu":
             import torch

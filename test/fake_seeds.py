@@ -1,15 +1,17 @@
 """Owns seeds that are no processes: what they hold, how they fail, and who was asked for what. It imports no torch."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
 from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
@@ -64,8 +66,8 @@ class FakeSeed:
             theirs = with_checksums(theirs, compute_checksums(theirs, self.held))
         instance = SeedInstance(SeedAddress("10.0.0.1", self.port), LoadConfig(), manifest)
         answer = SeedAnswer(rank=0, remote_instance_transfer_engine_info=("a:1", {}), manifest=theirs)
-        source = source_from_manifest(f"rank 0 of the seed {self.name}", theirs)
-        instance.ranks.append(SeedRank(instance.server, answer, source, self.is_local))
+        make_source = functools.partial(source_from_manifest, f"rank 0 of the seed {self.name}", theirs)
+        instance.ranks.append(SeedRank(instance.server, answer, self.is_local, make_source))
         return instance
 
     def asked_for(self, a_round: int) -> list[tuple[int, int]]:

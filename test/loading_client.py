@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, LoadContext, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
@@ -20,6 +20,7 @@ from ramet.srt.modelexpress.client.publisher import READY
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.report import Claim, LoadReport
 from seed_process import DEFAULTS
 

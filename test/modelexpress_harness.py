@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient
@@ -109,7 +108,7 @@ def running_redis(folder: Path) -> Iterator[RedisProcess]:
 
 def make_identity(model_name: str = "org/model", **engine: Any) -> p2p_pb2.SourceIdentity:
     values = EngineValues(model_name=model_name, **{"dtype": "bfloat16"} | engine)
-    return build_source_identity(values, ModelExpressConfig())
+    return build_source_identity(values)
 
 
 def make_manifest(num_tensors: int = 3, **parallel: int) -> WeightManifest:

@@ -15,7 +15,7 @@ import sharded_models as sm
 import toy_model as toy
 import uvicorn
 from fastapi import FastAPI, Request
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
@@ -24,6 +24,7 @@ from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport
 from seed_process import ChildSeed

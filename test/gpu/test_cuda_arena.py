@@ -6,8 +6,9 @@ import torch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.checksums.entries import compute_checksums, expected_checksums, find_mismatches
+from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.entries import with_checksums as add_checksums
+from ramet.srt.model_loader.client.verification import expected_checksums, find_mismatches
 from ramet.srt.model_loader.loader import DefaultModelLoader, DummyModelLoader
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.weights.manifest import build_weight_manifest

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import seeds_by_address, transfer, transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess

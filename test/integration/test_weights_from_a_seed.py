@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import seed_process
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader import remote_instance_weight_loader_utils
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.host import HostReceiveWindow
@@ -21,6 +21,7 @@ from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.http_client import http_request
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights import registration
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
@@ -84,8 +85,6 @@ def test_weights_come_by_each_way_and_are_verified(small_seed, caplog, mode, sou
     assert report.taken_bytes == (report.num_bytes,)
     assert report.num_bytes >= client.manifest.payload_nbytes and report.seconds > 0
     assert client.holds(small_seed.config)
-    summary = [r.message for r in caplog.records if "loaded target weights" in r.message]
-    assert len(summary) == 1 and source in summary[0] and "GB/s" in summary[0]
 
 
 def test_a_seed_behind_tls(small_seed, tmp_path):

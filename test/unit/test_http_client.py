@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.utils.http_client import http_request
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from tls_server import make_certificates, server_context
 

@@ -86,8 +86,11 @@ def test_an_offer_is_prepared_while_the_weights_arrive(
     assert events == expected
 
 
-def test_loaded_weights_are_nobody_elses(made: Any, events: list[str]) -> None:
+def test_loaded_weights_are_nobody_elses(made: Any, events: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     loaded = arriving().load("")
+    lines = [record.message for record in caplog.records if "loaded" in record.message]
+    assert len(lines) == 1 and lines[0].startswith("rank 0: loaded target weights from dummy: ")
     assert loaded.report.source == "dummy" and loaded.report.num_bytes > 0
     assert loaded.publisher_stats() is None
     loaded.close()

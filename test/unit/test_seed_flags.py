@@ -2,7 +2,7 @@
 
 import pytest
 from ramet.srt.command_line import parse_server_args
-from ramet.srt.configs.load_config import SeedAddress
+from ramet.srt.utils.net import SeedAddress
 from tls_server import make_certificates
 
 BASE = ["--model-path", "m", "--load-format", "remote_instance"]

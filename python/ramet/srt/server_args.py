@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ramet.srt.configs.load_config import LoadConfig, SeedAddress
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
@@ -17,7 +17,7 @@ from ramet.srt.configs.modelexpress_config import (
 )
 from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
-from ramet.srt.utils.net import format_url, host_from_here, is_loopback, local_address, split_address
+from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

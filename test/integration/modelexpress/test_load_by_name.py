@@ -11,7 +11,6 @@ import pytest
 import seed_process
 from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
-from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.model_loader.client import transfer, transfer_engine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
@@ -20,6 +19,7 @@ from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.discovery import find_other_topologies
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import SeedProcess

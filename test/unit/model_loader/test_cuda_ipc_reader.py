@@ -10,7 +10,7 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena import cuda_ipc
 from ramet.srt.model_loader.arena.base import LentMemory
 from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
-from ramet.srt.model_loader.client import local, open_sources
+from ramet.srt.model_loader.client import local
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def offered(gpu, monkeypatch):
 
 def test_a_copy_may_take_longer_than_handing_the_memory_over(gpu, offered, monkeypatch):
     monkeypatch.setattr(CudaIpcMemory, "copy", lambda *arguments: gpu.limits.append(arguments[-1]) or 1.0)
-    source = open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source = local.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
     source.run([])
     assert gpu.limits == [local.HAND_OVER_TIMEOUT_S, 60.0]
 
@@ -98,12 +98,12 @@ def test_memory_that_may_not_be_opened_leaves_the_network_to_try(gpu, offered, m
         raise OSError("cuIpcOpenMemHandle_v2: invalid device context (CUDA error 201)")
 
     monkeypatch.setattr(cuda_ipc.cuda_driver, "open_memory", refuse)
-    assert open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True) is None
+    assert local.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True) is None
     assert "invalid device context (CUDA error 201)); using the network" in caplog.text
     assert gpu.calls == ["hang up"]
 
 
 def test_memory_that_was_opened_and_not_copied_is_closed(gpu, offered):
-    source = open_sources.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
+    source = local.open_local(offered, gpu.arena, LoadConfig(timeout_s=60.0), for_copy=True)
     source.close()
     assert gpu.calls == ["close", "hang up"]

@@ -8,12 +8,8 @@ import pytest
 import torch
 import toy_model as toy
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.checksums.entries import (
-    compute_checksums,
-    expected_checksums,
-    find_mismatches,
-    with_checksums,
-)
+from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
+from ramet.srt.model_loader.client.verification import expected_checksums, find_mismatches
 from ramet.srt.model_loader.loader import DummyModelLoader
 from ramet.srt.utils import host_memory
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, check_manifest, layout_digest

@@ -1,15 +1,19 @@
 """The source id follows the reference server, and an engine's identity is the same for seed and client."""
 
+import json
+
 import pytest
-from ramet.srt.configs.modelexpress_config import ModelExpressConfig
+from modelexpress_harness import make_manifest
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.source_identity import (
     EngineValues,
     build_source_identity,
     canonical_json,
     compute_source_id,
+    make_source_identity,
     same_model,
 )
+from ramet.srt.server_args import ServerArgs
 
 ENGINE = EngineValues(model_name="Org/Model", dtype="torch.bfloat16", revision="abc", tp_size=2)
 
@@ -51,7 +55,7 @@ def test_optional_fields_count_only_when_they_are_set() -> None:
 
 
 def test_identity_of_an_engine() -> None:
-    identity = build_source_identity(ENGINE, ModelExpressConfig())
+    identity = build_source_identity(ENGINE)
     assert identity.model_name == "Org/Model"
     assert identity.dtype == "bfloat16"
     assert identity.backend_framework == p2p_pb2.BACKEND_FRAMEWORK_SGLANG
@@ -61,21 +65,16 @@ def test_identity_of_an_engine() -> None:
 
 
 def test_the_config_gives_names_in_place_of_the_engines() -> None:
-    config = ModelExpressConfig(model_name="shown", dtype="bf16", quantization="fp8", tp_size=2)
-    identity = build_source_identity(ENGINE, config)
+    express = {"source": True, "url": "a:1", "model_name": "shown", "dtype": "bf16", "quantization": "fp8"}
+    args = ServerArgs(model_path="org/model", modelexpress_config=json.dumps(express))
+    identity = make_source_identity(args.load_config(dtype="bfloat16", quantization=""), make_manifest())
     assert (identity.model_name, identity.dtype, identity.quantization) == ("shown", "bf16", "fp8")
-
-
-@pytest.mark.parametrize("name", ["tp_size", "pp_size", "ep_size"])
-def test_a_size_that_is_not_the_engines_is_an_error(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 7, but the engine runs with"):
-        build_source_identity(ENGINE, ModelExpressConfig(**{name: 7}))
 
 
 def test_role_and_revision_set_sources_apart() -> None:
     def source_id(**changes: object) -> str:
         values = {"model_name": "m", "dtype": "bfloat16", "revision": "one"} | changes
-        return compute_source_id(build_source_identity(EngineValues(**values), ModelExpressConfig()))
+        return compute_source_id(build_source_identity(EngineValues(**values)))
 
     assert len({source_id(), source_id(role="draft"), source_id(revision="two"), source_id(quantization="fp8")}) == 4
     assert source_id() == source_id(model_name="M")

@@ -1,9 +1,9 @@
 """Owns what a model loader needs to know: where weights come from and what to do when they don't come."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from ramet.srt.utils.net import format_address
+from ramet.srt.utils.net import SeedAddress
 
 
 class Board(Protocol):
@@ -14,23 +14,6 @@ class Board(Protocol):
     def await_announcement(self, key: str, timeout_s: float) -> str | None:
         """The value; None if there is none in time."""
         ...
-
-
-class SeedAddress(NamedTuple):
-    """Where the HTTP server of an instance is that weights may come from."""
-
-    host: str
-    port: int
-    scheme: str = "http"  # or "https"
-
-    @property
-    def url(self) -> str:
-        return f"{self.scheme}://{format_address(self.host, self.port)}"
-
-    @property
-    def name(self) -> str:
-        """How logs, errors and reports call the instance."""
-        return format_address(self.host, self.port) if self.scheme == "http" else self.url
 
 
 @dataclass(frozen=True, kw_only=True)

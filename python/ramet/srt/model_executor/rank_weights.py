@@ -5,6 +5,7 @@ They are in one of three states, each a type of its own: arriving (RankWeights),
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,10 +20,12 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.report import Claim, LoadReport, PublisherStats
+from ramet.srt.weights.report import Claim, LoadReport, PublisherStats, summarize
 
 if TYPE_CHECKING:
     from ramet.srt.modelexpress.client.publication import Publication
+
+logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
 
@@ -47,6 +50,8 @@ class RankWeights:
         config = self.config.load
         loader = get_model_loader(config, functools.partial(make_seed_finder, config, self.context))
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
+        rank, role = self.manifest.parallel.world_rank, self.manifest.role
+        logger.info("rank %d: loaded %s weights %s", rank, role, summarize(report))
         return LoadedWeights(self, report, claim)
 
     def prepare_offer(self) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.client.seeds_by_address import SeedsByAddress
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
@@ -73,7 +73,6 @@ class DummyModelLoader:
         report = LoadReport(
             source="dummy", num_bytes=manifest.payload_nbytes, seconds=time.perf_counter() - start, verified=False
         )
-        log_report(manifest, report)
         return LoadResult(report)
 
     def _fill_box(self, view: "torch.Tensor", box: WeightBox, noise: "torch.Tensor") -> None:

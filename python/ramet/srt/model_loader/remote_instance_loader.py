@@ -9,7 +9,7 @@ import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, log_report
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
 from ramet.srt.model_loader.client.attempt import Attempt
 from ramet.srt.model_loader.client.seed_finder import FinderMaker, SeedFinder
 from ramet.srt.model_loader.client.transfer import combine_errors
@@ -54,13 +54,10 @@ class RemoteInstanceModelLoader:
         for candidate in finder.candidates():
             try:
                 attempt = Attempt(finder.open(candidate), arena, self._config)
-                report = attempt.run(model_path)
+                return attempt.run(model_path)
             except WeightTransferError as error:
                 finder.give_up(candidate, error)
                 errors.append(error)
-                continue
-            log_report(arena.manifest, report)
-            return report
         shortage = finder.shortage()
         if shortage is not None:
             errors.append(shortage)
@@ -91,9 +88,7 @@ class RemoteInstanceModelLoader:
                 return self._read_all(arena, folder)
         except ValueError as error:
             raise ValueError(f"no weights from the seed ({reason}), and none from disk ({error})") from error
-        report = msgspec.structs.replace(finished, seconds=time.perf_counter() - start)
-        log_report(arena.manifest, report)
-        return report
+        return msgspec.structs.replace(finished, seconds=time.perf_counter() - start)
 
     def _fetch_files(self, model_path: str) -> str:
         """The folder of the weights, from the hub if they have not been needed so far."""

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ramet.srt.configs.load_config import SeedAddress
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
     MAX_REGISTRATION_BYTES,

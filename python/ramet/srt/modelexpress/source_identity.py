@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.modelexpress.proto import p2p_pb2
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ OPTIONAL_ID_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineValues:
-    """What an engine really serves."""
+    """What an engine serves, by the names that --modelexpress-config gives where it gives any."""
 
     model_name: str
     dtype: str  # "bfloat16"; a leading "torch." is dropped
@@ -57,27 +56,21 @@ def make_source_identity(config: "LoadConfig", manifest: "WeightManifest") -> p2
         pp_size=config.modelexpress_pp_size,
         ep_size=config.modelexpress_ep_size,
     )
-    return build_source_identity(engine, ModelExpressConfig())
+    return build_source_identity(engine)
 
 
-def build_source_identity(engine: EngineValues, config: ModelExpressConfig) -> p2p_pb2.SourceIdentity:
-    """The identity of `engine`, with the names that `config` gives in place of its own.
-
-    Raises:
-        ValueError: if the sizes in `config` contradict the engine's.
-    """
-    config.check_sizes(tp_size=engine.tp_size, pp_size=engine.pp_size, ep_size=engine.ep_size)
-    dtype = engine.dtype if config.dtype is None else config.dtype
+def build_source_identity(engine: EngineValues) -> p2p_pb2.SourceIdentity:
+    """The identity of what an engine serves."""
     return p2p_pb2.SourceIdentity(
         mx_version=MX_VERSION,
         mx_source_type=p2p_pb2.MX_SOURCE_TYPE_WEIGHTS,
-        model_name=engine.model_name if config.model_name is None else config.model_name,
+        model_name=engine.model_name,
         backend_framework=p2p_pb2.BACKEND_FRAMEWORK_SGLANG,
         tensor_parallel_size=engine.tp_size,
         pipeline_parallel_size=engine.pp_size,
         expert_parallel_size=engine.ep_size,
-        dtype=dtype.removeprefix("torch."),
-        quantization=engine.quantization if config.quantization is None else config.quantization,
+        dtype=engine.dtype.removeprefix("torch."),
+        quantization=engine.quantization,
         extra_parameters={} if engine.role == "target" else {ROLE_PARAMETER: engine.role},
         revision=engine.revision,
     )

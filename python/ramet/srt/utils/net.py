@@ -2,7 +2,7 @@
 
 import os
 import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -89,3 +89,20 @@ def host_identity() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot_id = file.read().strip()
     return f"{boot_id}:{os.stat('/proc/self/ns/net').st_ino}"
+
+
+class SeedAddress(NamedTuple):
+    """Where the HTTP server of an instance is that weights may come from."""
+
+    host: str
+    port: int
+    scheme: str = "http"  # or "https"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{format_address(self.host, self.port)}"
+
+    @property
+    def name(self) -> str:
+        """How logs, errors and reports call the instance."""
+        return format_address(self.host, self.port) if self.scheme == "http" else self.url

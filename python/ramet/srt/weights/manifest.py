@@ -220,3 +220,19 @@ def check_manifest(manifest: WeightManifest) -> WeightManifest:
     if checksums and not len(checksums.values) == len(checksums.samples) == len(manifest.entries):
         raise ValueError(f"{len(checksums.values)} checksums for {len(manifest.entries)} tensors")
     return manifest
+
+
+def content_checksums(manifest: WeightManifest | None, *, samples_only: bool = False) -> dict[tuple, str]:
+    """The checksums in a manifest by what they are of: (algorithm, name, …), which is equal for equal slices."""
+    checksums = manifest.checksums if manifest is not None else None
+    if manifest is None or checksums is None:
+        return {}
+    values = checksums.samples if samples_only else checksums.values
+    return {
+        content_key(checksums.algorithm, entry): value for entry, value in zip(manifest.entries, values, strict=True)
+    }
+
+
+def content_key(algorithm: str, entry: WeightEntry) -> tuple:
+    """What a checksum of a tensor is of: equal for equal slices, whatever arena they lie in."""
+    return algorithm, entry.name, entry.dtype, entry.shape, entry.boxes

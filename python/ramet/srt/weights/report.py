@@ -30,6 +30,17 @@ class LoadReport(msgspec.Struct, kw_only=True):
     taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
 
 
+def summarize(report: LoadReport) -> str:
+    """One line on a load: whence, how much, how fast, and who gave what."""
+    given = zip(report.taken_from, report.taken_bytes, strict=True)
+    return (
+        f"from {report.source}: {report.num_bytes / 1e9:.3f} GB in {report.seconds:.2f} s, "
+        f"{report.num_bytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s"
+        + (", checksums verified" if report.verified else "")
+        + "".join(f"; {num_bytes / 1e9:.3f} GB from {giver}" for giver, num_bytes in given)
+    )
+
+
 class Claim(Protocol):
     """Keeps other instances from reading a model's files: they wait for weights from here."""
 

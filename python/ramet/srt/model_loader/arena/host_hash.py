@@ -1,6 +1,6 @@
 """Owns the checksums of what an arena in host memory holds: whole entries, samples of them, and rows that lie apart."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,12 +15,20 @@ SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
 
 def hash_entries(entries: Sequence[WeightEntry], memory: memoryview) -> tuple[str, ...]:
     """The checksum of all bytes of each entry, with several threads."""
-    return _map_entries(entries, memory, _hash_all)
+
+    def run(entry: WeightEntry) -> str:
+        return xxhash.xxh3_64_hexdigest(memory[entry.offset : entry.offset + entry.nbytes])
+
+    # The hash runs without the GIL. Large entries go first, so that no thread is left with one at the end.
+    order = sorted(range(len(entries)), key=lambda i: -entries[i].nbytes)
+    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="checksum") as pool:
+        hashed = dict(zip(order, pool.map(run, [entries[i] for i in order]), strict=True))
+    return tuple([hashed[i] for i in range(len(entries))])
 
 
 def hash_samples(entries: Sequence[WeightEntry], memory: memoryview) -> tuple[str, ...]:
-    """The checksum of three blocks of each entry."""
-    return _map_entries(entries, memory, _hash_sample)
+    """The checksum of three blocks of each entry: so few bytes that threads would take longer to start."""
+    return tuple([_hash_sample(memory[entry.offset : entry.offset + entry.nbytes]) for entry in entries])
 
 
 def hash_rows(memory: memoryview, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
@@ -30,23 +38,6 @@ def hash_rows(memory: memoryview, starts: Sequence[int], row_nbytes: int, num_ro
         for block in _rows(memory, start, row_nbytes, num_rows, stride):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _map_entries(
-    entries: Sequence[WeightEntry], memory: memoryview, function: Callable[[memoryview], str]
-) -> tuple[str, ...]:
-    def run(entry: WeightEntry) -> str:
-        return function(memory[entry.offset : entry.offset + entry.nbytes])
-
-    # The hash runs without the GIL. Large entries go first, so that no thread is left with one at the end.
-    order = sorted(range(len(entries)), key=lambda i: -entries[i].nbytes)
-    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="checksum") as pool:
-        hashed = dict(zip(order, pool.map(run, (entries[i] for i in order)), strict=True))
-    return tuple(hashed[i] for i in range(len(entries)))
-
-
-def _hash_all(data: memoryview) -> str:
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 def _hash_sample(data: memoryview) -> str:

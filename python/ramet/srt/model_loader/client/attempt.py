@@ -8,7 +8,8 @@ import msgspec
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
-from ramet.srt.model_loader.client.open_sources import SeedSources, open_local
+from ramet.srt.model_loader.client.local import open_local
+from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions

@@ -1,12 +1,22 @@
 """Owns filling an arena from a seed on the same host: mapping its memory, or copying it."""
 
+import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import LocalHandle
+
+if TYPE_CHECKING:
+    pass
+
+logger = logging.getLogger(__name__)
 
 HAND_OVER_TIMEOUT_S = 5.0  # for the seed to hand its memory over; the network is tried after it
 
@@ -79,3 +89,30 @@ class LocalSource:
             OSError: if the memory is not as large as the seed said, or the seed ends too early.
         """
         self.measured_seconds = self._shared.copy(step, self._memory.seed_is_alive, self._timeout_s)
+
+
+def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig, *, for_copy: bool = False) -> LocalSource | None:
+    """The rank's memory, if it is on this host and can be had.
+
+    Args:
+        for_copy: whether it is to be copied, and not mapped.
+    """
+    if not rank.is_local:
+        return None
+    manifest, handle = rank.answer.manifest, rank.answer.local_handle
+    assert manifest is not None and handle is not None
+    try:
+        with ExitStack() as undo:
+            source = undo.enter_context(LocalSource(manifest, handle, arena, config.timeout_s))
+            if for_copy:
+                source.prepare_copy()
+            undo.pop_all()
+            return source
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",
+            arena.manifest.parallel.world_rank,
+            rank.seed,
+            error,
+        )
+        return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.client.local import LocalSource
+from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.client.transfer import RankSource
 from ramet.srt.model_loader.client.transfer_engine import TransferEngineSource
@@ -80,30 +80,3 @@ class SeedSources:
         self._engine.abandon()
         # A network card writes to pages, not to addresses.
         return self._engine.protocol == "tcp"
-
-
-def open_local(rank: SeedRank, arena: WeightArena, config: LoadConfig, *, for_copy: bool = False) -> LocalSource | None:
-    """The rank's memory, if it is on this host and can be had.
-
-    Args:
-        for_copy: whether it is to be copied, and not mapped.
-    """
-    if not rank.is_local:
-        return None
-    manifest, handle = rank.answer.manifest, rank.answer.local_handle
-    assert manifest is not None and handle is not None
-    try:
-        with ExitStack() as undo:
-            source = undo.enter_context(LocalSource(manifest, handle, arena, config.timeout_s))
-            if for_copy:
-                source.prepare_copy()
-            undo.pop_all()
-            return source
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "rank %d: the seed %s is on this host, but its memory can't be had (%s); using the network",
-            arena.manifest.parallel.world_rank,
-            rank.seed,
-            error,
-        )
-        return None

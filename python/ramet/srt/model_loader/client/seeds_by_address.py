@@ -9,12 +9,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.model_loader.checksums.entries import content_checksums
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.weights.errors import WeightTransferError, name_some
-from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.manifest import WeightManifest, content_checksums
 
 logger = logging.getLogger(__name__)
 

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checksums.entries import expected_checksums, find_mismatches
 from ramet.srt.model_loader.checksums.regions import RegionChecksums, split_over_ranks
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_checksums
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.errors import WeightTransferError, name_some
-from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest
+from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest, content_checksums, content_key
 from ramet.srt.weights.registration import ChecksumsRequest
 
 
@@ -115,3 +114,28 @@ def _compare_regions(
             arena.manifest.parallel.world_rank, seed.name, [entry for entry in entries if entry.name in wrong]
         )
     return True
+
+
+def find_mismatches(
+    manifest: WeightManifest, arena: WeightArena, expected: dict[str, str], *, samples_only: bool = False
+) -> list[str]:
+    """Names of the entries whose content in the arena is not the expected one.
+
+    Args:
+        expected: name to checksum (to checksum of the sample, with `samples_only`); entries without one are skipped.
+    """
+    chosen = [entry for entry in manifest.entries if entry.name in expected]
+    actual = arena.hash_samples(chosen) if samples_only else arena.hash_entries(chosen)
+    return [entry.name for entry, value in zip(chosen, actual, strict=True) if value != expected[entry.name]]
+
+
+def expected_checksums(
+    arena: WeightArena, seed_manifest: WeightManifest, *, samples_only: bool = False
+) -> dict[str, str]:
+    """What the seed says that the client's entries must hash to: for those that are made of the same boxes.
+
+    Empty when the seed's checksums are missing or of another algorithm than this arena's.
+    """
+    known = content_checksums(seed_manifest, samples_only=samples_only)
+    wanted = {entry.name: content_key(arena.checksum_algorithm, entry) for entry in arena.manifest.entries}
+    return {name: known[key] for name, key in wanted.items() if key in known}

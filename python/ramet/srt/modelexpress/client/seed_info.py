@@ -3,8 +3,8 @@
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from ramet.srt.configs.load_config import SeedAddress
 from ramet.srt.modelexpress.records import SourceRecord
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import SeedAnswer
