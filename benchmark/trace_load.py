@@ -41,9 +41,7 @@ class Trace:
         self._local = threading.local()
         self._lock = threading.Lock()
         self.calls: Counter[str] = Counter()  # by file
-        self.returns: Counter[tuple[str, str]] = (
-            Counter()
-        )  # by the file that was left and the one that was gone back to
+        self.returns: Counter[tuple[str, str]] = Counter()  # by the file that has ended and the one that goes on
 
     def __enter__(self) -> "Trace":
         threading.setprofile(self._note)
