@@ -4,8 +4,6 @@ import os
 import socket
 from typing import Any, NamedTuple
 
-import psutil
-
 
 def is_ipv6(host: str) -> bool:
     """Whether `host` is an IPv6 address, not an IPv4 address or a name."""
@@ -77,6 +75,8 @@ def _own_address(family: socket.AddressFamily, target: Any) -> str:
 
 def choose_interface(address: str) -> None:
     """Have gloo and NCCL use the interface that holds `address`, unless the user has chosen one."""
+    import psutil  # only ranks that meet others need it
+
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
