@@ -16,6 +16,7 @@ With --source the package is another checkout's, for example one from before a c
 # ruff: noqa: E402 - the package and the tests' helpers come from the folder that is asked for
 
 import argparse
+import functools
 import inspect
 import os
 import sys
@@ -121,11 +122,11 @@ class Rank:
         context = LoadContext(started_at=time.time())
         if "context" in inspect.signature(get_model_loader).parameters:
             return get_model_loader(self.config, context)
-        from ramet.srt.model_executor.seed_finders import make_seed_finder
+        if self.config.modelexpress_url is None:
+            return get_model_loader(self.config)
+        from ramet.srt.modelexpress.client.seed_search import make_seed_search
 
-        return get_model_loader(
-            self.config, lambda manifest, path: make_seed_finder(self.config, context, manifest, path)
-        )
+        return get_model_loader(self.config, functools.partial(make_seed_search, self.config, context))
 
 
 def use_package(source: Path) -> Path:

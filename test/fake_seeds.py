@@ -1,6 +1,5 @@
 """Owns seeds that are no processes: what they hold, how they fail, and who was asked for what. It imports no torch."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.planner import source_from_manifest
+from ramet.srt.weights.planner import ArenaSource
 from ramet.srt.weights.registration import SeedAnswer
 
 TOY: dict[str, Any] = seed_process.DEFAULTS | {"shapes": {f"w{index}": [256] for index in range(32)}}  # of 1 kB each
@@ -66,8 +65,8 @@ class FakeSeed:
             theirs = with_checksums(theirs, compute_checksums(theirs, self.held))
         instance = SeedInstance(SeedAddress("10.0.0.1", self.port), LoadConfig(), manifest)
         answer = SeedAnswer(rank=0, remote_instance_transfer_engine_info=("a:1", {}), manifest=theirs)
-        make_source = functools.partial(source_from_manifest, f"rank 0 of the seed {self.name}", theirs)
-        instance.ranks.append(SeedRank(instance.server, answer, self.is_local, make_source))
+        source = ArenaSource(f"rank 0 of the seed {self.name}", theirs)
+        instance.ranks.append(SeedRank(instance.server, answer, self.is_local, source))
         return instance
 
     def asked_for(self, a_round: int) -> list[tuple[int, int]]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import seed_process
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
-from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
+from ramet.srt.modelexpress.client.seed_search import make_seed_search
 from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.utils.net import SeedAddress
@@ -57,8 +57,8 @@ class LoadingClient:
         self.manifest = seed_process.make_manifest(self.config)
         self.arena = allocate_arena(self.manifest, "cpu")
         self.load_config = LoadConfig(load_format="remote_instance", **OPTIONS | options)
-        make_finder = functools.partial(make_seed_finder, self.load_config, LoadContext())
-        self.loader = get_model_loader(self.load_config, make_finder)
+        make_finder = functools.partial(make_seed_search, self.load_config, LoadContext())
+        self.loader = get_model_loader(self.load_config, make_finder if self.load_config.modelexpress_url else None)
         self.claim: Claim | None = None  # what is left of the last load
 
     def load(self, folder: str | Path = "/nonexistent") -> LoadReport:

@@ -31,7 +31,7 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     unpack,
 )
 from ramet.srt.weights.manifest import layout_digest
-from ramet.srt.weights.planner import plan, source_from_manifest
+from ramet.srt.weights.planner import ArenaSource, plan
 from ramet.srt.weights.registration import InitSendGroupBody
 from seed_server import SeedServer, load_all, take, write_random_model
 from torch.distributed.distributed_c10d import _new_process_group_helper
@@ -66,14 +66,14 @@ def test_broadcasts_give_what_a_load_from_disk_gives(dense_folder, pair):
 
 def test_a_load_is_few_broadcasts(dense_folder, monkeypatch):
     (whole,) = load_all(dense_folder, {})
-    result = plan(whole.manifest, [source_from_manifest("seed", whole.manifest)])
+    result = plan(whole.manifest, [ArenaSource("seed", whole.manifest)])
     assert len(list(make_broadcast_steps(result.ops))) == 1 and len(whole.manifest.entries) > 20
 
 
 def test_packed_rows_arrive_where_they_belong(experts_folder):
     seeds = load_all(experts_folder, {"tp_size": 4, "ep_size": 2})
     (expected,) = load_all(experts_folder, {})
-    sources = [source_from_manifest(str(rank), seed.manifest) for rank, seed in enumerate(seeds)]
+    sources = [ArenaSource(str(rank), seed.manifest) for rank, seed in enumerate(seeds)]
     result = plan(expected.manifest, sources)
     memory = torch.zeros(expected.nbytes, dtype=torch.uint8)
     for rank, seed in enumerate(seeds):

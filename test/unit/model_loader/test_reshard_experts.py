@@ -5,7 +5,7 @@ import random_models as rm
 import sharded_models as sm
 import toy_model as toy
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
-from ramet.srt.weights.planner import PlanError, plan, source_from_manifest, zero_ranges
+from ramet.srt.weights.planner import ArenaSource, PlanError, plan, zero_ranges
 
 FAMILIES = {"qwen3_moe": {"num_experts": 8, "dtype": "bfloat16"}, "mixtral": {"dtype": "float32"}}
 PAIRS = [  # (tp_size, ep_size) of the seed and of the client
@@ -38,7 +38,7 @@ def make_manifests(folder, topology) -> list[WeightManifest]:
 def test_a_client_of_another_topology_gets_the_bytes_of_a_load_from_disk(model_folder, seed, client):
     seed_manifests = make_manifests(model_folder, seed)
     seeds = [sm.load_from_disk(model_folder, manifest).memory for manifest in seed_manifests]
-    sources = [source_from_manifest(f"rank {rank}", manifest) for rank, manifest in enumerate(seed_manifests)]
+    sources = [ArenaSource(f"rank {rank}", manifest) for rank, manifest in enumerate(seed_manifests)]
     for manifest in make_manifests(model_folder, client):
         result = plan(manifest, sources)
         memory = bytearray(b"\xee" * manifest.arena_nbytes)
@@ -52,7 +52,7 @@ def test_whole_experts_move_in_one_piece(model_folder):
     """From ep 1 to ep 2 a rank's stack of experts is one range of the seed's stack."""
     (seed,) = make_manifests(model_folder, (1, 1))
     for client in make_manifests(model_folder, (2, 2)):
-        ops = plan(client, [source_from_manifest("seed", seed)]).ops
+        ops = plan(client, [ArenaSource("seed", seed)]).ops
         for entry in client.entries:
             if entry.name.endswith(("w13_weight", "w2_weight")):
                 stop = entry.offset + entry.nbytes
@@ -64,7 +64,7 @@ def test_experts_that_no_seed_has_are_named(model_folder):
     (client,) = make_manifests(model_folder, (1, 1))
     first_half = make_manifests(model_folder, (2, 2))[0]
     with pytest.raises(PlanError) as caught:
-        plan(client, [source_from_manifest("rank 0", first_half)])
+        plan(client, [ArenaSource("rank 0", first_half)])
     missing = [part for part in caught.value.uncovered if "w13_weight" in part]
     assert missing and not any("experts.0." in part for part in missing)
 

@@ -12,7 +12,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.weights.boxes import intersect, region_volume, share_out, subtract
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, align_up
-from ramet.srt.weights.planner import PlanError, PlanSource, plan, source_from_manifest, whole_tensor, zero_ranges
+from ramet.srt.weights.planner import ArenaSource, PlanError, TensorSource, plan, whole_tensor, zero_ranges
 
 
 def make_manifest(tensors: list[tuple[str, tuple[int, ...], tuple[WeightBox, ...]]], alignment: int) -> WeightManifest:
@@ -99,7 +99,7 @@ def test_executing_a_plan_equals_direct_slicing(data):
     target = data.draw(layouts(shapes, whole=True))
     seeds = [data.draw(layouts(shapes, whole=False)) for _ in range(data.draw(st.integers(0, 2)))]
     seeds.append(data.draw(layouts(shapes, whole=True)))
-    sources = [source_from_manifest(f"seed {i}", seed) for i, seed in enumerate(seeds)]
+    sources = [ArenaSource(f"seed {i}", seed) for i, seed in enumerate(seeds)]
     max_op_nbytes = data.draw(st.sampled_from([2, 10, 1 << 20]))
     memories = [fill_directly(seed, checkpoint) for seed in seeds]
     expected = fill_directly(target, checkpoint)
@@ -160,7 +160,7 @@ def test_a_region_is_shared_out_to_the_first_that_has_each_part():
 
 def test_equal_layouts_become_one_range_across_alignment_gaps_and_padding():
     manifest = toy.make_manifest(toy.make_model())
-    result = plan(manifest, [source_from_manifest("seed", manifest)])
+    result = plan(manifest, [ArenaSource("seed", manifest)])
     # The tensor of odd size is followed by a gap, the embedding by rows of padding: still one range.
     (op,) = result.ops
     last = manifest.entries[-1]
@@ -169,8 +169,8 @@ def test_equal_layouts_become_one_range_across_alignment_gaps_and_padding():
 
 def test_gaps_are_not_merged_for_a_source_whose_gaps_are_unknown():
     manifest = toy.make_manifest(toy.make_model())
-    known = source_from_manifest("seed", manifest)
-    unknown = PlanSource(name="seed", holdings=known.holdings)
+    known = ArenaSource("seed", manifest)
+    unknown = TensorSource(name="seed", holdings=known.holdings)
     result = plan(manifest, [unknown])
     assert len(result.ops) > 1
     assert result.nbytes == sum(region_volume(box.target) * 4 for entry in manifest.entries for box in entry.boxes)
@@ -178,7 +178,7 @@ def test_gaps_are_not_merged_for_a_source_whose_gaps_are_unknown():
 
 def test_equal_sources_share_the_work():
     manifest = toy.make_manifest(toy.make_model())
-    sources = [source_from_manifest(f"seed {i}", manifest) for i in range(3)]
+    sources = [ArenaSource(f"seed {i}", manifest) for i in range(3)]
     result = plan(manifest, sources, max_op_nbytes=1 << 10)
     shares = [sum(op.nbytes for op in result.of_source(i)) for i in range(3)]
     assert max(shares) - min(shares) <= 2 << 10
@@ -188,14 +188,14 @@ def test_equal_sources_share_the_work():
 def test_defect_9_no_zero_length_ranges_and_no_giant_operation():
     manifest = toy.make_manifest(toy.make_model())
     assert any(entry.nbytes == 0 for entry in manifest.entries)
-    result = plan(manifest, [source_from_manifest("seed", manifest)], max_op_nbytes=4096)
+    result = plan(manifest, [ArenaSource("seed", manifest)], max_op_nbytes=4096)
     assert all(0 < op.nbytes <= 4096 for op in result.ops)
 
 
 def test_two_tensor_parallel_ranks_fill_one(tmp_path):
     target = toy.make_manifest(toy.make_model())
     ranks = [toy.make_manifest(toy.make_model(2, r), 2, r) for r in range(2)]
-    result = plan(target, [source_from_manifest(f"rank {r}", m) for r, m in enumerate(ranks)])
+    result = plan(target, [ArenaSource(f"rank {r}", m) for r, m in enumerate(ranks)])
     assert {op.source for op in result.ops} == {0, 1}
 
 
@@ -203,7 +203,7 @@ def test_what_nobody_has_is_named():
     target = toy.make_manifest(toy.make_model())
     half = toy.make_manifest(toy.make_model(2, 0), 2, 0)
     with pytest.raises(PlanError, match=r"no source has embed \(model.embed_tokens.weight\[64:100, 0:32\]\)") as caught:
-        plan(target, [source_from_manifest("rank 0", half)])
+        plan(target, [ArenaSource("rank 0", half)])
     assert not caught.value.mismatches
     assert not any(name.startswith("norm") for name in caught.value.uncovered)
 
@@ -215,14 +215,14 @@ def test_defect_6_equal_sizes_do_not_hide_another_dtype():
     seed = toy.make_manifest(toy.make_model(dtype=torch.float16))
     assert [e.nbytes for e in target.entries] == [e.nbytes for e in seed.entries]
     with pytest.raises(PlanError, match=r"embed \(float16 in seed, bfloat16 here\)"):
-        plan(target, [source_from_manifest("seed", seed)])
+        plan(target, [ArenaSource("seed", seed)])
 
 
 def test_only_a_source_that_casts_gives_another_dtype():
     target = make_manifest([("t", (4,), (WeightBox("c", ((0, 4),), ((0, 4),)),))], 2)
     target = msgspec.structs.replace(target, entries=(msgspec.structs.replace(target.entries[0], dtype="bfloat16"),))
     holdings = {"c": [whole_tensor((4,), 100, "float32")]}
-    (op,) = plan(target, [PlanSource(name="file", holdings=holdings, casts=True)]).ops
+    (op,) = plan(target, [TensorSource(name="file", holdings=holdings, casts=True)]).ops
     assert (op.source_offset, op.row_nbytes, op.source_row_nbytes) == (100, 8, 16)
     with pytest.raises(PlanError, match="float32 in file"):
-        plan(target, [PlanSource(name="file", holdings=holdings)])
+        plan(target, [TensorSource(name="file", holdings=holdings)])

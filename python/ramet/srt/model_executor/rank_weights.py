@@ -14,8 +14,8 @@ import torch
 
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.runner_config import WeightsConfig
-from ramet.srt.model_executor.seed_finders import make_seed_finder
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
@@ -47,12 +47,21 @@ class RankWeights:
             ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
         """
         self.arena.make_current()
-        config = self.config.load
-        loader = get_model_loader(config, functools.partial(make_seed_finder, config, self.context))
+        loader = get_model_loader(self.config.load, self._finder_maker())
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         rank, role = self.manifest.parallel.world_rank, self.manifest.role
         logger.info("rank %d: loaded %s weights %s", rank, role, summarize(report))
         return LoadedWeights(self, report, claim)
+
+    def _finder_maker(self) -> FinderMaker | None:
+        """Makes who finds seeds at a metadata server; None where there is none, but addresses or files."""
+        config = self.config.load
+        if config.modelexpress_url is None:
+            return None
+        check_installed()
+        from ramet.srt.modelexpress.client.seed_search import make_seed_search  # needs grpc
+
+        return functools.partial(make_seed_search, config, self.context)
 
     def prepare_offer(self) -> None:
         """Do beforehand, while the weights still arrive, what takes longest of offering them, if they will be offered.

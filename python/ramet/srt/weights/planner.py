@@ -1,8 +1,10 @@
 """Owns the planner: which bytes of which source fill which bytes of an arena. A pure function; it copies nothing."""
 
 import bisect
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -37,15 +39,63 @@ class Holding:
     dtype: str
 
 
-@dataclass(frozen=True)
-class PlanSource:
+class PlanSource(Protocol):
     """What the planner knows of a source."""
 
-    name: str  # for messages
-    holdings: Mapping[str, Sequence[Holding]]  # by the name of the checkpoint tensor
-    casts: bool = False  # whether it can convert between floating-point types while it copies
-    layout: str = ""  # sources with the same non-empty layout hold the same bytes and share the work
-    occupied: Sequence[ByteRange] | None = None  # its non-zero bytes; None when a read must not leave the tensors
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def holdings(self) -> Mapping[str, Sequence[Holding]]:
+        """What it has, by the name of the checkpoint tensor."""
+
+    @property
+    def casts(self) -> bool:
+        """Whether it can convert between floating-point types while it copies."""
+
+    @property
+    def layout(self) -> str:
+        """Sources with the same layout, unless it is "", hold the same bytes and share the work."""
+
+    @property
+    def occupied(self) -> Sequence[ByteRange] | None:
+        """Its non-zero bytes; None when a read must not leave the tensors."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A PlanSource that is known by its tensors alone."""
+
+    name: str
+    holdings: Mapping[str, Sequence[Holding]]
+    casts: bool = False
+    layout = ""
+    occupied = None
+
+
+@dataclass(frozen=True)
+class ArenaSource:
+    """A seed's arena as a PlanSource; offsets are those in it. What is in it is worked out when it is asked for.
+
+    A client that has the same layout never asks.
+    """
+
+    name: str
+    manifest: WeightManifest
+    casts = False
+
+    @functools.cached_property
+    def holdings(self) -> Mapping[str, Sequence[Holding]]:
+        return holdings_of(self.manifest)
+
+    @functools.cached_property
+    def layout(self) -> str:
+        return layout_digest(self.manifest)
+
+    @functools.cached_property
+    def occupied(self) -> Sequence[ByteRange]:
+        return occupied_ranges(self.manifest.entries)
 
 
 class PlanError(ValueError):
@@ -74,16 +124,6 @@ class TransferPlan:
 
     def of_source(self, index: int) -> list[CopyOp]:
         return [op for op in self.ops if op.source == index]
-
-
-def source_from_manifest(name: str, manifest: WeightManifest) -> PlanSource:
-    """A seed's arena as a source; offsets are those in its arena."""
-    return PlanSource(
-        name=name,
-        holdings=holdings_of(manifest),
-        layout=layout_digest(manifest),
-        occupied=occupied_ranges(manifest.entries),
-    )
 
 
 def holdings_of(manifest: WeightManifest) -> dict[str, list[Holding]]:

@@ -16,7 +16,7 @@ from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_expe
 from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
-from ramet.srt.weights.planner import PlanSource, TransferPlan, plan, whole_tensor, zero_ranges
+from ramet.srt.weights.planner import TensorSource, TransferPlan, plan, whole_tensor, zero_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class CheckpointSource:
         self._check_names(manifest, used)
         self._check_shapes(manifest)
         sources = [
-            PlanSource(
+            TensorSource(
                 name=path,
                 holdings={name: [whole_tensor(t.shape, t.offset, t.dtype)] for name, t in tensors.items()},
                 casts=True,

@@ -1,11 +1,9 @@
 """Owns what a client's rank learns of one seed instance: which ranks it has, and which of them hold what it needs."""
 
-import functools
 import os
 import socket
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ramet.srt.configs.load_config import LoadConfig
@@ -22,7 +20,7 @@ from ramet.srt.utils.net import SeedAddress, host_identity
 from ramet.srt.weights.agreement import find_disagreement
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
-from ramet.srt.weights.planner import PlanError, PlanSource, plan, source_from_manifest
+from ramet.srt.weights.planner import ArenaSource, PlanError, PlanSource, plan
 from ramet.srt.weights.registration import SeedAnswer
 
 
@@ -33,17 +31,7 @@ class SeedRank:
     server: SeedServer
     answer: SeedAnswer
     is_local: bool  # its memory can be had on this host
-    make_source: Callable[[], PlanSource]
-
-    @functools.cached_property
-    def source(self) -> PlanSource:
-        """The rank for the planner. A client that maps an arena of its own layout needs no plan."""
-        return self.make_source()
-
-    @functools.cached_property
-    def layout(self) -> str:
-        """The layout digest of its arena; "" for a seed that sends no manifest."""
-        return "" if self.answer.manifest is None else layout_digest(self.answer.manifest)
+    source: PlanSource
 
     @property
     def seed(self) -> str:
@@ -163,20 +151,20 @@ class SeedInstance:
                               "group-ports with a port for each rank")  # fmt: skip
         rank = self._manifest.parallel.world_rank
         answer = SeedAnswer(rank=rank, remote_instance_transfer_engine_info=("", {}), role=self._manifest.role)
-        make_source = functools.partial(source_from_manifest, f"the seed {self.name}", self._manifest)
-        self.ranks.append(SeedRank(self.server, answer, False, make_source))
+        source = ArenaSource(f"the seed {self.name}", self._manifest)
+        self.ranks.append(SeedRank(self.server, answer, False, source))
 
     def _add(self, answer: SeedAnswer) -> None:
         name = f"rank {answer.rank} of the seed {self.name}"
+        source: PlanSource
         if answer.manifest is not None:
-            make_source = functools.partial(source_from_manifest, name, answer.manifest)
+            source = ArenaSource(name, answer.manifest)
         else:
             try:
-                source_from_names(name, answer, self._manifest)  # refused now, while others may be asked
+                source = source_from_names(name, answer, self._manifest)
             except PlanError as error:
                 raise self._error("agree", error) from error
-            make_source = functools.partial(source_from_names, name, answer, self._manifest)
-        self.ranks.append(SeedRank(self.server, answer, self._is_local(answer), make_source))
+        self.ranks.append(SeedRank(self.server, answer, self._is_local(answer), source))
 
     def _is_local(self, answer: SeedAnswer) -> bool:
         if self._config.local_mode == "off" or answer.local_handle is None or answer.manifest is None:
@@ -186,7 +174,7 @@ class SeedInstance:
     def _lacking(self) -> PlanError | None:
         """Why the ranks found so far are not enough."""
         own_layout = layout_digest(self._manifest)
-        if own_layout in [rank.layout for rank in self.ranks]:
+        if own_layout in [rank.source.layout for rank in self.ranks]:
             return None
         try:
             plan(self._manifest, [rank.source for rank in self.ranks])

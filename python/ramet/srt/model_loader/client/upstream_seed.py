@@ -4,13 +4,13 @@ import logging
 
 from ramet.srt.weights.boxes import locate_box
 from ramet.srt.weights.manifest import WeightManifest, element_size
-from ramet.srt.weights.planner import Holding, PlanError, PlanSource
+from ramet.srt.weights.planner import Holding, PlanError, TensorSource
 from ramet.srt.weights.registration import SeedAnswer
 
 logger = logging.getLogger(__name__)
 
 
-def source_from_names(name: str, answer: SeedAnswer, manifest: WeightManifest) -> PlanSource:
+def source_from_names(name: str, answer: SeedAnswer, manifest: WeightManifest) -> TensorSource:
     """An upstream seed, which says of its tensors only name, address, element count and element size.
 
     A tensor of the same name and size is taken to be the same slice of the same checkpoint tensors.
@@ -37,4 +37,4 @@ def source_from_names(name: str, answer: SeedAnswer, manifest: WeightManifest) -
         raise PlanError(missing, different)
     logger.warning("%s sends no manifest: tensors are matched by name and size, their dtype and their "
                    "content could not be checked", name)  # fmt: skip
-    return PlanSource(name=name, holdings=holdings)
+    return TensorSource(name=name, holdings=holdings)
