@@ -21,6 +21,7 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.report import summarize
 from safetensors.numpy import save_file
 from seed_process import SeedProcess
 
@@ -169,8 +170,7 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     other.release_claim()
 
 
-def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
+def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", 1 << 10)
     monkeypatch.setattr(transfer, "SHARED_BYTES", 1 << 10)
     read, sizes = MooncakeEngine.read, []
@@ -189,7 +189,7 @@ def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, 
     other.release_claim()
     assert other.holds() and report.source == "transfer_engine+checkpoint" and report.fallback_reason
     assert (report.taken_from, report.taken_bytes) == ((worker_id,), (sum(sizes),))
-    assert f" GB from {worker_id}" in caplog.text
+    assert f" GB from {worker_id}" in summarize(report)
 
 
 def test_it_waits_for_a_source_that_is_initializing(client, seed):
