@@ -159,6 +159,34 @@ def test_what_is_no_whole_answer_is_a_value_error(answer: bytes, reason: str) ->
         get(port)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\n\r\n" + bytes(3 * LIMIT),
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (LIMIT + 1) + bytes(LIMIT + 1),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}",
+    ],
+    ids=["too long", "too long by a byte", "too short"],
+)
+def test_the_connection_of_a_useless_answer_is_closed_though_the_error_is_kept(answer: bytes) -> None:
+    """A loader keeps the errors of all seeds until it has the weights; the connections must not wait for that."""
+    is_closed = threading.Event()
+
+    def talk(connection: socket.socket, _stop: threading.Event) -> None:
+        read_head(connection)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(10)
+            connection.recv(1)
+        is_closed.set()
+
+    with serving(talk) as port:
+        with pytest.raises(ValueError) as kept:
+            get(port)
+        assert is_closed.wait(5), f"{kept.value} has kept it open"
+
+
 def test_a_compressed_body_is_not_unpacked() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 5\r\n\r\n"
     with serving(say(head + b"bombs")) as port:

@@ -59,7 +59,8 @@ def http_request(
                 stream=True,
                 verify=ca_certs or _system_certificates(),
             )
-            answer = _read(response.raw, max_nbytes)
+            with response:
+                answer = _read(response.raw, max_nbytes)
             if time.monotonic() >= deadline:
                 raise TimeoutError
         except (OSError, HTTPError, ValueError) as error:
@@ -106,10 +107,15 @@ def _system_certificates() -> str | bool:
 
 @contextlib.contextmanager
 def _shutting_down_at(deadline: float) -> Iterator[None]:
-    """Shut connections down at the deadline: a timeout per read alone would let a trickle go on for ever."""
+    """Shut connections down at the deadline: a timeout per read alone would let a trickle go on for ever.
+
+    At the end they are closed. urllib3 leaves that to the garbage collector, and who keeps an error keeps its frames.
+    """
+    connections: list[socket.socket] = []
     timers: list[threading.Timer] = []
 
     def watch(connection: socket.socket) -> None:
+        connections.append(connection)
         timer = threading.Timer(max(0.0, deadline - time.monotonic()), _shut_down, (connection,))
         timer.daemon = True
         timer.start()
@@ -122,6 +128,8 @@ def _shutting_down_at(deadline: float) -> Iterator[None]:
         _watch.reset(token)
         for timer in timers:
             timer.cancel()
+        for connection in connections:
+            connection.close()
 
 
 def _shut_down(connection: socket.socket) -> None:
