@@ -6,7 +6,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -32,31 +32,26 @@ def server_context(folder: Path) -> ssl.SSLContext:
     return context
 
 
+Talk = Callable[[socket.socket, threading.Event], None]
+
+
 @contextlib.contextmanager
-def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
-    """Another port on loopback, at which the server of `port` is reached by TLS."""
+def serving(talk: Talk, context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """A port on loopback; `talk` has each connection, by TLS with `context`, and an event that says that it is over."""
+    stop = threading.Event()
 
-    def pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            with source.makefile("rb", buffering=0) as stream, target.makefile("wb", buffering=0) as sink:
-                shutil.copyfileobj(stream, sink)
-            target.shutdown(socket.SHUT_WR)
+    def handle(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            if context is not None:
+                connection = context.wrap_socket(connection, server_side=True)
+            with connection:
+                talk(connection, stop)
 
-    def handle(plain: socket.socket) -> None:
-        with (
-            contextlib.suppress(OSError),
-            context.wrap_socket(plain, server_side=True) as outer,
-            socket.create_connection(("127.0.0.1", port), timeout=10) as inner,
-        ):
-            threading.Thread(target=pump, args=(outer, inner), daemon=True).start()
-            pump(inner, outer)
-
-    stopping = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.05)
 
         def serve() -> None:
-            while not stopping.is_set():
+            while not stop.is_set():
                 with contextlib.suppress(TimeoutError):
                     threading.Thread(target=handle, args=(server.accept()[0],), daemon=True).start()
 
@@ -65,5 +60,22 @@ def tls_in_front_of(port: int, context: ssl.SSLContext) -> Iterator[int]:
         try:
             yield server.getsockname()[1]
         finally:
-            stopping.set()
+            stop.set()
             thread.join(10)
+
+
+def tls_in_front_of(port: int, context: ssl.SSLContext) -> contextlib.AbstractContextManager[int]:
+    """Another port on loopback, at which the server of `port` is reached by TLS."""
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            with source.makefile("rb", buffering=0) as stream, target.makefile("wb", buffering=0) as sink:
+                shutil.copyfileobj(stream, sink)
+            target.shutdown(socket.SHUT_WR)
+
+    def talk(outer: socket.socket, _stop: threading.Event) -> None:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as inner:
+            threading.Thread(target=pump, args=(outer, inner), daemon=True).start()
+            pump(inner, outer)
+
+    return serving(talk, context)

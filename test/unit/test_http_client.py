@@ -5,7 +5,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,39 +13,9 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServe
 from ramet.srt.utils.http_client import http_request
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
-from tls_server import make_certificates, server_context
+from tls_server import Talk, make_certificates, server_context, serving
 
 LIMIT = 1 << 20
-Talk = Callable[[socket.socket, threading.Event], None]
-
-
-@contextlib.contextmanager
-def serving(talk: Talk, context: ssl.SSLContext | None = None) -> Iterator[int]:
-    """A port on loopback; `talk` has each connection, by TLS with `context`, and an event that says that it is over."""
-    stop = threading.Event()
-
-    def handle(connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection:
-            if context is not None:
-                connection = context.wrap_socket(connection, server_side=True)
-            with connection:
-                talk(connection, stop)
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.05)
-
-        def serve() -> None:
-            while not stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    threading.Thread(target=handle, args=(server.accept()[0],), daemon=True).start()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield server.getsockname()[1]
-        finally:
-            stop.set()
-            thread.join(10)
 
 
 def read_head(connection: socket.socket) -> bytes:
