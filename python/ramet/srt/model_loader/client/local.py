@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
@@ -12,9 +11,6 @@ from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.registration import LocalHandle
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
