@@ -128,6 +128,7 @@ def connect_writer(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "
     socket = context.socket(zmq.PUSH)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
+    socket.setsockopt(zmq.LINGER, 0)  # a start that fails must not wait for whoever never reads
     socket.setsockopt(zmq.IPV6, 1)
     socket.connect(address)
     return socket

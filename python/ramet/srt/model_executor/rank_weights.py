@@ -54,9 +54,9 @@ class RankWeights:
         return LoadedWeights(self, report, claim)
 
     def _finder_maker(self) -> FinderMaker | None:
-        """Makes who finds seeds at a metadata server; None where there is none, but addresses or files."""
+        """Makes who finds seeds at a metadata server; None where none is asked, for addresses or files."""
         config = self.config.load
-        if config.modelexpress_url is None:
+        if config.load_format != "remote_instance" or config.modelexpress_url is None:
             return None
         check_installed()
         from ramet.srt.modelexpress.client.seed_search import make_seed_search  # needs grpc
