@@ -246,6 +246,7 @@ def test_commands_in_sentences_exist(page: Path) -> None:
     assert not [problem for problem in problems if problem[1]]
 
 
+@pytest.mark.slow  # one of them starts an instance
 @pytest.mark.parametrize(
     "block", [block for block in BLOCKS if block.language in ("bash", "python") and block.not_run is None], ids=str
 )
