@@ -1,6 +1,5 @@
 """Owns the tests of taking weights from a seed that is a process of its own, in good and in bad moments."""
 
-import contextlib
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from ramet.srt.weights import registration
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import save_file
 from seed_process import DEFAULTS, SeedProcess
-from tls_server import make_certificates, server_context, tls_in_front_of
+from tls_server import make_certificates, server_context, serving, tls_in_front_of
 
 BIG = {"shapes": {f"w{i}": [6 << 20] for i in range(4)}}  # 96 MB of float32
 SMALL_BATCH = 8 << 20
@@ -239,43 +238,23 @@ def test_another_host_goes_through_the_network(small_seed, monkeypatch):
 # Seeds that fail
 
 
-@contextlib.contextmanager
 def answering(body, status=200, content_length=None, delay=None):
     """An HTTP port that gives every request the same bytes, whatever they are."""
-    stop = threading.Event()
 
-    def answer(connection):
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            if delay:
-                head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-                for byte in head:
-                    if stop.wait(delay):
-                        return
-                    connection.send(bytes([byte]))
-                return
-            length = len(body) if content_length is None else content_length
-            connection.sendall(f"HTTP/1.1 {status} x\r\nContent-Length: {length}\r\n\r\n".encode())
-            connection.sendall(body)
+    def answer(connection, stop):
+        connection.recv(65536)
+        if delay:
+            head = f"HTTP/1.1 {status} x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+            for byte in head:
+                if stop.wait(delay):
+                    return
+                connection.send(bytes([byte]))
+            return
+        length = len(body) if content_length is None else content_length
+        connection.sendall(f"HTTP/1.1 {status} x\r\nContent-Length: {length}\r\n\r\n".encode())
+        connection.sendall(body)
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.1)
-
-        def serve():
-            while not stop.is_set():
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    continue
-                threading.Thread(target=answer, args=(connection,), daemon=True).start()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            yield server.getsockname()[1]
-        finally:
-            stop.set()
-            thread.join()
+    return serving(answer)
 
 
 GARBAGE = [
