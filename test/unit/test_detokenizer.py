@@ -1,8 +1,13 @@
 """The detokenizer's state: from announcement to last output, tokens that come early, and stop strings."""
 
+import os
+import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ramet.srt.managers import detokenizer_manager
 from ramet.srt.managers.detokenizer_manager import MAX_EARLY_REQUESTS, Detokenizer
 from ramet.srt.managers.io_struct import DetokenizerRequest, FinishReason, RequestOutput
 from ramet.srt.text.tokenizer import Tokenizer
@@ -103,3 +108,35 @@ def test_special_tokens(tokenizer: Tokenizer) -> None:
         detokenizer.announce(announcement("a", skip_special_tokens=skip))
         (text,) = detokenizer.push([output("a", [*tokenizer.encode("a"), 4], end)])
         assert text.text == expected
+
+
+def test_the_signals_that_follow_the_first_do_not_end_the_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sockets"
+    folder.mkdir()
+    (folder / "one").touch()
+    remove = shutil.rmtree
+
+    def remove_under_fire(path: str, *, ignore_errors: bool) -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        remove(path, ignore_errors=ignore_errors)
+
+    def serve(*_: object) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the first signal ends it")
+
+    config = SimpleNamespace(directory=str(folder), parent_pid=os.getppid())
+    monkeypatch.setattr(detokenizer_manager, "read_child_config", lambda: config)
+    monkeypatch.setattr(detokenizer_manager, "die_with_parent", lambda *_: None)
+    monkeypatch.setattr(detokenizer_manager, "_serve", serve)
+    monkeypatch.setattr(shutil, "rmtree", remove_under_fire)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            detokenizer_manager.main(["--status-fd", "3"])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 0
+    assert not folder.exists()

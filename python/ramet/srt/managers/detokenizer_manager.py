@@ -126,8 +126,14 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(config.directory, ignore_errors=True)  # the launcher does it too, unless it has been killed
 
 
-def _exit_on_signal(_number: int, _frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
+    # The kernel sends one more for each thread of the launcher that outlives the one before: they'd end the clean-up.
+    signal.signal(number, _ignore)
     raise SystemExit(0)
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    pass  # not SIG_IGN: Python would print a warning about a signal that has already come
 
 
 def _serve(config: ChildConfig, status_fd: int) -> int:
