@@ -97,6 +97,9 @@ class Instance:
             ep_size=args.ep_size,
             attn_dp_size=args.attn_dp_size,
         )
+        if idle := self.model_config.idle_window_keys:
+            architecture = self.model_config.architecture
+            logger.warning("no effect in a %s, as in transformers: %s of config.json", architecture, ", ".join(idle))
         bootstrap_url = None
         if args.modelexpress is not None:
             self._prepare_modelexpress(args.modelexpress)
