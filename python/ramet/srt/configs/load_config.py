@@ -51,3 +51,8 @@ class LoadConfig:
     modelexpress_dtype: str = ""
     modelexpress_quantization: str = ""
     modelexpress_wait_s: float = 600.0  # for a source that is starting, or for whoever reads the files
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the weights come from files and nothing else."""
+        return self.load_format in ("auto", "safetensors")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
+from ramet.srt.configs.quantization_config import MODELOPT_FILE, QuantizationConfig, read_quantization
 
 DTYPE_NAMES = {"float32", "bfloat16", "float16"}
 DEFAULT_ROPE_THETA = 10000.0
@@ -41,11 +42,16 @@ class ModelConfig:
     hidden_act: str
     tie_word_embeddings: bool
     rope: RopeConfig
-    quantization: str  # "" or "fp8": of the weights of linear layers and experts
+    quantization_config: QuantizationConfig | None  # of the weights of linear layers and experts
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
     hf_config: dict[str, Any]
+
+    @property
+    def quantization(self) -> str:
+        """ "" or "fp8": what the quantisation is called between instances."""
+        return "" if self.quantization_config is None else self.quantization_config.name
 
     @property
     def dimensions(self) -> dict[str, int]:
@@ -55,6 +61,8 @@ class ModelConfig:
         dimensions = {name: getattr(self, name) for name in names}
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+        if self.quantization_config is not None:
+            dimensions |= self.quantization_config.dimensions
         return dimensions
 
     @classmethod
@@ -112,7 +120,7 @@ class ModelConfig:
             hidden_act=str(hf_config.get("hidden_act", "silu")),
             tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
             rope=rope,
-            quantization=quantization or _quantization(hf_config, need.file),
+            quantization_config=_quantization(path, hf_config, quantization),
             layer_windows=_layer_windows(hf_config, num_layers, need.file),
             eos_token_ids=_eos_token_ids(path, hf_config, need.integer("vocab_size")),
             moe=read_moe_config(architectures[0], need, num_layers),
@@ -166,18 +174,10 @@ def _dtype(hf_config: dict[str, Any], wanted: str, file: str) -> str:
     return name
 
 
-def _quantization(hf_config: dict[str, Any], file: str) -> str:
-    """How the checkpoint's linear layers are quantised: "" or "fp8".
-
-    Both spellings of fp8 checkpoints: the method "fp8", and compressed-tensors with 8-bit float weights.
-    """
-    config = hf_config.get("quantization_config")
-    if not config:
-        return ""
-    method = config.get("quant_method")
-    if method == "fp8" or (method == "compressed-tensors" and config.get("format") == "float-quantized"):
-        return "fp8"
-    raise ValueError(f"{file}: the quantisation {method!r} is not supported; fp8 is")
+def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> QuantizationConfig | None:
+    """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it."""
+    modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
+    return read_quantization(hf_config, modelopt, path, wanted)
 
 
 def _rope_config(hf_config: dict[str, Any], file: str) -> RopeConfig:

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ramet.srt.configs.load_config import LoadContext
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.runner_config import WeightsConfig
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
+from ramet.srt.model_loader.client.seeds_head import ask_whether_tied
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
+from ramet.srt.utils.hub import has_weights
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import Claim, LoadReport, PublisherStats, summarize
 
@@ -30,6 +34,26 @@ logger = logging.getLogger(__name__)
 REGISTRATION_TIMEOUT_S = 30.0
 
 
+def seeds_have_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
+    """Whether the instances that have the weights say that the output head is a matrix of its own.
+
+    Asked by a client without files whose config says that it is the embedding's table.
+
+    Args:
+        manifest: of the model as the config has it.
+
+    Raises:
+        ValueError: if what ModelExpress needs is not installed, or a setting can't be used.
+    """
+    if config.modelexpress_url is None:
+        return ask_whether_tied(config, manifest.role) is False
+    check_installed()
+    from ramet.srt.modelexpress.client.listed_head import look_whether_tied  # needs grpc
+
+    can_read_files = config.fallback == "disk" and has_weights(config.model_path or model_path)
+    return look_whether_tied(config, manifest, can_read_files=can_read_files) is False
+
+
 @dataclass(frozen=True)
 class RankWeights:
     """Weights that arrive: what they are, where they go to, and what they are for."""
@@ -39,6 +63,7 @@ class RankWeights:
     manifest: WeightManifest
     arena: WeightArena
     device: torch.device
+    open_checkpoint: OpenCheckpoint = CheckpointSource
 
     def load(self, model_path: str) -> "LoadedWeights":
         """Fill the arena. For a thread of its own.
@@ -47,7 +72,7 @@ class RankWeights:
             ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
         """
         self.arena.make_current()
-        loader = get_model_loader(self.config.load, self._finder_maker())
+        loader = get_model_loader(self.config.load, self._finder_maker(), self.open_checkpoint)
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         rank, role = self.manifest.parallel.world_rank, self.manifest.role
         logger.info("rank %d: loaded %s weights %s", rank, role, summarize(report))

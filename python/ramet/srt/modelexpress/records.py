@@ -31,6 +31,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     world_rank: int = 0
     started_at: float = 0.0  # unix seconds
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
+    is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
     load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 
@@ -69,6 +70,7 @@ def make_instance_facts(
         world_rank=manifest.parallel.world_rank,
         started_at=started_at,
         layout_signature=layout_digest(manifest),
+        is_tied=manifest.is_tied,
         load=report,
     )
 

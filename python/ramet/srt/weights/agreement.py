@@ -2,7 +2,7 @@
 
 import os
 
-from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.manifest import WeightManifest, says_tied
 
 
 def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | None:
@@ -18,11 +18,18 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
         # The planner can't tell: what a small model needs lies inside the tensors of a larger one.
         if seed.dimensions.get(name, size) != size:
             return f"its {name} is {seed.dimensions[name]}, not {size}"
+    ours, theirs = says_tied(client), says_tied(seed)
+    if ours is not None and theirs is not None and ours != theirs:
+        return f"its output head is {_head(theirs)}, not {_head(ours)}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
     if client.model_name != seed.model_name and not is_folder_name(client, seed):
         return f"its model is {seed.model_name}, not {client.model_name}"
     return None
+
+
+def _head(is_tied: bool) -> str:
+    return "the embedding's table" if is_tied else "a matrix of its own"
 
 
 def is_folder_name(client: WeightManifest, seed: WeightManifest) -> bool:

@@ -7,6 +7,7 @@ import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.open_sources import SeedSources
@@ -24,7 +25,14 @@ logger = logging.getLogger(__name__)
 class Attempt:
     """One attempt. Where its transfer breaks off, it knows what has been given, so that files only fill the rest."""
 
-    def __init__(self, seeds: FoundSeeds, arena: WeightArena, config: LoadConfig) -> None:
+    def __init__(
+        self,
+        seeds: FoundSeeds,
+        arena: WeightArena,
+        config: LoadConfig,
+        open_checkpoint: OpenCheckpoint = CheckpointSource,
+    ) -> None:
+        self._open_checkpoint = open_checkpoint
         self._seeds = seeds
         self._arena = arena
         self._config = config
@@ -60,7 +68,7 @@ class Attempt:
         broken_off = self._broken_off
         if broken_off is None or not broken_off.received_nbytes:
             return None
-        disk = CheckpointSource(model_path)
+        disk = self._open_checkpoint(model_path)
         rest = disk.plan(self._manifest, broken_off.unfinished)
         disk.fill(rest, self._arena)
         try:
@@ -179,7 +187,7 @@ class Attempt:
             WeightTransferError: if the files hold other weights.
         """
         try:
-            different = CheckpointSource(model_path).find_difference(self._arena)
+            different = self._open_checkpoint(model_path).find_difference(self._arena)
         except ValueError as error:
             logger.info(
                 "rank %d: neither names nor files tell whether the seed %s has the same model (%s): its shapes fit",
