@@ -1,6 +1,7 @@
 """Owns what a client and a seed must agree on before weights move."""
 
 import os
+from collections.abc import Mapping
 
 from ramet.srt.weights.manifest import WeightManifest, says_tied
 
@@ -26,6 +27,18 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
     if client.model_name != seed.model_name and not is_folder_name(client, seed):
         return f"its model is {seed.model_name}, not {client.model_name}"
     return None
+
+
+def find_other_head(client: WeightManifest, addresses: Mapping[str, int]) -> str | None:
+    """Why a client whose output head is the embedding's table must not take the weights of a seed without a manifest.
+
+    Args:
+        addresses: of the seed's tensors, by their names. Upstream engines list a tied head once, or at one place.
+    """
+    head, embedding = addresses.get("lm_head.weight"), addresses.get("model.embed_tokens.weight")
+    if not client.is_tied or head is None or embedding in (None, head):
+        return None
+    return f"its output head is {_head(False)}, not {_head(True)}"
 
 
 def _head(is_tied: bool) -> str:
