@@ -4,6 +4,7 @@ import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
+from fp8_models import write_fp8, write_plain
 
 PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
 VARIANTS = {
@@ -91,3 +92,28 @@ def test_fp8_on_the_gpu_follows_the_exact_model(tmp_path, family):
         values.append(torch.tensor([value for result in results for value in result.input_logprobs.logprobs[1:]]))
     fp8, exact = values
     assert (fp8 - exact).norm() / (exact - exact.mean()).norm() < 0.7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["blocks", "ue8m0"])
+def test_fp8_blocks_are_multiplied_as_the_plain_weights(tmp_path, family, dtype, kind):
+    """With graphs and without, and with blocks that no tile of a kernel ends with."""
+    source = rm.make_model(tmp_path / "source", family, dtype=dtype, moe_intermediate_size=48)
+    scale_dtype = torch.float8_e8m0fnu if kind == "ue8m0" else torch.float32
+    folder = write_fp8(source, tmp_path / "fp8", "blocks", block=(24, 40), scale_dtype=scale_dtype)
+    plain = write_plain(folder, tmp_path / "plain", (24, 40))
+    values = []
+    for path, variant in ((plain, "without graphs"), (folder, "without graphs"), (folder, "graphs and overlap")):
+        engine = EngineHarness(path, device="cuda", dtype=dtype, **VARIANTS[variant])
+        assert (engine.runner.graph_runner is None) == (variant == "without graphs")
+        results = engine.generate(PROMPTS, max_new_tokens=8, logprob_start_len=0)
+        values.append([(r.token_ids, r.input_logprobs.logprobs[1:] + r.output_logprobs) for r in results])
+    exact, *ours = values
+    for result in ours:
+        if dtype == "float32":
+            assert [tokens for tokens, _ in result] == [tokens for tokens, _ in exact]
+        for (_, logprobs), (_, expected), prompt in zip(result, exact, PROMPTS, strict=True):
+            count = len(logprobs) if dtype == "float32" else len(prompt) - 1  # rounded sums may choose another token
+            tolerance = 1e-3 if dtype == "float32" else 0.3
+            assert logprobs[:count] == pytest.approx(expected[:count], abs=tolerance)
