@@ -69,8 +69,8 @@ def write_fp8(
     """The model in `source` as an fp8 checkpoint.
 
     Args:
-        kind: "rows" and "ct_blocks" are compressed-tensors', "tensor" and "blocks" are of the method fp8, "modelopt"
-            has scales for whole matrices, and names its method in hf_quant_config.json alone.
+        kind: "rows", "weights_only" (by row, too) and "ct_blocks" are compressed-tensors', "tensor" and "blocks" are of
+            the method fp8, "modelopt" has scales for whole matrices and names its method in hf_quant_config.json alone.
         scale_dtype: of block scales; powers of two for float8_e8m0fnu.
         is_plain: which matrices stay as they are.
         changes: entries of quantization_config.
@@ -80,7 +80,7 @@ def write_fp8(
     for name, tensor in _tensors_of(source):
         if not QUANTISED.search(name) or is_plain(name):
             tensors[name] = tensor
-        elif kind == "rows":
+        elif kind in ("rows", "weights_only"):
             tensors[name], tensors[f"{name}_scale"] = quantize_rows(tensor)
         elif kind in ("tensor", "modelopt"):
             scale = tensor.float().abs().max() / MAX_FP8
@@ -100,11 +100,15 @@ def _write_config(target: Path, kind: str, block: tuple[int, int], changes: dict
         content = {"producer": {"name": "modelopt", "version": "0.0"}, "quantization": section}
         (target / "hf_quant_config.json").write_text(json.dumps(content))
         return
-    if kind in ("rows", "ct_blocks"):
+    if kind in ("rows", "weights_only", "ct_blocks"):
         weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
         if kind == "ct_blocks":
             weights |= {"strategy": "block", "block_structure": list(block)}
-        group = {"targets": ["Linear"], "weights": weights, "input_activations": _ACTIVATIONS}
+        group = {
+            "targets": ["Linear"],
+            "weights": weights,
+            "input_activations": None if kind == "weights_only" else _ACTIVATIONS,
+        }
         section = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
                    "config_groups": {"group_0": group}, "kv_cache_scheme": None}  # fmt: skip
     else:

@@ -5,7 +5,7 @@ import json
 import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.configs.quantization_config import read_quantization
+from ramet.srt.configs.quantization_config import WHOLE_ROW, read_quantization
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
@@ -47,7 +47,7 @@ def ct_with(group=None, weights=None, **section):
         ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None,
          "tensor", None, "static"),
         (CT, None, "channel", None, "dynamic"),
-        (ct_with({"input_activations": None}), None, "channel", None, "none"),
+        (ct_with({"input_activations": None}), None, "block", (1, WHOLE_ROW), "none"),
         (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, "block", (128, 128), "dynamic"),
         (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, "block", (128, 64), "dynamic"),
         (ct_with(weights={"strategy": "tensor"}), None, "tensor", None, "dynamic"),

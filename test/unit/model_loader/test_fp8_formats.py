@@ -30,7 +30,7 @@ def check(folder, plain, *ranks):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["rows", "tensor", "modelopt", "blocks", "ct_blocks"])
+@pytest.mark.parametrize("kind", ["rows", "tensor", "weights_only", "modelopt", "blocks", "ct_blocks"])
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", kind, block=CUT)

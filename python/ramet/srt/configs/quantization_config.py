@@ -12,6 +12,7 @@ from typing import Any
 
 CONFIG_FILE = "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
+WHOLE_ROW = 1 << 30  # columns of a block: more than any matrix has
 STRATEGIES = ("channel", "tensor", "block")
 SERVED = "fp8 weights: quant_method fp8, compressed-tensors float-quantized and modelopt FP8"
 
@@ -183,6 +184,9 @@ def _read_compressed_tensors(section: Mapping[str, Any], where: str) -> Quantiza
         raise ValueError(f"{group.where}: targets {list(targets)} is not supported; ['Linear'] is")
     strategy, block_size = _read_weights(group)
     scheme = _read_activations(group.section("input_activations"))
+    if scheme == "none" and block_size is None:
+        # As blocks, rows are multiplied with activations as they are, on a GPU too.
+        strategy, block_size = "block", (1, WHOLE_ROW)
     group.finish()
     return QuantizationConfig(
         method="compressed-tensors", file=where, strategy=strategy, block_size=block_size,

@@ -7,6 +7,7 @@ from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.layers.quantization.fp8 import FP8
 from ramet.srt.layers.quantization.scales import BlockIndex
+from ramet.srt.weights.boxes import Region
 from ramet.srt.weights.manifest import WeightBox
 
 WEIGHT_SUFFIX = ".weight"
@@ -72,23 +73,26 @@ def _declare_blocks(module: nn.Module, name: str, block_size: tuple[int, int], d
     (first, last), *others = {box.source[1] for box in weight.boxes}
     assert not others, "the parts of a matrix have the same columns"
     columns = (first // block_columns, -(-last // block_columns))
-    rows: dict[tuple[int, ...], list[int]] = {}  # by the place in the stack: the grid's row of each row
-    boxes = []
-    num_grid_rows: dict[tuple[int, ...], int] = {}
+    parts: dict[Region, list[WeightBox]] = {}  # of each matrix of a stack
     for box in weight.boxes:
-        place = tuple(start for start, _ in box.target[:-2])
-        (start, stop), target_rows = box.source[0], box.target[-2]
-        grid_start, grid_stop = start // block_rows, -(-stop // block_rows)
-        so_far, index = num_grid_rows.get(place, 0), rows.setdefault(place, [])
-        assert target_rows[0] == len(index), "the parts of a matrix follow each other"
-        index += [so_far + row // block_rows - grid_start for row in range(start, stop)]
-        num_grid_rows[place] = so_far + grid_stop - grid_start
-        target = (*box.target[:-2], (so_far, num_grid_rows[place]), (0, columns[1] - columns[0]))
-        boxes.append(WeightBox(f"{box.checkpoint_name}_scale_inv", ((grid_start, grid_stop), columns), target))
-    index = next(iter(rows.values()))
-    assert all(other == index for other in rows.values()), "the matrices of a stack are cut alike"
+        parts.setdefault(box.target[:-2], []).append(box)
+    cuts = {tuple((box.source[0], box.target[-2]) for box in matrix) for matrix in parts.values()}
+    assert len(cuts) == 1, "the matrices of a stack are cut alike"
+    index = torch.empty(weight.shape[-2], dtype=torch.int32)
+    boxes, num_grid_rows = [], 0
+    for place, matrix in parts.items():
+        num_grid_rows = 0
+        for box in matrix:
+            (start, stop), (target_start, target_stop) = box.source[0], box.target[-2]
+            grid = (start // block_rows, -(-stop // block_rows))
+            target = (num_grid_rows, num_grid_rows + grid[1] - grid[0])
+            if len(boxes) < len(matrix):
+                rows = torch.arange(start, stop, dtype=torch.int32) // block_rows
+                index[target_start:target_stop] = rows + (target[0] - grid[0])
+            width = (0, columns[1] - columns[0])
+            boxes.append(WeightBox(f"{box.checkpoint_name}_scale_inv", (grid, columns), (*place, target, width)))
+            num_grid_rows = target[1]
     setattr(module, name, declare_weight(weight.shape, FP8, weight.boxes))
-    shape = (*weight.shape[:-2], next(iter(num_grid_rows.values())), columns[1] - columns[0])
+    shape = (*weight.shape[:-2], num_grid_rows, columns[1] - columns[0])
     setattr(module, f"{name}_scale_inv", declare_weight(shape, torch.float32, boxes))
-    on_device = torch.tensor(index, dtype=torch.int32, device=device)
-    setattr(module, f"{name}_blocks", BlockIndex(on_device, block_columns, first % block_columns))
+    setattr(module, f"{name}_blocks", BlockIndex(index.to(device), block_columns, first % block_columns))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
@@ -145,18 +145,19 @@ def settle_scales(tensors: Mapping[str, TensorInfo], whole: WholeModel) -> dict[
     Both `<weight>_scale` and `<weight>_scale_inv` are in use for the same: a factor of the stored values. Which of them
     a box names tells scales of rows from those of blocks.
     """
-    renamed = dict(_other_names(tensors, whole))
-    result = {renamed.get(name, name): info for name, info in tensors.items()}
-    for name in whole.scales & result.keys():
-        info, shape = result[name], whole.shapes[name]
-        if len(info.shape) == 1 and not is_one_number(info) and shape[-1] == 1:
-            result[name] = TensorInfo(info.dtype, (*info.shape, 1), info.offset, info.nbytes)
+    result = {}
+    for name, info in tensors.items():
+        settled = _settled_name(name, tensors, whole)
+        shape = whole.shapes[settled] if settled in whole.scales else ()
+        if len(info.shape) == 1 and not is_one_number(info) and shape[-1:] == (1,):
+            info = TensorInfo(info.dtype, (*info.shape, 1), info.offset, info.nbytes)
+        result[settled] = info
     return result
 
 
-def _other_names(tensors: Mapping[str, TensorInfo], whole: WholeModel) -> Iterator[tuple[str, str]]:
-    for weight in whole.quantised:
-        names = [weight + suffix for suffix in SCALE_SUFFIXES]
-        for name, other in (names, reversed(names)):
-            if name in whole.shapes and name not in tensors and other in tensors and other not in whole.shapes:
-                yield other, name
+def _settled_name(name: str, tensors: Mapping[str, TensorInfo], whole: WholeModel) -> str:
+    suffix, other = SCALE_SUFFIXES if name.endswith(SCALE_SUFFIXES[0]) else reversed(SCALE_SUFFIXES)
+    weight = name.removesuffix(suffix)
+    if weight == name or weight not in whole.quantised or name in whole.shapes:
+        return name
+    return name if weight + other in tensors else weight + other
