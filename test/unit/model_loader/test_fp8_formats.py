@@ -1,5 +1,7 @@
 """Owns the tests of fp8 checkpoints that are kept as they are: their values and scales, on every rank."""
 
+import re
+
 import fp8_models as fp8
 import pytest
 import random_models as rm
@@ -7,6 +9,7 @@ import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
 from ramet.srt.model_loader.checkpoint.quantizing_reader import powers_of_two
+from safetensors.torch import load_file, save_file
 
 CUT = (24, 40)  # rows and columns of blocks that no shard of these models ends with
 FAMILIES = {
@@ -90,6 +93,42 @@ def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, words
         model = fp8.load_model(folder)
         assert model.model.layers["1"].self_attn.qkv_proj.weight.dtype == torch.bfloat16
         assert model.model.layers["0"].self_attn.qkv_proj.weight.dtype == fp8.FP8
+
+
+def stack_experts(source, target):
+    """The same experts as transformers 5 has them in memory: all of a layer in one tensor, gate above up."""
+    rm.without_weights(source, target)
+    tensors, stacks = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(.*)", name)
+        if match is None:
+            tensors[name] = tensor
+        else:
+            part = "down" if match[3] == "down" else "gate_up"
+            stacks.setdefault(f"{match[1]}.{part}_proj{match[4]}", {})[int(match[2]), match[3]] = tensor
+    for name, parts in stacks.items():
+        rows = [torch.cat([parts[e, p] for p in ("gate", "up", "down") if (e, p) in parts]) for e in range(8)]
+        tensors[name] = torch.stack(rows)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("block", [(16, 16), CUT])
+def test_stacked_experts_are_read_where_no_block_has_rows_of_two_matrices(folders, tmp_path, block):
+    folder = fp8.write_fp8(folders["qwen3_moe"], tmp_path / "fp8", "blocks", block=block)
+    stacked, plain = stack_experts(folder, tmp_path / "stacked"), fp8.write_plain(folder, tmp_path / "plain", block)
+    check(stacked, plain, *sm.all_ranks(2, 2))
+    other = rm.make_model(tmp_path / "other", "qwen3_moe", dtype="bfloat16", num_experts=8, moe_intermediate_size=40)
+    across = stack_experts(fp8.write_fp8(other, tmp_path / "across", "blocks", block=(16, 16)), tmp_path / "bad")
+    with pytest.raises(ValueError, match=r"a block of 16 rows has some of both"):
+        fp8.load_model(across)
+
+
+def test_dummy_weights_of_an_fp8_model_answer(folders, tmp_path):
+    folder = rm.without_weights(fp8.write_fp8(folders["llama3"], tmp_path / "fp8", "blocks"), tmp_path / "config")
+    engine = EngineHarness(folder, device="cpu", load_format="dummy")
+    result = engine.generate(rm.random_prompts([5]), max_new_tokens=2, return_logprob=True)[0]
+    assert len(result.token_ids) == 2 and torch.tensor(result.output_logprobs).isfinite().all()
 
 
 def test_parts_of_one_matrix_are_of_one_kind(folders, tmp_path):

@@ -39,6 +39,17 @@ class QuantizationConfig:
         return any(_MATCHERS[self.method](pattern, module_name) for pattern in self.ignored)
 
     @property
+    def summary(self) -> str:
+        """For a log line."""
+        if self.is_online:
+            return "quantised by row while they are read"
+        size = self.block_size
+        by_row = size is None or size[1] == WHOLE_ROW
+        scales = "rows" if by_row or size is None else f"blocks of {size[0]} x {size[1]}"
+        rest = "activations and cache keep the model's type" if size else "the cache keeps the model's type"
+        return f"as they are in the files, with scales of {scales}; {rest} ({self.file})"
+
+    @property
     def dimensions(self) -> dict[str, int]:
         """The sizes of blocks, by names that other instances compare; none where rows have scales."""
         if self.block_size is None:

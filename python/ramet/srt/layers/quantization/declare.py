@@ -79,7 +79,8 @@ def _declare_blocks(module: nn.Module, name: str, block_size: tuple[int, int], d
     cuts = {tuple((box.source[0], box.target[-2]) for box in matrix) for matrix in parts.values()}
     assert len(cuts) == 1, "the matrices of a stack are cut alike"
     index = torch.empty(weight.shape[-2], dtype=torch.int32)
-    boxes, num_grid_rows = [], 0
+    boxes: list[WeightBox] = []
+    num_grid_rows = 0
     for place, matrix in parts.items():
         num_grid_rows = 0
         for box in matrix:

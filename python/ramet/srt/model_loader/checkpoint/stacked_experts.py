@@ -30,13 +30,13 @@ def split_stacked_experts(
         block_rows: of fp8 weights with scales of blocks. A gate's last block must not reach into the up matrix below.
 
     Raises:
-        ValueError: if the file holds an expert in both spellings.
+        ValueError: if the file holds an expert in both spellings, or such a block.
     """
     result = {name: info for name, info in tensors.items() if name in wanted or not STACKED.fullmatch(name)}
     for name, info in tensors.items():
         if name in result:
             continue
-        for new_name, part in _split(name, info, wanted, block_rows):
+        for new_name, part in _split(path, name, info, wanted, block_rows):
             if new_name in result:
                 raise ValueError(f"{path} has {new_name} twice: {name} holds it too")
             result[new_name] = part
@@ -44,7 +44,7 @@ def split_stacked_experts(
 
 
 def _split(
-    name: str, info: TensorInfo, wanted: Collection[str], block_rows: int | None
+    path: str, name: str, info: TensorInfo, wanted: Collection[str], block_rows: int | None
 ) -> list[tuple[str, TensorInfo]]:
     match = STACKED.fullmatch(name)
     assert match is not None
@@ -59,8 +59,12 @@ def _split(
     if len(info.shape) != 3 or info.shape[1] % len(matrices):
         return [(name, info)]
     num_experts, rows, columns = info.shape
-    if block_rows is not None and not scale and info.dtype == FP8 and rows // len(matrices) % block_rows:
-        return [(name, info)]
+    is_fused = len(matrices) > 1 and info.dtype == FP8
+    if is_fused and block_rows is not None and rows // len(matrices) % block_rows:
+        raise ValueError(
+            f"{path}: {name} holds each expert's gate, of {rows // len(matrices)} rows, above its up matrix, and a block "
+            f"of {block_rows} rows has some of both: such scales are not supported"
+        )
     shape = (rows // len(matrices), columns)
     nbytes = info.nbytes // max(1, num_experts * len(matrices))
     return [
