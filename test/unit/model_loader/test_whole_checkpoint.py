@@ -7,6 +7,7 @@ import pytest
 import random_models as rm
 import sharded_models as sm
 import torch
+from engine_harness import EngineHarness
 from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from safetensors.torch import load_file, save_file
 
@@ -181,3 +182,17 @@ def test_a_head_that_differs_from_the_embedding_is_found(folders, tmp_path):
     other = changed(folder, tmp_path / "other", with_other_head)
     assert folder_has_own_head(str(other))
     assert all("holds an output head of its own" in message for message in refusals(other, "pp3tp2"))
+
+
+def test_the_engine_answers_with_the_files_own_head(folders, tmp_path):
+    """As if the config said so; the manifest says it to clients that have no files."""
+
+    def with_head(tensors):
+        tensors[HEAD] = torch.randn(tensors[EMBEDDING].shape, generator=torch.Generator().manual_seed(3)) / 10
+
+    own = changed(folders["llama3"], tmp_path / "own", with_head)
+    said = changed(own, tmp_path / "said", lambda tensors: None, tie_word_embeddings=False)
+    engines = [EngineHarness(folder, device="cpu") for folder in (own, said, folders["llama3"])]
+    answers = [engine.generate(rm.random_prompts([20]), max_new_tokens=6)[0].token_ids for engine in engines]
+    assert answers[0] == answers[1] != answers[2]
+    assert [engine.runner.manifest.is_tied for engine in engines] == [False, False, True]

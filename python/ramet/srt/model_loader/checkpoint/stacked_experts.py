@@ -62,7 +62,7 @@ def _split(
     is_fused = len(matrices) > 1 and info.dtype == FP8
     if is_fused and block_rows is not None and rows // len(matrices) % block_rows:
         raise ValueError(
-            f"{path}: {name} holds each expert's gate, of {rows // len(matrices)} rows, above its up matrix, and a block "
+            f"{path}: {name} holds each expert's gate, {rows // len(matrices)} rows, above its up matrix, and a block "
             f"of {block_rows} rows has some of both: such scales are not supported"
         )
     shape = (rows // len(matrices), columns)
