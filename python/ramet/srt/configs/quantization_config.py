@@ -5,6 +5,7 @@ modelopt, in config.json's `quantization_config` or in modelopt's own hf_quant_c
 """
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,11 @@ class QuantizationConfig:
 
     def is_ignored(self, module_name: str) -> bool:
         """Whether the checkpoint's linear layer of that name, such as model.layers.0.mlp.up_proj, is not quantised."""
-        return any(_MATCHERS[self.method](pattern, module_name) for pattern in self.ignored)
+        return self._left_out.matches(module_name)
+
+    @functools.cached_property
+    def _left_out(self) -> "_Modules":
+        return _MODULES[self.method](self.ignored)
 
     @property
     def summary(self) -> str:
@@ -289,27 +294,56 @@ def _checked(patterns: Iterable[str], where: str, prefix: str | None) -> tuple[s
     return tuple(patterns)
 
 
-def _matches_fp8(pattern: str, name: str) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class _Modules:
+    """Some modules: lists have hundreds of patterns, and a model of experts has tens of thousands of names."""
+
+    names: frozenset[str] = frozenset()
+    parents: frozenset[str] = frozenset()  # with all that is in them
+    ends: tuple[str, ...] = ()
+    patterns: tuple[re.Pattern[str], ...] = ()  # of the beginning of a name
+
+    def matches(self, name: str) -> bool:
+        if name in self.names or name.endswith(self.ends):
+            return True
+        if self.parents:
+            dots = [match.start() for match in re.finditer(r"\.", name)]
+            if not self.parents.isdisjoint(name[:end] for end in (*dots, len(name))):
+                return True
+        return any(pattern.match(name) for pattern in self.patterns)
+
+
+def _modules_of_fp8(ignored: tuple[str, ...]) -> _Modules:
     """transformers' rule: by regular expression a beginning of the name, up to the end of a module's; or its end."""
-    return name.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", name) is not None
+    parents = frozenset(pattern for pattern in ignored if re.fullmatch(r"\w+(\.\w+)*", pattern))
+    others = [pattern for pattern in ignored if pattern not in parents]
+    return _Modules(
+        parents=parents,
+        ends=ignored,
+        patterns=tuple(re.compile(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))") for pattern in others),
+    )
 
 
-def _matches_compressed_tensors(pattern: str, name: str) -> bool:
-    """The whole name, the class of all these layers, or a regular expression for its beginning."""
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return pattern in (name, "Linear")
+def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> _Modules:
+    """Whole names, the class of all these layers, or regular expressions for the beginning of names."""
+    patterns = [pattern.removeprefix("re:") for pattern in ignored if pattern.startswith("re:")]
+    if "Linear" in ignored:
+        patterns.append("")
+    return _Modules(names=frozenset(ignored), patterns=tuple(map(re.compile, patterns)))
 
 
-def _matches_modelopt(pattern: str, name: str) -> bool:
-    """A shell pattern for the whole name, or the name of a module that it is in."""
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+def _modules_of_modelopt(ignored: tuple[str, ...]) -> _Modules:
+    """Shell patterns for whole names, or names of modules with all that is in them."""
+    wild = [pattern for pattern in ignored if re.search(r"[*?\[]", pattern)]
+    patterns = tuple(re.compile(fnmatch.translate(pattern)) for pattern in wild)
+    return _Modules(parents=frozenset(ignored), patterns=patterns)
 
 
-_MATCHERS: dict[str, Callable[[str, str], bool]] = {
-    "fp8": _matches_fp8,
-    "compressed-tensors": _matches_compressed_tensors,
-    "modelopt": _matches_modelopt,
+_MODULES: dict[str, Callable[[tuple[str, ...]], _Modules]] = {
+    "online": lambda _ignored: _Modules(),
+    "fp8": _modules_of_fp8,
+    "compressed-tensors": _modules_of_compressed_tensors,
+    "modelopt": _modules_of_modelopt,
 }
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str], QuantizationConfig | None]] = {
