@@ -146,6 +146,12 @@ WRONG = {  # tensors and config that contradict each other, and what is said of 
                  "int32"),
     "no scales": ("blocks", {}, lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"), None,
                   r"lacks model.layers.0.mlp.up_proj.weight_scale_inv \(the scales"),
+    "one scale for many blocks": (
+        "blocks", {}, lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_inv": torch.tensor(0.5)}), None,
+        r"has the shape \(\), the model needs \(13, 8\).*says blocks of 16 x 16"),
+    "both names of scales": (
+        "blocks", {}, lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": torch.tensor(0.5)}), None,
+        "has tensors that the model does not have: model.layers.0.mlp.up_proj.weight_scale in"),
     "scales no number": (
         "ue8m0", {}, lambda t: t["model.layers.0.mlp.up_proj.weight_scale_inv"].view(torch.uint8).fill_(255), None,
         "holds scales that are no numbers"),

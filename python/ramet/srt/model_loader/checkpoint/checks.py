@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from ramet.srt.configs.quantization_config import WHOLE_ROW
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
 from ramet.srt.weights.errors import name_some
@@ -116,12 +117,20 @@ def _check_shapes(tensors: Tensors, whole: WholeModel) -> None:
         if name not in tensors:
             continue
         path, info = tensors[name]
-        if name in whole.scales and is_one_number(info):
+        if name in whole.scales and is_one_number(info) and (_is_of_rows(name, whole) or set(shape) == {1}):
             continue
         has_room = len(info.shape) == len(shape) and all(a >= b for a, b in zip(info.shape, shape, strict=True))
         if not has_room or (whole.is_complete and info.shape != shape):
             hint = _grid_hint(whole) if name in whole.scales else ""
             raise ValueError(f"{path}: {name} has the shape {info.shape}, the model needs {shape}{hint}")
+
+
+def _is_of_rows(name: str, whole: WholeModel) -> bool:
+    """Whether a scale is one for each row, or may be for all of them, rather than one for each block."""
+    quantization = whole.quantization
+    if quantization is not None and quantization.block_size is not None:
+        return quantization.block_size[1] == WHOLE_ROW
+    return name.endswith(SCALE_SUFFIXES[0])
 
 
 def is_one_number(info: TensorInfo) -> bool:
