@@ -11,6 +11,7 @@ import toy_model as toy
 from fp8_models import write_fp8
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.model_executor.rank_weights import find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
@@ -119,13 +120,18 @@ def test_a_seed_with_another_output_head_is_refused(dense_folder, tmp_path):
     folder = rm.make_config(tmp_path, "llama3", dtype="bfloat16", num_hidden_layers=4, tie_word_embeddings=False)
     model = sm.build_model(folder, ParallelConfig())
     toy.save_checkpoint(folder, sm.random_checkpoint(sm.checkpoint_shapes([model])))
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "adapter_model.safetensors").write_bytes(b"")
     for says in (True, False):
         own = load_all(folder, {"pp_size": 2} if says else {})
         for arena in own if not says else []:
             arena.manifest = msgspec.structs.replace(arena.manifest, is_tied=None)
         with SeedServer(own) as server:
-            config = LoadConfig(seeds=(SeedAddress("127.0.0.1", server.port),))
+            config = LoadConfig(load_format="remote_instance", seeds=(SeedAddress("127.0.0.1", server.port),))
             assert ask_whether_tied(config, "target") is False
+            assert find_own_head(config, tied.manifest, "/nonexistent")
+            assert find_own_head(config, tied.manifest, str(broken))
+            assert not find_own_head(config, tied.manifest, str(dense_folder))  # the own files' word
             with pytest.raises(WeightTransferError, match="its output head is a matrix of its own"):
                 take(tied.manifest, server, local_mode="copy")
 

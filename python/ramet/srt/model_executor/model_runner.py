@@ -25,14 +25,12 @@ from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.decode_batch import make_decode_batch
-from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, seeds_have_own_head
+from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
-from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.utils.device import to_device
-from ramet.srt.utils.hub import has_weights
 from ramet.srt.weights.manifest import build_weight_manifest
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -131,12 +129,8 @@ class ModelRunner:
 
     def _has_own_head(self) -> bool:
         """Whether the output head is not the embedding's table, though the config says so: then files have both."""
-        config, load = self.model_config, self.config.weights.load
-        if not config.tie_word_embeddings or load.load_format == "dummy":
-            return False
-        if load.reads_files or has_weights(config.path):
-            return folder_has_own_head(config.path)
-        return seeds_have_own_head(load, self.manifest, config.path)
+        config = self.model_config
+        return config.tie_word_embeddings and find_own_head(self.config.weights.load, self.manifest, config.path)
 
     def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:
         """Pages of KV cache that fit beside the weights.

@@ -17,6 +17,7 @@ from ramet.srt.configs.runner_config import WeightsConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.client.seeds_head import ask_whether_tied
 from ramet.srt.model_loader.loader import get_model_loader
@@ -34,17 +35,32 @@ logger = logging.getLogger(__name__)
 REGISTRATION_TIMEOUT_S = 30.0
 
 
-def seeds_have_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
-    """Whether the instances that have the weights say that the output head is a matrix of its own.
+def find_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
+    """Whether the output head is a matrix of its own, though the model's config says that it is the embedding's table.
 
-    Asked by a client without files whose config says that it is the embedding's table.
+    The own files know it; without files, the instances that have the weights.
 
     Args:
-        manifest: of the model as the config has it.
+        manifest: of the model as its config has it.
 
     Raises:
-        ValueError: if what ModelExpress needs is not installed, or a setting can't be used.
+        ValueError: if the files that are to be read are broken, what ModelExpress needs is not installed, or a setting
+            can't be used.
     """
+    if config.load_format == "dummy":
+        return False
+    if config.reads_files:
+        return folder_has_own_head(model_path)
+    if has_weights(model_path):
+        try:
+            return folder_has_own_head(model_path)
+        except ValueError as error:  # of files that may never be read
+            logger.info("rank %d: the own files don't tell whether the output head is tied, the seeds may: %s",
+                        manifest.parallel.world_rank, error)  # fmt: skip
+    return _seeds_have_own_head(config, manifest, model_path)
+
+
+def _seeds_have_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
     if config.modelexpress_url is None:
         return ask_whether_tied(config, manifest.role) is False
     check_installed()
