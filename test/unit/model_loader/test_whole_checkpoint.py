@@ -36,9 +36,9 @@ def changed(source, target, change, **config):
 
 
 def refusals(folder, topology):
-    """What each rank says of the files."""
+    """What ranks of every stage, or of all experts, say of the files."""
     said = []
-    for parallel in sm.ranks_of(**TOPOLOGIES[topology]):
+    for parallel in sm.ranks_of(**TOPOLOGIES[topology])[::2]:
         with pytest.raises(ValueError) as error:
             fp8.load_model(folder, parallel)
         said.append(str(error.value))
