@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
+from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
 DTYPE_NAMES = {"float32", "bfloat16", "float16"}
 DEFAULT_ROPE_THETA = 10000.0
@@ -67,6 +68,7 @@ class ModelConfig:
         dtype: str = "auto",
         context_length: int | None = None,
         quantization: str | None = None,
+        tokenizer_path: str | None = None,
     ) -> "ModelConfig":
         """Read the config of the model in folder `path`.
 
@@ -74,6 +76,7 @@ class ModelConfig:
             dtype: "auto" takes the checkpoint's type.
             context_length: tokens; at most what the model was made for.
             quantization: "fp8", or None for the checkpoint's.
+            tokenizer_path: folder of the tokenizer, whose end token is one of the model's; `path` when not given.
 
         Raises:
             ValueError: if the folder or its config is missing or broken; the message names the file and the field.
@@ -114,7 +117,7 @@ class ModelConfig:
             rope=rope,
             quantization=quantization or _quantization(hf_config, need.file),
             layer_windows=_layer_windows(hf_config, num_layers, need.file),
-            eos_token_ids=_eos_token_ids(path, hf_config, need.integer("vocab_size")),
+            eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=read_moe_config(architectures[0], need, num_layers),
             hf_config=hf_config,
         )
@@ -233,15 +236,24 @@ def _layer_windows(hf_config: dict[str, Any], num_layers: int, file: str) -> tup
     return (window,) * num_layers
 
 
-def _eos_token_ids(path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """The end-of-sequence ids of config.json and generation_config.json together, without those that no model gives."""
-    ids: list[int] = []
+def _eos_token_ids(path: str, tokenizer_path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of config.json, generation_config.json and the tokenizer together, but those that no model gives.
+
+    Raises:
+        ValueError: if one of the files has something else than ids there.
+    """
     generation = read_json(path, "generation_config.json") if has_file(path, "generation_config.json") else {}
-    for value in (hf_config.get("eos_token_id"), generation.get("eos_token_id")):
+    ids: list[int] = []
+    for name, config in (("config.json", hf_config), ("generation_config.json", generation)):
+        value = config.get("eos_token_id")
         for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int) and 0 <= token_id < vocab_size and token_id not in ids:
-                ids.append(token_id)
-    return tuple(ids)
+            if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int)):
+                raise ValueError(f"{os.path.join(path, name)}: 'eos_token_id' must be a token id or a list of them; "
+                                 f"got {value!r:.60}")  # fmt: skip
+            ids.append(-1 if token_id is None else token_id)
+    tokenizer_id = read_eos_token_id(tokenizer_path)
+    ids.append(-1 if tokenizer_id is None else tokenizer_id)
+    return tuple(dict.fromkeys(token_id for token_id in ids if 0 <= token_id < vocab_size))
 
 
 def has_file(folder: str, name: str) -> bool:

@@ -89,7 +89,14 @@ class Instance:
         args = self.server_args
         check_attention_backend(args.attention_backend)
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
-        self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
+        self.model_config = ModelConfig.from_path(
+            folder,
+            dtype=args.dtype,
+            context_length=args.context_length,
+            tokenizer_path=None
+            if args.tokenizer_path is None
+            else resolve_tokenizer_path(args.tokenizer_path, "", None),
+        )
         check_parallel_sizes(
             self.model_config,
             tp_size=args.tp_size,

@@ -59,6 +59,9 @@ class RankStart:
             dtype=args.dtype,
             context_length=args.context_length,
             quantization=args.quantization,
+            tokenizer_path=None
+            if args.tokenizer_path is None
+            else resolve_tokenizer_path(args.tokenizer_path, "", None),
         )
         scheduler_config = args.scheduler_config(self.device.type)
         sockets = self._meet(scheduler_config)
