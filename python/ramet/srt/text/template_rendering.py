@@ -54,10 +54,10 @@ class Template:
             text = self._render(values, messages, continue_final_message)
         except (TemplateError, TypeError, AttributeError):  # a list for some roles, not for others
             return self._render(values, joined, continue_final_message)
-        contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-        if any(str(content) in text for content in contents):  # printed as it is
-            return self._render(values, joined, continue_final_message)
-        return text
+        if _shows_parts(messages, text):
+            return text
+        other = self._render(values, joined, continue_final_message)
+        return other if _shows_parts(messages, other) else text
 
     def _render(self, values: Mapping[str, Any], messages: list[dict[str, Any]], continue_final_message: bool) -> str:
         if not continue_final_message:
@@ -70,6 +70,13 @@ class Template:
         place = text.rindex(mark)
         # Where the space is gone the template strips messages: then the text ends without spaces, too.
         return text[:place] if text.startswith(END_MARK, place) else text[:place].rstrip()
+
+
+def _shows_parts(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether the prompt has the texts of all parts, and no list as Python writes it."""
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    parts = [part for content in contents for part in content if part.get("type") == "text"]
+    return all(part["text"].strip() in text for part in parts) and not any(str(part) in text for part in parts)
 
 
 def prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:
