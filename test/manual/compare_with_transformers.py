@@ -1,8 +1,8 @@
 """Chat templates and tokenizers of real models against transformers: `compare_with_transformers.py FOLDER …`.
 
-Each FOLDER may hold chat templates (*.jinja) and model folders with a tokenizer.json. Nothing that differs is silent: each
-difference is printed, then the numbers. Templates are rendered for chats of many kinds; tokenizers are compared by their
-added tokens, by the ids of texts, by decoding random ids, and piece by piece in a stream.
+Each FOLDER may hold chat templates (*.jinja) and model folders with a tokenizer.json. Nothing that differs is silent:
+each difference is printed, then the numbers. Templates are rendered for chats of many kinds; tokenizers are compared by
+their added tokens, by the ids of texts, by decoding random ids, and piece by piece in a stream.
 """
 
 import argparse
@@ -123,7 +123,9 @@ def compare_tokenizer(folder: Path, counts: Counts, seed: int, num_sequences: in
              for one in (ours._backend, theirs.backend_tokenizer)]  # fmt: skip
     counts.compare(f"{folder}: added tokens", added[0], added[1])
     for text in TEXTS:
-        counts.compare(f"{folder}: ids of {text!r}", ours.encode(text, False), theirs.encode(text, add_special_tokens=False))
+        counts.compare(
+            f"{folder}: ids of {text!r}", ours.encode(text, False), theirs.encode(text, add_special_tokens=False)
+        )
     chance = random.Random(seed)
     special = sorted(theirs.backend_tokenizer.get_added_tokens_decoder())
     for number in range(num_sequences):
@@ -161,7 +163,9 @@ def main() -> int:
             compare_tokenizer(file.parent, tokenizers, args.seed, args.sequences)
             num_tokenizers += 1
     for what, number, counts in (("templates", num_templates, templates), ("tokenizers", num_tokenizers, tokenizers)):
-        print(f"{number} {what}: {counts.same} the same, {counts.refused} refused by both, {counts.different} different")
+        print(
+            f"{number} {what}: {counts.same} the same, {counts.refused} refused by both, {counts.different} different"
+        )
     return 1 if templates.different or tokenizers.different else 0
 
 

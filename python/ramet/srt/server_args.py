@@ -29,6 +29,7 @@ LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
+SAMPLING_DEFAULTS = ("model", "openai")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -100,6 +101,12 @@ class ServerArgs:
         None, "Longest prompt plus output in tokens; the model's when not given.", limit=COUNT
     )
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
+    sampling_defaults: str = flag(
+        "model",
+        "Where temperature, top_k, top_p, min_p and repetition_penalty of a request come from that doesn't give them: "
+        "the model's generation_config.json, or OpenAI's defaults, which sample from all tokens.",
+        choices=SAMPLING_DEFAULTS,
+    )
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
 
     # HTTP

@@ -20,7 +20,7 @@ from ramet.srt.entrypoints.http.http_validation import (
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
-from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, SequenceInput
+from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, Limits, SequenceInput
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
 from ramet.srt.text.tokenizer import Tokenizer
@@ -100,8 +100,8 @@ class GenerateReqInput(RequestBody):
         """Whether the client gave a list of prompts, and so gets a list of answers."""
         return isinstance(self.text, list) or (self.input_ids is not None and isinstance(self.input_ids[0], list))
 
-    def sequence_inputs(self, vocab_size: int) -> list[SequenceInput]:
-        """One for each prompt.
+    def sequence_inputs(self, limits: Limits) -> list[SequenceInput]:
+        """One for each prompt; what its parameters don't say the model's defaults do.
 
         Raises:
             RequestError: that names what is wrong.
@@ -117,7 +117,7 @@ class GenerateReqInput(RequestBody):
             SequenceInput(
                 text=prompt if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
-                sampling_params=parse_sampling_params(params, vocab_size),
+                sampling_params=parse_sampling_params(params, limits.vocab_size, limits.sampling_defaults),
                 fit_max_new_tokens=params.get("max_new_tokens") is None,
                 return_logprob=self.return_logprob,
                 logprob_start_len=self.logprob_start_len,
@@ -155,7 +155,7 @@ async def stream_request(manager: TokenizerManager, request: GenerateReqInput) -
 
 
 async def _start(manager: TokenizerManager, request: GenerateReqInput) -> Generation:
-    return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
+    return await manager.generate(request.sequence_inputs(manager.limits), request.rid)
 
 
 def _has_several(request: GenerateReqInput, generation: Generation) -> bool:

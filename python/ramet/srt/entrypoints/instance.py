@@ -23,6 +23,7 @@ from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerRea
 from ramet.srt.model_loader.seed.control import ask_rank
 from ramet.srt.modelexpress.settings import check_environment, check_installed
 from ramet.srt.observability.progress import Progress
+from ramet.srt.sampling.sampling_defaults import read_sampling_defaults
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 from ramet.srt.utils.net import format_url, is_loopback, reachable_host, split_address
@@ -65,6 +66,7 @@ class Instance:
         self.manager: TokenizerManager
         self.metrics: Metrics
         self.model_config: ModelConfig
+        self.sampling_defaults: dict[str, Any] = {}  # the model's own
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -97,6 +99,8 @@ class Instance:
             if args.tokenizer_path is None
             else resolve_tokenizer_path(args.tokenizer_path, "", None),
         )
+        if args.sampling_defaults == "model":
+            self.sampling_defaults = read_sampling_defaults(folder, self.model_config.vocab_size)
         check_parallel_sizes(
             self.model_config,
             tp_size=args.tp_size,
@@ -204,6 +208,7 @@ class Instance:
             max_req_len=self.model_config.context_len,
             has_eos=bool(self.model_config.eos_token_ids),
             grammars=args.grammar_backend != "none",
+            sampling_defaults=self.sampling_defaults,
         )
         self.metrics = Metrics(args.model_name)
         self.manager = TokenizerManager(
@@ -364,6 +369,7 @@ class Instance:
             "dtype": self.model_config.dtype,
             "context_length": self.model_config.context_len,
             "vocab_size": self.model_config.vocab_size,
+            "default_sampling_params": self.sampling_defaults,
         }
 
     def ready_line(self) -> str:

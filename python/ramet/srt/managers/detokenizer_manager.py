@@ -48,6 +48,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._streams: dict[str, TextStream] = {}
+        self._keeps_stop: set[str] = set()  # requests whose stop token's text is wanted
         # The announcement and the tokens come over different connections, so tokens may overtake it.
         self._early: OrderedDict[str, list[RequestOutput]] = OrderedDict()
 
@@ -57,6 +58,8 @@ class Detokenizer:
         self._streams[request.rid] = TextStream(
             decoder, request.stop, min_new_tokens=request.min_new_tokens, keep_stop=request.no_stop_trim
         )
+        if request.no_stop_trim:
+            self._keeps_stop.add(request.rid)
         return self.push(self._early.pop(request.rid, []))
 
     def push(self, outputs: Sequence[RequestOutput]) -> list[RequestText]:
@@ -71,9 +74,12 @@ class Detokenizer:
         return texts
 
     def _text(self, stream: TextStream, output: RequestOutput) -> RequestText:
-        text = stream.push(output.token_ids, final=output.finish_reason is not None)
+        is_cut = output.ends_in_stop_token and output.rid not in self._keeps_stop
+        token_ids = output.token_ids[:-1] if is_cut else output.token_ids
+        text = stream.push(token_ids, final=output.finish_reason is not None)
         if output.finish_reason is not None:
             del self._streams[output.rid]
+            self._keeps_stop.discard(output.rid)
             if stream.matched is not None and output.finish_reason.type == "length":
                 output.finish_reason = FinishReason(type="stop", matched=stream.matched)
         return RequestText(text=text, output=output)

@@ -109,6 +109,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     cached_tokens: int
     input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
     output_logprobs: TokenLogprobs | None = None  # of the new tokens
+    ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's
 
 
 class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
@@ -121,7 +122,7 @@ class DetokenizerRequest(msgspec.Struct, kw_only=True, tag=True):
     """Tokenizer manager to detokenizer, before the first output: how to turn this request's tokens into text."""
 
     rid: str
-    prompt_tail_ids: list[int]  # last PROMPT_TAIL_TOKENS prompt tokens, as decoding context
+    prompt_tail_ids: list[int]  # the prompt's `prompt_tail`, as decoding context
     stop: list[str]
     min_new_tokens: int = 0  # a stop string counts from the next token on
     skip_special_tokens: bool = True

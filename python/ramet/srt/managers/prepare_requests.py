@@ -3,8 +3,9 @@
 Pure functions: a long prompt or a grammar can be prepared in a thread.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -44,6 +45,7 @@ class Limits:
     max_req_len: int  # prompt plus output, in tokens
     has_eos: bool
     grammars: bool  # whether constrained output is there
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # the model's own
 
 
 def is_slow(inputs: Sequence[SequenceInput]) -> bool:

@@ -38,6 +38,7 @@ class Req:
 
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None  # None while the request goes on
+        self.ends_in_stop_token = False  # whether the last token is a stop token, whose text is no content
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache when it first ran
 
         # Output that has not been sent yet

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenizedGenerateReqInput
 from ramet.srt.managers.schedule_batch import Req
-from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
+from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream, prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
 
@@ -34,6 +34,7 @@ class OutputProcessor:
         if num_tokens >= params.min_new_tokens and (
             token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos)
         ):
+            req.ends_in_stop_token = True
             return FinishReason(type="stop", matched=token_id)
         if stop is not None:
             return FinishReason(type="stop", matched=stop)
@@ -47,9 +48,9 @@ class OutputProcessor:
         """The stop string that the newest token completed. The detokenizer decodes the same way, so that both agree."""
         if req.stop_stream is None:
             params = req.sampling_params
-            decoder = IncrementalDecoder(
-                self.get_tokenizer(), req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
-            )
+            tokenizer, skips = self.get_tokenizer(), params.skip_special_tokens
+            tail = prompt_tail(tokenizer, req.origin_input_ids, skips)
+            decoder = IncrementalDecoder(tokenizer, tail, skips)
             req.stop_stream = TextStream(decoder, params.stop, params.min_new_tokens)
         req.stop_stream.push([token_id])
         return req.stop_stream.matched
@@ -80,6 +81,7 @@ def make_output(req: Req) -> RequestOutput:
         cached_tokens=req.cached_tokens,
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
+        ends_in_stop_token=req.ends_in_stop_token,
     )
 
 

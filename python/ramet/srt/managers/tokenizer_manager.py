@@ -40,7 +40,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS
+from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ class TokenizerManager:
         params = request.sampling_params
         announcement = DetokenizerRequest(
             rid=request.rid,
-            prompt_tail_ids=request.input_ids[-PROMPT_TAIL_TOKENS:],
+            prompt_tail_ids=prompt_tail(self.tokenizer, request.input_ids, params.skip_special_tokens),
             stop=params.stop,
             min_new_tokens=params.min_new_tokens,
             skip_special_tokens=params.skip_special_tokens,

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -49,20 +50,24 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     json_schema: str | None = None
     ebnf: str | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # taken for SGLang's clients; a fast tokenizer has no such choice
     no_stop_trim: bool = False
 
 
-def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+def parse_sampling_params(
+    data: Mapping[str, Any], vocab_size: int, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> SamplingParams:
     """Sampling parameters from what a user wrote: JSON values, or their Python equals. None means not given.
 
-    `stop` may be one string, `json_schema` an object, and the keys of `logit_bias` strings.
+    What isn't given has its value in `defaults`, the model's own, or else SGLang's. `stop` may be one string,
+    `json_schema` an object, and the keys of `logit_bias` strings.
 
     Raises:
         RequestError: (a ValueError) that names the parameter and what was expected of it.
     """
     if not isinstance(data, Mapping):
         raise RequestError("sampling_params must be an object", param="sampling_params")
-    values = {name: value for name, value in data.items() if value is not None}
+    values = {**defaults, **{name: value for name, value in data.items() if value is not None}}
     unknown = [str(name) for name in values if name not in SamplingParams.__struct_fields__]
     if unknown:
         known = ", ".join(SamplingParams.__struct_fields__)

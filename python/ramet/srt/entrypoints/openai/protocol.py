@@ -39,15 +39,18 @@ class StreamOptions(RequestBody):
 
 
 class SamplingBody(RequestBody):
-    """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them."""
+    """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them.
+
+    Where None is the default of a number, the model's own default counts, and else that of /generate.
+    """
 
     model: str
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = 1
     max_tokens: TokenLimit | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     frequency_penalty: Penalty | None = 0.0
@@ -58,9 +61,9 @@ class SamplingBody(RequestBody):
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
 
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
     stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = False
