@@ -22,11 +22,18 @@ def read_tokenizer_config(folder: str) -> dict[str, Any]:
         ValueError: if a file is broken, or an entry isn't of the form that it must have; the message names both.
     """
     config = read_optional_json(folder, CONFIG)
+    _check_roles(config, os.path.join(folder, CONFIG))
+    extra = _extra(config)
     if config.get("added_tokens_decoder") is None:
-        for name, value in read_optional_json(folder, MAP).items():
-            if value is not None:
-                config[name] = _special(value)
-        config["added_tokens_decoder"] = _added_tokens(folder, config)
+        special_map = read_optional_json(folder, MAP)
+        _check_roles(special_map, os.path.join(folder, MAP))
+        late_extra = special_map.pop("additional_special_tokens", None)
+        more = special_map.pop("extra_special_tokens", None) or []
+        extra = [*extra, *_all_special(more)] if isinstance(extra, list) and isinstance(more, list) else more or extra
+        config |= {name: _all_special(value) for name, value in special_map.items() if value is not None}
+        config["added_tokens_decoder"] = _added_tokens(folder, config, extra)
+        extra = extra or late_extra or []
+    config["extra_special_tokens"] = extra
     declared = config["added_tokens_decoder"]
     if not isinstance(declared, dict):
         raise ValueError(f"{os.path.join(folder, CONFIG)}: 'added_tokens_decoder' must be an object")
@@ -34,13 +41,16 @@ def read_tokenizer_config(folder: str) -> dict[str, Any]:
         config["added_tokens_decoder"] = {_token_id(key): _token(value) for key, value in declared.items()}
     except ValueError as error:
         raise ValueError(f"{os.path.join(folder, CONFIG)}: 'added_tokens_decoder': {error}") from None
+    return config
+
+
+def _check_roles(config: dict[str, Any], file: str) -> None:
     for name in SPECIAL_TOKEN_NAMES:
-        if config.get(name) is not None:
+        if config.get(name):
             try:
                 _token(config[name])
             except ValueError as error:
-                raise ValueError(f"{os.path.join(folder, CONFIG)}: {name!r}: {error}") from None
-    return config
+                raise ValueError(f"{file}: {name!r}: {error}") from None
 
 
 def named_tokens(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -108,9 +118,10 @@ def read_optional_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _added_tokens(folder: str, config: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _added_tokens(folder: str, config: dict[str, Any], extra: Any) -> dict[int, dict[str, Any]]:
     """added_tokens.json, {content: id, …}, in the form of `added_tokens_decoder`."""
-    special = {token["content"] for token in (*named_tokens(config).values(), *extra_tokens(config))}
+    roles = [config[name] for name in SPECIAL_TOKEN_NAMES if config.get(name)]
+    special = {_token(value)["content"] for value in (*roles, *(extra if isinstance(extra, list) else ()))}
     tokens: dict[int, dict[str, Any]] = {}
     for content, token_id in read_optional_json(folder, ADDED).items():
         try:
@@ -130,11 +141,11 @@ def _extra(config: dict[str, Any]) -> Any:
     return extra
 
 
-def _special(value: Any) -> Any:
+def _all_special(value: Any) -> Any:
     """An entry of the special tokens' map: all tokens that it has are special."""
     if isinstance(value, dict) and "content" in value:
         return {**value, "special": True}
-    return [_special(one) for one in value] if isinstance(value, list) else value
+    return [_all_special(one) for one in value] if isinstance(value, list) else value
 
 
 def _token_id(value: Any) -> int:

@@ -183,6 +183,7 @@ class HeldText:
 
     def __init__(self, stops: Sequence[str], special_stops: Sequence[str]):
         self.stops = stops
+        self._plain_stops = [stop for stop in stops if stop not in special_stops]
         self._special_stops = special_stops
         self._pieces: list[Piece] = []
 
@@ -196,7 +197,7 @@ class HeldText:
         if everything or not self.stops:
             self._pieces = []
             return shown
-        place = len(shown) - held_length(shown, self.stops)
+        place = len(shown) - held_length(shown, self._plain_stops)
         num_full = 0
         if self._special_stops:
             full = "".join(piece.text for piece in self._pieces)
@@ -209,7 +210,7 @@ class HeldText:
         """The stop string that begins first, the longest if several begin there; `more` counts as if it had come."""
         pieces = [*self._pieces, *more]
         shown = _shown_text(pieces)
-        found = find_stop(shown, self.stops)
+        found = find_stop(shown, self._plain_stops)
         hits = [] if found is None else [(found[0], found[0] + len(found[1]), found[1])]
         if self._special_stops:
             found = find_stop("".join(piece.text for piece in pieces), self._special_stops)
