@@ -1,8 +1,8 @@
 """Owns the bodies of the OpenAI routes: their fields, types and ranges. What is not here is refused by name."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema, model_validator
 
 from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
 from ramet.srt.sampling.sampling_params import MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
@@ -115,16 +115,56 @@ class UserMessage(RequestBody):
     name: str | None = None
 
 
+class CalledFunction(RequestBody):
+    """A function that the model has called, with its arguments: a JSON object, as text or as it is."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(RequestBody):
+    """A call that the model has made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(RequestBody):
     """What the model has said. The empty fields are those of our own answers, which clients send back."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+            ]
+        }
+    )
+
     role: Literal["assistant"]
-    content: MessageContent
+    content: MessageContent | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs a content or tool_calls")
+        return self
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(RequestBody):
+    """What a called function has answered."""
+
+    role: Literal["tool"]
+    content: MessageContent
+    tool_call_id: str
+    name: str | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class JsonSchemaSpec(RequestBody):
@@ -171,4 +211,5 @@ class ChatCompletionRequest(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = False
     tools: Annotated[list[Any], Field(max_length=0)] | None = None  # clients send empty ones

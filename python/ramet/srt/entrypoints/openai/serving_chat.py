@@ -18,7 +18,9 @@ from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.text.tokenizer import Tokenizer
 
-TEMPLATE_OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "self"})
+TEMPLATE_OWN_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+)
 ANY_OBJECT = {"type": "object"}
 RENDER_THREADS = ThreadPoolExecutor(64, thread_name_prefix="chat template")  # they only wait for other processes
 
@@ -66,7 +68,8 @@ class ChatServing(OpenAIServing):
         if taken:
             raise RequestError(f"chat_template_kwargs can't set {sorted(taken)[0]!r}", param="chat_template_kwargs")
         messages = [_template_message(message) for message in body.messages]
-        render = functools.partial(template.render, messages, **extra)
+        continues = bool(body.continue_final_message)
+        render = functools.partial(template.render, messages, continue_final_message=continues, **extra)
         return await asyncio.get_running_loop().run_in_executor(RENDER_THREADS, render)
 
     async def _answer(self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]) -> Response:
@@ -139,12 +142,13 @@ def _chunk(
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it: its parts as one text, and "developer" by the name that templates know."""
-    content = message.content
-    if not isinstance(content, str):
-        content = "\n".join(part.text for part in content)
-    fields = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return fields if message.name is None else {**fields, "name": message.name}
+    """A message as templates expect it, with "developer" by the name that they know."""
+    fields = message.model_dump(exclude_none=True)
+    if message.role == "developer":
+        fields["role"] = "system"
+    if not fields.get("tool_calls"):
+        fields.pop("tool_calls", None)
+    return fields
 
 
 def _json_schema(body: ChatCompletionRequest) -> dict[str, Any] | None:
