@@ -139,3 +139,17 @@ def test_unusable_constraints_are_named(backend: GrammarBackend, constraint: dic
 def test_model_without_an_end_token() -> None:
     with pytest.raises(ValueError, match="end-of-sequence"):
         GrammarBackend(None, VOCAB_SIZE, [])  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    more = [f"<extra{number}>" for number in range(VOCAB_SIZE)]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"additional_special_tokens": more}))
+    tokenizer = Tokenizer.from_path(str(tmp_path))
+    assert tokenizer.vocab_size > VOCAB_SIZE
+    grammar = GrammarBackend(lambda: tokenizer, VOCAB_SIZE, [2]).compile(
+        parse_sampling_params({"regex": "ab"}, VOCAB_SIZE)
+    )
+    assert grammar is not None
+    assert grammar.accept(tokenizer.encode("a")[-1])

@@ -223,3 +223,12 @@ def test_chat_templates_by_name(folder: Path) -> None:
     template = Tokenizer.from_path(str(folder)).chat_template
     assert template is not None
     assert (template.render([]), template.render([], tools=[])) == ("file", "file tools")
+
+
+def test_older_files_that_cannot_be_read_are_one_line(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, .* can't read the older files here: .+") as caught:
+        Tokenizer.from_path(str(folder))
+    assert "\n" not in str(caught.value)

@@ -103,6 +103,12 @@ def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> N
     if not input_ids:
         raise RequestError(f"{one.param} must not be empty", param=one.param)
     if min(input_ids) < 0 or max(input_ids) >= limits.vocab_size:
+        if one.input_ids is None:
+            raise RequestError(
+                f"{one.param} has a token of the tokenizer, {max(input_ids)}, that the model with its vocabulary of "
+                f"{limits.vocab_size} tokens doesn't know",
+                param=one.param,
+            )
         raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
     if len(input_ids) >= limits.max_req_len:
         raise _too_long(one, str(len(input_ids)), limits)

@@ -104,7 +104,9 @@ class GrammarBackend:
                 from llguidance import LLTokenizer
 
                 self._ll_tokenizer = LLTokenizer(
-                    self._get_tokenizer().to_json(), n_vocab=self.vocab_size, eos_token=list(self.eos_ids)
+                    self._get_tokenizer().to_json(self.vocab_size),
+                    n_vocab=self.vocab_size,
+                    eos_token=list(self.eos_ids),
                 )
             return self._ll_tokenizer
 

@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from ramet.srt.configs.tokenizer_config import read_tokenizer_config
+from ramet.srt.errors import one_line
 from ramet.srt.text.added_tokens import add_declared_tokens, token_of_role
 from ramet.srt.text.boundaries import (
     Boundaries,
@@ -117,9 +118,14 @@ class Tokenizer:
         context = [] if self.anchor_id is None else [self.anchor_id]
         return self.decode_raw([*context, token_id])[len(self.decode_raw(context)) :].encode()
 
-    def to_json(self) -> str:
-        """The whole tokenizer in the format of tokenizer.json."""
-        return self._backend.to_str()
+    def to_json(self, vocab_size: int | None = None) -> str:
+        """The tokenizer as a tokenizer.json, without added tokens that a model of `vocab_size` can't give."""
+        text = self._backend.to_str()
+        if vocab_size is None or self.vocab_size <= vocab_size:
+            return text
+        content = json.loads(text)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+        return json.dumps(content)
 
     def special_token_id(self, name: str) -> int | None:
         """Id of "bos_token", "eos_token", …; None when the model has none."""
@@ -220,8 +226,11 @@ def _convert_with_transformers(folder: str) -> BackendTokenizer:
         raise ValueError(f"{folder} has no tokenizer.json, and transformers, which reads others, is missing") from None
     try:
         converted = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder} has no tokenizer.json, and transformers can't read it: {error}") from None
+    except Exception as error:  # noqa: BLE001 - its converters raise whatever their libraries do
+        raise ValueError(
+            f"{folder} has no tokenizer.json, which AutoTokenizer's save_pretrained writes, and transformers can't "
+            f"read the older files here: {one_line(error)}"
+        ) from None
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{folder} has no tokenizer.json, and its tokenizer has no fast form")
