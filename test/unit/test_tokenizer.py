@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
+from tokenizer_kinds import write_kind
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
@@ -232,3 +233,20 @@ def test_older_files_that_cannot_be_read_are_one_line(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer\.json, .* can't read the older files here: .+") as caught:
         Tokenizer.from_path(str(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_a_prefix_space_is_where_transformers_has_it(folder: Path, name: str, wanted: bool | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    said = {} if wanted is None else {"add_prefix_space": wanted}
+    ours = configure(folder, tokenizer_class=name, **said)
+    assert ours.encode("a ramet", False) == transformers.AutoTokenizer.from_pretrained(folder).encode("a ramet")
+
+
+def test_a_prefix_space_that_is_added_though_it_is_not_wanted_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind, number in (("unigram", 1), ("sentencepiece", 2), ("byte_level", 2)):
+        Tokenizer.from_path(str(write_kind(tmp_path, kind, add_prefix_space=False)))
+        assert len(caplog.messages) == number

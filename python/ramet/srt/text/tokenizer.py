@@ -24,6 +24,7 @@ from ramet.srt.text.boundaries import (
 from ramet.srt.text.chat_template import ChatTemplate
 from ramet.srt.text.chat_template_files import read_chat_template
 from ramet.srt.text.clean_up import clean_up
+from ramet.srt.text.prefix_space import apply_prefix_space
 
 # They treat each token by itself, or are asked where a text may be cut (boundaries.py).
 KNOWN_DECODERS = frozenset(
@@ -41,6 +42,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
         self.special_tokens = token_of_role(config)
         add_declared_tokens(backend, config)
+        apply_prefix_space(backend, config)
         self.chat_template = chat_template
         self._add_bos = config.get("add_bos_token")
         self._add_eos = config.get("add_eos_token")
