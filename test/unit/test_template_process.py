@@ -94,3 +94,12 @@ def test_a_syntax_error_has_its_line() -> None:
     with pytest.raises(TemplateFailed) as caught:
         render_template("a\n{% for %}", None)
     assert caught.value.line == 2
+
+
+def test_a_process_that_somebody_ends_is_replaced(short_limits: None) -> None:
+    assert render("one") == "one"
+    (process,) = template_process._small._processes
+    assert process._process is not None
+    process._process.kill()
+    process._process.wait()
+    assert render("two") == "two"

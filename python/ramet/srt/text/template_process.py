@@ -62,7 +62,8 @@ class _Process:
         self._known: dict[str, int] = {}  # templates that the process has
 
     def render(self, source: str, request: bytes) -> str:
-        if len(self._known) >= MAX_TEMPLATES:
+        has_ended = self._process is not None and self._process.poll() is not None
+        if has_ended or len(self._known) >= MAX_TEMPLATES:
             self.end()
         channel = self._socket or self._start()
         number = self._known.get(source)
