@@ -25,6 +25,9 @@ class Envs:
     MOONCAKE_DEVICE = EnvStr("MOONCAKE_DEVICE", "")
     # Where /start_profile lets the ranks write their traces when it names no folder.
     RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "/tmp")
+    # "1" lets calls to a metadata server go by the proxy that http_proxy, https_proxy or grpc_proxy names. Otherwise
+    # nothing between instances does: proxies are for the hub.
+    RAMET_FABRIC_PROXY = EnvStr("RAMET_FABRIC_PROXY", "")
 
 
 envs = Envs()

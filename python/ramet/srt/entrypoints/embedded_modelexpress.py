@@ -29,25 +29,34 @@ def start_embedded_server(
     port = embedded_port(config.url)
     assert port is not None, "checked with the configuration"
     url = format_address(head_host, port)
-    if not is_head or (port and answers(url)):
+    if not is_head or (port and probe(url) is None):
         logger.info("using the ModelExpress server at %s", url)
         return None, url
     server = ModelExpressServer(ServerOptions(host=host, port=port, metrics_port=port + 1 if port else 0))
     try:
         server.start()
     except ValueError as error:
-        raise ValueError(f"the embedded ModelExpress server can't start: {error}") from None
+        if not port:
+            raise ValueError(f"the embedded ModelExpress server can't start: {error}") from None
+        answer = probe(url)  # another instance may have started one in this moment
+        if answer is None:
+            logger.info("using the ModelExpress server at %s", url)
+            return None, url
+        raise ValueError(
+            f"the embedded ModelExpress server can't start: {error}; and no ModelExpress server that this instance "
+            f"could use answers at {url}: {answer}"
+        ) from None
     _, port = split_address(server.address, "--port")
     logger.info("embedded ModelExpress server at %s; the fleet is shown at %s", server.address, server.http_url)
     return server, format_address(head_host, port)
 
 
-def answers(url: str) -> bool:
-    """Whether a metadata server is there already."""
+def probe(url: str) -> str | None:
+    """None if a metadata server is there already; else what came of asking."""
     with ModelExpressClient(url, timeout_s=PROBE_TIMEOUT_S) as client:
         try:
             client.list_sources(model_name="")
         except ModelExpressError as error:
             logger.debug("no ModelExpress server yet: %s", error)
-            return False
-    return True
+            return f"{error.code}: {error.details}"
+    return None
