@@ -1,11 +1,13 @@
 """From a model's name to a folder, and the console script."""
 
+import json
 from pathlib import Path
 
 import pytest
 import ramet
 from ramet import cli
-from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.hub import canonical_model_name, resolve_model_path, resolve_tokenizer_path
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -20,6 +22,32 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(path: str, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **options: pytest.fail("asked the hub"))
     with pytest.raises(ValueError, match="does not exist"):
         resolve_model_path(path)
+
+
+def weights_name(path: str, **express: str) -> str:
+    return ServerArgs(model_path=path, modelexpress_config=json.dumps({"source": True, **express})).weights_name
+
+
+def test_all_spellings_of_a_folder_are_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m" / "x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "m" / "x")
+    monkeypatch.chdir(tmp_path)
+    whole = str((tmp_path / "m" / "x").resolve())
+    spellings = ["m/x", "m/x/", "./m/x", "m//x", "m/../m/x", "link", "./link/", whole, whole + "/"]
+    assert {weights_name(path) for path in spellings} == {whole}
+    assert {weights_name("org/y", model_name=path) for path in ["./m/x", "m/x/", whole + "/", "./link"]} == {whole}
+    assert weights_name("org/y", model_name="m/x") == "m/x", "a given name that may be the hub's stays"
+    assert weights_name("Org/Model") == "Org/Model"
+
+
+def test_a_snapshot_in_the_hubs_cache_goes_by_the_hubs_name(tmp_path: Path) -> None:
+    for repository, name in (("models--org--Model-1.5", "org/Model-1.5"), ("models--gpt2", "gpt2")):
+        snapshot = tmp_path / "hub" / repository / "snapshots" / ("0a" * 20)
+        snapshot.mkdir(parents=True)
+        assert canonical_model_name(str(snapshot)) == canonical_model_name(f"{snapshot}/") == name
+    other = tmp_path / "models--org--m" / "snapshots" / "main"
+    other.mkdir(parents=True)
+    assert canonical_model_name(str(other)) == str(other.resolve()), "not a snapshot as the hub's cache names them"
 
 
 @pytest.mark.parametrize("weights", [False, True])

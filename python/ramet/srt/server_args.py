@@ -17,6 +17,7 @@ from ramet.srt.configs.modelexpress_config import (
 )
 from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
 from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
@@ -492,9 +493,10 @@ class ServerArgs:
 
     @property
     def weights_name(self) -> str:
-        """The model's name among instances that share its weights."""
+        """The model's name among instances that share its weights: the same for all spellings of a folder."""
         given = self.modelexpress.model_name if self.modelexpress is not None else None
-        return given or self.model_name
+        name = given or self.served_model_name
+        return canonical_given_name(name) if name else canonical_model_name(self.model_path)
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""

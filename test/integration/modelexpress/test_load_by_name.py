@@ -1,6 +1,7 @@
 """Weights of one rank through a metadata server: which sources are tried, what is checked, what follows a failure."""
 
 import logging
+import re
 import socket
 import statistics
 import threading
@@ -168,6 +169,22 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     assert "loading from disk instead" in caplog.text and other.holds({"fill": 9})
     assert other.claim is not None and other.claim.held
     other.release_claim()
+
+
+def test_why_files_are_read_though_there_are_seeds_is_said(client, seed, tmp_path, caplog):
+    """Weights that may be the same under another name, or another revision: whoever reads the log can mend it."""
+    caplog.set_level(logging.INFO)
+    write_files(client, tmp_path)
+    for name, revision in (("/models/toy", ""), ("org/Other", ""), ("toy", "abc")):
+        other = LoadingClient(client.load_config.modelexpress_url, {"fields": {"revision": revision}},
+                              modelexpress_model_name=name)  # fmt: skip
+        other.publish(seed.port)
+    reader = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
+    assert reader.load(tmp_path).source == "checkpoint"
+    reader.release_claim()
+    assert "some of 'toy' with revision 'abc' (here 'none')" in caplog.text
+    assert "some named '/models/toy', where this instance has 'toy'" in caplog.text
+    assert not re.search("some named[^;]*Other", caplog.text), "names that are alike come first, or alone"
 
 
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.discovery import (
     POLL_S,
+    describe_others,
     drop_dead,
     fetch_source,
     find_other_topologies,
@@ -171,6 +172,7 @@ class SeedSearch:
                 )
                 if not outcome.sources:
                     self.reason = outcome.reason
+                    self._say_what_else_is_there()
                     break
         except ModelExpressError as error:
             self.reason = str(error)
@@ -178,6 +180,17 @@ class SeedSearch:
             self._board.announce(SURRENDER_KEY, self.reason or "no source could give its weights")
         else:
             self._announce(f"{FILES} {self.reason}")
+
+    def _say_what_else_is_there(self) -> None:
+        """Before files are read: whether the server lists weights that a user may have meant, and why not these."""
+        others = describe_others(self.client, self.identity)
+        if others:
+            logger.info(
+                "rank %d: the ModelExpress server %s lists no ready weights that are surely these; it has %s",
+                self._manifest.parallel.world_rank,
+                self.client.address,
+                others,
+            )
 
     def _wait_s(self) -> float:
         """How long to wait for a source. Ranks that have begun must not wait for each other's record."""
