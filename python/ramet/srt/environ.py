@@ -28,6 +28,8 @@ class Envs:
     # "1" lets calls to a metadata server go by the proxy that http_proxy, https_proxy or grpc_proxy names. Otherwise
     # nothing between instances does: proxies are for the hub.
     RAMET_FABRIC_PROXY = EnvStr("RAMET_FABRIC_PROXY", "")
+    # Where digests of checkpoints are kept; empty: ramet/digests in $XDG_CACHE_HOME, or in ~/.cache.
+    RAMET_DIGEST_DIR = EnvStr("RAMET_DIGEST_DIR", "")
 
 
 envs = Envs()
