@@ -19,6 +19,7 @@ from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
 from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
+from ramet.srt.weights.content_digest import parse_digest
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -217,6 +218,11 @@ class ServerArgs:
         "source (true: load from files and be a seed), wait_timeout in seconds, and model_name, tp_size, pp_size, "
         "ep_size, dtype, quantization where they are not the engine's own.",
     )
+    weights_digest: str | None = flag(
+        None,
+        "Digest that the weights must have, whoever gives them, as ramet digest prints it; or files, for the digest of "
+        "this instance's own files. Weights that differ from it in one byte are not served.",
+    )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
         "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again; "
@@ -273,6 +279,10 @@ class ServerArgs:
     def _validate_files(self) -> None:
         if not self.model_path:
             raise ValueError("--model-path must not be empty")
+        if self.weights_digest is not None and self.load_format == "dummy":
+            raise ValueError("--weights-digest and --load-format dummy contradict each other")
+        if self.weights_digest not in (None, "files"):
+            parse_digest(str(self.weights_digest), "--weights-digest")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
 
@@ -553,6 +563,7 @@ class ServerArgs:
             host=self.host,
             ssl_ca_certs=self.ssl_ca_certs,
             api_keys=tuple(key for key in keys if key is not None),
+            weights_digest=self.weights_digest.lower() if self.weights_digest else None,
             model_path=self.model_path,
             revision=self.revision,
             **names,

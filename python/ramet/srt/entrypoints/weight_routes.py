@@ -11,12 +11,21 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.weights.control_messages import (
+    DigestTableOutput,
+    DigestTableReq,
     InitSendGroupReq,
     SendWeightsReq,
     WeightChecksumsOutput,
     WeightChecksumsReq,
 )
-from ramet.srt.weights.registration import ChecksumsRequest, InitSendGroupAnswer, InitSendGroupBody, SendWeightsBody
+from ramet.srt.weights.registration import (
+    ChecksumsRequest,
+    DigestTableAnswer,
+    DigestTableRequest,
+    InitSendGroupAnswer,
+    InitSendGroupBody,
+    SendWeightsBody,
+)
 
 CHECKSUMS_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 3600.0  # the ranks have shorter ones for each step
@@ -44,6 +53,19 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
         assert isinstance(reply, WeightChecksumsOutput)
         return json_response({"algorithm": reply.algorithm, "checksums": reply.checksums})
+
+    @router.post("/remote_instance_weights_digest")
+    async def remote_instance_weights_digest(request: Request) -> Response:
+        """A part of the table of hashes behind the digest of the weights, for a client that insists on a digest.
+
+        The body is {"rank": R, "first": index of a tensor}, the answer {"num_tensors", "tensors": base64}.
+        """
+        body = _decode(await request.body(), DigestTableRequest)
+        question = DigestTableReq(first=body.first)
+        reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+        assert isinstance(reply, DigestTableOutput)
+        answer = DigestTableAnswer(num_tensors=reply.num_tensors, tensors=reply.tensors)
+        return json_response(msgspec.to_builtins(answer))
 
     @router.post("/init_weights_send_group_for_remote_instance")
     async def init_weights_send_group_for_remote_instance(request: Request) -> Response:

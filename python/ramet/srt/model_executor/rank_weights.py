@@ -146,7 +146,11 @@ class OfferedWeights:
 
         weights = self.loaded.weights
         facts = make_instance_facts(
-            weights.context.instance_url, weights.context.started_at, weights.manifest, self.report
+            weights.context.instance_url,
+            weights.context.started_at,
+            weights.manifest,
+            self.report,
+            weights.arena.content_digest_text,
         )
         publication = Publication(
             weights.config.load,

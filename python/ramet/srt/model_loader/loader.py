@@ -42,7 +42,7 @@ def get_model_loader(config: LoadConfig, make_finder: FinderMaker | None = None)
         make_finder: makes who finds seeds, where they are not at the addresses in `config`.
     """
     if config.load_format in ("auto", "safetensors"):
-        return DefaultModelLoader()
+        return DefaultModelLoader(config.weights_digest)
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
     if config.load_format == "remote_instance":

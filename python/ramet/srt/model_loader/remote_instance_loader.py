@@ -11,6 +11,7 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
 from ramet.srt.model_loader.client.attempt import Attempt
+from ramet.srt.model_loader.client.digest_check import DigestCheck
 from ramet.srt.model_loader.client.seed_finder import FinderMaker, SeedFinder
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.utils.hub import resolve_model_path
@@ -51,9 +52,10 @@ class RemoteInstanceModelLoader:
         rank = arena.manifest.parallel.world_rank
         errors: list[WeightTransferError] = []
         attempt: Attempt | None = None
+        digest = DigestCheck(self._config, model_path, rank)
         for candidate in finder.candidates():
             try:
-                attempt = Attempt(finder.open(candidate), arena, self._config)
+                attempt = Attempt(finder.open(candidate), arena, self._config, digest)
                 return attempt.run(model_path)
             except WeightTransferError as error:
                 finder.give_up(candidate, error)
@@ -95,4 +97,4 @@ class RemoteInstanceModelLoader:
         return resolve_model_path(self._config.model_path or model_path, self._config.revision)
 
     def _read_all(self, arena: WeightArena, folder: str) -> LoadReport:
-        return DefaultModelLoader().load_weights(arena.manifest, arena, folder).report
+        return DefaultModelLoader(self._config.weights_digest).load_weights(arena.manifest, arena, folder).report

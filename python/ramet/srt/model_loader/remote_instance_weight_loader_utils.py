@@ -9,11 +9,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from ramet.srt.utils.net import SeedAddress
+from ramet.srt.weights.content_digest import MAX_TENSORS, TensorDigest, decode_tensors
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
     MAX_REGISTRATION_BYTES,
     ChecksumsAnswer,
     ChecksumsRequest,
+    DigestTableAnswer,
+    DigestTableRequest,
     SeedAnswer,
     SeedRegistration,
     parse_answer,
@@ -46,6 +49,7 @@ class SeedServer:
 # The second is upstream's name for the first, and the only one that an upstream seed knows.
 SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
 CHECKSUMS_PATH = "/remote_instance_weight_checksums"
+DIGEST_PATH = "/remote_instance_weights_digest"
 INIT_SEND_GROUP_PATH = "/init_weights_send_group_for_remote_instance"
 SEND_WEIGHTS_PATH = "/send_weights_to_remote_instance"
 POLL_PERIOD_S = 0.25
@@ -186,6 +190,38 @@ def fetch_checksums(server: SeedServer, request: ChecksumsRequest, timeout_s: fl
     except (OSError, ValueError) as error:
         raise WeightTransferError("verify", request.rank, server.name, error) from error
     return answer
+
+
+def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: float) -> list[TensorDigest]:
+    """The table of hashes behind a seed's digest, in parts; as the seed tells it, so it proves nothing by itself.
+
+    Args:
+        rank: of the seed.
+        timeout_s: for all of it.
+
+    Raises:
+        WeightTransferError: if it has none, or did not come whole within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    tensors: list[TensorDigest] = []
+    try:
+        while True:
+            request = DigestTableRequest(rank=rank, role=role, first=len(tensors))
+            status, body = post_to_seed(server, DIGEST_PATH, request, max(0.001, deadline - time.monotonic()))
+            if status != 200:
+                raise ValueError(f"it answers HTTP {status} to {DIGEST_PATH}: {_excerpt(body)}")
+            answer = msgspec.json.decode(body, type=DigestTableAnswer)
+            if not 0 < answer.num_tensors <= MAX_TENSORS:
+                raise ValueError("it has no table of hashes for the digest of its weights (ramet digest on its "
+                                 "files, or --weights-digest, makes one)")  # fmt: skip
+            part = decode_tensors(answer.tensors)
+            tensors += part
+            if len(tensors) >= answer.num_tensors:
+                return tensors
+            if not part:
+                raise ValueError(f"it has sent {len(tensors)} of {answer.num_tensors} tensors' hashes")
+    except (OSError, ValueError) as error:
+        raise WeightTransferError("verify", rank, server.name, error) from error
 
 
 def post_to_seed(server: SeedServer, path: str, body: msgspec.Struct, timeout_s: float) -> tuple[int, bytes]:

@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -24,6 +25,7 @@ PREFIX = b"ramet-weights-1\n"
 PIECE_BYTES = 16  # of a band's hash
 SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # of tensor parallelism
 VOCAB_PADDING = 64  # rows; tables are padded to a multiple of it before they are cut
+MAX_PART_BYTES = 8 << 20  # of one answer
 MAX_TENSORS = 1_000_000
 MAX_BANDS = 1 << 24  # of one tensor
 
@@ -132,6 +134,22 @@ def parse_digest(text: str, what: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
         raise ValueError(f"{what} must be 64 hex digits, as ramet digest prints them; got {text[:100]!r}")
     return text.lower()
+
+
+def part_of_table(table: DigestTable | None, first: int) -> dict[str, Any]:
+    """What is handed on of a table in one answer: tensors from an index on, in the order of their names."""
+    if table is None:
+        return {"num_tensors": 0, "tensors": b""}
+    names = sorted(table.tensors)
+    part: list[TensorDigest] = []
+    nbytes = 0
+    for name in names[max(0, first) :]:
+        tensor = table.tensors[name]
+        nbytes += len(name) + len(tensor.rows) + len(tensor.columns)
+        if part and nbytes > MAX_PART_BYTES:
+            break
+        part.append(tensor)
+    return {"num_tensors": len(names), "tensors": encode_tensors(part)}
 
 
 def encode_tensors(tensors: Sequence[TensorDigest]) -> bytes:

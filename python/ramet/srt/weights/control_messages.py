@@ -73,5 +73,27 @@ class InstanceStateOutput(msgspec.Struct, kw_only=True, tag=True):
     """A rank to the main process: it has noted the state of the instance, and told others if it could."""
 
 
-WeightRequest = WeightChecksumsReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
-WeightReply = WeightChecksumsOutput | InitSendGroupOutput | SendWeightsOutput | InstanceStateOutput | WeightControlError
+class DigestTableReq(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to a rank: a part of the table of hashes behind the digest of its weights."""
+
+    first: int
+
+
+class DigestTableOutput(msgspec.Struct, kw_only=True, tag=True):
+    """A rank to the main process."""
+
+    num_tensors: int
+    tensors: bytes
+
+
+WeightRequest = (
+    WeightChecksumsReq | DigestTableReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
+)
+WeightReply = (
+    WeightChecksumsOutput
+    | DigestTableOutput
+    | InitSendGroupOutput
+    | SendWeightsOutput
+    | InstanceStateOutput
+    | WeightControlError
+)

@@ -42,6 +42,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
     started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
+    weights_digest: str = ""  # of the checkpoint that the weights are from, where the instance knows it
     control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
@@ -61,6 +62,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     arena_address: int | None = None
     local_handle: LocalHandle | None = None
     started_at: float = 0.0
+    weights_digest: str = ""  # what it says proves nothing: a client compares what it has received
 
     @property
     def session_id(self) -> str:
@@ -84,6 +86,21 @@ class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     algorithm: str
     checksums: list[str]
+
+
+class DigestTableRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /remote_instance_weights_digest on the engine's own HTTP port."""
+
+    rank: int
+    role: str = "target"
+    first: int = 0  # index of a tensor
+
+
+class DigestTableAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: a part of the table of hashes behind the seed's digest."""
+
+    num_tensors: int  # of the whole table; 0 if the seed has none
+    tensors: bytes = b""  # from the first one that was asked for on, as content_digest.encode_tensors has them
 
 
 class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -149,6 +166,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
         arena_address=registration.arena_address,
         local_handle=registration.local_handle,
         started_at=registration.started_at,
+        weights_digest=registration.weights_digest,
     )
     return msgspec.json.encode(answer)
 

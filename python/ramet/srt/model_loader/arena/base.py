@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ramet.srt.weights.boxes import ByteRange
+from ramet.srt.weights.content_digest import DigestTable
 from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest, dtype_name
 
 if TYPE_CHECKING:
@@ -47,7 +48,13 @@ class WeightArena(ABC):
     def __init__(self, manifest: WeightManifest) -> None:
         self.manifest = manifest
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
+        self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
         self.is_published = False
+
+    @property
+    def content_digest_text(self) -> str:
+        """The digest of the checkpoint that it was filled from; "" where that is not known."""
+        return "" if self.content_digest is None else self.content_digest.digest
 
     def bind(self, model: "torch.nn.Module") -> None:
         """Make every parameter of the model a view into the arena; tied ones stay one object.

@@ -22,6 +22,8 @@ from ramet.srt.weights.content_digest import DigestTable, TensorDigest, build_ta
 
 logger = logging.getLogger(__name__)
 
+FILES = "files"  # in place of a digest: that of the own files
+
 
 class FileStamp(msgspec.Struct, frozen=True, array_like=True):
     """What tells that a file is still the one that was read."""
@@ -73,6 +75,24 @@ def load_table(folder: str) -> DigestTable:
         return table
     with _alone(_store_path(folder)):
         return find_table(folder) or compute_table(folder)
+
+
+def required_table(folder: str, digest: str | None) -> DigestTable | None:
+    """The table of files that are about to be read.
+
+    Args:
+        digest: 64 hex digits that they must have, or "files" for whatever they have. None: the table is not needed,
+            and only taken if it is stored.
+
+    Raises:
+        ValueError: if they have another digest, or can't be read.
+    """
+    if digest is None:
+        return find_table(folder)
+    table = load_table(folder)
+    if digest not in (FILES, table.digest):
+        raise ValueError(f"the weights in {folder} have the digest {table.digest}, not {digest} (--weights-digest)")
+    return table
 
 
 def compute_table(folder: str, on_bytes: Callable[[int], None] = lambda _nbytes: None) -> DigestTable:

@@ -13,7 +13,7 @@ from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_experts
-from ramet.srt.weights.copy_op import CopyOp, split_op
+from ramet.srt.weights.copy_op import CopyOp, random_part, split_op
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.planner import TensorSource, TransferPlan, plan, whole_tensor, zero_ranges
@@ -21,6 +21,8 @@ from ramet.srt.weights.planner import TensorSource, TransferPlan, plan, whole_te
 logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
+MIN_SAMPLED_BYTES = 64 << 10  # one sample stands for at least so many bytes
+MAX_SAMPLES = 4096  # and a few more, where operations are short
 
 # Tables that older checkpoints carry although every engine computes them, and the copy of the embedding that some
 # checkpoints carry for a tied head: a model that needs its own lm_head has a box for it.
@@ -102,12 +104,16 @@ class CheckpointSource:
                 fill_quantized(self._quantize_jobs, fds, arena)
 
     def find_difference(self, arena: WeightArena) -> str | None:
-        """A tensor whose content in the arena is not that of the files, going by a few kilobytes of each operation.
+        """A tensor whose content in the arena is not that of the files, going by a few thousand samples.
+
+        They are spread evenly and lie at random, so that nobody can know beforehand which bytes are not looked at.
 
         Raises:
             ValueError: if the files don't have the arena's tensors, or can't be read.
         """
-        samples = [next(split_op(op, SAMPLE_BYTES)) for op in self.plan(arena.manifest).ops]
+        transfer_plan = self.plan(arena.manifest)
+        grain = max(MIN_SAMPLED_BYTES, transfer_plan.nbytes // MAX_SAMPLES)
+        samples = [random_part(part, SAMPLE_BYTES) for op in transfer_plan.ops for part in split_op(op, grain)]
         # As large as the arena, but memory is only taken where a sample is written.
         with mmap.mmap(-1, arena.nbytes) as scratch, memoryview(scratch) as memory:
             with self._open_files() as fds:

@@ -16,7 +16,10 @@ from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils.net import host_identity, reachable_host
+from ramet.srt.weights.content_digest import part_of_table
 from ramet.srt.weights.control_messages import (
+    DigestTableOutput,
+    DigestTableReq,
     InitSendGroupReq,
     InstanceReady,
     InstanceStateOutput,
@@ -101,6 +104,7 @@ class WeightSeed:
             arena_address=arena.address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
             started_at=started_at,
+            weights_digest=arena.content_digest_text,
             control=control.address,
         )
         logger.info(
@@ -154,6 +158,8 @@ class SeedRequests:
             return InstanceStateOutput()
         if isinstance(request, InitSendGroupReq):
             return self._send_groups().init(request)
+        if isinstance(request, DigestTableReq):
+            return DigestTableOutput(**part_of_table(self._arena.content_digest, request.first))
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
         checksums = self._checksums.compute(request.regions)
