@@ -21,6 +21,7 @@ from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstr
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.utils.key_proof import is_proof
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
 DEFAULTS: dict[str, Any] = {
@@ -88,7 +89,7 @@ def serve(config: dict[str, Any]) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            if config["api_key"] and self.headers["Authorization"] != f"Bearer {config['api_key']}":
+            if config["api_key"] and not self._has_key(config["api_key"]):
                 status, body = 401, b"{}"
             elif config["is_loading"]:
                 status, body = 503, b"{}"
@@ -103,6 +104,11 @@ def serve(config: dict[str, Any]) -> None:
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
+
+        def _has_key(self, key: str) -> bool:
+            given = self.headers["Authorization"] or ""
+            authority = f"127.0.0.1:{self.server.server_address[1]}"
+            return given == f"Bearer {key}" or is_proof(given, key, self.command, [authority], self.path)
 
         def log_message(self, *args: object) -> None:
             pass

@@ -18,7 +18,16 @@ from ramet.srt.configs.modelexpress_config import (
 from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
-from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
+from ramet.srt.utils.net import (
+    SeedAddress,
+    format_address,
+    format_url,
+    host_from_here,
+    is_loopback,
+    local_address,
+    reachable_host,
+    split_address,
+)
 from ramet.srt.weights.content_digest import parse_digest
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
@@ -507,6 +516,12 @@ class ServerArgs:
         given = self.modelexpress.model_name if self.modelexpress is not None else None
         name = given or self.served_model_name
         return canonical_given_name(name) if name else canonical_model_name(self.model_path)
+
+    @property
+    def authorities(self) -> set[str]:
+        """host:port by which other instances may reach the HTTP server."""
+        hosts = {host_from_here(self.host), reachable_host(self.host), self.head_host}
+        return {format_address(host, self.port) for host in hosts}
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""

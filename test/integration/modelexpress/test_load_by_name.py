@@ -6,6 +6,7 @@ import socket
 import statistics
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -142,6 +143,33 @@ def test_a_seed_is_shown_every_key_and_one_that_has_others_is_named(client):
                 stranger.load()
         friend = LoadingClient(client.load_config.modelexpress_url, api_keys=("user", "admin"))
         assert friend.load().taken_from == (worker_id,)
+
+
+def test_a_stranger_who_publishes_a_record_does_not_learn_a_key(client):
+    """Whoever listens behind a record's URL, asks for a key, and sends on to elsewhere."""
+    heard = []
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(str(self.headers))
+            self.send_response(401 if len(heard) % 2 else 307)
+            self.send_header("WWW-Authenticate", "Bearer")
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        for _ in range(2):
+            client.publish(stranger.server_address[1])
+            victim = LoadingClient(client.load_config.modelexpress_url, api_keys=("s3cret", "adm1n"))
+            with pytest.raises(WeightTransferError):
+                victim.load()
+        stranger.shutdown()
+    assert heard and "Ramet-Proof" in heard[0]
+    assert not [text for text in heard if "s3cret" in text or "adm1n" in text or "Bearer" in text]
 
 
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):

@@ -130,7 +130,11 @@ def create_app(instance: Instance) -> FastAPI:
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
     app.add_middleware(
-        AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
+        AccessMiddleware,
+        api_key=args.api_key,
+        admin_api_key=args.admin_api_key,
+        refusal=instance.refusal,
+        authorities=args.authorities,
     )
     return app
 

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.key_proof import make_proof
+from ramet.srt.utils.net import SeedAddress, format_address
 from ramet.srt.weights.content_digest import MAX_TENSORS, TensorDigest, decode_tensors
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
@@ -40,6 +41,14 @@ class SeedServer:
     address: SeedAddress
     api_keys: Sequence[str] = ()  # tried in this order, if the seed wants one
     ca_certs: str | None = None  # see http_request
+    shows_keys: bool = True  # False: who is there may be a stranger, who only gets a proof that one has them
+
+    def authorization(self, key: str | None, method: str, target: str) -> dict[str, str]:
+        """The header with a key, or with a proof of it for this request alone."""
+        if key is None or self.shows_keys:
+            return _authorization(key)
+        authority = format_address(self.address.host, self.address.port)
+        return {"Authorization": make_proof(key, method, authority, target)}
 
     @property
     def name(self) -> str:
@@ -243,7 +252,8 @@ def _request(
             timeout_s=max(0.001, deadline - time.monotonic()),
             max_nbytes=MAX_REGISTRATION_BYTES,
             body=body,
-            headers=({} if body is None else {"Content-Type": "application/json"}) | _authorization(key),
+            headers=({} if body is None else {"Content-Type": "application/json"})
+            | server.authorization(key, method, path),
             ca_certs=server.ca_certs,
         )
         if status != 401:

@@ -1,16 +1,26 @@
 """Owns who may call what, and when: bearer keys, the readiness of the instance, the size of a body. Plain ASGI."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_errors import error_response
+from ramet.srt.utils.key_proof import is_proof
 
 MAX_BODY_BYTES = 64 << 20
 HEALTH_PATHS = frozenset({"/health", "/health_generate"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
+
+
+# What instances ask each other for their weights.
+WEIGHT_PATHS = (
+    "/remote_instance_",
+    "/get_remote_instance_",
+    "/init_weights_send_group_for_remote_instance",
+    "/send_weights_to_remote_instance",
+)
 
 
 class AccessMiddleware:
@@ -20,9 +30,19 @@ class AccessMiddleware:
         api_key: needed for every path but the health checks; None: nothing is needed.
         admin_api_key: needed for ADMIN_PATHS, and good for all others; None: `api_key` takes its place.
         refusal: says why nothing can be answered now, or None.
+        authorities: host:port by which other instances reach this one: a proof of the key that is made for one of
+            them is as good as the key where weights are asked for (utils/key_proof.py).
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, refusal: Callable[[], str | None]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        admin_api_key: str | None,
+        refusal: Callable[[], str | None],
+        authorities: Collection[str] = (),
+    ):
+        self._authorities = authorities
         self._app = app
         self._api_key = api_key
         self._admin_api_key = admin_api_key
@@ -40,7 +60,8 @@ class AccessMiddleware:
         """The answer to a request that goes no further. Notes in `scope` whether an administrator asks."""
         headers = Headers(scope=scope)
         scope["is_admin"] = self._is_admin(headers)
-        if not self._may_call(scope["path"], headers, scope["is_admin"]):
+        may_call = self._may_call(scope["path"], headers, scope["is_admin"])
+        if not may_call and not self._has_proof(scope, headers):
             return error_response(
                 401,
                 "the Authorization header must be 'Bearer' and a valid key",
@@ -59,6 +80,19 @@ class AccessMiddleware:
         """Whether the call has the strongest key there is; without any keys everybody has."""
         key = self._admin_api_key or self._api_key
         return key is None or has_key(headers, key)
+
+    def _has_proof(self, scope: Scope, headers: Headers) -> bool:
+        """Whether another instance asks for weights, and has the key without showing it."""
+        if not scope["path"].startswith(WEIGHT_PATHS):
+            return False
+        query = scope["query_string"].decode("latin-1")
+        target = scope["path"] + (f"?{query}" if query else "")
+        authorization = headers.get("authorization", "")
+        return any(
+            is_proof(authorization, key, scope["method"], self._authorities, target)
+            for key in (self._api_key, self._admin_api_key)
+            if key is not None
+        )
 
     def _may_call(self, path: str, headers: Headers, is_admin: bool) -> bool:
         if is_admin:

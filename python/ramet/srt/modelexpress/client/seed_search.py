@@ -144,7 +144,8 @@ class SeedSearch:
         except ValueError as error:
             raise self._error(candidate, error) from error
         timeout_s = min(self._config.timeout_s, ANSWER_TIMEOUT_S)
-        config = dataclasses.replace(self._config, timeout_s=timeout_s)
+        # Whoever may publish a record decides who is asked here: nobody's key must be had for that.
+        config = dataclasses.replace(self._config, timeout_s=timeout_s, shows_keys=False)
         seed = SeedInstance(address.seed, config, self._manifest, ready_rank=address.rank)
         seed.find_ranks()
         return seed
