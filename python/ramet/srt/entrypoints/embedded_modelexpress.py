@@ -1,6 +1,7 @@
 """Owns the metadata server that a first instance runs in its own head process, for a fleet on one machine."""
 
 import logging
+import os
 
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, embedded_port
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
@@ -32,7 +33,9 @@ def start_embedded_server(
     if not is_head or (port and probe(url) is None):
         logger.info("using the ModelExpress server at %s", url)
         return None, url
-    server = ModelExpressServer(ServerOptions(host=host, port=port, metrics_port=port + 1 if port else 0))
+    token_file = os.environ.get("MX_AUTH_TOKEN_PATH")  # that its clients send: so it asks for it
+    options = ServerOptions(host=host, port=port, metrics_port=port + 1 if port else 0, auth_token_file=token_file)
+    server = ModelExpressServer(options)
     try:
         server.start()
     except ValueError as error:

@@ -24,6 +24,7 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, make_instance_facts, read_facts
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.utils.hub import has_weights
+from ramet.srt.utils.printable import printable
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 
@@ -46,7 +47,8 @@ class Candidate:
     @property
     def name(self) -> str:
         facts = read_facts(self.refs[0].topology)
-        return facts.instance if facts is not None and facts.instance else f"worker {self.refs[0].worker_id}"
+        named = facts is not None and facts.instance
+        return printable(str(named) if named else f"worker {self.refs[0].worker_id}")
 
 
 class SeedSearch:
