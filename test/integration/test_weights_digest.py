@@ -195,6 +195,7 @@ def test_a_poisoned_replica_is_passed_over_by_who_has_the_files(
         alone = LoadingClient(server.address, fallback="disk", local_mode=local_mode)
         report = alone.load(tmp_path)
         alone.release_claim()
+        assert alone.arena.checksums is None, "of the poisoned one: nobody could take these weights by them"
     assert report.source == "checkpoint" and alone.holds()
     assert "it has other weights" in report.fallback_reason
 

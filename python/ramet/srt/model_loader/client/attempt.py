@@ -46,7 +46,7 @@ class Attempt:
             MemoryError: if the weights don't fit into memory.
         """
         start = time.perf_counter()
-        self._arena.content_digest = None
+        self._arena.checksums = self._arena.content_digest = None  # of what another attempt has left
         fitting = self._digest.prepare(self._seeds.instances)
         self._seeds = dataclasses.replace(self._seeds, instances=fitting)
         report = self._map() or self._transfer()
