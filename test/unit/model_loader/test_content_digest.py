@@ -14,6 +14,7 @@ import torch
 import toy_model as toy
 from ramet.srt.model_loader.checkpoint import digest_store
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table, find_table, load_table
+from ramet.srt.model_loader.client import band_check
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.weights.content_digest import build_table, column_bands, row_bands
 
@@ -54,6 +55,20 @@ def test_every_shard_of_every_topology_is_checked_and_no_byte_can_differ(family:
             place = entry.offset + int(numbers.integers(entry.nbytes))
             arena.memory[place] ^= 1  # in the padding of a table, too
             assert check_bands(arena, table).wrong == {entry.name}, f"byte {place - entry.offset} of {entry.name}"
+            arena.memory[place] ^= 1
+
+
+def test_memory_that_is_no_host_memory_is_read_by_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path)
+    table = compute_table(str(tmp_path))
+    arena = sm.load_from_disk(tmp_path, sm.make_manifest(sm.build_model(tmp_path, sm.all_ranks(2)[1])))
+    monkeypatch.setattr(band_check, "HostWeightArena", type("Another", (), {}))
+    for place in (None, *(entry.offset + entry.nbytes - 1 for entry in arena.manifest.entries[::3])):
+        if place is not None:
+            arena.memory[place] ^= 1
+        check = check_bands(arena, table)
+        assert len(check.wrong) == (place is not None) and not check.unchecked
+        if place is not None:
             arena.memory[place] ^= 1
 
 

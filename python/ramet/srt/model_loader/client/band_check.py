@@ -202,7 +202,8 @@ def read_part(arena: WeightArena, holding: Holding, region: Region) -> np.ndarra
     if isinstance(arena, HostWeightArena):
         return np.ndarray(shape, np.uint8, arena.memory, offset, strides)
     with arena.work_context():
-        part = arena.byte_tensor().as_strided(shape, strides, offset)
+        memory = arena.byte_tensor()
+        part = memory.as_strided(shape, strides, memory.storage_offset() + offset)
         return part.contiguous().cpu().numpy()
 
 
