@@ -16,6 +16,7 @@ from ramet.srt.model_loader.checkpoint import source
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table
 from ramet.srt.model_loader.client import digest_check
+from ramet.srt.modelexpress.client import seed_search
 from ramet.srt.weights.content_digest import DigestTable
 from ramet.srt.weights.errors import WeightTransferError
 from safetensors.numpy import load_file, save_file
@@ -198,6 +199,19 @@ def test_a_poisoned_replica_is_passed_over_by_who_has_the_files(
         assert alone.arena.checksums is None, "of the poisoned one: nobody could take these weights by them"
     assert report.source == "checkpoint" and alone.holds()
     assert "it has other weights" in report.fallback_reason
+
+
+def test_who_publishes_liars_without_end_does_not_keep_an_instance_busy(tmp_path: Path) -> None:
+    write_toy(tmp_path)
+    with running_server() as server, SeedProcess(fill=2) as poisoned:
+        client = LoadingClient(server.address, fallback="disk")
+        for _ in range(2 * seed_search.MAX_LIARS):
+            client.publish(poisoned.port)
+        report = client.load(tmp_path)
+        client.release_claim()
+    assert report.source == "checkpoint" and client.holds()
+    assert report.fallback_reason.count("it has other weights") == seed_search.MAX_LIARS
+    assert "8 sources had other weights than they should" in report.fallback_reason
 
 
 def test_without_files_and_without_a_digest_it_is_said_that_nothing_was_compared(

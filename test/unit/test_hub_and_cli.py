@@ -1,6 +1,7 @@
 """From a model's name to a folder, and the console script."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,27 @@ def test_what_the_hub_refuses_is_one_clear_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ValueError, match="neither a folder nor available from the hub: no network$"):
         resolve_model_path("owner/model")
+
+
+def test_the_digest_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAMET_DIGEST_DIR", str(tmp_path / "kept"))
+    (tmp_path / "m").mkdir()
+    content = b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "m" / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + b"xy")
+    printed = []
+    for again in ([], [], ["--again"]):
+        assert cli.main(["digest", str(tmp_path / "m"), *again]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1 and re.fullmatch("[0-9a-f]{64}\n", printed[0])
+    assert len(list((tmp_path / "kept").glob("*.msgpack"))) == 1
+    monkeypatch.setenv("RAMET_DIGEST_DIR", "/proc/none")
+    assert cli.main(["digest", str(tmp_path / "m")]) == 0 and capsys.readouterr().out == printed[0]
+    assert cli.main(["digest", str(tmp_path / "none")]) == 1
+    assert capsys.readouterr().err == f"ramet digest: error: model path {tmp_path / 'none'} does not exist\n"
+    assert cli.main(["digest", str(tmp_path)]) == 1
+    assert "there are no weights in" in capsys.readouterr().err
 
 
 def test_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,9 +74,8 @@ def make_claim(client: ModelExpressClient, **options: Any) -> FileClaim:
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["refuses", "hangs"])
-def test_a_claim_that_is_not_taken_is_an_outage(hangs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_is_not_taken_is_an_outage(hangs: bool) -> None:
     """Not somebody else's claim, for which one would wait ten minutes."""
-    monkeypatch.setattr("ramet.srt.modelexpress.client.discovery.OUTAGE_S", 1.0)
     with serving(BrokenServer(takes=False, hangs=hangs)) as client:
         start = time.monotonic()
         with pytest.raises(ModelExpressError, match="the claim to read the files .* NOT TAKEN") as raised:

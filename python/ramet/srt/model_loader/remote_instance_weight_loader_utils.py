@@ -62,6 +62,7 @@ CHECKSUMS_PATH = "/remote_instance_weight_checksums"
 DIGEST_PATH = "/remote_instance_weights_digest"
 INIT_SEND_GROUP_PATH = "/init_weights_send_group_for_remote_instance"
 SEND_WEIGHTS_PATH = "/send_weights_to_remote_instance"
+MAX_TABLE_BYTES = 512 << 20  # of all answers together
 POLL_PERIOD_S = 0.25
 ABSENT_GRACE_S = 2.0  # a seed that is not there, or knows no such rank, gets this long to appear
 REQUEST_TIMEOUT_S = 10.0
@@ -214,6 +215,7 @@ def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: fl
     """
     deadline = time.monotonic() + timeout_s
     tensors: list[TensorDigest] = []
+    nbytes = 0
     try:
         while True:
             request = DigestTableRequest(rank=rank, role=role, first=len(tensors))
@@ -224,6 +226,9 @@ def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: fl
             if not 0 < answer.num_tensors <= MAX_TENSORS:
                 raise ValueError("it has no table of hashes for the digest of its weights (ramet digest on its "
                                  "files, or --weights-digest, makes one)")  # fmt: skip
+            nbytes += len(body)
+            if nbytes > MAX_TABLE_BYTES:
+                raise ValueError(f"its table of hashes is longer than {MAX_TABLE_BYTES} bytes")
             part = decode_tensors(answer.tensors)
             tensors += part
             if len(tensors) >= answer.num_tensors:

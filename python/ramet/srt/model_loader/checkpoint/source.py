@@ -124,6 +124,11 @@ class CheckpointSource:
                     return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
         return None
 
+    @property
+    def quantized_names(self) -> list[str]:
+        """Entries that the last plan quantises: what `find_difference` cannot compare."""
+        return sorted({job.weight.name for job in self._quantize_jobs})
+
     @contextlib.contextmanager
     def _open_files(self) -> Iterator[dict[str, int]]:
         """Descriptors of the files, by path, in their order; what goes wrong while they are read is a ValueError."""

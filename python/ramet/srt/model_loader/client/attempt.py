@@ -14,9 +14,14 @@ from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.transfer import SeedTransfer
-from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions
+from ramet.srt.model_loader.client.verification import (
+    ChecksumMismatch,
+    OtherWeights,
+    verify_by_entries,
+    verify_by_regions,
+)
 from ramet.srt.weights.agreement import is_folder_name
-from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport
 
@@ -194,7 +199,8 @@ class Attempt:
             WeightTransferError: if the files hold other weights.
         """
         try:
-            different = CheckpointSource(model_path).find_difference(self._arena)
+            files = CheckpointSource(model_path)
+            different = files.find_difference(self._arena)
         except ValueError as error:
             logger.info(
                 "rank %d: no digest and no files tell whether the seed %s has the same weights (%s): its names and "
@@ -204,9 +210,18 @@ class Attempt:
                 error,
             )
             return
+        if not different and (names := files.quantized_names):
+            logger.warning(
+                "rank %d: %d tensors are quantised while they are loaded, so nothing here tells whether those from %s "
+                "are the right ones: %s",
+                self._rank,
+                len(names),
+                self._seeds.name,
+                name_some(names),
+            )
         if different:
             cause = (
                 f"it has other weights than the files in {model_path}: {different} differs (give both instances the "
                 "same --served-model-name if that is meant)"
             )
-            raise WeightTransferError("agree", self._rank, self._seeds.name, cause)
+            raise OtherWeights("agree", self._rank, self._seeds.name, cause)

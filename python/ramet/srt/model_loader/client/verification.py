@@ -14,7 +14,11 @@ from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManif
 from ramet.srt.weights.registration import ChecksumsRequest
 
 
-class ChecksumMismatch(WeightTransferError):
+class OtherWeights(WeightTransferError):
+    """A seed gave weights that are not what they should be."""
+
+
+class ChecksumMismatch(OtherWeights):
     """Tensors do not hold what the seeds say.
 
     Attributes:

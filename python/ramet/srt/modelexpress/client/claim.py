@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable
 
 from ramet.srt.modelexpress.ages import AgeTracker
-from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.client import NOT_TAKEN, REFUSED, ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, encode_facts, read_facts
@@ -27,6 +27,7 @@ from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
 logger = logging.getLogger(__name__)
 
 RENEWAL_S = 2.0
+REFUSAL_S = 5.0  # of refusals of the own claim: then the server is out of order
 SILENCE_S = 10.0  # a claim that is not renewed for so long is nobody's
 
 
@@ -80,17 +81,26 @@ class FileClaim:
             )
             publisher.start()
             self._publisher = publisher
-            if not publisher.set_status(INITIALIZING, self._ack_timeout_s):
+            if not self._is_taken(publisher):
                 reason = publisher.stats().last_error or "the server does not acknowledge it"
                 self.release()
                 self._claims_of_others(client, "")  # fails if the server has gone, so that its outage counts from here
-                raise ModelExpressError("the claim to read the files", client.address, "NOT TAKEN", reason)
+                raise ModelExpressError("the claim to read the files", client.address, NOT_TAKEN, reason)
         others = self._claims_of_others(client, self._publisher.worker_id)
         if any(worker_id < self._publisher.worker_id for worker_id in others):
             self.release()
             return False
         self.held = not others
         return self.held
+
+    def _is_taken(self, publisher: Publisher) -> bool:
+        """Whether the server takes the claim; it is given less time where it says that it does not."""
+        first_s = min(self._ack_timeout_s, REFUSAL_S)
+        if publisher.set_status(INITIALIZING, first_s):
+            return True
+        if REFUSED in publisher.stats().last_error:
+            return False
+        return publisher.set_status(INITIALIZING, self._ack_timeout_s - first_s)
 
     def release(self) -> None:
         """Take the claim down. Idempotent."""

@@ -19,6 +19,7 @@ from ramet.srt.utils.printable import printable
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 10.0
+REFUSED, NOT_TAKEN = "REFUSED", "NOT TAKEN"  # codes beside grpc's
 SERVICE = p2p_pb2.DESCRIPTOR.services_by_name["P2pService"]
 CHANNEL_OPTIONS = [
     *MESSAGE_SIZE_OPTIONS,
@@ -112,7 +113,7 @@ class ModelExpressClient:
             )
         answer = self._call("PublishMetadata", request)
         if not answer.success:
-            raise ModelExpressError("PublishMetadata", self.address, "REFUSED", answer.message)
+            raise ModelExpressError("PublishMetadata", self.address, REFUSED, answer.message)
         return answer.mx_source_id
 
     def list_sources(

@@ -9,7 +9,7 @@ import msgspec
 
 from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.client.claim import FileClaim
-from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.client import NOT_TAKEN, ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, INITIALIZING_INTERVAL_S, READY
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import SourceRecord, read_facts, read_source
@@ -22,7 +22,8 @@ MAX_POLL_S = 2.0
 POLL_SHARE = 0.05  # of the time already waited: a hundred that wait for minutes must not keep the server busy
 UNKNOWN_LOAD = 0.5  # of a source that does not say how busy it is
 INITIALIZING_SILENCE_S = 4 * INITIALIZING_INTERVAL_S  # an initializing source that is silent for so long has died
-FINAL_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")  # asking again would not help
+# Asking again would not help; a claim that is not taken has been put up again and again already.
+FINAL_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", NOT_TAKEN)
 MAX_NAMED = 5  # other models, in a message
 OUTAGE_S = 10.0  # a server that fails for so long while one waits is given up
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ramet.srt.configs.load_config import Board, LoadConfig, LoadContext
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.verification import OtherWeights
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.discovery import (
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 5.0  # for a source that is listed as READY: a dead one must be got past in seconds
 FOLLOWER_WAIT_S = 15.0  # for a source of a rank's own shard, once one is known for world rank 0's
+MAX_LIARS = 8  # then no more are tried: whoever may publish could keep an instance busy for ever
 VERDICT_KEY = "modelexpress/verdict"
 SURRENDER_KEY = "modelexpress/surrender"  # why world rank 0 reads the files after all, once it has said SOURCES
 VERDICT_MARGIN_S = 60.0
@@ -90,6 +92,7 @@ class SeedSearch:
         self._is_leader = manifest.parallel.world_rank == 0
         self._deadline = time.monotonic() + config.modelexpress_wait_s
         self._announced = False
+        self._num_liars = 0  # sources whose weights were not what they should be
         if can_read_files and self._is_leader:
             self.claim = FileClaim(lambda: ModelExpressClient(config.modelexpress_url), self.identity, facts)
 
@@ -113,6 +116,7 @@ class SeedSearch:
         rank = self._manifest.parallel.world_rank
         logger.warning("rank %d: no weights from the source %s, trying the next: %s", rank, candidate.name, error)
         self.failed.update(ref.worker_id for ref in candidate.refs)
+        self._num_liars += isinstance(error, OtherWeights)
 
     def open(self, candidate: Candidate) -> FoundSeeds:
         """Ask the instance itself what it has.
@@ -162,6 +166,11 @@ class SeedSearch:
                 for candidate in found:
                     self._announce(SOURCES)
                     yield candidate
+                    if self._num_liars >= MAX_LIARS:
+                        break
+                if self._num_liars >= MAX_LIARS:
+                    self.reason = f"{self._num_liars} sources had other weights than they should"
+                    break
                 if found:
                     continue  # they have failed; others may have come
                 outcome = search(
@@ -210,7 +219,11 @@ class SeedSearch:
         deadline = time.monotonic() + FOLLOWER_WAIT_S
         while True:
             found = self._look()
-            yield from found
+            for candidate in found:
+                yield candidate
+                if self._num_liars >= MAX_LIARS:
+                    self.reason = f"{self._num_liars} sources had other weights than they should"
+                    return
             if not found:
                 if time.monotonic() > deadline:
                     self.reason = f"no source of shard rank {self._shard_rank} became ready in {FOLLOWER_WAIT_S:g} s"
