@@ -52,7 +52,7 @@ class Attempt:
         """
         start = time.perf_counter()
         self._arena.checksums = self._arena.content_digest = None  # of what another attempt has left
-        fitting = self._digest.prepare(self._seeds.instances)
+        fitting = self._digest.prepare(self._seeds.instances, self._manifest)
         self._seeds = dataclasses.replace(self._seeds, instances=fitting)
         report = self._map() or self._transfer()
         table = self._arena.content_digest

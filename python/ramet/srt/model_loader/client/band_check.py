@@ -16,7 +16,7 @@ from ramet.srt.model_loader.checksums.tensor_digest import hash_bytes
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.boxes import Region, intersect, locate_box, region_volume, share_out
 from ramet.srt.weights.content_digest import DigestTable, TensorDigest, as_matrices, column_bands, piece, row_bands
-from ramet.srt.weights.manifest import WeightBox, WeightEntry, element_size
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size
 from ramet.srt.weights.planner import Holding, region_offset
 
 
@@ -65,25 +65,31 @@ def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
 
     Takes one pass of SHA-256 over them on the host, in as many threads as there are processors.
     """
-    check = BandCheck()
-    names = {box.checkpoint_name for entry in arena.manifest.entries for box in entry.boxes}
-    targets = find_targets(table, names)
-    held: dict[str, list[_Held]] = {}  # by the table's tensors: a band may lie in several entries
-    for entry, box in ((one, box) for one in arena.manifest.entries for box in one.boxes):
-        target = targets.get(box.checkpoint_name)
-        reason = _why_not(entry, box, target)
-        if reason or target is None:
-            check.unchecked[entry.name] = reason
-        elif region_volume(box.source):
-            offset, strides = locate_box(entry, box)
-            holding = target.place(Holding(box.source, offset, strides, entry.dtype))
-            held.setdefault(target.tensor.name, []).append(_Held(entry.name, holding))
+    held, unchecked = find_held(arena.manifest, table)
+    check = BandCheck(unchecked=unchecked)
     jobs = [_TensorJob(arena, table.tensors[name], parts, check) for name, parts in held.items()]
     jobs.sort(key=lambda job: -job.num_elements)
     with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="check-digest") as pool:
         list(pool.map(_TensorJob.run, jobs))
         list(pool.map(lambda entry: _check_padding(arena, entry, check), arena.manifest.entries))
     return check
+
+
+def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, list[_Held]], dict[str, str]]:
+    """What an arena has of each tensor of the table; and which entries can't be compared, and why."""
+    targets = find_targets(table, {box.checkpoint_name for entry in manifest.entries for box in entry.boxes})
+    held: dict[str, list[_Held]] = {}  # by the table's tensors: a band may lie in several entries
+    unchecked = {}
+    for entry, box in ((one, box) for one in manifest.entries for box in one.boxes):
+        target = targets.get(box.checkpoint_name)
+        reason = _why_not(entry, box, target)
+        if reason or target is None:
+            unchecked[entry.name] = reason
+        elif region_volume(box.source):
+            offset, strides = locate_box(entry, box)
+            holding = target.place(Holding(box.source, offset, strides, entry.dtype))
+            held.setdefault(target.tensor.name, []).append(_Held(entry.name, holding))
+    return held, unchecked
 
 
 def find_targets(table: DigestTable, names: Collection[str]) -> dict[str, _Target]:

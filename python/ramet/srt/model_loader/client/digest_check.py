@@ -1,12 +1,12 @@
 """Owns what a client insists on: the digest of the checkpoint, and who may tell the table of hashes behind it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.digest_store import FILES, checkpoint_nbytes, find_table, load_table
-from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.model_loader.client.band_check import check_bands, find_held
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.model_loader.client.verification import ChecksumMismatch
@@ -14,6 +14,7 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_dig
 from ramet.srt.utils.hub import resolve_model_path
 from ramet.srt.weights.content_digest import DigestTable, build_table
 from ramet.srt.weights.errors import WeightTransferError, name_some
+from ramet.srt.weights.manifest import WeightManifest
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,18 @@ class DigestCheck:
         self._table: DigestTable | None = None
         self._is_ready = False
 
-    def prepare(self, seeds: Sequence[SeedInstance]) -> list[SeedInstance]:
+    def prepare(self, seeds: Sequence[SeedInstance], manifest: WeightManifest) -> list[SeedInstance]:
         """Get the table, before anything is transferred.
+
+        Args:
+            manifest: of the arena that is to be filled.
 
         Returns:
             The seeds that don't say themselves that they have other weights.
 
         Raises:
-            WeightTransferError: if there are none, or a table is needed and nobody has the right one.
+            WeightTransferError: if there are none, or a table is needed and nobody has the right one; or a digest is
+                required and there are weights that can't be compared with it, whoever gives them.
             ValueError: if the digest of the own files is wanted and they can't be read.
         """
         if not self._is_ready:
@@ -72,7 +77,15 @@ class DigestCheck:
             self._table = self._ask_for_table(fitting)
         if not fitting:
             raise combine_errors(self._rank, errors)
+        if self.is_required and self._table is not None:
+            unchecked = find_held(manifest, self._table)[1]
+            if unchecked:
+                raise WeightTransferError("agree", self._rank, fitting[0].name, self._describe(unchecked))
         return fitting
+
+    def _describe(self, unchecked: Mapping[str, str]) -> str:
+        reasons = list(unchecked.values())
+        return f"{len(reasons)} tensors can't be compared with the digest {self.digest}: {name_some(reasons)}"
 
     def use_files(self, folder: str) -> None:
         """Take the table from files that are to complete what seeds have sent, if a digest is required.
@@ -105,8 +118,7 @@ class DigestCheck:
         if not check.unchecked:
             arena.content_digest = self._table
             return True
-        reasons = list(check.unchecked.values())
-        what = f"{len(reasons)} tensors can't be compared with the digest {self._table.digest}: {name_some(reasons)}"
+        what = self._describe(check.unchecked)
         if self.is_required:
             raise WeightTransferError("verify", self._rank, seed, what)
         logger.warning("rank %d: of the weights from %s %s", self._rank, seed, what)
