@@ -174,6 +174,17 @@ def test_what_is_stored_holds_for_as_long_as_the_files_stay(tmp_path: Path, stor
     assert find_table(folder) is None
 
 
+def test_where_digests_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAMET_DIGEST_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert digest_store.store_folder() == tmp_path / "ramet" / "digests"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert digest_store.store_folder() == tmp_path / "home" / ".cache" / "ramet" / "digests"
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user whom nobody knows
+    assert digest_store.store_folder().is_absolute() and "~" not in str(digest_store.store_folder())
+
+
 def test_files_that_change_while_they_are_read_have_no_digest(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     shard = next(tmp_path.glob("*.safetensors"))

@@ -157,9 +157,17 @@ def _stamps(folder: str) -> list[FileStamp]:
 
 
 def _store_path(folder: str) -> Path:
-    home = envs.RAMET_DIGEST_DIR.get()
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ramet/digests"
-    return base / f"{hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]}.msgpack"
+    return store_folder() / f"{hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:32]}.msgpack"
+
+
+def store_folder() -> Path:
+    """Where digests are kept: a user without a home has them among the temporary files."""
+    if given := envs.RAMET_DIGEST_DIR.get():
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        return Path(tempfile.gettempdir(), f"ramet-digests-{os.geteuid()}")
+    return Path(cache, "ramet", "digests")
 
 
 def _store(folder: str, stored: _Stored) -> None:
