@@ -128,6 +128,7 @@ def test_what_keeps_an_embedded_server_from_its_port_is_said(dead_proxy: str, mo
     """Not only that the port is taken: why the server that has it could not be used, too."""
     monkeypatch.setenv("RAMET_FABRIC_PROXY", "1")  # a proxy that was asked for and does not work
     monkeypatch.setattr("ramet.srt.entrypoints.embedded_modelexpress.PROBE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("ramet.srt.entrypoints.embedded_modelexpress.TAKEN_PATIENCE_S", 0.0)
     config = ModelExpressConfig(url=f"embedded:{free_port()}")
     first, _ = start_embedded_server(config, "127.0.0.1", "127.0.0.1", True)
     assert first is not None

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, embedded_port
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
@@ -11,6 +12,8 @@ from ramet.srt.utils.net import format_address, split_address
 logger = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 3.0
+PROBE_PAUSE_S = 0.2
+TAKEN_PATIENCE_S = 10.0  # with whoever has the port, before it is said to be something else
 
 
 def start_embedded_server(
@@ -41,7 +44,10 @@ def start_embedded_server(
     except ValueError as error:
         if not port:
             raise ValueError(f"the embedded ModelExpress server can't start: {error}") from None
-        answer = probe(url)  # another instance may have started one in this moment
+        # Another instance may have started one in this moment, or have its processors busy.
+        deadline = time.monotonic() + TAKEN_PATIENCE_S
+        while (answer := probe(url)) is not None and time.monotonic() < deadline:
+            time.sleep(PROBE_PAUSE_S)
         if answer is None:
             logger.info("using the ModelExpress server at %s", url)
             return None, url
