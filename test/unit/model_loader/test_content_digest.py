@@ -16,6 +16,7 @@ from ramet.srt.model_loader.checkpoint import digest_store
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table, find_table, load_table
 from ramet.srt.model_loader.client import band_check
 from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.weights import content_digest
 from ramet.srt.weights.content_digest import build_table, column_bands, row_bands
 
 EXPERT = re.compile(r"(.+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -172,6 +173,21 @@ def test_what_is_stored_holds_for_as_long_as_the_files_stay(tmp_path: Path, stor
     for path in store.glob("*.msgpack"):
         path.write_bytes(path.read_bytes()[:-9])
     assert find_table(folder) is None
+
+
+def test_a_table_is_handed_on_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path)
+    table = compute_table(str(tmp_path))
+    monkeypatch.setattr(content_digest, "MAX_PART_BYTES", 5000)
+    tensors: list[content_digest.TensorDigest] = []
+    while len(tensors) < len(table.tensors):
+        part = content_digest.part_of_table(table, len(tensors))
+        assert part["num_tensors"] == len(table.tensors)
+        tensors += content_digest.decode_tensors(part["tensors"])
+    assert build_table(tensors) == table
+    assert content_digest.part_of_table(None, 0) == {"num_tensors": 0, "tensors": b""}
+    with pytest.raises(ValueError, match="first must not be negative"):
+        content_digest.part_of_table(table, -1)
 
 
 def test_where_digests_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

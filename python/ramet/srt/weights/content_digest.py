@@ -137,13 +137,19 @@ def parse_digest(text: str, what: str) -> str:
 
 
 def part_of_table(table: DigestTable | None, first: int) -> dict[str, Any]:
-    """What is handed on of a table in one answer: tensors from an index on, in the order of their names."""
+    """What is handed on of a table in one answer: tensors from an index on, in the order of their names.
+
+    Raises:
+        ValueError: if the index is negative.
+    """
+    if first < 0:
+        raise ValueError(f"first must not be negative; got {first}")
     if table is None:
         return {"num_tensors": 0, "tensors": b""}
     names = sorted(table.tensors)
     part: list[TensorDigest] = []
     nbytes = 0
-    for name in names[max(0, first) :]:
+    for name in names[first:]:
         tensor = table.tensors[name]
         nbytes += len(name) + len(tensor.rows) + len(tensor.columns)
         if part and nbytes > MAX_PART_BYTES:
