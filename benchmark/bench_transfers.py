@@ -9,6 +9,7 @@ transports fill equally fresh memory: Mooncake reads 64 MiB at a time, gloo broa
 # ruff: noqa: E402 - the seed server is in the tests' folder, which has to be made importable first
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
+from ramet.srt.model_loader.transport.engine_messages import StartEngine
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.manifest import WeightManifest
@@ -59,6 +61,12 @@ for _ in range(int(sys.argv[3])):
     group.barrier()
     group.broadcast(memory)
 """
+
+
+@functools.cache
+def _bare_engine() -> Any:
+    """Mooncake's own engine in this process."""
+    return MooncakeEngine(StartEngine("127.0.0.1", "127.0.0.1", "tcp", ""))._engine
 
 
 class Bench:
@@ -105,7 +113,7 @@ class Bench:
 
     def bare_reads(self) -> float:
         """batch_transfer_sync_read in a loop, registration included."""
-        engine = MooncakeEngine.acquire("127.0.0.1", 0)._engine
+        engine = _bare_engine()
         target = HostWeightArena(self.whole)
         assert self.base is not None
         base: int = self.base

@@ -6,11 +6,13 @@ starts it from a test.
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -135,10 +137,20 @@ class ChildSeed:
         self.kill()
 
     def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        self._signal_all(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
+
+    @property
+    def children(self) -> list[int]:
+        """Its own processes: those that serve its weights over the network."""
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+
+    def _signal_all(self, number: int) -> None:
+        for pid in (self.process.pid, *self.children):
+            os.kill(pid, number)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

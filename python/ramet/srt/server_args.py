@@ -15,7 +15,7 @@ from ramet.srt.configs.modelexpress_config import (
     parse_modelexpress_config,
     resolve_address,
 )
-from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
+from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
 
@@ -232,7 +232,9 @@ class ServerArgs:
         "upstream seed needs it: others choose free ports.",
     )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
-        False, "Offer this instance's weights to others. A loaded client always does."
+        False,
+        "Offer this instance's weights to others, on other hosts by the transfer engine. A loaded client always offers "
+        "its own; by the transfer engine unless its --host is loopback, or it was loaded by the backend nccl.",
     )
     remote_instance_weight_loader_local_mode: str = flag(
         "auto",
@@ -245,6 +247,12 @@ class ServerArgs:
     )
     remote_instance_weight_loader_timeout: float = flag(
         60.0, "Seconds that one seed may take to answer, and a transfer may go without progress.", limit=SECONDS
+    )
+    weights_check_interval: float = flag(
+        10.0,
+        "Seconds from one look of a seed at its weights in memory to the next. Where somebody has changed them, the "
+        "instance ends. 0 never looks.",
+        limit=NOT_NEGATIVE,
     )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
@@ -431,6 +439,17 @@ class ServerArgs:
             or self.modelexpress is not None
         )
 
+    def network_use(self, host: str) -> str:
+        """Whether other hosts may read the weights by a transfer engine, of an instance that offers them at `host`."""
+        is_client = self.load_format == "remote_instance"
+        backend = self.remote_instance_weight_loader_backend
+        if self.remote_instance_weight_loader_start_seed_via_transfer_engine or self.modelexpress is not None:
+            return WANTED if is_loopback(host) else REQUIRED
+        if is_client and backend == "transfer_engine":
+            is_asked_for = self.remote_instance_weight_loader_local_mode == "off" or not is_loopback(host)
+            return WANTED if is_asked_for else UNUSED
+        return UNUSED
+
     @functools.cached_property
     def modelexpress(self) -> ModelExpressConfig | None:
         """What is said about ModelExpress; None for an instance that has nothing to do with it.
@@ -582,6 +601,8 @@ class ServerArgs:
                 control_host=node_address,
                 admin_api_key=self.admin_api_key,
                 is_published=self.modelexpress is not None,
+                network=self.network_use(weights_host),
+                check_interval_s=self.weights_check_interval,
             ),
         )
 

@@ -13,7 +13,7 @@ from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
 from ramet.srt.model_loader.client import transfer, transfer_engine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.transport.transport_process import TransportProcess
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.discovery import find_other_topologies
@@ -173,7 +173,7 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", 1 << 10)
     monkeypatch.setattr(transfer, "SHARED_BYTES", 1 << 10)
-    read, sizes = MooncakeEngine.read, []
+    read, sizes = TransportProcess.read, []
 
     def break_off(engine, session_id, local, remote, nbytes, timeout_s):
         if len(sizes) == 3:
@@ -181,7 +181,7 @@ def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, 
         read(engine, session_id, local, remote, nbytes, timeout_s)
         sizes.append(sum(nbytes))
 
-    monkeypatch.setattr(MooncakeEngine, "read", break_off)
+    monkeypatch.setattr(TransportProcess, "read", break_off)
     write_files(client, tmp_path)
     worker_id = client.publish(seed.port)
     other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")

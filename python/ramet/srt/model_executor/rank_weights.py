@@ -6,6 +6,7 @@ They are in one of three states, each a type of its own: arriving (RankWeights),
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
+CHANGED_WEIGHTS_EXIT_CODE = 72
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class RankWeights:
             WeightTransferError: if the transfer engine does not start.
         """
         if self.config.is_seed:
-            WeightSeed.prepare(self.config.host, self.manifest.parallel.world_rank)
+            WeightSeed.prepare(self.config.host, self.manifest.parallel.world_rank, self.config.network)
 
 
 class LoadedWeights:
@@ -117,7 +119,10 @@ class OfferedWeights:
             host=weights.config.host,
             started_at=weights.context.started_at,
             control_host=weights.config.control_host,
+            network=weights.config.network,
+            check_interval_s=weights.config.check_interval_s,
             on_state=self._on_instance_state,
+            on_change=self._on_change,
         )
 
     def register(self, bootstrap_url: str) -> None:
@@ -166,6 +171,14 @@ class OfferedWeights:
                 publication.set_ready()
             else:
                 publication.withdraw()
+
+    def _on_change(self, line: str) -> None:
+        """Somebody has written to the weights: end the instance, and tell the metadata server."""
+        logger.critical("%s; the instance can't go on", line)
+        for publication in self._publications:
+            publication.withdraw()
+        logging.shutdown()
+        os._exit(CHANGED_WEIGHTS_EXIT_CODE)
 
     def publisher_stats(self) -> PublisherStats | None:
         """What the metadata server has been told; None for a rank that publishes nothing."""

@@ -41,6 +41,8 @@ class WeightArena(ABC):
     device: str  # its name, for messages
     broadcast_backend: str  # of torch.distributed, which sends from this memory and receives into it
     checksum_algorithm: str
+    watched_nbytes: int  # that may be hashed at once, now and then, beside serving
+    device_index = 0  # of the GPU, among those that this process sees
     nbytes: int
     address: int
 
@@ -128,6 +130,10 @@ class WeightArena(ABC):
         return self.hash_entries(entries)
 
     @abstractmethod
+    def quick_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        """As `hash_samples`, where that costs next to nothing; empty where it doesn't."""
+
+    @abstractmethod
     def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
         """The checksum of rows as if one lay behind the other: of `num_rows` from each of `starts` on, `stride` apart.
 
@@ -159,7 +165,7 @@ class WeightArena(ABC):
 
     @abstractmethod
     def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
-        """Addresses for a writer that may have to be abandoned.
+        """Files for another process that writes to them, and may have to be abandoned.
 
         Args:
             max_batch_nbytes: most source bytes that it receives in one batch.
@@ -255,18 +261,17 @@ class ReceiveBuffer(ABC):
 
 
 class ReceiveWindow(ABC):
-    """Addresses through which a transport fills an arena, and which can be cut off from it at any moment.
+    """Files through which another process fills an arena.
 
-    A transfer that was given up may still write when its peer comes back: to the window, which is no part of the
-    arena by then. The addresses stay taken for as long as the transport might use them.
+    A transfer that was given up may still write when its peer comes back, until that process is ended. So whoever
+    gives one up ends the process first, and closes the window then.
     """
 
-    address: int
-    nbytes: int
+    files: tuple[tuple[int, int], ...]  # descriptor and bytes, in whole pages, of each: one behind the other
 
     @abstractmethod
     def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        """Where to receive the source bytes of each of a batch's operations, from its first row to its last."""
+        """Where in the files to receive the source bytes of each of a batch's operations, from first row to last."""
 
     @abstractmethod
     def deliver(self, batch: "Sequence[CopyOp]") -> None:
@@ -277,9 +282,5 @@ class ReceiveWindow(ABC):
         """Wait until everything delivered is in the arena."""
 
     @abstractmethod
-    def cut_off(self) -> None:
-        """Part the window from the arena for good; the addresses stay valid."""
-
-    @abstractmethod
     def close(self) -> None:
-        """Give the addresses back: only when nobody writes to them any more."""
+        """Give the memory back: only when nobody writes to it any more. May be called again."""

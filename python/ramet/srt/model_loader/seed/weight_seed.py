@@ -8,14 +8,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from ramet.srt.configs.runner_config import REQUIRED, UNUSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
+from ramet.srt.model_loader.seed.arena_watch import ArenaWatch
 from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
-from ramet.srt.utils.net import host_identity, reachable_host
+from ramet.srt.model_loader.transport.memory_offer import MemoryOffer, start_offering_process
+from ramet.srt.model_loader.transport.transport_process import TransportMissingError, TransportProcess
+from ramet.srt.utils.net import format_address, host_identity, is_loopback, reachable_host
 from ramet.srt.weights.control_messages import (
     InitSendGroupReq,
     InstanceReady,
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_prepared: dict[
+    tuple[str, int], TransportProcess
+] = {}  # started for an offer that is still to be made, by host and rank
+
 
 class WeightSeed:
     """One rank's weights on offer. The arena is immutable from the start on."""
@@ -43,13 +50,16 @@ class WeightSeed:
         self._resources = resources
 
     @staticmethod
-    def prepare(host: str, rank: int) -> None:
+    def prepare(host: str, rank: int, network: str = REQUIRED) -> None:
         """Do beforehand, while the weights still come, what takes long: start the transfer engine, import requests.
 
         Raises:
             WeightTransferError: if it does not start.
         """
-        MooncakeEngine.acquire(reachable_host(host), rank)
+        if network != UNUSED and (host, rank) not in _prepared:
+            process = _start_process(host, rank, network)
+            if process is not None:
+                _prepared[host, rank] = process
         importlib.import_module("ramet.srt.utils.http_client")
 
     @classmethod
@@ -61,7 +71,10 @@ class WeightSeed:
         host: str,
         started_at: float = 0.0,
         control_host: str | None = None,
+        network: str = REQUIRED,
+        check_interval_s: float = 0.0,
         on_state: Callable[[bool], None] = lambda _is_ready: None,
+        on_change: Callable[[str], None] = logger.critical,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
@@ -69,7 +82,10 @@ class WeightSeed:
             host: address that the instance is bound to.
             started_at: when the instance was launched, in unix seconds: tells it from one that had its address before.
             control_host: address of this node, if the instance's main process may be on another one.
+            network: whether other hosts may read the weights by a transfer engine: see configs/runner_config.py.
+            check_interval_s: seconds from one look at the arena's content to the next; 0: nobody looks.
             on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
+            on_change: called, in a thread, with a line that says so when the content has changed.
 
         Raises:
             WeightTransferError: if Mooncake does not start.
@@ -81,34 +97,38 @@ class WeightSeed:
         arena.publish()
         rank = manifest.parallel.world_rank
         with ExitStack() as undo:
-            engine = MooncakeEngine.acquire(reachable_host(host), rank)
-            engine.register(arena.address, arena.nbytes)
-            undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
+            offer = _offer_memory(arena, host, rank, network)
+            if offer is not None:
+                undo.callback(offer.close)
+            session_id = format_address(reachable_host(host), 0) if offer is None else offer.session_id
+            address = arena.address if offer is None else offer.address
             share = LocalShareServer(arena)
             undo.callback(share.close)
             requests = SeedRequests(arena, reachable_host(host), on_state)
             undo.callback(requests.close)
             control = WeightControlServer(requests.handle, control_host)
             undo.callback(control.close)
+            if check_interval_s:
+                undo.callback(ArenaWatch(arena, checksums, check_interval_s, on_change).close)
             resources = undo.pop_all()
         registration = SeedRegistration(
             rank=rank,
             role=manifest.role,
             transfer_engine_info=TransferEngineInfo(
-                session_id=engine.session_id, weights_info_dict=weights_info(manifest, arena.address)
+                session_id=session_id, weights_info_dict=weights_info(manifest, address)
             ),
             manifest=with_checksums(manifest, checksums),
-            arena_address=arena.address,
+            arena_address=address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
             started_at=started_at,
             control=control.address,
         )
         logger.info(
-            "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",
+            "rank %d: offering %.3f GB of %s weights %s (prepared in %.2f s)",
             rank,
             manifest.payload_nbytes / 1e9,
             manifest.role,
-            engine.session_id,
+            "on this host alone" if offer is None else f"as {session_id}",
             time.perf_counter() - start,
         )
         return cls(registration, resources)
@@ -128,6 +148,26 @@ class WeightSeed:
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
         self._resources.close()
+
+
+def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> MemoryOffer | None:
+    """The arena on offer to other hosts; None where it isn't. Raises WeightTransferError and OSError as it does."""
+    if network == UNUSED:
+        return None
+    process = _prepared.pop((host, rank), None) or _start_process(host, rank, network)
+    return None if process is None else MemoryOffer(arena, process)
+
+
+def _start_process(host: str, rank: int, network: str) -> TransportProcess | None:
+    """None if Mooncake is not installed, and needn't be. Raises WeightTransferError if it can't be started."""
+    try:
+        return start_offering_process(host, rank)
+    except TransportMissingError as error:
+        if network == REQUIRED:
+            raise
+        why = "nobody else can reach it" if is_loopback(host) else "other hosts can't take them from here"
+        logger.warning("rank %d: weights are offered on this host alone (%s): %s", rank, why, error.cause)
+        return None
 
 
 class SeedRequests:

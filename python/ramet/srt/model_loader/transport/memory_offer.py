@@ -1,0 +1,117 @@
+"""Owns an arena's memory on offer to other hosts: a transport process that serves it, and the next when that ends."""
+
+import logging
+import threading
+
+from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
+from ramet.srt.model_loader.transport.transport_process import TransportProcess, numeric_address
+from ramet.srt.utils.net import reachable_host
+from ramet.srt.weights.errors import WeightTransferError
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1  # before a process that has ended is started again
+MAX_PAUSE_S = 30.0
+STEADY_S = 60.0  # a process that has run for so long was no failure of the start before
+
+
+class MemoryOffer:
+    """Lets others read an arena's memory, as `session_id` at `address`: both stay what they are for the offer's life.
+
+    Reads that are under way when the process ends fail. The rank goes on, whatever becomes of its offer.
+    """
+
+    def __init__(self, arena: WeightArena, process: TransportProcess) -> None:
+        """
+        Args:
+            process: becomes the offer's.
+
+        Raises:
+            WeightTransferError: if Mooncake refuses the memory, or the process has ended.
+            OSError: if the memory can't be given away.
+        """
+        self._arena = arena
+        self._process = process
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._pause_s = FIRST_PAUSE_S
+        self.session_id = process.session_id
+        try:
+            self.address = _offer(arena, process, 0)
+        except BaseException:
+            process.kill()
+            raise
+        self._watch(process)
+
+    @property
+    def pid(self) -> int:
+        """Of the transport process."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Let nobody read any more."""
+        self._closing.set()
+        with self._lock:
+            self._process.kill()
+
+    def _watch(self, process: TransportProcess) -> None:
+        steady = threading.Timer(STEADY_S, self._note_steady)
+        steady.daemon = True
+        steady.start()
+
+        def on_end(end: str) -> None:
+            steady.cancel()
+            threading.Thread(target=self._start_again, args=(end,), name="offer-again", daemon=True).start()
+
+        process.watch(on_end)
+
+    def _note_steady(self) -> None:
+        self._pause_s = FIRST_PAUSE_S
+
+    def _start_again(self, end: str) -> None:
+        """Until it succeeds, with longer and longer pauses: whoever ends the process again and again gets slow."""
+        rank = self._arena.manifest.parallel.world_rank
+        logger.warning("rank %d: %s; weights are not read over the network until it runs again", rank, end)
+        while not self._closing.wait(self._pause_s):
+            self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
+            try:
+                process = self._process.successor()
+            except WeightTransferError as error:
+                logger.warning("rank %d: the transport process can't be started again: %s", rank, error)
+                continue
+            try:
+                _offer(self._arena, process, self.address)
+            except (WeightTransferError, OSError) as error:
+                process.kill()
+                logger.warning("rank %d: the weights can't be offered again: %s", rank, error)
+                continue
+            with self._lock:
+                if self._closing.is_set():
+                    process.kill()
+                    return
+                self._process = process
+            logger.info("rank %d: weights are read over the network again, as %s", rank, self.session_id)
+            self._watch(process)
+            return
+
+
+def _offer(arena: WeightArena, process: TransportProcess, address: int) -> int:
+    match arena.share():
+        case SharedFile(fd):
+            return process.offer_file(fd, arena.nbytes, address)
+        case LentMemory(handle, offset):
+            return process.offer_gpu_memory(handle, offset, arena.nbytes, arena.device_index, address)
+
+
+def start_offering_process(host: str, rank: int) -> TransportProcess:
+    """A transport process that listens at the address by which others reach `host`, and nowhere else.
+
+    Raises:
+        WeightTransferError: if Mooncake is not installed or does not start.
+    """
+    name = reachable_host(host)
+    try:
+        address = numeric_address(name)
+    except OSError as error:
+        raise WeightTransferError("start", rank, name, f"no address of this host: {error}") from error
+    return TransportProcess(name, address, rank)
