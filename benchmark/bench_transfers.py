@@ -30,7 +30,7 @@ import seed_process
 import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
+from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen, open_store
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
@@ -93,7 +93,7 @@ class Bench:
         return sm.make_manifest(sm.build_model(self.folder, sm.ranks_of(**sizes)[rank]))
 
     def _listen_for_bare_broadcasts(self, stack: ExitStack, count: int) -> None:
-        store = listen("127.0.0.1", 0, TIMEOUT_S)
+        store = open_store(listen("127.0.0.1", 0), "127.0.0.1", TIMEOUT_S)
         arguments = [str(store.port), str(self.whole.arena_nbytes), str(count)]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
         sender = subprocess.Popen([sys.executable, "-c", BARE_SENDER, *arguments], env=environment)

@@ -183,9 +183,7 @@ def test_a_given_list_of_ports_is_used(tp1_server, monkeypatch):
         port = probe.getsockname()[1]
     seen = []
     original = send_groups.listen
-    monkeypatch.setattr(
-        send_groups, "listen", lambda host, port, timeout_s: seen.append(port) or original(host, port, timeout_s)
-    )
+    monkeypatch.setattr(send_groups, "listen", lambda host, port: seen.append(port) or original(host, port))
     (expected,) = tp1_server.arenas
     options = BROADCAST | {"send_weights_group_ports": (port,)}
     for _ in range(2):  # given back after the first

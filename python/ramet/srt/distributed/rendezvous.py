@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from ramet.srt.utils.net import split_address
+from ramet.srt.utils.net import listen_on, split_address
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,25 @@ class Rendezvous:
                 is_master=is_master,
                 timeout=datetime.timedelta(seconds=timeout_s),
                 wait_for_workers=False,
+                master_listen_fd=self._listen(host, port).detach() if is_master else None,
             )
         except (dist.DistError, RuntimeError) as error:
             what = "listen on" if is_master else "use the store at"
             raise ValueError(
                 f"rank {self.world_rank} can't {what} {self._address} (--dist-init-addr): {_first_line(error)}"
+            ) from None
+
+    def _listen(self, host: str, port: int) -> socket.socket:
+        """A socket at that address alone: torch's own would listen on every one.
+
+        Raises:
+            ValueError: if this node has no such address, or the port is in use.
+        """
+        try:
+            return listen_on(host, port)
+        except OSError as error:
+            raise ValueError(
+                f"rank {self.world_rank} can't listen on {self._address} (--dist-init-addr): {error.strerror or error}"
             ) from None
 
     def _wait_for_listener(self, host: str, port: int, timeout_s: float) -> None:

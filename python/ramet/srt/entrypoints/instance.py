@@ -328,7 +328,7 @@ class Instance:
             )
             raise ServiceError(f"rank {rank} {cause}") from None
         if isinstance(reply, WeightControlError):
-            raise RequestError(reply.message)
+            raise ServiceError(reply.message) if reply.is_busy else RequestError(reply.message)
         return reply
 
     def server_info(self, states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:

@@ -15,6 +15,27 @@ def address_family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
 
 
+def listen_on(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens on an address of this host, given in numbers or by a name, and nowhere else.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        OSError: if there is no such address here, or the port is in use.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 def format_address(host: str, port: int | str) -> str:
     """host:port, with brackets around an IPv6 address. The port "*" is ZeroMQ's for a free one."""
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"

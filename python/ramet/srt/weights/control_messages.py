@@ -59,6 +59,7 @@ class WeightControlError(msgspec.Struct, kw_only=True, tag=True):
     """A rank to the main process: why it does not do what it was asked to."""
 
     message: str
+    is_busy: bool = False  # it could later
 
 
 class InstanceReady(msgspec.Struct, kw_only=True, tag=True):

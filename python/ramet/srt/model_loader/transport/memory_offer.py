@@ -1,11 +1,12 @@
 """Owns an arena's memory on offer to other hosts: a transport process that serves it, and the next when that ends."""
 
 import logging
+import socket
 import threading
 
 from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
 from ramet.srt.model_loader.transport.transport_process import TransportProcess, numeric_address
-from ramet.srt.utils.net import reachable_host
+from ramet.srt.utils.net import address_family, reachable_host
 from ramet.srt.weights.errors import WeightTransferError
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,8 @@ def start_offering_process(host: str, rank: int) -> TransportProcess:
     name = reachable_host(host)
     try:
         address = numeric_address(name)
+        with socket.socket(address_family(address)) as probe:
+            probe.bind((address, 0))
     except OSError as error:
         raise WeightTransferError("start", rank, name, f"no address of this host: {error}") from error
     return TransportProcess(name, address, rank)

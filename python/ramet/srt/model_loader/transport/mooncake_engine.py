@@ -86,10 +86,19 @@ class MooncakeEngine:
 
 
 def _choose_port(port: int) -> None:
-    """Let Mooncake try a few ports, as it does at random. Our bind gives it `port` first, then others."""
-    for name in ("PRC", "RPC"):  # the older spelling is Mooncake's own
-        os.environ[f"MC_MIN_{name}_PORT"] = str(port)
-        os.environ[f"MC_MAX_{name}_PORT"] = str(min(port + NUM_PORTS, 65535))
+    """Let Mooncake, which tries ports at random, try few: our bind gives it `port` first, then others."""
+    first, last = (_port_limit(end, default) for end, default in (("MIN", 15000), ("MAX", 17000)))  # Mooncake's own
+    if last - port < NUM_PORTS:
+        first, last = max(first, port - NUM_PORTS), max(last, port)
+    else:
+        first, last = port, port + NUM_PORTS
+    os.environ["MC_MIN_RPC_PORT"], os.environ["MC_MAX_RPC_PORT"] = str(first), str(last)
+
+
+def _port_limit(end: str, default: int) -> int:
+    """What the user has set; the second spelling is Mooncake's older one."""
+    text = os.environ.get(f"MC_{end}_RPC_PORT") or os.environ.get(f"MC_{end}_PRC_PORT") or ""
+    return int(text) if text.isdigit() else default
 
 
 @contextlib.contextmanager
