@@ -51,8 +51,8 @@ def made(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> dict[str, dict[s
             events.append(f"seed.register {url} {admin_api_key} {ca_certs}")
 
         @staticmethod
-        def prepare(host: str, rank: int, network: str) -> None:
-            events.append(f"seed.prepare {host} {rank} {network}")
+        def prepare(host: str, rank: int, network: str, gpu_id: int) -> None:
+            events.append(f"seed.prepare {host} {rank} {network} {gpu_id}")
 
     def publish(_config: Any, registration: Any, facts: Any, **fields: Any) -> Recorder:
         made["publication"] = fields | {"registration": registration, "facts": facts}
@@ -78,7 +78,7 @@ def arriving(is_seed: bool = True) -> RankWeights:
     return RankWeights(config, context, manifest, allocate_arena(manifest, "cpu"), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("is_seed", "expected"), [(True, ["seed.prepare 10.0.0.7 0 required"]), (False, [])])
+@pytest.mark.parametrize(("is_seed", "expected"), [(True, ["seed.prepare 10.0.0.7 0 required -1"]), (False, [])])
 def test_an_offer_is_prepared_while_the_weights_arrive(
     made: Any, events: list[str], is_seed: bool, expected: Any
 ) -> None:

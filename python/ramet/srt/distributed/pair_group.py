@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from ramet.srt.utils.net import listen_on
+from ramet.srt.utils.net import choose_interface, listen_on
 
 SENDER, RECEIVER = 0, 1
 POLL_S = 0.0001
@@ -98,7 +98,7 @@ class PairGroup:
         Args:
             name: the same on both sides. The keys in the store are those of torch's own groups of this name.
             device: of the tensors; the backend is gloo on the CPU and NCCL on CUDA.
-            address: of this node, where gloo listens for the other side.
+            address: of this node, where gloo or NCCL listens for the other side.
             timeout_s: for meeting, and for each operation.
 
         Raises:
@@ -112,6 +112,7 @@ class PairGroup:
         self._group: _Group | None  # None when it is closed, so that its sockets and threads go
         try:
             if device.type == "cuda":
+                choose_interface(address)  # NCCL takes any other where the first group of a process is this one
                 self._group = _make_nccl(prefix, rank, timeout)
             else:
                 self._group = _make_gloo(prefix, rank, address, timeout)

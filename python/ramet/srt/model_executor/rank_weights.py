@@ -72,7 +72,8 @@ class RankWeights:
             WeightTransferError: if the transfer engine does not start.
         """
         if self.config.is_seed:
-            WeightSeed.prepare(self.config.host, self.manifest.parallel.world_rank, self.config.network)
+            rank = self.manifest.parallel.world_rank
+            WeightSeed.prepare(self.config.host, rank, self.config.network, self.arena.gpu_id)
 
 
 class LoadedWeights:

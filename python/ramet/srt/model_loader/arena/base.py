@@ -42,7 +42,7 @@ class WeightArena(ABC):
     broadcast_backend: str  # of torch.distributed, which sends from this memory and receives into it
     checksum_algorithm: str
     watched_nbytes: int  # that may be hashed at once, now and then, beside serving
-    device_index = 0  # of the GPU, among those that this process sees
+    gpu_id = -1  # of the GPU that it is on, among those that this process sees; -1: none
     nbytes: int
     address: int
 

@@ -48,7 +48,7 @@ class CudaWeightArena(WeightArena):
         self.torch_device = torch.device(device)
         if self.torch_device.index is None:
             self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.device_index = self.torch_device.index
+        self.gpu_id = self.torch_device.index
         self.nbytes = max(SEGMENT_ALIGNMENT, align_up(manifest.arena_nbytes, SEGMENT_ALIGNMENT))
         free, total = torch.cuda.mem_get_info(self.torch_device)
         if self.nbytes > free:

@@ -178,7 +178,8 @@ class _Transfer:
             if not self._is_sent:
                 self._error = self._error or "it broke off"
                 rank = self._arena.manifest.parallel.world_rank
-                logger.warning("rank %d: the weights were not sent: %s", rank, self._error)
+                level = logging.DEBUG if self.has_given_way else logging.WARNING
+                logger.log(level, "rank %d: the weights were not sent: %s", rank, self._error)
             self._end_s = time.monotonic()
             self.ended.set()
             self._joined.set()

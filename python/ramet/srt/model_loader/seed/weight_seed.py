@@ -16,9 +16,14 @@ from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_
 from ramet.srt.model_loader.seed.arena_watch import ArenaWatch
 from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
-from ramet.srt.model_loader.transport.memory_offer import MemoryOffer, start_offering_process
+from ramet.srt.model_loader.transport.memory_offer import (
+    MemoryOffer,
+    OfferFromHere,
+    offer_memory,
+    start_offering_process,
+)
 from ramet.srt.model_loader.transport.transport_process import TransportMissingError, TransportProcess
-from ramet.srt.utils.net import format_address, host_identity, is_loopback, reachable_host
+from ramet.srt.utils.net import format_address, host_identity, reachable_host
 from ramet.srt.weights.control_messages import (
     InitSendGroupReq,
     InstanceReady,
@@ -50,14 +55,18 @@ class WeightSeed:
         self._resources = resources
 
     @staticmethod
-    def prepare(host: str, rank: int, network: str = REQUIRED) -> None:
+    def prepare(host: str, rank: int, network: str = REQUIRED, gpu_id: int = -1) -> None:
         """Do beforehand, while the weights still come, what takes long: start the transfer engine, import requests.
+
+        Args:
+            network: see `start`.
+            gpu_id: of the GPU that the weights are on; -1: none.
 
         Raises:
             WeightTransferError: if it does not start.
         """
         if network != UNUSED and (host, rank) not in _prepared:
-            process = _start_process(host, rank, network)
+            process = _start_process(host, rank, network, gpu_id)
             if process is not None:
                 _prepared[host, rank] = process
         importlib.import_module("ramet.srt.utils.http_client")
@@ -128,7 +137,7 @@ class WeightSeed:
             rank,
             manifest.payload_nbytes / 1e9,
             manifest.role,
-            "on this host alone" if offer is None else f"as {session_id}",
+            "without a transfer engine" if offer is None else f"as {session_id}",
             time.perf_counter() - start,
         )
         return cls(registration, resources)
@@ -150,23 +159,22 @@ class WeightSeed:
         self._resources.close()
 
 
-def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> MemoryOffer | None:
+def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> MemoryOffer | OfferFromHere | None:
     """The arena on offer to other hosts; None where it isn't. Raises WeightTransferError and OSError as it does."""
     if network == UNUSED:
         return None
-    process = _prepared.pop((host, rank), None) or _start_process(host, rank, network)
-    return None if process is None else MemoryOffer(arena, process)
+    process = _prepared.pop((host, rank), None) or _start_process(host, rank, network, arena.gpu_id)
+    return None if process is None else offer_memory(arena, process)
 
 
-def _start_process(host: str, rank: int, network: str) -> TransportProcess | None:
+def _start_process(host: str, rank: int, network: str, gpu_id: int) -> TransportProcess | None:
     """None if Mooncake is not installed, and needn't be. Raises WeightTransferError if it can't be started."""
     try:
-        return start_offering_process(host, rank)
+        return start_offering_process(host, rank, gpu_id)
     except TransportMissingError as error:
         if network == REQUIRED:
             raise
-        why = "nobody else can reach it" if is_loopback(host) else "other hosts can't take them from here"
-        logger.warning("rank %d: weights are offered on this host alone (%s): %s", rank, why, error.cause)
+        logger.warning("rank %d: weights are offered without a transfer engine: %s", rank, error.cause)
         return None
 
 

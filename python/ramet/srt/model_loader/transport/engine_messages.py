@@ -14,6 +14,7 @@ class StartEngine(msgspec.Struct, frozen=True, tag=True):
     protocol: str
     devices: str  # for RDMA, joined by commas; empty: all
     port: int = 0  # where it must listen; 0: anywhere
+    gpu_id: int = -1  # whose memory will be offered; -1: none's
 
 
 class OfferMemory(msgspec.Struct, frozen=True, tag=True):
@@ -23,7 +24,6 @@ class OfferMemory(msgspec.Struct, frozen=True, tag=True):
     address: int = 0  # where it must be seen; 0: anywhere
     cuda_ipc_handle: bytes = b""
     offset: int = 0  # in what the handle opens
-    gpu_id: int = 0
 
 
 class OpenWindow(msgspec.Struct, frozen=True, tag=True):

@@ -74,6 +74,8 @@ class _Server:
 
     def _handle(self, number: int, request: EngineRequest, fds: list[int]) -> EngineReply:
         if isinstance(request, StartEngine):
+            if request.gpu_id >= 0:
+                cuda_driver.use_primary_context(request.gpu_id)
             self._engine = MooncakeEngine(request)
             return EngineReply(number, port=self._engine.port)
         engine = self._engine
@@ -93,7 +95,6 @@ def _map_offered(request: OfferMemory, fds: list[int]) -> int:
     """Where offered memory is seen here: never to be written, where the memory is the host's."""
     if not request.cuda_ipc_handle:
         return host_memory.map_file_read_only(fds[0], request.nbytes, request.address)
-    cuda_driver.use_primary_context(request.gpu_id)
     address = cuda_driver.open_memory(request.cuda_ipc_handle) + request.offset
     if request.address not in (0, address):
         raise OSError(f"the GPU's memory is seen at {address:#x} now, and was at {request.address:#x}")

@@ -4,9 +4,12 @@ import logging
 import socket
 import threading
 
+from ramet.srt.environ import envs
 from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
+from ramet.srt.model_loader.transport.engine_messages import StartEngine
+from ramet.srt.model_loader.transport.mooncake_engine import EngineError, MooncakeEngine, choose_protocol
 from ramet.srt.model_loader.transport.transport_process import TransportProcess, numeric_address
-from ramet.srt.utils.net import address_family, reachable_host
+from ramet.srt.utils.net import address_family, format_address, reachable_host
 from ramet.srt.weights.errors import WeightTransferError
 
 logger = logging.getLogger(__name__)
@@ -101,11 +104,63 @@ def _offer(arena: WeightArena, process: TransportProcess, address: int) -> int:
         case SharedFile(fd):
             return process.offer_file(fd, arena.nbytes, address)
         case LentMemory(handle, offset):
-            return process.offer_gpu_memory(handle, offset, arena.nbytes, arena.device_index, address)
+            return process.offer_gpu_memory(handle, offset, arena.nbytes, address)
 
 
-def start_offering_process(host: str, rank: int) -> TransportProcess:
+class OfferFromHere:
+    """The same by an engine in this process, where the other one can't register the memory. It can end this process."""
+
+    def __init__(self, arena: WeightArena, name: str, address: str) -> None:
+        """Raises WeightTransferError if Mooncake does not start, or refuses the memory."""
+        try:
+            if name not in _engines:
+                _engines[name] = MooncakeEngine(
+                    StartEngine(name, address, choose_protocol(), envs.MOONCAKE_DEVICE.get())
+                )
+            self._engine = _engines[name]
+            self._engine.register(arena.address, arena.nbytes)
+        except EngineError as error:
+            rank = arena.manifest.parallel.world_rank
+            raise WeightTransferError("register", rank, name, error) from error
+        self.address = arena.address
+        self.session_id = format_address(name, self._engine.port)
+
+    def close(self) -> None:
+        """Let nobody read any more."""
+        self._engine.unregister(self.address)
+
+
+_engines: dict[str, MooncakeEngine] = {}  # of this process, which are never destroyed
+
+
+def offer_memory(arena: WeightArena, process: TransportProcess) -> MemoryOffer | OfferFromHere:
+    """An arena's memory on offer by a transport process, or from this one where that can't be.
+
+    A network card wants to be allowed to write to what it registers, and may not know a GPU's memory that belongs to
+    another process.
+
+    Raises:
+        WeightTransferError: if Mooncake refuses the memory.
+        OSError: if the memory can't be given away.
+    """
+    try:
+        return MemoryOffer(arena, process)
+    except WeightTransferError as error:
+        if process.protocol == "tcp":
+            raise
+        rank = arena.manifest.parallel.world_rank
+        logger.warning(
+            "rank %d: the transport process can't offer the weights by %s, so this process does, and is not safe from "
+            "what is sent to it: %s", rank, process.protocol, error.cause,
+        )  # fmt: skip
+        return OfferFromHere(arena, process.name, process.address)
+
+
+def start_offering_process(host: str, rank: int, gpu_id: int = -1) -> TransportProcess:
     """A transport process that listens at the address by which others reach `host`, and nowhere else.
+
+    Args:
+        gpu_id: of the GPU whose memory it will offer; -1: none's.
 
     Raises:
         WeightTransferError: if Mooncake is not installed or does not start.
@@ -117,4 +172,4 @@ def start_offering_process(host: str, rank: int) -> TransportProcess:
             probe.bind((address, 0))
     except OSError as error:
         raise WeightTransferError("start", rank, name, f"no address of this host: {error}") from error
-    return TransportProcess(name, address, rank)
+    return TransportProcess(name, address, rank, gpu_id=gpu_id)

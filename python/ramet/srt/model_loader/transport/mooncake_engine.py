@@ -2,7 +2,10 @@
 
 import contextlib
 import ctypes
+import glob
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,13 +45,10 @@ class MooncakeEngine:
             os.environ["MC_USE_IPV6"] = "1"  # it is read when the libraries are loaded
         if start.port:
             _choose_port(start.port)
-        try:
-            from mooncake.engine import TransferEngine
-        except ImportError as error:
-            raise EngineMissingError(f"Mooncake can't be used: {error}") from error
+        engine_class = _import_engine()
         lead_bind(start.address, start.port)
         before = listeners()
-        self._engine: Any = TransferEngine()
+        self._engine = engine_class()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
         with _without_harmless_log():
             code = self._engine.initialize(start.name, HANDSHAKE, start.protocol, start.devices)
@@ -83,6 +83,29 @@ class MooncakeEngine:
         result = self._engine.batch_transfer_sync_read(session_id, list(local), list(remote), list(nbytes))
         if result < 0:
             raise EngineError(f"Mooncake answers {result}")
+
+
+def _import_engine() -> Any:
+    """Mooncake's class. Raises EngineMissingError if it can't be imported."""
+    try:
+        return importlib.import_module("mooncake.engine").TransferEngine
+    except ImportError as error:
+        # Its builds for CUDA rely on libraries that torch loads, where torch is imported before.
+        if not _load_cuda_runtime():
+            raise EngineMissingError(f"Mooncake can't be used: {error}") from error
+    try:
+        return importlib.import_module("mooncake.engine").TransferEngine
+    except ImportError as error:
+        raise EngineMissingError(f"Mooncake can't be used: {error}") from error
+
+
+def _load_cuda_runtime() -> bool:
+    """Load the CUDA runtime out of the packages that torch has it from. False if there is none."""
+    found = [path for folder in sys.path for path in glob.glob(f"{glob.escape(folder)}/nvidia/*/lib/libcudart.so.*")]
+    for path in found:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return bool(found)
 
 
 def _choose_port(port: int) -> None:

@@ -28,7 +28,10 @@ class Receivers:
             WeightTransferError: if Mooncake is not installed or does not start.
         """
         if session_id.endswith(":0"):
-            reason = "the seed offers its weights on its own host alone"
+            reason = (
+                "the seed runs no transfer engine; --remote-instance-weight-loader-start-seed-via-transfer-engine "
+                "starts one there"
+            )
             raise WeightTransferError("transfer", self._rank, session_id, reason)
         wants_ipv6 = is_ipv6(_host_of(session_id))
         with self._lock:

@@ -52,12 +52,13 @@ class TransportMissingError(WeightTransferError):
 class TransportProcess:
     """One process with one of Mooncake's engines. `kill` ends it, and with it every read that is under way."""
 
-    def __init__(self, name: str, address: str, rank: int, port: int = 0) -> None:
+    def __init__(self, name: str, address: str, rank: int, port: int = 0, gpu_id: int = -1) -> None:
         """
         Args:
             name: of this host, by which the other side reaches it.
             address: the only one to listen on, in numbers.
             port: where the engine must listen, in the place of one that has ended; 0: anywhere.
+            gpu_id: the GPU whose memory it will offer, which costs it a CUDA context; -1: none's.
 
         Raises:
             TransportMissingError: if Mooncake is not installed.
@@ -65,8 +66,9 @@ class TransportProcess:
         """
         self.protocol = choose_protocol()
         self._rank = rank
-        self._name = name
-        self._address = address
+        self.name = name
+        self.address = address
+        self._gpu_id = gpu_id
         self._numbers = itertools.count()
         self._waiting: dict[int, concurrent.futures.Future[EngineReply]] = {}
         self._lock = threading.Lock()
@@ -75,10 +77,10 @@ class TransportProcess:
         self._is_killed = False
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = _start_python(theirs.fileno())
+            self._process = _start_python(theirs.fileno(), sees_gpus=gpu_id >= 0)
         self._replies = threading.Thread(target=self._receive, name="transport-replies", daemon=True)
         self._replies.start()
-        start = StartEngine(name, address, self.protocol, envs.MOONCAKE_DEVICE.get(), port)
+        start = StartEngine(name, address, self.protocol, envs.MOONCAKE_DEVICE.get(), port, gpu_id)
         try:
             self.port = self._ask("start", name, start, [], START_TIMEOUT_S).port
         except BaseException:
@@ -93,7 +95,7 @@ class TransportProcess:
             WeightTransferError: as the constructor does, and if somebody else has the port.
         """
         self.kill()
-        return TransportProcess(self._name, self._address, self._rank, self.port)
+        return TransportProcess(self.name, self.address, self._rank, self.port, self._gpu_id)
 
     @property
     def pid(self) -> int:
@@ -110,7 +112,7 @@ class TransportProcess:
         """
         return self._register(OfferMemory(nbytes, address), [fd])
 
-    def offer_gpu_memory(self, handle: bytes, offset: int, nbytes: int, gpu_id: int, address: int = 0) -> int:
+    def offer_gpu_memory(self, handle: bytes, offset: int, nbytes: int, address: int = 0) -> int:
         """Let others read a GPU's memory, which nobody can keep them from writing to; returns its address there.
 
         Args:
@@ -120,7 +122,7 @@ class TransportProcess:
         Raises:
             WeightTransferError: if the memory can't be opened there, Mooncake refuses, or the process has ended.
         """
-        request = OfferMemory(nbytes, address, cuda_ipc_handle=handle, offset=offset, gpu_id=gpu_id)
+        request = OfferMemory(nbytes, address, cuda_ipc_handle=handle, offset=offset)
         return self._register(request, [])
 
     def open_window(self, fds: Sequence[int], nbytes: Sequence[int]) -> int:
@@ -135,7 +137,7 @@ class TransportProcess:
         return self._register(OpenWindow(list(nbytes)), fds)
 
     def _register(self, request: EngineRequest, fds: Sequence[int]) -> int:
-        return self._ask("register", self._name, request, fds, REGISTER_TIMEOUT_S).address
+        return self._ask("register", self.name, request, fds, REGISTER_TIMEOUT_S).address
 
     def read(
         self, session_id: str, local: Sequence[int], remote: Sequence[int], nbytes: Sequence[int], timeout_s: float
@@ -227,11 +229,17 @@ class _EndedError(Exception):
     """The process has ended."""
 
 
-def _start_python(fd: int) -> "subprocess.Popen[bytes]":
+def _start_python(fd: int, sees_gpus: bool) -> "subprocess.Popen[bytes]":
+    # Mooncake asks the GPUs about each piece of memory, and so would take some hundred megabytes of one for nothing.
+    hidden = {} if sees_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     root = os.path.dirname(next(iter(ramet.__path__)))
     arguments = ["-I", "-S", "-c", BOOT, json.dumps([root, *sys.path]), MODULE, str(fd)]
     return subprocess.Popen(
-        [sys.executable, *arguments], pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, *arguments],
+        pass_fds=[fd],
+        env=os.environ | hidden,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
 
 
