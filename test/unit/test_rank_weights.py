@@ -139,3 +139,21 @@ def test_withdrawn_weights_can_be_offered_again(made: dict[str, dict[str, Any]],
     events.clear()
     again.close()
     assert events == ["publication.close", "seed.close"]
+
+
+def test_changed_weights_are_withdrawn_and_end_the_process(
+    made: dict[str, dict[str, Any]],
+    events: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In this order: nobody takes them while the process ends."""
+    monkeypatch.setattr(rank_weights.os, "_exit", lambda code: events.append(f"exit {code}"))
+    monkeypatch.setattr(rank_weights.logging, "shutdown", lambda: None)
+    offered = arriving().load("").offer(lambda: 0.5)
+    assert made["seed"]["network"] == "required" and made["seed"]["check_interval_s"] == 0.0
+    offered.publish_modelexpress()
+    del events[:]
+    made["seed"]["on_change"]("the weights have changed: a")
+    assert events == ["publication.withdraw", "exit 72"]
+    assert caplog.messages[-1] == "the weights have changed: a; the instance can't go on"
