@@ -19,7 +19,7 @@ from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.model_loader.transport.listening_address import listeners
-from ramet.srt.model_loader.transport.memory_offer import MemoryOffer, start_offering_process
+from ramet.srt.model_loader.transport.memory_offer import MemoryOffer, offer_memory, start_offering_process
 from ramet.srt.model_loader.transport.receivers import Receivers, normal_session_id
 from ramet.srt.model_loader.transport.transport_process import TransportMissingError, TransportProcess
 from ramet.srt.utils import host_memory
@@ -169,6 +169,18 @@ def test_a_port_that_somebody_has_taken_meanwhile_is_had_when_it_is_free(caplog)
             wait_for(lambda: "can't be started again" in caplog.text)
         wait_for(lambda: offer.pid != before)
         assert read(offer, arena.nbytes) == bytes(arena.memory)
+
+
+def test_a_process_that_is_ended_before_the_offer_is_made_is_replaced():
+    """It is started while the weights still come, which may take minutes."""
+    arena = toy_arena(1)
+    arena.publish()
+    process = start_offering_process("127.0.0.1", 0)
+    send_deadly_bytes(process)
+    wait_for(lambda: not is_running(process.pid))
+    offer = offer_memory(arena, process)
+    assert offer.session_id == process.session_id and read(offer, arena.nbytes) == bytes(arena.memory)
+    offer.close()
 
 
 def test_a_client_s_process_that_ends_is_a_failed_read():

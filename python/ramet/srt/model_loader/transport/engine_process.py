@@ -75,7 +75,8 @@ class _Server:
     def _handle(self, number: int, request: EngineRequest, fds: list[int]) -> EngineReply:
         if isinstance(request, StartEngine):
             if request.gpu_id >= 0:
-                cuda_driver.use_primary_context(request.gpu_id)
+                with contextlib.suppress(OSError):  # opening the memory fails then, and says why
+                    cuda_driver.use_primary_context(request.gpu_id)
             self._engine = MooncakeEngine(request)
             return EngineReply(number, port=self._engine.port)
         engine = self._engine

@@ -8,7 +8,11 @@ from ramet.srt.environ import envs
 from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
 from ramet.srt.model_loader.transport.engine_messages import StartEngine
 from ramet.srt.model_loader.transport.mooncake_engine import EngineError, MooncakeEngine, choose_protocol
-from ramet.srt.model_loader.transport.transport_process import TransportProcess, numeric_address
+from ramet.srt.model_loader.transport.transport_process import (
+    TransportEndedError,
+    TransportProcess,
+    numeric_address,
+)
 from ramet.srt.utils.net import address_family, format_address, reachable_host
 from ramet.srt.weights.errors import WeightTransferError
 
@@ -16,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # before a process that has ended is started again
 MAX_PAUSE_S = 30.0
+NUM_STARTS = 5  # of a process for a new offer
 STEADY_S = 60.0  # a process that has run for so long was no failure of the start before
 
 
@@ -137,23 +142,37 @@ def offer_memory(arena: WeightArena, process: TransportProcess) -> MemoryOffer |
     """An arena's memory on offer by a transport process, or from this one where that can't be.
 
     A network card wants to be allowed to write to what it registers, and may not know a GPU's memory that belongs to
-    another process.
+    another process; and not every GPU may be used by two processes.
 
     Raises:
         WeightTransferError: if Mooncake refuses the memory.
         OSError: if the memory can't be given away.
     """
     try:
-        return MemoryOffer(arena, process)
-    except WeightTransferError as error:
-        if process.protocol == "tcp":
+        return _offer_surely(arena, process)
+    except TransportEndedError:
+        raise
+    except (WeightTransferError, OSError) as error:
+        if process.protocol == "tcp" and arena.gpu_id < 0:
             raise
+        process.kill()
         rank = arena.manifest.parallel.world_rank
         logger.warning(
             "rank %d: the transport process can't offer the weights by %s, so this process does, and is not safe from "
-            "what is sent to it: %s", rank, process.protocol, error.cause,
+            "what is sent to it: %s", rank, process.protocol, getattr(error, "cause", error),
         )  # fmt: skip
         return OfferFromHere(arena, process.name, process.address)
+
+
+def _offer_surely(arena: WeightArena, process: TransportProcess) -> MemoryOffer:
+    """An offer by a process that may have been ended by a stranger since it was started; or else by the next one."""
+    for _ in range(NUM_STARTS - 1):
+        try:
+            return MemoryOffer(arena, process)
+        except TransportEndedError as error:
+            logger.warning("rank %d: %s; starting another", arena.manifest.parallel.world_rank, error.cause)
+            process = process.successor()
+    return MemoryOffer(arena, process)
 
 
 def start_offering_process(host: str, rank: int, gpu_id: int = -1) -> TransportProcess:

@@ -49,6 +49,10 @@ class TransportMissingError(WeightTransferError):
     """Mooncake is not installed."""
 
 
+class TransportEndedError(WeightTransferError):
+    """The process has ended: by itself, or by what somebody has sent to it."""
+
+
 class TransportProcess:
     """One process with one of Mooncake's engines. `kill` ends it, and with it every read that is under way."""
 
@@ -182,14 +186,14 @@ class TransportProcess:
             end = self._end
         try:
             if end:
-                raise WeightTransferError(stage, self._rank, other, end)
+                raise TransportEndedError(stage, self._rank, other, end)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader finds out why
                 socket.send_fds(self._connection, [msgspec.msgpack.encode(Numbered(number, request))], list(fds))
             reply = future.result(timeout_s)
         except TimeoutError:
             raise WeightTransferError(stage, self._rank, other, f"no progress within {timeout_s:g} s") from None
         except _EndedError as error:
-            raise WeightTransferError(stage, self._rank, other, error) from None
+            raise TransportEndedError(stage, self._rank, other, error) from None
         finally:
             with self._lock:
                 del self._waiting[number]
