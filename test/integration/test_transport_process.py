@@ -18,6 +18,7 @@ from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.model_loader.transport import memory_offer
 from ramet.srt.model_loader.transport.listening_address import listeners
 from ramet.srt.model_loader.transport.memory_offer import MemoryOffer, offer_memory, start_offering_process
 from ramet.srt.model_loader.transport.receivers import Receivers, normal_session_id
@@ -169,6 +170,19 @@ def test_a_port_that_somebody_has_taken_meanwhile_is_had_when_it_is_free(caplog)
             wait_for(lambda: "can't be started again" in caplog.text)
         wait_for(lambda: offer.pid != before)
         assert read(offer, arena.nbytes) == bytes(arena.memory)
+
+
+def test_a_stopped_process_is_replaced(monkeypatch, caplog):
+    monkeypatch.setattr(memory_offer, "PING_PERIOD_S", 0.1)
+    monkeypatch.setattr(memory_offer, "PING_TIMEOUT_S", 1.0)
+    arena = toy_arena(1)
+    with offered(arena) as offer:
+        stopped = offer.pid
+        os.kill(stopped, signal.SIGSTOP)
+        wait_for(lambda: offer.pid != stopped)
+        monkeypatch.setattr(memory_offer, "PING_TIMEOUT_S", 30.0)
+        assert read(offer, arena.nbytes) == bytes(arena.memory)
+        assert f"the transport process {stopped} has not moved for 1 s: ending it" in caplog.text
 
 
 def test_a_process_that_is_ended_before_the_offer_is_made_is_replaced():

@@ -29,6 +29,9 @@ class Process:
     def watch(self, on_end):
         self.calls.append("watch")
 
+    def ping(self, _timeout_s):
+        return
+
     def kill(self):
         self.calls.append("kill")
 

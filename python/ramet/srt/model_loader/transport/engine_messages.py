@@ -41,7 +41,11 @@ class ReadRanges(msgspec.Struct, frozen=True, tag=True):
     nbytes: list[int]
 
 
-EngineRequest = StartEngine | OfferMemory | OpenWindow | ReadRanges
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Show that the process moves."""
+
+
+EngineRequest = StartEngine | OfferMemory | OpenWindow | ReadRanges | Ping
 
 
 class EngineReply(msgspec.Struct, frozen=True, omit_defaults=True):

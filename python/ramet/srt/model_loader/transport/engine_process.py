@@ -23,6 +23,7 @@ from ramet.srt.model_loader.transport.engine_messages import (
     Numbered,
     OfferMemory,
     OpenWindow,
+    Ping,
     ReadRanges,
     StartEngine,
 )
@@ -79,6 +80,8 @@ class _Server:
                     cuda_driver.use_primary_context(request.gpu_id)
             self._engine = MooncakeEngine(request)
             return EngineReply(number, port=self._engine.port)
+        if isinstance(request, Ping):
+            return EngineReply(number)
         engine = self._engine
         assert engine is not None, "the engine is started first"
         if isinstance(request, ReadRanges):

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # before a process that has ended is started again
 MAX_PAUSE_S = 30.0
+PING_PERIOD_S, PING_TIMEOUT_S = 10.0, 30.0
 NUM_STARTS = 5  # of a process for a new offer
 STEADY_S = 60.0  # a process that has run for so long was no failure of the start before
 
@@ -51,6 +52,7 @@ class MemoryOffer:
             process.kill()
             raise
         self._watch(process)
+        threading.Thread(target=self._ping, name="transport-ping", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -73,6 +75,20 @@ class MemoryOffer:
             threading.Thread(target=self._start_again, args=(end,), name="offer-again", daemon=True).start()
 
         process.watch(on_end)
+
+    def _ping(self) -> None:
+        """Find a process that was stopped, or hangs: it is ended, and another one takes its place."""
+        while not self._closing.wait(PING_PERIOD_S):
+            process = self._process
+            try:
+                process.ping(PING_TIMEOUT_S)
+            except TransportEndedError:
+                continue  # is being started again
+            except WeightTransferError:
+                if not self._closing.is_set():
+                    logger.warning("the transport process %d has not moved for %g s: ending it",
+                                   process.pid, PING_TIMEOUT_S)  # fmt: skip
+                    process.abort()
 
     def _note_steady(self) -> None:
         self._pause_s = FIRST_PAUSE_S

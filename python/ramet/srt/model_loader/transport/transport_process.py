@@ -27,6 +27,7 @@ from ramet.srt.model_loader.transport.engine_messages import (
     Numbered,
     OfferMemory,
     OpenWindow,
+    Ping,
     ReadRanges,
     StartEngine,
 )
@@ -158,6 +159,15 @@ class TransportProcess:
         """
         request = ReadRanges(session_id, list(local), list(remote), list(nbytes))
         self._ask("transfer", session_id, request, [], timeout_s)
+
+    def ping(self, timeout_s: float) -> None:
+        """Raises WeightTransferError if the process does not move within `timeout_s`, or has ended."""
+        self._ask("ping", self.name, Ping(), [], timeout_s)
+
+    def abort(self) -> None:
+        """End the process as if it had ended by itself: whoever watches it is told."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     def watch(self, on_end: Callable[[str], None]) -> None:
         """Have `on_end` called once, in a thread, with what became of the process when it ends without being killed."""
