@@ -42,9 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_prepared: dict[
-    tuple[str, int], TransportProcess
-] = {}  # started for an offer that is still to be made, by host and rank
+# Started for an offer that is still to be made, by host and rank; None where Mooncake is not installed, and needn't be.
+_prepared: dict[tuple[str, int], TransportProcess | None] = {}
 
 
 class WeightSeed:
@@ -66,9 +65,7 @@ class WeightSeed:
             WeightTransferError: if it does not start.
         """
         if network != UNUSED and (host, rank) not in _prepared:
-            process = _start_process(host, rank, network, gpu_id)
-            if process is not None:
-                _prepared[host, rank] = process
+            _prepared[host, rank] = _start_process(host, rank, network, gpu_id)
         importlib.import_module("ramet.srt.utils.http_client")
 
     @classmethod
@@ -163,7 +160,10 @@ def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> Mem
     """The arena on offer to other hosts; None where it isn't. Raises WeightTransferError and OSError as it does."""
     if network == UNUSED:
         return None
-    process = _prepared.pop((host, rank), None) or _start_process(host, rank, network, arena.gpu_id)
+    if (host, rank) in _prepared:
+        process = _prepared.pop((host, rank))
+    else:
+        process = _start_process(host, rank, network, arena.gpu_id)
     return None if process is None else offer_memory(arena, process)
 
 
