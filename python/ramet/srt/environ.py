@@ -23,8 +23,14 @@ class Envs:
     MOONCAKE_PROTOCOL = EnvStr("MOONCAKE_PROTOCOL", "")
     # RDMA devices that Mooncake may use, comma-separated; empty means all.
     MOONCAKE_DEVICE = EnvStr("MOONCAKE_DEVICE", "")
-    # Where /start_profile lets the ranks write their traces when it names no folder.
-    RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "/tmp")
+    # Where /start_profile lets the ranks write their traces, and below which a caller may choose; empty means
+    # `default_profile_dir()`, and no choice. --profile-dir goes before it.
+    RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "")
+
+
+def default_profile_dir() -> str:
+    """The folder of traces that nobody has named: this user's own."""
+    return f"/tmp/ramet-profiles-{os.geteuid()}"
 
 
 envs = Envs()

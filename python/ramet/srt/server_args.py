@@ -17,6 +17,7 @@ from ramet.srt.configs.modelexpress_config import (
 )
 from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.environ import default_profile_dir, envs
 from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
@@ -113,6 +114,19 @@ class ServerArgs:
         None,
         "File with the certificates (PEM) that other instances at https:// are verified with; the system's when not "
         "given.",
+    )
+    allowed_hosts: str | None = flag(
+        None,
+        "Names by which web pages and proxies may call a server without a key, besides its own: joined by commas, or * "
+        "for all.",
+    )
+    max_connections: int = flag(
+        4096, "Most connections to the HTTP server; those that wait for a request make room for new ones.", limit=COUNT
+    )
+    profile_dir: str | None = flag(
+        None,
+        "Folder below which /start_profile lets a caller choose one; without it callers choose none, and traces go to "
+        "$RAMET_TORCH_PROFILER_DIR, or a folder of this user's in /tmp.",
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
     drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.", limit=SECONDS)
@@ -423,6 +437,26 @@ class ServerArgs:
         return tuple(dict.fromkeys(seeds))
 
     @property
+    def allowed_host_names(self) -> list[str]:
+        """What --allowed-hosts lists."""
+        return [name.strip() for name in (self.allowed_hosts or "").split(",") if name.strip()]
+
+    @property
+    def profile_root(self) -> str:
+        """The folder of all traces."""
+        return self.profile_dir or envs.RAMET_TORCH_PROFILER_DIR.get() or default_profile_dir()
+
+    @property
+    def names_profile_folder(self) -> bool:
+        """Whether the operator has chosen it, so that callers may choose one below."""
+        return bool(self.profile_dir or envs.RAMET_TORCH_PROFILER_DIR.get())
+
+    @property
+    def registration_key(self) -> str | None:
+        """The key that registering weights needs: the strongest one there is."""
+        return self.admin_api_key or self.api_key
+
+    @property
     def is_seed(self) -> bool:
         """Whether the instance offers its weights: asked to, or grown out of another one."""
         return (
@@ -580,7 +614,7 @@ class ServerArgs:
                 is_seed=self.is_seed,
                 host=weights_host,
                 control_host=node_address,
-                admin_api_key=self.admin_api_key,
+                admin_api_key=self.registration_key,
                 is_published=self.modelexpress is not None,
             ),
         )

@@ -11,7 +11,7 @@ import msgspec
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ramet.srt.entrypoints.http.http_validation import (
-    MAX_PROMPTS,
+    Prompts,
     PromptText,
     RequestBody,
     TokenIds,
@@ -61,8 +61,8 @@ class GenerateReqInput(RequestBody):
 
     model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_PROMPT)
 
-    text: PromptText | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    text: PromptText | Prompts[PromptText] | None = None
+    input_ids: TokenIds | Prompts[TokenIds] | None = None
     sampling_params: SamplingParamsBody = None
     stream: bool = False
     return_logprob: bool = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 import warnings
@@ -23,6 +24,7 @@ from ramet.srt.entrypoints.http.answers import (
     NativeOutput,
     Status,
 )
+from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.event_stream import (
     CLIENT_GONE_STATUS,
     ClientGone,
@@ -31,6 +33,7 @@ from ramet.srt.entrypoints.http.event_stream import (
     until_disconnect,
 )
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
+from ramet.srt.entrypoints.http.http_body import BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
@@ -38,12 +41,12 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 from ramet.srt.entrypoints.weight_routes import make_weight_router
-from ramet.srt.environ import envs
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import FlushCacheReqOutput, ProfileReqOutput
 from ramet.srt.managers.metrics import CONTENT_TYPE
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.utils.http_origin import OriginCheck
 
 HEALTH_TIMEOUT_S = 20.0
 METRICS_TIMEOUT_S = 2.0
@@ -113,8 +116,8 @@ class DescribedApp(FastAPI):
                     operation["security"] = [{"key": []}]
 
 
-def create_app(instance: Instance) -> FastAPI:
-    """The application that serves `instance`."""
+def create_app(instance: Instance, checker: BodyChecker) -> FastAPI:
+    """The application that serves `instance`; `checker` sees large bodies first."""
     args = instance.server_args
     app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
     app.has_keys = bool(args.api_key or args.admin_api_key)
@@ -129,8 +132,14 @@ def create_app(instance: Instance) -> FastAPI:
         app.include_router(make_router(instance))
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
+    if instance.is_head:
+        app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)
     app.add_middleware(
-        AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
+        AccessMiddleware,
+        api_key=args.api_key,
+        admin_api_key=args.admin_api_key,
+        origins=OriginCheck(args.host, args.allowed_host_names),
+        refusal=instance.refusal,
     )
     return app
 
@@ -240,7 +249,8 @@ def _admin_routes(instance: Instance) -> APIRouter:
         """Have every rank record `num_steps` passes, or all until /stop_profile, and write a Chrome trace."""
         body = body or StartProfileBody()
         reply = await instance.manager.start_profile(
-            output_dir=body.output_dir or envs.RAMET_TORCH_PROFILER_DIR.get(),
+            root=instance.server_args.profile_root,
+            output_dir=_profile_folder(instance, body.output_dir),
             num_steps=body.num_steps,
             activities=list(body.activities or ("CPU", "GPU")),
             with_stack=bool(body.with_stack),
@@ -271,6 +281,17 @@ def _admin_routes(instance: Instance) -> APIRouter:
         return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
 
     return router
+
+
+def _profile_folder(instance: Instance, wanted: str | None) -> str:
+    """Where a caller's profile goes: the ranks see to it that it is below the folder that the operator has set."""
+    root = instance.server_args.profile_root
+    if wanted is not None and not instance.server_args.names_profile_folder:
+        raise RequestError(
+            "output_dir: callers may choose a folder only below that of --profile-dir, which is not set",
+            param="output_dir",
+        )
+    return os.path.join(root, wanted or "")
 
 
 def _openai_routes(instance: Instance) -> APIRouter:

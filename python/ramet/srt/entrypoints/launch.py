@@ -19,6 +19,7 @@ from ramet.srt.entrypoints.listener import bind
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.file_limit import raise_file_limit
 from ramet.srt.utils.imports import importing
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
         The exit code: 0 after a signal; 1, with one line on stderr, if the start failed or a child has died.
     """
     configure_logging(server_args.log_level, "server")
+    raise_file_limit()
     try:
         with _StartSignals() as signals:
             return _run(server_args, launch_time, scheduler_module, signals)

@@ -17,6 +17,7 @@ from ramet.srt.text.tokenizer import Tokenizer
 MAX_SEQUENCES_OF_REQUEST = 4096
 MAX_TOP_LOGPROBS = 128
 SLOW_CHARS = 4096  # from here on the tokenizing is worth a thread
+MAX_CHARS_PER_TOKEN = 256  # on average over a text; no vocabulary has such words only
 PROBE_CHARS_PER_TOKEN = 8  # this much text for each token of the context seldom fits into it
 
 
@@ -95,6 +96,18 @@ def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[in
         if num_tokens > limits.max_req_len:
             raise _too_long(one, f"more than {num_tokens}", limits)
     return tokenizer.encode(text, one.add_special_tokens)
+
+
+def check_prompt_size(prompt: str | list[int], param: str, max_req_len: int) -> None:
+    """Refuse without any tokenizing what can't fit. Raises RequestError, which calls the prompt `param`."""
+    is_text = isinstance(prompt, str)
+    if len(prompt) >= max_req_len * (MAX_CHARS_PER_TOKEN if is_text else 1):
+        num_tokens = f"more than {max_req_len}" if is_text else str(len(prompt))
+        raise RequestError(
+            f"{param} has {num_tokens} tokens; the context of {max_req_len} tokens has no room for them and an answer",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> None:

@@ -186,12 +186,23 @@ class TokenizerManager:
         return min(replies, key=lambda reply: reply.success)
 
     async def start_profile(
-        self, output_dir: str, num_steps: int | None, activities: list[str], with_stack: bool, record_shapes: bool
+        self,
+        root: str,
+        output_dir: str,
+        num_steps: int | None,
+        activities: list[str],
+        with_stack: bool,
+        record_shapes: bool,
     ) -> ProfileReqOutput:
-        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer."""
+        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer.
+
+        Args:
+            root: the folder that `output_dir` must be in; the ranks refuse another.
+        """
         question = functools.partial(
             StartProfileReqInput,
             profile_id=str(time.time()),
+            root=os.path.abspath(root),
             output_dir=os.path.abspath(output_dir),
             num_steps=num_steps,
             activities=activities,

@@ -13,6 +13,7 @@ from ramet.srt.errors import RequestError
 
 MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
 MAX_SEQUENCES = 128  # largest n
+MAX_LOGIT_BIAS = 4096  # tokens with a bias
 MAX_SEED = 9 * 10**18  # an int64 that is exact as a double too: JSON schemas write their bounds as doubles
 TOKEN_KEY = r"^(0|[1-9][0-9]{0,8})$"  # a token id as the key of a JSON object
 GREEDY_TEMPERATURE = 1e-5  # below this a temperature means greedy: dividing by it would overflow
@@ -42,7 +43,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop: Annotated[list[StopString], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=1024)] = []
     ignore_eos: bool = False
-    logit_bias: dict[int, Bias] = {}
+    logit_bias: Annotated[dict[int, Bias], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     sampling_seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     regex: str | None = None

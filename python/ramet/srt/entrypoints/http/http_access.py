@@ -1,31 +1,40 @@
-"""Owns who may call what, and when: bearer keys, the readiness of the instance, the size of a body. Plain ASGI."""
+"""Owns who may call what, and when: bearer keys, web pages, the readiness of the instance. Plain ASGI."""
 
 import hmac
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_errors import error_response
+from ramet.srt.utils.http_origin import OriginCheck
 
-MAX_BODY_BYTES = 64 << 20
 HEALTH_PATHS = frozenset({"/health", "/health_generate"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
 
 
 class AccessMiddleware:
-    """Lets a request through to the app, or answers it with 401, 413 or 503.
+    """Lets a request through to the app, or answers it with 401, 403 or 503.
 
     Args:
         api_key: needed for every path but the health checks; None: nothing is needed.
         admin_api_key: needed for ADMIN_PATHS, and good for all others; None: `api_key` takes its place.
+        origins: tells web pages from other callers, where no key does.
         refusal: says why nothing can be answered now, or None.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, refusal: Callable[[], str | None]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        admin_api_key: str | None,
+        origins: OriginCheck,
+        refusal: Callable[[], str | None],
+    ):
         self._app = app
         self._api_key = api_key
         self._admin_api_key = admin_api_key
+        self._origins = origins
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,7 +43,7 @@ class AccessMiddleware:
         elif (answer := self._refuse(scope)) is not None:
             await answer(scope, receive, send)
         else:
-            await self._app(scope, _limited(receive), send)
+            await self._app(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> ASGIApp | None:
         """The answer to a request that goes no further. Notes in `scope` whether an administrator asks."""
@@ -47,18 +56,21 @@ class AccessMiddleware:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if self._is_open(scope["path"]):
+            foreign = self._origins.refusal(headers.get("host"), headers.get("origin"))
+            if foreign is not None:
+                return error_response(403, foreign)
         refusal = self._refusal()
-        if refusal is not None:
-            return error_response(503, refusal)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return _too_large()
-        return None
+        return None if refusal is None else error_response(503, refusal)
 
     def _is_admin(self, headers: Headers) -> bool:
         """Whether the call has the strongest key there is; without any keys everybody has."""
         key = self._admin_api_key or self._api_key
         return key is None or has_key(headers, key)
+
+    def _is_open(self, path: str) -> bool:
+        """Whether the path needs no key."""
+        return self._api_key is None and (self._admin_api_key is None or path not in ADMIN_PATHS)
 
     def _may_call(self, path: str, headers: Headers, is_admin: bool) -> bool:
         if is_admin:
@@ -72,26 +84,3 @@ def has_key(headers: Headers, key: str) -> bool:
     """Whether the request carries `Authorization: Bearer <key>`. Takes the same time for every wrong key."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
-
-
-class BodyTooLarge(ValueError):
-    """A body without a length that has gone on for too long."""
-
-
-def _limited(receive: Receive) -> Receive:
-    """`receive` that ends a body of unannounced length when it is too long."""
-    num_bytes = 0
-
-    async def limited() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body is longer than {MAX_BODY_BYTES} bytes")
-        return message
-
-    return limited
-
-
-def _too_large() -> ASGIApp:
-    return error_response(413, f"the body is longer than {MAX_BODY_BYTES} bytes")

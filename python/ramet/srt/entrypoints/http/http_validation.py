@@ -1,6 +1,6 @@
 """Owns what request bodies have in common: pieces of their schema, and words for what is wrong with them."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
@@ -8,8 +8,10 @@ from ramet.srt.sampling.sampling_params import MAX_TOKENS, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 PromptText = Annotated[str, Field(min_length=1)]
+Prompt = TypeVar("Prompt")
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class RequestBody(BaseModel):

@@ -1,23 +1,40 @@
 """Owns the bodies of the OpenAI routes: their fields, types and ranges. What is not here is refused by name."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
-from ramet.srt.sampling.sampling_params import MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
+from ramet.srt.entrypoints.http.http_validation import Prompts, PromptText, RequestBody, TokenIds
+from ramet.srt.sampling.sampling_params import MAX_LOGIT_BIAS, MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
 
 MAX_OPENAI_LOGPROBS = 20
+MAX_METADATA = 64
+
+
+def at_most(max_entries: int) -> Callable[[Any], Any]:
+    """A check that comes before that of each entry, of which pydantic would tell one error each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > max_entries:
+            raise ValueError(f"at most {max_entries} entries are taken, not {len(value)}")
+        return value
+
+    return check
+
+
 StopText = Annotated[str, Field(min_length=1, max_length=4096)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    BeforeValidator(at_most(MAX_LOGIT_BIAS)),
     WithJsonSchema(
         {
             "type": "object",
             "propertyNames": {"pattern": TOKEN_KEY},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
         }
     ),
 ]
@@ -48,21 +65,25 @@ class SamplingBody(RequestBody):
     max_tokens: TokenLimit | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
     logit_bias: LogitBias | None = None
     # What clients send about themselves; nothing here depends on it.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: (
+        Annotated[dict[str, str], BeforeValidator(at_most(MAX_METADATA)), Field(max_length=MAX_METADATA)] | None
+    ) = None
     store: Literal[False] | None = None
 
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024, fail_fast=True)] | None
+    ) = None
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     no_stop_trim: bool | None = False
@@ -75,12 +96,7 @@ class CompletionRequest(SamplingBody):
 
     model_config = ConfigDict(json_schema_extra=only_with("stream_options", "stream"))
 
-    prompt: (
-        PromptText
-        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: PromptText | Prompts[PromptText] | TokenIds | Prompts[TokenIds]
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
     json_schema: str | dict[str, Any] | None = None
@@ -93,7 +109,7 @@ class TextPart(RequestBody):
     text: str
 
 
-MessageContent = str | Annotated[list[TextPart], Field(min_length=1)]
+MessageContent = str | Prompts[TextPart]
 
 
 class SystemMessage(RequestBody):
@@ -162,7 +178,7 @@ class ChatCompletionRequest(SamplingBody):
         json_schema_extra={"allOf": [only_with("stream_options", "stream"), only_with("top_logprobs", "logprobs")]}
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_PROMPTS)]
+    messages: Prompts[ChatMessage]
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None

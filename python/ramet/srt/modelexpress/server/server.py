@@ -24,11 +24,13 @@ from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.tokens import TokenFile
+from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol
 from ramet.srt.utils.net import format_address
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
+MAX_HTTP_CONNECTIONS = 512
 MIN_KEEPALIVE_PING_MS = 10_000
 MIN_HEARTBEATS = 3  # that fit into the time after which a silent worker is stale
 
@@ -180,6 +182,8 @@ class ModelExpressServer:
     def _make_http_server(self, fleet: Fleet) -> uvicorn.Server:
         config = uvicorn.Config(
             make_fleet_app(fleet, self.metrics, self._tokens),
+            http=guarded_protocol(HttpLimits(max_connections=MAX_HTTP_CONNECTIONS), "/health".__eq__),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",
