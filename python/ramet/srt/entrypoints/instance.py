@@ -144,10 +144,22 @@ class Instance:
         args = self.server_args
         try:
             bootstrap = EngineInfoBootstrapServer(
-                args.host, args.engine_info_bootstrap_port, admin_api_key=args.admin_api_key
+                args.host,
+                args.engine_info_bootstrap_port,
+                admin_api_key=args.admin_api_key,
+                api_key=args.api_key,
+                num_ranks=args.world_size,
+                allowed_hosts=args.allowed_host_names,
             )
         except OSError as error:
             raise ValueError(error.strerror) from None
+        if args.registration_key is None and not is_loopback(args.host):
+            logger.warning(
+                "whoever reaches port %d of %s can register weights in place of this instance's: --api-key or "
+                "--admin-api-key closes it",
+                bootstrap.port,
+                args.host,
+            )
         self.server_args = dataclasses.replace(self.server_args, engine_info_bootstrap_port=bootstrap.port)
         return bootstrap
 

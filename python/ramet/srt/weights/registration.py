@@ -127,7 +127,7 @@ class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     role: str = "target"
 
 
-def parse_registration(body: bytes) -> SeedRegistration:
+def parse_registration(body: bytes | bytearray) -> SeedRegistration:
     """Raises ValueError with the reason if `body` is not a sound registration."""
     registration = msgspec.json.decode(body, type=SeedRegistration)
     if registration.rank is None and registration.tp_rank is None:
