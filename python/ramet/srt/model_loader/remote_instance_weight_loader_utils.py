@@ -11,6 +11,7 @@ import msgspec
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
+    MAX_CHECKSUM_REGIONS,
     MAX_REGISTRATION_BYTES,
     ChecksumsAnswer,
     ChecksumsRequest,
@@ -172,19 +173,36 @@ def fetch_checksums(server: SeedServer, request: ChecksumsRequest, timeout_s: fl
     """What slices of checkpoint tensors hash to in the weights of a seed's rank; None if the seed can't tell.
 
     Raises:
-        WeightTransferError: if no sound answer came within `timeout_s`.
+        WeightTransferError: if no sound answer came within `timeout_s` to one of the requests that this takes.
     """
+    algorithm, checksums = "", list[str]()
     try:
-        status, body = post_to_seed(server, CHECKSUMS_PATH, request, timeout_s)
-        if status in (404, 405):
-            return None
-        if status != 200:
-            raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
-        answer = msgspec.json.decode(body, type=ChecksumsAnswer)
-        if len(answer.checksums) != len(request.regions):
-            raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
+        for start in range(0, max(1, len(request.regions)), MAX_CHECKSUM_REGIONS):
+            regions = request.regions[start : start + MAX_CHECKSUM_REGIONS]
+            part = _fetch_checksums_at_once(server, msgspec.structs.replace(request, regions=regions), timeout_s)
+            if part is None:
+                return None
+            algorithm = part.algorithm
+            checksums += part.checksums
     except (OSError, ValueError) as error:
         raise WeightTransferError("verify", request.rank, server.name, error) from error
+    return ChecksumsAnswer(algorithm=algorithm, checksums=checksums)
+
+
+def _fetch_checksums_at_once(server: SeedServer, request: ChecksumsRequest, timeout_s: float) -> ChecksumsAnswer | None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status, body = post_to_seed(server, CHECKSUMS_PATH, request, max(0.001, deadline - time.monotonic()))
+        if status not in RETRIED_STATUS or time.monotonic() + POLL_PERIOD_S > deadline:
+            break
+        time.sleep(POLL_PERIOD_S)  # others have their turn
+    if status in (404, 405):
+        return None
+    if status != 200:
+        raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
+    answer = msgspec.json.decode(body, type=ChecksumsAnswer)
+    if len(answer.checksums) != len(request.regions):
+        raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
     return answer
 
 

@@ -5,6 +5,7 @@ import msgspec
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
+MAX_CHECKSUM_REGIONS = 4096  # in one request; a client that wants more asks again
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
 
 
@@ -72,7 +73,10 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
+    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port.
+
+    At most MAX_CHECKSUM_REGIONS regions, which together are no larger than the rank's weights.
+    """
 
     rank: int
     regions: list[WeightRegion]

@@ -23,7 +23,10 @@ FREE_VALUES = 2000  # what so many values can be is parsed here at once
 FREE_BYTES = 1 << 20
 
 GENERATE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
-WEIGHT_PATHS = frozenset({"/remote_instance_weight_checksums", "/init_weights_send_group_for_remote_instance"})
+MAX_BYTES = dict.fromkeys(GENERATE_PATHS, MAX_BODY_BYTES) | {
+    "/remote_instance_weight_checksums": 2 << 20,
+    "/init_weights_send_group_for_remote_instance": 8 << 20,
+}
 
 
 class _Body(NamedTuple):
@@ -96,7 +99,7 @@ class _Reading:
         self.num_held_bytes = 0
         self._bodies = bodies
         self._receive = receive
-        self._max_bytes = MAX_BODY_BYTES if path in GENERATE_PATHS | WEIGHT_PATHS else MAX_SMALL_BODY_BYTES
+        self._max_bytes = MAX_BYTES.get(path, MAX_SMALL_BODY_BYTES)
 
     async def read(self, headers: Headers) -> _Body | None:
         """The whole body; None if the client has gone. Raises _Refused."""

@@ -1,13 +1,16 @@
 """Owns checksums of slices of checkpoint tensors, which arenas of different topologies can compare. No transport."""
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, share_out
+from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, region_volume, share_out
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
 
+REGIONS_BETWEEN_RESTS = 16
+REST_S = 0.001
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
 
 
@@ -31,6 +34,26 @@ class RegionChecksums:
         """
         with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
             return list(pool.map(self._compute_one, regions))
+
+    def compute_aside(self, regions: Sequence[WeightRegion]) -> list[str]:
+        """As `compute`, in this thread and with rests: another one of the process has more urgent work.
+
+        Raises:
+            ValueError: if one is not wholly in the arena, or all together are larger than it.
+        """
+        holdings = [self._find(wanted) for wanted in regions]
+        num_bytes = sum(
+            region_volume(wanted.region) * element_size(holding.dtype)
+            for wanted, holding in zip(regions, holdings, strict=True)
+        )
+        if num_bytes > self._arena.manifest.arena_nbytes:
+            raise ValueError(f"the slices have {num_bytes} bytes together, more than all of this rank's weights")
+        checksums = []
+        for number, wanted in enumerate(regions):
+            if number % REGIONS_BETWEEN_RESTS == 0:
+                time.sleep(REST_S)
+            checksums.append(self._compute_one(wanted))
+        return checksums
 
     def _compute_one(self, wanted: WeightRegion) -> str:
         found = self._known.get(wanted)

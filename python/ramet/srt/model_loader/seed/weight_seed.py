@@ -146,6 +146,7 @@ class SeedRequests:
         self._checksums = RegionChecksums(arena)
         self._groups: SendGroups | None = None
         self._lock = threading.Lock()
+        self._computing = threading.Lock()
 
     def handle(self, request: WeightRequest) -> WeightReply:
         """Raises ValueError if the request can't be fulfilled."""
@@ -156,7 +157,8 @@ class SeedRequests:
             return self._send_groups().init(request)
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
-        checksums = self._checksums.compute(request.regions)
+        with self._computing:  # one after the other: the rank's own passes need the time
+            checksums = self._checksums.compute_aside(request.regions)
         return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)
 
     def _send_groups(self) -> "SendGroups":
