@@ -95,7 +95,8 @@ def test_a_profile_that_is_recorded_is_written_before_the_ranks_are_told_to_end(
     model: Path, tmp_path: Path, records: bool
 ) -> None:
     written = tmp_path / "written"
-    with ServerProcess(model, tmp_path / "log", FAKE_PROFILE=str(written)) as server:
+    flags = ["--profile-dir", str(tmp_path)]
+    with ServerProcess(model, tmp_path / "log", *flags, FAKE_PROFILE=str(written)) as server:
         url = server.wait_ready().url
         if records:
             assert httpx.post(f"{url}/start_profile", json={"output_dir": str(tmp_path)}).status_code == 200

@@ -61,12 +61,12 @@ class StartProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
 
     request_id: str
     profile_id: str  # the traces' names begin with it
-    root: str  # absolute; nothing is written outside of it
     output_dir: str  # absolute; on the node of each rank
     num_steps: int | None  # passes; None: until StopProfileReqInput
     activities: list[str]  # "CPU", "GPU"
     with_stack: bool
     record_shapes: bool
+    root: str = ""  # absolute; nothing is written outside of it, unless it is empty
 
 
 class StopProfileReqInput(msgspec.Struct, kw_only=True, tag=True):

@@ -126,8 +126,8 @@ def _resolve_below(root: str, output_dir: str) -> Path:
     try:
         folder, resolved_root = Path(output_dir).resolve(), Path(root).resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"output_dir: it is no path ({error})") from error
-    if not folder.is_relative_to(resolved_root):
+        raise ValueError(f"output_dir: no file can be written there ({error})") from error
+    if root and not folder.is_relative_to(resolved_root):
         raise ValueError(f"output_dir: it must be below {resolved_root} (--profile-dir)")
     return folder
 

@@ -79,6 +79,9 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
         params = _convert(values)
     except msgspec.ValidationError as error:
         raise _named(error, values) from None
+    except UnicodeEncodeError:
+        name = next(name for name, value in values.items() if not _is_unicode_throughout(value))
+        raise _not_unicode(name) from None
     _check_together(params, vocab_size)
     if params.temperature < GREEDY_TEMPERATURE:
         params.temperature = 0.0
@@ -156,9 +159,18 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
         raise RequestError(
             f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
         )
-    for text in (*params.stop, params.regex or "", params.json_schema or "", params.ebnf or ""):
-        if not is_unicode(text):
-            raise RequestError("a string holds a lone surrogate and can't be written as UTF-8", param="stop")
+    for name in ("stop", *GRAMMAR_FIELDS):
+        if not _is_unicode_throughout(getattr(params, name)):
+            raise _not_unicode(name)
+
+
+def _not_unicode(name: str) -> RequestError:
+    return RequestError(f"{name} holds a lone surrogate, which is no text", param=name)
+
+
+def _is_unicode_throughout(value: Any) -> bool:
+    """Whether all strings in a JSON value can be written as UTF-8."""
+    return is_unicode(json.dumps(value, ensure_ascii=False))
 
 
 def is_unicode(text: str) -> bool:

@@ -15,7 +15,7 @@ from ramet.srt.entrypoints.http.http_errors import error_response
 from ramet.srt.errors import RequestError, ServiceError
 
 MAX_BODY_BYTES = 64 << 20
-MAX_SMALL_BODY_BYTES = 64 << 10  # of routes that take a few fields
+MAX_SMALL_BODY_BYTES = 1 << 20  # of routes that take a few fields, and at most FREE_VALUES values
 MAX_ALL_BODIES_BYTES = 256 << 20  # of all requests that are being read or answered
 UNCOUNTED_BYTES = 64 << 10  # of each body: the usual request finds room when others have taken all
 MAX_VALUES = 2 << 20  # in one body; a few less than the commas and brackets that it may have
@@ -100,6 +100,7 @@ class _Reading:
         self._bodies = bodies
         self._receive = receive
         self._max_bytes = MAX_BYTES.get(path, MAX_SMALL_BODY_BYTES)
+        self._max_values = MAX_VALUES if path in MAX_BYTES else FREE_VALUES
 
     async def read(self, headers: Headers) -> _Body | None:
         """The whole body; None if the client has gone. Raises _Refused."""
@@ -127,8 +128,9 @@ class _Reading:
     def _check_size(self, num_bytes: int, num_values: int) -> None:
         if num_bytes > self._max_bytes:
             raise self._too_large()
-        if num_values > MAX_VALUES:
-            raise _Refused(error_response(413, f"the body has more than {MAX_VALUES} values"))
+        if num_values > self._max_values:
+            status_code = 413 if self._max_values == MAX_VALUES else 400
+            raise _Refused(error_response(status_code, f"the body has more than {self._max_values} values"))
         wanted = max(0, num_bytes - UNCOUNTED_BYTES)
         if wanted > self.num_held_bytes:
             self._bodies.hold(wanted - self.num_held_bytes)
