@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -83,6 +84,7 @@ class HttpServer:
             serving.add_done_callback(lambda _task: self._end.set())
             if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())
+                gc.freeze()  # what there is now stays: the collector need not keep requests waiting to look through it
                 await self._end.wait()
                 if instance.death is None:
                     await instance.drain()

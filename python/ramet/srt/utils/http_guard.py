@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -146,7 +147,7 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         error = self.conn.error
-        self.refuse(400 if error is None else error.error_status_hint, f"{msg} {error or ''}".strip())
+        self.refuse(400 if error is None else error.error_status_hint, f"{msg} {str(error or '')[:200]}".strip())
 
     def refuse(self, status: int, message: str) -> None:
         """Answer what can't be answered otherwise, if there is still a way to, and close the connection."""
@@ -160,7 +161,9 @@ class GuardedProtocol(H11Protocol):
         headers = [("content-type", "application/json"), ("connection", "close")]
         body = json.dumps({"error": detail}).encode()
         headers.append(("content-length", str(len(body))))
-        for event in (h11.Response(status_code=status, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+        reason = HTTPStatus(status).phrase
+        response = h11.Response(status_code=status, headers=headers, reason=reason)
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
