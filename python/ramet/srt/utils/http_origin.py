@@ -3,7 +3,6 @@
 import ipaddress
 import socket
 from collections.abc import Collection
-from urllib.parse import urlsplit
 
 from ramet.srt.utils.net import is_loopback
 
@@ -40,9 +39,8 @@ class OriginCheck:
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin) if origin.isprintable() else urlsplit("")
-        name = _hostname(parts.netloc)
-        return name != "" and (parts.netloc.lower() == host.lower() or name in self._allowed)
+        netloc = origin.partition("://")[2].lower()
+        return netloc != "" and (netloc == host.lower() or _hostname(netloc) in self._allowed)
 
     def _is_known(self, name: str) -> bool:
         if self._names is None or name in self._names or name.endswith(".localhost"):

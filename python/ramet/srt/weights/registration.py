@@ -75,7 +75,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port.
 
-    At most MAX_CHECKSUM_REGIONS regions, which together are no larger than the rank's weights.
+    At most MAX_CHECKSUM_REGIONS regions, which together have no more than twice the bytes of the rank's weights.
     """
 
     rank: int

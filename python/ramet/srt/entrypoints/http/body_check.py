@@ -104,7 +104,12 @@ class _Helper:
             return verdict
         except TimeoutError:
             raise RequestError(f"the body takes more than {CHECK_TIMEOUT_S:g} s to be looked at") from None
-        except (OSError, asyncio.IncompleteReadError, msgspec.DecodeError) as error:
+        except (
+            OSError,
+            RuntimeError,
+            asyncio.IncompleteReadError,
+            msgspec.DecodeError,
+        ) as error:  # uvloop's is the second
             logger.warning("the process that looks at large bodies has ended: %r", error)
             raise RequestError("the body is too much to be parsed") from None
         finally:
@@ -112,7 +117,7 @@ class _Helper:
                 await self.end()
 
     async def _exchange(self, question: BodyQuestion, pieces: Sequence[bytes]) -> BodyVerdict:
-        if self._process is None:
+        if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", CHECK_MODULE,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
