@@ -1,5 +1,6 @@
 """Owns POST /v1/chat/completions: messages to a prompt, and its outputs to OpenAI's answer and stream."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -66,7 +67,10 @@ class ChatServing(OpenAIServing):
     async def _answer(self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]) -> Response:
         generation = await self.start([prompt])
         sequences = await generation.finish()
-        choices = [self._choice(body, index, sequence) for index, sequence in enumerate(sequences)]
+        choices = []
+        for index, sequence in enumerate(sequences):
+            await asyncio.sleep(0)  # others have the event loop, too
+            choices.append(self._choice(body, index, sequence))
         return json_response({**head, "choices": choices, "usage": usage(sequences, len(sequences))})
 
     def _choice(self, body: ChatCompletionRequest, index: int, sequence: RunningSequence) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -28,12 +29,7 @@ MAX_MESSAGE_BYTES = 64 << 20
 _LENGTH = struct.Struct("!Q")
 
 
-class _Envelope(msgspec.Struct, frozen=True):
-    token: str
-    request: WeightRequest
-
-
-_envelope_decoder = msgspec.msgpack.Decoder(_Envelope)
+_request_decoder = msgspec.msgpack.Decoder(WeightRequest)
 _reply_decoder = msgspec.msgpack.Decoder(WeightReply)
 
 
@@ -65,16 +61,16 @@ class WeightControlServer:
 
     def _answer(self, connection: socket.socket) -> None:
         try:
-            connection.settimeout(READ_TIMEOUT_S)
             if connection.family == socket.AF_UNIX and peer_uid(connection) != os.geteuid():
                 return
-            (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size))
+            deadline = time.monotonic() + READ_TIMEOUT_S
+            expected = self.address.token.encode()
+            if not hmac.compare_digest(_receive(connection, len(expected), deadline), expected):
+                return  # before anything else is read: whoever reaches a port can send
+            (length,) = _LENGTH.unpack(_receive(connection, _LENGTH.size, deadline))
             if length > MAX_MESSAGE_BYTES:
                 return
-            envelope = _envelope_decoder.decode(_receive(connection, length))
-            if not hmac.compare_digest(envelope.token.encode(), self.address.token.encode()):
-                return
-            reply = self._reply_to(envelope.request)
+            reply = self._reply_to(_request_decoder.decode(_receive(connection, length, deadline)))
             data = msgspec.msgpack.encode(reply)
             connection.settimeout(READ_TIMEOUT_S)
             connection.sendall(_LENGTH.pack(len(data)) + data)
@@ -88,9 +84,10 @@ class WeightControlServer:
             return WeightControlError(message=one_line(error))
 
 
-def _receive(connection: socket.socket, length: int) -> bytes:
+def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < length:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
         chunk = connection.recv(min(1 << 20, length - len(data)))
         if not chunk:
             raise ConnectionError(f"it ended after {len(data)} of {length} bytes")
@@ -111,8 +108,8 @@ async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: f
         else:
             reader, writer = await asyncio.open_connection(address.host, address.port)
         try:
-            data = msgspec.msgpack.encode(_Envelope(address.token, request))
-            writer.write(_LENGTH.pack(len(data)) + data)
+            data = msgspec.msgpack.encode(request)
+            writer.write(address.token.encode() + _LENGTH.pack(len(data)) + data)
             await writer.drain()
             (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
             return _reply_decoder.decode(await reader.readexactly(length))
