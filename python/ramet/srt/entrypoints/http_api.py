@@ -116,8 +116,8 @@ class DescribedApp(FastAPI):
                     operation["security"] = [{"key": []}]
 
 
-def create_app(instance: Instance, checker: BodyChecker) -> FastAPI:
-    """The application that serves `instance`; `checker` sees large bodies first."""
+def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
+    """The application that serves `instance`; `checker`, which users' requests need, sees large bodies first."""
     args = instance.server_args
     app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
     app.has_keys = bool(args.api_key or args.admin_api_key)
@@ -132,7 +132,7 @@ def create_app(instance: Instance, checker: BodyChecker) -> FastAPI:
         app.include_router(make_router(instance))
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
-    if instance.is_head:
+    if checker is not None:
         app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)
     app.add_middleware(
         AccessMiddleware,

@@ -57,7 +57,7 @@ class HttpServer:
         self._checker = BodyChecker(instance.model_config.vocab_size)
         limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
         config = uvicorn.Config(
-            create_app(instance, self._checker),
+            create_app(instance, self._checker if instance.is_head else None),
             http=guarded_protocol(limits, HEALTH_PATHS.__contains__),
             ws="none",
             lifespan="off",
