@@ -89,10 +89,11 @@ def test_a_rank_computes_with_rests_and_no_more_bytes_than_it_has(monkeypatch: p
     rests: list[float] = []
     monkeypatch.setattr(regions.time, "sleep", rests.append)
     checksums = RegionChecksums(arena)
-    assert checksums.compute_aside(wanted) == checksums.compute(wanted)
+    assert checksums.compute(wanted) == checksums.compute(wanted, 2)
+    checksums.check_size(wanted)
     assert len(rests) == -(-len(wanted) // 16) > 1
     with pytest.raises(ValueError, match="more than twice this rank's weights"):
-        checksums.compute_aside(wanted * 3)
+        checksums.check_size(wanted * 3)
 
 
 def test_many_pieces_are_asked_for_in_several_requests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,18 +29,24 @@ class RegionChecksums:
     def compute(self, regions: Sequence[WeightRegion], num_threads: int = 1) -> list[str]:
         """The checksum of each region; those asked for before are remembered.
 
+        Args:
+            num_threads: 1 is this thread, which rests now and then: the process has more urgent work.
+
         Raises:
             ValueError: if one is not wholly in the arena.
         """
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
-            return list(pool.map(self._compute_one, regions))
+        if num_threads > 1:
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
+                return list(pool.map(self._compute_one, regions))
+        checksums = []
+        for number, wanted in enumerate(regions):
+            if number % REGIONS_BETWEEN_RESTS == 0:
+                time.sleep(REST_S)
+            checksums.append(self._compute_one(wanted))
+        return checksums
 
-    def compute_aside(self, regions: Sequence[WeightRegion]) -> list[str]:
-        """As `compute`, in this thread and with rests: another one of the process has more urgent work.
-
-        Raises:
-            ValueError: if one is not wholly in the arena, or all together are much larger than it.
-        """
+    def check_size(self, regions: Sequence[WeightRegion]) -> None:
+        """Raises ValueError if a region is not wholly in the arena, or all together are much larger than it."""
         holdings = [self._find(wanted) for wanted in regions]
         num_bytes = sum(
             region_volume(wanted.region) * element_size(holding.dtype)
@@ -48,12 +54,6 @@ class RegionChecksums:
         )
         if num_bytes > 2 * self._arena.manifest.arena_nbytes:  # a client may have a tensor in two places
             raise ValueError(f"the slices have {num_bytes} bytes together, more than twice this rank's weights")
-        checksums = []
-        for number, wanted in enumerate(regions):
-            if number % REGIONS_BETWEEN_RESTS == 0:
-                time.sleep(REST_S)
-            checksums.append(self._compute_one(wanted))
-        return checksums
 
     def _compute_one(self, wanted: WeightRegion) -> str:
         found = self._known.get(wanted)

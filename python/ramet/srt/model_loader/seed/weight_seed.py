@@ -158,7 +158,8 @@ class SeedRequests:
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
         with self._computing:  # one after the other: the rank's own passes need the time
-            checksums = self._checksums.compute_aside(request.regions)
+            self._checksums.check_size(request.regions)
+            checksums = self._checksums.compute(request.regions)
         return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)
 
     def _send_groups(self) -> "SendGroups":
