@@ -18,6 +18,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "prometheus_client>=0.20",
     "psutil>=5.9",
+    "pydantic>=2.8",
     "pyzmq>=26",
     "requests>=2.31",
     "safetensors>=0.5",

@@ -14,7 +14,7 @@ import uvicorn
 from ramet.srt.utils import file_limit, http_guard
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol
 
-LIMITS = HttpLimits(max_connections=4, header_s=0.3, body_s=0.3, write_s=0.3, linger_s=0.1)
+LIMITS = HttpLimits(max_connections=4, header_s=0.15, body_s=0.15, write_s=0.15, linger_s=0.1)
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -56,7 +56,7 @@ def serving(limits: HttpLimits) -> Iterator[tuple[int, Any]]:
 
 @pytest.fixture
 def quick_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_guard, "SWEEP_PERIOD_S", 0.05)
+    monkeypatch.setattr(http_guard, "SWEEP_PERIOD_S", 0.02)
 
 
 def connect(port: int, data: bytes = b"") -> socket.socket:
@@ -83,17 +83,17 @@ def test_deadlines(quick_sweeps: None) -> None:
         silent, slow_header = connect(port), connect(port, b"GET / HTTP/1.1\r\nHo")
         slow_body = connect(port, POST + b"Content-Length: 100\r\n\r\nabc")
         start = time.monotonic()
-        while time.monotonic() - start < 0.2:  # a byte now and then wins no time
+        while time.monotonic() - start < 0.1:  # a byte now and then wins no time
             slow_header.sendall(b"o")
             slow_body.sendall(b"o")
-            time.sleep(0.05)
+            time.sleep(0.03)
         answers = [rest_of(one) for one in (silent, slow_header, slow_body)]
         assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
         assert b"headers" in answers[0] and b"headers" in answers[1] and b"body" in answers[2]
         assert time.monotonic() - start < 2
 
         kept = connect(port, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")  # an idle one is uvicorn's, until its next byte
-        time.sleep(0.4)
+        time.sleep(0.2)
         kept.sendall(b"G")
         assert rest_of(kept).count(b"HTTP/1.1 ") == 2
 
