@@ -161,6 +161,7 @@ LONG = "context_length_exceeded"
         (CHAT, chat([{}] * 5000), "messages None"),
         (CHAT, chat("x" * 2_000_000), f"messages {LONG}"),
         (CHAT, chat("hi", metadata=dict.fromkeys(map(str, range(9000)), 1)), "metadata None"),
+        (CHAT, chat("hi", chat_template_kwargs={"a": [[]] * 50_000}), "chat_template_kwargs None"),
         (CHAT, chat("hi", tools=[{}] * 9000), "tools unsupported_parameter"),
     ],
 )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
@@ -23,6 +23,13 @@ from ramet.srt.managers.prepare_requests import check_prompt_size
 
 MAX_MEMORY_BYTES = 4 << 30
 NICENESS = 10
+# Of parameters that hold values of any shape, as JSON.
+MAX_FREE_BYTES = {
+    "sampling_params": 2 << 20,
+    "json_schema": 1 << 20,
+    "response_format": 1 << 20,
+    "chat_template_kwargs": 64 << 10,
+}
 BODIES: dict[str, type[RequestBody]] = {
     "/generate": GenerateReqInput,
     "/v1/completions": CompletionRequest,
@@ -60,6 +67,7 @@ def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
         request = BODIES[question.path].model_validate(json.loads(body))
         for param, prompt in _prompts(request, question.vocab_size):
             check_prompt_size(prompt, param, question.max_req_len)
+        _check_free_values(request)
     except ValidationError as error:
         message, name, code = describe_validation_errors(error.errors(include_url=False))
         return BodyVerdict(message=message, param=name, code=code)
@@ -70,6 +78,16 @@ def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
     except (ValueError, RecursionError, MemoryError) as error:
         return BodyVerdict(message=f"the body can't be parsed: {type(error).__name__}")
     return BodyVerdict()
+
+
+def _check_free_values(request: RequestBody) -> None:
+    """Values of any shape are bounded in bytes. Raises RequestError."""
+    for name, max_bytes in MAX_FREE_BYTES.items():
+        value = getattr(request, name, None)
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        if value is not None and len(json.dumps(value)) > max_bytes:
+            raise RequestError(f"{name} has more than {max_bytes} bytes", param=name)
 
 
 def _prompts(request: RequestBody, vocab_size: int) -> Iterator[tuple[str, str | list[int]]]:
