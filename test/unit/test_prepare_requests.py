@@ -104,3 +104,4 @@ def test_what_is_slow() -> None:
     assert is_slow([sequence(text="a" * 1000)] * 5)
     assert is_slow([sequence({"regex": "a"}, text="a")])
     assert not is_slow([sequence(input_ids=[5] * 10**5)])
+    assert is_slow([sequence(input_ids=[5] * 10**5)] * 3)

@@ -16,7 +16,8 @@ from ramet.srt.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES_OF_REQUEST = 4096
 MAX_TOP_LOGPROBS = 128
-SLOW_CHARS = 4096  # from so many characters or ids on, tokenizing and checking are worth a thread
+SLOW_CHARS = 4096  # from here on the tokenizing is worth a thread
+SLOW_IDS = 200_000  # and the checks
 MAX_CHARS_PER_TOKEN = 256  # on average over a text; no vocabulary has such words only
 PROBE_CHARS_PER_TOKEN = 8  # this much text for each token of the context seldom fits into it
 
@@ -49,8 +50,9 @@ class Limits:
 
 def is_slow(inputs: Sequence[SequenceInput]) -> bool:
     """Whether preparing these takes so long that others on the event loop would notice."""
-    num_chars = sum(len(one.text or one.input_ids or "") for one in inputs)
-    return num_chars > SLOW_CHARS or any(_grammar_field(one.sampling_params) for one in inputs)
+    num_chars = sum(len(one.text) for one in inputs if one.text is not None)
+    num_ids = sum(len(one.input_ids) for one in inputs if one.input_ids is not None)
+    return num_chars > SLOW_CHARS or num_ids > SLOW_IDS or any(_grammar_field(one.sampling_params) for one in inputs)
 
 
 def prepare_requests(
