@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from ramet.srt.entrypoints.http.http_validation import Prompts, PromptText, RequestBody, TokenIds
+from ramet.srt.entrypoints.http.http_validation import Prompts, PromptText, RequestBody, Text, TokenIds
 from ramet.srt.sampling.sampling_params import MAX_LOGIT_BIAS, MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
 
 MAX_OPENAI_LOGPROBS = 20
@@ -58,7 +58,7 @@ class StreamOptions(RequestBody):
 class SamplingBody(RequestBody):
     """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them."""
 
-    model: str
+    model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = 1
@@ -71,9 +71,9 @@ class SamplingBody(RequestBody):
     presence_penalty: Penalty | None = 0.0
     logit_bias: LogitBias | None = None
     # What clients send about themselves; nothing here depends on it.
-    user: str | None = None
+    user: Text | None = None
     metadata: (
-        Annotated[dict[str, str], BeforeValidator(at_most(MAX_METADATA)), Field(max_length=MAX_METADATA)] | None
+        Annotated[dict[Text, Text], BeforeValidator(at_most(MAX_METADATA)), Field(max_length=MAX_METADATA)] | None
     ) = None
     store: Literal[False] | None = None
 
@@ -87,8 +87,8 @@ class SamplingBody(RequestBody):
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     no_stop_trim: bool | None = False
-    regex: str | None = None
-    ebnf: str | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
 
 
 class CompletionRequest(SamplingBody):
@@ -99,17 +99,17 @@ class CompletionRequest(SamplingBody):
     prompt: PromptText | Prompts[PromptText] | TokenIds | Prompts[TokenIds]
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
-    json_schema: str | dict[str, Any] | None = None
+    json_schema: Text | dict[str, Any] | None = None
 
 
 class TextPart(RequestBody):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-MessageContent = str | Prompts[TextPart]
+MessageContent = Text | Prompts[TextPart]
 
 
 class SystemMessage(RequestBody):
@@ -117,7 +117,7 @@ class SystemMessage(RequestBody):
 
     role: Literal["system", "developer"]
     content: MessageContent
-    name: str | None = None
+    name: Text | None = None
 
 
 class UserMessage(RequestBody):
@@ -125,7 +125,7 @@ class UserMessage(RequestBody):
 
     role: Literal["user"]
     content: MessageContent
-    name: str | None = None
+    name: Text | None = None
 
 
 class AssistantMessage(RequestBody):
@@ -133,7 +133,7 @@ class AssistantMessage(RequestBody):
 
     role: Literal["assistant"]
     content: MessageContent
-    name: str | None = None
+    name: Text | None = None
     refusal: None = None
 
 
@@ -145,7 +145,7 @@ class JsonSchemaSpec(RequestBody):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
+    description: Text | None = None
     strict: bool | None = None
 
 
