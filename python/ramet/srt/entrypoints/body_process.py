@@ -3,12 +3,14 @@
 It has no state, little memory and a low priority: a body that hurts it hurts nobody else.
 """
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
@@ -21,7 +23,8 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.prepare_requests import check_prompt_size
 
-MAX_MEMORY_BYTES = 4 << 30
+MAX_MEMORY_BYTES = 2 << 30
+FIRST_TO_BE_KILLED = "1000"  # where the kernel has to choose for want of memory: proc(5), oom_score_adj
 NICENESS = 10
 # Of parameters that hold values of any shape, as JSON.
 MAX_FREE_BYTES = {
@@ -41,6 +44,8 @@ def main() -> None:
     """Answer questions from stdin on stdout until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_BE_KILLED)
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     while answer_next(sys.stdin.buffer, sys.stdout.buffer):
         pass
