@@ -14,6 +14,7 @@ class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
     length: int | None = None  # for "length": the number of generated tokens
     message: str | None = None  # for "abort"
     status_code: int | None = None  # for "abort": the HTTP status the client gets
+    param: str | None = None  # for "abort": the parameter that is to blame
 
 
 class TokenLogprobs(msgspec.Struct, kw_only=True, array_like=True):

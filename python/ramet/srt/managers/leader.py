@@ -7,13 +7,13 @@ from collections.abc import Callable
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.model_executor.model_runner import ModelRunner
-from ramet.srt.sampling.grammar import make_grammar_backend
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.net import format_address
 
@@ -103,6 +103,7 @@ class Leader:
         self._scheduler.worker.profiler.close()
 
     def close(self) -> None:
+        self._scheduler.close()
         self._channel.close()
         if self._others is not None:
             self._others.plans.close()
@@ -151,7 +152,7 @@ class LeaderSockets:
             runner.model_config,
             runner,
             get_tokenizer,
-            make_grammar_backend(self._grammar_backend, get_tokenizer, runner.model_config),
+            make_grammar_pool(self._grammar_backend, self._find_tokenizer, runner.model_config),
             self._channel,
             None if others is None else others.plans,
         )

@@ -111,8 +111,10 @@ class LocalPasses(Passes):
             yield FinishedPass(batch, plan, result)
 
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
-        """All but those that end with the pass under way."""
-        return [req for req in running if req.num_remaining_tokens > 0]
+        """All but those that end with the pass under way, or whose constraint has yet to take a token."""
+        return [
+            one for one in running if one.num_remaining_tokens > 0 and (one.num_pending == 0 or one.req.grammar is None)
+        ]
 
 
 class PipelinePasses(Passes):

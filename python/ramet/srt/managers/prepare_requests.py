@@ -1,6 +1,6 @@
 """Owns the way from what a client asks for to requests that the scheduler can run: tokens, checks, defaults.
 
-Pure functions: a long prompt or a grammar can be prepared in a thread.
+Pure functions: a long prompt can be prepared in a thread.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import msgspec
 
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
-from ramet.srt.sampling.grammar import check_grammar
+from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams, is_unicode
 from ramet.srt.text.tokenizer import Tokenizer
 
@@ -48,8 +48,7 @@ class Limits:
 
 def is_slow(inputs: Sequence[SequenceInput]) -> bool:
     """Whether preparing these takes so long that others on the event loop would notice."""
-    num_chars = sum(len(one.text) for one in inputs if one.text is not None)
-    return num_chars > SLOW_CHARS or any(_grammar_field(one.sampling_params) for one in inputs)
+    return sum(len(one.text) for one in inputs if one.text is not None) > SLOW_CHARS
 
 
 def prepare_requests(
@@ -131,7 +130,7 @@ def _check_grammar(params: SamplingParams, limits: Limits) -> None:
         raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
     if not limits.has_eos:
         raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
-    check_grammar(params)
+    constraint_of(params)  # its length; whether it can be compiled, the scheduler finds out
 
 
 def _grammar_field(params: SamplingParams) -> str | None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.logprobs import UnsentLogprobs
+from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.sampling.grammar import Grammar
 from ramet.srt.text.incremental_decode import TextStream
 
 
@@ -16,7 +16,11 @@ class Req:
     """
 
     def __init__(
-        self, message: TokenizedGenerateReqInput, sampling_seed: int, group: int = 0, grammar: Grammar | None = None
+        self,
+        message: TokenizedGenerateReqInput,
+        sampling_seed: int,
+        group: int = 0,
+        grammar: RequestGrammar | None = None,
     ):
         """
         Args:

@@ -19,13 +19,17 @@ class OutputProcessor:
     def append_token(self, req: Req, token_id: int) -> None:
         """Add an output token to the request and set its finish reason if it is the last."""
         req.output_ids.append(token_id)
-        if req.grammar is not None:
-            try:
-                req.grammar.accept(token_id)
-            except RuntimeError as error:  # the grammar library gave up, on a resource limit
-                req.finish_reason = FinishReason(type="abort", message=str(error), status_code=500)
-                return
         req.finish_reason = self._finish_reason(req, token_id)
+
+    def no_token_reason(self, req: Req) -> FinishReason:
+        """Why a request ends for which no token could be chosen."""
+        params, grammar = req.sampling_params, req.grammar
+        banned = self.eos_token_ids.union(params.stop_token_ids)
+        if grammar is not None and len(req.output_ids) < params.min_new_tokens and not grammar.allows_beyond(banned):
+            text = f"{grammar.constraint.name} lets the output end before min_new_tokens ({params.min_new_tokens})"
+            return FinishReason(type="abort", message=text, status_code=400, param="min_new_tokens")
+        message = "the model left no token to choose"
+        return FinishReason(type="abort", message=message, status_code=500)
 
     def _finish_reason(self, req: Req, token_id: int) -> FinishReason | None:
         params = req.sampling_params

@@ -272,7 +272,7 @@ class TokenizerManager:
         if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
-                generation.fail(RequestError(message, status_code=reason.status_code))
+                generation.fail(RequestError(message, param=reason.param, status_code=reason.status_code))
             else:
                 generation.fail(ServiceError(message, status_code=reason.status_code))
 
