@@ -28,7 +28,6 @@ from ramet.srt.managers.grammar_messages import (
 
 NURSERY_MODULE = "ramet.srt.managers.grammar_process"
 READ_BYTES = 1 << 20
-SLOW_NICENESS = 19
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h: a process's clock has the id ~pid * 8 + 2
 
 
@@ -103,7 +102,7 @@ class GrammarLink:
             theirs.close()
         self.awaited: deque[int] = deque()  # the sequences whose answers are to come, in order
         self.waiting_since = time.monotonic()  # for the first of them
-        self.is_slow = False
+        self._niceness = 0
         self._pid = self._thread_id = 0  # 0: it has not said hello
         self._first_bytes = 0
         self._cpu_s = 0.0  # of the process, at its last answer
@@ -171,16 +170,16 @@ class GrammarLink:
             return 0
         return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
 
-    def slow_down(self) -> None:
-        """Let it compute only when nobody else wants the core."""
-        if not self.is_slow:
-            self.is_slow = True
+    def lower_priority(self, niceness: int) -> None:
+        """Let it compute less when others want the core. There is no way back."""
+        if niceness > self._niceness:
+            self._niceness = niceness
             self._renice()
 
     def _renice(self) -> None:
-        if self.is_slow and self._thread_id:
+        if self._niceness and self._thread_id:
             with contextlib.suppress(OSError):  # it has ended
-                os.setpriority(os.PRIO_PROCESS, self._thread_id, SLOW_NICENESS)
+                os.setpriority(os.PRIO_PROCESS, self._thread_id, self._niceness)
 
     def close(self) -> None:
         """End the process, whatever it does."""

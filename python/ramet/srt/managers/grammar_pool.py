@@ -27,7 +27,8 @@ COMPILE_WALL_S = 60.0  # from a request's arrival on
 HANDICAP_S = 5e-6  # for each byte: a short constraint is compiled before a long one that came a little earlier
 STEP_CPU_S = 1.0
 STEP_WALL_S = 30.0
-NICE_CPU_S = 0.02  # a process that takes longer for an answer computes only when nobody else wants to
+NICE_CPU_S = 0.02  # from here on a process gives way to others
+COMPILE_NICENESS, SLOW_NICENESS = 10, 19  # while it compiles; for the rest of its life, when it has been slow
 MAX_PROCESSES = 128
 MAX_IDLE = 32  # compiled constraints that nobody uses now
 MAX_TOTAL_BYTES = 4 << 30  # of all processes
@@ -194,7 +195,7 @@ class GrammarPool:
         assert self._poll is not None
         self._poll.register(link.socket.fileno(), select.EPOLLIN)
         if holder.is_overdue:
-            link.slow_down()
+            link.lower_priority(SLOW_NICENESS)
         link.send(Compile(holder.constraint))
         for grammar in holder.grammars.values():
             link.send(Open(grammar.number, grammar.token_ids))
@@ -291,8 +292,8 @@ class GrammarPool:
     def _take(self, holder: Holder, state: State) -> None:
         assert holder.link is not None
         holder.used_at = time.monotonic()
-        if state.cpu_s > NICE_CPU_S:
-            holder.link.slow_down()
+        if state.cpu_s > NICE_CPU_S and holder.stage is Stage.COMPILED:
+            holder.link.lower_priority(SLOW_NICENESS)
         grammar = holder.grammars.get(state.sequence)
         if holder.stage is Stage.COMPILING:
             holder.stage = Stage.FAILED if state.error is not None else Stage.COMPILED
@@ -361,6 +362,8 @@ class GrammarPool:
             self._fail_all(holder, text, 503)
         elif used_s > SLICE_CPU_S and not holder.is_overdue:
             self._end_slice(holder)
+        elif used_s > NICE_CPU_S and holder.link is not None:
+            holder.link.lower_priority(COMPILE_NICENESS)
 
     def _end_slice(self, holder: Holder) -> None:
         """Let a constraint that takes its time make room for others."""
@@ -368,7 +371,7 @@ class GrammarPool:
         holder.is_overdue = True
         num_slow = sum(other.is_overdue and other.stage is Stage.COMPILING for other in self._links.values())
         if num_slow <= SLOW_SLOTS:
-            holder.link.slow_down()
+            holder.link.lower_priority(SLOW_NICENESS)
             return
         self._unlink(holder)  # to begin anew when one of those is done
         holder.stage = Stage.QUEUED
@@ -381,7 +384,7 @@ class GrammarPool:
             return
         used_s = link.cpu_s()
         if used_s > NICE_CPU_S:
-            link.slow_down()
+            link.lower_priority(SLOW_NICENESS)
         if used_s > STEP_CPU_S or now - link.waiting_since > STEP_WALL_S:
             self._end_culprit(holder, f"one token takes more than {STEP_CPU_S:g} s of computing")
 

@@ -39,7 +39,6 @@ from ramet.srt.text.tokenizer import Tokenizer
 MEMORY_BYTES = 1 << 30  # of address space that a process may take beyond what it is forked with
 STACK_BYTES = 256 << 20  # the library recurses as deeply as the constraint is nested
 MAX_CPU_S = 24 * 3600  # a last resort: the scheduler counts each order's
-NICENESS = 5
 REAP_PERIOD_S = 1.0
 MAX_COMMAND_BYTES = 64
 
@@ -170,7 +169,6 @@ class Nursery:
 
 def _limit_process() -> None:
     """Have the kernel bound what this process takes, and prefer every other one to it."""
-    os.nice(NICENESS)
     with open("/proc/self/statm", encoding="ascii") as stream:
         mapped = int(stream.read().split()[0]) * resource.getpagesize()
     for what, limit in (

@@ -13,6 +13,8 @@ from ramet.srt.text.tokenizer import Tokenizer
 # Between the parts of a JSON text. Bounded, so that a model that likes white space still reaches the end.
 JSON_WHITESPACE = r"[ \n\t]{0,20}"
 
+MAX_REASON_CHARS = 200
+
 Result = TypeVar("Result")
 
 
@@ -53,7 +55,7 @@ class GrammarCompiler:
         limits = LLParserLimits(verbose_errors=False)
         matcher = LLMatcher(self._tokenizer, _to_llguidance(constraint), log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(_first_line(matcher.get_error()))
+            raise GrammarError(_reason(matcher.get_error()))
         return Grammar(matcher, self.eos_ids, self.num_mask_bytes)
 
 
@@ -120,7 +122,7 @@ class Grammar:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(_first_line(self._matcher.get_error()))
+            raise GrammarError(_reason(self._matcher.get_error()))
 
 
 def call_library(call: Callable[[], Result]) -> Result:
@@ -134,7 +136,7 @@ def call_library(call: Callable[[], Result]) -> Result:
     except (KeyboardInterrupt, SystemExit, GrammarError):
         raise
     except BaseException as error:  # noqa: BLE001 - pyo3's PanicException derives from BaseException alone
-        raise GrammarError(_first_line(error) or type(error).__name__) from None
+        raise GrammarError(_reason(error) or type(error).__name__) from None
 
 
 def _to_llguidance(constraint: Constraint) -> str:
@@ -148,5 +150,10 @@ def _to_llguidance(constraint: Constraint) -> str:
     return grammar_from("ebnf", text)  # GBNF (root ::= …) or Lark (start: …)
 
 
-def _first_line(error: object) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
+def _reason(error: object) -> str:
+    """The library's words in one line. A regex parser's are several: the last one says what is wrong."""
+    lines = [line.strip() for line in str(error).strip().split("\n")]
+    if lines[0].startswith("NoExtension"):
+        return "no output can satisfy it"
+    wrong = [line for line in lines[1:] if line.startswith("error:")]
+    return " ".join([lines[0][:MAX_REASON_CHARS], *wrong[:1]])[: 2 * MAX_REASON_CHARS]
