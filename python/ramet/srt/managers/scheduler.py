@@ -203,7 +203,7 @@ class Scheduler:
         elif prompt_len >= max_len:
             text = f"the prompt has {prompt_len} tokens; at most {max_len - 1} fit with one of output"
             self._refuse(message, text, 400)
-        elif len(self.admission.waiting) >= max_queued:
+        elif len(self.admission.waiting) + len(self.grammar_queue) >= max_queued:
             self._refuse(message, f"the queue is full ({max_queued} requests wait)", 503)
         else:
             params.max_new_tokens = min(params.max_new_tokens, max_len - prompt_len)
