@@ -187,7 +187,7 @@ def test_processes_that_nobody_uses_are_kept_up_to_a_number(pool: GrammarPool, m
 
 def test_too_much_memory_together_ends_the_largest(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = opened(pool, regex("[a-z]{1,100}"))
-    monkeypatch.setattr(grammar_pool, "MAX_TOTAL_BYTES", 0)
+    monkeypatch.setattr(grammar_pool, "MAX_TOTAL_BYTES", -1)
     monkeypatch.setattr(grammar_pool, "MEMORY_PERIOD_S", 0.0)
     until(pool, lambda: grammar.failure is not None)
     assert grammar.failure is not None and grammar.failure.status_code == 503
