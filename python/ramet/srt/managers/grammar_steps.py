@@ -48,6 +48,18 @@ class GrammarSteps:
             del self._chosen[chosen.running]
         return done
 
+    def slow(self) -> list[RunningReq]:
+        """The requests that still hold KV cache and whose constraint takes its time."""
+        return [
+            running
+            for running in self._chosen
+            if not running.is_parked and running.req.grammar is not None and running.req.grammar.is_slow
+        ]
+
+    def parked(self) -> list[RunningReq]:
+        """The requests that hold no KV cache meanwhile."""
+        return [running for running in self._chosen if running.is_parked]
+
     def drop(self, running: RunningReq) -> None:
         """Forget a request's token, if there is one: the request has ended."""
         if self._chosen.pop(running, None) is not None:

@@ -70,14 +70,15 @@ class Req:
 class RunningReq:
     """A request that holds KV cache: from its admission to its end, or until its cache is taken away."""
 
-    __slots__ = ("extend_len", "group", "handle", "num_pending", "req")
+    __slots__ = ("extend_len", "group", "handle", "is_parked", "num_pending", "req")
 
     def __init__(self, req: Req, handle: CacheHandle):
         self.req = req
         self.handle = handle
         self.group = req.group
         self.extend_len = 0  # tokens that the pass in question computes
-        self.num_pending = 0  # tokens that passes under way will give
+        self.num_pending = 0  # tokens that passes under way will give, or that the constraint has yet to take
+        self.is_parked = False  # has given its KV cache back while its constraint takes a token
 
     @property
     def seq_len(self) -> int:

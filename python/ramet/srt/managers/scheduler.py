@@ -137,7 +137,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs, or a pass is under way."""
-        return bool(self.running or self.admission or self.grammar_queue or self.passes)
+        return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
 
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
@@ -247,7 +247,9 @@ class Scheduler:
             self._send([make_output(req)])
         for compiling in self.grammar_queue.take_out(is_meant):
             self._send([refusal(compiling, aborted_reason())])
-        self._aborted += [running for running in self._admitted() if is_meant(running.req.rid)]
+        self._aborted += [
+            running for running in (*self._admitted(), *self.grammar_steps.parked()) if is_meant(running.req.rid)
+        ]
 
     def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
         if self.has_work:
@@ -303,11 +305,22 @@ class Scheduler:
             self._drop_aborted()
         if not (self._last_was_prefill and self.running):
             reqs = self.admission.next_prefill(self.running)
+            if not reqs and self.admission.waiting and self._park_slow():
+                reqs = self.admission.next_prefill(self.running)
             if reqs:
                 self._last_was_prefill = True
                 return ScheduleBatch.for_extend(reqs)
         self._last_was_prefill = False
         return self._decode_batch()
+
+    def _park_slow(self) -> bool:
+        """Have requests whose constraint takes its time make room for those that wait; whether there are any."""
+        slow = self.grammar_steps.slow()
+        for running in slow:
+            self._release(running)
+            running.is_parked = True
+            self.running.remove(running)
+        return bool(slow)
 
     def _admitted(self) -> list[RunningReq]:
         """Every request that holds KV cache."""
@@ -421,6 +434,8 @@ class Scheduler:
                 self._take_token(req, chosen)
                 if req.finish_reason is not None:
                     self._end(running)
+                elif running.is_parked:
+                    self.admission.put(req)
                 gaining.append(req)
         self._drop_ended()
         self.throughput.add(len(gaining))
@@ -441,7 +456,8 @@ class Scheduler:
 
     def _end(self, running: RunningReq) -> None:
         """Take back what a request holds that has ended."""
-        self._release(running)
+        if not running.is_parked:
+            self._release(running)
         if running.req.grammar is not None:
             running.req.grammar.close()
 
