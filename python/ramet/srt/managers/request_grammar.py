@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ramet.srt.sampling.constraint import Constraint
 
-CPU_BURST_S = 3.0  # of computing that a request may have behind it beyond what its tokens earn
+CPU_BURST_S = 2.0  # of computing that a request may have behind it beyond what its tokens earn
 CPU_PER_TOKEN_S = 0.02
 SLOW_CPU_S = 0.002  # an answer that took longer is one that passes don't wait for
 
