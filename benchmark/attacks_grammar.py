@@ -90,6 +90,12 @@ def large_multiple(url: str) -> str:
     return post(url, {"json_schema": {"type": "integer", "multipleOf": random.randrange(600_000, 900_000)}})
 
 
+def endless_array(url: str) -> str:
+    """More items than a context holds; llguidance 1.7 never ends compiling it."""
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 10**9, "title": _mark()}
+    return post(url, {"json_schema": schema})
+
+
 def large_enum(url: str) -> str:
     """Many values."""
     return post(url, {"json_schema": {"enum": [f"{_mark()}{i}" for i in range(20_000)]}})
@@ -124,6 +130,7 @@ ATTACKS: dict[str, Attack] = {
         large_regex,
         repeated_regex,
         large_multiple,
+        endless_array,
         large_enum,
         many_properties,
         self_reference,

@@ -67,7 +67,7 @@ class Scheduler:
         """
         Args:
             get_tokenizer: reads it when first called. A large one takes most of a second and Python's lock, so a start
-                does without: it is read for the first stop string or constraint, or in the first quiet moment.
+                does without: it is read for the first stop string, or in the first quiet moment.
             grammar_pool: None refuses constrained output.
             plan_sender: to the replica's other ranks; None if it has only this one.
         """
