@@ -109,6 +109,11 @@ class GrammarLink:
         self._reader = FrameReader()
         self._outbox = bytearray()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the process has said hello."""
+        return self._pid != 0
+
     def send(self, order: Order) -> None:
         """Queue an order; `flush` sends it."""
         if not isinstance(order, Close | Compile):

@@ -174,21 +174,24 @@ class GrammarPool:
         if max(room.values()) <= 0:
             return
         for holder in sorted(self._queued, key=lambda holder: holder.turn):
-            if room[holder.is_overdue] > 0 and self._start(holder):
+            if room[holder.is_overdue] > 0:
+                self._start(holder)
+                if holder.stage is Stage.QUEUED and holder in self._queued:
+                    return  # there can be no more now
                 room[holder.is_overdue] -= 1
 
-    def _start(self, holder: Holder) -> bool:
-        """Give a constraint a process; False if there can be none now."""
+    def _start(self, holder: Holder) -> None:
+        """Give a constraint a process, if there can be one now."""
         self._evict(MAX_PROCESSES - 1)
         if len(self._links) >= MAX_PROCESSES:
-            return False
+            return
         try:
             link = GrammarLink(self._open_nursery())
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):  # too much at once, or the nursery has ended
-            return False
+            return
         except (OSError, ValueError) as error:
             self._fail_all(holder, f"no process can be had for it ({error})", 503)
-            return False
+            return
         self._queued.remove(holder)
         holder.link, holder.stage = link, Stage.COMPILING
         self._links[link.socket.fileno()] = holder
@@ -200,7 +203,6 @@ class GrammarPool:
         for grammar in holder.grammars.values():
             link.send(Open(grammar.number, grammar.token_ids))
         link.flush()
-        return True
 
     def _open_nursery(self) -> NurseryLink:
         """Raises OSError or ValueError if there can be none."""
@@ -311,6 +313,9 @@ class GrammarPool:
         link = holder.link
         assert link is not None
         reason = "the grammar library broke down over it, which is too deeply nested or takes too much memory"
+        if not link.has_begun:
+            self._fail_all(holder, "no process can be had for it", 503)
+            return
         if holder.stage is not Stage.COMPILED:
             logger.warning("a %s ended the process that compiled it", holder.constraint.name)
             self._fail_all(holder, reason, 400)
@@ -324,6 +329,7 @@ class GrammarPool:
         grammar = holder.grammars.pop(holder.link.awaited[0], None) if holder.link.awaited else None
         if grammar is not None:
             grammar.fail(reason, 400)
+            holder.num_restarts -= 1  # with one request less it can't go on for ever
         self._restart(holder)
 
     def _fail(self, grammar: RequestGrammar, reason: str, status_code: int) -> None:

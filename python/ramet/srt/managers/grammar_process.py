@@ -6,6 +6,7 @@ can crash, be killed or reach a limit by itself. managers/grammar_pool.py, in th
 
 import contextlib
 import gc
+import logging
 import os
 import resource
 import selectors
@@ -35,6 +36,8 @@ from ramet.srt.managers.grammar_messages import (
 )
 from ramet.srt.sampling.grammar import Grammar, GrammarCompiler, GrammarError
 from ramet.srt.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MEMORY_BYTES = 1 << 30  # of address space that a process may take beyond what it is forked with
 STACK_BYTES = 256 << 20  # the library recurses as deeply as the constraint is nested
@@ -137,11 +140,15 @@ class Nursery:
 
     def _handle(self, data: bytes, descriptors: list[int]) -> None:
         if data == FORK:
-            pid = os.fork()
-            if pid == 0:
-                self._become_child(socket.socket(fileno=descriptors[0]))
-            self._pids.add(pid)
-            os.close(descriptors[0])
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    self._become_child(socket.socket(fileno=descriptors[0]))
+                self._pids.add(pid)
+            except OSError as error:  # too many processes; that this one's socket closes tells the scheduler
+                logger.warning("no process for a constraint: %s", error)
+            finally:
+                os.close(descriptors[0])
         elif int(data[1:]) in self._pids:
             os.kill(int(data[1:]), signal.SIGKILL)
 
@@ -181,8 +188,9 @@ def _limit_process() -> None:
         resource.setrlimit(what, (limit, hard))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as stream:
         stream.write("1000")  # the first to go when the host runs out of memory
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # a panic's message, which may hold what a client sent
+    with open(os.devnull, "r+b") as nowhere:
+        for descriptor in range(3):  # a panic's message may hold what a client sent
+            os.dup2(nowhere.fileno(), descriptor)
 
 
 def _serve(compiler: GrammarCompiler, connection: socket.socket) -> None:

@@ -33,7 +33,7 @@ from ramet.srt.managers.rank_profiler import FAILURES
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.managers.schedule_policy import pick_retracted
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
-from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, make_output, refusal
+from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, failure_reason, make_output, refusal
 from ramet.srt.managers.throughput import Throughput
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
@@ -230,9 +230,7 @@ class Scheduler:
             if isinstance(outcome, Req):
                 self.admission.put(outcome)
             else:
-                message, status_code = outcome.reason
-                reason = FinishReason(type="abort", message=message, status_code=status_code, param=outcome.param)
-                self._send([refusal(outcome.message, reason)])
+                self._send([refusal(outcome.message, failure_reason(outcome.param, outcome.reason))])
 
     def _abort(self, message: AbortReq) -> None:
         """Waiting requests end at once, running ones before the next pass."""
@@ -444,15 +442,11 @@ class Scheduler:
     def _take_token(self, req: Req, chosen: ChosenToken) -> None:
         if chosen.token_id == INVALID_TOKEN:
             req.finish_reason = self.output.no_token_reason(req)
-        elif req.grammar is not None and req.grammar.failure is not None:
-            message, status_code = req.grammar.failure
-            name = req.grammar.constraint.name
-            req.finish_reason = FinishReason(type="abort", message=message, status_code=status_code, param=name)
-        else:
-            self.output.append_token(req, chosen.token_id)
-            if req.return_logprob:
-                assert chosen.logprobs is not None
-                req.logprobs.add_output(chosen.token_id, chosen.logprobs)
+            return
+        self.output.append_token(req, chosen.token_id)
+        if req.return_logprob:
+            assert chosen.logprobs is not None
+            req.logprobs.add_output(chosen.token_id, chosen.logprobs)
 
     def _end(self, running: RunningReq) -> None:
         """Take back what a request holds that has ended."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenizedGenerateReqInput
+from ramet.srt.managers.request_grammar import GrammarFailure
 from ramet.srt.managers.schedule_batch import Req
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
@@ -45,6 +46,8 @@ class OutputProcessor:
             return FinishReason(type="stop", matched=token_id)
         if num_tokens >= params.max_new_tokens:
             return FinishReason(type="length", length=num_tokens)
+        if req.grammar is not None and req.grammar.failure is not None:  # nothing more can follow
+            return failure_reason(req.grammar.constraint.name, req.grammar.failure)
         return None
 
     def _matched_stop(self, req: Req, token_id: int) -> str | None:
@@ -85,6 +88,11 @@ def make_output(req: Req) -> RequestOutput:
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
     )
+
+
+def failure_reason(param: str, failure: GrammarFailure) -> FinishReason:
+    """Why a request ended whose constraint, the parameter `param`, can't be followed."""
+    return FinishReason(type="abort", message=failure.message, status_code=failure.status_code, param=param)
 
 
 def aborted_reason() -> FinishReason:

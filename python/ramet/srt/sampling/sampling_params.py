@@ -73,7 +73,10 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     if isinstance(values.get("json_schema"), Mapping):
-        values["json_schema"] = json.dumps(values["json_schema"])
+        try:
+            values["json_schema"] = json.dumps(values["json_schema"])
+        except (RecursionError, ValueError, TypeError) as error:
+            raise RequestError(f"json_schema can't be written as JSON: {error}", param="json_schema") from None
     try:
         params = _convert(values)
     except msgspec.ValidationError as error:
@@ -155,9 +158,10 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
         raise RequestError(
             f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
         )
-    for text in (*params.stop, params.regex or "", params.json_schema or "", params.ebnf or ""):
+    texts = [("stop", text) for text in params.stop] + [(name, getattr(params, name)) for name in grammars]
+    for name, text in texts:
         if not is_unicode(text):
-            raise RequestError("a string holds a lone surrogate and can't be written as UTF-8", param="stop")
+            raise RequestError(f"{name} holds a lone surrogate and can't be written as UTF-8", param=name)
 
 
 def is_unicode(text: str) -> bool:
