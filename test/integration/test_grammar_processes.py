@@ -48,7 +48,7 @@ def test_none_runs_before_the_first_constraint(server: ServerProcess) -> None:
     assert generate(server).status_code == 200
     assert grammar_pids(server) == []
     assert generate(server, regex="[0-9]{3}").json()["text"].isdigit()
-    assert len(grammar_pids(server)) == 2, "the one that forks, and one for the constraint"
+    assert len(grammar_pids(server)) >= 2, "the one that forks, and one for the constraint"
 
 
 @pytest.mark.parametrize("kind", ["schema", "lark", "gbnf"])

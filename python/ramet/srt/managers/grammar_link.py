@@ -28,6 +28,7 @@ from ramet.srt.managers.grammar_messages import (
 
 NURSERY_MODULE = "ramet.srt.managers.grammar_process"
 READ_BYTES = 1 << 20
+NUM_SPARES = 4
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h: a process's clock has the id ~pid * 8 + 2
 
 
@@ -40,6 +41,7 @@ class NurseryLink:
 
     def __init__(self, config: NurseryConfig):
         self.has_forked = False  # one of its children has said hello
+        self._spares: list[GrammarLink] = []  # to processes that wait for a constraint
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
         python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -56,6 +58,23 @@ class NurseryLink:
             raise
         finally:
             theirs.close()
+
+    def take(self) -> "GrammarLink":
+        """A process for a constraint: one that was made ready, or else a new one. Raises OSError if there is none."""
+        while self._spares:
+            link = self._spares.pop(0)
+            with contextlib.suppress(EOFError):
+                for _ in link.read():
+                    """It says hello, or has not done so yet."""
+                return link
+            link.close()
+        return GrammarLink(self)
+
+    def make_ready(self) -> None:
+        """Have processes for the next constraints, as far as that can be now."""
+        with contextlib.suppress(OSError):
+            while len(self._spares) < NUM_SPARES:
+                self._spares.append(GrammarLink(self))
 
     def fork(self, connection: socket.socket) -> None:
         """Have a process answer at `connection`. Raises OSError if it can't be told now."""
@@ -77,6 +96,9 @@ class NurseryLink:
 
     def close(self) -> None:
         """End it and its processes."""
+        for link in self._spares:
+            link.close()
+        self._spares.clear()
         self.socket.close()
         self._process.kill()
         self._process.wait()

@@ -19,7 +19,7 @@ from ramet.srt.sampling.constraint import Constraint
 
 logger = logging.getLogger(__name__)
 
-QUICK_SLOTS = 2  # constraints that are compiled side by side before they have had their slice
+QUICK_SLOTS = 4  # constraints that are compiled side by side before they have had their slice
 SLOW_SLOTS = 2  # and after it
 SLICE_CPU_S = 0.1
 COMPILE_CPU_S = 10.0
@@ -186,7 +186,7 @@ class GrammarPool:
         if len(self._links) >= MAX_PROCESSES:
             return
         try:
-            link = GrammarLink(self._open_nursery())
+            link = self._open_nursery().take()
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):  # too much at once, or the nursery has ended
             return
         except (OSError, ValueError) as error:
@@ -299,6 +299,7 @@ class GrammarPool:
         grammar = holder.grammars.get(state.sequence)
         if holder.stage is Stage.COMPILING:
             holder.stage = Stage.FAILED if state.error is not None else Stage.COMPILED
+            self._open_nursery().make_ready()
         if grammar is None:
             return
         if state.error is not None:
