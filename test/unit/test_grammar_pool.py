@@ -209,3 +209,14 @@ def test_a_library_that_cannot_start_is_said(tmp_path: Path) -> None:
     assert grammar.failure is not None and grammar.failure.status_code == 503
     assert "no tokenizer.json" in grammar.failure.message
     pool.close()
+
+
+def test_a_process_may_serve_one_constraint_after_another(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_pool, "MAX_IDLE", 1)
+    first = opened(pool, regex("[a-c]"))
+    pid = pid_of(pool, first)
+    first.close()
+    second = opened(pool, regex("[d-f]"))
+    assert pid_of(pool, second) == pid and regex("[a-c]") not in pool._holders
+    assert allowed(second) and not allowed(second) & allowed(opened(pool, regex("[a-c]")))
+    second.close()

@@ -29,6 +29,7 @@ from ramet.srt.managers.grammar_messages import (
 NURSERY_MODULE = "ramet.srt.managers.grammar_process"
 READ_BYTES = 1 << 20
 NUM_SPARES = 4
+MAX_REUSED_BYTES = 32 << 20
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h: a process's clock has the id ~pid * 8 + 2
 
 
@@ -124,6 +125,7 @@ class GrammarLink:
             theirs.close()
         self.awaited: deque[int] = deque()  # the sequences whose answers are to come, in order
         self.waiting_since = time.monotonic()  # for the first of them
+        self.is_watched = False  # somebody waits for what it says
         self._niceness = 0
         self._pid = self._thread_id = 0  # 0: it has not said hello
         self._first_bytes = 0
@@ -135,6 +137,11 @@ class GrammarLink:
     def has_begun(self) -> bool:
         """Whether the process has said hello."""
         return self._pid != 0
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether it has taken so little that another constraint can have it."""
+        return self._niceness == 0 and self.memory_bytes() < MAX_REUSED_BYTES
 
     def send(self, order: Order) -> None:
         """Queue an order; `flush` sends it."""

@@ -20,7 +20,7 @@ class NurseryConfig(msgspec.Struct, kw_only=True):
 
 
 class Compile(msgspec.Struct, array_like=True, tag=True):
-    """The first order to a process: which constraint it is there for."""
+    """Which constraint a process is there for, from now on."""
 
     constraint: Constraint
 

@@ -30,7 +30,7 @@ STEP_WALL_S = 30.0
 NICE_CPU_S = 0.02  # from here on a process gives way to others
 COMPILE_NICENESS, SLOW_NICENESS = 10, 19  # while it compiles; for the rest of its life, when it has been slow
 MAX_PROCESSES = 128
-MAX_IDLE = 32  # compiled constraints that nobody uses now
+MAX_IDLE = 16  # compiled constraints that nobody uses now
 MAX_TOTAL_BYTES = 4 << 30  # of all processes
 MAX_RESTARTS = 3
 CHECK_PERIOD_S = 0.02
@@ -186,7 +186,7 @@ class GrammarPool:
         if len(self._links) >= MAX_PROCESSES:
             return
         try:
-            link = self._open_nursery().take()
+            link = self._take_idle() or self._open_nursery().take()
         except (BlockingIOError, BrokenPipeError, ConnectionResetError):  # too much at once, or the nursery has ended
             return
         except (OSError, ValueError) as error:
@@ -196,13 +196,27 @@ class GrammarPool:
         holder.link, holder.stage = link, Stage.COMPILING
         self._links[link.socket.fileno()] = holder
         assert self._poll is not None
-        self._poll.register(link.socket.fileno(), select.EPOLLIN)
+        if not link.is_watched:
+            self._poll.register(link.socket.fileno(), select.EPOLLIN)
+            link.is_watched = True
         if holder.is_overdue:
             link.lower_priority(SLOW_NICENESS)
         link.send(Compile(holder.constraint))
         for grammar in holder.grammars.values():
             link.send(Open(grammar.number, grammar.token_ids))
         link.flush()
+
+    def _take_idle(self) -> GrammarLink | None:
+        """The process of the constraint that was not used for longest, if enough are kept."""
+        idle = [holder for holder in self._links.values() if not holder.grammars]
+        if len(idle) < MAX_IDLE:
+            return None
+        holder = min(idle, key=lambda holder: holder.used_at)
+        link = holder.link
+        if link is None or not link.is_reusable:
+            return None
+        del self._links[link.socket.fileno()], self._holders[holder.constraint]
+        return link
 
     def _open_nursery(self) -> NurseryLink:
         """Raises OSError or ValueError if there can be none."""

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 MEMORY_BYTES = 1 << 30  # of address space that a process may take beyond what it is forked with
 STACK_BYTES = 256 << 20  # the library recurses as deeply as the constraint is nested
+NICENESS = 5  # the scheduler's passes come first
 MAX_CPU_S = 24 * 3600  # a last resort: the scheduler counts each order's
 REAP_PERIOD_S = 1.0
 MAX_COMMAND_BYTES = 64
@@ -74,6 +75,8 @@ class GrammarProcess:
                 self._sequences.pop(order.sequence, None)
 
     def _compile(self, order: Compile) -> None:
+        self._start, self._error = None, None
+        self._sequences.clear()  # of the constraint that this process was there for before
         try:
             self._start = self._compiler.compile(order.constraint)
         except GrammarError as error:
@@ -176,6 +179,7 @@ class Nursery:
 
 def _limit_process() -> None:
     """Have the kernel bound what this process takes, and prefer every other one to it."""
+    os.nice(NICENESS)
     with open("/proc/self/statm", encoding="ascii") as stream:
         mapped = int(stream.read().split()[0]) * resource.getpagesize()
     for what, limit in (
