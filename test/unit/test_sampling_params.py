@@ -82,3 +82,19 @@ def test_schema_knows_every_parameter() -> None:
     schema = sampling_params_schema()
     assert set(schema["properties"]) == set(SamplingParams.__struct_fields__)
     assert schema["additionalProperties"] is False
+
+
+def test_a_lone_surrogate_is_named_where_it_stands() -> None:
+    for values, name in (({"stop": "\ud800"}, "stop"), ({"regex": "\ud800"}, "regex"), ({"ebnf": "a\udc00"}, "ebnf")):
+        with pytest.raises(RequestError, match=f"^{name} holds a lone surrogate") as caught:
+            parse_sampling_params(values, 331)
+        assert caught.value.param == name
+
+
+def test_a_schema_that_is_too_deep_to_be_written_is_the_clients_mistake() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(RequestError) as caught:
+        parse_sampling_params({"json_schema": schema}, 331)
+    assert caught.value.param == "json_schema"
