@@ -325,8 +325,11 @@ class GrammarPool:
 
     def _take_end(self, holder: Holder) -> None:
         """A process has ended by itself, or was killed by somebody else."""
+        if self._nursery is not None:
+            self._check_nursery()
         link = holder.link
-        assert link is not None
+        if link is None or self._nursery is None:  # it has ended with the nursery, which is no fault of its own
+            return
         reason = "the grammar library broke down over it, which is too deeply nested or takes too much memory"
         if not link.has_begun:
             self._fail_all(holder, "no process can be had for it", 503)
