@@ -34,6 +34,8 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.pulse import Task
+from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.weights.report import LoadReport
@@ -168,6 +170,7 @@ def main(argv: list[str]) -> int:
     status_fd = status_fd_argument(argv)
     config = read_child_config()
     die_with_parent(config.parent_pid)
+    pulse, _ = start_pulse(config)
     args, ports = config.make_server_args(), config.port_args
     limits = args.scheduler_config("cpu")
     fault = os.environ.get("FAKE_FAULT", "")
@@ -203,8 +206,11 @@ def main(argv: list[str]) -> int:
         load_report=report,
         phases={"imports": 0.1},
     )
+    turn = Task()
+    pulse.serve(lambda: turn.since)
     send_status(status_fd, encode(ready))
     while os.getppid() == config.parent_pid:
+        turn.begin()
         while reader.poll(0 if scheduler.running else 1000):
             answer = scheduler.handle(decode(reader.recv()))
             if isinstance(answer, BatchTokenIDOutput):

@@ -133,10 +133,10 @@ def test_the_watchdog_sees_a_pass_that_hangs_wherever_it_does(num_stages):
     worker, sender = Worker(), Sender()
     passes = make_passes(worker, sender, num_stages, overlap=False)
     seen = []
-    worker.on_launch = worker.on_wait = lambda: seen.append(passes.oldest_launch)
-    assert passes.oldest_launch is None
+    worker.on_launch = worker.on_wait = lambda: seen.append(passes.waiting_since)
+    assert passes.waiting_since is None
     launch(passes, 1)
     sender.results = [result_of(1)]
     assert plans(passes.results(has_launched=True)) == [1]
     assert len(seen) == 3 - num_stages and None not in seen
-    assert passes.oldest_launch is None
+    assert passes.waiting_since is None

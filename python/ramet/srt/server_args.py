@@ -160,7 +160,10 @@ class ServerArgs:
     stream_interval: int = flag(1, "Output tokens between two streamed events of a request.", limit=COUNT)
     grammar_backend: str = flag("llguidance", "Library for constrained output.", choices=GRAMMAR_BACKENDS)
     watchdog_timeout: float = flag(
-        300.0, "Seconds that one forward pass may take before the instance gives up.", limit=SECONDS
+        300.0,
+        "Seconds within which the instance ends if one of its processes stands still, and that one forward pass may "
+        "take.",
+        limit=SECONDS,
     )
 
     # Parallelism

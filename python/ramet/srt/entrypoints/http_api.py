@@ -142,7 +142,7 @@ def _node_routes(instance: Instance) -> APIRouter:
     @router.get("/health", response_model=Status)
     async def health() -> Response:
         """Whether this node's ranks are running."""
-        refusal = instance.refusal()
+        refusal = instance.refusal() or instance.doubt
         if refusal is not None:
             raise ServiceError(refusal)
         return json_response({"status": "ready"})
@@ -154,13 +154,13 @@ def _health_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["health"], responses=BAD_HEALTH)
 
     def check() -> None:
-        refusal = instance.refusal() or instance.manager.refusal
+        refusal = instance.refusal() or instance.manager.refusal or instance.doubt
         if refusal is not None:
             raise ServiceError(refusal)
 
     @router.get("/health", responses={200: {"model": Status}})
     async def health() -> Response:
-        """Whether the instance takes requests."""
+        """Whether the instance takes requests, and its processes move."""
         check()
         return json_response({"status": "ready"})
 

@@ -68,6 +68,7 @@ class Instance:
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._turning: asyncio.Task[None] | None = None  # shows that the event loop does
         self._telling: set[asyncio.Task[None]] = set()  # ranks about the instance
 
     @property
@@ -78,6 +79,11 @@ class Instance:
     def refusal(self) -> str | None:
         """Why nothing at all can be answered now: the instance is not up yet, or is dead. None when it is up."""
         return self.death if self.schedulers else "the model is still loading"
+
+    @property
+    def doubt(self) -> str | None:
+        """Why /health should not send requests here: a process has not moved for a while. None if all move."""
+        return None if self._children is None else self._children.doubt
 
     def start(self) -> None:
         """Check the model folder and start the children. Imports little: what follows can overlap with their start.
@@ -175,6 +181,8 @@ class Instance:
             assert on_end is not None
             loop.call_soon_threadsafe(on_end)
 
+        assert self._children is not None
+        self._turning = loop.create_task(self._children.follow_loop())
         self._on_death = report_death
         self._on_end = None if on_end is None else report_end
         if self.is_head:
@@ -285,6 +293,8 @@ class Instance:
     async def close(self) -> None:
         """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
+        if self._turning is not None:
+            self._turning.cancel()
         if self._receiver is not None:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])

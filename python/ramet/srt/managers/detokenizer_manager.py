@@ -31,6 +31,8 @@ from ramet.srt.managers.io_struct import (
     encode,
 )
 from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.pulse import Pulse, Task
+from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
@@ -85,8 +87,12 @@ class Detokenizer:
             logger.warning("dropped the tokens of request %s, which was never announced", rid)
 
 
-def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, status_fd: int) -> None:
-    """Serve until the parent has gone or kills this process."""
+def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, status_fd: int, pulse: Pulse) -> None:
+    """Serve until the parent has gone or kills this process.
+
+    Args:
+        pulse: of this process; it is to show what the loop is at.
+    """
     context = zmq.Context(io_threads=1)
     reader = context.socket(zmq.PULL)
     reader.setsockopt(zmq.RCVHWM, 0)
@@ -100,9 +106,13 @@ def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, 
     writer.connect(port_args.tokenizer_ipc_name)
     send_status(status_fd, encode(DetokenizerReady()))
     detokenizer = Detokenizer(tokenizer)
+    task = Task()
+    pulse.serve(lambda: task.since)
     while os.getppid() == parent_pid:
+        task.end()
         if not reader.poll(POLL_MS):
             continue
+        task.begin()
         message = decode(reader.recv())
         if isinstance(message, DetokenizerRequest):
             texts = detokenizer.announce(message)
@@ -139,13 +149,14 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 def _serve(config: ChildConfig, status_fd: int) -> int:
     args = config.make_server_args()
     configure_logging(args.log_level, "detokenizer")
+    pulse, _ = start_pulse(config)
     try:
         path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
         tokenizer = Tokenizer.from_path(path)
     except ValueError as error:
         send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
         return 1
-    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd)
+    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd, pulse)
     return 0
 
 

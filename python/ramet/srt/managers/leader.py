@@ -9,6 +9,7 @@ from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
@@ -80,10 +81,13 @@ class Leader:
         self._scheduler = scheduler
         self._channel = channel
         self._others = others
+        self._turn = Task()
 
-    @property
-    def oldest_launch(self) -> float | None:
-        return self._scheduler.passes.oldest_launch
+    def task_since(self) -> float | None:
+        if self._scheduler.worker.profiler.is_writing:
+            return None
+        begun = [when for when in (self._turn.since, self._scheduler.passes.waiting_since) if when is not None]
+        return min(begun, default=None)
 
     def load(self) -> float:
         return self._scheduler.load()
@@ -97,9 +101,11 @@ class Leader:
         return [self._channel.address] if self._others is None else self._others.meet_leaders()
 
     def run_once(self) -> None:
+        self._turn.begin()
         self._scheduler.run_once()
 
     def finish(self) -> None:
+        self._turn.end()
         self._scheduler.worker.profiler.close()
 
     def close(self) -> None:

@@ -12,10 +12,12 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.distributed.parallel_state import init_process_groups
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.distributed.words import NodeVoice
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.follower import FollowerSockets
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.leader import LeaderSockets
+from ramet.srt.managers.pulse import WatchLimits
 from ramet.srt.managers.role import Role, RoleSockets
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
@@ -30,8 +32,13 @@ LOST_NODE_EXIT_CODE = 71
 class RankStart:
     """A rank on its way to serving."""
 
-    def __init__(self, config: ChildConfig):
+    def __init__(self, config: ChildConfig, voice: NodeVoice):
+        """
+        Args:
+            voice: what the nodes of the instance say to each other about processes that stand still.
+        """
         self.config = config
+        self._voice = voice
         self.args = config.make_server_args()
         self.parallel = config.parallel
         self.phases: dict[str, float] = {}
@@ -101,7 +108,9 @@ class RankStart:
             sockets = FollowerSockets(parallel, rendezvous, address, scheduler_config.max_running_requests)
         rendezvous.join()
         if args.nnodes > 1 and parallel.world_rank == args.local_ranks.start:
-            rendezvous.start_pulse(_on_lost_node, _on_instance_end)
+            title = f"the scheduler (rank {parallel.world_rank}), process {os.getpid()},"
+            limit_s = WatchLimits(args.watchdog_timeout).still_s
+            rendezvous.start_pulse(title, limit_s, self._voice, _on_lost_node, _on_instance_end)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         init_process_groups(parallel, rendezvous.store, backend, args.dist_timeout)
         self._on_phase("joined")
@@ -163,10 +172,9 @@ class Rank:
         self.ready = ready
         self.stopping = False
 
-    @property
-    def oldest_launch(self) -> float | None:
-        """time.monotonic() of the launch of the oldest pass that this rank waits for; None if there is none."""
-        return self._role.oldest_launch
+    def task_since(self) -> float | None:
+        """time.monotonic() of the beginning of what this rank is at, if that is to end soon. Any thread may ask."""
+        return self._role.task_since()
 
     def run(self) -> None:
         """Serve until `stop`, or until the launcher has gone."""

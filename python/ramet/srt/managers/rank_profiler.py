@@ -39,6 +39,7 @@ class RankProfiler:
         self._path = Path()
         self._num_passes = 0
         self._num_steps: int | None = None
+        self.is_writing = False  # a trace, which may take minutes
 
     @property
     def is_recording(self) -> bool:
@@ -83,10 +84,14 @@ class RankProfiler:
         if self._profile is None:
             raise ValueError("no profile is being recorded")
         recording, self._profile = self._profile, None
-        self._finish_sending()
-        recording.stop()  # waits for the device
         part = self._path.with_suffix(".part.gz")  # torch compresses what ends so
-        recording.export_chrome_trace(str(part))
+        self.is_writing = True
+        try:
+            self._finish_sending()
+            recording.stop()  # waits for the device
+            recording.export_chrome_trace(str(part))
+        finally:
+            self.is_writing = False
         part.replace(self._path)
         line = f"recorded {self._num_passes} passes to {self._path}"
         logger.info(line)
