@@ -20,6 +20,7 @@ CONNECT_PERIOD_S = 0.1
 SAY_AFTER_S = 3.0  # of waiting for others at the start
 CONNECT_TIMEOUT_S = 2.0
 END_TIMEOUT_S = 3.0
+NAMED_AFTER_S = 1.0  # a main process sees the end of a rank within this time
 
 
 class Rendezvous:
@@ -170,16 +171,21 @@ class Rendezvous:
         self._pulse = NodePulse(self._open, node, self.nnodes, title, limit_s, voice, on_loss, on_end)
         self._pulse.start()
 
-    def let_loss_be_named(self, error: Exception) -> None:
-        """Give the pulses time to say which node has gone, if `error` may come from that.
+    def let_loss_be_named(self, error: Exception) -> bool:
+        """Whether `error` says that another rank can't be reached any more. Then wait until that is named, for a while.
 
-        A broken connection is noticed at once, but the libraries' errors don't name nodes. The pulse ends the process.
+        A broken connection is noticed at once, but the libraries' errors name nobody. On one node the main process says
+        which rank has ended; the loss of a node is said by the pulse, which ends the process.
         """
         is_gloo_error = type(error) is RuntimeError and "gloo" in str(error)
-        if self.nnodes == 1 or not self._has_joined or not (is_gloo_error or isinstance(error, dist.DistError)):
-            return
+        if not self._has_joined or not (is_gloo_error or isinstance(error, dist.DistError)):
+            return False
         logger.debug("an operation between ranks broke off", exc_info=error)
-        let_loss_be_named(self.put)
+        if self.nnodes == 1:
+            time.sleep(NAMED_AFTER_S)
+        else:
+            let_loss_be_named(self.put)
+        return True
 
     def end(self) -> None:
         """Say to the other nodes that the instance ends in good order, and give them time to hear it.

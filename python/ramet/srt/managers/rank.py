@@ -143,10 +143,9 @@ class RankStart:
             url = self.rendezvous.wait_for(INSTANCE_URL_KEY)
         return LoadContext(instance_url=url, started_at=self.config.launch_time, board=self.rendezvous)
 
-    def let_loss_be_named(self, error: Exception) -> None:
-        """If `error`, at the start or later, may come from the loss of a node, let that be said first."""
-        if self.rendezvous is not None:
-            self.rendezvous.let_loss_be_named(error)
+    def let_loss_be_named(self, error: Exception) -> bool:
+        """Whether `error`, at the start or later, says that another rank has gone; which one is to be said first."""
+        return self.rendezvous is not None and self.rendezvous.let_loss_be_named(error)
 
 
 class Rank:

@@ -20,6 +20,9 @@ from ramet.srt.utils.imports import importing, start_gpu
 logger = logging.getLogger(__name__)
 
 
+LOST_RANK_EXIT_CODE = 72
+
+
 def main(argv: Sequence[str]) -> int:
     """Entry of the process; see the launcher in entrypoints/child_processes.py for what it is given."""
     status_fd = status_fd_argument(argv)
@@ -49,8 +52,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         rank.run()
     except RuntimeError as error:
-        start.let_loss_be_named(error)
-        raise
+        if not start.let_loss_be_named(error):
+            raise
+        logger.error("another rank can't be reached any more: %s", one_line(error))
+        return LOST_RANK_EXIT_CODE
     finally:
         rank.close()
     return 0

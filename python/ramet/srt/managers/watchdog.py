@@ -18,6 +18,7 @@ from ramet.srt.managers.pulse import BEATS, MAIN_SLOT, OWN_WORD, SERVES, TASK, P
 logger = logging.getLogger(__name__)
 
 HUNG_EXIT_CODE = 70
+LATE_PERIODS = 2.5
 TELL_NODES_S = 2.5 * PULSE_PERIOD_S  # for the other nodes to hear a word
 STATES = {"T": "it is stopped by a signal", "D": "it waits for a device", "R": "it holds Python's lock"}
 TRACED = "t"
@@ -80,6 +81,11 @@ class Watched:
         return self._task.seconds if self._task.seconds > self.limits.long_task_s else 0.0
 
     @property
+    def is_late(self) -> bool:
+        """Whether it has missed some beats."""
+        return self._beats.seconds > LATE_PERIODS * self.limits.period_s
+
+    @property
     def word(self) -> Word | None:
         """What there is to say about it; None if it moves."""
         limits, flag = self.limits, f"(--watchdog-timeout {self.limits.timeout_s:g})"
@@ -100,7 +106,11 @@ def judge(processes: Sequence[Watched]) -> Watched | None:
     all processes beat.
     """
     worst = max(processes, key=lambda one: (one.still_s, one.task_s), default=None)
-    return worst if worst is not None and worst.word is not None else None
+    if worst is None or worst.word is None:
+        return None
+    if not worst.still_s and any(one.is_late for one in processes):
+        return None  # whether it waits for that one shows soon
+    return worst
 
 
 class LauncherWatch:
