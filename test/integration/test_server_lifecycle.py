@@ -4,14 +4,19 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_process import ServerProcess, wait_until, write_weightless_model
+from server_process import (
+    Background,
+    ServerProcess,
+    assert_nothing_left,
+    wait_until,
+    write_weightless_model,
+)
 
 SCHEDULER, DETOKENIZER = "fake_scheduler", "detokenizer_manager"
 
@@ -19,12 +24,6 @@ SCHEDULER, DETOKENIZER = "fake_scheduler", "detokenizer_manager"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weightless_model(tmp_path_factory.mktemp("model"))
-
-
-def assert_nothing_left(server: ServerProcess, children: list[int]) -> None:
-    assert server.leftovers() == []
-    for child in children:
-        wait_until(lambda child=child: not Path(f"/proc/{child}").exists(), f"the end of process {child}", 10)
 
 
 def assert_fails(server: ServerProcess, words: str) -> None:
@@ -36,31 +35,6 @@ def assert_fails(server: ServerProcess, words: str) -> None:
     assert words in errors[0]
     assert "Traceback" not in server.output
     assert server.leftovers() == []
-
-
-class Background:
-    """A streamed request in a thread of its own."""
-
-    def __init__(self, url: str, **body: Any):
-        self.begun = threading.Event()
-        self.lines: list[str] = []
-        self.status = 0
-        self.body = {"input_ids": [5], "stream": True, **body}
-        self.thread = threading.Thread(target=self._run, args=(url,))
-        self.thread.start()
-
-    def _run(self, url: str) -> None:
-        with httpx.stream("POST", f"{url}/generate", json=self.body, timeout=60) as response:
-            self.status = response.status_code
-            for line in response.iter_lines():
-                if line:
-                    self.lines.append(line.removeprefix("data: "))
-                    self.begun.set()
-
-    def join(self) -> list[str]:
-        self.thread.join(60)
-        assert not self.thread.is_alive()
-        return self.lines
 
 
 def test_health_is_503_while_loading(model: Path, tmp_path: Path) -> None:

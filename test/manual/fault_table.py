@@ -388,12 +388,6 @@ class Bench:
             url = server.wait_ready().url
             names = processes_of(server.process.pid)
             ports = {"http": int(url.rpartition(":")[2]), "bootstrap": bootstrap}
-            others = [
-                one for one in listeners_of([names["main"]])
-                if one.kind == "tcp" and int(one.address.rpartition(":")[2]) not in ports.values()
-            ]  # fmt: skip
-            if len(others) == 1:
-                ports["metadata"] = int(others[0].address.rpartition(":")[2])
             return describe_sockets(names, ports)
 
 

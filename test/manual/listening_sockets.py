@@ -39,7 +39,7 @@ def known_kinds(ports: dict[str, int]) -> list[Kind]:
     """What an instance listens on; the first that fits is taken.
 
     Args:
-        ports: by the words "http", "bootstrap", "store", "metadata" and "metrics", as far as they are known.
+        ports: by the words "http", "bootstrap" and "store", as far as they are known.
     """
 
     def port(word: str) -> str:
@@ -50,9 +50,9 @@ def known_kinds(ports: dict[str, int]) -> list[Kind]:
         Kind("HTTP", "main", port("http"), "clients", "the routes of docs/http.md; with --api-key only with a key"),
         Kind("engine-info bootstrap", "main", port("bootstrap"), "ranks, and instances that clone",
              "registrations of ranks, and questions about them (docs/wire.md)"),
-        Kind("metadata server", "main|metadata server", port("metadata"), "instances of the fleet",
+        Kind("metadata server", "main|modelexpress_server", r"\[::ffff:.*\]:\d+", "instances of the fleet",
              "ModelExpress gRPC; with --tokens-file only with a token (docs/modelexpress.md)"),
-        Kind("metadata server's metrics", "metadata server", port("metrics"), "Prometheus, browsers",
+        Kind("metadata server's metrics", "main|modelexpress_server", r"127\..*|\[::1\]:\d+", "Prometheus, browsers",
              "GET of /metrics and of the fleet page"),
         Kind("ranks' store", r"scheduler \d+", port("store"), "ranks of all nodes",
              "torch's TCPStore, without a key"),

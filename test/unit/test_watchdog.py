@@ -23,7 +23,7 @@ from ramet.srt.managers.pulse import (
 )
 from ramet.srt.managers.watchdog import Watched, judge
 
-LIMITS = WatchLimits(20.0)  # still from 15 s on, doubt from 5, a long task from 10
+LIMITS = WatchLimits(20.0)  # still from 12 s on, doubt from 5, a long task from 10
 PERIOD_S = 1.0
 
 

@@ -78,11 +78,14 @@ class NodePulse:
                     return
                 self._voice.hear(self._look(store, step_s))
         except _Lost as loss:
-            self._voice.hear(Word(str(loss), is_final=True))
-            self._on_loss(str(loss))
+            self._lose(str(loss))
         except (dist.DistError, RuntimeError, ValueError) as error:
             if not self._closing.is_set():
-                self._on_loss(f"node 0 can't be reached any more: {first_line(error)}")
+                self._lose(f"node 0 can't be reached any more: {first_line(error)}")
+
+    def _lose(self, line: str) -> None:
+        self._voice.hear(Word(line, is_final=True))
+        self._on_loss(line)
 
     def _look(self, store: dist.Store, step_s: float) -> Word | None:
         """What there is to say about the other nodes. Raises _Lost if the instance can't go on."""

@@ -37,7 +37,7 @@ class ChildWatch:
         args = server_args
         self.limits = WatchLimits(args.watchdog_timeout)
         self.board = PulseBoard.create(num_slots=2 + len(args.local_ranks))
-        self.verdict: str | None = None  # the line about what has ended the instance by not moving
+        self._verdict: str | None = None
         self._node = args.node_rank
         self._tells_nodes = args.nnodes > 1
         self._is_server = args.has_http
@@ -75,6 +75,12 @@ class ChildWatch:
         """A line about a process, on whatever node, that has not moved for a part of what it may; None if all move."""
         return None if self._doubt is None else self._doubt.text
 
+    @property
+    def verdict(self) -> str | None:
+        """The line about what has ended the instance by not moving, here or on another node; None if nothing has."""
+        heard = self.board.word(HEARD_WORD)
+        return heard.text if self._verdict is None and heard is not None and heard.is_final else self._verdict
+
     def stop_judging(self) -> None:
         """The children are being ended. The main process beats on: they still look at it."""
         self._is_judging = False
@@ -102,8 +108,7 @@ class ChildWatch:
         found = judge(self._processes)
         heard = self.board.word(HEARD_WORD)
         if heard is not None and heard.is_final:
-            self.verdict = heard.text  # the rank that has heard it ends
-            return
+            return  # the rank that has heard it ends
         if self._loop.seconds > self.limits.timeout_s:
             self._give_up_loop()
         if found is None or (heard is not None and not found.still_s):
@@ -127,7 +132,7 @@ class ChildWatch:
         self._doubt = doubt
 
     def _end(self, word: Word, process: Watched) -> None:
-        self.verdict = word.text
+        self._verdict = word.text
         self._is_judging = False
         self._doubt = word
         if self._tells_nodes:
@@ -137,12 +142,12 @@ class ChildWatch:
 
     def _give_up_loop(self) -> None:
         """The event loop, which would end the instance, is what does not move."""
-        self.verdict = (
+        self._verdict = (
             f"the main process, process {os.getpid()} on node {self._node}, has been at one turn of its event loop for "
             f"{self._loop.seconds:.3g} s (--watchdog-timeout {self.limits.timeout_s:g})"
         )
         self._is_judging = False
-        logger.critical("%s; giving up", self.verdict)
+        logger.critical("%s; giving up", self._verdict)
         self._kill_all()
         if self._is_server:
             logging.shutdown()

@@ -39,7 +39,7 @@ class WatchLimits:
     @property
     def still_s(self) -> float:
         """Without a beat: what is left of the timeout is for the instance's end."""
-        return self.timeout_s - min(self.timeout_s / 4, 10.0)
+        return self.timeout_s - min(0.4 * self.timeout_s, 10.0)
 
     @property
     def doubt_s(self) -> float:

@@ -19,6 +19,7 @@ from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.leader import LeaderSockets
 from ramet.srt.managers.pulse import WatchLimits
 from ramet.srt.managers.role import Role, RoleSockets
+from ramet.srt.managers.watchdog import end_stopped_launcher
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
 from ramet.srt.utils.net import choose_interface, format_url, local_address, reachable_host
@@ -110,11 +111,17 @@ class RankStart:
         if args.nnodes > 1 and parallel.world_rank == args.local_ranks.start:
             title = f"the scheduler (rank {parallel.world_rank}), process {os.getpid()},"
             limit_s = WatchLimits(args.watchdog_timeout).still_s
-            rendezvous.start_pulse(title, limit_s, self._voice, _on_lost_node, _on_instance_end)
+            rendezvous.start_pulse(title, limit_s, self._voice, self._on_lost_node, _on_instance_end)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         init_process_groups(parallel, rendezvous.store, backend, args.dist_timeout)
         self._on_phase("joined")
         return sockets
+
+    def _on_lost_node(self, line: str) -> None:
+        logger.critical("%s; the instance can't go on", line)
+        logging.shutdown()
+        end_stopped_launcher(self.config)
+        os._exit(LOST_NODE_EXIT_CODE)
 
     def _open_leader(
         self, scheduler_config: SchedulerConfig, rendezvous: Rendezvous | None, address: str
@@ -193,12 +200,6 @@ class Rank:
                 self._rendezvous.end()
             self._rendezvous.close()
         self._role.close()
-
-
-def _on_lost_node(line: str) -> None:
-    logger.critical("%s; the instance can't go on", line)
-    logging.shutdown()
-    os._exit(LOST_NODE_EXIT_CODE)
 
 
 def _on_instance_end() -> None:

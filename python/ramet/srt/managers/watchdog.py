@@ -158,6 +158,12 @@ class LauncherWatch:
             os._exit(HUNG_EXIT_CODE)
 
 
+def end_stopped_launcher(config: ChildConfig) -> None:
+    """Kill a server's main process that is stopped: the instance ends, and it could not see that."""
+    if config.make_server_args().has_http and os.getppid() == config.parent_pid and _state(config.parent_pid) == "T":
+        os.kill(config.parent_pid, signal.SIGKILL)
+
+
 def start_pulse(config: ChildConfig) -> tuple[Pulse, PulseBoard]:
     """Have this child process beat from now on, and watch its launcher."""
     board = PulseBoard(config.board_fd)
