@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from server_process import (
+    PYTHON_FOLDER,
     Background,
     ServerProcess,
     assert_nothing_left,
@@ -240,3 +243,23 @@ def test_keys(model: Path, tmp_path: Path) -> None:
         answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Basic user-key"})
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert "user-key" not in httpx.get(f"{url}/get_server_info", headers={"Authorization": "Bearer user-key"}).text
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("-n 12", "ulimit -n allows a process 12 files"),
+        ("-n 63", "ulimit -n allows a process 63 files"),
+        ("-v 500000", "ulimit -v allows a process 500000 kB of addresses"),
+    ],
+)
+def test_a_limit_that_is_too_low_is_named(model: Path, tmp_path: Path, limit: str, words: str) -> None:
+    command = f'ulimit {limit} && exec "$0" -m ramet.launch_server --device cpu --port 0 --model-path "$1"'
+    environment = {**os.environ, "PYTHONPATH": str(PYTHON_FOLDER), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(model)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ramet: error:")]
+    assert done.returncode == 1 and len(errors) == 1 and words in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

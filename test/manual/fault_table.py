@@ -357,6 +357,7 @@ class Bench:
                     address = seed.wait_ready().url.removeprefix("http://")
                     everyone = descendants(seed.process.pid)
                     more = ["--load-format", "remote_instance", f"{PREFIX}-seed-instance-ip", address]
+                    more += [f"{PREFIX}-timeout", "10"]
                     with ServerProcess(DEMO_MODEL, folder / "log", *flags, *more, fake=False) as client:
                         url = client.url
                         os.kill(processes_of(seed.process.pid)[victim], ACTIONS[action])

@@ -24,6 +24,7 @@ import msgspec
 import ramet
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.child_watch import ChildWatch
+from ramet.srt.errors import address_space_limit, one_line
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import (
     DetokenizerFailed,
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 SCHEDULER_MODULE = "ramet.srt.managers.scheduler_process"
 DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
 STOP_TIMEOUT_S = 5.0
+ENDS_OF_LIBRARIES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, 127)  # exit codes of some that got no memory
 GOMP_SPINCOUNT = "1000"  # turns that an OpenMP thread waits busily before it sleeps: some microseconds
 DETOKENIZER_SLOT = 1  # on the page on which the processes beat; the ranks' slots come behind it
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
@@ -151,7 +153,7 @@ class ChildProcesses:
             )
         except OSError as error:
             os.close(read_fd)
-            raise LaunchError(f"the {name} can't be started: {error}") from None
+            raise LaunchError(f"the {name} can't be started: {one_line(error)}") from None
         finally:
             os.close(write_fd)
         with self._lock:
@@ -292,12 +294,14 @@ def child_environment(python_path: str) -> dict[str, str]:
 
 
 def describe_end(return_code: int | None) -> str:
-    """ "was killed by SIGKILL", "ended with exit code 3"."""
+    """ "was killed by SIGKILL", "ended with exit code 3". With the limit that a library may have met."""
     if return_code is None:
         return "closed its status pipe"
+    limit = address_space_limit()
+    hint = "" if limit is None or return_code not in ENDS_OF_LIBRARIES else f" ({limit})"
     if return_code >= 0:
-        return f"ended with exit code {return_code}"
+        return f"ended with exit code {return_code}{hint}"
     try:
-        return f"was killed by {signal.Signals(-return_code).name}"
+        return f"was killed by {signal.Signals(-return_code).name}{hint}"
     except ValueError:
         return f"was killed by signal {-return_code}"

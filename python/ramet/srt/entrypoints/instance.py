@@ -17,7 +17,7 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
-from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
 from ramet.srt.model_loader.seed.control import ask_rank
@@ -165,6 +165,7 @@ class Instance:
 
         Raises:
             ValueError: if the tokenizer can't be read.
+            LaunchError: if the sockets between the processes can't be opened.
         """
         loop = asyncio.get_running_loop()
 
@@ -189,6 +190,8 @@ class Instance:
             self._open_manager()
 
     def _open_manager(self) -> None:
+        import zmq
+
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
@@ -207,9 +210,12 @@ class Instance:
             grammars=args.grammar_backend != "none",
         )
         self.metrics = Metrics(args.model_name)
-        self.manager = TokenizerManager(
-            tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
-        )
+        try:
+            self.manager = TokenizerManager(
+                tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
+            )
+        except zmq.ZMQError as error:
+            raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")

@@ -11,6 +11,7 @@ from types import FrameType
 
 import zmq
 
+from ramet.srt.errors import one_line
 from ramet.srt.managers.child_process import (
     ChildConfig,
     die_with_parent,
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MAX_EARLY_REQUESTS = 4096  # requests whose tokens may be here before they are announced
 POLL_MS = 1000
+
+Sockets = tuple[zmq.Socket[bytes], zmq.Socket[bytes]]  # where the process reads, and where it writes
 
 
 class Detokenizer:
@@ -87,24 +90,13 @@ class Detokenizer:
             logger.warning("dropped the tokens of request %s, which was never announced", rid)
 
 
-def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, status_fd: int, pulse: Pulse) -> None:
+def run_detokenizer(tokenizer: Tokenizer, sockets: Sockets, parent_pid: int, pulse: Pulse) -> None:
     """Serve until the parent has gone or kills this process.
 
     Args:
         pulse: of this process; it is to show what the loop is at.
     """
-    context = zmq.Context(io_threads=1)
-    reader = context.socket(zmq.PULL)
-    reader.setsockopt(zmq.RCVHWM, 0)
-    if port_args.detokenizer_fd is not None:
-        reader.setsockopt(zmq.USE_FD, port_args.detokenizer_fd)
-    reader.bind(port_args.detokenizer_ipc_name)
-    writer = context.socket(zmq.PUSH)
-    writer.setsockopt(zmq.SNDHWM, 0)
-    writer.setsockopt(zmq.LINGER, 0)
-    writer.setsockopt(zmq.IPV6, 1)
-    writer.connect(port_args.tokenizer_ipc_name)
-    send_status(status_fd, encode(DetokenizerReady()))
+    reader, writer = sockets
     detokenizer = Detokenizer(tokenizer)
     task = Task()
     pulse.serve(lambda: task.since)
@@ -122,6 +114,22 @@ def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, 
             raise TypeError(f"the detokenizer got a {type(message).__name__}, which it doesn't handle")
         if texts:
             writer.send(encode(BatchStrOutput(outputs=texts)))
+
+
+def _open_sockets(port_args: PortArgs) -> Sockets:
+    """Where this process reads, and where it writes."""
+    context = zmq.Context(io_threads=1)
+    reader = context.socket(zmq.PULL)
+    reader.setsockopt(zmq.RCVHWM, 0)
+    if port_args.detokenizer_fd is not None:
+        reader.setsockopt(zmq.USE_FD, port_args.detokenizer_fd)
+    reader.bind(port_args.detokenizer_ipc_name)
+    writer = context.socket(zmq.PUSH)
+    writer.setsockopt(zmq.SNDHWM, 0)
+    writer.setsockopt(zmq.LINGER, 0)
+    writer.setsockopt(zmq.IPV6, 1)
+    writer.connect(port_args.tokenizer_ipc_name)
+    return reader, writer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -153,10 +161,13 @@ def _serve(config: ChildConfig, status_fd: int) -> int:
     try:
         path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
         tokenizer = Tokenizer.from_path(path)
-    except ValueError as error:
-        send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
+        sockets = _open_sockets(config.port_args)
+    except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:
+        logger.debug("start failed", exc_info=True)
+        send_status(status_fd, encode(DetokenizerFailed(message=one_line(error))))
         return 1
-    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd, pulse)
+    send_status(status_fd, encode(DetokenizerReady()))
+    run_detokenizer(tokenizer, sockets, config.parent_pid, pulse)
     return 0
 
 

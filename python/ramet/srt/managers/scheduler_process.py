@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import zmq
+
 from ramet.srt.errors import one_line
 from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     start = RankStart(config, BoardVoice(board))
     try:
         rank = start.run()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:
         logger.debug("start failed", exc_info=True)
         start.let_loss_be_named(error)
         send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=one_line(error))))
