@@ -140,3 +140,17 @@ def test_the_watchdog_sees_a_pass_that_hangs_wherever_it_does(num_stages):
     assert plans(passes.results(has_launched=True)) == [1]
     assert len(seen) == 3 - num_stages and None not in seen
     assert passes.waiting_since is None
+
+
+def test_a_pass_counts_from_the_end_of_the_one_before_it(monkeypatch):
+    """Each stage computes one after the other: the second of two passes has not taken the time of both."""
+    now = 100.0
+    monkeypatch.setattr("ramet.srt.managers.passes.time.monotonic", lambda: now)
+    sender = Sender()
+    passes = make_passes(Worker(), sender, 2, overlap=False)
+    launch(passes, 1)
+    now = 101.0
+    launch(passes, 2)
+    assert passes.waiting_since == 100.0
+    now, sender.results = 350.0, [result_of(1)]
+    assert plans(passes.results(has_launched=False)) == [1] and passes.waiting_since == 350.0
