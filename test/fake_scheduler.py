@@ -1,11 +1,12 @@
 """Stands in for the scheduler process: no model, no torch. It repeats the prompt's tokens over and over.
 
 What it does wrong comes from the environment: FAKE_FAULT is "" or one of fail_start, die_at_start, hang_at_start,
-die_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds before it is ready; FAKE_PROFILE a
-file that it makes when a profile is to be ended.
+die_at_token, hang_at_token, hold_lock_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds
+before it is ready; FAKE_PROFILE a file that it makes when a profile is to be ended.
 """
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -155,6 +156,10 @@ class FakeScheduler:
     def step(self) -> BatchTokenIDOutput:
         if self.fault == "die_at_token":
             os._exit(7)
+        if self.fault == "hang_at_token":
+            time.sleep(3600)
+        if self.fault == "hold_lock_at_token":
+            re.match("(a+)+$", 64 * "a" + "b")  # does not end, and holds Python's lock all the time
         time.sleep(self.step_s)
         outputs = []
         for rid, request in list(self.running.items()):

@@ -56,6 +56,21 @@ def test_a_stopped_child_ends_the_server(model: Path, tmp_path: Path, module: st
     assert_nothing_left(server, children)
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("hang_at_token", "has been at one forward pass, or another task, for"),
+        ("hold_lock_at_token", "has not moved for"),
+    ],
+)
+def test_a_pass_without_an_end_ends_the_server(model: Path, tmp_path: Path, fault: str, words: str) -> None:
+    with ServerProcess(model, tmp_path / "log", "--watchdog-timeout", "3", FAKE_FAULT=fault) as server:
+        answer = httpx.post(f"{server.wait_ready().url}/generate", json={"text": "a"}, timeout=60)
+        assert answer.status_code == 503 and words in answer.json()["error"]["message"]
+        assert server.wait_exit(10) == 1
+    assert "the scheduler (rank 0)" in error_lines(server)[0] and words in error_lines(server)[0]
+
+
 def test_a_child_that_is_stopped_while_starting_ends_the_server(model: Path, tmp_path: Path) -> None:
     with ServerProcess(model, tmp_path / "log", *FLAGS, FAKE_FAULT="hang_at_start") as server:
         wait_until(lambda: server.status(f"{server.url}/health") == 503, "an answer while loading")
@@ -78,7 +93,7 @@ def test_a_stopped_main_process_is_killed_by_its_children(model: Path, tmp_path:
 
 
 def test_a_short_stop_is_forgiven(model: Path, tmp_path: Path) -> None:
-    with ServerProcess(model, tmp_path / "log", "--watchdog-timeout", "30") as server:
+    with ServerProcess(model, tmp_path / "log", "--watchdog-timeout", "16") as server:
         url = server.wait_ready().url
         for pid in (server.child(SCHEDULER), server.child(DETOKENIZER)):
             os.kill(pid, signal.SIGSTOP)

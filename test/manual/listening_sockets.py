@@ -51,7 +51,7 @@ def known_kinds(ports: dict[str, int]) -> list[Kind]:
         Kind("engine-info bootstrap", "main", port("bootstrap"), "ranks, and instances that clone",
              "registrations of ranks, and questions about them (docs/wire.md)"),
         Kind("metadata server", "main|modelexpress_server", r"\[::ffff:.*\]:\d+", "instances of the fleet",
-             "ModelExpress gRPC; with --tokens-file only with a token (docs/modelexpress.md)"),
+             "ModelExpress gRPC; with --auth-token-file only with a token (docs/modelexpress.md)"),
         Kind("metadata server's metrics", "main|modelexpress_server", r"127\..*|\[::1\]:\d+", "Prometheus, browsers",
              "GET of /metrics and of the fleet page"),
         Kind("ranks' store", r"scheduler \d+", port("store"), "ranks of all nodes",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from ramet.srt.distributed.words import Word
+from ramet.srt.entrypoints.child_watch import ChildWatch
 from ramet.srt.managers import watchdog
 from ramet.srt.managers.pulse import (
     BEATS,
@@ -22,6 +23,7 @@ from ramet.srt.managers.pulse import (
     WatchLimits,
 )
 from ramet.srt.managers.watchdog import Watched, judge
+from ramet.srt.server_args import ServerArgs
 
 LIMITS = WatchLimits(20.0)  # still from 12 s on, doubt from 5, a long task from 10
 PERIOD_S = 1.0
@@ -141,3 +143,27 @@ def test_a_process_s_state_is_read_from_the_kernel():
         process.wait()
         process.stdin.close()
     assert not Path(f"/proc/{process.pid}").exists() and watchdog._state(process.pid) == ""
+
+
+def test_an_event_loop_that_hangs_ends_the_main_process(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    args = ServerArgs(model_path="m", port=1, watchdog_timeout=20.0)
+    watch = ChildWatch(args, lambda: ended.append("children"))
+    try:
+        watch.loop_turned()
+        for _ in range(2):
+            watch.loop_seen(19.0)
+        assert ended == []
+        watch.loop_turned()
+        watch.loop_seen(19.0)
+        watch.loop_seen(19.0)
+        assert ended == []
+        watch.loop_seen(2.0)
+        assert ended == ["children", watchdog.HUNG_EXIT_CODE]
+        assert f"the main process, process {os.getpid()} on node 0, has been at one turn" in watch.verdict
+        watch.loop_ends()
+        watch.loop_seen(99.0)
+        assert len(ended) == 2
+    finally:
+        watch.stop()

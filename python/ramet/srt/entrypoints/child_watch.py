@@ -70,6 +70,14 @@ class ChildWatch:
     def loop_ends(self) -> None:
         self._loop_turns = None
 
+    def loop_seen(self, step_s: float) -> None:
+        """Look whether the event loop has turned since the last look, `step_s` ago; end the process if it hangs."""
+        self._loop.see(self._loop_turns, step_s)
+        if self._loop_turns is None:
+            self._loop.reset()
+        elif self._is_judging and self._loop.seconds > self.limits.timeout_s:
+            self._give_up_loop()
+
     @property
     def doubt(self) -> str | None:
         """A line about a process, on whatever node, that has not moved for a part of what it may; None if all move."""
@@ -98,9 +106,7 @@ class ChildWatch:
             self.board.put(MAIN_SLOT, BEATS, beats)
             for process in self._processes:
                 process.look(self.board, step_s)
-            self._loop.see(self._loop_turns, step_s)
-            if self._loop_turns is None:
-                self._loop.reset()
+            self.loop_seen(step_s)
             if self._is_judging:
                 self._judge()
 
@@ -109,8 +115,6 @@ class ChildWatch:
         heard = self.board.word(HEARD_WORD)
         if heard is not None and heard.is_final:
             return  # the rank that has heard it ends
-        if self._loop.seconds > self.limits.timeout_s:
-            self._give_up_loop()
         if found is None or (heard is not None and not found.still_s):
             self._note(heard)  # if ours is at a long task, it waits for the one that the other node names
             return
