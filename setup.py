@@ -24,7 +24,7 @@ REQUIREMENTS = [
     "tokenizers>=0.21",
     "uvicorn>=0.34",
     "uvloop>=0.20",
-    "xxhash>=3.4",
+    "xxhash>=3.4.1",
 ]
 
 EXTRAS = {
