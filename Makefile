@@ -15,7 +15,7 @@ STAMP := $(VENV)/.ramet-$(EXTRA)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format docs proto bench demo-model clean
+.PHONY: help setup run test test-lowest lint format docs proto bench demo-model clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... t
 
 test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... picks
 	$(BIN)/python -m pytest -m "$(MARKS)" $(TESTS)
+
+test-lowest: $(STAMP) ## run a part of the tests with the lowest versions that setup.py allows
+	@bash scripts/test_lowest_versions.sh $(VENV)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -54,5 +57,5 @@ demo-model: $(STAMP) ## train examples/demo_model anew (some minutes)
 	$(BIN)/python examples/make_demo_model.py
 
 clean: ## remove the environment, caches and results
-	rm -rf $(VENV) .run build dist wheels .pytest_cache .ruff_cache .mypy_cache .hypothesis python/*.egg-info
+	rm -rf $(VENV) $(VENV)-lowest .run build dist wheels .pytest_cache .ruff_cache .mypy_cache .hypothesis python/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,21 +10,22 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "python/ramet/__init__.py")
 
 REQUIREMENTS = [
     "torch>=2.11",
-    "fastapi>=0.115",
+    "fastapi>=0.117",
     "huggingface_hub>=0.30",
     "jinja2>=3.1",
-    "llguidance>=1.0",
-    "msgspec>=0.19",
+    "llguidance>=1.7",
+    "msgspec>=0.21",
     "numpy>=1.26",
     "prometheus_client>=0.20",
     "psutil>=5.9",
+    "pydantic>=2.8",
     "pyzmq>=26",
     "requests>=2.31",
     "safetensors>=0.5",
     "tokenizers>=0.21",
-    "uvicorn>=0.30",
+    "uvicorn>=0.34",
     "uvloop>=0.20",
-    "xxhash>=3.4",
+    "xxhash>=3.4.1",
 ]
 
 EXTRAS = {
@@ -33,7 +34,7 @@ EXTRAS = {
     "cuda12": ["mooncake-transfer-engine>=0.3.10"],
     "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
     # Finding seeds through a metadata server, and that server.
-    "modelexpress": ["grpcio>=1.66", "protobuf>=5.27", "redis>=5.1"],
+    "modelexpress": ["grpcio>=1.66", "protobuf>=5.27.2", "redis>=5.2"],
     "test": [
         "aiohttp>=3.9",
         "grpcio-health-checking>=1.66",
@@ -42,9 +43,9 @@ EXTRAS = {
         "httpx>=0.27",
         "mypy>=1.10",
         "openai>=1.60",
-        "pytest>=8",
-        "pytest-asyncio>=0.23",
-        "pytest-timeout>=2.3",
+        "pytest>=8.2",
+        "pytest-asyncio>=0.24",
+        "pytest-timeout>=2.3.1",
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
         "transformers>=5.0",

@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT / "test"))
 import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
+from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen, open_store
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.utils.net import SeedAddress
@@ -260,7 +260,7 @@ class Bench:
         assert self.seed is not None
         arena = self.arena(self.folder, self.devices[1])
         memory = arena.byte_tensor()
-        store = listen("127.0.0.1", 0, 20.0)
+        store = open_store(listen("127.0.0.1", 0), "127.0.0.1", 20.0)
         start = time.perf_counter()
         self.seed.broadcast("tp1", store.port, ROUNDS)
         group = PairGroup(store, "bare", RECEIVER, memory.device, "127.0.0.1", 20.0)

@@ -9,6 +9,7 @@ transports fill equally fresh memory: Mooncake reads 64 MiB at a time, gloo broa
 # ruff: noqa: E402 - the seed server is in the tests' folder, which has to be made importable first
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -29,12 +30,13 @@ import seed_process
 import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen
+from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, listen, open_store
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
+from ramet.srt.model_loader.transport.engine_messages import StartEngine
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.manifest import WeightManifest
@@ -61,6 +63,12 @@ for _ in range(int(sys.argv[3])):
 """
 
 
+@functools.cache
+def _bare_engine() -> Any:
+    """Mooncake's own engine in this process."""
+    return MooncakeEngine(StartEngine("127.0.0.1", "127.0.0.1", "tcp", ""))._engine
+
+
 class Bench:
     """The seeds, and one method per measurement; each returns bytes per second of what the rank needs."""
 
@@ -85,7 +93,7 @@ class Bench:
         return sm.make_manifest(sm.build_model(self.folder, sm.ranks_of(**sizes)[rank]))
 
     def _listen_for_bare_broadcasts(self, stack: ExitStack, count: int) -> None:
-        store = listen("127.0.0.1", 0, TIMEOUT_S)
+        store = open_store(listen("127.0.0.1", 0), "127.0.0.1", TIMEOUT_S)
         arguments = [str(store.port), str(self.whole.arena_nbytes), str(count)]
         environment = os.environ | {"PYTHONPATH": str(ROOT / "python")}
         sender = subprocess.Popen([sys.executable, "-c", BARE_SENDER, *arguments], env=environment)
@@ -105,7 +113,7 @@ class Bench:
 
     def bare_reads(self) -> float:
         """batch_transfer_sync_read in a loop, registration included."""
-        engine = MooncakeEngine.acquire("127.0.0.1", 0)._engine
+        engine = _bare_engine()
         target = HostWeightArena(self.whole)
         assert self.base is not None
         base: int = self.base

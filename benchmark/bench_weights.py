@@ -11,6 +11,7 @@ source has; the bare Mooncake loop reads 64 MiB at a time.
 
 import argparse
 import ctypes
+import functools
 import mmap
 import os
 import re
@@ -19,6 +20,7 @@ import tempfile
 import threading
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench_common import ROOT, read_weights, report, timed
 from ramet.srt.model_loader.arena.allocate import allocate_arena
@@ -36,6 +38,7 @@ from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import SeedTransfer
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
+from ramet.srt.model_loader.transport.engine_messages import StartEngine
 from ramet.srt.model_loader.transport.local_share import request_memory
 from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
 from ramet.srt.utils import host_memory
@@ -54,6 +57,12 @@ def status_nbytes(path: str, key: str) -> int:
     found = re.search(rf"^{key}:\s+(\d+) kB", Path(path).read_text(), re.M)
     assert found, f"{path} has no {key}"
     return int(found[1]) * 1024
+
+
+@functools.cache
+def _bare_engine() -> Any:
+    """Mooncake's own engine in this process."""
+    return MooncakeEngine(StartEngine("127.0.0.1", "127.0.0.1", "tcp", ""))._engine
 
 
 class FreshMemory:
@@ -166,7 +175,7 @@ class Bench:
 
     def mooncake_loop(self, touched: bool) -> float:
         """A bare loop of batch_transfer_sync_read over the same bytes, registration included."""
-        engine = MooncakeEngine.acquire("127.0.0.1", 0)._engine
+        engine = _bare_engine()
         base = self.answer.arena_address
         assert base is not None
         with FreshMemory(self.arena().nbytes) as target:

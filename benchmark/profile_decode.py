@@ -137,7 +137,9 @@ def main() -> int:
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     flags = SERVER_FLAGS if device == "cuda" else []
     rows, values = [], {}
-    with running(folder, "--device", device, *flags, *args.server_flags) as server:
+    with running(
+        folder, "--device", device, "--profile-dir", str(args.work_dir.resolve()), *flags, *args.server_flags
+    ) as server:
         for count in map(int, args.concurrency.split(",")):
             summary = profile(server, args.work_dir / "profiles" / f"{count}-concurrent", count, args, vocab_size)
             rows += to_rows(count, summary)

@@ -11,6 +11,7 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.io_struct import (
     BatchTokenIDOutput,
     FinishReason,
@@ -21,7 +22,6 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.model_executor.model_runner import ModelRunner
-from ramet.srt.sampling.grammar import make_grammar_backend
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.text.tokenizer import Tokenizer
@@ -66,9 +66,9 @@ class EngineHarness:
         torch.set_num_threads(1)  # such small models run slower on threads that wait for each other
         self.channel = DirectChannel()
         get_tokenizer = functools.cache(functools.partial(Tokenizer.from_path, str(folder)))
-        grammar_backend = make_grammar_backend(self.args.grammar_backend, get_tokenizer, config)
+        grammar_pool = make_grammar_pool(self.args.grammar_backend, lambda: str(folder), config)
         scheduler_config = dataclasses.replace(self.args.scheduler_config(device.type), overlap=overlap)
-        self.scheduler = Scheduler(scheduler_config, config, self.runner, get_tokenizer, grammar_backend, self.channel)
+        self.scheduler = Scheduler(scheduler_config, config, self.runner, get_tokenizer, grammar_pool, self.channel)
         self.num_batches = 0
         self.max_batch_size = 0
 

@@ -1,11 +1,14 @@
 """Stands in for the scheduler process: no model, no torch. It repeats the prompt's tokens over and over.
 
+A constraint is compiled as the real one does it, so that it can be refused; it changes nothing else.
+
 What it does wrong comes from the environment: FAKE_FAULT is "" or one of fail_start, die_at_start, hang_at_start,
-die_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds before it is ready; FAKE_PROFILE a
-file that it makes when a profile is to be ended.
+die_at_token, hang_at_token, hold_lock_at_token; FAKE_STEP_S is the seconds between two tokens; FAKE_START_S the seconds
+before it is ready; FAKE_PROFILE a file that it makes when a profile is to be ended.
 """
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,6 +17,7 @@ from pathlib import Path
 import zmq
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -34,12 +38,16 @@ from ramet.srt.managers.io_struct import (
     decode,
     encode,
 )
+from ramet.srt.managers.pulse import Task
+from ramet.srt.managers.watchdog import start_pulse
+from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.weights.report import LoadReport
 
 LOGPROB = -0.5
 MAX_TOTAL_TOKENS = 4096
+GRAMMAR_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -97,10 +105,11 @@ class FakeRequest:
 class FakeScheduler:
     """Takes messages and makes tokens until it is killed."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, max_queued: int, max_running: int):
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, model_path: str, max_queued: int, max_running: int):
         self.tokenizer = tokenizer
         self.config = config
         self.max_requests = max_queued + max_running
+        self.grammars = make_grammar_pool("llguidance", lambda: model_path, config)
         self.running: dict[str, FakeRequest] = {}
         self.step_s = float(os.environ.get("FAKE_STEP_S", "0"))
         self.fault = os.environ.get("FAKE_FAULT", "")
@@ -132,8 +141,8 @@ class FakeScheduler:
         )
 
     def accept(self, message: TokenizedGenerateReqInput) -> Message | None:
-        if len(self.running) >= self.max_requests:
-            reason = FinishReason(type="abort", message="the queue is full", status_code=503)
+        reason = self.refusal(message)
+        if reason is not None:
             refused = RequestOutput(
                 rid=message.rid,
                 token_ids=[],
@@ -150,9 +159,27 @@ class FakeScheduler:
         self.running[message.rid] = FakeRequest(message, TextStream(decoder, params.stop, params.min_new_tokens))
         return None
 
+    def refusal(self, message: TokenizedGenerateReqInput) -> FinishReason | None:
+        if len(self.running) >= self.max_requests:
+            return FinishReason(type="abort", message="the queue is full", status_code=503)
+        constraint = constraint_of(message.sampling_params)
+        if constraint is None or self.grammars is None:
+            return None
+        grammar = self.grammars.open(constraint)
+        self.grammars.wait([grammar], GRAMMAR_TIMEOUT_S)
+        grammar.close()
+        if grammar.failure is None:
+            return None
+        text, status_code = grammar.failure
+        return FinishReason(type="abort", message=text, status_code=status_code, param=constraint.name)
+
     def step(self) -> BatchTokenIDOutput:
         if self.fault == "die_at_token":
             os._exit(7)
+        if self.fault == "hang_at_token":
+            time.sleep(3600)
+        if self.fault == "hold_lock_at_token":
+            re.match("(a+)+$", 64 * "a" + "b")  # does not end, and holds Python's lock all the time
         time.sleep(self.step_s)
         outputs = []
         for rid, request in list(self.running.items()):
@@ -168,6 +195,7 @@ def main(argv: list[str]) -> int:
     status_fd = status_fd_argument(argv)
     config = read_child_config()
     die_with_parent(config.parent_pid)
+    pulse, _ = start_pulse(config)
     args, ports = config.make_server_args(), config.port_args
     limits = args.scheduler_config("cpu")
     fault = os.environ.get("FAKE_FAULT", "")
@@ -185,7 +213,9 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         send_status(status_fd, encode(SchedulerFailed(world_rank=0, message=str(error))))
         return 1
-    scheduler = FakeScheduler(tokenizer, model_config, limits.max_queued_requests, limits.max_running_requests)
+    scheduler = FakeScheduler(
+        tokenizer, model_config, args.model_path, limits.max_queued_requests, limits.max_running_requests
+    )
     context = zmq.Context()
     reader = context.socket(zmq.PULL)
     address = f"ipc://{config.directory}/scheduler-0"
@@ -203,8 +233,11 @@ def main(argv: list[str]) -> int:
         load_report=report,
         phases={"imports": 0.1},
     )
+    turn = Task()
+    pulse.serve(lambda: turn.since)
     send_status(status_fd, encode(ready))
     while os.getppid() == config.parent_pid:
+        turn.begin()
         while reader.poll(0 if scheduler.running else 1000):
             answer = scheduler.handle(decode(reader.recv()))
             if isinstance(answer, BatchTokenIDOutput):

@@ -40,9 +40,8 @@ class LoadingClient:
         self._prepare(
             config,
             modelexpress_url=address,
-            modelexpress_model_name="toy",
             modelexpress_dtype="float32",
-            **{"modelexpress_wait_s": 0.5} | options,
+            **{"modelexpress_model_name": "toy", "modelexpress_wait_s": 0.5} | options,
         )
 
     @classmethod

@@ -6,11 +6,13 @@ starts it from a test.
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +23,7 @@ from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstr
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.utils.key_proof import is_proof
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
 DEFAULTS: dict[str, Any] = {
@@ -88,7 +91,7 @@ def serve(config: dict[str, Any]) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            if config["api_key"] and self.headers["Authorization"] != f"Bearer {config['api_key']}":
+            if config["api_key"] and not self._has_key(config["api_key"]):
                 status, body = 401, b"{}"
             elif config["is_loading"]:
                 status, body = 503, b"{}"
@@ -103,6 +106,11 @@ def serve(config: dict[str, Any]) -> None:
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body)
+
+        def _has_key(self, key: str) -> bool:
+            given = self.headers["Authorization"] or ""
+            authority = f"127.0.0.1:{self.server.server_address[1]}"
+            return given == f"Bearer {key}" or is_proof(given, key, self.command, [authority], self.path)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -135,10 +143,20 @@ class ChildSeed:
         self.kill()
 
     def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        self._signal_all(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        self._signal_all(signal.SIGCONT)
+
+    @property
+    def children(self) -> list[int]:
+        """Its own processes: those that serve its weights over the network."""
+        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+
+    def _signal_all(self, number: int) -> None:
+        for pid in (self.process.pid, *self.children):
+            os.kill(pid, number)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -186,3 +187,34 @@ class ServerProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class Background:
+    """A streamed request in a thread of its own."""
+
+    def __init__(self, url: str, **body: Any):
+        self.begun = threading.Event()
+        self.lines: list[str] = []
+        self.status = 0
+        self.body = {"input_ids": [5], "stream": True, **body}
+        self.thread = threading.Thread(target=self._run, args=(url,))
+        self.thread.start()
+
+    def _run(self, url: str) -> None:
+        with httpx.stream("POST", f"{url}/generate", json=self.body, timeout=60) as response:
+            self.status = response.status_code
+            for line in response.iter_lines():
+                if line:
+                    self.lines.append(line.removeprefix("data: "))
+                    self.begun.set()
+
+    def join(self) -> list[str]:
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+        return self.lines
+
+
+def assert_nothing_left(server: ServerProcess, children: list[int]) -> None:
+    assert server.leftovers() == []
+    for child in children:
+        wait_until(lambda child=child: not Path(f"/proc/{child}").exists(), f"the end of process {child}", 10)

@@ -7,9 +7,11 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.quantization.fp8 import declare_fp8
+from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.weights.copy_op import CopyOp
@@ -38,8 +40,8 @@ def build_model(folder: str | Path, parallel: ParallelConfig, quantization: str 
     """One rank's model on the meta device."""
     config = ModelConfig.from_path(str(folder), quantization=quantization)
     model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), parallel)
-    if config.quantization == "fp8":
-        declare_fp8(model)
+    if config.quantization_config is not None:
+        declare_quantised(model, config.quantization_config)
     return model
 
 
@@ -52,6 +54,8 @@ def make_manifest(model: nn.Module) -> WeightManifest:
         quantization=model.config.quantization,
         role="target",
         parallel=model.parallel,
+        dimensions=model.config.dimensions,
+        is_tied=model.config.tie_word_embeddings,
     )
 
 
@@ -71,10 +75,12 @@ def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> d
     return {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
-def load_from_disk(folder: str | Path, manifest: WeightManifest) -> WeightArena:
+def load_from_disk(
+    folder: str | Path, manifest: WeightManifest, open_checkpoint: OpenCheckpoint = CheckpointSource
+) -> WeightArena:
     """A rank's arena filled from the files in `folder`."""
     arena = allocate_arena(manifest, "cpu")
-    get_model_loader(LoadConfig()).load_weights(manifest, arena, str(folder))
+    get_model_loader(LoadConfig(), open_checkpoint=open_checkpoint).load_weights(manifest, arena, str(folder))
     return arena
 
 

@@ -8,9 +8,10 @@ USAGE = """usage: ramet <command> …
 commands:
   serve MODEL [flags]            start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
+  digest MODEL                   print the digest of a model's weights, for --weights-digest
   version                        print the version
 
-ramet serve --help and ramet modelexpress-server --help list the flags.
+ramet serve --help, ramet modelexpress-server --help and ramet digest --help list the flags.
 """
 
 
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.modelexpress_server import main as modelexpress_main
 
         return modelexpress_main(arguments, prog="ramet modelexpress-server")
+    if command == "digest":
+        from ramet.srt.model_loader.digest_command import print_digest
+
+        return print_digest(arguments, prog="ramet digest")
     if command == "version":
         import ramet
 

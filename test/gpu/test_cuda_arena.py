@@ -8,6 +8,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.entries import with_checksums as add_checksums
+from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.client.verification import expected_checksums, find_mismatches
 from ramet.srt.model_loader.loader import DefaultModelLoader, DummyModelLoader
 from ramet.srt.models.registry import get_model_class
@@ -25,6 +26,20 @@ def make_arena(folder, device, dtype, parallel=None):
     arena = allocate_arena(manifest, device)
     arena.bind(model)
     return arena, manifest, model
+
+
+@pytest.mark.parametrize("tp_rank", [None, 1])
+def test_the_content_of_gpu_memory_is_compared_with_the_digest(tmp_path, tp_rank):
+    folder = rm.make_model(tmp_path, "llama3")
+    parallel = None if tp_rank is None else ParallelConfig(tp_size=2, tp_rank=tp_rank)
+    arena, manifest, _ = make_arena(folder, "cuda", "float32", parallel)
+    DefaultModelLoader(weights_digest="files").load_weights(manifest, arena, str(folder))
+    check = check_bands(arena, arena.content_digest)
+    assert (check.wrong, check.unchecked) == (set(), {})
+    for entry in manifest.entries:
+        arena.buffer[entry.offset] ^= 1
+        assert check_bands(arena, arena.content_digest).wrong == {entry.name}
+        arena.buffer[entry.offset] ^= 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # as stored, and converted on the way

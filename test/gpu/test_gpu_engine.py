@@ -4,12 +4,19 @@ import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
+from fp8_models import write_fp8, write_plain
 
 PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
 VARIANTS = {
     "graphs and overlap": {"overlap": True},
     "without graphs": {"disable_cuda_graph": True},
     "torch_native": {"attention_backend": "torch_native"},
+}
+# Rows that no tile of a kernel ends with.
+SIZES = {
+    "llama3": {"intermediate_size": 80},
+    "mixtral": {"intermediate_size": 80},
+    "qwen3_moe": {"intermediate_size": 80, "moe_intermediate_size": 48},
 }
 
 
@@ -68,7 +75,7 @@ def test_a_prompt_longer_than_every_tile(tmp_path):
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts_of_every_type_decode_in_graphs(tmp_path, family, dtype, quantization):
     """The log-probabilities of the tokens that the graphs chose are those of passes without graphs."""
-    folder = rm.make_model(tmp_path, family, dtype=dtype, moe_intermediate_size=48, intermediate_size=80)
+    folder = rm.make_model(tmp_path, family, dtype=dtype, **SIZES[family])
     tokens, logprobs = [], []
     for variant in ("graphs and overlap", "without graphs"):
         engine = EngineHarness(folder, device="cuda", quantization=quantization, **VARIANTS[variant])
@@ -83,7 +90,7 @@ def test_experts_of_every_type_decode_in_graphs(tmp_path, family, dtype, quantiz
 @pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "mixtral"])
 def test_fp8_on_the_gpu_follows_the_exact_model(tmp_path, family):
     """Such random models enlarge every error: on a CPU, which rounds the weights alone, it is up to 0.45."""
-    folder = rm.make_model(tmp_path, family, dtype="bfloat16", moe_intermediate_size=48, intermediate_size=80)
+    folder = rm.make_model(tmp_path, family, dtype="bfloat16", **SIZES[family])
     prompts = rm.random_prompts([40] * 3)
     values = []
     for flags in ({"device": "cuda", "quantization": "fp8"}, {"device": "cpu", "dtype": "float32"}):
@@ -91,3 +98,28 @@ def test_fp8_on_the_gpu_follows_the_exact_model(tmp_path, family):
         values.append(torch.tensor([value for result in results for value in result.input_logprobs.logprobs[1:]]))
     fp8, exact = values
     assert (fp8 - exact).norm() / (exact - exact.mean()).norm() < 0.7
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["blocks", "ue8m0"])
+def test_fp8_blocks_are_multiplied_as_the_plain_weights(tmp_path, family, dtype, kind):
+    """With graphs and without, and with blocks that no tile of a kernel ends with."""
+    source = rm.make_model(tmp_path / "source", family, dtype=dtype, **SIZES[family])
+    scale_dtype = torch.float8_e8m0fnu if kind == "ue8m0" else torch.float32
+    folder = write_fp8(source, tmp_path / "fp8", "blocks", block=(24, 40), scale_dtype=scale_dtype)
+    plain = write_plain(folder, tmp_path / "plain", (24, 40))
+    values = []
+    for path, variant in ((plain, "without graphs"), (folder, "without graphs"), (folder, "graphs and overlap")):
+        engine = EngineHarness(path, device="cuda", dtype=dtype, **VARIANTS[variant])
+        assert (engine.runner.graph_runner is None) == (variant == "without graphs")
+        results = engine.generate(PROMPTS, max_new_tokens=8, logprob_start_len=0)
+        values.append([(r.token_ids, r.input_logprobs.logprobs[1:] + r.output_logprobs) for r in results])
+    exact, *ours = values
+    for result in ours:
+        if dtype == "float32":
+            assert [tokens for tokens, _ in result] == [tokens for tokens, _ in exact]
+        for (_, logprobs), (_, expected), prompt in zip(result, exact, PROMPTS, strict=True):
+            count = len(logprobs) if dtype == "float32" else len(prompt) - 1  # rounded sums may choose another token
+            tolerance = 1e-3 if dtype == "float32" else 0.3
+            assert logprobs[:count] == pytest.approx(expected[:count], abs=tolerance)

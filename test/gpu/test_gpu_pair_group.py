@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from ramet.srt.distributed.pair_group import SENDER, PairGroup, listen
+from ramet.srt.distributed.pair_group import SENDER, PairGroup, listen, open_store
 
 PEER = """
 import os, signal, sys, time
@@ -34,7 +34,7 @@ class Transfer:
     """A peer process and this side's group."""
 
     def __init__(self, name, rounds, nbytes=64 << 20, how="end", timeout_s=60.0):
-        store = listen("127.0.0.1", 0, 60)
+        store = open_store(listen("127.0.0.1", 0), "127.0.0.1", 60)
         arguments = [str(store.port), name, str(rounds), str(nbytes), how]
         self.peer = subprocess.Popen(
             [sys.executable, "-c", PEER, *arguments], stdout=subprocess.PIPE, env={**os.environ}
@@ -79,7 +79,7 @@ def test_several_large_pieces_are_as_fast_as_one():
     transfer = Transfer("speed", rounds=0, nbytes=1)
     transfer.group.close()
     transfer.end()
-    store = listen("127.0.0.1", 0, 60)
+    store = open_store(listen("127.0.0.1", 0), "127.0.0.1", 60)
     code = f"""
 import sys, torch
 from ramet.srt.distributed.pair_group import RECEIVER, PairGroup, connect

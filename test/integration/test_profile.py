@@ -22,7 +22,8 @@ def passes_in(trace: Path) -> list[str]:
 
 
 def test_every_rank_records_the_same_passes(tmp_path: Path) -> None:
-    default, traces = tmp_path / "default", tmp_path / "traces"
+    default = tmp_path / "default"
+    traces = default / "a" / "folder"
     flags = ["--pp-size", "2", "--device", "cpu"]  # with transfers that end after their pass
     server = ServerProcess(DEMO_MODEL, tmp_path / "log", *flags, fake=False, RAMET_TORCH_PROFILER_DIR=str(default))
     with server, httpx.Client(base_url=server.wait_ready().url, timeout=60) as http:
@@ -39,10 +40,15 @@ def test_every_rank_records_the_same_passes(tmp_path: Path) -> None:
         assert "num_steps" in refused("/start_profile", num_steps=0)
         assert "'CPU' or 'GPU'" in refused("/start_profile", activities=["TPU"])
         assert "start_step" in refused("/start_profile", start_step=3)
-        assert "output_dir" in refused("/start_profile", output_dir=str(DEMO_MODEL / "config.json"))
+        (default / "link").mkdir(parents=True)
+        (default / "link").rmdir()
+        (default / "link").symlink_to(tmp_path)
+        for outside in (DEMO_MODEL / "config.json", default / ".." / "x", default / "link" / "x", "../x", "link"):
+            assert "output_dir: it must be below" in refused("/start_profile", output_dir=str(outside))
+        (default / "link").unlink()
         assert "no profile" in refused("/stop_profile")
 
-        answer = http.post("/start_profile", json={"output_dir": str(traces), "num_steps": 3, "activities": ["CPU"]})
+        answer = http.post("/start_profile", json={"output_dir": "a/folder", "num_steps": 3, "activities": ["CPU"]})
         assert answer.status_code == 200 and answer.json()["success"]
         assert "already" in refused("/start_profile")
         generate()
@@ -64,7 +70,9 @@ def test_every_rank_records_the_same_passes(tmp_path: Path) -> None:
         server.signal(signal.SIGTERM)
         assert server.wait_exit() == 0
     assert "Traceback" not in server.output
-    assert len(list(default.glob("*.trace.json.gz"))) == 6 == len(list(default.iterdir()))
+    assert (
+        len(list(default.glob("*.trace.json.gz"))) == 6 == len([path for path in default.iterdir() if path.is_file()])
+    )
 
 
 def test_the_script_that_sums_up_decode_passes(tmp_path: Path) -> None:

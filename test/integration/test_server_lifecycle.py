@@ -4,14 +4,22 @@ import json
 import os
 import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_process import ServerProcess, wait_until, write_weightless_model
+from server_process import (
+    PYTHON_FOLDER,
+    Background,
+    ServerProcess,
+    assert_nothing_left,
+    wait_until,
+    write_weightless_model,
+)
 
 SCHEDULER, DETOKENIZER = "fake_scheduler", "detokenizer_manager"
 
@@ -19,12 +27,6 @@ SCHEDULER, DETOKENIZER = "fake_scheduler", "detokenizer_manager"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weightless_model(tmp_path_factory.mktemp("model"))
-
-
-def assert_nothing_left(server: ServerProcess, children: list[int]) -> None:
-    assert server.leftovers() == []
-    for child in children:
-        wait_until(lambda child=child: not Path(f"/proc/{child}").exists(), f"the end of process {child}", 10)
 
 
 def assert_fails(server: ServerProcess, words: str) -> None:
@@ -36,31 +38,6 @@ def assert_fails(server: ServerProcess, words: str) -> None:
     assert words in errors[0]
     assert "Traceback" not in server.output
     assert server.leftovers() == []
-
-
-class Background:
-    """A streamed request in a thread of its own."""
-
-    def __init__(self, url: str, **body: Any):
-        self.begun = threading.Event()
-        self.lines: list[str] = []
-        self.status = 0
-        self.body = {"input_ids": [5], "stream": True, **body}
-        self.thread = threading.Thread(target=self._run, args=(url,))
-        self.thread.start()
-
-    def _run(self, url: str) -> None:
-        with httpx.stream("POST", f"{url}/generate", json=self.body, timeout=60) as response:
-            self.status = response.status_code
-            for line in response.iter_lines():
-                if line:
-                    self.lines.append(line.removeprefix("data: "))
-                    self.begun.set()
-
-    def join(self) -> list[str]:
-        self.thread.join(60)
-        assert not self.thread.is_alive()
-        return self.lines
 
 
 def test_health_is_503_while_loading(model: Path, tmp_path: Path) -> None:
@@ -95,7 +72,8 @@ def test_a_profile_that_is_recorded_is_written_before_the_ranks_are_told_to_end(
     model: Path, tmp_path: Path, records: bool
 ) -> None:
     written = tmp_path / "written"
-    with ServerProcess(model, tmp_path / "log", FAKE_PROFILE=str(written)) as server:
+    flags = ["--profile-dir", str(tmp_path)]
+    with ServerProcess(model, tmp_path / "log", *flags, FAKE_PROFILE=str(written)) as server:
         url = server.wait_ready().url
         if records:
             assert httpx.post(f"{url}/start_profile", json={"output_dir": str(tmp_path)}).status_code == 200
@@ -266,3 +244,23 @@ def test_keys(model: Path, tmp_path: Path) -> None:
         answer = httpx.get(f"{url}/v1/models", headers={"Authorization": "Basic user-key"})
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert "user-key" not in httpx.get(f"{url}/get_server_info", headers={"Authorization": "Bearer user-key"}).text
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("-n 12", "ulimit -n allows a process 12 files"),
+        ("-n 63", "ulimit -n allows a process 63 files"),
+        ("-v 500000", "ulimit -v allows a process 500000 kB of addresses"),
+    ],
+)
+def test_a_limit_that_is_too_low_is_named(model: Path, tmp_path: Path, limit: str, words: str) -> None:
+    command = f'ulimit {limit} && exec "$0" -m ramet.launch_server --device cpu --port 0 --model-path "$1"'
+    environment = {**os.environ, "PYTHONPATH": str(PYTHON_FOLDER), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(model)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ramet: error:")]
+    assert done.returncode == 1 and len(errors) == 1 and words in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

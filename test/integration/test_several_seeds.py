@@ -11,7 +11,7 @@ from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import seeds_by_address, transfer, transfer_engine
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.transport.transport_process import TransportProcess
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.report import summarize
@@ -46,14 +46,14 @@ def reads(monkeypatch):
     monkeypatch.setattr(transfer, "SHARED_BYTES", BATCH)
 
     seen = SimpleNamespace(nbytes={}, on_read=lambda session: None)
-    original = MooncakeEngine.read
+    original = TransportProcess.read
 
     def read(engine, session_id, local, remote, nbytes, timeout_s):
         seen.on_read(session_id)
         original(engine, session_id, local, remote, nbytes, timeout_s)
         seen.nbytes[session_id] = seen.nbytes.get(session_id, 0) + sum(nbytes)
 
-    monkeypatch.setattr(MooncakeEngine, "read", read)
+    monkeypatch.setattr(TransportProcess, "read", read)
     return seen
 
 

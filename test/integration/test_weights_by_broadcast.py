@@ -17,7 +17,9 @@ import seed_process
 import server_process
 import torch
 import torch.distributed as dist
+from ramet.srt.distributed import pair_group
 from ramet.srt.distributed.pair_group import PairGroup, connect
+from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.entrypoints import weight_routes
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import collective, transfer
@@ -30,6 +32,7 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     target_rows,
     unpack,
 )
+from ramet.srt.model_loader.transport.listening_address import listeners
 from ramet.srt.weights.manifest import layout_digest
 from ramet.srt.weights.planner import ArenaSource, plan
 from ramet.srt.weights.registration import InitSendGroupBody
@@ -183,9 +186,7 @@ def test_a_given_list_of_ports_is_used(tp1_server, monkeypatch):
         port = probe.getsockname()[1]
     seen = []
     original = send_groups.listen
-    monkeypatch.setattr(
-        send_groups, "listen", lambda host, port, timeout_s: seen.append(port) or original(host, port, timeout_s)
-    )
+    monkeypatch.setattr(send_groups, "listen", lambda host, port: seen.append(port) or original(host, port))
     (expected,) = tp1_server.arenas
     options = BROADCAST | {"send_weights_group_ports": (port,)}
     for _ in range(2):  # given back after the first
@@ -220,6 +221,56 @@ def test_a_rank_sends_to_so_many_at_once(tp1_server, monkeypatch):
     answers = [init(tp1_server, timeout_s=1.0) for _ in range(3)]
     assert [answer["success"] for answer in answers] == [True, True, False]
     wait_for(lambda: init(tp1_server, timeout_s=0.2)["success"])
+
+
+def test_three_hundred_requests_that_nobody_follows_up_keep_no_client_waiting(tp1_server):
+    """Nor do they make the rank look as if it had gone. The next client takes the place of one that doesn't come."""
+    url = f"http://127.0.0.1:{tp1_server.port}/init_weights_send_group_for_remote_instance"
+    bodies = [{"group_name": f"strange{i}", "ports": "0", "timeout_s": 600, "backend": "gloo"} for i in range(300)]
+    answers = []
+
+    client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=300))
+    threads = [
+        threading.Thread(target=lambda body=body: answers.append(client.post(url, json=body)), daemon=True)
+        for body in bodies
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(answers) >= 300 - send_groups.MAX_TRANSFERS)
+    (expected,) = tp1_server.arenas
+    start = time.monotonic()
+    assert take(expected.manifest, tp1_server, **BROADCAST)[1].verified
+    assert time.monotonic() - start < 15
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert refused and all("try again in a moment" in answer.text for answer in refused)
+    assert not any("gone" in answer.text for answer in answers)
+    for thread in threads:  # those who were let in end with the time that a client has to connect
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_store_listens_at_its_own_address(tp1_server):
+    answer = init(tp1_server, timeout_s=1.0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", int(answer["ports"])), 5)
+    for host in ("127.0.0.1", "::1"):
+        listener = pair_group.listen(host, 0)
+        store = pair_group.open_store(listener, host, 5)
+        assert {one.address for one in listeners() if one.port == store.port} == {host}
+        connect(host, store.port, 5).set("a", "b")
+        assert store.get("a") == b"b"
+
+
+def test_the_ranks_store_listens_at_the_address_that_was_given():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    meeting = Rendezvous(f"127.0.0.1:{port}", 0, 2, 2, 10)
+    assert {one.address for one in listeners() if one.port == port} == {"127.0.0.1"}
+    meeting.put("a", "b")
+    assert meeting.await_announcement("a", 1) == "b"
+    with pytest.raises(ValueError, match=r"can't listen on 192\.0\.2\.1:80 \(--dist-init-addr\)"):
+        Rendezvous("192.0.2.1:80", 0, 2, 2, 10)
+    meeting.close()
 
 
 def test_a_client_that_has_met_and_asks_for_nothing_is_given_up(tp1_server):

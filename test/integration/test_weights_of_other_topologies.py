@@ -5,11 +5,19 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+import random_models as rm
+import sharded_models as sm
+import toy_model as toy
+from fp8_models import write_fp8
+from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.model_executor.rank_weights import find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
+from ramet.srt.model_loader.client.seeds_head import ask_whether_tied
 from ramet.srt.model_loader.seed.control import ask_rank
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.control_messages import WeightChecksumsReq, WeightControlError
 from ramet.srt.weights.errors import WeightTransferError
@@ -68,6 +76,64 @@ def test_experts_of_another_topology(experts_folder, pair, mode):
 @pytest.mark.parametrize("pair", [({"tp_size": 2}, {}), ({}, {"tp_size": 2, "ep_size": 2})], ids=["tp2-tp1", "ep1-ep2"])
 def test_fp8_experts_of_another_topology(experts_folder, pair):
     check_pair(experts_folder, *pair, "copy", "fp8")
+
+
+@pytest.mark.parametrize("pair", ["tp2-tp1", "tp1-tp4", "tp4-tp2pp2"])
+def test_fp8_blocks_of_another_topology(dense_folder, tmp_path, pair):
+    """The blocks are such that ranks cut them: two hold the scale of one."""
+    check_pair(write_fp8(dense_folder, tmp_path, "blocks", block=(24, 40)), *DENSE[pair], "copy")
+
+
+@pytest.mark.parametrize(("pair", "kind"), [("tp4ep2-tp2", "blocks"), ("ep2-ep1", "tensor")])
+def test_fp8_experts_of_a_checkpoint_of_another_topology(experts_folder, tmp_path, pair, kind):
+    check_pair(write_fp8(experts_folder, tmp_path, kind, block=(24, 40)), *EXPERTS[pair], "off")
+
+
+def test_fp8_blocks_are_mapped(dense_folder, tmp_path):
+    folder = write_fp8(dense_folder, tmp_path, "blocks")
+    (arena,) = load_all(folder, {})
+    with SeedServer([arena]) as server:
+        mapped, report = take(arena.manifest, server, local_mode="map")
+        assert report.source == "local_map" and report.verified and mapped.memory == arena.memory
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({"block": (32, 32)}, {"block": (16, 16)}, "weight_block_rows is 32, not 16"),
+        ({"is_plain": lambda name: "o_proj" in name, "modules_to_not_convert": ["o_proj"]}, {}, "dtype .*o_proj"),
+        ({}, None, "quantization is fp8, not none"),
+    ],
+    ids=["other blocks", "a plain layer", "not quantised"],
+)
+def test_a_seed_with_another_format_is_refused(dense_folder, tmp_path, theirs, ours, message):
+    seed = load_all(write_fp8(dense_folder, tmp_path / "seed", "blocks", **theirs), {})
+    folder = dense_folder if ours is None else write_fp8(dense_folder, tmp_path / "client", "blocks", **ours)
+    (client,) = load_all(folder, {})
+    with SeedServer(seed) as server, pytest.raises(WeightTransferError, match=message):
+        take(client.manifest, server, local_mode="copy")
+
+
+def test_a_seed_with_another_output_head_is_refused(dense_folder, tmp_path):
+    """Its ranks say so, whichever is asked, and versions that say nothing show it by their tensors."""
+    (tied,) = load_all(dense_folder, {})
+    folder = rm.make_config(tmp_path, "llama3", dtype="bfloat16", num_hidden_layers=4, tie_word_embeddings=False)
+    model = sm.build_model(folder, ParallelConfig())
+    toy.save_checkpoint(folder, sm.random_checkpoint(sm.checkpoint_shapes([model])))
+    (broken := tmp_path / "broken").mkdir()
+    (broken / "adapter_model.safetensors").write_bytes(b"")
+    for says in (True, False):
+        own = load_all(folder, {"pp_size": 2} if says else {})
+        for arena in own if not says else []:
+            arena.manifest = msgspec.structs.replace(arena.manifest, is_tied=None)
+        with SeedServer(own) as server:
+            config = LoadConfig(load_format="remote_instance", seeds=(SeedAddress("127.0.0.1", server.port),))
+            assert ask_whether_tied(config, "target") is False
+            assert find_own_head(config, tied.manifest, "/nonexistent")
+            assert find_own_head(config, tied.manifest, str(broken))
+            assert not find_own_head(config, tied.manifest, str(dense_folder))  # the own files' word
+            with pytest.raises(WeightTransferError, match="its output head is a matrix of its own"):
+                take(tied.manifest, server, local_mode="copy")
 
 
 def test_only_the_ranks_that_are_needed_are_asked(dense_folder):

@@ -61,3 +61,73 @@ def test_broken_template_names_its_file_and_line() -> None:
     template = ChatTemplate("a\n{% if %}", {}, "model/chat_template.jinja")
     with pytest.raises(ValueError, match=r"model/chat_template\.jinja, line 2"):
         template.compile()
+
+
+def test_what_is_none_is_not_there() -> None:
+    source = "{% for m in messages %}{{ m | tojson }}{% if m.tool_calls is defined %}!{% endif %}{% endfor %}"
+    assert render(source, [{"role": "user", "content": "x", "tool_calls": None}]) == '{"role": "user", "content": "x"}'
+
+
+@pytest.mark.parametrize("arguments", ['{"cm": 3}', {"cm": 3}])
+def test_arguments_of_calls_are_objects(arguments: Any) -> None:
+    call = {"type": "function", "function": {"name": "grow", "arguments": arguments}}
+    messages = [{"role": "assistant", "tool_calls": [call]}]
+    assert render("{{ messages[0].tool_calls[0].function.arguments.items() | list }}", messages) == "[('cm', 3)]"
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "3"])
+def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "grow", "arguments": arguments}}
+    with pytest.raises(RequestError, match="arguments of a tool call must be"):
+        render("{{ messages }}", [{"role": "assistant", "tool_calls": [call]}])
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+LOOP = "{% for p in CONTENT %}{{ p.text }}|{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages[0].content }}", "a\nb"),
+        ("{{ messages[0]['content'] | trim }}", "a\nb"),
+        ("{% for m in messages %}" + LOOP.replace("CONTENT", "m['content']") + "{% endfor %}", "a|b|"),
+        ("{% set c = messages[0].content %}" + LOOP.replace("CONTENT", "c"), "a|b|"),
+        ("{% set c = messages[0].get('content') or [] %}" + LOOP.replace("CONTENT", "c"), "a|b|"),
+        ("{% macro show(x) %}" + LOOP.replace("CONTENT", "x") + "{% endmacro %}{{ show(messages[0].content) }}",
+         "a|b|"),
+        ("{{ messages[0].content | map(attribute='text') | join('+') }}", "a+b"),
+        ("{% for p in messages[0].content.split('\n') %}{{ p }}|{% endfor %}", "a|b|"),
+        (LOOP.replace("CONTENT", "messages[1].content") + "{{ messages[0].content }}", "a\nb"),  # one is printed whole
+        ("{% if messages[0].content is string %}{{ messages[0].content }}{% endif %}"
+         + LOOP.replace("CONTENT", "messages[1].content"), "a\nb"),
+    ],
+)  # fmt: skip
+def test_parts_stay_parts_where_a_template_goes_through_them(source: str, expected: str) -> None:
+    assert render(source, [*PARTS, {"role": "assistant", "content": ""}]) == expected
+
+
+def test_tools_choose_the_template_that_is_made_for_them() -> None:
+    template = ChatTemplate("plain", {}, "model/tokenizer_config.json", tool_use="tools {{ tools | length }}")
+    assert template.render(USER) == "plain"
+    assert template.render(USER, tools=[{}, {}]) == "tools 2"
+    assert ChatTemplate("{{ tools | length }}", {}, "m").render(USER, tools=[{}]) == "1"
+
+
+@pytest.mark.parametrize(
+    ("show", "text", "expected"),
+    [("m.content", "ab ", "<ab "), ("m.content | trim", "ab ", "<ab"), ("m.content | trim", "ab", "<ab")],
+)
+def test_the_final_message_is_continued(show: str, text: str, expected: str) -> None:
+    source = "{% for m in messages %}<{{ " + show + " }}>{% endfor %}{% if add_generation_prompt %}go{% endif %}"
+    assert render(source, [{"role": "assistant", "content": text}], continue_final_message=True) == expected
+
+
+def test_a_final_message_that_is_not_shown_cannot_be_continued() -> None:
+    with pytest.raises(RequestError, match="can't be continued"):
+        render("x", [{"role": "assistant", "content": "a"}], continue_final_message=True)
+
+
+def test_a_namespace_keeps_away_from_what_is_pythons() -> None:
+    with pytest.raises(RequestError, match="unsafe"):
+        render("{% set n = namespace() %}{% set n.__init__ = 1 %}")

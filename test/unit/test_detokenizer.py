@@ -140,3 +140,14 @@ def test_the_signals_that_follow_the_first_do_not_end_the_clean_up(
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == 0
     assert not folder.exists()
+
+
+def test_a_stop_tokens_text_is_cut_unless_it_is_wanted(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer)
+    ids = tokenizer.encode("ab")
+    for keep, expected in ((False, "a"), (True, "ab")):
+        detokenizer.announce(announcement("a", no_stop_trim=keep))
+        end = output("a", ids[1:], FinishReason(type="stop", matched=ids[1]))
+        end.ends_in_stop_token = True
+        texts = detokenizer.push([output("a", ids[:1]), end])
+        assert "".join(text.text for text in texts) == expected

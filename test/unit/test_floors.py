@@ -38,6 +38,7 @@ FLOORS = {
     "srt.model_loader.client": "taking weights",
     "srt.model_loader.remote_instance_loader": "weights from running instances, or else from files",
     "srt.model_loader.loader": "the loader that the flags ask for",
+    "srt.model_loader.digest_command": "ramet digest",
     "srt.modelexpress": "what clients and server of the metadata service share",
     "srt.modelexpress.client": "finding seeds by what they serve, and being found",
     "srt.modelexpress.server": "the metadata server",

@@ -1,10 +1,12 @@
 """How addresses are written and taken apart."""
 
+import os
 import socket
 
 import pytest
 from ramet.srt.utils.net import (
     address_family,
+    choose_interface,
     format_address,
     format_url,
     host_from_here,
@@ -63,3 +65,15 @@ def test_loopback() -> None:
 
 def test_the_address_that_a_peer_sees() -> None:
     assert local_address(None) == local_address("127.0.0.1:5") == "127.0.0.1"
+
+
+def test_the_interface_of_a_name_or_an_address_is_chosen_for_the_named_backends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for backend in ("GLOO", "NCCL"):
+        monkeypatch.delenv(f"{backend}_SOCKET_IFNAME", raising=False)
+    choose_interface("localhost", ["NCCL"])
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "lo" and "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "mine")
+    choose_interface("127.0.0.1")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "mine" and os.environ["GLOO_SOCKET_IFNAME"] == "lo"

@@ -1,14 +1,17 @@
 """The two kinds of passes under way: when their results are dealt with, and what the watchdog sees meanwhile."""
 
+from types import SimpleNamespace
+
 import pytest
 from ramet.srt.batch.batch_plan import BatchResult
 from ramet.srt.managers.passes import LocalPasses, PipelinePasses, make_passes
 
 
 class Request:
-    def __init__(self, num_remaining_tokens=5, num_pending=0):
+    def __init__(self, num_remaining_tokens=5, num_pending=0, grammar=None):
         self.num_remaining_tokens = num_remaining_tokens
         self.num_pending = num_pending
+        self.req = SimpleNamespace(grammar=grammar)
 
 
 class Worker:
@@ -101,6 +104,12 @@ def test_who_ends_with_the_pass_under_way_is_not_decoded_again():
     assert passes.decodable(running) == [running[0], running[2]]
 
 
+def test_a_constraint_takes_its_token_before_the_next_is_chosen():
+    passes = make_passes(Worker(), None, 1, overlap=True)
+    running = [Request(grammar=object()), Request(num_pending=1, grammar=object())]
+    assert passes.decodable(running) == [running[0]]
+
+
 def test_a_pipeline_has_a_pass_for_each_stage_and_takes_results_one_by_one():
     sender = Sender()
     passes = make_passes(Worker(), sender, 3, overlap=True)
@@ -133,10 +142,24 @@ def test_the_watchdog_sees_a_pass_that_hangs_wherever_it_does(num_stages):
     worker, sender = Worker(), Sender()
     passes = make_passes(worker, sender, num_stages, overlap=False)
     seen = []
-    worker.on_launch = worker.on_wait = lambda: seen.append(passes.oldest_launch)
-    assert passes.oldest_launch is None
+    worker.on_launch = worker.on_wait = lambda: seen.append(passes.waiting_since)
+    assert passes.waiting_since is None
     launch(passes, 1)
     sender.results = [result_of(1)]
     assert plans(passes.results(has_launched=True)) == [1]
     assert len(seen) == 3 - num_stages and None not in seen
-    assert passes.oldest_launch is None
+    assert passes.waiting_since is None
+
+
+def test_a_pass_counts_from_the_end_of_the_one_before_it(monkeypatch):
+    """Each stage computes one after the other: the second of two passes has not taken the time of both."""
+    now = 100.0
+    monkeypatch.setattr("ramet.srt.managers.passes.time.monotonic", lambda: now)
+    sender = Sender()
+    passes = make_passes(Worker(), sender, 2, overlap=False)
+    launch(passes, 1)
+    now = 101.0
+    launch(passes, 2)
+    assert passes.waiting_since == 100.0
+    now, sender.results = 350.0, [result_of(1)]
+    assert plans(passes.results(has_launched=False)) == [1] and passes.waiting_since == 350.0

@@ -60,7 +60,8 @@ def test_a_default_length_is_fitted_and_a_wanted_one_is_not(tokenizer: Tokenizer
         ({"text": "\ud800"}, "text", "surrogate"),
         ({"input_ids": [5], "top_logprobs_num": 129}, "top_logprobs_num", "128"),
         ({"input_ids": [5], "return_logprob": True, "logprob_start_len": 2}, "logprob_start_len", "beyond"),
-        ({"input_ids": [5], "params": {"regex": "("}}, "regex", "can't be used"),
+        ({"input_ids": [5], "params": {"regex": "a" * (64 * 1024 + 1)}}, "regex", "65536"),
+        ({"input_ids": [5], "params": {"ebnf": "植" * 200_000}}, "ebnf", "600000 bytes"),
         ({"input_ids": [5], "params": {"min_new_tokens": 100, "max_new_tokens": 100}}, "min_new_tokens", "context"),
         ({"input_ids": [5] * 50, "params": {"min_new_tokens": 51}, "fit_max_new_tokens": True}, "min_new_tokens", ""),
     ],
@@ -102,5 +103,6 @@ def test_megabytes_are_refused_without_tokenizing_them(tokenizer: Tokenizer) -> 
 def test_what_is_slow() -> None:
     assert not is_slow([sequence(text="a" * 1000)] * 4)
     assert is_slow([sequence(text="a" * 1000)] * 5)
-    assert is_slow([sequence({"regex": "a"}, text="a")])
+    assert not is_slow([sequence({"regex": "a"}, text="a")]), "it is compiled elsewhere"
     assert not is_slow([sequence(input_ids=[5] * 10**5)])
+    assert is_slow([sequence(input_ids=[5] * 10**5)] * 3)

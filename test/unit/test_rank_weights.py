@@ -51,8 +51,8 @@ def made(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> dict[str, dict[s
             events.append(f"seed.register {url} {admin_api_key} {ca_certs}")
 
         @staticmethod
-        def prepare(host: str, rank: int) -> None:
-            events.append(f"seed.prepare {host} {rank}")
+        def prepare(host: str, rank: int, network: str, gpu_id: int) -> None:
+            events.append(f"seed.prepare {host} {rank} {network} {gpu_id}")
 
     def publish(_config: Any, registration: Any, facts: Any, **fields: Any) -> Recorder:
         made["publication"] = fields | {"registration": registration, "facts": facts}
@@ -78,7 +78,7 @@ def arriving(is_seed: bool = True) -> RankWeights:
     return RankWeights(config, context, manifest, allocate_arena(manifest, "cpu"), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("is_seed", "expected"), [(True, ["seed.prepare 10.0.0.7 0"]), (False, [])])
+@pytest.mark.parametrize(("is_seed", "expected"), [(True, ["seed.prepare 10.0.0.7 0 required -1"]), (False, [])])
 def test_an_offer_is_prepared_while_the_weights_arrive(
     made: Any, events: list[str], is_seed: bool, expected: Any
 ) -> None:
@@ -139,3 +139,21 @@ def test_withdrawn_weights_can_be_offered_again(made: dict[str, dict[str, Any]],
     events.clear()
     again.close()
     assert events == ["publication.close", "seed.close"]
+
+
+def test_changed_weights_are_withdrawn_and_end_the_process(
+    made: dict[str, dict[str, Any]],
+    events: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In this order: nobody takes them while the process ends."""
+    monkeypatch.setattr(rank_weights.os, "_exit", lambda code: events.append(f"exit {code}"))
+    monkeypatch.setattr(rank_weights.logging, "shutdown", lambda: None)
+    offered = arriving().load("").offer(lambda: 0.5)
+    assert made["seed"]["network"] == "required" and made["seed"]["check_interval_s"] == 0.0
+    offered.publish_modelexpress()
+    del events[:]
+    made["seed"]["on_change"]("the weights have changed: a")
+    assert events == ["publication.withdraw", "exit 72"]
+    assert caplog.messages[-1] == "the weights have changed: a; the instance can't go on"

@@ -55,6 +55,14 @@ def test_accepted_and_resolved(given: dict[str, Any], name: str, expected: Any) 
         ({"stop": ""}, "stop", "length >= 1"),
         ({"stop": ["a", 1]}, "stop", "str"),
         ({"stop": ["\ud800"]}, "stop", "surrogate"),
+        ({"stop": "\ud800"}, "stop", "surrogate"),
+        ({"stop": {"\ud800": 1}}, "stop", ""),
+        ({"logit_bias": {"\ud800": 1}}, "logit_bias", "surrogate"),
+        ({"temperature": "\ud800"}, "temperature", "surrogate"),
+        ({"json_schema": ["\ud800"]}, "json_schema", ""),
+        ({"regex": "a\udc00"}, "regex", "surrogate"),
+        ({"\ud800": 1}, "\ud800", "unknown"),
+        ({"logit_bias": dict.fromkeys(range(5000), 1)}, "logit_bias", "length <= 4096"),
         ({"stop_token_ids": [100]}, "stop_token_ids", "[0, 100)"),
         ({"logit_bias": {"1": 1, "abc": 1}}, "logit_bias", "the key 'abc' is not a token id"),
         ({"logit_bias": {"1.5": 1}}, "logit_bias", "the key '1.5' is not a token id"),
@@ -82,3 +90,19 @@ def test_schema_knows_every_parameter() -> None:
     schema = sampling_params_schema()
     assert set(schema["properties"]) == set(SamplingParams.__struct_fields__)
     assert schema["additionalProperties"] is False
+
+
+def test_a_lone_surrogate_is_named_where_it_stands() -> None:
+    for values, name in (({"stop": "\ud800"}, "stop"), ({"regex": "\ud800"}, "regex"), ({"ebnf": "a\udc00"}, "ebnf")):
+        with pytest.raises(RequestError, match=f"^{name} holds a lone surrogate") as caught:
+            parse_sampling_params(values, 331)
+        assert caught.value.param == name
+
+
+def test_a_schema_that_is_too_deep_to_be_written_is_the_clients_mistake() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100_000):
+        schema = {"items": schema}
+    with pytest.raises(RequestError) as caught:
+        parse_sampling_params({"json_schema": schema}, 331)
+    assert caught.value.param == "json_schema"

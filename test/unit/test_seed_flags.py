@@ -79,3 +79,36 @@ def test_certificates_of_seeds(tmp_path):
     path = str(make_certificates(tmp_path) / "ca.pem")
     args = parse_server_args([*BASE, IP, "https://a:1", "--ssl-ca-certs", path])
     assert args.load_config().ssl_ca_certs == path
+
+
+SEED = ["--model-path", "m", "--remote-instance-weight-loader-start-seed-via-transfer-engine"]
+CLIENT = [*BASE, IP, "a:1"]
+LOCAL_OFF = ["--remote-instance-weight-loader-local-mode", "off"]
+SOURCE = ["--model-path", "m", "--modelexpress-config", '{"url": "embedded", "source": true}']
+
+
+@pytest.mark.parametrize(
+    ("flags", "on_loopback", "elsewhere"),
+    [
+        (["--model-path", "m"], "unused", "unused"),
+        (SEED, "wanted", "required"),
+        (SOURCE, "wanted", "required"),
+        (CLIENT, "unused", "wanted"),
+        (CLIENT + LOCAL_OFF, "wanted", "wanted"),
+        (CLIENT + NCCL, "unused", "unused"),
+        ([*CLIENT, *NCCL, *SEED[2:]], "wanted", "required"),
+    ],
+)
+def test_the_transfer_engine_is_started_where_it_is_asked_for_or_needed(flags, on_loopback, elsewhere):
+    for host, expected in (("127.0.0.1", on_loopback), ("::1", on_loopback), ("0.0.0.0", elsewhere)):
+        args = parse_server_args([*flags, "--host", host])
+        config = args.runner_config("cpu", dtype="bfloat16", quantization="").weights
+        assert config.network == expected, host
+
+
+def test_looks_at_the_weights_can_be_turned_off():
+    for value, expected in (("0", 0.0), ("2.5", 2.5)):
+        args = parse_server_args([*SEED, "--weights-check-interval", value])
+        assert args.runner_config("cpu", dtype="bfloat16", quantization="").weights.check_interval_s == expected
+    with pytest.raises(ValueError, match="--weights-check-interval must not be negative"):
+        parse_server_args([*SEED, "--weights-check-interval", "-1"])

@@ -60,3 +60,15 @@ def test_every_number_has_a_limit() -> None:
     elsewhere = {"node_rank", "random_seed", "remote_instance_weight_loader_seed_instance_service_port"}
     numbers = {field.name for field in fields(ServerArgs) if "int" in str(field.type) or "float" in str(field.type)}
     assert {field.name for field in fields(ServerArgs) if field.metadata["limit"]} == numbers - elsewhere
+
+
+def test_a_digest_is_64_hex_digits_or_that_of_the_files() -> None:
+    digest = "0aF1" * 16
+    config = ServerArgs(model_path="m", weights_digest=digest).load_config()
+    assert config.weights_digest == digest.lower()
+    assert ServerArgs(model_path="m", weights_digest="files").load_config().weights_digest == "files"
+    for wrong in ("", "abc", digest + "0", "g" * 64, "sha256:" + digest):
+        with pytest.raises(ValueError, match="--weights-digest must be 64 hex digits, as ramet digest prints them"):
+            ServerArgs(model_path="m", weights_digest=wrong)
+    with pytest.raises(ValueError, match="--weights-digest and --load-format dummy"):
+        ServerArgs(model_path="m", weights_digest=digest, load_format="dummy")

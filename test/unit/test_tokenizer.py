@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
+from tokenizer_kinds import write_kind
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
@@ -128,3 +129,124 @@ def test_broken_files_are_named(folder: Path, name: str, content: str) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         Tokenizer.from_path(str(tmp_path))
+
+
+TOOL = {"content": "<tool>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+SPECIAL_X = {**TOOL, "content": "<x>", "special": True}
+END = {**TOOL, "content": "<|im_end|>"}
+ADDED_FILES: dict[str, dict[str, Any]] = {
+    "ids": {CONFIG: {"added_tokens_decoder": {"320": TOOL, "321": SPECIAL_X}}},
+    "other flags": {CONFIG: {"added_tokens_decoder": {"4": {**END, "rstrip": True, "special": True}}}},
+    "no longer special": {CONFIG: {"added_tokens_decoder": {"4": END}}},
+    "base token": {CONFIG: {"added_tokens_decoder": {"69": {**TOOL, "content": "a", "special": True}}}},
+    "additional": {CONFIG: {"additional_special_tokens": ["<x>", "<y>", "<|im_end|>"]}},
+    "extra": {CONFIG: {"extra_special_tokens": ["<y>", "<x>"], "additional_special_tokens": ["<z>"]}},
+    "extra by name": {CONFIG: {"extra_special_tokens": {"image_token": "<image>", "b_token": "<b>"}}},
+    "own roles": {CONFIG: {"image_token": "<image>", "pad_token": "<pad>", "add_x_token": True}},
+    "role with flags": {CONFIG: {"mask_token": {"__type": "AddedToken", **TOOL}}},
+    "added": {ADDED: {"<x>": 320, "<y>": 321}, CONFIG: {"additional_special_tokens": ["<y>"]}},
+    "map": {MAP: {"pad_token": "<pad>", "eos_token": {**TOOL, "content": "<end>"}}},
+    "map with extra": {MAP: {"extra_special_tokens": ["<y>", TOOL]}, ADDED: {"<x>": 320, "<y>": 321}},
+    "map alone": {MAP: {"additional_special_tokens": ["<y>", "<x>"]}},
+    "map and added": {
+        MAP: {"additional_special_tokens": ["<y>"], "cls_token": "<x>"},
+        ADDED: {"<x>": 320, "<y>": 321, "<w>": 322},
+    },
+    "map without effect": {
+        MAP: {"pad_token": "<pad>"}, ADDED: {"<x>": 320}, CONFIG: {"added_tokens_decoder": {}}
+    },
+    "split": {CONFIG: {"split_special_tokens": True}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", ADDED_FILES.values(), ids=ADDED_FILES)
+def test_tokens_of_all_files_are_those_of_transformers(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    transformers = pytest.importorskip("transformers")
+    for name, content in files.items():
+        file = folder / name
+        file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | content))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_path(str(folder))
+    expected = {
+        token_id: repr(token) for token_id, token in theirs.backend_tokenizer.get_added_tokens_decoder().items()
+    }
+    assert {token_id: repr(token) for token_id, token in ours._backend.get_added_tokens_decoder().items()} == expected
+    assert ours.special_tokens == theirs.special_tokens_map
+    for text in ("a <tool> b<x><y>", " <|im_end|> a", "<image><pad><w></s>"):
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text, add_special_tokens=False) == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("added_tokens.json", {"<x>": 400}, r"added_tokens\.json: added token '<x>' can't get the id 400"),
+        ("added_tokens.json", {"<x>": "y"}, r"added_tokens\.json: 'y' is not a token id"),
+        ("added_tokens.json", ["<x>"], r"added_tokens\.json must hold a JSON object"),
+        ("special_tokens_map.json", {"eos_token": 5}, r"special_tokens_map\.json: 'eos_token': 5 is not a token"),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}, "'added_tokens_decoder' must be an object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"5": {"x": 1}}},
+            "'added_tokens_decoder': .* is not a token",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"5": {"content": "x", "special": 1}}},
+            "special of 'x' must be",
+        ),
+        ("tokenizer_config.json", {"additional_special_tokens": "<x>"}, "must be a list or an object"),
+        ("tokenizer_config.json", {"chat_template": 5}, "'chat_template' must be a text"),
+    ],
+)
+def test_entries_that_are_no_tokens_are_named(folder: Path, name: str, content: Any, words: str) -> None:
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        Tokenizer.from_path(str(folder))
+
+
+def test_chat_templates_by_name(folder: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    template = configure(folder, chat_template=named).chat_template
+    assert template is not None
+    assert template.render([]) == "plain"
+    assert template.render([], tools=[{}]) == "tools"
+    template = configure(folder, chat_template=named[1:]).chat_template
+    assert template is not None
+    with pytest.raises(ValueError, match="has tool_use and none called default"):
+        template.render([])
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("file tools")
+    (folder / "chat_template.jinja").write_text("file")
+    template = Tokenizer.from_path(str(folder)).chat_template
+    assert template is not None
+    assert (template.render([]), template.render([], tools=[])) == ("file", "file tools")
+
+
+def test_older_files_that_cannot_be_read_are_one_line(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json, .* can't read the older files here: .+") as caught:
+        Tokenizer.from_path(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Qwen2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_a_prefix_space_is_where_transformers_has_it(folder: Path, name: str, wanted: bool | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    said = {} if wanted is None else {"add_prefix_space": wanted}
+    ours = configure(folder, tokenizer_class=name, **said)
+    assert ours.encode("a ramet", False) == transformers.AutoTokenizer.from_pretrained(folder).encode("a ramet")
+
+
+def test_a_prefix_space_that_is_added_though_it_is_not_wanted_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind, number in (("unigram", 1), ("sentencepiece", 2), ("byte_level", 2)):
+        Tokenizer.from_path(str(write_kind(tmp_path, kind, add_prefix_space=False)))
+        assert len(caplog.messages) == number

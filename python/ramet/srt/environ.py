@@ -23,8 +23,19 @@ class Envs:
     MOONCAKE_PROTOCOL = EnvStr("MOONCAKE_PROTOCOL", "")
     # RDMA devices that Mooncake may use, comma-separated; empty means all.
     MOONCAKE_DEVICE = EnvStr("MOONCAKE_DEVICE", "")
-    # Where /start_profile lets the ranks write their traces when it names no folder.
-    RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "/tmp")
+    # Where /start_profile lets the ranks write their traces, and below which a caller may choose; empty means
+    # `default_profile_dir()`, and no choice. --profile-dir goes before it.
+    RAMET_TORCH_PROFILER_DIR = EnvStr("RAMET_TORCH_PROFILER_DIR", "")
+    # "1" lets calls to a metadata server go by the proxy that http_proxy, https_proxy or grpc_proxy names. Otherwise
+    # nothing between instances does: proxies are for the hub.
+    RAMET_FABRIC_PROXY = EnvStr("RAMET_FABRIC_PROXY", "")
+    # Where digests of checkpoints are kept; empty: ramet/digests in $XDG_CACHE_HOME, or in ~/.cache.
+    RAMET_DIGEST_DIR = EnvStr("RAMET_DIGEST_DIR", "")
+
+
+def default_profile_dir() -> str:
+    """The folder of traces that nobody has named: this user's own."""
+    return f"/tmp/ramet-profiles-{os.geteuid()}"
 
 
 envs = Envs()

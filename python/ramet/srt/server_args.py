@@ -15,9 +15,21 @@ from ramet.srt.configs.modelexpress_config import (
     parse_modelexpress_config,
     resolve_address,
 )
-from ramet.srt.configs.runner_config import RunnerConfig, WeightsConfig
+from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
-from ramet.srt.utils.net import SeedAddress, format_url, host_from_here, is_loopback, local_address, split_address
+from ramet.srt.environ import default_profile_dir, envs
+from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
+from ramet.srt.utils.net import (
+    SeedAddress,
+    format_address,
+    format_url,
+    host_from_here,
+    is_loopback,
+    local_address,
+    reachable_host,
+    split_address,
+)
+from ramet.srt.weights.content_digest import parse_digest
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,6 +41,7 @@ LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
 SCHEDULE_POLICIES = ("lpm", "fcfs")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
+SAMPLING_DEFAULTS = ("model", "openai")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -100,6 +113,12 @@ class ServerArgs:
         None, "Longest prompt plus output in tokens; the model's when not given.", limit=COUNT
     )
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
+    sampling_defaults: str = flag(
+        "model",
+        "Where temperature, top_k, top_p, min_p and repetition_penalty of a request come from that doesn't give them: "
+        "the model's generation_config.json, or OpenAI's defaults, which sample from all tokens.",
+        choices=SAMPLING_DEFAULTS,
+    )
     random_seed: int = flag(0, "Seed of dummy weights and of the sampling seeds given to requests without one.")
 
     # HTTP
@@ -113,6 +132,19 @@ class ServerArgs:
         None,
         "File with the certificates (PEM) that other instances at https:// are verified with; the system's when not "
         "given.",
+    )
+    allowed_hosts: str | None = flag(
+        None,
+        "Names by which web pages and proxies may call a server without a key, besides its own: joined by commas, or * "
+        "for all.",
+    )
+    max_connections: int = flag(
+        4096, "Most connections to the HTTP server; those that wait for a request make room for new ones.", limit=COUNT
+    )
+    profile_dir: str | None = flag(
+        None,
+        "Folder below which /start_profile lets a caller choose one; without it callers choose none, and traces go to "
+        "$RAMET_TORCH_PROFILER_DIR, or a folder of this user's in /tmp.",
     )
     log_level: str = flag("info", "Least severe log level that is shown.", choices=LOG_LEVELS)
     drain_timeout: float = flag(30.0, "Seconds that running requests may take to end after SIGTERM.", limit=SECONDS)
@@ -160,7 +192,10 @@ class ServerArgs:
     stream_interval: int = flag(1, "Output tokens between two streamed events of a request.", limit=COUNT)
     grammar_backend: str = flag("llguidance", "Library for constrained output.", choices=GRAMMAR_BACKENDS)
     watchdog_timeout: float = flag(
-        300.0, "Seconds that one forward pass may take before the instance gives up.", limit=SECONDS
+        300.0,
+        "Seconds within which the instance ends if one of its processes stands still, and that one forward pass may "
+        "take.",
+        limit=SECONDS,
     )
 
     # Parallelism
@@ -216,6 +251,11 @@ class ServerArgs:
         "source (true: load from files and be a seed), wait_timeout in seconds, and model_name, tp_size, pp_size, "
         "ep_size, dtype, quantization where they are not the engine's own.",
     )
+    weights_digest: str | None = flag(
+        None,
+        "Digest that the weights must have, whoever gives them, as ramet digest prints it; or files, for the digest of "
+        "this instance's own files. Weights that differ from it in one byte are not served.",
+    )
     remote_instance_weight_loader_seed_instance_ip: str | None = flag(
         None,
         "Address of the seed instance, or of several: host or host:port, with commas in between, or the flag again; "
@@ -232,7 +272,9 @@ class ServerArgs:
         "upstream seed needs it: others choose free ports.",
     )
     remote_instance_weight_loader_start_seed_via_transfer_engine: bool = flag(
-        False, "Offer this instance's weights to others. A loaded client always does."
+        False,
+        "Offer this instance's weights to others, on other hosts by the transfer engine. A loaded client always offers "
+        "its own; by the transfer engine unless its --host is loopback, or it was loaded by the backend nccl.",
     )
     remote_instance_weight_loader_local_mode: str = flag(
         "auto",
@@ -245,6 +287,12 @@ class ServerArgs:
     )
     remote_instance_weight_loader_timeout: float = flag(
         60.0, "Seconds that one seed may take to answer, and a transfer may go without progress.", limit=SECONDS
+    )
+    weights_check_interval: float = flag(
+        10.0,
+        "Seconds from one look of a seed at its weights in memory to the next. Where somebody has changed them, the "
+        "instance ends. 0 never looks.",
+        limit=NOT_NEGATIVE,
     )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
@@ -272,6 +320,10 @@ class ServerArgs:
     def _validate_files(self) -> None:
         if not self.model_path:
             raise ValueError("--model-path must not be empty")
+        if self.weights_digest is not None and self.load_format == "dummy":
+            raise ValueError("--weights-digest and --load-format dummy contradict each other")
+        if self.weights_digest not in (None, "files"):
+            parse_digest(str(self.weights_digest), "--weights-digest")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
 
@@ -423,6 +475,26 @@ class ServerArgs:
         return tuple(dict.fromkeys(seeds))
 
     @property
+    def allowed_host_names(self) -> list[str]:
+        """What --allowed-hosts lists."""
+        return [name.strip() for name in (self.allowed_hosts or "").split(",") if name.strip()]
+
+    @property
+    def profile_root(self) -> str:
+        """The folder of all traces."""
+        return self.profile_dir or envs.RAMET_TORCH_PROFILER_DIR.get() or default_profile_dir()
+
+    @property
+    def names_profile_folder(self) -> bool:
+        """Whether the operator has chosen it, so that callers may choose one below."""
+        return bool(self.profile_dir or envs.RAMET_TORCH_PROFILER_DIR.get())
+
+    @property
+    def registration_key(self) -> str | None:
+        """The key that registering weights needs: the strongest one there is."""
+        return self.admin_api_key or self.api_key
+
+    @property
     def is_seed(self) -> bool:
         """Whether the instance offers its weights: asked to, or grown out of another one."""
         return (
@@ -430,6 +502,17 @@ class ServerArgs:
             or self.load_format == "remote_instance"
             or self.modelexpress is not None
         )
+
+    def network_use(self, host: str) -> str:
+        """Whether other hosts may read the weights by a transfer engine, of an instance that offers them at `host`."""
+        is_client = self.load_format == "remote_instance"
+        backend = self.remote_instance_weight_loader_backend
+        if self.remote_instance_weight_loader_start_seed_via_transfer_engine or self.modelexpress is not None:
+            return WANTED if is_loopback(host) else REQUIRED
+        if is_client and backend == "transfer_engine":
+            is_asked_for = self.remote_instance_weight_loader_local_mode == "off" or not is_loopback(host)
+            return WANTED if is_asked_for else UNUSED
+        return UNUSED
 
     @functools.cached_property
     def modelexpress(self) -> ModelExpressConfig | None:
@@ -492,9 +575,16 @@ class ServerArgs:
 
     @property
     def weights_name(self) -> str:
-        """The model's name among instances that share its weights."""
+        """The model's name among instances that share its weights: the same for all spellings of a folder."""
         given = self.modelexpress.model_name if self.modelexpress is not None else None
-        return given or self.model_name
+        name = given or self.served_model_name
+        return canonical_given_name(name) if name else canonical_model_name(self.model_path)
+
+    @property
+    def authorities(self) -> set[str]:
+        """host:port by which other instances may reach the HTTP server."""
+        hosts = {host_from_here(self.host), reachable_host(self.host), self.head_host}
+        return {format_address(host, self.port) for host in hosts}
 
     def url(self) -> str:
         """Where the HTTP server answers, for a caller on this host."""
@@ -551,6 +641,7 @@ class ServerArgs:
             host=self.host,
             ssl_ca_certs=self.ssl_ca_certs,
             api_keys=tuple(key for key in keys if key is not None),
+            weights_digest=self.weights_digest.lower() if self.weights_digest else None,
             model_path=self.model_path,
             revision=self.revision,
             **names,
@@ -580,8 +671,10 @@ class ServerArgs:
                 is_seed=self.is_seed,
                 host=weights_host,
                 control_host=node_address,
-                admin_api_key=self.admin_api_key,
+                admin_api_key=self.registration_key,
                 is_published=self.modelexpress is not None,
+                network=self.network_use(weights_host),
+                check_interval_s=self.weights_check_interval,
             ),
         )
 

@@ -189,3 +189,34 @@ def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="other", prompt="a")
     assert caught.value.code == "model_not_found"
+
+
+def chat(http: httpx.Client, messages: list[dict[str, Any]], **options: Any) -> httpx.Response:
+    body = {"model": MODEL_NAME, "messages": messages, "max_tokens": 1, **options}
+    return http.post("/v1/chat/completions", json=body)
+
+
+def test_calls_in_the_history_are_taken(http: httpx.Client) -> None:
+    function = {"name": "grow", "arguments": '{"cm": 3}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "grow"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "done"},
+    ]
+    assert chat(http, messages).status_code == 200
+    function["arguments"] = "[3]"
+    refused = chat(http, messages)
+    assert refused.status_code == 400
+    assert "must be a JSON object" in refused.json()["error"]["message"]
+    messages[1] = {"role": "assistant", "content": None}
+    assert chat(http, messages).status_code == 400
+
+
+def test_the_final_message_is_continued(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "plants"}]
+    lengths = [
+        chat(http, messages, continue_final_message=continues).json()["usage"]["prompt_tokens"]
+        for continues in (False, True)
+    ]
+    assert lengths[1] < lengths[0], "neither the end of the message nor a new one's beginning"

@@ -156,3 +156,32 @@ def test_a_client_that_goes_away_ends_its_request(slow_http: httpx.Client, strea
     started = time.monotonic()
     wait_until(lambda: num_running(slow_http) == 0, "the end of the request")
     assert time.monotonic() - started < 5, "250 steps take 12 s: it ended early"
+
+
+def test_pages_of_other_sites_are_refused_where_no_key_is_needed(http: httpx.Client) -> None:
+    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        for method, path in (("POST", "/flush_cache"), ("GET", "/get_server_info"), ("POST", "/generate")):
+            answer = http.request(method, path, headers=headers)
+            assert answer.status_code == 403 and "--allowed-hosts" in answer.json()["error"]["message"]
+        assert http.get("/health", headers=headers).status_code == 200
+    assert http.get("/v1/models", headers={"Host": "localhost", "Origin": "http://localhost"}).status_code == 200
+
+
+def test_lone_surrogates_are_the_clients_mistake_wherever_they_are(http: httpx.Client) -> None:
+    def ask(path: str, body: str) -> int:
+        return http.post(path, content=body, headers={"Content-Type": "application/json"}).status_code
+
+    bad = r'"a\ud800"'
+    fields = [f'"{name}": {bad}' for name in ("text", "rid", "stream")] + [f"{bad}: 1"]
+    params = ["stop", "logit_bias", "regex", "json_schema", "temperature", "sampling_seed"]
+    sampling = [f'"sampling_params": {{"{name}": {value}}}' for name in params for value in (bad, f"{{{bad}: 1}}")]
+    for field in [*fields, *sampling]:
+        assert ask("/generate", f'{{"text": "x", {field}}}') == 400, field
+    model = '"model": "fake"'
+    for field in ("user", "stop", "metadata", "logit_bias", "prompt", "json_schema"):
+        for value in (bad, f"{{{bad}: {bad}}}"):
+            assert ask("/v1/completions", f'{{{model}, "prompt": "x", "{field}": {value}}}') == 400, field
+    for message in (f'"role": "user", "content": {bad}', f'"role": {bad}', f'"role": "user", "name": {bad}'):
+        assert ask("/v1/chat/completions", f'{{{model}, "messages": [{{{message}}}]}}') == 400, message
+    assert ask("/abort_request", f'{{"rid": {bad}}}') == 400
+    assert ask("/start_profile", f'{{"output_dir": {bad}}}') == 400

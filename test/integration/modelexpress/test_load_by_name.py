@@ -1,10 +1,12 @@
 """Weights of one rank through a metadata server: which sources are tried, what is checked, what follows a failure."""
 
 import logging
+import re
 import socket
 import statistics
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from loading_client import LoadingClient
 from modelexpress_harness import free_port, open_client, running_server
 from ramet.srt.model_loader.client import transfer, transfer_engine
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.transport.transport_process import TransportProcess
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.discovery import find_other_topologies
@@ -143,6 +145,33 @@ def test_a_seed_is_shown_every_key_and_one_that_has_others_is_named(client):
         assert friend.load().taken_from == (worker_id,)
 
 
+def test_a_stranger_who_publishes_a_record_does_not_learn_a_key(client):
+    """Whoever listens behind a record's URL, asks for a key, and sends on to elsewhere."""
+    heard = []
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self):
+            heard.append(str(self.headers))
+            self.send_response(401 if len(heard) % 2 else 307)
+            self.send_header("WWW-Authenticate", "Bearer")
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        for _ in range(2):
+            client.publish(stranger.server_address[1])
+            victim = LoadingClient(client.load_config.modelexpress_url, api_keys=("s3cret", "adm1n"))
+            with pytest.raises(WeightTransferError):
+                victim.load()
+        stranger.shutdown()
+    assert heard and "Ramet-Proof" in heard[0]
+    assert not [text for text in heard if "s3cret" in text or "adm1n" in text or "Bearer" in text]
+
+
 def test_a_record_of_upstreams_first_integration_is_matched_by_name_and_size(client, seed, caplog):
     """It has no manifest, no types, and never a heartbeat."""
     answer = fetch_seed_answer(SeedServer(SeedAddress("127.0.0.1", seed.port)), 0, "target", 10)
@@ -170,10 +199,26 @@ def test_defect_10_files_are_read_only_where_that_is_allowed_and_it_is_said(clie
     other.release_claim()
 
 
+def test_why_files_are_read_though_there_are_seeds_is_said(client, seed, tmp_path, caplog):
+    """Weights that may be the same under another name, or another revision: whoever reads the log can mend it."""
+    caplog.set_level(logging.INFO)
+    write_files(client, tmp_path)
+    for name, revision in (("/models/toy", ""), ("org/Other", ""), ("toy", "abc")):
+        other = LoadingClient(client.load_config.modelexpress_url, {"fields": {"revision": revision}},
+                              modelexpress_model_name=name)  # fmt: skip
+        other.publish(seed.port)
+    reader = LoadingClient(client.load_config.modelexpress_url, fallback="disk")
+    assert reader.load(tmp_path).source == "checkpoint"
+    reader.release_claim()
+    assert "some of 'toy' with revision 'abc' (here 'none')" in caplog.text
+    assert "some named '/models/toy', where this instance has 'toy'" in caplog.text
+    assert not re.search("some named[^;]*Other", caplog.text), "names that are alike come first, or alone"
+
+
 def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer_engine, "MAX_BATCH_BYTES", 1 << 10)
     monkeypatch.setattr(transfer, "SHARED_BYTES", 1 << 10)
-    read, sizes = MooncakeEngine.read, []
+    read, sizes = TransportProcess.read, []
 
     def break_off(engine, session_id, local, remote, nbytes, timeout_s):
         if len(sizes) == 3:
@@ -181,7 +226,7 @@ def test_who_gave_the_part_that_files_completed_is_said(client, seed, tmp_path, 
         read(engine, session_id, local, remote, nbytes, timeout_s)
         sizes.append(sum(nbytes))
 
-    monkeypatch.setattr(MooncakeEngine, "read", break_off)
+    monkeypatch.setattr(TransportProcess, "read", break_off)
     write_files(client, tmp_path)
     worker_id = client.publish(seed.port)
     other = LoadingClient(client.load_config.modelexpress_url, fallback="disk")

@@ -1,13 +1,17 @@
 """Owns the tests of the engine info bootstrap server."""
 
+import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
+import time
 
 import msgspec
 import pytest
 import seed_process
+from ramet.srt.entrypoints import engine_info_bootstrap_server
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.weights import registration
@@ -210,3 +214,79 @@ def test_registering_gives_up_on_a_server_that_never_answers():
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(WeightTransferError, match="no complete answer"):
             register_transfer_engine_info(url, registration, admin_api_key=None, timeout_s=0.5)
+
+
+@pytest.fixture
+def make_server():
+    servers = []
+
+    def make(**options):
+        servers.append(EngineInfoBootstrapServer("127.0.0.1", 0, **options))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+DOCUMENT = {"rank": 0, "transfer_engine_info": INFO}
+
+
+@pytest.mark.parametrize(
+    ("keys", "registering", "asking"),  # who may: a stranger, who has the API key, who has the admin key
+    [
+        ({}, [True, True, True], [True, True, True]),
+        ({"api_key": "api"}, [False, True, False], [False, True, False]),
+        ({"admin_api_key": "admin"}, [False, False, True], [True, True, True]),
+        ({"api_key": "api", "admin_api_key": "admin"}, [False, False, True], [False, True, True]),
+    ],
+)
+def test_each_key_protects(make_server, keys, registering, asking):
+    server = make_server(**keys)
+    headers = [{}, {"Authorization": "Bearer api"}, {"Authorization": "Bearer admin"}]
+    assert [put(server, DOCUMENT, headers=one)[0] == 200 for one in headers] == registering
+    statuses = [call(server, "GET", "/get_transfer_engine_info?rank=0", headers=one)[0] for one in headers]
+    assert [status == 200 for status in statuses] == asking
+    assert call(server, "GET", "/health")[0] == 200
+
+
+def test_web_pages_and_strange_ranks_are_refused(make_server):
+    server = make_server(num_ranks=2)
+    assert put(server, DOCUMENT, headers={"Host": "evil.example"})[0] == 403
+    assert put(server, DOCUMENT, headers={"Origin": "http://evil.example"})[0] == 403
+    assert put(server, DOCUMENT | {"rank": 2})[0] == 400
+    assert put(server, DOCUMENT | {"rank": 1})[0] == 200
+    assert call(server, "GET", "/get_transfer_engine_info?" + "a=1&" * 100)[0] == 400
+    assert call(server, "GET", "//[")[0] == 404
+
+
+def test_bodies_and_connections_are_bounded(server, monkeypatch, caplog):
+    module = engine_info_bootstrap_server
+    monkeypatch.setattr(module, "MAX_ALL_BODIES_BYTES", 300_000)
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 6)
+    head = b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+
+        def connect(data):
+            connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+            connection.sendall(data)
+            return connection
+
+        connections = [connect(head + b"x" * 200_000) for _ in range(4)]
+        refused = select.select(connections, [], [], 5)[0]
+        assert refused and b" 503 " in refused[0].recv(1000)
+        assert put(server, DOCUMENT)[0] == 200  # a small one has room
+        waiting = [connect(b"GET /hea") for _ in range(12)]
+        assert call(server, "GET", "/health")[0] == 200
+        assert waiting[0].recv(10) == b""
+    assert caplog.text.count("the engine info bootstrap server has") == 1
+
+
+def test_headers_and_bodies_have_deadlines(server, monkeypatch):
+    monkeypatch.setattr(engine_info_bootstrap_server, "HEADER_TIMEOUT_S", 0.2)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as slow:
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 3 and not select.select([slow], [], [], 0.05)[0]:
+                slow.sendall(b"G")
+        assert time.monotonic() - start < 2

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ramet.srt.layers.quantization.fp8 import quantize_rows
+from ramet.srt.layers.quantization.fp8 import dequantize, quantize_rows
+from ramet.srt.layers.quantization.scales import BlockIndex, BlockScales
 
 SIZES = {  # rows of each group; the last number belongs to no group
     "one row": [0, 1, 0, 0],
@@ -60,6 +61,28 @@ def test_fp8_weights(device, dtype):
     x, weight, ends = make_inputs(device, [5, 0, 17, 3, 2], 72, 48, dtype)
     values, scales = quantize_stack(weight)
     check(x, values, ends, scales)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "first_column"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float16, 0)], ids=str
+)
+def test_scales_of_blocks(device, dtype, first_column):
+    """Rows and columns that begin within a block; each weight is rounded once, as where they are dequantised."""
+    from ramet.srt.layers.kernels.grouped_linear import grouped_linear
+
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies no bfloat16 matrices")
+    x, weight, ends = make_inputs(device, [5, 0, 17, 2], 72, 50, dtype)
+    values = (weight * 3).to(torch.float8_e4m3fn)
+    rows = (torch.arange(50, dtype=torch.int32, device=device) + 7) // 24
+    grids = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
+    index = BlockIndex(rows, 24, first_column)
+    actual, start = grouped_linear(x, values, ends, grids, index), 0
+    for matrix, grid, end in zip(values, grids, ends.tolist(), strict=True):
+        plain = dequantize(matrix, BlockScales(grid, index), dtype)
+        expected = x[start:end].float() @ plain.float().T
+        torch.testing.assert_close(actual[start:end].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        start = end
 
 
 def test_every_fp8_value_is_exact(device):

@@ -45,7 +45,8 @@ def test_a_rank_reads_its_shard(tmp_path, rank):
 
 def test_harmless_surplus_is_ignored(tmp_path):
     tensors = toy.checkpoint_tensors()
-    extra = {"lm_head.weight": torch.zeros(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    head = tensors["model.embed_tokens.weight"].clone()  # a tied one that is equal
+    extra = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     save_file(tensors | extra, tmp_path / "model.safetensors")
     model, _ = load(tmp_path)
     toy.assert_loaded(model, toy.expected_tensors(model, tensors))

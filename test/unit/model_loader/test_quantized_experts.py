@@ -50,11 +50,8 @@ def test_experts_are_quantised_by_row(folder):
 
 
 @pytest.mark.parametrize("topology", [(2, 1), (2, 2), (4, 2)], ids=sm.topology_name)
-@pytest.mark.parametrize("kind", ["bfloat16", "blocks"])
-def test_every_topology_holds_the_same_numbers(folder, tmp_path, topology, kind):
+def test_every_topology_holds_the_same_numbers(folder, topology):
     """A rank's columns of a down projection have the scale of the whole row: it is not the one they would get alone."""
-    if kind == "blocks":
-        folder = write_fp8(folder, tmp_path / "fp8", kind)
     whole = whole_experts(load(folder))
     num_held = dict.fromkeys(whole, 0)
     for parallel in sm.all_ranks(*topology):
@@ -79,14 +76,6 @@ def test_experts_that_are_stacked_in_the_checkpoint_are_quantised_too(folder, tm
     assert any(name.endswith("experts.down_proj") for name in load_file(stacked / "model.safetensors"))
     expected, read = load(folder), load(stacked)
     assert all(same(read[name], tensor) for name, tensor in expected.items())
-
-
-@pytest.mark.parametrize("kind", ["tensor", "blocks"])
-def test_other_scales_are_brought_to_rows(folder, tmp_path, kind):
-    expected, read = load(folder), load(write_fp8(folder, tmp_path / "fp8", kind))
-    for name in (name for name in expected if name.endswith(("w13_weight", "w2_weight"))):
-        exact, ours = (part[name].float() * part[f"{name}_scale"] for part in (expected, read))
-        assert (ours - exact).norm() / exact.norm() < 0.06
 
 
 def logprobs(folder, dtype="float32", **flags):

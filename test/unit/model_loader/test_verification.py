@@ -7,12 +7,15 @@ import msgspec
 import pytest
 from fake_seeds import FakeSeed, toy_arena
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.model_loader import remote_instance_weight_loader_utils as utils
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checksums import regions
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums, WeightRegion
 from ramet.srt.model_loader.client import verification
 from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.registration import ChecksumsAnswer, ChecksumsRequest
@@ -78,6 +81,39 @@ def test_checksums_of_another_algorithm_say_nothing() -> None:
 
 
 # Pieces that the seed's ranks are asked for
+
+
+def test_a_rank_computes_with_rests_and_no_more_bytes_than_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = toy_arena(fill=1)
+    wanted = [WeightRegion(box.checkpoint_name, box.source) for e in arena.manifest.entries for box in e.boxes]
+    rests: list[float] = []
+    monkeypatch.setattr(regions.time, "sleep", rests.append)
+    checksums = RegionChecksums(arena)
+    assert checksums.compute(wanted) == checksums.compute(wanted, 2)
+    assert len(rests) == -(-len(wanted) // 16) > 1
+    checksums.check_size(wanted)
+    with pytest.raises(ValueError, match="more than twice this rank's weights"):
+        checksums.check_size(wanted * 3)
+
+
+def test_many_pieces_are_asked_for_in_several_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    answers = [503, 200, 200]
+
+    def post(_server: SeedServer, _path: str, body: ChecksumsRequest, _timeout_s: float) -> tuple[int, bytes]:
+        sizes.append(len(body.regions))
+        checksums = [region.checkpoint_name for region in body.regions]
+        return answers.pop(0), msgspec.json.encode(ChecksumsAnswer(algorithm="a", checksums=checksums))
+
+    monkeypatch.setattr(utils, "post_to_seed", post)
+    monkeypatch.setattr(utils, "POLL_PERIOD_S", 0.01)
+    wanted = [WeightRegion(f"w{number}", ()) for number in range(5000)]
+    answer = utils.fetch_checksums(
+        SeedServer(SeedAddress("h", 1)), ChecksumsRequest(rank=0, regions=wanted), timeout_s=5
+    )
+    assert answer is not None and answer.checksums == [region.checkpoint_name for region in wanted]
+    assert sizes == [4096, 4096, 904]
+
 
 Answer = Callable[[ChecksumsRequest], ChecksumsAnswer | None]
 

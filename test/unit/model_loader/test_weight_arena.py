@@ -12,6 +12,7 @@ from ramet.srt.model_loader.checksums.entries import compute_checksums, with_che
 from ramet.srt.model_loader.client.verification import expected_checksums, find_mismatches
 from ramet.srt.model_loader.loader import DummyModelLoader
 from ramet.srt.utils import host_memory
+from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, check_manifest, layout_digest
 
 
@@ -153,13 +154,33 @@ def test_a_published_arena_is_immutable(manifest):
 
 def test_an_abandoned_writer_cannot_reach_the_arena(manifest):
     arena = allocate_arena(manifest, "cpu")
-    window = arena.open_receive_window(1)
-    late = host_memory.view_memory(window.address, window.nbytes)
-    late[0] = b"a"
+    buffer = arena.open_receive_buffer()
+    buffer.memory[0] = ord("a")
     assert arena.memory[0] == ord("a")
-    window.cut_off()
-    late[0] = b"b"
+    buffer.cut_off()
+    buffer.memory[0] = ord("b")
     assert arena.memory[0] == ord("a")
+    buffer.close()
+
+
+def test_another_process_receives_into_the_arena_through_files(manifest):
+    """Single rows in their place, rows that come with what is between them behind the arena's end."""
+    arena = allocate_arena(manifest, "cpu")
+    window = arena.open_receive_window(1000)
+    fds, sizes = zip(*window.files, strict=True)
+    theirs = host_memory.view_memory(host_memory.map_files(fds, sizes), sum(sizes))
+    single = CopyOp(
+        source=0, source_offset=0, target_offset=64, row_nbytes=4, num_rows=1, source_stride=0, target_stride=0
+    )
+    rows = CopyOp(
+        source=0, source_offset=0, target_offset=8, row_nbytes=2, num_rows=2, source_stride=3, target_stride=2
+    )
+    for start, sent in zip(window.place([single, rows]), (b"four", b"ab-cd"), strict=True):
+        theirs[start : start + len(sent)] = sent
+    window.deliver([single, rows])
+    window.finish()
+    assert bytes(arena.memory[64:68]) == b"four" and bytes(arena.memory[8:12]) == b"abcd"
+    window.close()
     window.close()
 
 

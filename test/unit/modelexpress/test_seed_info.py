@@ -49,6 +49,12 @@ def test_what_does_not_match_is_named() -> None:
     other_size.tensor_source.tensors[0].size = 64
     with pytest.raises(WeightTransferError, match=r"layers\.0.* has 64 bytes"):
         make_seed_answer(source_of(other_size), manifest)
+    own_head = make_worker(3)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own_head.tensor_source.tensors.add(name=name, addr=len(name) << 20, size=64, dtype="torch.bfloat16")
+    make_seed_answer(source_of(own_head), manifest)
+    with pytest.raises(WeightTransferError, match="its output head is a matrix of its own"):
+        make_seed_answer(source_of(own_head), msgspec.structs.replace(manifest, is_tied=True))
     source = msgspec.structs.replace(source_of(make_worker(3)), session_id="")
     with pytest.raises(WeightTransferError, match="no session"):
         make_seed_answer(source, manifest)

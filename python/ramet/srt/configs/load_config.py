@@ -40,6 +40,8 @@ class LoadConfig:
     host: str = "127.0.0.1"  # address of this instance, for the transfer engine
     ssl_ca_certs: str | None = None  # file with the certificates that https servers are verified with; None: system's
     api_keys: tuple[str, ...] = ()  # the instances of a fleet share one: a seed with a key wants to see it
+    shows_keys: bool = True  # to seeds; False where a stranger may have named them, who then sees a proof alone
+    weights_digest: str | None = None  # that weights must have: 64 hex digits, or "files": that of the own files
     model_path: str = ""  # folder or hub id of the files, where they have not been fetched yet
     revision: str | None = None
     # ModelExpress: where the metadata server is, and what the weights go by there
@@ -51,3 +53,8 @@ class LoadConfig:
     modelexpress_dtype: str = ""
     modelexpress_quantization: str = ""
     modelexpress_wait_s: float = 600.0  # for a source that is starting, or for whoever reads the files
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the weights come from files and nothing else."""
+        return self.load_format in ("auto", "safetensors")

@@ -2,22 +2,21 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
+from ramet.srt.configs.quantization_config import MODELOPT_FILE, QuantizationConfig, read_quantization
+from ramet.srt.configs.rope_config import RopeConfig, read_rope, scaled_length
+from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
-DTYPE_NAMES = {"float32", "bfloat16", "float16"}
-DEFAULT_ROPE_THETA = 10000.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding parameters; `scaling` holds the fields of a rope type other than "default"."""
-
-    theta: float
-    rope_type: str = "default"
-    scaling: dict[str, Any] = field(default_factory=dict)
+# By the names that torch has for them, and so transformers takes.
+DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16"}
+HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # those of layers/activation.py
+MOST_LAYERS = 4096
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +38,21 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     hidden_act: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
     tie_word_embeddings: bool
     rope: RopeConfig
-    quantization: str  # "" or "fp8": of the weights of linear layers and experts
+    quantization_config: QuantizationConfig | None  # of the weights of linear layers and experts
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
-    hf_config: dict[str, Any]
+    idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
+
+    @property
+    def quantization(self) -> str:
+        """ "" or "fp8": what the quantisation is called between instances."""
+        return "" if self.quantization_config is None else self.quantization_config.name
 
     @property
     def dimensions(self) -> dict[str, int]:
@@ -55,6 +62,8 @@ class ModelConfig:
         dimensions = {name: getattr(self, name) for name in names}
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+        if self.quantization_config is not None:
+            dimensions |= self.quantization_config.dimensions
         return dimensions
 
     @classmethod
@@ -67,6 +76,7 @@ class ModelConfig:
         dtype: str = "auto",
         context_length: int | None = None,
         quantization: str | None = None,
+        tokenizer_path: str | None = None,
     ) -> "ModelConfig":
         """Read the config of the model in folder `path`.
 
@@ -74,50 +84,49 @@ class ModelConfig:
             dtype: "auto" takes the checkpoint's type.
             context_length: tokens; at most what the model was made for.
             quantization: "fp8", or None for the checkpoint's.
+            tokenizer_path: folder of the tokenizer, whose end token is one of the model's; `path` when not given.
 
         Raises:
             ValueError: if the folder or its config is missing or broken; the message names the file and the field.
         """
         hf_config = read_json(path, "config.json")
-        architectures = hf_config.get("architectures")
-        if not isinstance(architectures, list) or not architectures:
-            raise ValueError(f"{path}/config.json: 'architectures' must name the model's class")
-        need = _Reader(hf_config, os.path.join(path, "config.json"))
+        file = os.path.join(path, "config.json")
+        family = find_family(hf_config, file)
+        need = ConfigReader(hf_config, file, family)
         num_heads = need.integer("num_attention_heads")
-        hidden_size = need.integer("hidden_size")
-        num_layers = need.integer("num_hidden_layers")
-        num_kv_heads = need.integer("num_key_value_heads", default=num_heads)
-        head_dim = need.integer("head_dim", default=hidden_size // num_heads)
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"{need.file}: num_attention_heads ({num_heads}) is not a multiple of "
-                f"num_key_value_heads ({num_kv_heads})"
-            )
-        rope = _rope_config(hf_config, need.file)
-        return cls(
+        num_layers = need.integer("num_hidden_layers", maximum=MOST_LAYERS)
+        rope = read_rope(need)
+        attention_bias = need.flag("attention_bias")
+        layer_windows = _layer_windows(need, num_layers)
+        config = cls(
             path=path,
             model_name=model_name or path,
             revision=revision or "",
-            architecture=architectures[0],
-            dtype=_dtype(hf_config, dtype, need.file),
+            architecture=family.architecture,
+            dtype=_dtype(need, dtype),
             context_len=_context_len(need, rope, context_length),
             vocab_size=need.integer("vocab_size"),
-            hidden_size=hidden_size,
+            hidden_size=need.integer("hidden_size"),
             intermediate_size=need.integer("intermediate_size"),
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
-            num_key_value_heads=num_kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(hf_config.get("rms_norm_eps", 1e-6)),
-            hidden_act=str(hf_config.get("hidden_act", "silu")),
-            tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+            num_key_value_heads=_num_kv_heads(need, num_heads),
+            head_dim=_head_dim(need, num_heads),
+            rms_norm_eps=need.number("rms_norm_eps", zero=True),
+            hidden_act=need.choice("hidden_act", HIDDEN_ACTS),
+            qkv_bias=attention_bias or family.always_qkv_bias,
+            o_bias=attention_bias,
+            mlp_bias=need.flag("mlp_bias"),
+            tie_word_embeddings=need.flag("tie_word_embeddings"),
             rope=rope,
-            quantization=quantization or _quantization(hf_config, need.file),
-            layer_windows=_layer_windows(hf_config, num_layers, need.file),
-            eos_token_ids=_eos_token_ids(path, hf_config, need.integer("vocab_size")),
-            moe=read_moe_config(architectures[0], need, num_layers),
-            hf_config=hf_config,
+            quantization_config=_quantization(path, hf_config, quantization),
+            layer_windows=layer_windows,
+            eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
+            moe=read_moe_config(need, num_layers),
+            idle_window_keys=_idle_window_keys(need, layer_windows),
         )
+        need.refuse_the_unread()
+        return config
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
@@ -134,114 +143,141 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
             content = json.load(stream)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: also of numbers with thousands of digits
         raise ValueError(f"{file} can't be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return content
 
 
-class _Reader:
-    """Reads required numbers from a config and names the field when one is missing or wrong."""
-
-    def __init__(self, config: dict[str, Any], file: str):
-        self.config = config
-        self.file = file
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.config.get(name)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.file}: {name!r} must be a positive integer; got {value!r}")
-        return value
-
-
-def _dtype(hf_config: dict[str, Any], wanted: str, file: str) -> str:
+def _dtype(need: ConfigReader, wanted: str) -> str:
+    """The wanted type, or else the config's; float32, which holds every other, where it has none."""
+    need.take("dtype", "torch_dtype")
     if wanted != "auto":
         return wanted
-    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPE_NAMES:
-        raise ValueError(f"{file}: dtype {name!r} is not supported; use --dtype with one of {sorted(DTYPE_NAMES)}")
-    return name
+    key = "dtype" if need.config.get("dtype") is not None else "torch_dtype"
+    name = need.config.get(key)
+    if name is None:
+        return "float32"
+    known = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
+    if known is None:
+        raise ValueError(
+            f"{need.file}: {key!r} {name!r} is not supported; use --dtype with one of {sorted(set(DTYPES.values()))}"
+        )
+    return known
 
 
-def _quantization(hf_config: dict[str, Any], file: str) -> str:
-    """How the checkpoint's linear layers are quantised: "" or "fp8".
-
-    Both spellings of fp8 checkpoints: the method "fp8", and compressed-tensors with 8-bit float weights.
-    """
-    config = hf_config.get("quantization_config")
-    if not config:
-        return ""
-    method = config.get("quant_method")
-    if method == "fp8" or (method == "compressed-tensors" and config.get("format") == "float-quantized"):
-        return "fp8"
-    raise ValueError(f"{file}: the quantisation {method!r} is not supported; fp8 is")
+def _num_kv_heads(need: ConfigReader, num_heads: int) -> int:
+    num_kv_heads = need.optional_integer("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"{need.file}: num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})"
+        )
+    return num_kv_heads
 
 
-def _rope_config(hf_config: dict[str, Any], file: str) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before it)."""
-    parameters = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"{file}: rope parameters must be an object; got {parameters!r}")
-    theta = parameters.get("rope_theta", hf_config.get("rope_theta", DEFAULT_ROPE_THETA))
-    rope_type = str(parameters.get("rope_type", parameters.get("type", "default")))
-    if rope_type not in ROPE_FIELDS:
-        raise ValueError(f"{file}: rope type {rope_type!r} is not supported; known are {', '.join(ROPE_FIELDS)}")
-    scaling = {}
-    for name in ROPE_FIELDS[rope_type]:
-        value = parameters.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{file}: rope type {rope_type!r} needs a positive number {name!r}; got {value!r}")
-        scaling[name] = value
-    return RopeConfig(theta=float(theta), rope_type=rope_type, scaling=scaling)
+def _head_dim(need: ConfigReader, num_heads: int) -> int:
+    """Columns of a head, which rotate in pairs; derived from the hidden size where neither file nor family say."""
+    hidden_size = need.integer("hidden_size")
+    head_dim = need.optional_integer("head_dim")
+    if head_dim is None:
+        if need.family.model_type == "llama" and hidden_size % num_heads:  # other families' classes round down
+            raise ValueError(
+                f"{need.file}: 'head_dim' is missing, and hidden_size ({hidden_size}) is not a multiple of "
+                f"num_attention_heads ({num_heads})"
+            )
+        head_dim = hidden_size // num_heads
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(
+                f"{need.file}: 'head_dim' is missing, and hidden_size ({hidden_size}) / num_attention_heads "
+                f"({num_heads}) = {head_dim} is not an even number of at least 2"
+            )
+    if head_dim % 2:
+        raise need.wrong("head_dim", "must be an even number", head_dim)
+    return head_dim
 
 
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> QuantizationConfig | None:
+    """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it."""
+    modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
+    return read_quantization(hf_config, modelopt, path, wanted)
 
 
-def _context_len(need: _Reader, rope: RopeConfig, wanted: int | None) -> int:
-    derived = need.integer("max_position_embeddings", default=2048)
-    if rope.rope_type == "linear":
-        derived = int(derived * rope.scaling["factor"])
+def _context_len(need: ConfigReader, rope: RopeConfig, wanted: int | None) -> int:
+    derived = scaled_length(need, rope)
     if wanted is not None and wanted > derived:
         raise ValueError(f"--context-length {wanted} is beyond the model's {derived} tokens ({need.file})")
     return wanted or derived
 
 
-def _layer_windows(hf_config: dict[str, Any], num_layers: int, file: str) -> tuple[int | None, ...]:
-    """The sliding window of each layer, by transformers' rules for `layer_types` and the older fields."""
-    window = hf_config.get("sliding_window")
-    if window is None or hf_config.get("use_sliding_window") is False:
+def _layer_windows(need: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, by the keys that the family has: others have no effect, as in transformers."""
+    kinds = _layer_types(need, num_layers)
+    if not need.has("sliding_window"):
         return (None,) * num_layers
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"{file}: 'sliding_window' must be a positive integer; got {window!r}")
-    layer_types = hf_config.get("layer_types")
-    if layer_types is not None:
-        if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"{file}: 'layer_types' must give full_attention or sliding_attention for each layer")
-        return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    # Qwen3-MoE has the fields of Qwen3, but a window that is used is used in every layer.
-    if "use_sliding_window" in hf_config and hf_config.get("model_type") != "qwen3_moe":
-        first = int(hf_config.get("max_window_layers", 0))
+    window = need.optional_integer("sliding_window", minimum=0)
+    first = need.integer("max_window_layers", minimum=0) if need.has("max_window_layers") else 0
+    if need.has("use_sliding_window") and not need.flag("use_sliding_window"):
+        window = None
+    if window == 0:
+        raise need.wrong("sliding_window", "must be a positive integer", 0)
+    if kinds is None or not need.has("layer_types"):
         return tuple(window if index >= first else None for index in range(num_layers))
-    return (window,) * num_layers
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(f"{need.file}: 'layer_types' has sliding_attention, but no 'sliding_window' is in use")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _eos_token_ids(path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    """The end-of-sequence ids of config.json and generation_config.json together, without those that no model gives."""
-    ids: list[int] = []
+def _idle_window_keys(need: ConfigReader, windows: tuple[int | None, ...]) -> tuple[str, ...]:
+    """The keys that ask for other windows than there are, and have no effect as the family doesn't have them."""
+    slides = [window is not None for window in windows]
+    given = {name: need.config.get(name) for name in WINDOW_KEYS if not need.has(name)}
+    kinds = given.get("layer_types")
+    asks = {
+        "sliding_window": given.get("sliding_window") not in (None, 0),
+        "use_sliding_window": given.get("use_sliding_window") is False and any(slides),
+        "max_window_layers": given.get("max_window_layers") not in (None, 0) and any(slides),
+        "layer_types": kinds is not None and [kind == "sliding_attention" for kind in kinds] != slides,
+    }
+    return tuple(name for name in WINDOW_KEYS if asks[name])
+
+
+def _layer_types(need: ConfigReader, num_layers: int) -> list[str] | None:
+    kinds = need.value("layer_types")
+    if kinds is None:
+        return None
+    known = {
+        "full_attention": "full_attention",
+        "attention": "full_attention",
+        "sliding_attention": "sliding_attention",
+    }
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(isinstance(kind, str) and kind in known for kind in kinds)
+    ):
+        raise ValueError(f"{need.file}: 'layer_types' must give full_attention or sliding_attention for each layer")
+    return [known[kind] for kind in kinds]
+
+
+def _eos_token_ids(path: str, tokenizer_path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """The end tokens of config.json, generation_config.json and the tokenizer together, but those that no model gives.
+
+    Raises:
+        ValueError: if one of the files has something else than ids there.
+    """
     generation = read_json(path, "generation_config.json") if has_file(path, "generation_config.json") else {}
-    for value in (hf_config.get("eos_token_id"), generation.get("eos_token_id")):
+    ids: list[int] = []
+    for name, config in (("config.json", hf_config), ("generation_config.json", generation)):
+        value = config.get("eos_token_id")
         for token_id in value if isinstance(value, list) else [value]:
-            if isinstance(token_id, int) and 0 <= token_id < vocab_size and token_id not in ids:
-                ids.append(token_id)
-    return tuple(ids)
+            if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int)):
+                raise ValueError(f"{os.path.join(path, name)}: 'eos_token_id' must be a token id or a list of them; "
+                                 f"got {value!r:.60}")  # fmt: skip
+            ids.append(-1 if token_id is None else token_id)
+    tokenizer_id = read_eos_token_id(tokenizer_path)
+    ids.append(-1 if tokenizer_id is None else tokenizer_id)
+    return tuple(dict.fromkeys(token_id for token_id in ids if 0 <= token_id < vocab_size))
 
 
 def has_file(folder: str, name: str) -> bool:

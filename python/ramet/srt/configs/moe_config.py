@@ -1,16 +1,9 @@
 """Owns what a mixture-of-experts model's config says of its experts, and which splits they allow. No torch."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-
-class IntegerReader(Protocol):
-    """Reads positive integers from a config file and names the field when one is missing or wrong."""
-
-    config: dict[str, Any]
-    file: str
-
-    def integer(self, name: str, default: int | None = None) -> int: ...
+from ramet.srt.configs.config_reader import ConfigReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,32 +30,31 @@ class MoeConfig:
             )
 
 
-def read_moe_config(architecture: str, need: IntegerReader, num_layers: int) -> MoeConfig | None:
-    """The experts of `architecture`; None for a model that has none.
+def read_moe_config(need: ConfigReader, num_layers: int) -> MoeConfig | None:
+    """The experts of the config's architecture; None for a model that has none.
 
     Raises:
         ValueError: if a field is missing or wrong; the message names it.
     """
-    if architecture == "Qwen3MoeForCausalLM":
-        return _make(
-            need,
-            intermediate_size=need.integer("moe_intermediate_size"),
-            norm_topk_prob=_flag(need, "norm_topk_prob"),
-            sparse_layers=_sparse_layers(need, num_layers),
-        )
-    if architecture == "MixtralForCausalLM":
+    if not need.has("num_experts"):
+        return None
+    if not need.has("moe_intermediate_size"):  # Mixtral: experts in all layers, and nothing but experts
         return _make(
             need,
             intermediate_size=need.integer("intermediate_size"),
             norm_topk_prob=True,
             sparse_layers=(True,) * num_layers,
         )
-    return None
+    return _make(
+        need,
+        intermediate_size=need.integer("moe_intermediate_size"),
+        norm_topk_prob=need.flag("norm_topk_prob"),
+        sparse_layers=_sparse_layers(need, num_layers),
+    )
 
 
-def _make(need: IntegerReader, **fields: Any) -> MoeConfig:
-    # transformers 5 writes Qwen3-MoE's num_experts under Mixtral's name.
-    spelling = "num_experts" if "num_experts" in need.config else "num_local_experts"
+def _make(need: ConfigReader, **fields: Any) -> MoeConfig:
+    spelling = _spelling(need)
     num_experts = need.integer(spelling)
     per_token = need.integer("num_experts_per_tok")
     if per_token > num_experts:
@@ -70,17 +62,23 @@ def _make(need: IntegerReader, **fields: Any) -> MoeConfig:
     return MoeConfig(num_experts=num_experts, num_experts_per_tok=per_token, **fields)
 
 
-def _flag(need: IntegerReader, name: str) -> bool:
-    value = need.config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"{need.file}: {name!r} must be true or false; got {value!r}")
-    return bool(value)
+def _spelling(need: ConfigReader) -> str:
+    """Which key has the number of experts: Qwen3-MoE's or Mixtral's, under whose name transformers 5 writes both."""
+    names = ("num_experts", "num_local_experts")
+    need.take(*names)
+    present = [name for name in names if name in need.config]
+    if len(present) == 2 and need.config[present[0]] != need.config[present[1]]:
+        values = " and ".join(f"{name!r} ({need.config[name]!r})" for name in present)
+        raise ValueError(f"{need.file}: {values} are two names of one number, and differ")
+    return present[0] if present else "num_experts"
 
 
-def _sparse_layers(need: IntegerReader, num_layers: int) -> tuple[bool, ...]:
+def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     """Every `decoder_sparse_step`-th layer has experts, but for the `mlp_only_layers`."""
-    step = need.integer("decoder_sparse_step", default=1)
-    plain = need.config.get("mlp_only_layers") or []
+    step = need.integer("decoder_sparse_step")
+    plain = need.value("mlp_only_layers")
+    if plain is None:
+        return tuple((index + 1) % step == 0 for index in range(num_layers))
     if not isinstance(plain, list) or not all(type(index) is int and 0 <= index < num_layers for index in plain):
-        raise ValueError(f"{need.file}: 'mlp_only_layers' must list layers in [0, {num_layers}); got {plain!r}")
+        raise need.wrong("mlp_only_layers", f"must list layers in [0, {num_layers})", plain)
     return tuple(index not in plain and (index + 1) % step == 0 for index in range(num_layers))

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ramet.srt.configs.load_config import LoadConfig
 
+REQUIRED, WANTED, UNUSED = "required", "wanted", "unused"  # wanted: only where the transfer engine is installed
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
@@ -16,6 +18,8 @@ class WeightsConfig:
     control_host: str | None  # of this node, where the instance's main process may be on another one; else None
     admin_api_key: str | None  # with which they are registered; None where the bootstrap server asks for none
     is_published: bool  # at a ModelExpress server
+    network: str = REQUIRED  # whether other hosts may read the weights by a transfer engine: one of those above
+    check_interval_s: float = 0.0  # from one look at the weights that are offered to the next; 0: nobody looks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ The side that sends is rank 0 and holds the store at which both meet. Names are 
 import contextlib
 import datetime
 import os
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,20 +16,45 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from ramet.srt.utils.net import choose_interface, listen_on
+
 SENDER, RECEIVER = 0, 1
 POLL_S = 0.0001
 _nccl_options_lock = threading.Lock()
 
 
-def listen(host: str, port: int, timeout_s: float) -> dist.TCPStore:
-    """The store of a group, at a port of this node that is given back with the object.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket of this node at which the other side will find a group's store, at that address and nowhere else.
 
     Args:
-        port: 0 takes a free one; `store.port` says which.
+        port: 0 takes a free one.
 
     Raises:
-        OSError: if the port is in use.
+        OSError: if the port is in use, or there is no such address.
     """
+    try:
+        return listen_on(host, port)
+    except OSError as error:
+        raise OSError(f"port {port} of {host} can't be used: {error.strerror}") from None
+
+
+def wait_for_client(listener: socket.socket, timeout_s: float) -> bool:
+    """Whether somebody connects within `timeout_s`. The connection waits for the store."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+def open_store(listener: socket.socket, host: str, timeout_s: float) -> dist.TCPStore:
+    """The store of a group, at a socket that is given back with the object.
+
+    Args:
+        host: the address of this node that the socket is bound to.
+
+    Raises:
+        OSError: if it doesn't start.
+    """
+    port = listener.getsockname()[1]
     try:
         return dist.TCPStore(
             host,
@@ -35,6 +62,7 @@ def listen(host: str, port: int, timeout_s: float) -> dist.TCPStore:
             is_master=True,
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),
         )
     except (dist.DistError, RuntimeError) as error:
         raise OSError(f"port {port} of {host} can't be used: {_first_line(error)}") from None
@@ -70,7 +98,7 @@ class PairGroup:
         Args:
             name: the same on both sides. The keys in the store are those of torch's own groups of this name.
             device: of the tensors; the backend is gloo on the CPU and NCCL on CUDA.
-            address: of this node, where gloo listens for the other side.
+            address: of this node, where gloo or NCCL listens for the other side.
             timeout_s: for meeting, and for each operation.
 
         Raises:
@@ -84,6 +112,7 @@ class PairGroup:
         self._group: _Group | None  # None when it is closed, so that its sockets and threads go
         try:
             if device.type == "cuda":
+                choose_interface(address)  # NCCL takes any other where the first group of a process is this one
                 self._group = _make_nccl(prefix, rank, timeout)
             else:
                 self._group = _make_gloo(prefix, rank, address, timeout)

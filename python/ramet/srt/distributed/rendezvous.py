@@ -1,30 +1,26 @@
-"""Owns how the ranks of an instance find each other and notice that one has gone: a key-value store and a pulse."""
+"""Owns how the ranks of an instance find each other: a key-value store. Whether they still move: node_pulse.py."""
 
-import contextlib
 import datetime
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from ramet.srt.utils.net import split_address
+from ramet.srt.distributed.node_pulse import STORE_TIMEOUT_S, NodePulse, first_line, let_loss_be_named
+from ramet.srt.distributed.words import NodeVoice
+from ramet.srt.utils.net import listen_on, split_address
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 CONNECT_PERIOD_S = 0.1
 SAY_AFTER_S = 3.0  # of waiting for others at the start
-PULSE_PERIOD_S = 1.0
-PULSE_TIMEOUT_S = 15.0
-SUSPECT_TIMEOUT_S = 6.0  # instead of that once an operation between ranks has broken off
-SUSPECT_KEY = "suspect"
 CONNECT_TIMEOUT_S = 2.0
-STORE_TIMEOUT_S = 10.0
 END_TIMEOUT_S = 3.0
+NAMED_AFTER_S = 1.0  # a main process sees the end of a rank within this time
 
 
 class Rendezvous:
@@ -41,8 +37,7 @@ class Rendezvous:
         self.timeout_s = timeout_s
         self._address = address
         self.store = self._open(timeout_s, is_master=world_rank == 0)
-        self._pulse: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._pulse: NodePulse | None = None
         self._has_joined = False
 
     def _open(self, timeout_s: float, is_master: bool = False) -> dist.Store:
@@ -65,11 +60,25 @@ class Rendezvous:
                 is_master=is_master,
                 timeout=datetime.timedelta(seconds=timeout_s),
                 wait_for_workers=False,
+                master_listen_fd=self._listen(host, port).detach() if is_master else None,
             )
         except (dist.DistError, RuntimeError) as error:
             what = "listen on" if is_master else "use the store at"
             raise ValueError(
-                f"rank {self.world_rank} can't {what} {self._address} (--dist-init-addr): {_first_line(error)}"
+                f"rank {self.world_rank} can't {what} {self._address} (--dist-init-addr): {first_line(error)}"
+            ) from None
+
+    def _listen(self, host: str, port: int) -> socket.socket:
+        """A socket at that address alone: torch's own would listen on every one.
+
+        Raises:
+            ValueError: if this node has no such address, or the port is in use.
+        """
+        try:
+            return listen_on(host, port)
+        except OSError as error:
+            raise ValueError(
+                f"rank {self.world_rank} can't listen on {self._address} (--dist-init-addr): {error.strerror or error}"
             ) from None
 
     def _wait_for_listener(self, host: str, port: int, timeout_s: float) -> None:
@@ -160,55 +169,37 @@ class Rendezvous:
         self.wait_all("joined", range(self.world_size), self.timeout_s)
         self._has_joined = True
 
-    def start_pulse(self, on_loss: Callable[[str], None], on_end: Callable[[], None]) -> None:
+    def start_pulse(
+        self,
+        title: str,
+        limit_s: float,
+        voice: NodeVoice,
+        on_loss: Callable[[str], None],
+        on_end: Callable[[], None],
+    ) -> None:
         """Tell the other nodes that this one lives, and watch them; needed once per node, where there are several.
 
-        Args:
-            on_loss: called, in a thread, with a line that names the node that has gone.
-            on_end: called, in a thread, when node 0 has ended the instance in good order.
+        Args: as of NodePulse.
         """
-        self._pulse = threading.Thread(target=self._beat, args=(on_loss, on_end), name="pulse", daemon=True)
+        node = self.world_rank * self.nnodes // self.world_size
+        self._pulse = NodePulse(self._open, node, self.nnodes, title, limit_s, voice, on_loss, on_end)
         self._pulse.start()
 
-    def _beat(self, on_loss: Callable[[str], None], on_end: Callable[[], None]) -> None:
-        node = self.world_rank * self.nnodes // self.world_size
-        seen = {other: ("", time.monotonic()) for other in range(self.nnodes) if other != node}
-        count = 0
-        try:
-            store = self._open(STORE_TIMEOUT_S)  # of its own: a store's connection is not for several threads
-            store.set_timeout(datetime.timedelta(seconds=STORE_TIMEOUT_S))
-            while not self._closing.wait(PULSE_PERIOD_S):
-                count += 1
-                store.set(f"pulse/{node}", str(count))
-                if store.check(["ended"]):
-                    store.set(f"left/{node}", "")
-                    on_end()
-                    return
-                for other, (value, when) in seen.items():
-                    new = store.get(f"pulse/{other}").decode() if store.check([f"pulse/{other}"]) else ""
-                    if new != value:
-                        seen[other] = (new, time.monotonic())
-                        continue
-                    timeout_s = SUSPECT_TIMEOUT_S if store.check([SUSPECT_KEY]) else PULSE_TIMEOUT_S
-                    if time.monotonic() - when > timeout_s:
-                        on_loss(f"node {other} has not been heard of for {timeout_s:g} s")
-                        return
-        except (dist.DistError, RuntimeError, ValueError) as error:
-            if not self._closing.is_set():
-                on_loss(f"node 0 can't be reached any more: {_first_line(error)}")
+    def let_loss_be_named(self, error: Exception) -> bool:
+        """Whether `error` says that another rank can't be reached any more. Then wait until that is named, for a while.
 
-    def let_loss_be_named(self, error: Exception) -> None:
-        """Give the pulses time to say which node has gone, if `error` may come from that.
-
-        A broken connection is noticed at once, but the libraries' errors don't name nodes. The pulse ends the process.
+        A broken connection is noticed at once, but the libraries' errors name nobody. On one node the main process says
+        which rank has ended; the loss of a node is said by the pulse, which ends the process.
         """
         is_gloo_error = type(error) is RuntimeError and "gloo" in str(error)
-        if self.nnodes == 1 or not self._has_joined or not (is_gloo_error or isinstance(error, dist.DistError)):
-            return
+        if not self._has_joined or not (is_gloo_error or isinstance(error, dist.DistError)):
+            return False
         logger.debug("an operation between ranks broke off", exc_info=error)
-        with contextlib.suppress(RuntimeError):  # the store went with node 0, which the pulses notice at once
-            self.put(SUSPECT_KEY, "")
-        time.sleep(SUSPECT_TIMEOUT_S + 3 * PULSE_PERIOD_S)
+        if self.nnodes == 1:
+            time.sleep(NAMED_AFTER_S)
+        else:
+            let_loss_be_named(self.put)
+        return True
 
     def end(self) -> None:
         """Say to the other nodes that the instance ends in good order, and give them time to hear it.
@@ -224,7 +215,8 @@ class Rendezvous:
             time.sleep(POLL_S)
 
     def close(self) -> None:
-        self._closing.set()
+        if self._pulse is not None:
+            self._pulse.close()
 
 
 class _NewsOfWaiting:
@@ -238,7 +230,3 @@ class _NewsOfWaiting:
         if self._when is not None and time.monotonic() > self._when:
             logger.info("waiting up to %g s (--dist-timeout) for %s", self._timeout_s, whom)
             self._when = None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]

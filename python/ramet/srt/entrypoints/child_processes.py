@@ -3,6 +3,7 @@
 The children's side is managers/child_process.py.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import io
@@ -22,6 +23,8 @@ import msgspec
 
 import ramet
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.entrypoints.child_watch import ChildWatch
+from ramet.srt.errors import address_space_limit, one_line
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.io_struct import (
     DetokenizerFailed,
@@ -41,7 +44,9 @@ logger = logging.getLogger(__name__)
 SCHEDULER_MODULE = "ramet.srt.managers.scheduler_process"
 DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
 STOP_TIMEOUT_S = 5.0
+ENDS_OF_LIBRARIES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, 127)  # exit codes of some that got no memory
 GOMP_SPINCOUNT = "1000"  # turns that an OpenMP thread waits busily before it sleeps: some microseconds
+DETOKENIZER_SLOT = 1  # on the page on which the processes beat; the ranks' slots come behind it
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
 
 
@@ -69,6 +74,7 @@ class ChildProcesses:
         self._listeners: list[socket.socket] = []  # behind the addresses that other nodes connect to
         self._children: list[Child] = []
         self._stopping = False
+        self._watch: ChildWatch | None = None
         self._lock = threading.Lock()
         longest = f"{self._folder.path}/scheduler-9999"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
@@ -84,6 +90,7 @@ class ChildProcesses:
         args = server_args
         if args.nnodes > 1 and args.node_rank == 0:
             self._listen_for_other_nodes(args.head_host)
+        self._watch = watch = ChildWatch(args, self._kill_all)
         config = ChildConfig(
             server_args=dataclasses.asdict(args),
             port_args=self.port_args,
@@ -92,8 +99,10 @@ class ChildProcesses:
             bootstrap_url=bootstrap_url,
             launch_time=launch_time,
             parent_pid=os.getpid(),
+            board_fd=watch.board.fd,
+            slot=DETOKENIZER_SLOT,
         )
-        for rank in args.local_ranks:
+        for slot, rank in enumerate(args.local_ranks, start=DETOKENIZER_SLOT + 1):
             parallel = ParallelConfig.of_rank(
                 rank,
                 tp_size=args.tp_size,
@@ -102,11 +111,12 @@ class ChildProcesses:
                 ep_size=args.ep_size,
                 attn_dp_size=args.attn_dp_size,
             )
-            rank_config = msgspec.structs.replace(config, parallel=parallel)
+            rank_config = msgspec.structs.replace(config, parallel=parallel, slot=slot)
             self._start_one(f"scheduler (rank {rank})", self._scheduler_module, rank_config)
         if args.node_rank == 0:
             fds = () if self.port_args.detokenizer_fd is None else (self.port_args.detokenizer_fd,)
             self._start_one("detokenizer", DETOKENIZER_MODULE, config, fds)
+        watch.start()
 
     def _listen_for_other_nodes(self, host: str) -> None:
         """Take TCP ports for the tokenizer manager and the detokenizer, which schedulers on other nodes talk to.
@@ -137,17 +147,19 @@ class ChildProcesses:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, "--status-fd", str(write_fd)],
                 stdin=subprocess.PIPE,
-                pass_fds=(write_fd, *fds),
+                pass_fds=(write_fd, config.board_fd, *fds),
                 env=child_environment(python_path),
                 process_group=0,  # a Ctrl-C in the terminal is for the main process, which then stops its children
             )
         except OSError as error:
             os.close(read_fd)
-            raise LaunchError(f"the {name} can't be started: {error}") from None
+            raise LaunchError(f"the {name} can't be started: {one_line(error)}") from None
         finally:
             os.close(write_fd)
         with self._lock:
             self._children.append(Child(name, process, io.FileIO(read_fd)))
+        if self._watch is not None:
+            self._watch.add(name, process.pid, config.slot, process.kill)
         assert process.stdin is not None
         try:
             process.stdin.write(msgspec.json.encode(config) + b"\n")
@@ -187,7 +199,7 @@ class ChildProcesses:
                 return_code: int | None = child.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 return_code = None
-            raise LaunchError(f"the {child.name} {describe_end(return_code)} while starting")
+            raise LaunchError(self._verdict or f"the {child.name} {describe_end(return_code)} while starting")
         message = decode(child.status)
         if isinstance(message, SchedulerFailed | DetokenizerFailed):
             raise LaunchError(message.message)
@@ -209,14 +221,39 @@ class ChildProcesses:
             if return_code == 0 and on_end is not None:
                 on_end()
             else:
-                on_death(f"the {child.name}, process {child.process.pid}, {describe_end(return_code)}")
+                line = f"the {child.name}, process {child.process.pid}, {describe_end(return_code)}"
+                on_death(self._verdict or line)
 
+        if self._watch is not None:
+            self._watch.serve()
         for child in self._children:
             threading.Thread(target=wait_for, args=(child,), name=f"watch {child.name}", daemon=True).start()
+
+    @property
+    def doubt(self) -> str | None:
+        """A line about a process, on whatever node, that does not move but may still do so; None if all move."""
+        return None if self._watch is None else self._watch.doubt
+
+    async def follow_loop(self) -> None:
+        """Show, from the event loop that this runs on until it is cancelled, that the loop turns."""
+        watch = self._watch
+        assert watch is not None
+        try:
+            while True:
+                watch.loop_turned()
+                await asyncio.sleep(watch.limits.period_s)
+        finally:
+            watch.loop_ends()
+
+    @property
+    def _verdict(self) -> str | None:
+        return None if self._watch is None else self._watch.verdict
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """End every child, at the latest `timeout_s` from now, and remove the sockets. May be called again."""
         self._stopping = True
+        if self._watch is not None:
+            self._watch.stop_judging()
         with self._lock:
             children, self._children = self._children, []
         for child in children:
@@ -229,9 +266,17 @@ class ChildProcesses:
                 logger.warning("the %s has not ended within %g s and is killed", child.name, timeout_s)
                 child.process.kill()
                 child.process.wait()
+        if self._watch is not None:
+            self._watch.stop()
         for listener in self._listeners:
             listener.close()
         self._folder.close()
+
+    def _kill_all(self) -> None:
+        with self._lock:
+            children = list(self._children)
+        for child in children:
+            child.process.kill()
 
     def kill(self) -> None:
         """End every child at once, without asking."""
@@ -249,12 +294,14 @@ def child_environment(python_path: str) -> dict[str, str]:
 
 
 def describe_end(return_code: int | None) -> str:
-    """ "was killed by SIGKILL", "ended with exit code 3"."""
+    """ "was killed by SIGKILL", "ended with exit code 3". With the limit that a library may have met."""
     if return_code is None:
         return "closed its status pipe"
+    limit = address_space_limit()
+    hint = "" if limit is None or return_code not in ENDS_OF_LIBRARIES else f" ({limit})"
     if return_code >= 0:
-        return f"ended with exit code {return_code}"
+        return f"ended with exit code {return_code}{hint}"
     try:
-        return f"was killed by {signal.Signals(-return_code).name}"
+        return f"was killed by {signal.Signals(-return_code).name}{hint}"
     except ValueError:
         return f"was killed by signal {-return_code}"

@@ -1,25 +1,38 @@
 """Owns the directory of an instance's weights: ranks register here, and clients ask here. Holds no weights itself."""
 
+import contextlib
 import hmac
 import logging
 import re
+import socket
 import socketserver
 import threading
 import time
+from collections.abc import Collection
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 
+from ramet.srt.observability.logs import Seldom
+from ramet.srt.utils.http_origin import OriginCheck
 from ramet.srt.utils.net import address_family, format_url, host_from_here
 from ramet.srt.weights.manifest import ROLES
 from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, ControlAddress, make_answer, parse_registration
 
 logger = logging.getLogger(__name__)
 
-REQUEST_TIMEOUT_S = 30.0  # for one whole request
+HEADER_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 30.0  # for a body, and for an answer
 READ_BYTES = 1 << 20
+MAX_CONNECTIONS = 64
+MAX_ALL_BODIES_BYTES = 2 * MAX_REGISTRATION_BYTES  # of those that are being read
+UNCOUNTED_BYTES = 64 << 10  # of each body
+LOG_PERIOD_S = 10.0
+FULL = "the engine info bootstrap server has %d connections"
+NO_FILES = "the engine info bootstrap server can't take a connection"
 
 
 class EngineInfoBootstrapServer:
@@ -28,16 +41,32 @@ class EngineInfoBootstrapServer:
     The port is bound when the object is made, and free again after `close()`.
     """
 
-    def __init__(self, host: str, port: int, *, admin_api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        admin_api_key: str | None = None,
+        api_key: str | None = None,
+        num_ranks: int | None = None,
+        allowed_hosts: Collection[str] = (),
+    ) -> None:
         """
         Args:
             port: 0 takes a free one; `self.port` says which.
-            admin_api_key: the bearer key that registering needs, if any.
+            admin_api_key: the bearer key that registering needs, if any; it is good for asking, too.
+            api_key: the bearer key that asking needs, if any; and registering, if there is no `admin_api_key`.
+            num_ranks: of the instance, if known: others are refused.
+            allowed_hosts: see OriginCheck, which takes the place of keys where there are none.
 
         Raises:
             OSError: if the address can't be bound; the message names it and the flag.
         """
-        self._admin_api_key = admin_api_key
+        self._registering_keys = _keys(admin_api_key or api_key)
+        self._asking_keys = _keys(api_key, admin_api_key) if api_key else ()
+        self._num_ranks = num_ranks
+        self.origins = OriginCheck(host, allowed_hosts)
+        self._parsing = threading.Lock()  # what is made of a registration takes several times its memory
         self._answers: dict[tuple[str, int], bytes] = {}
         self._controls: dict[tuple[str, int], ControlAddress | None] = {}
         self._lock = threading.Lock()
@@ -100,33 +129,140 @@ class EngineInfoBootstrapServer:
             return 404, _error(f"rank {int(rank)} of the {role} model has not registered")
         return 200, found
 
-    def register(self, body: bytes) -> None:
+    def register(self, body: bytes | bytearray) -> None:
         """Store a registration; one of the same role and rank is replaced.
 
         Raises:
             ValueError: with the reason, if `body` is not a registration.
         """
-        registration = parse_registration(body)
-        answer = make_answer(registration)
+        with self._parsing:
+            registration = parse_registration(body)
+            if self._num_ranks is not None and registration.world_rank >= self._num_ranks:
+                raise ValueError(f"rank {registration.world_rank} is none of this instance's {self._num_ranks} ranks")
+            answer = make_answer(registration)
         with self._lock:
             self._answers[registration.role, registration.world_rank] = answer
             self._controls[registration.role, registration.world_rank] = registration.control
         logger.debug("rank %d of the %s model has registered", registration.world_rank, registration.role)
 
-    def is_authorized(self, authorization: str | None) -> bool:
-        """Whether an Authorization header allows registering."""
-        if self._admin_api_key is None:
-            return True
-        expected = f"Bearer {self._admin_api_key}".encode()
-        return hmac.compare_digest((authorization or "").encode("utf-8", "surrogateescape"), expected)
+    def refusal(self, headers: Message, *, registering: bool) -> tuple[int, str] | None:
+        """HTTP status and reason if a request with these headers may not ask, or register; None if it may."""
+        keys = self._registering_keys if registering else self._asking_keys
+        if not keys:
+            foreign = self.origins.refusal(headers.get("Host"), headers.get("Origin"))
+            return None if foreign is None else (403, foreign)
+        given = headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if any([hmac.compare_digest(given, key) for key in keys]):
+            return None
+        if registering:
+            return 401, "registering needs the admin key (--admin-api-key), or --api-key if there is no other"
+        return 401, "asking needs the instance's key (--api-key)"
+
+
+def _keys(*keys: str | None) -> tuple[bytes, ...]:
+    return tuple(f"Bearer {key}".encode() for key in keys if key)
+
+
+class _Connection:
+    """One connection, which a thread serves."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self.is_waiting = True  # for the end of the headers
+        self.is_cut_off = False  # its thread will find out
+        self.num_held_bytes = 0
+        self.deadline = time.monotonic() + HEADER_TIMEOUT_S
+
+    def cut_off(self) -> None:
+        self.is_cut_off = True
+        with contextlib.suppress(OSError):  # it has gone by itself
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = address_family(host)
+        self._connections: dict[socket.socket, _Connection] = {}  # the oldest first
+        self._lock = threading.Lock()
+        self._num_held_bytes = 0
+        self._log_filter = Seldom(LOG_PERIOD_S, FULL, NO_FILES)
         super().__init__((host, port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            num_connections = sum(not connection.is_cut_off for connection in self._connections.values())
+            self._connections[request] = _Connection(request)
+        if num_connections >= MAX_CONNECTIONS:
+            self._log(FULL + ", of which the oldest is cut off", num_connections)
+            self._cut_off_one()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # no more threads
+            self._log(NO_FILES + ": %s", error)
+            self.shutdown_request(request)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:  # for want of files, in most cases
+            self._log(NO_FILES + ": %s", error)
+            self._cut_off_one()
+            time.sleep(0.1)
+            raise
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            connection = self._connections.pop(request, None)
+            if connection is not None:
+                self._num_held_bytes -= connection.num_held_bytes
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called by the loop, ten times in a second: cut off who has had its time."""
+        now = time.monotonic()
+        with self._lock:
+            late = [connection for connection in self._connections.values() if connection.deadline < now]
+        for connection in late:
+            connection.cut_off()
+
+    def has_headers(self, request: socket.socket) -> None:
+        """The headers have come: now is the time of the body and the answer."""
+        with self._lock:
+            connection = self._connections.get(request)
+            if connection is not None:
+                connection.is_waiting = False
+                connection.deadline = time.monotonic() + 2 * REQUEST_TIMEOUT_S
+
+    def hold(self, request: socket.socket, num_bytes: int) -> bool:
+        """Count so many bytes as held for a request in all; False if all requests together would hold too many."""
+        with self._lock:
+            connection = self._connections.get(request)
+            wanted = max(0, num_bytes - UNCOUNTED_BYTES)
+            if connection is None or wanted <= connection.num_held_bytes:
+                return True
+            more = wanted - connection.num_held_bytes
+            if self._num_held_bytes + more > MAX_ALL_BODIES_BYTES:
+                return False
+            self._num_held_bytes += more
+            connection.num_held_bytes = wanted
+            return True
+
+    def _cut_off_one(self) -> None:
+        """The oldest that waits for headers, or else the oldest of all."""
+        with self._lock:
+            open_ones = [connection for connection in self._connections.values() if not connection.is_cut_off]
+            chosen = next((connection for connection in open_ones if connection.is_waiting), None)
+            chosen = chosen or next(iter(open_ones), None)
+        if chosen is not None:
+            chosen.cut_off()
+
+    def _log(self, message: str, *args: object) -> None:
+        record = logger.makeRecord(logger.name, logging.WARNING, __file__, 0, message, args, None)
+        if self._log_filter.filter(record):
+            logger.handle(record)
 
     def server_bind(self) -> None:
         # Without HTTPServer's look-up of the host's name, which can take seconds.
@@ -139,23 +275,38 @@ class _HTTPServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     directory: EngineInfoBootstrapServer
+    server: _HTTPServer
     timeout = REQUEST_TIMEOUT_S
 
+    def parse_request(self) -> bool:
+        is_sound = super().parse_request()
+        self.server.has_headers(self.connection)
+        return is_sound
+
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        if url.path == "/health":
+        path, _, query_text = self.path.partition("?")
+        if path == "/health":
             self._send(200, b"OK", "text/plain; charset=utf-8")
-        elif url.path == "/get_transfer_engine_info":
-            query = parse_qs(url.query, keep_blank_values=True)
+        elif path == "/get_transfer_engine_info":
+            refusal = self.directory.refusal(self.headers, registering=False)
+            if refusal is not None:
+                self._send(refusal[0], _error(refusal[1]))
+                return
+            try:
+                query = parse_qs(query_text, keep_blank_values=True, max_num_fields=16)
+            except ValueError as error:
+                self._send(400, _error(f"the query can't be used: {error}"))
+                return
             self._send(*self.directory.answer(_single(query, "rank"), _single(query, "role")))
         else:
-            self._send(404, _error(f"there is no {url.path} here"))
+            self._send(404, _error(f"there is no {path:.200} here"))
 
     def do_PUT(self) -> None:
-        if urlsplit(self.path).path != "/register_transfer_engine_info":
-            self._send(404, _error(f"there is no {urlsplit(self.path).path} here"))
-        elif not self.directory.is_authorized(self.headers.get("Authorization")):
-            self._send(401, _error("registering needs the admin key (--admin-api-key)"))
+        path = self.path.partition("?")[0]
+        if path != "/register_transfer_engine_info":
+            self._send(404, _error(f"there is no {path:.200} here"))
+        elif (refusal := self.directory.refusal(self.headers, registering=True)) is not None:
+            self._send(refusal[0], _error(refusal[1]))
         else:
             length = self.headers.get("Content-Length", "")
             if not re.fullmatch(r"[0-9]{1,18}", length):
@@ -174,8 +325,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(400, _error(f"the body ended after {len(body)} of {length} bytes"))
                 return
             body += chunk
+            if not self.server.hold(self.connection, len(body)):
+                self._send(503, _error("the registrations that are being read take too much memory now"))
+                return
         try:
-            self.directory.register(bytes(body))
+            self.directory.register(body)
         except ValueError as error:
             self._send(400, _error(str(error)))
         else:

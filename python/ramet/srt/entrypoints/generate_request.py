@@ -3,6 +3,7 @@
 The HTTP route and `Engine` both use it.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import msgspec
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ramet.srt.entrypoints.http.http_validation import (
-    MAX_PROMPTS,
+    Prompts,
     PromptText,
     RequestBody,
     TokenIds,
@@ -20,10 +21,12 @@ from ramet.srt.entrypoints.http.http_validation import (
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
-from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, SequenceInput
+from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, Limits, SequenceInput
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
 from ramet.srt.text.tokenizer import Tokenizer
+
+TOKENS_AT_ONCE = 64  # whose log-probabilities are written while nobody else has the event loop
 
 Output = dict[str, Any]
 
@@ -61,8 +64,8 @@ class GenerateReqInput(RequestBody):
 
     model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_PROMPT)
 
-    text: PromptText | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    input_ids: TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    text: PromptText | Prompts[PromptText] | None = None
+    input_ids: TokenIds | Prompts[TokenIds] | None = None
     sampling_params: SamplingParamsBody = None
     stream: bool = False
     return_logprob: bool = False
@@ -100,8 +103,8 @@ class GenerateReqInput(RequestBody):
         """Whether the client gave a list of prompts, and so gets a list of answers."""
         return isinstance(self.text, list) or (self.input_ids is not None and isinstance(self.input_ids[0], list))
 
-    def sequence_inputs(self, vocab_size: int) -> list[SequenceInput]:
-        """One for each prompt.
+    def sequence_inputs(self, limits: Limits) -> list[SequenceInput]:
+        """One for each prompt; what its parameters don't say the model's defaults do.
 
         Raises:
             RequestError: that names what is wrong.
@@ -117,7 +120,7 @@ class GenerateReqInput(RequestBody):
             SequenceInput(
                 text=prompt if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
-                sampling_params=parse_sampling_params(params, vocab_size),
+                sampling_params=parse_sampling_params(params, limits.vocab_size, limits.sampling_defaults),
                 fit_max_new_tokens=params.get("max_new_tokens") is None,
                 return_logprob=self.return_logprob,
                 logprob_start_len=self.logprob_start_len,
@@ -137,7 +140,11 @@ async def answer_request(manager: TokenizerManager, request: GenerateReqInput) -
         ServiceError: if the instance can't answer it.
     """
     generation = await _start(manager, request)
-    outputs = [native_output(sequence, request, manager.tokenizer) for sequence in await generation.finish()]
+    outputs = []
+    for sequence in await generation.finish():
+        shown = ShownLogprobs(request, manager.tokenizer)
+        await shown.catch_up(sequence)
+        outputs.append(native_output(sequence, shown))
     return outputs if _has_several(request, generation) else outputs[0]
 
 
@@ -148,23 +155,57 @@ async def stream_request(manager: TokenizerManager, request: GenerateReqInput) -
     """
     generation = await _start(manager, request)
     has_several = _has_several(request, generation)
+    shown = [ShownLogprobs(request, manager.tokenizer) for _ in generation.sequences]
     async with aclosing(generation.updates()) as updates:
         async for update in updates:
             sequence = generation.sequences[update.index]
-            yield native_output(sequence, request, manager.tokenizer, update.index if has_several else None)
+            await shown[update.index].catch_up(sequence)
+            yield native_output(sequence, shown[update.index], update.index if has_several else None)
 
 
 async def _start(manager: TokenizerManager, request: GenerateReqInput) -> Generation:
-    return await manager.generate(request.sequence_inputs(manager.limits.vocab_size), request.rid)
+    return await manager.generate(request.sequence_inputs(manager.limits), request.rid)
 
 
 def _has_several(request: GenerateReqInput, generation: Generation) -> bool:
     return request.is_batch or len(generation.sequences) > 1
 
 
-def native_output(
-    sequence: RunningSequence, request: GenerateReqInput, tokenizer: Tokenizer, index: int | None = None
-) -> Output:
+class ShownLogprobs:
+    """A sequence's log-probabilities as /generate writes them: those of each token are made once, for all events."""
+
+    def __init__(self, request: GenerateReqInput, tokenizer: Tokenizer) -> None:
+        self.fields: dict[str, list[Any]] = {}
+        self._wanted = request.return_logprob
+        self._with_top = request.top_logprobs_num > 0
+        self._tokenizer = tokenizer if request.return_text_in_logprobs else None
+
+    async def catch_up(self, sequence: RunningSequence) -> None:
+        """Make `fields` those of the sequence so far, in steps between which others have the event loop."""
+        if not self._wanted:
+            return
+        for name, logprobs in (("input", sequence.input_logprobs), ("output", sequence.output_logprobs)):
+            tokens = self.fields.setdefault(f"{name}_token_logprobs", [])
+            tops = self.fields.setdefault(f"{name}_top_logprobs", []) if self._with_top else None
+            while (start := len(tokens)) < len(logprobs.token_ids):
+                if start:
+                    await asyncio.sleep(0)
+                part = _slice(logprobs, start, start + TOKENS_AT_ONCE)
+                tokens += token_logprobs(part, self._tokenizer)
+                if tops is not None:
+                    tops += top_logprobs(part, self._tokenizer)
+
+
+def _slice(logprobs: TokenLogprobs, start: int, stop: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        logprobs=logprobs.logprobs[start:stop],
+        token_ids=logprobs.token_ids[start:stop],
+        top_logprobs=logprobs.top_logprobs[start:stop],
+        top_token_ids=logprobs.top_token_ids[start:stop],
+    )
+
+
+def native_output(sequence: RunningSequence, shown: ShownLogprobs, index: int | None = None) -> Output:
     """The sequence's output so far, as /generate answers it; with its `index` in streams of several."""
     reason = sequence.finish_reason
     meta_info: dict[str, Any] = {
@@ -175,12 +216,7 @@ def native_output(
         "cached_tokens": sequence.cached_tokens,
         "e2e_latency": sequence.e2e_latency_s,
     }
-    if request.return_logprob:
-        with_text = tokenizer if request.return_text_in_logprobs else None
-        for name, logprobs in (("input", sequence.input_logprobs), ("output", sequence.output_logprobs)):
-            meta_info[f"{name}_token_logprobs"] = token_logprobs(logprobs, with_text)
-            if request.top_logprobs_num:
-                meta_info[f"{name}_top_logprobs"] = top_logprobs(logprobs, with_text)
+    meta_info |= shown.fields
     output: Output = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
     if index is not None:
         output["index"] = index

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 import warnings
@@ -23,6 +24,7 @@ from ramet.srt.entrypoints.http.answers import (
     NativeOutput,
     Status,
 )
+from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.event_stream import (
     CLIENT_GONE_STATUS,
     ClientGone,
@@ -31,6 +33,7 @@ from ramet.srt.entrypoints.http.event_stream import (
     until_disconnect,
 )
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
+from ramet.srt.entrypoints.http.http_body import BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
@@ -38,12 +41,12 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 from ramet.srt.entrypoints.weight_routes import make_weight_router
-from ramet.srt.environ import envs
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import FlushCacheReqOutput, ProfileReqOutput
 from ramet.srt.managers.metrics import CONTENT_TYPE
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.utils.http_origin import OriginCheck
 
 HEALTH_TIMEOUT_S = 20.0
 METRICS_TIMEOUT_S = 2.0
@@ -51,7 +54,10 @@ EVENTS: dict[str, Any] = {"text/event-stream": {}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorResponse, "description": "Something in the request is wrong; `param` names it."},
     401: {"model": ErrorResponse, "description": "The key is missing or wrong."},
+    403: {"model": ErrorResponse, "description": "A web page asks, and no key is set."},
+    408: {"model": ErrorResponse, "description": "The request has not come in time."},
     413: {"model": ErrorResponse, "description": "The body is too long."},
+    415: {"model": ErrorResponse, "description": "The body is compressed."},
     500: {"model": ErrorResponse, "description": "The instance has failed."},
     503: {"model": ErrorResponse, "description": "The instance is loading, full or stopping."},
 }
@@ -113,8 +119,8 @@ class DescribedApp(FastAPI):
                     operation["security"] = [{"key": []}]
 
 
-def create_app(instance: Instance) -> FastAPI:
-    """The application that serves `instance`."""
+def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
+    """The application that serves `instance`; `checker`, which users' requests need, sees large bodies first."""
     args = instance.server_args
     app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
     app.has_keys = bool(args.api_key or args.admin_api_key)
@@ -129,8 +135,15 @@ def create_app(instance: Instance) -> FastAPI:
         app.include_router(make_router(instance))
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
+    if checker is not None:
+        app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)
     app.add_middleware(
-        AccessMiddleware, api_key=args.api_key, admin_api_key=args.admin_api_key, refusal=instance.refusal
+        AccessMiddleware,
+        api_key=args.api_key,
+        admin_api_key=args.admin_api_key,
+        origins=OriginCheck(args.host, args.allowed_host_names),
+        refusal=instance.refusal,
+        authorities=args.authorities,
     )
     return app
 
@@ -142,7 +155,7 @@ def _node_routes(instance: Instance) -> APIRouter:
     @router.get("/health", response_model=Status)
     async def health() -> Response:
         """Whether this node's ranks are running."""
-        refusal = instance.refusal()
+        refusal = instance.refusal() or instance.doubt
         if refusal is not None:
             raise ServiceError(refusal)
         return json_response({"status": "ready"})
@@ -154,13 +167,13 @@ def _health_routes(instance: Instance) -> APIRouter:
     router = APIRouter(tags=["health"], responses=BAD_HEALTH)
 
     def check() -> None:
-        refusal = instance.refusal() or instance.manager.refusal
+        refusal = instance.refusal() or instance.manager.refusal or instance.doubt
         if refusal is not None:
             raise ServiceError(refusal)
 
     @router.get("/health", responses={200: {"model": Status}})
     async def health() -> Response:
-        """Whether the instance takes requests."""
+        """Whether the instance takes requests, and its processes move."""
         check()
         return json_response({"status": "ready"})
 
@@ -240,7 +253,8 @@ def _admin_routes(instance: Instance) -> APIRouter:
         """Have every rank record `num_steps` passes, or all until /stop_profile, and write a Chrome trace."""
         body = body or StartProfileBody()
         reply = await instance.manager.start_profile(
-            output_dir=body.output_dir or envs.RAMET_TORCH_PROFILER_DIR.get(),
+            root=instance.server_args.profile_root,
+            output_dir=_profile_folder(instance, body.output_dir),
             num_steps=body.num_steps,
             activities=list(body.activities or ("CPU", "GPU")),
             with_stack=bool(body.with_stack),
@@ -271,6 +285,17 @@ def _admin_routes(instance: Instance) -> APIRouter:
         return Response(instance.metrics.render(), media_type=CONTENT_TYPE)
 
     return router
+
+
+def _profile_folder(instance: Instance, wanted: str | None) -> str:
+    """Where a caller's profile goes: the ranks see to it that it is below the folder that the operator has set."""
+    root = instance.server_args.profile_root
+    if wanted is not None and not instance.server_args.names_profile_folder:
+        raise RequestError(
+            "output_dir: callers may choose a folder only below that of --profile-dir, which is not set",
+            param="output_dir",
+        )
+    return os.path.join(root, wanted or "")
 
 
 def _openai_routes(instance: Instance) -> APIRouter:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -12,9 +13,12 @@ from importlib.util import find_spec
 import uvicorn
 
 from ramet.srt.entrypoints.child_processes import LaunchError
+from ramet.srt.entrypoints.http.body_check import BodyChecker
+from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.listener import BACKLOG
+from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +53,13 @@ class HttpServer:
         self._instance = instance
         self._listener = listener
         self._end = asyncio.Event()  # set by a signal or a death
+        args = instance.server_args
+        self._checker = BodyChecker(instance.model_config.vocab_size)
+        limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
         config = uvicorn.Config(
-            create_app(instance),
+            create_app(instance, self._checker if instance.is_head else None),
+            http=guarded_protocol(limits, HEALTH_PATHS.__contains__),
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -75,6 +84,7 @@ class HttpServer:
             serving.add_done_callback(lambda _task: self._end.set())
             if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())
+                gc.freeze()  # what there is now stays: the collector need not keep requests waiting to look through it
                 await self._end.wait()
                 if instance.death is None:
                     await instance.drain()
@@ -84,6 +94,7 @@ class HttpServer:
             if serving is not None:
                 self._server.should_exit = True
                 await serving
+            await self._checker.close()
             await instance.close()
         if instance.death is not None:
             raise LaunchError(instance.death)

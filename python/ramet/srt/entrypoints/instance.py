@@ -17,12 +17,13 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
-from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
 from ramet.srt.model_loader.seed.control import ask_rank
 from ramet.srt.modelexpress.settings import check_environment, check_installed
 from ramet.srt.observability.progress import Progress
+from ramet.srt.sampling.sampling_defaults import read_sampling_defaults
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
 from ramet.srt.utils.net import format_url, is_loopback, reachable_host, split_address
@@ -65,9 +66,11 @@ class Instance:
         self.manager: TokenizerManager
         self.metrics: Metrics
         self.model_config: ModelConfig
+        self.sampling_defaults: dict[str, Any] = {}  # the model's own
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._turning: asyncio.Task[None] | None = None  # shows that the event loop does
         self._telling: set[asyncio.Task[None]] = set()  # ranks about the instance
 
     @property
@@ -79,6 +82,11 @@ class Instance:
         """Why nothing at all can be answered now: the instance is not up yet, or is dead. None when it is up."""
         return self.death if self.schedulers else "the model is still loading"
 
+    @property
+    def doubt(self) -> str | None:
+        """Why /health should not send requests here: a process has not moved for a while. None if all move."""
+        return None if self._children is None else self._children.doubt
+
     def start(self) -> None:
         """Check the model folder and start the children. Imports little: what follows can overlap with their start.
 
@@ -89,7 +97,16 @@ class Instance:
         args = self.server_args
         check_attention_backend(args.attention_backend)
         folder = resolve_model_path(args.model_path, args.revision, weights=False)
-        self.model_config = ModelConfig.from_path(folder, dtype=args.dtype, context_length=args.context_length)
+        self.model_config = ModelConfig.from_path(
+            folder,
+            dtype=args.dtype,
+            context_length=args.context_length,
+            tokenizer_path=None
+            if args.tokenizer_path is None
+            else resolve_tokenizer_path(args.tokenizer_path, "", None),
+        )
+        if args.sampling_defaults == "model":
+            self.sampling_defaults = read_sampling_defaults(folder, self.model_config.vocab_size)
         check_parallel_sizes(
             self.model_config,
             tp_size=args.tp_size,
@@ -97,6 +114,9 @@ class Instance:
             ep_size=args.ep_size,
             attn_dp_size=args.attn_dp_size,
         )
+        if idle := self.model_config.idle_window_keys:
+            architecture = self.model_config.architecture
+            logger.warning("no effect in a %s, as in transformers: %s of config.json", architecture, ", ".join(idle))
         bootstrap_url = None
         if args.modelexpress is not None:
             self._prepare_modelexpress(args.modelexpress)
@@ -144,10 +164,22 @@ class Instance:
         args = self.server_args
         try:
             bootstrap = EngineInfoBootstrapServer(
-                args.host, args.engine_info_bootstrap_port, admin_api_key=args.admin_api_key
+                args.host,
+                args.engine_info_bootstrap_port,
+                admin_api_key=args.admin_api_key,
+                api_key=args.api_key,
+                num_ranks=args.world_size,
+                allowed_hosts=args.allowed_host_names,
             )
         except OSError as error:
             raise ValueError(error.strerror) from None
+        if args.registration_key is None and not is_loopback(args.host):
+            logger.warning(
+                "whoever reaches port %d of %s can register weights in place of this instance's: --api-key or "
+                "--admin-api-key closes it",
+                bootstrap.port,
+                args.host,
+            )
         self.server_args = dataclasses.replace(self.server_args, engine_info_bootstrap_port=bootstrap.port)
         return bootstrap
 
@@ -159,6 +191,7 @@ class Instance:
 
         Raises:
             ValueError: if the tokenizer can't be read.
+            LaunchError: if the sockets between the processes can't be opened.
         """
         loop = asyncio.get_running_loop()
 
@@ -175,12 +208,16 @@ class Instance:
             assert on_end is not None
             loop.call_soon_threadsafe(on_end)
 
+        assert self._children is not None
+        self._turning = loop.create_task(self._children.follow_loop())
         self._on_death = report_death
         self._on_end = None if on_end is None else report_end
         if self.is_head:
             self._open_manager()
 
     def _open_manager(self) -> None:
+        import zmq
+
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
@@ -197,11 +234,15 @@ class Instance:
             max_req_len=self.model_config.context_len,
             has_eos=bool(self.model_config.eos_token_ids),
             grammars=args.grammar_backend != "none",
+            sampling_defaults=self.sampling_defaults,
         )
         self.metrics = Metrics(args.model_name)
-        self.manager = TokenizerManager(
-            tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
-        )
+        try:
+            self.manager = TokenizerManager(
+                tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
+            )
+        except zmq.ZMQError as error:
+            raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -285,6 +326,8 @@ class Instance:
     async def close(self) -> None:
         """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
+        if self._turning is not None:
+            self._turning.cancel()
         if self._receiver is not None:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
@@ -328,7 +371,7 @@ class Instance:
             )
             raise ServiceError(f"rank {rank} {cause}") from None
         if isinstance(reply, WeightControlError):
-            raise RequestError(reply.message)
+            raise ServiceError(reply.message) if reply.is_busy else RequestError(reply.message)
         return reply
 
     def server_info(self, states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:
@@ -357,6 +400,7 @@ class Instance:
             "dtype": self.model_config.dtype,
             "context_length": self.model_config.context_len,
             "vocab_size": self.model_config.vocab_size,
+            "default_sampling_params": self.sampling_defaults,
         }
 
     def ready_line(self) -> str:

@@ -6,6 +6,7 @@ What can be wrong is found first, then the children are started, and only then t
 import contextlib
 import dataclasses
 import logging
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,17 @@ from ramet.srt.command_line import parse_server_args
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.listener import bind
+from ramet.srt.errors import limit_advice, one_line
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.file_limit import raise_file_limit
 from ramet.srt.utils.imports import importing
 
 logger = logging.getLogger(__name__)
+
+
+MIN_FILES = 64  # open at a time, in the main process of an instance that nobody has connected to
 
 
 class Interrupted(BaseException):
@@ -45,6 +51,7 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
         The exit code: 0 after a signal; 1, with one line on stderr, if the start failed or a child has died.
     """
     configure_logging(server_args.log_level, "server")
+    raise_file_limit()
     try:
         with _StartSignals() as signals:
             return _run(server_args, launch_time, scheduler_module, signals)
@@ -55,6 +62,7 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
 def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, signals: "_StartSignals") -> int:
     instance: Instance | None = None
     try:
+        _check_file_limit()
         with contextlib.closing(bind(server_args.host, server_args.port)) as listener:
             server_args = dataclasses.replace(server_args, port=listener.getsockname()[1])
             logger.info("listening on %s", server_args.url())
@@ -67,6 +75,10 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
             serve(instance, listener, signals.check)
     except (ValueError, LaunchError) as error:
         return _fail(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if limit_advice(error) is None:
+            raise
+        return _fail(error)
     finally:
         if instance is not None:
             with _StartSignals():  # once more: an event loop that ends leaves Python's own handlers behind
@@ -76,6 +88,15 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
                     instance.kill_processes()
                     raise
     return 0
+
+
+def _check_file_limit() -> None:
+    """Refuse a limit at which libraries end the process without a word that helps. Raises ValueError."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit < MIN_FILES:
+        raise ValueError(
+            f"ulimit -n allows a process {limit} files; an instance needs {MIN_FILES}, and one per connection"
+        )
 
 
 class _StartSignals:
@@ -105,5 +126,5 @@ class _StartSignals:
 
 def _fail(error: Exception) -> int:
     """One line for the user, whatever the error's text looks like; the exit code."""
-    print("ramet: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    print("ramet: error:", one_line(error), file=sys.stderr, flush=True)
     return 1

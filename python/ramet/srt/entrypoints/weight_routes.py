@@ -11,14 +11,25 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.weights.control_messages import (
+    DigestTableOutput,
+    DigestTableReq,
     InitSendGroupReq,
     SendWeightsReq,
     WeightChecksumsOutput,
     WeightChecksumsReq,
 )
-from ramet.srt.weights.registration import ChecksumsRequest, InitSendGroupAnswer, InitSendGroupBody, SendWeightsBody
+from ramet.srt.weights.registration import (
+    MAX_CHECKSUM_REGIONS,
+    ChecksumsRequest,
+    DigestTableAnswer,
+    DigestTableRequest,
+    InitSendGroupAnswer,
+    InitSendGroupBody,
+    SendWeightsBody,
+)
 
 CHECKSUMS_TIMEOUT_S = 60.0
+MAX_WAITING_CHECKSUMS = 16
 SEND_TIMEOUT_S = 3600.0  # the ranks have shorter ones for each step
 
 Body = Any
@@ -31,6 +42,7 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         responses: how errors look, for the description.
     """
     router = APIRouter(tags=["weights"], responses=responses)
+    checksums_turn = Turns(MAX_WAITING_CHECKSUMS)
 
     @router.post("/remote_instance_weight_checksums")
     async def remote_instance_weight_checksums(request: Request) -> Response:
@@ -40,10 +52,30 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         "checksums": […]}.
         """
         body = _decode(await request.body(), ChecksumsRequest)
+        if len(body.regions) > MAX_CHECKSUM_REGIONS:
+            raise RequestError(
+                f"regions has {len(body.regions)} slices; at most {MAX_CHECKSUM_REGIONS} are taken at once",
+                param="regions",
+                status_code=413,
+            )
         question = WeightChecksumsReq(regions=body.regions)
-        reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+        async with checksums_turn:
+            reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
         assert isinstance(reply, WeightChecksumsOutput)
         return json_response({"algorithm": reply.algorithm, "checksums": reply.checksums})
+
+    @router.post("/remote_instance_weights_digest")
+    async def remote_instance_weights_digest(request: Request) -> Response:
+        """A part of the table of hashes behind the digest of the weights, for a client that insists on a digest.
+
+        The body is {"rank": R, "first": index of a tensor}, the answer {"num_tensors", "tensors": base64}.
+        """
+        body = _decode(await request.body(), DigestTableRequest)
+        question = DigestTableReq(first=body.first)
+        reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+        assert isinstance(reply, DigestTableOutput)
+        answer = DigestTableAnswer(num_tensors=reply.num_tensors, tensors=reply.tensors)
+        return json_response(msgspec.to_builtins(answer))
 
     @router.post("/init_weights_send_group_for_remote_instance")
     async def init_weights_send_group_for_remote_instance(request: Request) -> Response:
@@ -75,6 +107,34 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         return _outcome(True, f"{len(replies)} ranks have sent {num_bytes} bytes")
 
     return router
+
+
+class Turns:
+    """One request at a time; a few wait for their turn, and others are refused.
+
+    Raises:
+        ServiceError: on entering, if too many wait, or the turn does not come in time.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._num_waiting = 0
+        self._lock = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        if self._num_waiting >= self._max_waiting:
+            raise ServiceError(f"{self._num_waiting} such requests wait already: try again")
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(CHECKSUMS_TIMEOUT_S):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise ServiceError("too many such requests: try again") from None
+        finally:
+            self._num_waiting -= 1
+
+    async def __aexit__(self, *_exception: object) -> None:
+        self._lock.release()
 
 
 def _outcome(success: bool, message: str, status_code: int = 200) -> Response:

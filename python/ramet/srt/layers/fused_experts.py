@@ -5,6 +5,7 @@ import torch
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.matmul import project
+from ramet.srt.layers.quantization.scales import Scales, scales_of_matrix
 
 
 def needs_host(dtype: torch.dtype, w13: torch.Tensor, w2: torch.Tensor) -> bool:
@@ -19,8 +20,8 @@ def fused_experts(
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
     activation: Activation,
-    w13_scale: torch.Tensor | None = None,
-    w2_scale: torch.Tensor | None = None,
+    w13_scales: Scales = None,
+    w2_scales: Scales = None,
 ) -> torch.Tensor:
     """Sum over each token's experts of weight * W2 (act(W1 x) * W3 x); the sum is taken in float32.
 
@@ -30,7 +31,7 @@ def fused_experts(
         w2: [num_experts, hidden_size, size].
         weights: float32 [num_tokens, top_k].
         expert_ids: int64 [num_tokens, top_k]; those outside [0, num_experts) belong to another rank and add nothing.
-        w13_scale, w2_scale: float32 [num_experts, rows, 1] that multiply the rows of fp8 matrices.
+        w13_scales, w2_scales: of fp8 matrices.
 
     Returns:
         [num_tokens, hidden_size] in the type of x.
@@ -43,7 +44,7 @@ def fused_experts(
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
     ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
     run = _run_in_turn if needs_host(x.dtype, w13, w2) else _run_grouped
-    parts = run(x, w13, w2, order, ends, top_k, activation, w13_scale, w2_scale).view(num_tokens, top_k, -1)
+    parts = run(x, w13, w2, order, ends, top_k, activation, w13_scales, w2_scales).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
@@ -58,8 +59,8 @@ def _run_in_turn(
     ends: torch.Tensor,
     top_k: int,
     activation: Activation,
-    w13_scale: torch.Tensor | None,
-    w2_scale: torch.Tensor | None,
+    w13_scales: Scales,
+    w2_scales: Scales,
 ) -> torch.Tensor:
     """Each assignment's output, zeros for those of other ranks: expert by expert, with the rows of one in memory.
 
@@ -75,7 +76,7 @@ def _run_in_turn(
     for expert, end in enumerate(ends.tolist()):
         if start < end:
             places = order[start:end]
-            scales = [None if scale is None else scale[expert] for scale in (w13_scale, w2_scale)]
+            scales = [scales_of_matrix(stack, expert) for stack in (w13_scales, w2_scales)]
             hidden = act_and_mul(project(x[places // top_k], w13[expert], scales=scales[0]), activation)
             parts[places] = project(hidden, w2[expert], scales=scales[1])
             start = end
@@ -90,12 +91,12 @@ def _run_grouped(
     ends: torch.Tensor,
     top_k: int,
     activation: Activation,
-    w13_scale: torch.Tensor | None,
-    w2_scale: torch.Tensor | None,
+    w13_scales: Scales,
+    w2_scales: Scales,
 ) -> torch.Tensor:
     """The same with all experts in one product, whatever their counts; takes more memory on the way."""
-    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends, w13_scale), activation)
-    y = grouped_linear(hidden, w2, ends, w2_scale)
+    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends, w13_scales), activation)
+    y = grouped_linear(hidden, w2, ends, w2_scales)
     is_computed = torch.arange(len(order), device=x.device) < ends[-1]
     y.masked_fill_(~is_computed.unsqueeze(-1), 0)
     return torch.empty_like(y).index_copy_(0, order, y)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.quantization.scales import BlockScales, Scales
 
 
 def can_group(dtype: torch.dtype, weight: torch.Tensor) -> bool:
@@ -13,24 +14,24 @@ def can_group(dtype: torch.dtype, weight: torch.Tensor) -> bool:
     return use_kernels(weight) or _torch_takes(dtype, weight)
 
 
-def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor | None = None
-) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: Scales = None) -> torch.Tensor:
     """x W^T with the W of each row's group. Nothing waits for the groups' sizes: a CUDA graph can hold it.
 
     Args:
         x: contiguous [num_rows, n], sorted by group.
         weight: contiguous [num_groups, output_size, n], in the type of x, or fp8.
         ends: int32 [num_groups], where each group's rows end. What follows the last belongs to none.
-        scales: float32 [num_groups, output_size, 1] that multiply the rows of an fp8 `weight`.
+        scales: of an fp8 `weight`.
 
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
-    if _torch_takes(x.dtype, weight):
+    if not isinstance(scales, BlockScales) and _torch_takes(x.dtype, weight):
         return multiply_by_torch(x, weight, ends, scales)
     from ramet.srt.layers.kernels import grouped_linear as kernel
 
+    if isinstance(scales, BlockScales):
+        return kernel.grouped_linear(x, weight, ends, scales.values, scales.blocks)
     return kernel.grouped_linear(x, weight, ends, scales)
 
 

@@ -10,6 +10,7 @@ from ramet.srt.distributed.communication_op import tensor_model_parallel_all_red
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.matmul import project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
+from ramet.srt.layers.quantization.scales import BlockScales, scales_of
 from ramet.srt.weights.manifest import WeightBox
 
 
@@ -57,18 +58,18 @@ class MergedColumnParallelLinear(nn.Module):
             rows += stop - start
         self.weight = declare_weight((rows, input_size), dtype, weight_boxes)  # [rows of this rank, input_size]
         self.bias = declare_weight((rows,), dtype, bias_boxes) if bias else None
-        self.weight_scale: torch.Tensor | None = None  # float32 [rows of this rank, 1] when the weight is fp8
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return project(x, self.weight, self.bias, self.weight_scale)
+        return project(x, self.weight, self.bias, scales_of(self, "weight"))
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
-        if takes_gemv(x, self.weight_scale):
+        scales = scales_of(self, "weight")
+        if not isinstance(scales, BlockScales) and takes_gemv(x, scales):
             from ramet.srt.layers.kernels.gemv import gemv
 
-            return gemv(x, self.weight, self.bias, self.weight_scale, activation.name)
+            return gemv(x, self.weight, self.bias, scales, activation.name)
         return act_and_mul(self.forward(x), activation)
 
 
@@ -135,16 +136,15 @@ class RowParallelLinear(nn.Module):
             self.bias = declare_weight(
                 (output_size,), dtype, [shard_box(f"{name}.bias", (output_size,), 0, 0, output_size)]
             )
-        self.weight_scale: torch.Tensor | None = None  # float32 [output_size, 1] when the weight is fp8
         self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
-        return project(x, self.weight, self.bias if self.tp_rank == 0 else None, self.weight_scale)
+        return project(x, self.weight, self.bias if self.tp_rank == 0 else None, scales_of(self, "weight"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
-            return project(x, self.weight, self.bias, self.weight_scale)
-        y = tensor_model_parallel_all_reduce(project(x, self.weight, scales=self.weight_scale))
+            return project(x, self.weight, self.bias, scales_of(self, "weight"))
+        y = tensor_model_parallel_all_reduce(project(x, self.weight, scales=scales_of(self, "weight")))
         return y if self.bias is None else y + self.bias

@@ -13,6 +13,7 @@ from ramet.srt.distributed.communication_op import tensor_model_parallel_all_red
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts, needs_host
 from ramet.srt.layers.parameter import declare_weight, shard_box
+from ramet.srt.layers.quantization.scales import scales_of
 from ramet.srt.weights.manifest import WeightBox
 
 GATE, UP, DOWN = range(3)  # places in the names of an expert's matrices
@@ -121,9 +122,6 @@ class FusedMoE(nn.Module):
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
         # [num_local_experts, hidden_size, columns of this rank]
         self.w2_weight = declare_weight((self.num_local_experts, hidden_size, size), dtype, w2_boxes)
-        # float32 [num_local_experts, rows, 1] when the weights are fp8
-        self.w13_weight_scale: torch.Tensor | None = None
-        self.w2_weight_scale: torch.Tensor | None = None
 
     def needs_host(self, dtype: torch.dtype) -> bool:
         """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""
@@ -142,8 +140,8 @@ class FusedMoE(nn.Module):
             weights,
             expert_ids - self.first_expert,
             self.activation,
-            self.w13_weight_scale,
-            self.w2_weight_scale,
+            scales_of(self, "w13_weight"),
+            scales_of(self, "w2_weight"),
         )
         return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ramet.srt.configs.model_config import RopeConfig
+from ramet.srt.configs.rope_config import RopeConfig
 
 CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, head_dim / 2] each
 
@@ -17,16 +17,51 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
         return frequencies / config.scaling["factor"]
     if config.rope_type == "llama3":
         return _llama3_frequencies(frequencies, config)
+    if config.rope_type == "yarn":
+        return _yarn_frequencies(config, config.theta**exponents, head_dim)
     return frequencies
 
 
 def _llama3_frequencies(frequencies: torch.Tensor, config: RopeConfig) -> torch.Tensor:
     """Llama 3.1's rule: long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
     scaling = config.scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    rotations = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((rotations - low) / (high - low)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+    low, high, length = (
+        scaling["low_freq_factor"],
+        scaling["high_freq_factor"],
+        scaling["original_max_position_embeddings"],
+    )
+    wavelengths = 2 * math.pi / frequencies
+    # In the order in which transformers computes it: at far positions the last bit of a frequency shows.
+    share = (length / wavelengths - low) / (high - low)
+    divided = frequencies / scaling["factor"]
+    between = (1 - share) * frequencies / scaling["factor"] + share * frequencies
+    long = torch.where(wavelengths > length / low, divided, between)
+    return torch.where(wavelengths < length / high, frequencies, long)
+
+
+def _yarn_frequencies(config: RopeConfig, powers: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """YaRN (Peng et al., 2023): pairs that turn often over the original length are kept, slow ones divided by `factor`.
+
+    Between `beta_fast` and `beta_slow` turns the share of the kept ones falls linearly with the pair's number.
+
+    Args:
+        powers: theta^(2i / head_dim), float32 [head_dim / 2].
+    """
+    scaling = config.scaling
+
+    def pair_of(turns: float) -> float:
+        length = scaling["original_max_position_embeddings"]
+        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    first, last = pair_of(scaling["beta_fast"]), pair_of(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001
+    kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
+    # In the order in which transformers computes it: at far positions the last bit of a frequency shows.
+    return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
 
 
 class RotaryEmbedding:
@@ -34,12 +69,16 @@ class RotaryEmbedding:
 
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.inv_freq = inverse_frequencies(config, head_dim).to(device)
+        self.scale = config.attention_factor
         self.dtype = dtype
 
     def cos_sin(self, positions: torch.Tensor) -> CosSin:
         """int64 [num_tokens] -> cosines and sines [num_tokens, 1, head_dim / 2] in the model's dtype."""
         angles = positions.float().unsqueeze(-1) * self.inv_freq
-        return angles.cos().to(self.dtype).unsqueeze(1), angles.sin().to(self.dtype).unsqueeze(1)
+        cos, sin = angles.cos(), angles.sin()
+        if self.scale != 1:
+            cos, sin = cos * self.scale, sin * self.scale
+        return cos.to(self.dtype).unsqueeze(1), sin.to(self.dtype).unsqueeze(1)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,9 @@
 """Owns how a batch becomes the plan that the ranks get: each rank is told of what it does not know yet."""
 
-import logging
-
-import numpy as np
-
 from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, SequencePlan
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.mem_cache.allocator import RowAllocator
-from ramet.srt.sampling.grammar import Grammar
 from ramet.srt.sampling.sampling_state import SamplingState
-
-logger = logging.getLogger(__name__)
 
 
 class BatchPlanner:
@@ -20,9 +13,8 @@ class BatchPlanner:
         rows: the page table, whose changes go out with the next plan.
     """
 
-    def __init__(self, rows: RowAllocator, vocab_size: int):
+    def __init__(self, rows: RowAllocator):
         self._rows = rows
-        self._vocab_size = vocab_size
         self._known_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self._ended_rids: list[str] = []  # those of them that the ranks may forget
 
@@ -41,7 +33,7 @@ class BatchPlanner:
             new_states=new_states,
             ended_rids=ended,
             grammar_masks={
-                running.req.rid: self._mask(running.req.rid, running.req.grammar)
+                running.req.rid: running.req.grammar.mask
                 for running in batch.sampled_reqs
                 if running.req.grammar is not None
             },
@@ -52,16 +44,6 @@ class BatchPlanner:
         if rid in self._known_rids:
             self._known_rids.remove(rid)
             self._ended_rids.append(rid)
-
-    def _mask(self, rid: str, grammar: Grammar) -> bytes:
-        """Which tokens the grammar allows next: one bit each, in int32 words; none if the grammar gave up."""
-        words = np.zeros(-(-self._vocab_size // 32), dtype=np.int32)
-        try:
-            grammar.fill_mask(words)
-        except RuntimeError as error:  # a resource limit of the grammar library
-            logger.warning("request %s: %s", rid, error)
-            words[:] = 0
-        return words.tobytes()
 
 
 def _sampling_state(req: Req) -> SamplingState:

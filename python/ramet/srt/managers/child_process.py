@@ -29,6 +29,8 @@ class ChildConfig(msgspec.Struct, kw_only=True):
     bootstrap_url: str | None  # of the engine-info bootstrap server, when the instance has one
     launch_time: float  # unix seconds: when the instance was started
     parent_pid: int
+    board_fd: int  # of the page on which the node's processes beat, see managers/pulse.py
+    slot: int  # of this process on it
 
     def make_server_args(self) -> ServerArgs:
         return ServerArgs(**self.server_args)

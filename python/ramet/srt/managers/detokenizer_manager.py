@@ -11,6 +11,7 @@ from types import FrameType
 
 import zmq
 
+from ramet.srt.errors import one_line
 from ramet.srt.managers.child_process import (
     ChildConfig,
     die_with_parent,
@@ -31,6 +32,8 @@ from ramet.srt.managers.io_struct import (
     encode,
 )
 from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.pulse import Pulse, Task
+from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream
 from ramet.srt.text.tokenizer import Tokenizer
@@ -41,6 +44,8 @@ logger = logging.getLogger(__name__)
 MAX_EARLY_REQUESTS = 4096  # requests whose tokens may be here before they are announced
 POLL_MS = 1000
 
+Sockets = tuple[zmq.Socket[bytes], zmq.Socket[bytes]]  # where the process reads, and where it writes
+
 
 class Detokenizer:
     """The texts of all running requests. A request is known from its announcement to its last output."""
@@ -48,6 +53,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._streams: dict[str, TextStream] = {}
+        self._keeps_stop: set[str] = set()  # requests whose stop token's text is wanted
         # The announcement and the tokens come over different connections, so tokens may overtake it.
         self._early: OrderedDict[str, list[RequestOutput]] = OrderedDict()
 
@@ -57,6 +63,8 @@ class Detokenizer:
         self._streams[request.rid] = TextStream(
             decoder, request.stop, min_new_tokens=request.min_new_tokens, keep_stop=request.no_stop_trim
         )
+        if request.no_stop_trim:
+            self._keeps_stop.add(request.rid)
         return self.push(self._early.pop(request.rid, []))
 
     def push(self, outputs: Sequence[RequestOutput]) -> list[RequestText]:
@@ -71,9 +79,12 @@ class Detokenizer:
         return texts
 
     def _text(self, stream: TextStream, output: RequestOutput) -> RequestText:
-        text = stream.push(output.token_ids, final=output.finish_reason is not None)
+        is_cut = output.ends_in_stop_token and output.rid not in self._keeps_stop
+        token_ids = output.token_ids[:-1] if is_cut else output.token_ids
+        text = stream.push(token_ids, final=output.finish_reason is not None)
         if output.finish_reason is not None:
             del self._streams[output.rid]
+            self._keeps_stop.discard(output.rid)
             if stream.matched is not None and output.finish_reason.type == "length":
                 output.finish_reason = FinishReason(type="stop", matched=stream.matched)
         return RequestText(text=text, output=output)
@@ -85,8 +96,34 @@ class Detokenizer:
             logger.warning("dropped the tokens of request %s, which was never announced", rid)
 
 
-def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, status_fd: int) -> None:
-    """Serve until the parent has gone or kills this process."""
+def run_detokenizer(tokenizer: Tokenizer, sockets: Sockets, parent_pid: int, pulse: Pulse) -> None:
+    """Serve until the parent has gone or kills this process.
+
+    Args:
+        pulse: of this process; it is to show what the loop is at.
+    """
+    reader, writer = sockets
+    detokenizer = Detokenizer(tokenizer)
+    task = Task()
+    pulse.serve(lambda: task.since)
+    while os.getppid() == parent_pid:
+        task.end()
+        if not reader.poll(POLL_MS):
+            continue
+        task.begin()
+        message = decode(reader.recv())
+        if isinstance(message, DetokenizerRequest):
+            texts = detokenizer.announce(message)
+        elif isinstance(message, BatchTokenIDOutput):
+            texts = detokenizer.push(message.outputs)
+        else:
+            raise TypeError(f"the detokenizer got a {type(message).__name__}, which it doesn't handle")
+        if texts:
+            writer.send(encode(BatchStrOutput(outputs=texts)))
+
+
+def _open_sockets(port_args: PortArgs) -> Sockets:
+    """Where this process reads, and where it writes."""
     context = zmq.Context(io_threads=1)
     reader = context.socket(zmq.PULL)
     reader.setsockopt(zmq.RCVHWM, 0)
@@ -98,20 +135,7 @@ def run_detokenizer(tokenizer: Tokenizer, port_args: PortArgs, parent_pid: int, 
     writer.setsockopt(zmq.LINGER, 0)
     writer.setsockopt(zmq.IPV6, 1)
     writer.connect(port_args.tokenizer_ipc_name)
-    send_status(status_fd, encode(DetokenizerReady()))
-    detokenizer = Detokenizer(tokenizer)
-    while os.getppid() == parent_pid:
-        if not reader.poll(POLL_MS):
-            continue
-        message = decode(reader.recv())
-        if isinstance(message, DetokenizerRequest):
-            texts = detokenizer.announce(message)
-        elif isinstance(message, BatchTokenIDOutput):
-            texts = detokenizer.push(message.outputs)
-        else:
-            raise TypeError(f"the detokenizer got a {type(message).__name__}, which it doesn't handle")
-        if texts:
-            writer.send(encode(BatchStrOutput(outputs=texts)))
+    return reader, writer
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,13 +163,17 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 def _serve(config: ChildConfig, status_fd: int) -> int:
     args = config.make_server_args()
     configure_logging(args.log_level, "detokenizer")
+    pulse, _ = start_pulse(config)
     try:
         path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
         tokenizer = Tokenizer.from_path(path)
-    except ValueError as error:
-        send_status(status_fd, encode(DetokenizerFailed(message=str(error))))
+        sockets = _open_sockets(config.port_args)
+    except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:
+        logger.debug("start failed", exc_info=True)
+        send_status(status_fd, encode(DetokenizerFailed(message=one_line(error))))
         return 1
-    run_detokenizer(tokenizer, config.port_args, config.parent_pid, status_fd)
+    send_status(status_fd, encode(DetokenizerReady()))
+    run_detokenizer(tokenizer, sockets, config.parent_pid, pulse)
     return 0
 
 

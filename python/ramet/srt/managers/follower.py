@@ -7,6 +7,7 @@ from ramet.srt.batch.batch_plan import BatchPlan
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.managers.plan_channel import PlanReceiver, ResultSender
+from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
@@ -37,11 +38,10 @@ class Follower:
         self._max_running_requests = max_running_requests
         self._on_ready = on_ready
         self._last_plan_time, self._last_plan_len = 0.0, 0
+        self._turn = Task()
 
-    @property
-    def oldest_launch(self) -> float | None:
-        """Always None: that a pass hangs is seen by the leader, which waits for its result."""
-        return None
+    def task_since(self) -> float | None:
+        return None if self._worker.profiler.is_writing else self._turn.since
 
     def load(self) -> float:
         """By the last plan: requests in it over those that can run."""
@@ -55,6 +55,7 @@ class Follower:
 
     def run_once(self) -> None:
         """Do what the leader says next, if it comes soon."""
+        self._turn.begin()
         message = self._plans.receive(FOLLOWER_POLL_S)
         if isinstance(message, BatchPlan):
             self._last_plan_time, self._last_plan_len = time.monotonic(), len(message.sequences)
@@ -63,6 +64,7 @@ class Follower:
             self._worker.profiler.follow(message)
 
     def finish(self) -> None:
+        self._turn.end()
         self._worker.profiler.close()
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
-"""Owns the requests whose constraint is being compiled: they wait here, while threads compile, before they can run."""
+"""Owns the requests whose constraint is being compiled, which processes do: they wait here before they can run."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from ramet.srt.managers.grammar_pool import GrammarPool
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
+from ramet.srt.managers.request_grammar import GrammarFailure, RequestGrammar
 from ramet.srt.managers.schedule_batch import Req
-from ramet.srt.sampling.grammar import Grammar, GrammarBackend
-
-COMPILE_THREADS = 2
+from ramet.srt.sampling.constraint import Constraint
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +17,7 @@ class CompilingReq:
     message: TokenizedGenerateReqInput
     sampling_seed: int
     group: int
-    future: Future[Grammar | None]
+    grammar: RequestGrammar
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,19 +25,19 @@ class UnusableGrammar:
     """A request whose constraint can't be compiled."""
 
     message: TokenizedGenerateReqInput
-    reason: str  # one line for the client
+    param: str
+    reason: GrammarFailure
 
 
 class GrammarQueue:
-    """Compiles in threads, so that the passes of others go on.
+    """Where the passes of others go on meanwhile.
 
     Args:
-        backend: None refuses every constraint.
+        pool: None refuses every constraint.
     """
 
-    def __init__(self, backend: GrammarBackend | None):
-        self._backend = backend
-        self._threads = ThreadPoolExecutor(max_workers=COMPILE_THREADS, thread_name_prefix="grammar")
+    def __init__(self, pool: GrammarPool | None):
+        self._pool = pool
         self._compiling: list[CompilingReq] = []
 
     def __len__(self) -> int:
@@ -48,41 +47,41 @@ class GrammarQueue:
         """The attention group of each request."""
         return (compiling.group for compiling in self._compiling)
 
-    def put(self, message: TokenizedGenerateReqInput, sampling_seed: int, group: int) -> None:
+    def put(self, message: TokenizedGenerateReqInput, constraint: Constraint, sampling_seed: int, group: int) -> None:
         """Begin to compile a request's constraint.
 
         Raises:
             ValueError: if constrained output is off.
         """
-        if self._backend is None:
+        if self._pool is None:
             raise ValueError("constrained output is off (--grammar-backend none)")
-        future = self._threads.submit(self._backend.compile, message.sampling_params)
-        self._compiling.append(CompilingReq(message, sampling_seed, group, future))
+        self._compiling.append(CompilingReq(message, sampling_seed, group, self._pool.open(constraint)))
 
     def collect(self) -> list[Req | UnusableGrammar]:
         """Remove and return those that are compiled, or can't be, in the order in which they came."""
         if not self._compiling:
             return []
-        done = [compiling for compiling in self._compiling if compiling.future.done()]
-        self._compiling = [compiling for compiling in self._compiling if compiling not in done]
+        done = [compiling for compiling in self._compiling if not compiling.grammar.is_busy]
+        if done:
+            self._compiling = [compiling for compiling in self._compiling if compiling.grammar.is_busy]
         return [_outcome(compiling) for compiling in done]
 
     def take_out(self, is_meant: Callable[[str], bool]) -> list[TokenizedGenerateReqInput]:
-        """Remove and return the requests whose ids are meant."""
+        """Remove and return the requests whose ids are meant. What only they want is compiled no further."""
         found = [compiling for compiling in self._compiling if is_meant(compiling.message.rid)]
         for compiling in found:
-            compiling.future.cancel()
+            compiling.grammar.close()
             self._compiling.remove(compiling)
         return [compiling.message for compiling in found]
 
     def wait(self, timeout_s: float) -> None:
         """Wait until all are compiled, but not longer than `timeout_s`."""
-        wait([compiling.future for compiling in self._compiling], timeout=timeout_s)
+        if self._pool is not None:
+            self._pool.wait([compiling.grammar for compiling in self._compiling], timeout_s)
 
 
 def _outcome(compiling: CompilingReq) -> Req | UnusableGrammar:
-    try:
-        grammar = compiling.future.result()
-    except ValueError as error:
-        return UnusableGrammar(compiling.message, str(error))
+    grammar = compiling.grammar
+    if grammar.failure is not None:
+        return UnusableGrammar(compiling.message, grammar.constraint.name, grammar.failure)
     return Req(compiling.message, compiling.sampling_seed, compiling.group, grammar)

@@ -14,6 +14,7 @@ class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
     length: int | None = None  # for "length": the number of generated tokens
     message: str | None = None  # for "abort"
     status_code: int | None = None  # for "abort": the HTTP status the client gets
+    param: str | None = None  # for "abort": the parameter that is to blame
 
 
 class TokenLogprobs(msgspec.Struct, kw_only=True, array_like=True):
@@ -66,6 +67,7 @@ class StartProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
     activities: list[str]  # "CPU", "GPU"
     with_stack: bool
     record_shapes: bool
+    root: str = ""  # absolute; nothing is written outside of it, unless it is empty
 
 
 class StopProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
@@ -109,6 +111,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     cached_tokens: int
     input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
     output_logprobs: TokenLogprobs | None = None  # of the new tokens
+    ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's
 
 
 class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
@@ -121,7 +124,7 @@ class DetokenizerRequest(msgspec.Struct, kw_only=True, tag=True):
     """Tokenizer manager to detokenizer, before the first output: how to turn this request's tokens into text."""
 
     rid: str
-    prompt_tail_ids: list[int]  # last PROMPT_TAIL_TOKENS prompt tokens, as decoding context
+    prompt_tail_ids: list[int]  # the prompt's `prompt_tail`, as decoding context
     stop: list[str]
     min_new_tokens: int = 0  # a stop string counts from the next token on
     skip_special_tokens: bool = True

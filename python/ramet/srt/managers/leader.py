@@ -7,13 +7,14 @@ from collections.abc import Callable
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.model_executor.model_runner import ModelRunner
-from ramet.srt.sampling.grammar import make_grammar_backend
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.net import format_address
 
@@ -80,10 +81,13 @@ class Leader:
         self._scheduler = scheduler
         self._channel = channel
         self._others = others
+        self._turn = Task()
 
-    @property
-    def oldest_launch(self) -> float | None:
-        return self._scheduler.passes.oldest_launch
+    def task_since(self) -> float | None:
+        if self._scheduler.worker.profiler.is_writing:
+            return None
+        begun = [when for when in (self._turn.since, self._scheduler.passes.waiting_since) if when is not None]
+        return min(begun, default=None)
 
     def load(self) -> float:
         return self._scheduler.load()
@@ -97,12 +101,15 @@ class Leader:
         return [self._channel.address] if self._others is None else self._others.meet_leaders()
 
     def run_once(self) -> None:
+        self._turn.begin()
         self._scheduler.run_once()
 
     def finish(self) -> None:
+        self._turn.end()
         self._scheduler.worker.profiler.close()
 
     def close(self) -> None:
+        self._scheduler.close()
         self._channel.close()
         if self._others is not None:
             self._others.plans.close()
@@ -151,7 +158,7 @@ class LeaderSockets:
             runner.model_config,
             runner,
             get_tokenizer,
-            make_grammar_backend(self._grammar_backend, get_tokenizer, runner.model_config),
+            make_grammar_pool(self._grammar_backend, self._find_tokenizer, runner.model_config),
             self._channel,
             None if others is None else others.plans,
         )

@@ -41,16 +41,25 @@ class Passes(ABC):
         self._worker = worker
         self.tell = tell
         self._launch_times: deque[float] = deque()  # time.monotonic() of each pass that has not come back
+        self._last_end = 0.0  # time.monotonic() of the last one that has
 
     def __len__(self) -> int:
         """Passes whose results have not been dealt with."""
         return len(self._launch_times)
 
     @property
-    def oldest_launch(self) -> float | None:
-        """time.monotonic() of the launch of the oldest pass under way; None if there is none. Any thread may ask."""
+    def waiting_since(self) -> float | None:
+        """time.monotonic() since which the ranks can have been at the oldest pass under way; None if there is none.
+
+        They begin it when it is launched and the one before it has ended. Any thread may ask.
+        """
         times = list(self._launch_times)
-        return times[0] if times else None
+        return max(times[0], self._last_end) if times else None
+
+    def _came_back(self) -> None:
+        """The oldest pass under way has ended."""
+        self._launch_times.popleft()
+        self._last_end = time.monotonic()
 
     @property
     def has_room(self) -> bool:
@@ -107,12 +116,14 @@ class LocalPasses(Passes):
         while len(self._under_way) > num_kept:
             batch, plan, wait = self._under_way.popleft()
             result = wait()
-            self._launch_times.popleft()
+            self._came_back()
             yield FinishedPass(batch, plan, result)
 
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
-        """All but those that end with the pass under way."""
-        return [req for req in running if req.num_remaining_tokens > 0]
+        """All but those that end with the pass under way, or whose constraint has yet to take a token."""
+        return [
+            one for one in running if one.num_remaining_tokens > 0 and (one.num_pending == 0 or one.req.grammar is None)
+        ]
 
 
 class PipelinePasses(Passes):
@@ -137,7 +148,7 @@ class PipelinePasses(Passes):
             result = self._receive(0.0 if has_launched else RESULT_POLL_S)
             if result is not None:
                 batch, plan = self._under_way.popleft()
-                self._launch_times.popleft()
+                self._came_back()
                 yield FinishedPass(batch, plan, result)
 
     def settle(self) -> Iterator[FinishedPass]:

@@ -1,22 +1,25 @@
 """Owns the way from what a client asks for to requests that the scheduler can run: tokens, checks, defaults.
 
-Pure functions: a long prompt or a grammar can be prepared in a thread.
+Pure functions: a long prompt can be prepared in a thread.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
-from ramet.srt.sampling.grammar import check_grammar
+from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams, is_unicode
 from ramet.srt.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES_OF_REQUEST = 4096
 MAX_TOP_LOGPROBS = 128
 SLOW_CHARS = 4096  # from here on the tokenizing is worth a thread
+SLOW_IDS = 200_000  # and the checks
+MAX_CHARS_PER_TOKEN = 256  # on average over a text; no vocabulary has such words only
 PROBE_CHARS_PER_TOKEN = 8  # this much text for each token of the context seldom fits into it
 
 
@@ -44,12 +47,14 @@ class Limits:
     max_req_len: int  # prompt plus output, in tokens
     has_eos: bool
     grammars: bool  # whether constrained output is there
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # the model's own
 
 
 def is_slow(inputs: Sequence[SequenceInput]) -> bool:
     """Whether preparing these takes so long that others on the event loop would notice."""
     num_chars = sum(len(one.text) for one in inputs if one.text is not None)
-    return num_chars > SLOW_CHARS or any(_grammar_field(one.sampling_params) for one in inputs)
+    num_ids = sum(len(one.input_ids) for one in inputs if one.input_ids is not None)
+    return num_chars > SLOW_CHARS or num_ids > SLOW_IDS
 
 
 def prepare_requests(
@@ -97,10 +102,28 @@ def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[in
     return tokenizer.encode(text, one.add_special_tokens)
 
 
+def check_prompt_size(prompt: str | list[int], param: str, max_req_len: int) -> None:
+    """Refuse without any tokenizing what can't fit. Raises RequestError, which calls the prompt `param`."""
+    is_text = isinstance(prompt, str)
+    if len(prompt) >= max_req_len * (MAX_CHARS_PER_TOKEN if is_text else 1):
+        num_tokens = f"more than {max_req_len}" if is_text else str(len(prompt))
+        raise RequestError(
+            f"{param} has {num_tokens} tokens; the context of {max_req_len} tokens has no room for them and an answer",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
 def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> None:
     if not input_ids:
         raise RequestError(f"{one.param} must not be empty", param=one.param)
     if min(input_ids) < 0 or max(input_ids) >= limits.vocab_size:
+        if one.input_ids is None:
+            raise RequestError(
+                f"{one.param} has a token of the tokenizer, {max(input_ids)}, that the model with its vocabulary of "
+                f"{limits.vocab_size} tokens doesn't know",
+                param=one.param,
+            )
         raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
     if len(input_ids) >= limits.max_req_len:
         raise _too_long(one, str(len(input_ids)), limits)
@@ -131,7 +154,7 @@ def _check_grammar(params: SamplingParams, limits: Limits) -> None:
         raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
     if not limits.has_eos:
         raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
-    check_grammar(params)
+    constraint_of(params)  # its length; whether it can be compiled, the scheduler finds out
 
 
 def _grammar_field(params: SamplingParams) -> str | None:

@@ -12,11 +12,14 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.distributed.parallel_state import init_process_groups
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.distributed.words import NodeVoice
 from ramet.srt.managers.child_process import ChildConfig
 from ramet.srt.managers.follower import FollowerSockets
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.managers.leader import LeaderSockets
+from ramet.srt.managers.pulse import WatchLimits
 from ramet.srt.managers.role import Role, RoleSockets
+from ramet.srt.managers.watchdog import end_stopped_launcher
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
 from ramet.srt.utils.net import choose_interface, format_url, local_address, reachable_host
@@ -30,8 +33,13 @@ LOST_NODE_EXIT_CODE = 71
 class RankStart:
     """A rank on its way to serving."""
 
-    def __init__(self, config: ChildConfig):
+    def __init__(self, config: ChildConfig, voice: NodeVoice):
+        """
+        Args:
+            voice: what the nodes of the instance say to each other about processes that stand still.
+        """
         self.config = config
+        self._voice = voice
         self.args = config.make_server_args()
         self.parallel = config.parallel
         self.phases: dict[str, float] = {}
@@ -59,6 +67,9 @@ class RankStart:
             dtype=args.dtype,
             context_length=args.context_length,
             quantization=args.quantization,
+            tokenizer_path=None
+            if args.tokenizer_path is None
+            else resolve_tokenizer_path(args.tokenizer_path, "", None),
         )
         scheduler_config = args.scheduler_config(self.device.type)
         sockets = self._meet(scheduler_config)
@@ -90,7 +101,12 @@ class RankStart:
         address = self.config.directory if is_local else local_address(args.dist_init_addr)
         if parallel.world_size == 1:
             return self._open_leader(scheduler_config, None, address)
-        choose_interface(address if not is_local else "127.0.0.1")
+        if is_local:
+            choose_interface("127.0.0.1", ["GLOO"])
+            # A process has one interface for all that NCCL does: also for sending to ranks of instances elsewhere.
+            choose_interface(reachable_host(args.host), ["NCCL"])
+        else:
+            choose_interface(address)
         meeting_point = f"file:{address}/rendezvous" if is_local else str(args.dist_init_addr)
         rendezvous = Rendezvous(meeting_point, parallel.world_rank, parallel.world_size, args.nnodes, args.dist_timeout)
         self.rendezvous = rendezvous
@@ -101,11 +117,19 @@ class RankStart:
             sockets = FollowerSockets(parallel, rendezvous, address, scheduler_config.max_running_requests)
         rendezvous.join()
         if args.nnodes > 1 and parallel.world_rank == args.local_ranks.start:
-            rendezvous.start_pulse(_on_lost_node, _on_instance_end)
+            title = f"the scheduler (rank {parallel.world_rank}), process {os.getpid()},"
+            limit_s = WatchLimits(args.watchdog_timeout).still_s
+            rendezvous.start_pulse(title, limit_s, self._voice, self._on_lost_node, _on_instance_end)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         init_process_groups(parallel, rendezvous.store, backend, args.dist_timeout)
         self._on_phase("joined")
         return sockets
+
+    def _on_lost_node(self, line: str) -> None:
+        logger.critical("%s; the instance can't go on", line)
+        logging.shutdown()
+        end_stopped_launcher(self.config)
+        os._exit(LOST_NODE_EXIT_CODE)
 
     def _open_leader(
         self, scheduler_config: SchedulerConfig, rendezvous: Rendezvous | None, address: str
@@ -134,10 +158,9 @@ class RankStart:
             url = self.rendezvous.wait_for(INSTANCE_URL_KEY)
         return LoadContext(instance_url=url, started_at=self.config.launch_time, board=self.rendezvous)
 
-    def let_loss_be_named(self, error: Exception) -> None:
-        """If `error`, at the start or later, may come from the loss of a node, let that be said first."""
-        if self.rendezvous is not None:
-            self.rendezvous.let_loss_be_named(error)
+    def let_loss_be_named(self, error: Exception) -> bool:
+        """Whether `error`, at the start or later, says that another rank has gone; which one is to be said first."""
+        return self.rendezvous is not None and self.rendezvous.let_loss_be_named(error)
 
 
 class Rank:
@@ -163,10 +186,9 @@ class Rank:
         self.ready = ready
         self.stopping = False
 
-    @property
-    def oldest_launch(self) -> float | None:
-        """time.monotonic() of the launch of the oldest pass that this rank waits for; None if there is none."""
-        return self._role.oldest_launch
+    def task_since(self) -> float | None:
+        """time.monotonic() of the beginning of what this rank is at, if that is to end soon. Any thread may ask."""
+        return self._role.task_since()
 
     def run(self) -> None:
         """Serve until `stop`, or until the launcher has gone."""
@@ -186,12 +208,6 @@ class Rank:
                 self._rendezvous.end()
             self._rendezvous.close()
         self._role.close()
-
-
-def _on_lost_node(line: str) -> None:
-    logger.critical("%s; the instance can't go on", line)
-    logging.shutdown()
-    os._exit(LOST_NODE_EXIT_CODE)
 
 
 def _on_instance_end() -> None:

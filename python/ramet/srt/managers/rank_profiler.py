@@ -1,6 +1,7 @@
 """Owns the recording of one rank's passes with torch.profiler, and the trace that comes of it. Tells nobody else."""
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
+from ramet.srt.environ import default_profile_dir
 from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class RankProfiler:
         self._path = Path()
         self._num_passes = 0
         self._num_steps: int | None = None
+        self.is_writing = False  # a trace, which may take minutes
 
     @property
     def is_recording(self) -> bool:
@@ -58,9 +61,11 @@ class RankProfiler:
         activities = [kinds[name] for name in request.activities if name == "CPU" or self._device.type == "cuda"]
         if not activities:
             raise ValueError("activities: this instance runs on a CPU, there is no GPU to record")
-        folder = Path(request.output_dir)
+        folder = _resolve_below(request.root, request.output_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if request.root == default_profile_dir() and folder.stat().st_uid != os.geteuid():
+                raise ValueError("it belongs to somebody else")  # /tmp is everybody's
             with tempfile.TemporaryFile(dir=folder):
                 pass  # better now than after the recording
         except (OSError, ValueError) as error:
@@ -83,10 +88,14 @@ class RankProfiler:
         if self._profile is None:
             raise ValueError("no profile is being recorded")
         recording, self._profile = self._profile, None
-        self._finish_sending()
-        recording.stop()  # waits for the device
         part = self._path.with_suffix(".part.gz")  # torch compresses what ends so
-        recording.export_chrome_trace(str(part))
+        self.is_writing = True
+        try:
+            self._finish_sending()
+            recording.stop()  # waits for the device
+            recording.export_chrome_trace(str(part))
+        finally:
+            self.is_writing = False
         part.replace(self._path)
         line = f"recorded {self._num_passes} passes to {self._path}"
         logger.info(line)
@@ -115,6 +124,17 @@ class RankProfiler:
                 self.stop()
             except FAILURES as error:
                 logger.error("the profile of this rank is lost: %s", error)
+
+
+def _resolve_below(root: str, output_dir: str) -> Path:
+    """The folder on this node, whatever links lead to it. Raises ValueError if it is not `root` or below."""
+    try:
+        folder, resolved_root = Path(output_dir).resolve(), Path(root).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"output_dir: no file can be written there ({error})") from error
+    if root and not folder.is_relative_to(resolved_root):
+        raise ValueError(f"output_dir: it must be below {resolved_root} (--profile-dir)")
+    return folder
 
 
 def in_sight(wait: Wait) -> Wait:

@@ -11,9 +11,11 @@ READY_KEY = "ready"  # at the rendezvous: put by each rank that can take passes;
 class Role(Protocol):
     """What a rank does once its model is there."""
 
-    @property
-    def oldest_launch(self) -> float | None:
-        """time.monotonic() of the launch of the oldest pass that this rank waits for; None if there is none."""
+    def task_since(self) -> float | None:
+        """time.monotonic() of the beginning of the turn of the rank's loop, or of the pass that it waits for.
+
+        None while that may last: a trace of a profile takes its time to be written. Any thread may ask.
+        """
 
     def load(self) -> float:
         """How busy the rank is, from 0 to 1: its replica's requests over those that can run. Any thread may ask."""

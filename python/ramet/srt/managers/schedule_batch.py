@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.logprobs import UnsentLogprobs
+from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.mem_cache.request_cache import CacheHandle
-from ramet.srt.sampling.grammar import Grammar
 from ramet.srt.text.incremental_decode import TextStream
 
 
@@ -16,7 +16,11 @@ class Req:
     """
 
     def __init__(
-        self, message: TokenizedGenerateReqInput, sampling_seed: int, group: int = 0, grammar: Grammar | None = None
+        self,
+        message: TokenizedGenerateReqInput,
+        sampling_seed: int,
+        group: int = 0,
+        grammar: RequestGrammar | None = None,
     ):
         """
         Args:
@@ -38,6 +42,7 @@ class Req:
 
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None  # None while the request goes on
+        self.ends_in_stop_token = False  # whether the last token is a stop token, whose text is no content
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache when it first ran
 
         # Output that has not been sent yet
@@ -66,14 +71,15 @@ class Req:
 class RunningReq:
     """A request that holds KV cache: from its admission to its end, or until its cache is taken away."""
 
-    __slots__ = ("extend_len", "group", "handle", "num_pending", "req")
+    __slots__ = ("extend_len", "group", "handle", "is_parked", "num_pending", "req")
 
     def __init__(self, req: Req, handle: CacheHandle):
         self.req = req
         self.handle = handle
         self.group = req.group
         self.extend_len = 0  # tokens that the pass in question computes
-        self.num_pending = 0  # tokens that passes under way will give
+        self.num_pending = 0  # tokens that passes under way will give, or that the constraint has yet to take
+        self.is_parked = False  # has given its KV cache back while its constraint takes a token
 
     @property
     def seq_len(self) -> int:

@@ -4,13 +4,14 @@ import logging
 import random
 from collections.abc import Callable, Iterable
 
-from ramet.srt.batch.batch_plan import BatchResult
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.layers.sampler import INVALID_TOKEN
 from ramet.srt.managers.admission import Admission
 from ramet.srt.managers.batch_planner import BatchPlanner
+from ramet.srt.managers.grammar_pool import GrammarPool
 from ramet.srt.managers.grammar_queue import GrammarQueue
+from ramet.srt.managers.grammar_steps import ChosenToken, GrammarSteps, awaits_token
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -32,14 +33,14 @@ from ramet.srt.managers.rank_profiler import FAILURES
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.managers.schedule_policy import pick_retracted
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
-from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, make_output, refusal
+from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, failure_reason, make_output, refusal
 from ramet.srt.managers.throughput import Throughput
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
 from ramet.srt.model_executor.model_runner import ModelRunner
-from ramet.srt.sampling.grammar import GrammarBackend
+from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.text.tokenizer import Tokenizer
 
@@ -59,15 +60,15 @@ class Scheduler:
         model_config: ModelConfig,
         model_runner: ModelRunner,
         get_tokenizer: Callable[[], Tokenizer],
-        grammar_backend: GrammarBackend | None,
+        grammar_pool: GrammarPool | None,
         channel: SchedulerChannel,
         plan_sender: PlanSender | None = None,
     ):
         """
         Args:
             get_tokenizer: reads it when first called. A large one takes most of a second and Python's lock, so a start
-                does without: it is read for the first stop string or constraint, or in the first quiet moment.
-            grammar_backend: None refuses constrained output.
+                does without: it is read for the first stop string, or in the first quiet moment.
+            grammar_pool: None refuses constrained output.
             plan_sender: to the replica's other ranks; None if it has only this one.
         """
         parallel = model_runner.parallel
@@ -79,10 +80,12 @@ class Scheduler:
         self.rows = RowAllocator(config.max_running_requests)
         # One for each attention group: its ranks alone hold the keys and values of its requests.
         self.caches = [self._make_cache() for _ in range(parallel.attn_dp_size)]
-        self.grammar_queue = GrammarQueue(grammar_backend)
+        self.grammar_queue = GrammarQueue(grammar_pool)
+        self.grammar_steps = GrammarSteps(grammar_pool)
+        self._grammar_pool = grammar_pool
         self.admission = Admission(config, self.caches)
         self.running: list[RunningReq] = []  # those that decode
-        self.planner = BatchPlanner(self.rows, model_config.vocab_size)
+        self.planner = BatchPlanner(self.rows)
         self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap)
         self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self.throughput = Throughput()
@@ -111,11 +114,14 @@ class Scheduler:
             if not self.has_work:
                 self.check_caches()
             elif not self.passes:
-                self.grammar_queue.wait(GRAMMAR_POLL_S)  # nothing else is to do
+                self.grammar_steps.poll(GRAMMAR_POLL_S)  # nothing else is to do
 
     def step(self) -> ScheduleBatch | None:
         """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
-        self._collect_grammars()
+        if self.grammar_queue or self.grammar_steps:
+            self.grammar_steps.poll(0.0)
+            self._collect_grammars()
+            self._collect_tokens()
         batch = self._next_batch() if self.passes.has_room else None
         if batch is not None:
             self._launch(batch)
@@ -131,7 +137,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs, or a pass is under way."""
-        return bool(self.running or self.admission or self.grammar_queue or self.passes)
+        return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
 
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
@@ -158,6 +164,11 @@ class Scheduler:
         while self.has_work:
             self.step()
         self.flush_caches()
+
+    def close(self) -> None:
+        """End the processes that compute constraints."""
+        if self._grammar_pool is not None:
+            self._grammar_pool.close()
 
     # -- Messages
 
@@ -192,7 +203,7 @@ class Scheduler:
         elif prompt_len >= max_len:
             text = f"the prompt has {prompt_len} tokens; at most {max_len - 1} fit with one of output"
             self._refuse(message, text, 400)
-        elif len(self.admission.waiting) >= max_queued:
+        elif len(self.admission.waiting) + len(self.grammar_queue) >= max_queued:
             self._refuse(message, f"the queue is full ({max_queued} requests wait)", 503)
         else:
             params.max_new_tokens = min(params.max_new_tokens, max_len - prompt_len)
@@ -201,11 +212,12 @@ class Scheduler:
     def _enqueue(self, message: TokenizedGenerateReqInput, seed: int) -> None:
         params = message.sampling_params
         group = self.admission.least_busy_group([*(req.group for req in self.running), *self.grammar_queue.groups()])
-        if not (params.regex or params.json_schema or params.ebnf):
-            self.admission.put(Req(message, seed, group))
-            return
         try:
-            self.grammar_queue.put(message, seed, group)
+            constraint = constraint_of(params)
+            if constraint is None:
+                self.admission.put(Req(message, seed, group))
+            else:
+                self.grammar_queue.put(message, constraint, seed, group)
         except ValueError as error:
             self._refuse(message, str(error), 400)
 
@@ -218,7 +230,7 @@ class Scheduler:
             if isinstance(outcome, Req):
                 self.admission.put(outcome)
             else:
-                self._refuse(outcome.message, outcome.reason, 400)
+                self._send([refusal(outcome.message, failure_reason(outcome.param, outcome.reason))])
 
     def _abort(self, message: AbortReq) -> None:
         """Waiting requests end at once, running ones before the next pass."""
@@ -228,10 +240,14 @@ class Scheduler:
 
         for req in self.admission.take_out(is_meant):
             req.finish_reason = aborted_reason()
+            if req.grammar is not None:
+                req.grammar.close()
             self._send([make_output(req)])
         for compiling in self.grammar_queue.take_out(is_meant):
             self._send([refusal(compiling, aborted_reason())])
-        self._aborted += [running for running in self._admitted() if is_meant(running.req.rid)]
+        self._aborted += [
+            running for running in (*self._admitted(), *self.grammar_steps.parked()) if is_meant(running.req.rid)
+        ]
 
     def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
         if self.has_work:
@@ -278,17 +294,31 @@ class Scheduler:
 
     def _next_batch(self) -> ScheduleBatch | None:
         """Prefill and decode passes alternate while there is work for both, so that neither starves the other."""
-        if any(running.req.grammar is not None for running in self.running):
-            self._settle()  # the next tokens' grammar masks depend on the last ones
+        if awaits_token(self.running):
+            self._settle()  # what may come next depends on the last tokens
+        if self.grammar_steps:
+            self.grammar_steps.wait()
+            self._collect_tokens()
         if self._aborted:
             self._drop_aborted()
         if not (self._last_was_prefill and self.running):
             reqs = self.admission.next_prefill(self.running)
+            if not reqs and self.admission.waiting and self._park_slow():
+                reqs = self.admission.next_prefill(self.running)
             if reqs:
                 self._last_was_prefill = True
                 return ScheduleBatch.for_extend(reqs)
         self._last_was_prefill = False
         return self._decode_batch()
+
+    def _park_slow(self) -> bool:
+        """Have requests whose constraint takes its time make room for those that wait; whether there are any."""
+        slow = self.grammar_steps.slow()
+        for running in slow:
+            self._release(running)
+            running.is_parked = True
+            self.running.remove(running)
+        return bool(slow)
 
     def _admitted(self) -> list[RunningReq]:
         """Every request that holds KV cache."""
@@ -302,7 +332,8 @@ class Scheduler:
             if running.req.finish_reason is None:
                 running.req.finish_reason = aborted_reason()
                 self.admission.drop_chunked(running)
-                self._release(running)
+                self.grammar_steps.drop(running)
+                self._end(running)
                 ended.append(running.req)
         self._aborted.clear()
         self._drop_ended()
@@ -373,27 +404,56 @@ class Scheduler:
             for running, sequence in zip(batch.reqs, finished.plan.sequences, strict=True):
                 if (rows := result.prompt_logprobs.get(running.req.rid)) is not None:
                     running.req.logprobs.add_prompt(sequence.logprob_targets, rows)
+        chosen = [
+            ChosenToken(running, token_id, result.output_logprobs.get(running.req.rid))
+            for running, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True)
+        ]
+        self._take_tokens([one for one in chosen if not self._is_for_grammar(one)])
+
+    def _is_for_grammar(self, chosen: ChosenToken) -> bool:
+        """Whether a constraint has to take the token first, which is told of it then."""
+        req = chosen.running.req
+        if req.grammar is None or req.finish_reason is not None or chosen.token_id == INVALID_TOKEN:
+            return False
+        self.grammar_steps.begin(chosen)
+        return True
+
+    def _collect_tokens(self) -> None:
+        """Give requests the tokens that their constraints have taken."""
+        if chosen := self.grammar_steps.collect():
+            self._take_tokens(chosen)
+
+    def _take_tokens(self, tokens: list[ChosenToken]) -> None:
         gaining: list[Req] = []
-        for running, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True):
+        for chosen in tokens:
+            running, req = chosen.running, chosen.running.req
             running.num_pending -= 1
-            req = running.req
             if req.finish_reason is None:
-                self._take_token(req, token_id, result)
+                self._take_token(req, chosen)
                 if req.finish_reason is not None:
-                    self._release(running)
+                    self._end(running)
+                elif running.is_parked:
+                    self.admission.put(req)
                 gaining.append(req)
         self._drop_ended()
         self.throughput.add(len(gaining))
         self._send_news(gaining)
 
-    def _take_token(self, req: Req, token_id: int, result: BatchResult) -> None:
-        if token_id == INVALID_TOKEN:
-            message = "the model or the grammar left no token to choose"
-            req.finish_reason = FinishReason(type="abort", message=message, status_code=500)
-        else:
-            self.output.append_token(req, token_id)
-            if req.return_logprob:
-                req.logprobs.add_output(token_id, result.output_logprobs[req.rid])
+    def _take_token(self, req: Req, chosen: ChosenToken) -> None:
+        if chosen.token_id == INVALID_TOKEN:
+            req.finish_reason = self.output.no_token_reason(req)
+            return
+        self.output.append_token(req, chosen.token_id)
+        if req.return_logprob:
+            assert chosen.logprobs is not None
+            req.logprobs.add_output(chosen.token_id, chosen.logprobs)
+
+    def _end(self, running: RunningReq) -> None:
+        """Take back what a request holds that has ended."""
+        if not running.is_parked:
+            self._release(running)
+        if running.req.grammar is not None:
+            running.req.grammar.close()
 
     def _release(self, running: RunningReq) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenizedGenerateReqInput
+from ramet.srt.managers.request_grammar import GrammarFailure
 from ramet.srt.managers.schedule_batch import Req
-from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS, IncrementalDecoder, TextStream
+from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream, prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
 
@@ -19,13 +20,17 @@ class OutputProcessor:
     def append_token(self, req: Req, token_id: int) -> None:
         """Add an output token to the request and set its finish reason if it is the last."""
         req.output_ids.append(token_id)
-        if req.grammar is not None:
-            try:
-                req.grammar.accept(token_id)
-            except RuntimeError as error:  # the grammar library gave up, on a resource limit
-                req.finish_reason = FinishReason(type="abort", message=str(error), status_code=500)
-                return
         req.finish_reason = self._finish_reason(req, token_id)
+
+    def no_token_reason(self, req: Req) -> FinishReason:
+        """Why a request ends for which no token could be chosen."""
+        params, grammar = req.sampling_params, req.grammar
+        banned = self.eos_token_ids.union(params.stop_token_ids)
+        if grammar is not None and len(req.output_ids) < params.min_new_tokens and not grammar.allows_beyond(banned):
+            text = f"{grammar.constraint.name} lets the output end before min_new_tokens ({params.min_new_tokens})"
+            return FinishReason(type="abort", message=text, status_code=400, param="min_new_tokens")
+        message = "the model left no token to choose"
+        return FinishReason(type="abort", message=message, status_code=500)
 
     def _finish_reason(self, req: Req, token_id: int) -> FinishReason | None:
         params = req.sampling_params
@@ -34,6 +39,7 @@ class OutputProcessor:
         if num_tokens >= params.min_new_tokens and (
             token_id in params.stop_token_ids or (token_id in self.eos_token_ids and not params.ignore_eos)
         ):
+            req.ends_in_stop_token = True
             return FinishReason(type="stop", matched=token_id)
         if stop is not None:
             return FinishReason(type="stop", matched=stop)
@@ -41,15 +47,17 @@ class OutputProcessor:
             return FinishReason(type="stop", matched=token_id)
         if num_tokens >= params.max_new_tokens:
             return FinishReason(type="length", length=num_tokens)
+        if req.grammar is not None and req.grammar.failure is not None:  # nothing more can follow
+            return failure_reason(req.grammar.constraint.name, req.grammar.failure)
         return None
 
     def _matched_stop(self, req: Req, token_id: int) -> str | None:
         """The stop string that the newest token completed. The detokenizer decodes the same way, so that both agree."""
         if req.stop_stream is None:
             params = req.sampling_params
-            decoder = IncrementalDecoder(
-                self.get_tokenizer(), req.origin_input_ids[-PROMPT_TAIL_TOKENS:], params.skip_special_tokens
-            )
+            tokenizer, skips = self.get_tokenizer(), params.skip_special_tokens
+            tail = prompt_tail(tokenizer, req.origin_input_ids, skips)
+            decoder = IncrementalDecoder(tokenizer, tail, skips)
             req.stop_stream = TextStream(decoder, params.stop, params.min_new_tokens)
         req.stop_stream.push([token_id])
         return req.stop_stream.matched
@@ -80,7 +88,13 @@ def make_output(req: Req) -> RequestOutput:
         cached_tokens=req.cached_tokens,
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
+        ends_in_stop_token=req.ends_in_stop_token,
     )
+
+
+def failure_reason(param: str, failure: GrammarFailure) -> FinishReason:
+    """Why a request ended whose constraint, the parameter `param`, can't be followed."""
+    return FinishReason(type="abort", message=failure.message, status_code=failure.status_code, param=param)
 
 
 def aborted_reason() -> FinishReason:

@@ -5,27 +5,24 @@ from the status pipe. Torch is imported in managers/rank.py, after the process h
 """
 
 import logging
-import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import zmq
 
 from ramet.srt.errors import one_line
 from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
+from ramet.srt.managers.pulse import BoardVoice
+from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.utils.imports import importing, start_gpu
 
-if TYPE_CHECKING:
-    from ramet.srt.managers.rank import Rank
-
 logger = logging.getLogger(__name__)
 
-WATCHDOG_PERIOD_S = 1.0
-WATCHDOG_EXIT_CODE = 70
+
+LOST_RANK_EXIT_CODE = 72
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,40 +34,33 @@ def main(argv: Sequence[str]) -> int:
     world_rank = config.parallel.world_rank
     configure_logging(config.server_args["log_level"], f"scheduler {world_rank}")
     args = config.make_server_args()
+    pulse, board = start_pulse(config)
     with importing("torch"):
         if args.device != "cpu":
             start_gpu(args.gpu_id(world_rank))
         from ramet.srt.managers.rank import RankStart
 
-    start = RankStart(config)
+    start = RankStart(config, BoardVoice(board))
     try:
         rank = start.run()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:
         logger.debug("start failed", exc_info=True)
         start.let_loss_be_named(error)
         send_status(status_fd, encode(SchedulerFailed(world_rank=world_rank, message=one_line(error))))
         return 1
     signal.signal(signal.SIGTERM, lambda _signum, _frame: rank.stop())
-    threading.Thread(target=watch, args=(rank, args.watchdog_timeout), name="watchdog", daemon=True).start()
+    pulse.serve(rank.task_since)
     send_status(status_fd, encode(rank.ready))
     try:
         rank.run()
     except RuntimeError as error:
-        start.let_loss_be_named(error)
-        raise
+        if not start.let_loss_be_named(error):
+            raise
+        logger.error("another rank can't be reached any more: %s", one_line(error))
+        return LOST_RANK_EXIT_CODE
     finally:
         rank.close()
     return 0
-
-
-def watch(rank: "Rank", limit_s: float) -> None:
-    """End the process when one forward pass takes longer than the watchdog allows: better dead than hanging."""
-    while not rank.stopping:
-        time.sleep(WATCHDOG_PERIOD_S)
-        started = rank.oldest_launch
-        if started is not None and time.monotonic() - started > limit_s:
-            logger.critical("a forward pass has taken more than %.0f s (--watchdog-timeout); giving up", limit_s)
-            os._exit(WATCHDOG_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
-from ramet.srt.text.incremental_decode import PROMPT_TAIL_TOKENS
+from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -186,12 +186,23 @@ class TokenizerManager:
         return min(replies, key=lambda reply: reply.success)
 
     async def start_profile(
-        self, output_dir: str, num_steps: int | None, activities: list[str], with_stack: bool, record_shapes: bool
+        self,
+        root: str,
+        output_dir: str,
+        num_steps: int | None,
+        activities: list[str],
+        with_stack: bool,
+        record_shapes: bool,
     ) -> ProfileReqOutput:
-        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer."""
+        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer.
+
+        Args:
+            root: the folder that `output_dir` must be in; the ranks refuse another.
+        """
         question = functools.partial(
             StartProfileReqInput,
             profile_id=str(time.time()),
+            root=os.path.abspath(root),
             output_dir=os.path.abspath(output_dir),
             num_steps=num_steps,
             activities=activities,
@@ -244,7 +255,7 @@ class TokenizerManager:
         params = request.sampling_params
         announcement = DetokenizerRequest(
             rid=request.rid,
-            prompt_tail_ids=request.input_ids[-PROMPT_TAIL_TOKENS:],
+            prompt_tail_ids=prompt_tail(self.tokenizer, request.input_ids, params.skip_special_tokens),
             stop=params.stop,
             min_new_tokens=params.min_new_tokens,
             skip_special_tokens=params.skip_special_tokens,
@@ -272,7 +283,7 @@ class TokenizerManager:
         if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
-                generation.fail(RequestError(message, status_code=reason.status_code))
+                generation.fail(RequestError(message, param=reason.param, status_code=reason.status_code))
             else:
                 generation.fail(ServiceError(message, status_code=reason.status_code))
 

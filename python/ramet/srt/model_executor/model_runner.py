@@ -1,5 +1,7 @@
 """Owns one rank's model: its weights, its KV cache and the forward pass. What runs when is the scheduler's matter."""
 
+import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,13 +20,15 @@ from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.registry import bind_attention, choose_attn_backend, describe_attention
 from ramet.srt.layers.moe import FusedMoE
-from ramet.srt.layers.quantization.fp8 import declare_fp8
+from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.decode_batch import make_decode_batch
-from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights
+from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
+from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.utils.device import to_device
 from ramet.srt.weights.manifest import build_weight_manifest
@@ -75,13 +79,21 @@ class ModelRunner:
         if device.type == "cpu":
             free_bytes //= config.num_local_ranks  # the ranks of a node share its memory
         self._build_model()
+        if self._has_own_head():
+            self.model_config = dataclasses.replace(model_config, tie_word_embeddings=False)
+            self._build_model()
+        if model_config.quantization_config is not None:
+            logger.info("fp8 weights %s", model_config.quantization_config.summary)
+        open_checkpoint = CheckpointOpener(functools.partial(describe_whole_model, self.model_config, self.manifest))
+        if config.weights.load.reads_files:
+            open_checkpoint(model_config.path)  # what is wrong with the files is said before they take memory
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
         num_pages = self._num_kv_pages(free_bytes, attention)
         backend_class = choose_attn_backend(config.attention_backend, attention)
         self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
         on_phase("model")
-        weights = RankWeights(config.weights, context, self.manifest, self.arena, device)
+        weights = RankWeights(config.weights, context, self.manifest, self.arena, device, open_checkpoint)
         # Everything that needs only the addresses of the weights is made while they come.
         with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
             loading = pool.submit(weights.load, model_config.path)
@@ -100,8 +112,8 @@ class ModelRunner:
         """Make the model without memory, and lay its weights out."""
         config = self.model_config
         self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
-        if config.quantization == "fp8":
-            declare_fp8(self.model)
+        if config.quantization_config is not None:
+            declare_quantised(self.model, config.quantization_config, self.device)
         self.model.prepare(self.device)
         self.manifest = build_weight_manifest(
             self.model.named_parameters(remove_duplicate=False),
@@ -112,7 +124,13 @@ class ModelRunner:
             role="target",
             parallel=self.parallel,
             dimensions=config.dimensions,
+            is_tied=config.tie_word_embeddings,
         )
+
+    def _has_own_head(self) -> bool:
+        """Whether the output head is not the embedding's table, though the config says so: then files have both."""
+        config = self.model_config
+        return config.tie_word_embeddings and find_own_head(self.config.weights.load, self.manifest, config.path)
 
     def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:
         """Pages of KV cache that fit beside the weights.

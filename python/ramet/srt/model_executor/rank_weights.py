@@ -6,19 +6,25 @@ They are in one of three states, each a type of its own: arriving (RankWeights),
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from ramet.srt.configs.load_config import LoadContext
+from ramet.srt.configs.load_config import LoadConfig, LoadContext
 from ramet.srt.configs.runner_config import WeightsConfig
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
+from ramet.srt.model_loader.client.seeds_head import ask_whether_tied
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
+from ramet.srt.utils.hub import has_weights
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import Claim, LoadReport, PublisherStats, summarize
 
@@ -28,6 +34,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
+CHANGED_WEIGHTS_EXIT_CODE = 72
+
+
+def find_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
+    """Whether the output head is a matrix of its own, though the model's config says that it is the embedding's table.
+
+    The own files know it; without files, the instances that have the weights.
+
+    Args:
+        manifest: of the model as its config has it.
+
+    Raises:
+        ValueError: if the files that are to be read are broken, what ModelExpress needs is not installed, or a setting
+            can't be used.
+    """
+    if config.load_format == "dummy":
+        return False
+    if config.reads_files:
+        return folder_has_own_head(model_path)
+    if has_weights(model_path):
+        try:
+            return folder_has_own_head(model_path)
+        except ValueError as error:  # of files that may never be read
+            logger.info("rank %d: the own files don't tell whether the output head is tied, the seeds may: %s",
+                        manifest.parallel.world_rank, error)  # fmt: skip
+    return _seeds_have_own_head(config, manifest, model_path)
+
+
+def _seeds_have_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str) -> bool:
+    if config.modelexpress_url is None:
+        return ask_whether_tied(config, manifest.role) is False
+    check_installed()
+    from ramet.srt.modelexpress.client.listed_head import look_whether_tied  # needs grpc
+
+    can_read_files = config.fallback == "disk" and has_weights(config.model_path or model_path)
+    return look_whether_tied(config, manifest, can_read_files=can_read_files) is False
 
 
 @dataclass(frozen=True)
@@ -39,6 +81,7 @@ class RankWeights:
     manifest: WeightManifest
     arena: WeightArena
     device: torch.device
+    open_checkpoint: OpenCheckpoint = CheckpointSource
 
     def load(self, model_path: str) -> "LoadedWeights":
         """Fill the arena. For a thread of its own.
@@ -47,7 +90,7 @@ class RankWeights:
             ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
         """
         self.arena.make_current()
-        loader = get_model_loader(self.config.load, self._finder_maker())
+        loader = get_model_loader(self.config.load, self._finder_maker(), self.open_checkpoint)
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         rank, role = self.manifest.parallel.world_rank, self.manifest.role
         logger.info("rank %d: loaded %s weights %s", rank, role, summarize(report))
@@ -70,7 +113,8 @@ class RankWeights:
             WeightTransferError: if the transfer engine does not start.
         """
         if self.config.is_seed:
-            WeightSeed.prepare(self.config.host, self.manifest.parallel.world_rank)
+            rank = self.manifest.parallel.world_rank
+            WeightSeed.prepare(self.config.host, rank, self.config.network, self.arena.gpu_id)
 
 
 class LoadedWeights:
@@ -117,7 +161,10 @@ class OfferedWeights:
             host=weights.config.host,
             started_at=weights.context.started_at,
             control_host=weights.config.control_host,
+            network=weights.config.network,
+            check_interval_s=weights.config.check_interval_s,
             on_state=self._on_instance_state,
+            on_change=self._on_change,
         )
 
     def register(self, bootstrap_url: str) -> None:
@@ -146,7 +193,11 @@ class OfferedWeights:
 
         weights = self.loaded.weights
         facts = make_instance_facts(
-            weights.context.instance_url, weights.context.started_at, weights.manifest, self.report
+            weights.context.instance_url,
+            weights.context.started_at,
+            weights.manifest,
+            self.report,
+            weights.arena.content_digest_text,
         )
         publication = Publication(
             weights.config.load,
@@ -166,6 +217,14 @@ class OfferedWeights:
                 publication.set_ready()
             else:
                 publication.withdraw()
+
+    def _on_change(self, line: str) -> None:
+        """Somebody has written to the weights: end the instance, and tell the metadata server."""
+        logger.critical("%s; the instance can't go on", line)
+        for publication in self._publications:
+            publication.withdraw()
+        logging.shutdown()
+        os._exit(CHANGED_WEIGHTS_EXIT_CODE)
 
     def publisher_stats(self) -> PublisherStats | None:
         """What the metadata server has been told; None for a rank that publishes nothing."""

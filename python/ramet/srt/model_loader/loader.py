@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, OpenCheckpoint
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.client.seeds_by_address import SeedsByAddress
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
@@ -35,18 +37,22 @@ class ModelLoader(Protocol):
         ...
 
 
-def get_model_loader(config: LoadConfig, make_finder: FinderMaker | None = None) -> ModelLoader:
+def get_model_loader(
+    config: LoadConfig, make_finder: FinderMaker | None = None, open_checkpoint: OpenCheckpoint = CheckpointSource
+) -> ModelLoader:
     """The loader for a load format.
 
     Args:
         make_finder: makes who finds seeds, where they are not at the addresses in `config`.
+        open_checkpoint: opens files, where they are read.
     """
     if config.load_format in ("auto", "safetensors"):
-        return DefaultModelLoader()
+        return DefaultModelLoader(open_checkpoint, weights_digest=config.weights_digest)
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
     if config.load_format == "remote_instance":
-        return RemoteInstanceModelLoader(config, make_finder or functools.partial(SeedsByAddress, config))
+        finder = make_finder or functools.partial(SeedsByAddress, config)
+        return RemoteInstanceModelLoader(config, finder, open_checkpoint)
     raise ValueError(f"unknown load format {config.load_format!r}")
 
 
@@ -82,7 +88,7 @@ class DummyModelLoader:
         pattern = noise[first : first + DUMMY_PATTERN_LEN]
         if "norm" in box.checkpoint_name:
             pattern = pattern + 1.0
-        elif box.checkpoint_name.endswith("_scale"):
+        elif box.checkpoint_name.endswith(SCALE_SUFFIXES):
             pattern = pattern.abs()
         num_repeats = -(-view.numel() // DUMMY_PATTERN_LEN)
         view.copy_(pattern.to(view.dtype).repeat(num_repeats)[: view.numel()].view(view.shape))

@@ -9,8 +9,10 @@ import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, OpenCheckpoint
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.attempt import Attempt
+from ramet.srt.model_loader.client.digest_check import DigestCheck
 from ramet.srt.model_loader.client.seed_finder import FinderMaker, SeedFinder
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.utils.hub import resolve_model_path
@@ -24,11 +26,15 @@ logger = logging.getLogger(__name__)
 class RemoteInstanceModelLoader:
     """Takes a rank's weights from the ranks of seed instances; from disk when that fails, unless told not to."""
 
-    def __init__(self, config: LoadConfig, make_finder: FinderMaker) -> None:
+    def __init__(
+        self, config: LoadConfig, make_finder: FinderMaker, open_checkpoint: OpenCheckpoint = CheckpointSource
+    ) -> None:
         """
         Args:
             make_finder: makes, for each load, who finds seeds.
+            open_checkpoint: opens files, where they are read.
         """
+        self._open_checkpoint = open_checkpoint
         self._config = config
         self._make_finder = make_finder
 
@@ -51,9 +57,10 @@ class RemoteInstanceModelLoader:
         rank = arena.manifest.parallel.world_rank
         errors: list[WeightTransferError] = []
         attempt: Attempt | None = None
+        digest = DigestCheck(self._config, model_path, rank)
         for candidate in finder.candidates():
             try:
-                attempt = Attempt(finder.open(candidate), arena, self._config)
+                attempt = Attempt(finder.open(candidate), arena, self._config, digest, self._open_checkpoint)
                 return attempt.run(model_path)
             except WeightTransferError as error:
                 finder.give_up(candidate, error)
@@ -95,4 +102,5 @@ class RemoteInstanceModelLoader:
         return resolve_model_path(self._config.model_path or model_path, self._config.revision)
 
     def _read_all(self, arena: WeightArena, folder: str) -> LoadReport:
-        return DefaultModelLoader().load_weights(arena.manifest, arena, folder).report
+        loader = DefaultModelLoader(self._open_checkpoint, weights_digest=self._config.weights_digest)
+        return loader.load_weights(arena.manifest, arena, folder).report

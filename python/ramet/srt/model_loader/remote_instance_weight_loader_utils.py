@@ -8,12 +8,18 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.key_proof import make_proof
+from ramet.srt.utils.net import SeedAddress, format_address
+from ramet.srt.utils.printable import printable
+from ramet.srt.weights.content_digest import MAX_TENSORS, TensorDigest, decode_tensors
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
+    MAX_CHECKSUM_REGIONS,
     MAX_REGISTRATION_BYTES,
     ChecksumsAnswer,
     ChecksumsRequest,
+    DigestTableAnswer,
+    DigestTableRequest,
     SeedAnswer,
     SeedRegistration,
     parse_answer,
@@ -37,6 +43,14 @@ class SeedServer:
     address: SeedAddress
     api_keys: Sequence[str] = ()  # tried in this order, if the seed wants one
     ca_certs: str | None = None  # see http_request
+    shows_keys: bool = True  # False: who is there may be a stranger, who only gets a proof that one has them
+
+    def authorization(self, key: str | None, method: str, target: str) -> dict[str, str]:
+        """The header with a key, or with a proof of it for this request alone."""
+        if key is None or self.shows_keys:
+            return _authorization(key)
+        authority = format_address(self.address.host, self.address.port)
+        return {"Authorization": make_proof(key, method, authority, target)}
 
     @property
     def name(self) -> str:
@@ -46,8 +60,10 @@ class SeedServer:
 # The second is upstream's name for the first, and the only one that an upstream seed knows.
 SEED_PATHS = ("/remote_instance_transfer_engine_info", "/get_remote_instance_transfer_engine_info")
 CHECKSUMS_PATH = "/remote_instance_weight_checksums"
+DIGEST_PATH = "/remote_instance_weights_digest"
 INIT_SEND_GROUP_PATH = "/init_weights_send_group_for_remote_instance"
 SEND_WEIGHTS_PATH = "/send_weights_to_remote_instance"
+MAX_TABLE_BYTES = 512 << 20  # of all answers together
 POLL_PERIOD_S = 0.25
 ABSENT_GRACE_S = 2.0  # a seed that is not there, or knows no such rank, gets this long to appear
 REQUEST_TIMEOUT_S = 10.0
@@ -172,20 +188,73 @@ def fetch_checksums(server: SeedServer, request: ChecksumsRequest, timeout_s: fl
     """What slices of checkpoint tensors hash to in the weights of a seed's rank; None if the seed can't tell.
 
     Raises:
-        WeightTransferError: if no sound answer came within `timeout_s`.
+        WeightTransferError: if no sound answer came within `timeout_s` to one of the requests that this takes.
     """
+    algorithm, checksums = "", list[str]()
     try:
-        status, body = post_to_seed(server, CHECKSUMS_PATH, request, timeout_s)
-        if status in (404, 405):
-            return None
-        if status != 200:
-            raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
-        answer = msgspec.json.decode(body, type=ChecksumsAnswer)
-        if len(answer.checksums) != len(request.regions):
-            raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
+        for start in range(0, max(1, len(request.regions)), MAX_CHECKSUM_REGIONS):
+            regions = request.regions[start : start + MAX_CHECKSUM_REGIONS]
+            part = _fetch_checksums_at_once(server, msgspec.structs.replace(request, regions=regions), timeout_s)
+            if part is None:
+                return None
+            algorithm = part.algorithm
+            checksums += part.checksums
     except (OSError, ValueError) as error:
         raise WeightTransferError("verify", request.rank, server.name, error) from error
+    return ChecksumsAnswer(algorithm=algorithm, checksums=checksums)
+
+
+def _fetch_checksums_at_once(server: SeedServer, request: ChecksumsRequest, timeout_s: float) -> ChecksumsAnswer | None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        status, body = post_to_seed(server, CHECKSUMS_PATH, request, max(0.001, deadline - time.monotonic()))
+        if status not in RETRIED_STATUS or time.monotonic() + POLL_PERIOD_S > deadline:
+            break
+        time.sleep(POLL_PERIOD_S)  # others have their turn
+    if status in (404, 405):
+        return None
+    if status != 200:
+        raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
+    answer = msgspec.json.decode(body, type=ChecksumsAnswer)
+    if len(answer.checksums) != len(request.regions):
+        raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
     return answer
+
+
+def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: float) -> list[TensorDigest]:
+    """The table of hashes behind a seed's digest, in parts; as the seed tells it, so it proves nothing by itself.
+
+    Args:
+        rank: of the seed.
+        timeout_s: for all of it.
+
+    Raises:
+        WeightTransferError: if it has none, or did not come whole within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    tensors: list[TensorDigest] = []
+    nbytes = 0
+    try:
+        while True:
+            request = DigestTableRequest(rank=rank, role=role, first=len(tensors))
+            status, body = post_to_seed(server, DIGEST_PATH, request, max(0.001, deadline - time.monotonic()))
+            if status != 200:
+                raise ValueError(f"it answers HTTP {status} to {DIGEST_PATH}: {_excerpt(body)}")
+            answer = msgspec.json.decode(body, type=DigestTableAnswer)
+            if not 0 < answer.num_tensors <= MAX_TENSORS:
+                raise ValueError("it has no table of hashes for the digest of its weights (ramet digest on its "
+                                 "files, or --weights-digest, makes one)")  # fmt: skip
+            nbytes += len(body)
+            if nbytes > MAX_TABLE_BYTES:
+                raise ValueError(f"its table of hashes is longer than {MAX_TABLE_BYTES} bytes")
+            part = decode_tensors(answer.tensors)
+            tensors += part
+            if len(tensors) >= answer.num_tensors:
+                return tensors
+            if not part:
+                raise ValueError(f"it has sent {len(tensors)} of {answer.num_tensors} tensors' hashes")
+    except (OSError, ValueError) as error:
+        raise WeightTransferError("verify", rank, server.name, error) from error
 
 
 def post_to_seed(server: SeedServer, path: str, body: msgspec.Struct, timeout_s: float) -> tuple[int, bytes]:
@@ -207,7 +276,8 @@ def _request(
             timeout_s=max(0.001, deadline - time.monotonic()),
             max_nbytes=MAX_REGISTRATION_BYTES,
             body=body,
-            headers=({} if body is None else {"Content-Type": "application/json"}) | _authorization(key),
+            headers=({} if body is None else {"Content-Type": "application/json"})
+            | server.authorization(key, method, path),
             ca_certs=server.ca_certs,
         )
         if status != 401:
@@ -241,4 +311,4 @@ def _parse(body: bytes, rank: int, role: str, seed: str) -> SeedAnswer:
 
 
 def _excerpt(body: bytes) -> str:
-    return body[:200].decode("utf-8", "replace").strip() or "empty"
+    return printable(body[:200].decode("utf-8", "replace").strip()) or "empty"

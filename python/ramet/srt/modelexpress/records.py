@@ -31,6 +31,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     world_rank: int = 0
     started_at: float = 0.0  # unix seconds
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
+    weights_digest: str = ""  # of the checkpoint that the weights are from; what it says proves nothing
+    is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
     load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 
@@ -60,7 +62,11 @@ class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_instance_facts(
-    instance_url: str, started_at: float, manifest: WeightManifest, report: LoadReport | None = None
+    instance_url: str,
+    started_at: float,
+    manifest: WeightManifest,
+    report: LoadReport | None = None,
+    weights_digest: str = "",
 ) -> InstanceFacts:
     """What a record or a claim says about the instance behind it."""
     return InstanceFacts(
@@ -69,6 +75,8 @@ def make_instance_facts(
         world_rank=manifest.parallel.world_rank,
         started_at=started_at,
         layout_signature=layout_digest(manifest),
+        weights_digest=weights_digest,
+        is_tied=manifest.is_tied,
         load=report,
     )
 

@@ -20,8 +20,7 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, prefix: str, dtype: torch.dtype, parallel: ParallelConfig):
         super().__init__()
-        bias = bool(config.hf_config.get("mlp_bias", False))
-        size = config.intermediate_size
+        bias, size = config.mlp_bias, config.intermediate_size
         self.gate_up_proj = MergedColumnParallelLinear(
             config.hidden_size,
             [f"{prefix}.gate_proj", f"{prefix}.up_proj"],
@@ -52,7 +51,7 @@ class LlamaAttention(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
             prefix,
-            bias=model.has_qkv_bias(),
+            bias=config.qkv_bias,
             dtype=dtype,
             parallel=parallel.attention,
         )
@@ -60,7 +59,7 @@ class LlamaAttention(nn.Module):
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             f"{prefix}.o_proj",
-            bias=model.has_o_bias(),
+            bias=config.o_bias,
             dtype=dtype,
             parallel=parallel.attention,
         )
@@ -182,12 +181,6 @@ class LlamaForCausalLM(nn.Module):
             if tied and parallel.is_first_stage:
                 self.lm_head.weight = self.model.embed_tokens.weight
 
-    def has_qkv_bias(self) -> bool:
-        return bool(self.config.hf_config.get("attention_bias", False))
-
-    def has_o_bias(self) -> bool:
-        return bool(self.config.hf_config.get("attention_bias", False))
-
     def make_mlp(self, layer_id: int) -> nn.Module:
         """The second half of a decoder layer: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
         return LlamaMLP(self.config, self.mlp_prefix(layer_id), self.dtype, self.parallel)
@@ -214,10 +207,4 @@ class MistralForCausalLM(LlamaForCausalLM):
 
 
 class Qwen2ForCausalLM(LlamaForCausalLM):
-    """Llama with biases on q, k and v alone."""
-
-    def has_qkv_bias(self) -> bool:
-        return True
-
-    def has_o_bias(self) -> bool:
-        return False
+    """Llama with biases on q, k and v alone, which the config's biases already say."""

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +14,7 @@ from ramet.srt.errors import RequestError
 
 MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
 MAX_SEQUENCES = 128  # largest n
+MAX_LOGIT_BIAS = 4096  # tokens with a bias
 MAX_SEED = 9 * 10**18  # an int64 that is exact as a double too: JSON schemas write their bounds as doubles
 TOKEN_KEY = r"^(0|[1-9][0-9]{0,8})$"  # a token id as the key of a JSON object
 GREEDY_TEMPERATURE = 1e-5  # below this a temperature means greedy: dividing by it would overflow
@@ -42,27 +44,31 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop: Annotated[list[StopString], Meta(max_length=64)] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=1024)] = []
     ignore_eos: bool = False
-    logit_bias: dict[int, Bias] = {}
+    logit_bias: Annotated[dict[int, Bias], Meta(max_length=MAX_LOGIT_BIAS)] = {}
     sampling_seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     regex: str | None = None
     json_schema: str | None = None
     ebnf: str | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # taken for SGLang's clients; a fast tokenizer has no such choice
     no_stop_trim: bool = False
 
 
-def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingParams:
+def parse_sampling_params(
+    data: Mapping[str, Any], vocab_size: int, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> SamplingParams:
     """Sampling parameters from what a user wrote: JSON values, or their Python equals. None means not given.
 
-    `stop` may be one string, `json_schema` an object, and the keys of `logit_bias` strings.
+    What isn't given has its value in `defaults`, the model's own, or else SGLang's. `stop` may be one string,
+    `json_schema` an object, and the keys of `logit_bias` strings.
 
     Raises:
         RequestError: (a ValueError) that names the parameter and what was expected of it.
     """
     if not isinstance(data, Mapping):
         raise RequestError("sampling_params must be an object", param="sampling_params")
-    values = {name: value for name, value in data.items() if value is not None}
+    values = {**defaults, **{name: value for name, value in data.items() if value is not None}}
     unknown = [str(name) for name in values if name not in SamplingParams.__struct_fields__]
     if unknown:
         known = ", ".join(SamplingParams.__struct_fields__)
@@ -73,11 +79,17 @@ def parse_sampling_params(data: Mapping[str, Any], vocab_size: int) -> SamplingP
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     if isinstance(values.get("json_schema"), Mapping):
-        values["json_schema"] = json.dumps(values["json_schema"])
+        try:
+            values["json_schema"] = json.dumps(values["json_schema"])
+        except (RecursionError, ValueError, TypeError) as error:
+            raise RequestError(f"json_schema can't be written as JSON: {error}", param="json_schema") from None
     try:
         params = _convert(values)
     except msgspec.ValidationError as error:
         raise _named(error, values) from None
+    except UnicodeEncodeError:
+        name = next(name for name, value in values.items() if not _is_unicode_throughout(value))
+        raise _not_unicode(name) from None
     _check_together(params, vocab_size)
     if params.temperature < GREEDY_TEMPERATURE:
         params.temperature = 0.0
@@ -155,9 +167,18 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
         raise RequestError(
             f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
         )
-    for text in (*params.stop, params.regex or "", params.json_schema or "", params.ebnf or ""):
-        if not is_unicode(text):
-            raise RequestError("a string holds a lone surrogate and can't be written as UTF-8", param="stop")
+    for name in ("stop", *GRAMMAR_FIELDS):
+        if not _is_unicode_throughout(getattr(params, name)):
+            raise _not_unicode(name)
+
+
+def _not_unicode(name: str) -> RequestError:
+    return RequestError(f"{name} holds a lone surrogate, which is no text", param=name)
+
+
+def _is_unicode_throughout(value: Any) -> bool:
+    """Whether all strings in a JSON value can be written as UTF-8."""
+    return is_unicode(json.dumps(value, ensure_ascii=False))
 
 
 def is_unicode(text: str) -> bool:

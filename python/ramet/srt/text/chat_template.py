@@ -1,25 +1,27 @@
-"""Owns the rendering of a chat into a prompt by a model's Jinja template, as Hugging Face templates expect it.
+"""Owns a model's chat template: what it is given for a chat, and what its refusals become.
 
-Jinja is imported when the first chat is rendered.
+A template is a program that comes with a model. It runs in a process of its own (template_process.py), which bounds
+what it can take.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ramet.srt.errors import RequestError
-
-if TYPE_CHECKING:
-    from jinja2 import Environment, Template
+from ramet.srt.text.template_process import TemplateFailed, render_template
 
 
 class ChatTemplate:
-    """One template with the special tokens that it may name. It runs in a sandbox that can change nothing."""
+    """One template with the special tokens that it may name.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str):
+    Args:
+        origin: the file that it comes from, for errors.
+        tool_use: another template for chats with tools, where the model has one.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str, tool_use: str | None = None):
         self.source = source
+        self._tool_use = tool_use
         self._special_tokens = dict(special_tokens)
         self._origin = origin
 
@@ -29,88 +31,48 @@ class ChatTemplate:
         Raises:
             ValueError: if it can't; the message names the file and the line.
         """
-        from jinja2 import TemplateSyntaxError
-
-        try:
-            _ = self._template
-        except TemplateSyntaxError as error:
-            raise ValueError(f"chat template in {self._origin}, line {error.lineno}: {error.message}") from None
+        for source in filter(None, (self.source, self._tool_use)):
+            try:
+                render_template(source, None)
+            except TemplateFailed as error:
+                raise self._compile_error(error) from None
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **template_kwargs: Any,
     ) -> str:
         """The prompt for `messages`, special tokens included: encode it without adding them again.
 
-        Raises:
-            RequestError: (a ValueError) if the template refuses the messages; with its own words.
-        """
-        from jinja2 import TemplateError
+        Args:
+            continue_final_message: end in the last message's text instead of behind it; without a generation prompt.
 
-        self.compile()
+        Raises:
+            RequestError: (a ValueError) if the template refuses the messages, with its own words; or if it takes more
+                time or memory than a template may.
+            ServiceError: if there is no process to run it in.
+        """
+        is_tool_use = self._tool_use is not None and template_kwargs.get("tools") is not None
+        source = self._tool_use if self._tool_use is not None and is_tool_use else self.source
         values = {
             "tools": None,
             "documents": None,
             **self._special_tokens,
             **template_kwargs,
             "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            return self._template.render(values)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
+            return render_template(source, values, continue_final_message)
+        except TemplateFailed as error:
+            if error.line is not None:
+                raise self._compile_error(error) from None
+            raise RequestError(f"the chat template {error}", param="messages") from None
 
-    @cached_property
-    def _template(self) -> "Template":
-        return _environment().from_string(self.source)
-
-
-def _environment() -> "Environment":
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlock(Extension):
-        """`{% generation %}…{% endgeneration %}` marks training targets; here its content is rendered as it is."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
+    def _compile_error(self, error: TemplateFailed) -> ValueError:
+        if error.line is None:
+            return ValueError(f"chat template in {self._origin}: it {error}")
+        return ValueError(f"chat template in {self._origin}, line {error.line}: {error}")

@@ -2,16 +2,34 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
+from ramet.srt.configs.tokenizer_config import read_tokenizer_config
+from ramet.srt.errors import one_line
+from ramet.srt.text.added_tokens import add_declared_tokens, token_of_role
+from ramet.srt.text.boundaries import (
+    Boundaries,
+    ByteRunBoundaries,
+    CharacterBoundaries,
+    LastTokenBoundaries,
+    NoBoundaries,
+    byte_level_bytes,
+    fallback_byte,
+)
 from ramet.srt.text.chat_template import ChatTemplate
+from ramet.srt.text.chat_template_files import read_chat_template
+from ramet.srt.text.clean_up import clean_up
+from ramet.srt.text.prefix_space import apply_prefix_space
 
-SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# They treat each token by itself, or are asked where a text may be cut (boundaries.py).
+KNOWN_DECODERS = frozenset(
+    {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Sequence", "Strip", "WordPiece"}
+)
 
 
 class Tokenizer:
@@ -21,23 +39,26 @@ class Tokenizer:
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.special_tokens = _special_tokens(config)
-        _add_missing_tokens(backend, config, self.special_tokens)
+        self._backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        self.special_tokens = token_of_role(config)
+        add_declared_tokens(backend, config)
+        apply_prefix_space(backend, config)
         self.chat_template = chat_template
         self._add_bos = config.get("add_bos_token")
         self._add_eos = config.get("add_eos_token")
+        self.cleans_up = _cleans_up(backend, config)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def from_path(cls, folder: str, chat_template_file: str | None = None) -> "Tokenizer":
-        """Read tokenizer.json, tokenizer_config.json, special_tokens_map.json and the chat template from `folder`.
+        """Read tokenizer.json, the JSON files that stand beside it and the chat template from `folder`.
 
         A folder without tokenizer.json is left to transformers, which converts older formats.
 
         Raises:
             ValueError: if there is no tokenizer or one of the files is broken; the message names the file.
         """
-        config = {**_read_json(folder, "special_tokens_map.json"), **_read_json(folder, "tokenizer_config.json")}
+        config = read_tokenizer_config(folder)
         file = os.path.join(folder, "tokenizer.json")
         if os.path.isfile(file):
             try:
@@ -46,42 +67,93 @@ class Tokenizer:
                 raise ValueError(f"{file} can't be read: {error}") from None
         else:
             backend = _convert_with_transformers(folder)
-        return cls(backend, config, _chat_template(folder, config, chat_template_file))
+        return cls(backend, config, read_chat_template(folder, config, chat_template_file))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with the model's begin-of-sequence token and such where `add_special_tokens`."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Unlike `encode` it lets go of Python's lock, and it leaves out the places of the tokens, which take most time.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         if add_special_tokens:
             ids = self._with_marks(ids)
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `token_ids`; bytes that are no UTF-8 become replacement characters, unknown ids nothing."""
+        text = self.decode_raw(token_ids, skip_special_tokens)
+        return clean_up(text) if self.cleans_up else text
+
+    def decode_raw(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """As `decode`, without the cleaning that some tokenizers ask for: what follows never changes it."""
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary has it; None for an id that no token has."""
+        return self._backend.id_to_token(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is one that is skipped where special tokens are."""
+        return token_id in self._special_ids
+
+    def holds_special_token(self, text: str) -> bool:
+        """Whether `text` contains a special token's text."""
+        return self._special_pattern is not None and self._special_pattern.search(text) is not None
+
+    def boundaries(self) -> Boundaries:
+        """A new watch over where the text of a growing sequence may be cut."""
+        if self._decoders - KNOWN_DECODERS or self._strips_ends:
+            return LastTokenBoundaries()
+        if "ByteFallback" in self._decoders:
+            return ByteRunBoundaries()
+        return CharacterBoundaries(BYTE_OF_CHARACTER) if "ByteLevel" in self._decoders else NoBoundaries()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token stands for, in the middle of a text; b"" for an id that stands for none."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
-        if token_id in self._added_tokens:
-            return token.encode()
         if "ByteLevel" in self._decoders:
-            return bytes(BYTE_OF_CHARACTER[char] for char in token if char in BYTE_OF_CHARACTER)
-        if "ByteFallback" in self._decoders:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("\u2581", " ").encode()
-        return self.decode([token_id]).encode()
+            return byte_level_bytes(token, BYTE_OF_CHARACTER)
+        if token_id in self._special_ids:
+            return token.encode()
+        byte = fallback_byte(token) if "ByteFallback" in self._decoders else None
+        if byte is not None:
+            return bytes([byte])
+        context = [] if self.anchor_id is None else [self.anchor_id]
+        return self.decode_raw([*context, token_id])[len(self.decode_raw(context)) :].encode()
 
-    def to_json(self) -> str:
-        """The whole tokenizer in the format of tokenizer.json."""
-        return self._backend.to_str()
+    def to_json(self, vocab_size: int | None = None) -> str:
+        """The tokenizer as a tokenizer.json, without added tokens that a model of `vocab_size` can't give."""
+        text = self._backend.to_str()
+        if vocab_size is None or self.vocab_size <= vocab_size:
+            return text
+        content = json.loads(text)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+        return json.dumps(content)
 
     def special_token_id(self, name: str) -> int | None:
         """Id of "bos_token", "eos_token", …; None when the model has none."""
         token = self.special_tokens.get(name)
         return None if token is None else self._backend.token_to_id(token)
+
+    @cached_property
+    def anchor_id(self) -> int | None:
+        """A token that is text by itself: what is decoded behind it stands in the middle of a text.
+
+        None where the vocabulary has no such token, and where it makes no difference.
+        """
+        if self._decoders == {"ByteLevel"}:
+            return None
+        for token_id in range(self.vocab_size):
+            token = self._backend.id_to_token(token_id)
+            if token is not None and re.fullmatch(r"[0-9A-Za-z]+", token) and token_id not in self._special_ids:
+                return token_id
+        return None
+
+    @cached_property
+    def broken_byte_id(self) -> int | None:
+        """The token of a byte that no UTF-8 text has, where the vocabulary has one."""
+        return self._backend.token_to_id("<0xFF>")
 
     def _with_marks(self, ids: list[int]) -> list[int]:
         """Apply add_bos_token and add_eos_token, which stand above what tokenizer.json does by itself."""
@@ -97,21 +169,34 @@ class Tokenizer:
         return ids
 
     @cached_property
-    def _added_tokens(self) -> dict[int, AddedToken]:
-        return self._backend.get_added_tokens_decoder()
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _special_pattern(self) -> "re.Pattern[str] | None":
+        texts = [token for token_id in self._special_ids if (token := self._backend.id_to_token(token_id))]
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
 
     @cached_property
     def _decoders(self) -> frozenset[str]:
         """Types of the decoder and the decoders that it is made of."""
+        return frozenset(decoder["type"] for decoder in self._decoder_parts)
+
+    @cached_property
+    def _strips_ends(self) -> bool:
+        return any(decoder["type"] == "Strip" and decoder["stop"] for decoder in self._decoder_parts)
+
+    @cached_property
+    def _decoder_parts(self) -> list[dict[str, Any]]:
         if self._backend.decoder is None:
-            return frozenset()
-        found: set[str] = set()
-        waiting = [json.loads(self._backend.decoder.__getstate__())]
+            return []
+        found, waiting = [], [json.loads(self._backend.decoder.__getstate__())]
         while waiting:
             decoder = waiting.pop()
-            found.add(decoder["type"])
+            found.append(decoder)
             waiting.extend(decoder.get("decoders", ()))
-        return frozenset(found)
+        return found
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -126,61 +211,12 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _read_json(folder: str, name: str) -> dict[str, Any]:
-    file = os.path.join(folder, name)
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return content
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Role -> token: {"bos_token": "<s>", …}."""
-    tokens = {}
-    for name in SPECIAL_TOKEN_NAMES:
-        value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and text:
-            tokens[name] = text
-    return tokens
-
-
-def _add_missing_tokens(backend: BackendTokenizer, config: dict[str, Any], special_tokens: dict[str, str]) -> None:
-    """Add what tokenizer_config.json declares beyond tokenizer.json, and mark the special tokens as special."""
-    declared = config.get("added_tokens_decoder") or {}
-    for token_id, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        if backend.token_to_id(token["content"]) is None:
-            flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
-            added = AddedToken(token["content"], **flags)
-            (backend.add_special_tokens if token.get("special") else backend.add_tokens)([added])
-            if backend.token_to_id(token["content"]) != int(token_id):
-                raise ValueError(f"tokenizer_config.json: added token {token['content']!r} can't get the id {token_id}")
-    known = backend.get_added_tokens_decoder()
-    for text in special_tokens.values():
-        found = backend.token_to_id(text)
-        if found is not None and not (found in known and known[found].special):
-            backend.add_special_tokens([AddedToken(text, normalized=False)])
-
-
-def _chat_template(folder: str, config: dict[str, Any], template_file: str | None) -> ChatTemplate | None:
-    """The template of `template_file`, else of chat_template.jinja, else of tokenizer_config.json."""
-    source: Any
-    file = template_file or os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(file):
-        with open(file, encoding="utf-8") as stream:
-            source = stream.read()
-    else:
-        source = config.get("chat_template") or _read_json(folder, "chat_template.json").get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        file = os.path.join(folder, "tokenizer_config.json")
-    return ChatTemplate(source, _special_tokens(config), file) if source else None
+def _cleans_up(backend: BackendTokenizer, config: dict[str, Any]) -> bool:
+    """Whether spaces before punctuation are taken out: asked for, and no BPE, whose texts it would only damage."""
+    if not config.get("clean_up_tokenization_spaces"):
+        return False
+    is_bpe = type(backend.model).__name__ == "BPE"
+    return not is_bpe or bool(config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"))
 
 
 def _convert_with_transformers(folder: str) -> BackendTokenizer:
@@ -194,8 +230,11 @@ def _convert_with_transformers(folder: str) -> BackendTokenizer:
         raise ValueError(f"{folder} has no tokenizer.json, and transformers, which reads others, is missing") from None
     try:
         converted = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{folder} has no tokenizer.json, and transformers can't read it: {error}") from None
+    except Exception as error:  # noqa: BLE001 - its converters raise whatever their libraries do
+        raise ValueError(
+            f"{folder} has no tokenizer.json, which AutoTokenizer's save_pretrained writes, and transformers can't "
+            f"read the older files here: {one_line(error)}"
+        ) from None
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{folder} has no tokenizer.json, and its tokenizer has no fast form")

@@ -50,6 +50,7 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuInit": [ctypes.c_uint],
         "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
         "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
+        "cuCtxSetCurrent": [ctypes.c_void_p],
         "cuEventRecord": [ctypes.c_void_p, stream],
         "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
         "cuMemGetAddressRange_v2": [ctypes.POINTER(address), ctypes.POINTER(size), address],
@@ -91,10 +92,20 @@ def retain_primary_context(gpu_id: int) -> None:
     Raises:
         OSError: if there is no driver, or it refuses.
     """
+    _retain_primary_context(gpu_id)
+
+
+def use_primary_context(gpu_id: int) -> None:
+    """The same, and make it the calling thread's. Raises OSError as that does."""
+    call_driver("cuCtxSetCurrent", _retain_primary_context(gpu_id))
+
+
+def _retain_primary_context(gpu_id: int) -> ctypes.c_void_p:
     device, context = ctypes.c_int(), ctypes.c_void_p()
     call_driver("cuInit", 0)
     call_driver("cuDeviceGet", ctypes.byref(device), gpu_id)
     call_driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    return context
 
 
 def export_memory(address: int) -> tuple[bytes, int]:

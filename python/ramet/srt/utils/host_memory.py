@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20
@@ -14,6 +15,7 @@ PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 # Not all of these are in Python 3.11's mmap module.
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MAP_FIXED_NOREPLACE = 0x100000
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 0x1
@@ -51,6 +53,33 @@ def map_file_at(address: int, nbytes: int, fd: int, *, private: bool) -> None:
     _mmap(address, nbytes, PROT_READ_WRITE, _MAP_FIXED | (mmap.MAP_PRIVATE if private else mmap.MAP_SHARED), fd)
     # Only where the kernel has huge pages for shared memory; the mapping works as well without.
     _libc.madvise(address, nbytes, _MADV_HUGEPAGE)
+
+
+def map_file_read_only(fd: int, nbytes: int, address: int = 0) -> int:
+    """Show a file's first bytes where nobody, and no call into the kernel, can write to them; returns where.
+
+    Args:
+        address: where, if it must be there; 0: anywhere.
+
+    Raises:
+        OSError: if it can't be mapped, or something else is there.
+    """
+    if address:
+        return _mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED_NOREPLACE, fd)
+    return _mmap(reserve_addresses(nbytes), nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+
+def map_files(fds: Sequence[int], nbytes: Sequence[int]) -> int:
+    """Show the first bytes of several files one behind the other, writable; returns where they begin.
+
+    Args:
+        nbytes: of each, in whole pages.
+    """
+    start = address = reserve_addresses(sum(nbytes))
+    for fd, length in zip(fds, nbytes, strict=True):
+        map_file_at(address, length, fd, private=False)
+        address += length
+    return start
 
 
 def map_nothing_at(address: int, nbytes: int) -> None:

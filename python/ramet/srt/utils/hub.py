@@ -9,6 +9,8 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
 WEIGHTLESS_IGNORED = ("*.safetensors.index.json", "*.bin.index.json")
 
+_SNAPSHOT = re.compile(r"/models--((?:(?!--)[^/])+(?:--(?:(?!--)[^/])+)?)/snapshots/[0-9a-f]{40}$")
+
 
 def resolve_model_path(model: str, revision: str | None = None, weights: bool = True) -> str:
     """The folder of `model`: `model` itself when it is a folder, else a snapshot of that hub id.
@@ -48,6 +50,26 @@ def snapshot_revision(folder: str) -> str | None:
     """The commit of a hub snapshot's folder; None for any other folder."""
     match = re.search(r"/snapshots/([0-9a-f]{40})/?$", os.path.realpath(folder))
     return match[1] if match else None
+
+
+def canonical_model_name(model: str) -> str:
+    """One name for all spellings of a model: of the hub's id and the snapshot in its cache that id, of a folder its
+    real path.
+
+    Args:
+        model: folder or hub id. A name that is neither, here, stays as it is.
+    """
+    if not os.path.isdir(model):
+        return model
+    folder = os.path.realpath(model)
+    match = _SNAPSHOT.search(folder)
+    return match[1].replace("--", "/") if match else folder
+
+
+def canonical_given_name(name: str) -> str:
+    """A name that was given for a model, which need not be on this machine; as above if it is written as a folder."""
+    is_folder = name.startswith((os.sep, ".")) or name.endswith(os.sep)
+    return canonical_model_name(name) if is_folder else name
 
 
 def resolve_tokenizer_path(tokenizer: str | None, model: str, revision: str | None) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 RETRY_PERIOD_S = 0.5
+MAX_CONNECTIONS = 256  # each has a thread
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -45,6 +46,8 @@ class ConnectionThreads:
         self._answer = answer
         self._name = name
         self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._num_open = 0
         self._thread = threading.Thread(target=self._accept, name=name, daemon=True)
         self._thread.start()
 
@@ -60,11 +63,29 @@ class ConnectionThreads:
         while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), name=self._name, daemon=True).start()
+                if self._num_open >= MAX_CONNECTIONS:
+                    connection.close()
+                    raise OSError(f"{self._num_open} others are open")
+                self._start(connection)
             except (OSError, RuntimeError) as error:  # too many files or threads, for now; or shut down
                 if not self._closing.wait(RETRY_PERIOD_S):
                     logger.warning("%s can't take a connection: %s", self._name, error)
 
+    def _start(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._num_open += 1
+        try:
+            threading.Thread(target=self._serve, args=(connection,), name=self._name, daemon=True).start()
+        except RuntimeError:
+            with self._lock:
+                self._num_open -= 1
+            connection.close()
+            raise
+
     def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            self._answer(connection)
+        try:
+            with connection:
+                self._answer(connection)
+        finally:
+            with self._lock:
+                self._num_open -= 1

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -13,6 +14,27 @@ def is_ipv6(host: str) -> bool:
 def address_family(host: str) -> socket.AddressFamily:
     """The family of a socket that is bound to the address `host`."""
     return socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A TCP socket that listens on an address of this host, given in numbers or by a name, and nowhere else.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        OSError: if there is no such address here, or the port is in use.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def format_address(host: str, port: int | str) -> str:
@@ -73,14 +95,15 @@ def _own_address(family: socket.AddressFamily, target: Any) -> str:
         return probe.getsockname()[0]
 
 
-def choose_interface(address: str) -> None:
-    """Have gloo and NCCL use the interface that holds `address`, unless the user has chosen one."""
+def choose_interface(host: str, backends: Sequence[str] = ("GLOO", "NCCL")) -> None:
+    """Have gloo and NCCL use the interface that holds the address `host`, unless the user has chosen one."""
     import psutil  # only ranks that meet others need it
 
+    addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
     for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in entries):
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(variable, name)
+        if any(entry.address in addresses for entry in entries):
+            for backend in backends:
+                os.environ.setdefault(f"{backend}_SOCKET_IFNAME", name)
             return
 
 

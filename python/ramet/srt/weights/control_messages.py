@@ -59,6 +59,7 @@ class WeightControlError(msgspec.Struct, kw_only=True, tag=True):
     """A rank to the main process: why it does not do what it was asked to."""
 
     message: str
+    is_busy: bool = False  # it could later
 
 
 class InstanceReady(msgspec.Struct, kw_only=True, tag=True):
@@ -73,5 +74,27 @@ class InstanceStateOutput(msgspec.Struct, kw_only=True, tag=True):
     """A rank to the main process: it has noted the state of the instance, and told others if it could."""
 
 
-WeightRequest = WeightChecksumsReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
-WeightReply = WeightChecksumsOutput | InitSendGroupOutput | SendWeightsOutput | InstanceStateOutput | WeightControlError
+class DigestTableReq(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to a rank: a part of the table of hashes behind the digest of its weights."""
+
+    first: int
+
+
+class DigestTableOutput(msgspec.Struct, kw_only=True, tag=True):
+    """A rank to the main process."""
+
+    num_tensors: int
+    tensors: bytes
+
+
+WeightRequest = (
+    WeightChecksumsReq | DigestTableReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
+)
+WeightReply = (
+    WeightChecksumsOutput
+    | DigestTableOutput
+    | InitSendGroupOutput
+    | SendWeightsOutput
+    | InstanceStateOutput
+    | WeightControlError
+)

@@ -1,5 +1,6 @@
 """Owns the copy operations of a plan: which bytes of which source fill which bytes of an arena; cutting, joining."""
 
+import secrets
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -83,6 +84,23 @@ def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
                 target_offset=op.target_offset + done,
                 row_nbytes=min(step, op.row_nbytes - done),
             )
+
+
+def random_part(op: CopyOp, max_nbytes: int) -> CopyOp:
+    """At most `max_nbytes` of one of its rows, anywhere."""
+    row = secrets.randbelow(op.num_rows)
+    target_size = element_size(op.target_dtype) if op.target_dtype else 1
+    source_size = element_size(op.source_dtype) if op.source_dtype else 1
+    num_elements = op.row_nbytes // target_size
+    length = min(num_elements, max(1, max_nbytes // target_size))
+    first = secrets.randbelow(num_elements - length + 1)
+    return msgspec.structs.replace(
+        op,
+        source_offset=op.source_offset + row * op.source_stride + first * source_size,
+        target_offset=op.target_offset + row * op.target_stride + first * target_size,
+        row_nbytes=length * target_size,
+        num_rows=1,
+    )
 
 
 def split_by_source(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:

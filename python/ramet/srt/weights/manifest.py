@@ -19,6 +19,7 @@ DTYPE_BYTES = {
     "float16": 2,
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
     "int64": 8,
     "int32": 4,
     "int16": 2,
@@ -73,6 +74,7 @@ class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     entries: tuple[WeightEntry, ...]
     dimensions: dict[str, int] = {}  # sizes of the whole model, by their names in its config
     checksums: WeightChecksums | None = None  # once the weights are final
+    is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
 
     @property
     def payload_nbytes(self) -> int:
@@ -90,6 +92,7 @@ def build_weight_manifest(
     role: str,
     parallel: ParallelConfig,
     dimensions: dict[str, int] | None = None,
+    is_tied: bool | None = None,
 ) -> WeightManifest:
     """Lay the parameters out in an arena, in their order, each at an aligned offset.
 
@@ -127,6 +130,7 @@ def build_weight_manifest(
         arena_nbytes=offset,
         entries=tuple(entries),
         dimensions=dimensions or {},
+        is_tied=is_tied,
     )
 
 
@@ -148,6 +152,14 @@ def _build_entry(name: str, parameter: Any, offset: int, aliases: tuple[str, ...
     for box in entry.boxes:
         check_box(entry, box)
     return entry
+
+
+def says_tied(manifest: WeightManifest) -> bool | None:
+    """Whether the output head is the embedding's table, as far as a manifest tells."""
+    if manifest.is_tied is not None:
+        return manifest.is_tied
+    has_head = any(box.checkpoint_name == "lm_head.weight" for entry in manifest.entries for box in entry.boxes)
+    return False if has_head else None
 
 
 def check_box(entry: WeightEntry, box: WeightBox) -> None:

@@ -5,6 +5,7 @@ import msgspec
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
+MAX_CHECKSUM_REGIONS = 4096  # in one request; a client that wants more asks again
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
 
 
@@ -42,6 +43,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
     started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
+    weights_digest: str = ""  # of the checkpoint that the weights are from, where the instance knows it
     control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
@@ -61,6 +63,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     arena_address: int | None = None
     local_handle: LocalHandle | None = None
     started_at: float = 0.0
+    weights_digest: str = ""  # what it says proves nothing: a client compares what it has received
 
     @property
     def session_id(self) -> str:
@@ -72,7 +75,10 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChecksumsRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port."""
+    """The body of POST /remote_instance_weight_checksums on the engine's own HTTP port.
+
+    At most MAX_CHECKSUM_REGIONS regions, which together have no more than twice the bytes of the rank's weights.
+    """
 
     rank: int
     regions: list[WeightRegion]
@@ -84,6 +90,21 @@ class ChecksumsAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     algorithm: str
     checksums: list[str]
+
+
+class DigestTableRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /remote_instance_weights_digest on the engine's own HTTP port."""
+
+    rank: int
+    role: str = "target"
+    first: int = 0  # index of a tensor
+
+
+class DigestTableAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Its answer: a part of the table of hashes behind the seed's digest."""
+
+    num_tensors: int  # of the whole table; 0 if the seed has none
+    tensors: bytes = b""  # from the first one that was asked for on, as content_digest.encode_tensors has them
 
 
 class InitSendGroupBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -127,7 +148,7 @@ class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     role: str = "target"
 
 
-def parse_registration(body: bytes) -> SeedRegistration:
+def parse_registration(body: bytes | bytearray) -> SeedRegistration:
     """Raises ValueError with the reason if `body` is not a sound registration."""
     registration = msgspec.json.decode(body, type=SeedRegistration)
     if registration.rank is None and registration.tp_rank is None:
@@ -149,6 +170,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
         arena_address=registration.arena_address,
         local_handle=registration.local_handle,
         started_at=registration.started_at,
+        weights_digest=registration.weights_digest,
     )
     return msgspec.json.encode(answer)
 

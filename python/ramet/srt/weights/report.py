@@ -23,6 +23,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     num_bytes: int
     seconds: float
     verified: bool = False  # content checksums were compared with the seed's
+    digest: str = ""  # of the checkpoint that every byte from instances was compared with; "" if it was not
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
@@ -37,6 +38,7 @@ def summarize(report: LoadReport) -> str:
         f"from {report.source}: {report.num_bytes / 1e9:.3f} GB in {report.seconds:.2f} s, "
         f"{report.num_bytes / 1e9 / max(report.seconds, 1e-9):.2f} GB/s"
         + (", checksums verified" if report.verified else "")
+        + (f", content as in {report.digest[:16]}…" if report.digest else "")
         + "".join(f"; {num_bytes / 1e9:.3f} GB from {giver}" for giver, num_bytes in given)
     )
 

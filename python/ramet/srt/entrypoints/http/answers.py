@@ -192,3 +192,4 @@ class ModelInfo(Answer):
     dtype: str
     context_length: int
     vocab_size: int
+    default_sampling_params: dict[str, float]  # of the model's own

@@ -1,31 +1,54 @@
-"""Owns who may call what, and when: bearer keys, the readiness of the instance, the size of a body. Plain ASGI."""
+"""Owns who may call what, and when: bearer keys, web pages, the readiness of the instance. Plain ASGI."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_errors import error_response
+from ramet.srt.utils.http_origin import OriginCheck
+from ramet.srt.utils.key_proof import is_proof
 
-MAX_BODY_BYTES = 64 << 20
 HEALTH_PATHS = frozenset({"/health", "/health_generate"})
 ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
 
 
+# What instances ask each other for their weights.
+WEIGHT_PATHS = (
+    "/remote_instance_",
+    "/get_remote_instance_",
+    "/init_weights_send_group_for_remote_instance",
+    "/send_weights_to_remote_instance",
+)
+
+
 class AccessMiddleware:
-    """Lets a request through to the app, or answers it with 401, 413 or 503.
+    """Lets a request through to the app, or answers it with 401, 403 or 503.
 
     Args:
         api_key: needed for every path but the health checks; None: nothing is needed.
         admin_api_key: needed for ADMIN_PATHS, and good for all others; None: `api_key` takes its place.
+        origins: tells web pages from other callers, where no key does.
         refusal: says why nothing can be answered now, or None.
+        authorities: host:port by which other instances reach this one: a proof of the key that is made for one of
+            them is as good as the key where weights are asked for (utils/key_proof.py).
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, admin_api_key: str | None, refusal: Callable[[], str | None]):
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        admin_api_key: str | None,
+        origins: OriginCheck,
+        refusal: Callable[[], str | None],
+        authorities: Collection[str] = (),
+    ):
+        self._authorities = authorities
         self._app = app
         self._api_key = api_key
         self._admin_api_key = admin_api_key
+        self._origins = origins
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,31 +57,48 @@ class AccessMiddleware:
         elif (answer := self._refuse(scope)) is not None:
             await answer(scope, receive, send)
         else:
-            await self._app(scope, _limited(receive), send)
+            await self._app(scope, receive, send)
 
     def _refuse(self, scope: Scope) -> ASGIApp | None:
         """The answer to a request that goes no further. Notes in `scope` whether an administrator asks."""
         headers = Headers(scope=scope)
         scope["is_admin"] = self._is_admin(headers)
-        if not self._may_call(scope["path"], headers, scope["is_admin"]):
+        may_call = self._may_call(scope["path"], headers, scope["is_admin"])
+        if not may_call and not self._has_proof(scope, headers):
             return error_response(
                 401,
                 "the Authorization header must be 'Bearer' and a valid key",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        if self._is_open(scope["path"]):
+            foreign = self._origins.refusal(headers.get("host"), headers.get("origin"))
+            if foreign is not None:
+                return error_response(403, foreign)
         refusal = self._refusal()
-        if refusal is not None:
-            return error_response(503, refusal)
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return _too_large()
-        return None
+        return None if refusal is None else error_response(503, refusal)
 
     def _is_admin(self, headers: Headers) -> bool:
         """Whether the call has the strongest key there is; without any keys everybody has."""
         key = self._admin_api_key or self._api_key
         return key is None or has_key(headers, key)
+
+    def _is_open(self, path: str) -> bool:
+        """Whether the path needs no key."""
+        return self._api_key is None and (self._admin_api_key is None or path not in ADMIN_PATHS)
+
+    def _has_proof(self, scope: Scope, headers: Headers) -> bool:
+        """Whether another instance asks for weights, and has the key without showing it."""
+        if not scope["path"].startswith(WEIGHT_PATHS):
+            return False
+        query = scope["query_string"].decode("latin-1")
+        target = scope["path"] + (f"?{query}" if query else "")
+        authorization = headers.get("authorization", "")
+        return any(
+            is_proof(authorization, key, scope["method"], self._authorities, target)
+            for key in (self._api_key, self._admin_api_key)
+            if key is not None
+        )
 
     def _may_call(self, path: str, headers: Headers, is_admin: bool) -> bool:
         if is_admin:
@@ -72,26 +112,3 @@ def has_key(headers: Headers, key: str) -> bool:
     """Whether the request carries `Authorization: Bearer <key>`. Takes the same time for every wrong key."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
-
-
-class BodyTooLarge(ValueError):
-    """A body without a length that has gone on for too long."""
-
-
-def _limited(receive: Receive) -> Receive:
-    """`receive` that ends a body of unannounced length when it is too long."""
-    num_bytes = 0
-
-    async def limited() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body is longer than {MAX_BODY_BYTES} bytes")
-        return message
-
-    return limited
-
-
-def _too_large() -> ASGIApp:
-    return error_response(413, f"the body is longer than {MAX_BODY_BYTES} bytes")

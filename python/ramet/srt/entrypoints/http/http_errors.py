@@ -11,6 +11,8 @@ from starlette.responses import Response
 from ramet.srt.entrypoints.http.http_validation import describe_validation_errors
 from ramet.srt.errors import RequestError, ServiceError
 
+MAX_MESSAGE_CHARS = 2000
+MAX_PARAM_CHARS = 200
 ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large"}
 
 
@@ -33,6 +35,10 @@ def error_body(
     status_code: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
     """An error in OpenAI's shape."""
+    if len(message) > MAX_MESSAGE_CHARS:  # it quotes what the client knows
+        message = message[: MAX_MESSAGE_CHARS // 2] + " … " + message[-MAX_MESSAGE_CHARS // 2 :]
+    if param is not None:
+        param = param[:MAX_PARAM_CHARS]
     default = "invalid_request_error" if status_code < 500 else "server_error"
     kind = ERROR_TYPES.get(status_code, default)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

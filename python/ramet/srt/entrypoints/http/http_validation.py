@@ -1,15 +1,34 @@
 """Owns what request bodies have in common: pieces of their schema, and words for what is wrong with them."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 
-from ramet.srt.sampling.sampling_params import MAX_TOKENS, with_whole_numbers
+from ramet.srt.sampling.sampling_params import MAX_TOKENS, is_unicode, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _check_unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("a string with a lone surrogate is no text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]  # a JSON string may be none
 PromptText = Annotated[str, Field(min_length=1)]
+Prompt = TypeVar("Prompt")
+Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
 class RequestBody(BaseModel):

@@ -1,23 +1,41 @@
 """Owns the bodies of the OpenAI routes: their fields, types and ranges. What is not here is refused by name."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, PromptText, RequestBody, TokenIds
-from ramet.srt.sampling.sampling_params import MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
+from ramet.srt.entrypoints.http.http_validation import Prompts, PromptText, RequestBody, Text, TokenIds
+from ramet.srt.sampling.sampling_params import MAX_LOGIT_BIAS, MAX_SEED, MAX_SEQUENCES, MAX_TOKENS, TOKEN_KEY
 
 MAX_OPENAI_LOGPROBS = 20
+MAX_METADATA = 64
+MAX_TOOL_CALLS = 256
+
+
+def at_most(max_entries: int) -> Callable[[Any], Any]:
+    """A check that comes before that of each entry, of which pydantic would tell one error each."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > max_entries:
+            raise ValueError(f"at most {max_entries} entries are taken, not {len(value)}")
+        return value
+
+    return check
+
+
 StopText = Annotated[str, Field(min_length=1, max_length=4096)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=TOKEN_KEY)], Bias],
+    BeforeValidator(at_most(MAX_LOGIT_BIAS)),
     WithJsonSchema(
         {
             "type": "object",
             "propertyNames": {"pattern": TOKEN_KEY},
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+            "maxProperties": MAX_LOGIT_BIAS,
         }
     ),
 ]
@@ -39,35 +57,42 @@ class StreamOptions(RequestBody):
 
 
 class SamplingBody(RequestBody):
-    """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them."""
+    """What both OpenAI routes have: OpenAI's own parameters, then those that SGLang adds to them.
 
-    model: str
+    Where None is the default of a number, the model's own default counts, and else that of /generate.
+    """
+
+    model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = 1
     max_tokens: TokenLimit | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     frequency_penalty: Penalty | None = 0.0
     presence_penalty: Penalty | None = 0.0
     logit_bias: LogitBias | None = None
     # What clients send about themselves; nothing here depends on it.
-    user: str | None = None
-    metadata: dict[str, str] | None = None
+    user: Text | None = None
+    metadata: (
+        Annotated[dict[Text, Text], BeforeValidator(at_most(MAX_METADATA)), Field(max_length=MAX_METADATA)] | None
+    ) = None
     store: Literal[False] | None = None
 
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024)] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0, le=MAX_TOKENS)]], Field(max_length=1024, fail_fast=True)] | None
+    ) = None
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     no_stop_trim: bool | None = False
-    regex: str | None = None
-    ebnf: str | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
 
 
 class CompletionRequest(SamplingBody):
@@ -75,25 +100,20 @@ class CompletionRequest(SamplingBody):
 
     model_config = ConfigDict(json_schema_extra=only_with("stream_options", "stream"))
 
-    prompt: (
-        PromptText
-        | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: PromptText | Prompts[PromptText] | TokenIds | Prompts[TokenIds]
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
-    json_schema: str | dict[str, Any] | None = None
+    json_schema: Text | dict[str, Any] | None = None
 
 
 class TextPart(RequestBody):
     """A piece of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-MessageContent = str | Annotated[list[TextPart], Field(min_length=1)]
+MessageContent = Text | Prompts[TextPart]
 
 
 class SystemMessage(RequestBody):
@@ -101,7 +121,7 @@ class SystemMessage(RequestBody):
 
     role: Literal["system", "developer"]
     content: MessageContent
-    name: str | None = None
+    name: Text | None = None
 
 
 class UserMessage(RequestBody):
@@ -109,19 +129,59 @@ class UserMessage(RequestBody):
 
     role: Literal["user"]
     content: MessageContent
-    name: str | None = None
+    name: Text | None = None
+
+
+class CalledFunction(RequestBody):
+    """A function that the model has called, with its arguments: a JSON object, as text or as it is."""
+
+    name: Text
+    arguments: Text | dict[str, Any] = ""
+
+
+class ToolCall(RequestBody):
+    """A call that the model has made."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class AssistantMessage(RequestBody):
     """What the model has said. The empty fields are those of our own answers, which clients send back."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+                {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+            ]
+        }
+    )
+
     role: Literal["assistant"]
-    content: MessageContent
-    name: str | None = None
+    content: MessageContent | None = None
+    name: Text | None = None
     refusal: None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs a content or tool_calls")
+        return self
 
 
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+class ToolMessage(RequestBody):
+    """What a called function has answered."""
+
+    role: Literal["tool"]
+    content: MessageContent
+    tool_call_id: Text
+    name: Text | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class JsonSchemaSpec(RequestBody):
@@ -129,7 +189,7 @@ class JsonSchemaSpec(RequestBody):
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
+    description: Text | None = None
     strict: bool | None = None
 
 
@@ -162,10 +222,11 @@ class ChatCompletionRequest(SamplingBody):
         json_schema_extra={"allOf": [only_with("stream_options", "stream"), only_with("top_logprobs", "logprobs")]}
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_PROMPTS)]
+    messages: Prompts[ChatMessage]
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = False
     tools: Annotated[list[Any], Field(max_length=0)] | None = None  # clients send empty ones

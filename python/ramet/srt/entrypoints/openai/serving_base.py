@@ -57,7 +57,8 @@ class OpenAIServing:
         values["sampling_seed"] = body.seed
         values["json_schema"] = json_schema
         try:
-            return parse_sampling_params(values, self.manager.limits.vocab_size)
+            limits = self.manager.limits
+            return parse_sampling_params(values, limits.vocab_size, limits.sampling_defaults)
         except RequestError as error:
             raise with_openai_names(error) from None
 

@@ -1,6 +1,9 @@
 """Owns POST /v1/chat/completions: messages to a prompt, and its outputs to OpenAI's answer and stream."""
 
+import asyncio
+import functools
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -15,8 +18,11 @@ from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.text.tokenizer import Tokenizer
 
-TEMPLATE_OWN_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "self"})
+TEMPLATE_OWN_NAMES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
+)
 ANY_OBJECT = {"type": "object"}
+RENDER_THREADS = ThreadPoolExecutor(64, thread_name_prefix="chat template")  # they only wait for other processes
 
 
 class ChatServing(OpenAIServing):
@@ -33,17 +39,17 @@ class ChatServing(OpenAIServing):
         self.check_body(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
-        prompt = self._input(body)
+        prompt = await self._input(body)
         if body.stream:
             head = answer_head("chat.completion.chunk", "chatcmpl", self.model_name)
             return await event_stream(request, self._stream(body, prompt, head))
         head = answer_head("chat.completion", "chatcmpl", self.model_name)
         return await until_disconnect(request, self._answer(body, prompt, head))
 
-    def _input(self, body: ChatCompletionRequest) -> SequenceInput:
+    async def _input(self, body: ChatCompletionRequest) -> SequenceInput:
         max_tokens = body.max_completion_tokens or body.max_tokens
         return SequenceInput(
-            text=self._prompt(body),
+            text=await self._prompt(body),
             add_special_tokens=False,  # the template has written them
             sampling_params=self.sampling_params(body, max_tokens, _json_schema(body)),
             fit_max_new_tokens=max_tokens is None,
@@ -53,7 +59,7 @@ class ChatServing(OpenAIServing):
             param="messages",
         )
 
-    def _prompt(self, body: ChatCompletionRequest) -> str:
+    async def _prompt(self, body: ChatCompletionRequest) -> str:
         template = self.manager.tokenizer.chat_template
         if template is None:
             raise RequestError("the model has no chat template; start with --chat-template FILE", param="messages")
@@ -61,12 +67,18 @@ class ChatServing(OpenAIServing):
         taken = TEMPLATE_OWN_NAMES.intersection(extra)
         if taken:
             raise RequestError(f"chat_template_kwargs can't set {sorted(taken)[0]!r}", param="chat_template_kwargs")
-        return template.render([_template_message(message) for message in body.messages], **extra)
+        messages = [_template_message(message) for message in body.messages]
+        continues = bool(body.continue_final_message)
+        render = functools.partial(template.render, messages, continue_final_message=continues, **extra)
+        return await asyncio.get_running_loop().run_in_executor(RENDER_THREADS, render)
 
     async def _answer(self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]) -> Response:
         generation = await self.start([prompt])
         sequences = await generation.finish()
-        choices = [self._choice(body, index, sequence) for index, sequence in enumerate(sequences)]
+        choices = []
+        for index, sequence in enumerate(sequences):
+            await asyncio.sleep(0)  # others have the event loop, too
+            choices.append(self._choice(body, index, sequence))
         return json_response({**head, "choices": choices, "usage": usage(sequences, len(sequences))})
 
     def _choice(self, body: ChatCompletionRequest, index: int, sequence: RunningSequence) -> dict[str, Any]:
@@ -133,12 +145,13 @@ def _chunk(
 
 
 def _template_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as templates expect it: its parts as one text, and "developer" by the name that templates know."""
-    content = message.content
-    if not isinstance(content, str):
-        content = "\n".join(part.text for part in content)
-    fields = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return fields if message.name is None else {**fields, "name": message.name}
+    """A message as templates expect it, with "developer" by the name that they know."""
+    fields = message.model_dump(exclude_none=True)
+    if message.role == "developer":
+        fields["role"] = "system"
+    if not fields.get("tool_calls"):
+        fields.pop("tool_calls", None)
+    return fields
 
 
 def _json_schema(body: ChatCompletionRequest) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Owns POST /v1/completions: prompts to sequences, and their outputs to OpenAI's answer and stream."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -59,6 +60,7 @@ class CompletionServing(OpenAIServing):
         sequences = await generation.finish()
         choices = []
         for index, sequence in enumerate(sequences):
+            await asyncio.sleep(0)  # others have the event loop, too
             writer = ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
             choices.append(writer.choice(index, sequence.text, 0, len(sequence.output_ids)))
         return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})

@@ -30,17 +30,26 @@ def _grouped_linear_kernel(
     scales_ptr,
     ends_ptr,
     out_ptr,
+    row_blocks_ptr,
     num_groups,
     num_columns,
     output_size,
-    IS_FP8: tl.constexpr,
+    num_grid_rows,
+    num_grid_columns,
+    block_columns,
+    first_column,
+    SCALES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program makes BLOCK_OUTPUTS outputs of BLOCK_ROWS rows of one group; those too many find no group."""
+    """One program makes BLOCK_OUTPUTS outputs of BLOCK_ROWS rows of one group; those too many find no group.
+
+    SCALES is "" for a weight that is not fp8, "rows" or "blocks". Those of rows multiply the sums; those of blocks the
+    weights, which are rounded to the type of x then, as they are where they are dequantised.
+    """
     tile = tl.program_id(0)
     groups = tl.arange(0, BLOCK_GROUPS)
     ends = tl.load(ends_ptr + groups, mask=groups < num_groups, other=0)
@@ -60,24 +69,42 @@ def _grouped_linear_kernel(
     columns = tl.arange(0, BLOCK_COLUMNS)
     x_ptrs = x_ptr + rows[:, None] * num_columns + columns[None, :]
     weight_ptrs = weight_ptr + weight_rows[None, :] * num_columns + columns[:, None]
+    if SCALES == "blocks":
+        grid_rows = group.to(tl.int64) * num_grid_rows + tl.load(row_blocks_ptr + outputs, mask=output_mask, other=0)
+        grid_ptrs = scales_ptr + grid_rows[None, :] * num_grid_columns
     acc = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
     for first in range(0, num_columns, BLOCK_COLUMNS):
         column_mask = first + columns < num_columns
         x = tl.load(x_ptrs + first, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
         weight = tl.load(weight_ptrs + first, mask=output_mask[None, :] & column_mask[:, None], other=0)
-        if IS_FP8:
+        if SCALES == "rows":
             weight = _e4m3_to_float(weight, x.dtype)
+        if SCALES == "blocks":
+            grid_columns = (first_column + first + columns) // block_columns
+            mask = output_mask[None, :] & column_mask[:, None]
+            scales = tl.load(grid_ptrs + grid_columns[:, None], mask=mask, other=0.0)
+            weight = (_e4m3_to_float(weight, tl.float32) * scales).to(x.dtype)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-    if IS_FP8:
+    if SCALES == "rows":
         acc *= tl.load(scales_ptr + weight_rows, mask=output_mask, other=0.0)[None, :]
     out_ptrs = out_ptr + rows[:, None] * output_size + outputs[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & output_mask[None, :])
 
 
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    blocks: tuple[torch.Tensor, int, int] | None = None,
 ) -> torch.Tensor:
-    """See ramet.srt.layers.grouped_linear; fp8 weights are multiplied with x as it is."""
+    """See ramet.srt.layers.grouped_linear; fp8 weights are multiplied with x as it is.
+
+    Args:
+        scales: float32 of an fp8 weight: [num_groups, output_size, 1], or with `blocks` one grid for each group.
+        blocks: int32 [output_size], the grid's row of each output; the columns of x that share a scale; and the first
+            column of x, counted from the first one of the grid's first block.
+    """
     (num_rows, num_columns), (num_groups, output_size, _) = x.shape, weight.shape
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[2] == num_columns
     assert (scales is not None) == (weight.dtype == torch.float8_e4m3fn)
@@ -88,16 +115,22 @@ def grouped_linear(
     block_rows, block_outputs, block_columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
     # The most there can be: a group fills whole tiles but for its last one, and at most num_rows groups have any row.
     num_tiles = (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
+    row_blocks, block_width, first_column = blocks or (ends, 1, 0)
+    grid = (1, 1) if scales is None else (scales.shape[1], scales.shape[2])
     _grouped_linear_kernel[(num_tiles, triton.cdiv(output_size, block_outputs))](
         x,
         weight if scales is None else weight.view(torch.uint8),
         x if scales is None else scales,
         ends,
         out,
+        row_blocks,
         num_groups,
         num_columns,
         output_size,
-        IS_FP8=scales is not None,
+        *grid,
+        block_width,
+        first_column,
+        SCALES="" if scales is None else "rows" if blocks is None else "blocks",
         BLOCK_GROUPS=max(32, next_power_of_2(num_groups)),
         BLOCK_ROWS=block_rows,
         BLOCK_OUTPUTS=block_outputs,

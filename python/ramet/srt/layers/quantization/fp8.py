@@ -1,13 +1,11 @@
-"""Owns fp8 weights: e4m3 values with one float32 scale for each output row, how layers declare and multiply them.
+"""Owns the arithmetic of fp8 weights: e4m3 values with a float32 scale for each output row, or for each block.
 
 The scale of a row is taken over the whole row of the unsharded matrix, so that every sharding holds the same numbers.
 """
 
 import torch
-from torch import nn
 
-from ramet.srt.layers.parameter import declare_weight
-from ramet.srt.weights.manifest import WeightBox
+from ramet.srt.layers.quantization.scales import BlockScales
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = torch.finfo(FP8).max
@@ -26,32 +24,37 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x / scales).to(FP8), scales
 
 
+def dequantize(values: torch.Tensor, scales: torch.Tensor | BlockScales, dtype: torch.dtype) -> torch.Tensor:
+    """values * scale in `dtype`, rounded once.
+
+    Args:
+        values: fp8 [num_rows, n].
+        scales: float32 [num_rows, 1], or those of blocks.
+    """
+    if isinstance(scales, BlockScales):
+        return dequantize_blocks(values, scales, dtype)
+    return dequantize_rows(values, scales, dtype)
+
+
 def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values * scale of each row in `dtype`, rounded once; see `quantize_rows`."""
     weight = torch.empty(values.shape, dtype=dtype, device=values.device)
-    block_rows = max(1, BLOCK_ELEMENTS[values.device.type] // values.shape[1])
-    for start in range(0, len(values), block_rows):
-        rows = slice(start, start + block_rows)
+    for rows in _row_blocks(values):
         weight[rows] = values[rows].float().mul_(scales[rows])
     return weight
 
 
-def declare_fp8(model: nn.Module) -> None:
-    """Turn the weights that a model's layers name in `quantisable_weights`, on the meta device, into fp8 with scales.
+def dequantize_blocks(values: torch.Tensor, scales: BlockScales, dtype: torch.dtype) -> torch.Tensor:
+    """values * scale of each block in `dtype`, rounded once."""
+    index = scales.blocks
+    columns = torch.arange(index.first_column, index.first_column + values.shape[1], device=values.device)
+    by_column = scales.values[:, columns // index.block_columns]  # [grid rows, n]
+    weight = torch.empty(values.shape, dtype=dtype, device=values.device)
+    for rows in _row_blocks(values):
+        weight[rows] = values[rows].float().mul_(by_column[index.rows[rows]])
+    return weight
 
-    Embedding, output head, routers and norms name none and keep their type.
-    """
-    for module in model.modules():
-        for name in getattr(module, "quantisable_weights", ()):
-            _declare_quantised(module, name)
 
-
-def _declare_quantised(module: nn.Module, name: str) -> None:
-    """Make the weight `name`, [..., num_rows, n], fp8, with one scale for each row in `<name>_scale`."""
-    weight = getattr(module, name)
-    setattr(module, name, declare_weight(weight.shape, FP8, weight.boxes))
-    one = ((0, 1),)
-    boxes = [
-        WeightBox(f"{box.checkpoint_name}_scale", box.source[:-1] + one, box.target[:-1] + one) for box in weight.boxes
-    ]
-    setattr(module, f"{name}_scale", declare_weight((*weight.shape[:-1], 1), torch.float32, boxes))
+def _row_blocks(values: torch.Tensor) -> list[slice]:
+    num_rows = max(1, BLOCK_ELEMENTS[values.device.type] // max(1, values.shape[1]))
+    return [slice(start, start + num_rows) for start in range(0, len(values), num_rows)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ramet.srt.weights.boxes import ByteRange
+from ramet.srt.weights.content_digest import DigestTable
 from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManifest, dtype_name
 
 if TYPE_CHECKING:
@@ -41,13 +42,21 @@ class WeightArena(ABC):
     device: str  # its name, for messages
     broadcast_backend: str  # of torch.distributed, which sends from this memory and receives into it
     checksum_algorithm: str
+    watched_nbytes: int  # that may be hashed at once, now and then, beside serving
+    gpu_id = -1  # of the GPU that it is on, among those that this process sees; -1: none
     nbytes: int
     address: int
 
     def __init__(self, manifest: WeightManifest) -> None:
         self.manifest = manifest
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
+        self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
         self.is_published = False
+
+    @property
+    def content_digest_text(self) -> str:
+        """The digest of the checkpoint that it was filled from; "" where that is not known."""
+        return "" if self.content_digest is None else self.content_digest.digest
 
     def bind(self, model: "torch.nn.Module") -> None:
         """Make every parameter of the model a view into the arena; tied ones stay one object.
@@ -128,6 +137,10 @@ class WeightArena(ABC):
         return self.hash_entries(entries)
 
     @abstractmethod
+    def quick_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        """As `hash_samples`, where that costs next to nothing; empty where it doesn't."""
+
+    @abstractmethod
     def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
         """The checksum of rows as if one lay behind the other: of `num_rows` from each of `starts` on, `stride` apart.
 
@@ -159,7 +172,7 @@ class WeightArena(ABC):
 
     @abstractmethod
     def open_receive_window(self, max_batch_nbytes: int) -> "ReceiveWindow":
-        """Addresses for a writer that may have to be abandoned.
+        """Files for another process that writes to them, and may have to be abandoned.
 
         Args:
             max_batch_nbytes: most source bytes that it receives in one batch.
@@ -255,18 +268,17 @@ class ReceiveBuffer(ABC):
 
 
 class ReceiveWindow(ABC):
-    """Addresses through which a transport fills an arena, and which can be cut off from it at any moment.
+    """Files through which another process fills an arena.
 
-    A transfer that was given up may still write when its peer comes back: to the window, which is no part of the
-    arena by then. The addresses stay taken for as long as the transport might use them.
+    A transfer that was given up may still write when its peer comes back, until that process is ended. So whoever
+    gives one up ends the process first, and closes the window then.
     """
 
-    address: int
-    nbytes: int
+    files: tuple[tuple[int, int], ...]  # descriptor and bytes, in whole pages, of each: one behind the other
 
     @abstractmethod
     def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        """Where to receive the source bytes of each of a batch's operations, from its first row to its last."""
+        """Where in the files to receive the source bytes of each of a batch's operations, from first row to last."""
 
     @abstractmethod
     def deliver(self, batch: "Sequence[CopyOp]") -> None:
@@ -277,9 +289,5 @@ class ReceiveWindow(ABC):
         """Wait until everything delivered is in the arena."""
 
     @abstractmethod
-    def cut_off(self) -> None:
-        """Part the window from the arena for good; the addresses stay valid."""
-
-    @abstractmethod
     def close(self) -> None:
-        """Give the addresses back: only when nobody writes to them any more."""
+        """Give the memory back: only when nobody writes to it any more. May be called again."""

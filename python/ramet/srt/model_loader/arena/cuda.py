@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import math
+import mmap
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,8 +20,10 @@ from ramet.srt.model_loader.arena.base import (
     WeightArena,
 )
 from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory, lend_memory
+from ramet.srt.model_loader.arena.cuda_pinned import pin_memory, unpin_memory
 from ramet.srt.model_loader.arena.cuda_reader import fill_cuda_from_files
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
+from ramet.srt.utils import host_memory
 from ramet.srt.weights.boxes import ByteRange
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
@@ -37,12 +41,14 @@ class CudaWeightArena(WeightArena):
     device = "cuda"
     broadcast_backend = "nccl"
     checksum_algorithm = "mix64"
+    watched_nbytes = 8 << 30  # a few milliseconds
 
     def __init__(self, manifest: WeightManifest, device: str) -> None:
         super().__init__(manifest)
         self.torch_device = torch.device(device)
         if self.torch_device.index is None:
             self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.gpu_id = self.torch_device.index
         self.nbytes = max(SEGMENT_ALIGNMENT, align_up(manifest.arena_nbytes, SEGMENT_ALIGNMENT))
         free, total = torch.cuda.mem_get_info(self.torch_device)
         if self.nbytes > free:
@@ -85,6 +91,10 @@ class CudaWeightArena(WeightArena):
 
         with torch.cuda.device(self.torch_device), self.work_context():
             return hash_buffer(entries, self.buffer)
+
+    def quick_samples(self, _entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        """None: whole entries are as fast here."""
+        return ()
 
     def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
         from ramet.srt.model_loader.arena.cuda_hash import gather_and_hash
@@ -141,7 +151,7 @@ class CudaReceiveBuffer(ReceiveBuffer):
 
 
 class CudaReceiveWindow(ReceiveWindow):
-    """Pinned host memory for a few batches, each copied on to the GPU while the next one comes.
+    """Host memory for a few batches, pinned here, each copied on to the GPU while another process receives the next.
 
     So any transport can fill the arena, with and without access to the GPU's memory, and one that was given up can
     never write there.
@@ -149,17 +159,24 @@ class CudaReceiveWindow(ReceiveWindow):
 
     def __init__(self, arena: CudaWeightArena, max_batch_nbytes: int) -> None:
         self._arena = arena
-        self._batch_nbytes = max_batch_nbytes
-        self.nbytes = NUM_RECEIVE_BATCHES * max_batch_nbytes
+        self._batch_nbytes = align_up(max_batch_nbytes, host_memory.PAGE_BYTES)
+        nbytes = NUM_RECEIVE_BATCHES * self._batch_nbytes
+        fd = host_memory.create_memfd("ramet-receive", nbytes)
+        self.files = ((fd, nbytes),)
+        self._mapping = mmap.mmap(fd, nbytes)
+        self._memory = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self._closers = contextlib.ExitStack()
+        self._closers.callback(os.close, fd)
         with torch.cuda.device(arena.torch_device):
-            self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=True)
+            # Unpinned memory works too: its copies only keep the calling thread waiting.
+            if pin_memory(self._memory):
+                self._closers.callback(unpin_memory, self._memory)
             self._copied = [torch.cuda.Event() for _ in range(NUM_RECEIVE_BATCHES)]
-        self.address = self._memory.data_ptr()
         self._count = 0
 
     def place(self, batch: Sequence[CopyOp]) -> list[int]:
         self._copied[self._count % NUM_RECEIVE_BATCHES].synchronize()
-        return [self.address + start for start in self._starts(batch)]
+        return self._starts(batch)
 
     def deliver(self, batch: Sequence[CopyOp]) -> None:
         with torch.cuda.stream(self._arena.stream):
@@ -175,19 +192,13 @@ class CudaReceiveWindow(ReceiveWindow):
     def finish(self) -> None:
         self._arena.stream.synchronize()
 
-    def cut_off(self) -> None:
-        """What arrives late stays in the window's own memory, which is never given back then."""
-        self._arena.stream.synchronize()
-        _abandoned.append(self._memory)
-
     def close(self) -> None:
-        """The memory goes with the object."""
+        """The mapping goes with the object."""
+        self._arena.stream.synchronize()
+        self._closers.close()
 
     def _starts(self, batch: Sequence[CopyOp]) -> list[int]:
         """Where in the window each operation of the current batch stands."""
         first = self._count % NUM_RECEIVE_BATCHES * self._batch_nbytes
         lengths = (op.source_span_nbytes for op in batch[:-1])
         return [first + start for start in itertools.accumulate(lengths, initial=0)]
-
-
-_abandoned: list[torch.Tensor] = []  # windows that a transport may still write to

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -42,6 +43,7 @@ class HostWeightArena(WeightArena):
     device = "cpu"
     broadcast_backend = "gloo"
     checksum_algorithm = "xxh3_64"
+    watched_nbytes = 256 << 20  # a fortieth of a second of one core
 
     def __init__(self, manifest: WeightManifest) -> None:
         super().__init__(manifest)
@@ -88,6 +90,9 @@ class HostWeightArena(WeightArena):
 
     def hash_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
         return host_hash.hash_samples(entries, self.memory)
+
+    def quick_samples(self, entries: Sequence[WeightEntry]) -> tuple[str, ...]:
+        return self.hash_samples(entries)
 
     def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
         return host_hash.hash_rows(self.memory, starts, row_nbytes, num_rows, stride)
@@ -207,55 +212,40 @@ class HostSeedFile(SeedFile):
 
 
 class HostReceiveBuffer(ReceiveBuffer):
-    """A window again: gloo may still write after a time limit."""
+    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off.
+
+    gloo may still write after a time limit.
+    """
 
     def __init__(self, arena: HostWeightArena) -> None:
         import torch
 
-        self._window = HostReceiveWindow(arena, 0)
-        view = host_memory.view_memory(self._window.address, arena.nbytes)
-        self.memory = torch.frombuffer(view, dtype=torch.uint8)
+        self._nbytes = arena.nbytes
+        self._address = host_memory.reserve_addresses(self._nbytes)
+        host_memory.map_file_at(self._address, self._nbytes, arena.own_fd, private=False)
+        self.memory = torch.frombuffer(host_memory.view_memory(self._address, self._nbytes), dtype=torch.uint8)
 
     def cut_off(self) -> None:
-        self._window.cut_off()
+        host_memory.map_nothing_at(self._address, self._nbytes)
 
     def close(self) -> None:
-        self._window.close()
+        host_memory.unmap(self._address, self._nbytes)
 
 
 class HostReceiveWindow(ReceiveWindow):
-    """A second mapping of the arena's own memory, which shows throw-away memory once it is cut off.
-
-    Behind it lies a staging area of its own for rows that are received together with what is between them.
-    """
+    """The arena's own memory, and behind it a staging area for rows that come together with what is between them."""
 
     def __init__(self, arena: HostWeightArena, staging_nbytes: int) -> None:
-        self.nbytes = arena.nbytes + align_up(staging_nbytes, host_memory.PAGE_BYTES)
-        self.address = host_memory.reserve_addresses(self.nbytes)
+        staging_nbytes = align_up(staging_nbytes, host_memory.PAGE_BYTES)
         self._arena = arena
-        host_memory.map_nothing_at(self.address, self.nbytes)
-        host_memory.map_file_at(self.address, arena.nbytes, arena.own_fd, private=False)
+        fd = host_memory.create_memfd("ramet-staging", staging_nbytes)
+        self._closer = weakref.finalize(self, os.close, fd)
+        self._closer.atexit = False
+        self._staging = mmap.mmap(fd, staging_nbytes)
+        self.files = (arena.own_fd, arena.nbytes), (fd, staging_nbytes)
 
     def place(self, batch: "Sequence[CopyOp]") -> list[int]:
-        return [self.address + start for start in self._starts(batch)]
-
-    def deliver(self, batch: "Sequence[CopyOp]") -> None:
-        memory = memoryview(host_memory.view_memory(self.address, self.nbytes)).cast("B")
-        for op, start in zip(batch, self._starts(batch), strict=True):
-            if op.num_rows > 1:
-                scatter_rows(op, self._arena.memory, memory[start : start + op.source_span_nbytes])
-
-    def finish(self) -> None:
-        """Nothing is under way."""
-
-    def cut_off(self) -> None:
-        host_memory.map_nothing_at(self.address, self.nbytes)
-
-    def close(self) -> None:
-        host_memory.unmap(self.address, self.nbytes)
-
-    def _starts(self, batch: "Sequence[CopyOp]") -> list[int]:
-        """Where in the window each operation's bytes stand: single rows in their place, others in the staging area."""
+        """Single rows in their place, others in the staging area."""
         starts = []
         staged = self._arena.nbytes
         for op in batch:
@@ -265,3 +255,16 @@ class HostReceiveWindow(ReceiveWindow):
                 starts.append(staged)
                 staged += op.source_span_nbytes
         return starts
+
+    def deliver(self, batch: "Sequence[CopyOp]") -> None:
+        for op, start in zip(batch, self.place(batch), strict=True):
+            if op.num_rows > 1:
+                first = start - self._arena.nbytes
+                scatter_rows(op, self._arena.memory, memoryview(self._staging)[first : first + op.source_span_nbytes])
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """The mapping goes with the object."""
+        self._closer()

@@ -1,27 +1,27 @@
-"""Owns which weights of a checkpoint have to be quantised, or quantised anew, while they are loaded. Reads nothing.
+"""Owns what of a checkpoint is not copied as it is: weights that are quantised while they load, and some scales.
 
 An arena's fp8 entry `X.weight`, one matrix or a stack of them, has a sibling `X.weight_scale` with one scale for each
-row. A checkpoint that holds both in that form (compressed-tensors' channel strategy) is copied as it is. Otherwise
-whole rows are read, brought to float32 with whatever scales the checkpoint has (none, one for the tensor, or one for
-each block of it), and quantised by row.
+row, or `X.weight_scale_inv` with one for each block. The values of a checkpoint of fp8 weights are copied, and so are
+its scales where they have the arena's shape and a type that can be cast on the way; others are spread or decoded.
+Plain weights are quantised by row. Reads nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 
+from ramet.srt.model_loader.checkpoint.checks import PLAIN_FLOATS, Tensors
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
+from ramet.srt.model_loader.checkpoint.whole_model import FP8, SCALE_SUFFIXES
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest
 
-FP8 = "float8_e4m3fn"
-FLOATS = ("float32", "bfloat16", "float16", FP8)
 BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """Some whole rows of a checkpoint matrix, to be quantised into a slice of an arena's entry."""
+    """Some whole rows of a plain checkpoint matrix, to be quantised into a slice of an arena's entry."""
 
     path: str
     info: TensorInfo  # [num_rows, num_columns]
@@ -30,69 +30,64 @@ class QuantizeJob:
     weight: WeightEntry
     scale: WeightEntry
     target_start: tuple[int, ...]  # [..., row, column]
-    source_scale: tuple[str, TensorInfo] | None  # file and place of the checkpoint's own scales
 
 
-def split_manifest(
-    manifest: WeightManifest, tensors: Mapping[str, tuple[str, TensorInfo]]
-) -> tuple[WeightManifest, list[QuantizeJob], set[str]]:
-    """What of a manifest is copied, and what is quantised.
+@dataclass(frozen=True)
+class ScaleJob:
+    """A checkpoint's scales, to be brought to float32 and to the shape of a slice of an arena's entry."""
+
+    path: str
+    info: TensorInfo  # one number for all of the box, or a tensor that the box is a slice of
+    box: WeightBox
+    scale: WeightEntry
+
+
+Job = QuantizeJob | ScaleJob
+
+
+def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: bool) -> tuple[WeightManifest, list[Job]]:
+    """What of a manifest is copied, and what takes more than a copy.
 
     Args:
-        tensors: of the checkpoint, name -> (file, where in it).
+        is_online: whether the fp8 weights are quantised while they are read.
 
     Returns:
-        The manifest without the entries that are quantised, the jobs for those, and the names of the checkpoint
-        tensors that the jobs use.
+        The manifest without the entries that are not copied, and the jobs for those.
 
     Raises:
         ValueError: if a tensor is missing or has a shape or type that can't be quantised.
     """
     entries = {entry.name: entry for entry in manifest.entries}
-    jobs: list[QuantizeJob] = []
-    used: set[str] = set()
+    jobs: list[Job] = []
     done: set[str] = set()
     for entry in manifest.entries:
-        scale = entries.get(f"{entry.name}_scale")
-        if entry.dtype != FP8 or scale is None or all(_is_ready(box, tensors) for box in entry.boxes):
+        scale = next((entries[name] for s in SCALE_SUFFIXES if (name := entry.name + s) in entries), None)
+        if entry.dtype != FP8 or scale is None:
             continue
-        done |= {entry.name, scale.name}
-        for box in entry.boxes:
-            jobs.extend(_jobs_of_box(box, entry, scale, tensors, used))
+        if is_online:
+            done |= {entry.name, scale.name}
+            for box in entry.boxes:
+                jobs.extend(_quantize_jobs(box, entry, scale, tensors))
+        elif any(not _is_copied(box, tensors) for box in scale.boxes):
+            done.add(scale.name)
+            jobs.extend(ScaleJob(*tensors[box.checkpoint_name], box, scale) for box in scale.boxes)
     rest = tuple(entry for entry in manifest.entries if entry.name not in done)
-    return msgspec.structs.replace(manifest, entries=rest), jobs, used
+    return msgspec.structs.replace(manifest, entries=rest), jobs
 
 
-def _is_ready(box: WeightBox, tensors: Mapping[str, tuple[str, TensorInfo]]) -> bool:
-    """Whether the checkpoint has the matrix in fp8 with a scale for each row."""
-    weight, scale = tensors.get(box.checkpoint_name), tensors.get(f"{box.checkpoint_name}_scale")
-    if weight is None or scale is None or weight[1].dtype != FP8:
-        return False
-    return scale[1].shape == (weight[1].shape[0], 1)
+def _is_copied(box: WeightBox, tensors: Tensors) -> bool:
+    """Whether scales need nothing but a cast."""
+    info = tensors[box.checkpoint_name][1]
+    reach = tuple(stop for _, stop in box.source)
+    has_room = len(info.shape) == len(reach) and all(a >= b for a, b in zip(info.shape, reach, strict=True))
+    return info.dtype in PLAIN_FLOATS and has_room
 
 
-def _jobs_of_box(
-    box: WeightBox,
-    weight: WeightEntry,
-    scale: WeightEntry,
-    tensors: Mapping[str, tuple[str, TensorInfo]],
-    used: set[str],
-) -> Iterator[QuantizeJob]:
+def _quantize_jobs(box: WeightBox, weight: WeightEntry, scale: WeightEntry, tensors: Tensors) -> Iterator[QuantizeJob]:
     name = box.checkpoint_name
-    if name not in tensors:
-        raise ValueError(f"the checkpoint lacks {name} (for {weight.name})")
     path, info = tensors[name]
-    if (
-        info.dtype not in FLOATS
-        or len(info.shape) != 2
-        or any(s[1] > n for s, n in zip(box.source, info.shape, strict=True))
-    ):
+    if info.dtype not in PLAIN_FLOATS or len(info.shape) != 2:
         raise ValueError(f"{path}: {name} is {info.dtype} {info.shape} and can't be quantised for {weight.name}")
-    scale_name = next((n for n in (f"{name}_scale", f"{name}_scale_inv") if n in tensors), None)
-    if info.dtype == FP8 and scale_name is None:
-        raise ValueError(f"{path}: {name} is {FP8}, but there are no scales for it")
-    source_scale = tensors[scale_name] if scale_name is not None and info.dtype == FP8 else None
-    used |= {name, *([scale_name] if scale_name is not None else [])}
     (first, last), columns = box.source
     *outer, row, column = (place for place, _ in box.target)
     step = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
@@ -105,5 +100,4 @@ def _jobs_of_box(
             weight=weight,
             scale=scale,
             target_start=(*outer, row + start - first, column),
-            source_scale=source_scale,
         )

@@ -1,4 +1,4 @@
-"""Owns reading rows of checkpoint matrices and quantising them into an arena, where the arena is."""
+"""Owns what takes more than a copy: quantising rows of checkpoint matrices, and decoding scales, into an arena."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,14 +7,14 @@ import torch
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
-from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob
+from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
+from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.utils.threads import run_in_threads
+from ramet.srt.weights.boxes import Region
 
-COMMON_BLOCK = 128
 
-
-def fill_quantized(jobs: Sequence[QuantizeJob], fds: Mapping[str, int], arena: WeightArena) -> None:
+def fill_quantized(jobs: Sequence[Job], fds: Mapping[str, int], arena: WeightArena) -> None:
     """Run the jobs, several at a time.
 
     Args:
@@ -22,9 +22,10 @@ def fill_quantized(jobs: Sequence[QuantizeJob], fds: Mapping[str, int], arena: W
 
     Raises:
         OSError: if a file can't be read or is shorter than its header says.
+        ValueError: if a scale is no number.
     """
 
-    def make_worker() -> Callable[[QuantizeJob], None]:
+    def make_worker() -> Callable[[Job], None]:
         arena.make_current()
         return lambda job: _run(job, fds, arena)
 
@@ -32,17 +33,19 @@ def fill_quantized(jobs: Sequence[QuantizeJob], fds: Mapping[str, int], arena: W
     arena.synchronize()
 
 
-def _run(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> None:
+def _run(job: Job, fds: Mapping[str, int], arena: WeightArena) -> None:
+    if isinstance(job, QuantizeJob):
+        _quantize(job, fds, arena)
+    else:
+        _settle_scales(job, fds, arena)
+
+
+def _quantize(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> None:
     num_columns = job.info.shape[1]
     start, stop = job.rows
     row_nbytes = job.info.nbytes // job.info.shape[0]
     raw = _read(fds[job.path], job.info, start * row_nbytes, (stop - start) * row_nbytes, arena)
-    values = raw.view(stop - start, num_columns).float()
-    if job.source_scale is not None:
-        path, info = job.source_scale
-        scales = _read(fds[path], info, 0, info.nbytes, arena).float().view(info.shape)
-        values = values * _expand_scales(scales, job)
-    quantized, scale = quantize_rows(values)
+    quantized, scale = quantize_rows(raw.view(stop - start, num_columns))
     *outer, row, column = job.target_start
     rows: tuple[int | slice, ...] = (*outer, slice(row, row + stop - start))
     first, last = job.columns
@@ -50,37 +53,35 @@ def _run(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> None:
     arena.tensor(job.scale)[rows] = scale
 
 
+def _settle_scales(job: ScaleJob, fds: Mapping[str, int], arena: WeightArena) -> None:
+    scales = _read(fds[job.path], job.info, 0, job.info.nbytes, arena)
+    if not scales.isfinite().all():
+        raise ValueError(f"{job.path}: {job.box.checkpoint_name} holds scales that are no numbers")
+    target = arena.tensor(job.scale)[_slices(job.box.target)]
+    if scales.numel() == 1:
+        target.fill_(scales.item())
+    else:
+        target.copy_(scales.view(job.info.shape)[_slices(job.box.source)].reshape(target.shape))
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
 def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, arena: WeightArena) -> torch.Tensor:
-    """Some bytes of a checkpoint tensor, on the arena's device, as a flat tensor of its type."""
+    """Some bytes of a checkpoint tensor, on the arena's device, as a flat float32 tensor."""
     buffer = arena.host_buffer(nbytes)
     read_range([fd], 0, info.offset + offset, buffer.numpy().data)
-    return buffer.to(arena.byte_tensor().device, non_blocking=True).view(getattr(torch, info.dtype))
+    raw = buffer.to(arena.byte_tensor().device, non_blocking=True)
+    return powers_of_two(raw) if info.dtype == EXPONENTS else raw.view(getattr(torch, info.dtype)).float()
 
 
-def _expand_scales(scales: torch.Tensor, job: QuantizeJob) -> torch.Tensor:
-    """The checkpoint's scales as something that multiplies the job's rows.
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (e - 127) of bytes e, which are float8_e8m0fnu's, in float32; NaN for 255.
 
-    Raises:
-        ValueError: if their shape is not that of a tensor, of rows or of equal blocks.
+    Older versions of torch lack that type. A float32 has the same exponent, in its bits 23 to 30.
     """
-    num_rows, num_columns = job.info.shape
-    if scales.numel() == 1:
-        return scales.view(1, 1)
-    if scales.dim() == 1:
-        scales = scales.unsqueeze(1)
-    if scales.dim() != 2:
-        raise ValueError(
-            f"{job.path}: scales of the shape {tuple(scales.shape)} for {job.info.shape} are not supported"
-        )
-    rows = torch.arange(*job.rows, device=scales.device) // _block_len(num_rows, scales.shape[0], job)
-    columns = torch.arange(num_columns, device=scales.device) // _block_len(num_columns, scales.shape[1], job)
-    return scales[rows][:, columns]
-
-
-def _block_len(extent: int, count: int, job: QuantizeJob) -> int:
-    """Rows or columns that share a scale: equal parts, or the common length with a shorter last one."""
-    if extent % count == 0:
-        return extent // count
-    if -(-extent // COMMON_BLOCK) == count:
-        return COMMON_BLOCK
-    raise ValueError(f"{job.path}: {count} scales for {extent} rows or columns of a matrix for {job.weight.name}")
+    bits = exponents.to(torch.int32) << 23
+    bits[exponents == 0] = 1 << 22  # 2 ** -127 is a subnormal number
+    bits[exponents == 255] = 0x7FC00000
+    return bits.view(torch.float32)

@@ -21,6 +21,7 @@ DTYPES = {
     "F16": "float16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
     "I64": "int64",
     "I32": "int32",
     "I16": "int16",
@@ -66,7 +67,7 @@ def find_checkpoint_files(folder: str) -> dict[str, set[str] | None]:
 def _read_index(folder: str, path: str) -> dict[str, set[str] | None]:
     try:
         with open(path, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
+            weight_map = json.load(file, object_pairs_hook=_unique)["weight_map"]
         pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
@@ -103,14 +104,34 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(header, dict):
             raise TypeError("the header is not an object")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors header: {error}") from error
     header.pop("__metadata__", None)
     data_start = 8 + header_nbytes
-    return {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
+    tensors = {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
+    _check_no_overlap(path, tensors)
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two with one name, readers take one or the other."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)} twice")
+    return result
+
+
+def _check_no_overlap(path: str, tensors: dict[str, TensorInfo]) -> None:
+    last, end = "", 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.nbytes and info.offset < end:
+            raise ValueError(f"{path}: {name} lies over {last}")
+        if info.nbytes:
+            last, end = name, info.offset + info.nbytes
 
 
 def _read_tensor_info(path: str, name: str, fields: Any, data_start: int, file_nbytes: int) -> TensorInfo:

@@ -4,16 +4,18 @@ import contextlib
 import logging
 import mmap
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.read_range import ShortReadError
-from ramet.srt.model_loader.checkpoint.quantized import QuantizeJob, split_manifest
+from ramet.srt.model_loader.checkpoint.checks import check_checkpoint, is_harmless, is_quantised_here, settle_scales
+from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_experts
-from ramet.srt.weights.copy_op import CopyOp, split_op
+from ramet.srt.model_loader.checkpoint.tied_head import has_own_head
+from ramet.srt.model_loader.checkpoint.whole_model import EMBEDDING, HEAD, WholeModel, describe_rank
+from ramet.srt.weights.copy_op import CopyOp, random_part, split_op
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.planner import TensorSource, TransferPlan, plan, whole_tensor, zero_ranges
@@ -21,14 +23,8 @@ from ramet.srt.weights.planner import TensorSource, TransferPlan, plan, whole_te
 logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
-
-# Tables that older checkpoints carry although every engine computes them, and the copy of the embedding that some
-# checkpoints carry for a tied head: a model that needs its own lm_head has a box for it.
-HARMLESS_SURPLUS = re.compile(
-    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$|^lm_head\.weight$"
-    # Scales of activations and caches in quantised checkpoints: they are computed as they are needed.
-    r"|\.(input|output|k|v|q)_scale$"
-)
+MIN_SAMPLED_BYTES = 64 << 10  # one sample stands for at least so many bytes
+MAX_SAMPLES = 4096  # and a few more, where operations are short
 
 
 class CheckpointSource:
@@ -40,17 +36,29 @@ class CheckpointSource:
 
     name = "checkpoint"
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, whole: WholeModel | None = None) -> None:
+        """
+        Args:
+            whole: what the files must hold; None where that is known by a rank's manifest alone.
+
+        Raises:
+            ValueError: if the files are broken, or hold something else.
+        """
         self.folder = folder
-        self._quantize_jobs: list[QuantizeJob] = []
+        self._whole = whole
+        self._jobs: list[Job] = []
         self.files: dict[str, dict[str, TensorInfo]] = {}
+        self._unlisted: set[str] = set()
         for path, promised in find_checkpoint_files(folder).items():
             tensors = read_header(path)
             for name in sorted(promised or ()):
                 if name not in tensors:
                     raise ValueError(f"{path} does not have {name}, though the index says so")
             self.files[path] = tensors
+            self._unlisted.update(() if promised is None else tensors.keys() - promised)
         self._reject_duplicates()
+        if whole is not None:
+            self._settle(whole)
 
     def _reject_duplicates(self) -> None:
         first: dict[str, str] = {}
@@ -59,6 +67,23 @@ class CheckpointSource:
                 if name in first:
                     raise ValueError(f"{name} is in two files, {first[name]} and {path}")
                 first[name] = path
+
+    def _settle(self, whole: WholeModel) -> None:
+        """Bring the tensors under the names that boxes have, and check that they are those of the model."""
+        if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
+            raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
+        size = None if whole.quantization is None else whole.quantization.block_size
+        for path, tensors in self.files.items():
+            unstacked = split_stacked_experts(path, tensors, whole.shapes, size[0] if size else None)
+            self.files[path] = settle_scales(unstacked, whole)
+        self._reject_duplicates()
+        found = self._tensors()
+        check_checkpoint(found, whole, self._describe())
+        if whole.is_tied and has_own_head(found):
+            raise ValueError(
+                f"{self.folder} holds an output head of its own ({HEAD} differs from {EMBEDDING}), but the model was "
+                "built with the embedding's table in its place, as its config or another instance said"
+            )
 
     def plan(self, manifest: WeightManifest, unfinished: Sequence[CopyOp] | None = None) -> TransferPlan:
         """What to read for a manifest; `op.source` is an index into the files.
@@ -69,12 +94,12 @@ class CheckpointSource:
         Raises:
             ValueError: if a tensor is missing, surplus or of the wrong shape or an unconvertible dtype.
         """
-        wanted = {box.checkpoint_name for entry in manifest.entries for box in entry.boxes}
-        self.files = {path: split_stacked_experts(path, tensors, wanted) for path, tensors in self.files.items()}
-        self._reject_duplicates()
-        manifest, self._quantize_jobs, used = split_manifest(manifest, self._tensors())
-        self._check_names(manifest, used)
-        self._check_shapes(manifest)
+        whole = self._whole
+        if whole is None:
+            whole = describe_rank(manifest)
+            self._settle(whole)
+        tensors = self._tensors()
+        manifest, self._jobs = split_manifest(manifest, tensors, is_online=is_quantised_here(tensors, whole))
         sources = [
             TensorSource(
                 name=path,
@@ -95,19 +120,23 @@ class CheckpointSource:
         arena.prepare_fill(zero_ranges(arena.manifest))
         with self._open_files() as fds:
             arena.fill_from_files(transfer_plan.ops, list(fds.values()))
-        if self._quantize_jobs:
+        if self._jobs:
             from ramet.srt.model_loader.checkpoint.quantizing_reader import fill_quantized
 
             with self._open_files() as fds:
-                fill_quantized(self._quantize_jobs, fds, arena)
+                fill_quantized(self._jobs, fds, arena)
 
     def find_difference(self, arena: WeightArena) -> str | None:
-        """A tensor whose content in the arena is not that of the files, going by a few kilobytes of each operation.
+        """A tensor whose content in the arena is not that of the files, going by a few thousand samples.
+
+        They are spread evenly and lie at random, so that nobody can know beforehand which bytes are not looked at.
 
         Raises:
             ValueError: if the files don't have the arena's tensors, or can't be read.
         """
-        samples = [next(split_op(op, SAMPLE_BYTES)) for op in self.plan(arena.manifest).ops]
+        transfer_plan = self.plan(arena.manifest)
+        grain = max(MIN_SAMPLED_BYTES, transfer_plan.nbytes // MAX_SAMPLES)
+        samples = [random_part(part, SAMPLE_BYTES) for op in transfer_plan.ops for part in split_op(op, grain)]
         # As large as the arena, but memory is only taken where a sample is written.
         with mmap.mmap(-1, arena.nbytes) as scratch, memoryview(scratch) as memory:
             with self._open_files() as fds:
@@ -117,6 +146,11 @@ class CheckpointSource:
                 if memory[span] != arena.read_bytes(row.target_offset, row.target_stop):
                     return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
         return None
+
+    @property
+    def converted_names(self) -> list[str]:
+        """Entries that the last plan does not copy but makes: what `find_difference` cannot compare."""
+        return sorted({job.weight.name if isinstance(job, QuantizeJob) else job.scale.name for job in self._jobs})
 
     @contextlib.contextmanager
     def _open_files(self) -> Iterator[dict[str, int]]:
@@ -136,40 +170,6 @@ class CheckpointSource:
 
     def _tensors(self) -> Mapping[str, tuple[str, TensorInfo]]:
         return {name: (path, info) for path, tensors in self.files.items() for name, info in tensors.items()}
-
-    def _check_names(self, manifest: WeightManifest, used: Collection[str]) -> None:
-        """`used` are the tensors that are read although the manifest does not name them."""
-        tensors = self._tensors()
-        needed = {box.checkpoint_name: entry.name for entry in manifest.entries for box in entry.boxes}
-        missing = [f"{name} (for {needed[name]})" for name in needed if name not in tensors]
-        if missing:
-            raise ValueError(f"{self._describe()} lacks {name_some(missing)}")
-        parallel = manifest.parallel
-        if parallel.pp_size > 1 or parallel.ep_size > 1 or parallel.tp_rank > 0:
-            return  # the rest belongs to other ranks; a late one may have nothing but padding of a table
-        surplus = []
-        for name, (path, _) in tensors.items():
-            if name not in needed and name not in used and not HARMLESS_SURPLUS.search(name):
-                surplus.append(f"{name} in {os.path.basename(path)}")
-        if surplus:
-            raise ValueError(f"{self.folder} has tensors that the model does not have: {name_some(surplus)}")
-
-    def _check_shapes(self, manifest: WeightManifest) -> None:
-        """Each tensor's shape must be what the boxes reach to; ranks that read only a part can't see it all."""
-        tensors = self._tensors()
-        extents: dict[str, list[int]] = {}
-        for entry in manifest.entries:
-            for box in entry.boxes:
-                reach = extents.setdefault(box.checkpoint_name, [0] * len(box.source))
-                extents[box.checkpoint_name] = [max(a, stop) for a, (_, stop) in zip(reach, box.source, strict=False)]
-        parallel = manifest.parallel
-        is_whole = parallel.tp_size == parallel.pp_size == parallel.ep_size == 1
-        for name, reach in extents.items():
-            path, info = tensors[name]
-            too_small = len(info.shape) != len(reach) or any(a < b for a, b in zip(info.shape, reach, strict=True))
-            if too_small or (is_whole and info.shape != tuple(reach)):
-                shape = tuple(reach)
-                raise ValueError(f"{path}: {name} has the shape {info.shape}, the model needs {shape}")
 
     def _describe(self) -> str:
         paths = list(self.files)

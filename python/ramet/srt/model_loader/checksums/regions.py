@@ -1,13 +1,17 @@
 """Owns checksums of slices of checkpoint tensors, which arenas of different topologies can compare. No transport."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, share_out
+from ramet.srt.weights.boxes import Region, WeightRegion, contiguous_strides, flatten, region_volume, share_out
 from ramet.srt.weights.manifest import WeightEntry, element_size
 from ramet.srt.weights.planner import Holding, holdings_of, region_offset
 
+REGIONS_BETWEEN_RESTS = 16
+FOUND_BETWEEN_RESTS = 128
+REST_S = 0.002
 MAX_REMEMBERED = 200_000  # checksums; a few dozen bytes each
 
 
@@ -26,11 +30,26 @@ class RegionChecksums:
     def compute(self, regions: Sequence[WeightRegion], num_threads: int = 1) -> list[str]:
         """The checksum of each region; those asked for before are remembered.
 
+        Args:
+            num_threads: 1 is this thread, which rests now and then: the process has more urgent work.
+
         Raises:
             ValueError: if one is not wholly in the arena.
         """
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
-            return list(pool.map(self._compute_one, regions))
+        if num_threads > 1:
+            with ThreadPoolExecutor(num_threads, thread_name_prefix="region-checksums") as pool:
+                return list(pool.map(self._compute_one, regions))
+        return [self._compute_one(wanted) for wanted in _with_rests(regions, REGIONS_BETWEEN_RESTS)]
+
+    def check_size(self, regions: Sequence[WeightRegion]) -> None:
+        """Raises ValueError if a region is not wholly in the arena, or all together are much larger than it. Rests."""
+        holdings = [self._find(wanted) for wanted in _with_rests(regions, FOUND_BETWEEN_RESTS)]
+        num_bytes = sum(
+            region_volume(wanted.region) * element_size(holding.dtype)
+            for wanted, holding in zip(regions, holdings, strict=True)
+        )
+        if num_bytes > 2 * self._arena.manifest.arena_nbytes:  # a client may have a tensor in two places
+            raise ValueError(f"the slices have {num_bytes} bytes together, more than twice this rank's weights")
 
     def _compute_one(self, wanted: WeightRegion) -> str:
         found = self._known.get(wanted)
@@ -45,6 +64,14 @@ class RegionChecksums:
             if len(holding.region) == len(wanted.region) and _contains(holding.region, wanted.region):
                 return holding
         raise ValueError(f"{wanted.checkpoint_name}{list(wanted.region)} is not in this rank's weights")
+
+
+def _with_rests(regions: Sequence[WeightRegion], num_between: int) -> Iterator[WeightRegion]:
+    """The regions, with a rest before each `num_between` of them, in which other threads have Python's lock."""
+    for number, region in enumerate(regions):
+        if number % num_between == 0:
+            time.sleep(REST_S)
+        yield region
 
 
 def split_over_ranks(

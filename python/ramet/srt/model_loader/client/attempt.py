@@ -1,5 +1,6 @@
 """Owns one attempt to fill an arena from seeds that share the work: which way, what is checked, what is left of it."""
 
+import dataclasses
 import logging
 import time
 
@@ -7,14 +8,21 @@ import msgspec
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
+from ramet.srt.model_loader.client.digest_check import DigestCheck
 from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.transfer import SeedTransfer
-from ramet.srt.model_loader.client.verification import ChecksumMismatch, verify_by_entries, verify_by_regions
+from ramet.srt.model_loader.client.verification import (
+    ChecksumMismatch,
+    OtherWeights,
+    verify_by_entries,
+    verify_by_regions,
+)
 from ramet.srt.weights.agreement import is_folder_name
-from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport
 
@@ -24,8 +32,17 @@ logger = logging.getLogger(__name__)
 class Attempt:
     """One attempt. Where its transfer breaks off, it knows what has been given, so that files only fill the rest."""
 
-    def __init__(self, seeds: FoundSeeds, arena: WeightArena, config: LoadConfig) -> None:
+    def __init__(
+        self,
+        seeds: FoundSeeds,
+        arena: WeightArena,
+        config: LoadConfig,
+        digest: DigestCheck,
+        open_checkpoint: OpenCheckpoint = CheckpointSource,
+    ) -> None:
+        self._open_checkpoint = open_checkpoint
         self._seeds = seeds
+        self._digest = digest
         self._arena = arena
         self._config = config
         self._manifest = arena.manifest
@@ -43,10 +60,15 @@ class Attempt:
             MemoryError: if the weights don't fit into memory.
         """
         start = time.perf_counter()
+        self._arena.checksums = self._arena.content_digest = None  # of what another attempt has left
+        fitting = self._digest.prepare(self._seeds.instances, self._manifest)
+        self._seeds = dataclasses.replace(self._seeds, instances=fitting)
         report = self._map() or self._transfer()
-        if self._may_be_another_model():
+        table = self._arena.content_digest
+        if table is None and (self._config.modelexpress_url is not None or self._may_be_another_model()):
             self._compare_with_files(model_path)
-        return msgspec.structs.replace(report, seconds=time.perf_counter() - start)
+        digest = table.digest if table is not None else ""
+        return msgspec.structs.replace(report, seconds=time.perf_counter() - start, digest=digest)
 
     def finish_from_disk(self, model_path: str) -> LoadReport | None:
         """Read only what the seeds have not sent before their transfer broke off.
@@ -60,15 +82,17 @@ class Attempt:
         broken_off = self._broken_off
         if broken_off is None or not broken_off.received_nbytes:
             return None
-        disk = CheckpointSource(model_path)
+        self._digest.use_files(model_path)
+        disk = self._open_checkpoint(model_path)
         rest = disk.plan(self._manifest, broken_off.unfinished)
         disk.fill(rest, self._arena)
         try:
             unknown = verify_by_entries(self._arena, self._seed_manifests(), self._seeds.name)
-        except ChecksumMismatch as error:
+            is_compared = self._digest.compare(self._arena, self._seeds.name)
+        except WeightTransferError as error:
             logger.info("rank %d: the files are not what the seed has: reading all of them (%s)", self._rank, error)
             return None
-        if unknown:
+        if unknown or not is_compared and disk.find_difference(self._arena) is not None:
             return None
         given = broken_off.given_nbytes(self._seeds.worker_ids)
         return LoadReport(
@@ -78,6 +102,7 @@ class Attempt:
             verified=True,
             taken_from=tuple(given),
             taken_bytes=tuple(given.values()),
+            digest=self._digest.digest if is_compared else "",
         )
 
     def _map(self) -> LoadReport | None:
@@ -85,6 +110,8 @@ class Attempt:
         mode = self._config.local_mode
         if mode not in ("auto", "map"):
             return None
+        if self._digest.is_required:
+            return None  # whoever has made the memory could still change it after the comparison: it is copied
         ranks = [rank for seed in self._seeds.instances for rank in seed.ranks if rank.is_local]
         for rank in ranks:
             source = open_local(rank, self._arena, self._config)
@@ -102,6 +129,7 @@ class Attempt:
             # The memory is the seed's own: samples tell whether it is what was announced.
             assert rank.answer.manifest is not None
             unknown = verify_by_entries(self._arena, [rank.answer.manifest], rank.seed, samples_only=True)
+            self._digest.compare(self._arena, rank.seed)
             return LoadReport(
                 source="local_map",
                 num_bytes=num_bytes,
@@ -123,6 +151,7 @@ class Attempt:
                 transfer.run()
                 try:
                     verified = self._verify(transfer)
+                    self._digest.compare(arena, self._seeds.name)
                     break
                 except ChecksumMismatch as error:
                     transfer.blame([(e.offset, e.offset + e.nbytes) for e in error.entries], error)
@@ -179,18 +208,29 @@ class Attempt:
             WeightTransferError: if the files hold other weights.
         """
         try:
-            different = CheckpointSource(model_path).find_difference(self._arena)
+            files = self._open_checkpoint(model_path)
+            different = files.find_difference(self._arena)
         except ValueError as error:
             logger.info(
-                "rank %d: neither names nor files tell whether the seed %s has the same model (%s): its shapes fit",
+                "rank %d: no digest and no files tell whether the seed %s has the same weights (%s): its names and "
+                "shapes fit",
                 self._rank,
                 self._seeds.name,
                 error,
             )
             return
+        if not different and (names := files.converted_names):
+            logger.warning(
+                "rank %d: %d tensors are converted while they are loaded, so nothing here tells whether those from %s "
+                "are the right ones: %s",
+                self._rank,
+                len(names),
+                self._seeds.name,
+                name_some(names),
+            )
         if different:
             cause = (
                 f"it has other weights than the files in {model_path}: {different} differs (give both instances the "
                 "same --served-model-name if that is meant)"
             )
-            raise WeightTransferError("agree", self._rank, self._seeds.name, cause)
+            raise OtherWeights("agree", self._rank, self._seeds.name, cause)

@@ -32,6 +32,8 @@ from ramet.srt.weights.registration import InitSendGroupAnswer, InitSendGroupBod
 
 MAX_TIMEOUT_S = 600.0
 SEND_TIMEOUT_S = 3600.0  # for the request that lasts as long as the transfer
+BUSY_WORDS = "try again in a moment"  # in the refusal of a seed that sends to as many others as it may
+BUSY_PERIOD_S, BUSY_TIMEOUT_S = 0.5, 20.0
 LAST_WORDS_S = 1.0  # for the seed to say why it has broken off
 
 
@@ -177,7 +179,7 @@ class CollectiveSource:
             unpack(self._buffer, rows, memory)
 
     def _meet(self) -> None:
-        rank, timeout_s = self._pair.rank, self._pair.timeout_s
+        rank = self._pair.rank
         manifest = rank.answer.manifest
         assert manifest is not None
         body = InitSendGroupBody(
@@ -187,15 +189,26 @@ class CollectiveSource:
             role=manifest.role,
             broadcasts=[[msgspec.to_builtins(rows) for rows in source_rows(step)] for step in self._steps],
             layout=layout_digest(manifest),
-            timeout_s=timeout_s,
+            timeout_s=self._pair.timeout_s,
             warm_up=True,
         )
-        answer = self._pair.post(INIT_SEND_GROUP_PATH, body, timeout_s)
+        answer = self._ask_for_group(body)
         self._pair.meet(answer.master_address, int(answer.ports), answer.transfer_id)
         send = SendWeightsBody(group_name=answer.transfer_id, rank=rank.answer.rank, role=manifest.role)
         self._pair.post_beside(SEND_WEIGHTS_PATH, send)
         if answer.warm_up:  # a seed that does not know of it would send the first range instead
             self._pair.warm_up()
+
+    def _ask_for_group(self, body: InitSendGroupBody) -> InitSendGroupAnswer:
+        """The seed's answer; one that sends to as many others as it may is asked again for a while."""
+        deadline = time.monotonic() + min(BUSY_TIMEOUT_S, self._pair.timeout_s)
+        while True:
+            try:
+                return self._pair.post(INIT_SEND_GROUP_PATH, body, self._pair.timeout_s)
+            except OSError as error:
+                if BUSY_WORDS not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(BUSY_PERIOD_S)
 
 
 class UpstreamCollectiveSource:

@@ -11,8 +11,7 @@ from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.seed_instance import SeedRank
 from ramet.srt.model_loader.client.transfer import RankSource
 from ramet.srt.model_loader.client.transfer_engine import TransferEngineSource
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
-from ramet.srt.utils.net import reachable_host
+from ramet.srt.model_loader.transport.receivers import Receivers
 
 if TYPE_CHECKING:
     from ramet.srt.model_loader.client.collective import CollectiveSource, UpstreamCollectiveSource
@@ -28,7 +27,7 @@ class SeedSources:
         self._config = config
         self._files = ExitStack()
         self._remote: list[TransferEngineSource | CollectiveSource | UpstreamCollectiveSource] = []
-        self._engine: MooncakeEngine | None = None
+        self._receivers = Receivers(config.host, arena.manifest.parallel.world_rank)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="populate")
         self._populating: Future[None] | None = None
 
@@ -49,11 +48,8 @@ class SeedSources:
         return source
 
     def _open_engine(self, rank: SeedRank) -> TransferEngineSource:
-        if self._engine is None:
-            self._engine = MooncakeEngine.acquire(
-                reachable_host(self._config.host), self._arena.manifest.parallel.world_rank
-            )
-        return TransferEngineSource(rank.answer, self._arena, self._engine, self._config.timeout_s)
+        engine = self._receivers.get(rank.answer.session_id)
+        return TransferEngineSource(rank.answer, self._arena, engine, self._config.timeout_s)
 
     def _open_collective(self, rank: SeedRank) -> "CollectiveSource | UpstreamCollectiveSource":
         from ramet.srt.model_loader.client.collective import open_collective  # needs torch.distributed
@@ -63,20 +59,20 @@ class SeedSources:
     def close(self) -> None:
         """After every step has ended well. Raises MemoryError if there was not enough for the arena."""
         self._files.close()
-        for source in self._remote:
-            source.close()
+        try:
+            for source in self._remote:
+                source.close()
+        finally:
+            self._receivers.close()
         self._pool.shutdown()
         if self._populating is not None:
             self._populating.result()
 
     def abandon(self) -> bool:
-        """After a step has failed: False if it may still overwrite what the arena holds."""
+        """After a step has failed. True: nothing can overwrite what the arena holds, because who received has ended."""
         self._files.close()
         for source in self._remote:
             source.cut_off()
         self._pool.shutdown()
-        if self._engine is None:
-            return True
-        self._engine.abandon()
-        # A network card writes to pages, not to addresses.
-        return self._engine.protocol == "tcp"
+        self._receivers.close()
+        return True

@@ -50,7 +50,7 @@ class SeedInstance:
             manifest: what the client's rank needs.
             ready_rank: a rank that is known to be up; then nothing is waited for, and its replica is preferred.
         """
-        self.server = SeedServer(address, config.api_keys, config.ssl_ca_certs)
+        self.server = SeedServer(address, config.api_keys, config.ssl_ca_certs, config.shows_keys)
         self.name = address.name
         self.ranks: list[SeedRank] = []
         self._ready_rank = ready_rank

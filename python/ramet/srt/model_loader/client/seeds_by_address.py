@@ -21,7 +21,11 @@ LATE_GRACE_S = 1.0  # once one seed has answered, the others get this long
 
 
 class SeedsByAddress:
-    """A SeedFinder with one candidate, the addresses: several seeds share the work. Nobody claims the files here."""
+    """A SeedFinder with one candidate, the addresses: several seeds share the work. Nobody claims the files here.
+
+    Where a digest is required, those that were left out because they have other weights than the first are the next
+    candidate: it may be the first that lies.
+    """
 
     claim = None
 
@@ -32,6 +36,8 @@ class SeedsByAddress:
         self._config = config
         self._manifest = manifest
         self._name = ", ".join(address.name for address in config.seeds)
+        self._addresses = config.seeds  # of the candidate
+        self._left_out: list[str] = []
 
     @property
     def origin(self) -> str:
@@ -40,6 +46,9 @@ class SeedsByAddress:
     def candidates(self) -> Iterator[str]:
         """The addresses, as they are called together."""
         yield self._name
+        while self._left_out and self._config.weights_digest is not None:
+            self._addresses = tuple(address for address in self._addresses if address.name in self._left_out)
+            yield ", ".join(self._left_out)
 
     def open(self, candidate: str) -> FoundSeeds:
         """The seeds that can fill the arena, in the order of the configuration; what is wrong with others is logged.
@@ -48,13 +57,16 @@ class SeedsByAddress:
             WeightTransferError: if there is none.
         """
         rank = self._manifest.parallel.world_rank
-        seeds = [SeedInstance(address, self._config, self._manifest) for address in self._config.seeds]
+        seeds = [SeedInstance(address, self._config, self._manifest) for address in self._addresses]
+        self._left_out = []
         found, errors = _ask_all(seeds, rank, self._config.timeout_s)
         if not found:
             raise combine_errors(rank, [errors[seed.name] for seed in seeds])
         for name, error in errors.items():
             logger.warning("rank %d: the seed %s is left out: %s", rank, name, error)
-        return FoundSeeds(candidate, _agreeing(found, rank))
+        chosen = _agreeing(found, rank)
+        self._left_out = [seed.name for seed in found if seed not in chosen]
+        return FoundSeeds(candidate, chosen)
 
     def give_up(self, _candidate: str, _error: WeightTransferError) -> None:
         """There is no other candidate: the loader says what follows."""

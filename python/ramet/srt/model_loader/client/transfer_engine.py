@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from ramet.srt.model_loader.arena.base import ReceiveWindow, WeightArena
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
+from ramet.srt.model_loader.transport.receivers import normal_session_id
+from ramet.srt.model_loader.transport.transport_process import TransportProcess
 from ramet.srt.weights.copy_op import CopyOp, split_op
 from ramet.srt.weights.registration import SeedAnswer
 
@@ -21,17 +22,19 @@ class TransferEngineSource:
     name = "transfer_engine"
     measured_seconds = 0.0
 
-    def __init__(self, answer: SeedAnswer, arena: WeightArena, engine: MooncakeEngine, timeout_s: float) -> None:
+    def __init__(self, answer: SeedAnswer, arena: WeightArena, engine: TransportProcess, timeout_s: float) -> None:
         """
         Args:
+            engine: stays the caller's, who ends it after `close` or `cut_off`.
             timeout_s: longest time without progress (per step).
         """
         self._arena = arena
         self._engine = engine
         self._timeout_s = timeout_s
-        self._session_id = answer.session_id
+        self._session_id = normal_session_id(answer.session_id)
         self._base = 0 if answer.manifest is None else answer.arena_address or 0
         self._window: ReceiveWindow | None = None
+        self._address = 0  # of the window, in the transport process
 
     def make_steps(self, ops: Sequence[CopyOp]) -> list[list[CopyOp]]:
         """The operations in batches, bounded in bytes and in number of ranges."""
@@ -41,12 +44,13 @@ class TransferEngineSource:
         """Read one batch.
 
         Raises:
-            WeightTransferError: if the seed fails or stalls. The engine must be abandoned then.
+            WeightTransferError: if the seed fails or stalls. The engine must be ended then.
         """
         if self._window is None:
             self._window = self._arena.open_receive_window(MAX_BATCH_BYTES)
-            self._engine.register(self._window.address, self._window.nbytes)
-        local = self._window.place(step)
+            fds, sizes = zip(*self._window.files, strict=True)
+            self._address = self._engine.open_window(fds, sizes)
+        local = [self._address + start for start in self._window.place(step)]
         remote = [self._base + op.source_offset for op in step]
         nbytes = [op.source_span_nbytes for op in step]
         self._engine.read(self._session_id, local, remote, nbytes, self._timeout_s)
@@ -56,13 +60,13 @@ class TransferEngineSource:
         """Give the window back, after every read has ended well."""
         if self._window is not None:
             self._window.finish()
-            self._engine.unregister(self._window.address)
             self._window.close()
 
     def cut_off(self) -> None:
-        """Part from an engine that may still write: nothing of it reaches the arena's addresses from now on."""
+        """Part from a seed that may still send: with the process that would receive it."""
+        self._engine.kill()
         if self._window is not None:
-            self._window.cut_off()
+            self._window.close()
 
 
 def make_batches(ops: Sequence[CopyOp], range_cost: int) -> Iterator[list[CopyOp]]:

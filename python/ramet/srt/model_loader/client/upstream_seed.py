@@ -2,6 +2,7 @@
 
 import logging
 
+from ramet.srt.weights.agreement import find_other_head
 from ramet.srt.weights.boxes import locate_box
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.planner import Holding, PlanError, TensorSource
@@ -16,7 +17,7 @@ def source_from_names(name: str, answer: SeedAnswer, manifest: WeightManifest) -
     A tensor of the same name and size is taken to be the same slice of the same checkpoint tensors.
 
     Raises:
-        PlanError: if a tensor is missing or of another size.
+        PlanError: if a tensor is missing or of another size, or the output head is not tied there.
     """
     holdings: dict[str, list[Holding]] = {}
     missing, different = [], []
@@ -33,6 +34,9 @@ def source_from_names(name: str, answer: SeedAnswer, manifest: WeightManifest) -
                 offset, strides = locate_box(entry, box)
                 address = found[0] + offset - entry.offset
                 holdings.setdefault(box.checkpoint_name, []).append(Holding(box.source, address, strides, entry.dtype))
+    other_head = find_other_head(manifest, {name: info[0] for name, info in answer.weights_info.items()})
+    if other_head is not None:
+        different.append(other_head)
     if missing or different:
         raise PlanError(missing, different)
     logger.warning("%s sends no manifest: tensors are matched by name and size, their dtype and their "

@@ -14,18 +14,27 @@ from ramet.srt.weights.manifest import WeightChecksums, WeightEntry, WeightManif
 from ramet.srt.weights.registration import ChecksumsRequest
 
 
-class ChecksumMismatch(WeightTransferError):
+class OtherWeights(WeightTransferError):
+    """A seed gave weights that are not what they should be."""
+
+
+class ChecksumMismatch(OtherWeights):
     """Tensors do not hold what the seeds say.
 
     Attributes:
         entries: the tensors.
     """
 
-    def __init__(self, rank: int, seed: str, entries: Sequence[WeightEntry]) -> None:
+    def __init__(self, rank: int, seed: str, entries: Sequence[WeightEntry], digest: str = "") -> None:
+        """
+        Args:
+            digest: of the checkpoint whose content they don't hold; "" where checksums of the seed's differ.
+        """
         names = name_some([entry.name for entry in entries])
-        super().__init__(
-            "verify", rank, seed, f"the checksums of {len(entries)} tensors differ from the seed's: {names}"
-        )
+        what = f"the checksums of {len(entries)} tensors differ from the seed's: {names}"
+        if digest:
+            what = f"it has other weights: {len(entries)} tensors are not those of the digest {digest}: {names}"
+        super().__init__("verify", rank, seed, what)
         self.entries = list(entries)
 
 

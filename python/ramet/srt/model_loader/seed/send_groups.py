@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ramet.srt.distributed.pair_group import SENDER, PairGroup, listen
+from ramet.srt.distributed.pair_group import SENDER, PairGroup, listen, open_store, wait_for_client
+from ramet.srt.errors import ServiceError
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.transport.broadcast_steps import Broadcast, ByteRows, check_broadcasts, pack
 from ramet.srt.weights.control_messages import InitSendGroupOutput, InitSendGroupReq, SendWeightsOutput
@@ -20,6 +22,10 @@ logger = logging.getLogger(__name__)
 MAX_TRANSFERS = 16
 MAX_TIMEOUT_S = 600.0
 KEPT_RESULTS_S = 60.0  # an ended transfer's result, for a request that comes late
+CONNECT_TIMEOUT_S = 30.0  # for the client to connect, which is all that it has to do after the answer
+MEET_TIMEOUT_S = 60.0  # for it to join the group then, and to ask for what was agreed on
+GRACE_S = 2.0  # after which a transfer whose client has not connected gives way to the next client
+POLL_S = 0.1
 
 
 class SendGroups:
@@ -40,6 +46,7 @@ class SendGroups:
 
         Raises:
             ValueError: if the request can't be fulfilled, or the client does not come.
+            ServiceError: if it could be later.
         """
         transfer = self._make(request)
         with self._lock:
@@ -47,8 +54,7 @@ class SendGroups:
             self._transfers = {key: one for key, one in self._transfers.items() if not one.is_forgotten(now)}
             if transfer.id in self._transfers and not self._transfers[transfer.id].ended.is_set():
                 raise ValueError(f"there is a group {transfer.id!r} already")
-            if sum(not one.ended.is_set() for one in self._transfers.values()) >= MAX_TRANSFERS:
-                raise ValueError(f"this rank is sending to {MAX_TRANSFERS} others already")
+            self._make_room(now)
             try:
                 port = transfer.listen(request.port)
             except OSError as error:
@@ -80,6 +86,16 @@ class SendGroups:
         for transfer in transfers:
             transfer.cancel()
 
+    def _make_room(self, now: float) -> None:
+        """Let whoever has not come for longest go. Raises ServiceError if all have come, or may still be on the way."""
+        open_ones = [one for one in self._transfers.values() if not one.has_given_way and not one.ended.is_set()]
+        if len(open_ones) < MAX_TRANSFERS:
+            return
+        oldest = min(open_ones, key=lambda one: (one.has_come, one.begun_s))
+        if oldest.has_come or now - oldest.begun_s < GRACE_S:
+            raise ServiceError(f"this rank is sending to {MAX_TRANSFERS} others already: try again in a moment")
+        oldest.give_way()
+
     def _make(self, request: InitSendGroupReq) -> "_Transfer":
         if not 0 < request.timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be above 0 and at most {MAX_TIMEOUT_S:g}; got {request.timeout_s}")
@@ -99,6 +115,9 @@ class _Transfer:
         self, arena: WeightArena, address: str, request: InitSendGroupReq, broadcasts: list[Broadcast]
     ) -> None:
         self.id = request.group_name or secrets.token_hex(16)
+        self.begun_s = time.monotonic()
+        self.has_come = False  # whether the client, or whoever, has connected
+        self.has_given_way = False
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._run, name="send-weights", daemon=True)
         self._is_upstream = bool(request.group_name)
@@ -107,7 +126,7 @@ class _Transfer:
         self._address = address
         self._broadcasts = broadcasts
         self._timeout_s = request.timeout_s
-        self._store: dist.Store | None = None
+        self._listener: socket.socket | None = None
         self._joined = threading.Event()
         self._go = threading.Event()
         self._was_asked = threading.Lock()
@@ -118,17 +137,16 @@ class _Transfer:
         self._seconds = 0.0
 
     def listen(self, port: int) -> int:
-        """Open the store. Returns its port. Raises OSError if the port is in use."""
-        store = listen(self._address, port, self._timeout_s)
-        self._store = store
-        return store.port
+        """Open the port at which the client will find the store. Returns it. Raises OSError if it is in use."""
+        self._listener = listen(self._address, port)
+        return self._listener.getsockname()[1]
 
     def is_forgotten(self, now: float) -> bool:
         return self.ended.is_set() and now - self._end_s > KEPT_RESULTS_S
 
     def wait_joined(self) -> None:
         """Raises ValueError if the client does not come."""
-        self._joined.wait(2 * self._timeout_s)
+        self._joined.wait()  # the thread's own deadlines end it
         if self._error:
             raise ValueError(self._error)
 
@@ -141,9 +159,14 @@ class _Transfer:
             raise ValueError(self._error)
         return SendWeightsOutput(num_bytes=self._num_bytes, seconds=self._seconds)
 
-    def cancel(self) -> None:
-        self._error = self._error or "the seed is ending"
+    def cancel(self, why: str = "the seed is ending") -> None:
+        self._error = self._error or why
         self._go.set()
+
+    def give_way(self) -> None:
+        """End, because others wait and nobody has connected."""
+        self.has_given_way = True
+        self.cancel("the client has not connected, and others waited")
 
     def _run(self) -> None:
         try:
@@ -155,26 +178,43 @@ class _Transfer:
             if not self._is_sent:
                 self._error = self._error or "it broke off"
                 rank = self._arena.manifest.parallel.world_rank
-                logger.warning("rank %d: the weights were not sent: %s", rank, self._error)
+                level = logging.DEBUG if self.has_given_way else logging.WARNING
+                logger.log(level, "rank %d: the weights were not sent: %s", rank, self._error)
             self._end_s = time.monotonic()
             self.ended.set()
             self._joined.set()
 
+    def _await_client(self) -> dist.TCPStore:
+        """The store, once somebody has connected. Raises OSError if nobody does in time."""
+        assert self._listener is not None
+        timeout_s = min(self._timeout_s, CONNECT_TIMEOUT_S)
+        deadline = time.monotonic() + timeout_s
+        with self._listener as listener:
+            while not wait_for_client(listener, POLL_S):
+                if self._error:
+                    raise OSError(self._error)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the other side has not come within {timeout_s:g} s")
+            self.has_come = True
+            return open_store(listener, self._address, min(self._timeout_s, MEET_TIMEOUT_S))
+
     def _meet_and_send(self) -> None:
-        store, self._store = self._store, None
-        assert store is not None
+        store = self._await_client()
         device = self._arena.byte_tensor().device
-        group = PairGroup(store, self.id, SENDER, device, self._address, self._timeout_s)
+        meet_timeout_s = min(self._timeout_s, MEET_TIMEOUT_S)
+        group = PairGroup(store, self.id, SENDER, device, self._address, meet_timeout_s)
+        del store  # the group has it, and gives the port back with it
         failed = True
         try:
             if self._is_upstream:
                 with self._arena.work_context():
                     group.barrier()
             self._joined.set()
-            if not self._go.wait(self._timeout_s):
-                raise TimeoutError(f"the client has met this rank and asked for nothing within {self._timeout_s:g} s")
+            if not self._go.wait(meet_timeout_s):
+                raise TimeoutError(f"the client has met this rank and asked for nothing within {meet_timeout_s:g} s")
             if self._error:
                 return
+            group.timeout_s = self._timeout_s
             with self._arena.work_context():
                 if self.warms_up:
                     group.warm_up()

@@ -8,15 +8,26 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from ramet.srt.configs.runner_config import REQUIRED, UNUSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
 from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
+from ramet.srt.model_loader.seed.arena_watch import ArenaWatch
 from ramet.srt.model_loader.seed.control import WeightControlServer
 from ramet.srt.model_loader.transport.local_share import LocalShareServer
-from ramet.srt.model_loader.transport.mooncake_engine import MooncakeEngine
-from ramet.srt.utils.net import host_identity, reachable_host
+from ramet.srt.model_loader.transport.memory_offer import (
+    MemoryOffer,
+    OfferFromHere,
+    offer_memory,
+    start_offering_process,
+)
+from ramet.srt.model_loader.transport.transport_process import TransportMissingError, TransportProcess
+from ramet.srt.utils.net import format_address, host_identity, reachable_host
+from ramet.srt.weights.content_digest import part_of_table
 from ramet.srt.weights.control_messages import (
+    DigestTableOutput,
+    DigestTableReq,
     InitSendGroupReq,
     InstanceReady,
     InstanceStateOutput,
@@ -34,6 +45,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Started for an offer that is still to be made, by host and rank; None where Mooncake is not installed, and needn't be.
+_prepared: dict[tuple[str, int], TransportProcess | None] = {}
+
 
 class WeightSeed:
     """One rank's weights on offer. The arena is immutable from the start on."""
@@ -43,13 +57,18 @@ class WeightSeed:
         self._resources = resources
 
     @staticmethod
-    def prepare(host: str, rank: int) -> None:
+    def prepare(host: str, rank: int, network: str = REQUIRED, gpu_id: int = -1) -> None:
         """Do beforehand, while the weights still come, what takes long: start the transfer engine, import requests.
+
+        Args:
+            network: see `start`.
+            gpu_id: of the GPU that the weights are on; -1: none.
 
         Raises:
             WeightTransferError: if it does not start.
         """
-        MooncakeEngine.acquire(reachable_host(host), rank)
+        if network != UNUSED and (host, rank) not in _prepared:
+            _prepared[host, rank] = _start_process(host, rank, network, gpu_id)
         importlib.import_module("ramet.srt.utils.http_client")
 
     @classmethod
@@ -61,7 +80,10 @@ class WeightSeed:
         host: str,
         started_at: float = 0.0,
         control_host: str | None = None,
+        network: str = REQUIRED,
+        check_interval_s: float = 0.0,
         on_state: Callable[[bool], None] = lambda _is_ready: None,
+        on_change: Callable[[str], None] = logger.critical,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
 
@@ -69,7 +91,10 @@ class WeightSeed:
             host: address that the instance is bound to.
             started_at: when the instance was launched, in unix seconds: tells it from one that had its address before.
             control_host: address of this node, if the instance's main process may be on another one.
+            network: whether other hosts may read the weights by a transfer engine: see configs/runner_config.py.
+            check_interval_s: seconds from one look at the arena's content to the next; 0: nobody looks.
             on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
+            on_change: called, in a thread, with a line that says so when the content has changed.
 
         Raises:
             WeightTransferError: if Mooncake does not start.
@@ -81,34 +106,39 @@ class WeightSeed:
         arena.publish()
         rank = manifest.parallel.world_rank
         with ExitStack() as undo:
-            engine = MooncakeEngine.acquire(reachable_host(host), rank)
-            engine.register(arena.address, arena.nbytes)
-            undo.callback(engine.unregister, arena.address)  # its memory stays for as long as it is offered
+            offer = _offer_memory(arena, host, rank, network)
+            if offer is not None:
+                undo.callback(offer.close)
+            session_id = format_address(reachable_host(host), 0) if offer is None else offer.session_id
+            address = arena.address if offer is None else offer.address
             share = LocalShareServer(arena)
             undo.callback(share.close)
             requests = SeedRequests(arena, reachable_host(host), on_state)
             undo.callback(requests.close)
             control = WeightControlServer(requests.handle, control_host)
             undo.callback(control.close)
+            if check_interval_s:
+                undo.callback(ArenaWatch(arena, checksums, check_interval_s, on_change).close)
             resources = undo.pop_all()
         registration = SeedRegistration(
             rank=rank,
             role=manifest.role,
             transfer_engine_info=TransferEngineInfo(
-                session_id=engine.session_id, weights_info_dict=weights_info(manifest, arena.address)
+                session_id=session_id, weights_info_dict=weights_info(manifest, address)
             ),
             manifest=with_checksums(manifest, checksums),
-            arena_address=arena.address,
+            arena_address=address,
             local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
             started_at=started_at,
+            weights_digest=arena.content_digest_text,
             control=control.address,
         )
         logger.info(
-            "rank %d: offering %.3f GB of %s weights as %s (prepared in %.2f s)",
+            "rank %d: offering %.3f GB of %s weights %s (prepared in %.2f s)",
             rank,
             manifest.payload_nbytes / 1e9,
             manifest.role,
-            engine.session_id,
+            "without a transfer engine" if offer is None else f"as {session_id}",
             time.perf_counter() - start,
         )
         return cls(registration, resources)
@@ -130,6 +160,28 @@ class WeightSeed:
         self._resources.close()
 
 
+def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> MemoryOffer | OfferFromHere | None:
+    """The arena on offer to other hosts; None where it isn't. Raises WeightTransferError and OSError as it does."""
+    if network == UNUSED:
+        return None
+    if (host, rank) in _prepared:
+        process = _prepared.pop((host, rank))
+    else:
+        process = _start_process(host, rank, network, arena.gpu_id)
+    return None if process is None else offer_memory(arena, process)
+
+
+def _start_process(host: str, rank: int, network: str, gpu_id: int) -> TransportProcess | None:
+    """None if Mooncake is not installed, and needn't be. Raises WeightTransferError if it can't be started."""
+    try:
+        return start_offering_process(host, rank, gpu_id)
+    except TransportMissingError as error:
+        if network == REQUIRED:
+            raise
+        logger.warning("rank %d: weights are offered without a transfer engine: %s", rank, error.cause)
+        return None
+
+
 class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
@@ -146,6 +198,7 @@ class SeedRequests:
         self._checksums = RegionChecksums(arena)
         self._groups: SendGroups | None = None
         self._lock = threading.Lock()
+        self._computing = threading.Lock()
 
     def handle(self, request: WeightRequest) -> WeightReply:
         """Raises ValueError if the request can't be fulfilled."""
@@ -154,9 +207,13 @@ class SeedRequests:
             return InstanceStateOutput()
         if isinstance(request, InitSendGroupReq):
             return self._send_groups().init(request)
+        if isinstance(request, DigestTableReq):
+            return DigestTableOutput(**part_of_table(self._arena.content_digest, request.first))
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
-        checksums = self._checksums.compute(request.regions)
+        with self._computing:  # one after the other: the rank's own passes need the time
+            self._checksums.check_size(request.regions)
+            checksums = self._checksums.compute(request.regions)
         return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)
 
     def _send_groups(self) -> "SendGroups":

@@ -1,18 +1,30 @@
-"""Owns Mooncake's TransferEngine: starting it, registering memory, and reads that can be given up."""
+"""Owns Mooncake's TransferEngine in this process: starting it, where it listens, registering memory, and reads."""
 
 import contextlib
 import ctypes
+import glob
+import importlib
 import os
-import threading
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ramet.srt.environ import envs
-from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.model_loader.transport.engine_messages import StartEngine
+from ramet.srt.model_loader.transport.listening_address import lead_bind, listeners
 
 RDMA_DEVICES = "/sys/class/infiniband"
 HARMLESS_LOG = (b"Logging before InitGoogleLogging() is written", b"Local segment descriptor not found")
+NUM_PORTS = 20  # that an engine may try which takes another one's place
 HANDSHAKE = "P2PHANDSHAKE"  # the engines find each other by session id, without a metadata server
+
+
+class EngineError(RuntimeError):
+    """Mooncake can't do what it was asked for."""
+
+
+class EngineMissingError(EngineError):
+    """Mooncake is not installed, or lacks something."""
 
 
 class MooncakeEngine:
@@ -21,98 +33,95 @@ class MooncakeEngine:
     It is never destroyed: its destructor holds the GIL for a second, and waits for reads that are stuck.
     """
 
-    def __init__(self, host: str, rank: int) -> None:
+    def __init__(self, start: StartEngine) -> None:
         """
-        Args:
-            host: address of this machine by which the other side reaches it.
-
         Raises:
-            WeightTransferError: if Mooncake is not installed or does not start.
+            EngineMissingError: if Mooncake is not installed.
+            EngineError: if it does not start, or listens elsewhere than it may.
         """
-        self.protocol = choose_protocol()
         # Mooncake logs to stderr, past Python's logging; its warnings say nothing that a return code does not.
         os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-        try:
-            from mooncake.engine import TransferEngine
-        except ImportError as error:
-            raise WeightTransferError("start", rank, host, f"Mooncake can't be used: {error}") from error
-        self._key = host
-        self._rank = rank
-        self._engine: Any = TransferEngine()
+        if ":" in start.address:
+            os.environ["MC_USE_IPV6"] = "1"  # it is read when the libraries are loaded
+        if start.port:
+            _choose_port(start.port)
+        engine_class = _import_engine()
+        lead_bind(start.address, start.port)
+        before = listeners()
+        self._engine = engine_class()
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._engine))
         with _without_harmless_log():
-            code = self._engine.initialize(host, HANDSHAKE, self.protocol, envs.MOONCAKE_DEVICE.get())
+            code = self._engine.initialize(start.name, HANDSHAKE, start.protocol, start.devices)
         if code != 0:
-            raise WeightTransferError("start", rank, host, f"Mooncake with the protocol {self.protocol} answers {code}")
-        self.session_id = f"{host}:{self._engine.get_rpc_port()}"
-
-    @classmethod
-    def acquire(cls, host: str, rank: int) -> "MooncakeEngine":
-        """The process's engine for an address: the one that a client has received with also serves what it offers.
-
-        Raises:
-            WeightTransferError: if Mooncake is not installed or does not start.
-        """
-        with _lock:
-            if host not in _engines:
-                _engines[host] = cls(host, rank)
-            return _engines[host]
+            raise EngineError(f"Mooncake with the protocol {start.protocol} answers {code}")
+        self.port: int = self._engine.get_rpc_port()
+        elsewhere = sorted(one for one in listeners() - before if one.address != start.address)
+        if elsewhere:
+            raise EngineError(
+                f"Mooncake listens on port {elsewhere[0].port} of {elsewhere[0].address}, and may on "
+                f"{start.address} alone"
+            )
+        if start.port and self.port != start.port:
+            raise EngineError(f"Mooncake listens on port {self.port}, not on {start.port}")
 
     def register(self, address: int, nbytes: int) -> None:
-        """Make memory readable for others, and usable as the target of reads.
-
-        Raises:
-            WeightTransferError: if Mooncake refuses.
-        """
+        """Make memory readable for others, and usable as the target of reads. Raises EngineError if refused."""
         code = self._engine.register_memory(address, nbytes)
         if code != 0:
-            raise WeightTransferError("register", self._rank, self.session_id, f"register_memory answers {code}")
+            raise EngineError(f"register_memory answers {code}")
 
     def unregister(self, address: int) -> None:
         """Withdraw a registration. No read of this process into it may be under way."""
         self._engine.unregister_memory(address)
 
-    def read(
-        self, session_id: str, local: Sequence[int], remote: Sequence[int], nbytes: Sequence[int], timeout_s: float
-    ) -> None:
-        """Read ranges of a peer's registered memory in one batch; none may be empty.
-
-        After an error, ranges of the batch may still be written at any later time.
+    def read(self, session_id: str, local: Sequence[int], remote: Sequence[int], nbytes: Sequence[int]) -> None:
+        """Read ranges of a peer's registered memory in one batch; none may be empty. It may never return.
 
         Raises:
-            WeightTransferError: if it fails, or is not done within `timeout_s`. The engine must be abandoned then.
+            EngineError: if Mooncake says that it failed.
         """
-        results: list[int | BaseException] = []
-
-        def call() -> None:
-            try:
-                results.append(
-                    self._engine.batch_transfer_sync_read(session_id, list(local), list(remote), list(nbytes))
-                )
-            except BaseException as error:  # noqa: BLE001 - it is raised in the caller's thread
-                results.append(error)
-
-        # The call releases the GIL but can't be interrupted: a daemon thread can be left behind in it.
-        thread = threading.Thread(target=call, name="mooncake-read", daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if not results:
-            raise WeightTransferError("transfer", self._rank, session_id, f"no progress within {timeout_s:g} s")
-        result = results[0]
-        if isinstance(result, BaseException):
-            raise WeightTransferError("transfer", self._rank, session_id, result) from result
+        result = self._engine.batch_transfer_sync_read(session_id, list(local), list(remote), list(nbytes))
         if result < 0:
-            raise WeightTransferError("transfer", self._rank, session_id, f"Mooncake answers {result}")
-
-    def abandon(self) -> None:
-        """Never use the engine again, after a read that failed: it may still be inside of it."""
-        with _lock:
-            if _engines.get(self._key) is self:
-                del _engines[self._key]
+            raise EngineError(f"Mooncake answers {result}")
 
 
-_engines: dict[str, MooncakeEngine] = {}
-_lock = threading.Lock()
+def _import_engine() -> Any:
+    """Mooncake's class. Raises EngineMissingError if it can't be imported."""
+    try:
+        return importlib.import_module("mooncake.engine").TransferEngine
+    except ImportError as error:
+        # Its builds for CUDA rely on libraries that torch loads, where torch is imported before.
+        if not _load_cuda_runtime():
+            raise EngineMissingError(f"Mooncake can't be used: {error}") from error
+    try:
+        return importlib.import_module("mooncake.engine").TransferEngine
+    except ImportError as error:
+        raise EngineMissingError(f"Mooncake can't be used: {error}") from error
+
+
+def _load_cuda_runtime() -> bool:
+    """Load the CUDA runtime out of the packages that torch has it from. False if there is none."""
+    found = [path for folder in sys.path for path in glob.glob(f"{glob.escape(folder)}/nvidia/*/lib/libcudart.so.*")]
+    for path in found:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return bool(found)
+
+
+def _choose_port(port: int) -> None:
+    """Let Mooncake, which tries ports at random, try few: our bind gives it `port` first, then others."""
+    first, last = (_port_limit(end, default) for end, default in (("MIN", 15000), ("MAX", 17000)))  # Mooncake's own
+    if last - port < NUM_PORTS:
+        first, last = max(first, port - NUM_PORTS), max(last, port)
+    else:
+        first, last = port, port + NUM_PORTS
+    os.environ["MC_MIN_RPC_PORT"], os.environ["MC_MAX_RPC_PORT"] = str(first), str(last)
+
+
+def _port_limit(end: str, default: int) -> int:
+    """What the user has set; the second spelling is Mooncake's older one."""
+    text = os.environ.get(f"MC_{end}_RPC_PORT") or os.environ.get(f"MC_{end}_PRC_PORT") or ""
+    return int(text) if text.isdigit() else default
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable
 
 from ramet.srt.modelexpress.ages import AgeTracker
-from ramet.srt.modelexpress.client.client import ModelExpressClient
+from ramet.srt.modelexpress.client.client import NOT_TAKEN, REFUSED, ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, encode_facts, read_facts
@@ -27,6 +27,7 @@ from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER
 logger = logging.getLogger(__name__)
 
 RENEWAL_S = 2.0
+REFUSAL_S = 5.0  # of refusals of the own claim: then the server is out of order
 SILENCE_S = 10.0  # a claim that is not renewed for so long is nobody's
 
 
@@ -67,7 +68,8 @@ class FileClaim:
         """One attempt; whether this instance may read the files now. Call it again after a moment if not.
 
         Raises:
-            ModelExpressError: if the server cannot be reached.
+            ModelExpressError: if the server cannot be reached, or does not take the claim: then it would not take
+                anybody's, and who waits for another's claim waits for nobody.
         """
         if self.held:
             return True
@@ -79,16 +81,26 @@ class FileClaim:
             )
             publisher.start()
             self._publisher = publisher
-            if not publisher.set_status(INITIALIZING, self._ack_timeout_s):
+            if not self._is_taken(publisher):
+                reason = publisher.stats().last_error or "the server does not acknowledge it"
                 self.release()
                 self._claims_of_others(client, "")  # fails if the server has gone, so that its outage counts from here
-                return False
+                raise ModelExpressError("the claim to read the files", client.address, NOT_TAKEN, reason)
         others = self._claims_of_others(client, self._publisher.worker_id)
         if any(worker_id < self._publisher.worker_id for worker_id in others):
             self.release()
             return False
         self.held = not others
         return self.held
+
+    def _is_taken(self, publisher: Publisher) -> bool:
+        """Whether the server takes the claim; it is given less time where it says that it does not."""
+        first_s = min(self._ack_timeout_s, REFUSAL_S)
+        if publisher.set_status(INITIALIZING, first_s):
+            return True
+        if REFUSED in publisher.stats().last_error:
+            return False
+        return publisher.set_status(INITIALIZING, self._ack_timeout_s - first_s)
 
     def release(self) -> None:
         """Take the claim down. Idempotent."""
@@ -100,7 +112,14 @@ class FileClaim:
     def _claims_of_others(self, client: ModelExpressClient, own_id: str) -> list[str]:
         """Worker ids of the other instances whose claims are up and alive."""
         living = []
-        for ref in client.list_sources(self._identity, status=INITIALIZING):
+        refs = client.list_sources(self._identity, status=INITIALIZING)
+        if own_id and all(ref.worker_id != own_id for ref in refs):
+            logger.warning(
+                "the ModelExpress server %s has taken this instance's claim to read the files, but does not list it: "
+                "others may read them too",
+                client.address,
+            )
+        for ref in refs:
             if ref.worker_id == own_id or self._is_predecessor(ref):
                 continue
             updated_at = ref.updated_at or client.get_metadata(ref.mx_source_id, ref.worker_id).worker.updated_at

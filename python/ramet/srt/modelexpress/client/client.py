@@ -9,14 +9,17 @@ from typing import Any
 import grpc
 
 from ramet.srt.configs.modelexpress_config import resolve_address
+from ramet.srt.environ import envs
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
 from ramet.srt.modelexpress.settings import open_token_file
 from ramet.srt.modelexpress.tokens import TokenFile
+from ramet.srt.utils.printable import printable
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 10.0
+REFUSED, NOT_TAKEN = "REFUSED", "NOT TAKEN"  # codes beside grpc's
 SERVICE = p2p_pb2.DESCRIPTOR.services_by_name["P2pService"]
 CHANNEL_OPTIONS = [
     *MESSAGE_SIZE_OPTIONS,
@@ -32,15 +35,16 @@ CHANNEL_OPTIONS = [
 class ModelExpressError(Exception):
     """A call that failed: which, where, and why.
 
-    `code` is grpc's status name ("UNAVAILABLE", …), or "REFUSED" when the server answered with success=false.
+    `code` is grpc's status name ("UNAVAILABLE", …), "REFUSED" when the server answered with success=false, or
+    "NOT TAKEN" for a claim that it has not acknowledged.
     """
 
     def __init__(self, method: str, address: str, code: str, details: str):
-        super().__init__(f"{method} at ModelExpress server {address} failed: {code}: {details}")
+        super().__init__(printable(f"{method} at ModelExpress server {address} failed: {code}: {details}", 1000))
         self.method = method
         self.address = address
         self.code = code
-        self.details = details
+        self.details = printable(details, 1000)
 
 
 class ModelExpressClient:
@@ -109,7 +113,7 @@ class ModelExpressClient:
             )
         answer = self._call("PublishMetadata", request)
         if not answer.success:
-            raise ModelExpressError("PublishMetadata", self.address, "REFUSED", answer.message)
+            raise ModelExpressError("PublishMetadata", self.address, REFUSED, answer.message)
         return answer.mx_source_id
 
     def list_sources(
@@ -188,15 +192,16 @@ class ModelExpressClient:
 
 
 def make_channel(address: str, tls_ca_file: str | None) -> grpc.Channel:
-    """A channel, encrypted if there is a certificate to check the server's by.
+    """A channel, encrypted if there is a certificate to check the server's by. No proxy is used unless asked for.
 
     Raises:
         ValueError: if the certificate cannot be read.
     """
+    options = [*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(envs.RAMET_FABRIC_PROXY.get() == "1"))]
     if tls_ca_file is None:
-        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     try:
         certificates = Path(tls_ca_file).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the certificates of the ModelExpress server: {error}") from error
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(certificates), options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(certificates), options=options)

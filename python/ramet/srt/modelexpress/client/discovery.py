@@ -9,7 +9,7 @@ import msgspec
 
 from ramet.srt.modelexpress.ages import AgeTracker
 from ramet.srt.modelexpress.client.claim import FileClaim
-from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
+from ramet.srt.modelexpress.client.client import NOT_TAKEN, ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, INITIALIZING_INTERVAL_S, READY
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import SourceRecord, read_facts, read_source
@@ -22,7 +22,9 @@ MAX_POLL_S = 2.0
 POLL_SHARE = 0.05  # of the time already waited: a hundred that wait for minutes must not keep the server busy
 UNKNOWN_LOAD = 0.5  # of a source that does not say how busy it is
 INITIALIZING_SILENCE_S = 4 * INITIALIZING_INTERVAL_S  # an initializing source that is silent for so long has died
-FINAL_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED")  # asking again would not help
+# Asking again would not help; a claim that is not taken has been put up again and again already.
+FINAL_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", NOT_TAKEN)
+MAX_NAMED = 5  # other models, in a message
 OUTAGE_S = 10.0  # a server that fails for so long while one waits is given up
 
 
@@ -228,3 +230,37 @@ def find_coming(
         for ref in refs
         if ages.age_s(ref.mx_source_id, ref.worker_id, ref.worker_rank, ref.updated_at) <= INITIALIZING_SILENCE_S
     ]
+
+
+def describe_others(client: ModelExpressClient, identity: p2p_pb2.SourceIdentity) -> str:
+    """What READY weights the server lists that are not those of `identity`, and why not; "" if there are none.
+
+    Raises:
+        ModelExpressError: if the server cannot be reached.
+    """
+    own_id = compute_source_id(identity)
+    others = {ref.mx_source_id: ref for ref in client.list_sources(status=READY) if ref.mx_source_id != own_id}
+    names = {ref.model_name for ref in others.values()} - {identity.model_name}
+    reasons = []
+    for ref in [ref for ref in others.values() if ref.model_name == identity.model_name][:MAX_NAMED]:
+        answer = client.get_metadata(ref.mx_source_id, ref.worker_id)
+        if answer.found and (differences := differing_fields(identity, answer.identity)):
+            reasons.append(f"some of {identity.model_name!r} with {differences}")
+    if names:
+        last = identity.model_name.rstrip("/").rpartition("/")[2].casefold()
+        alike = sorted(name for name in names if name.rstrip("/").rpartition("/")[2].casefold() == last)
+        shown = (alike or sorted(names))[:MAX_NAMED]
+        reasons.append(
+            f"some named {', '.join(map(repr, shown))}, where this instance has {identity.model_name!r} (if that is "
+            "the same model, give both sides one model_name in --modelexpress-config)"
+        )
+    return "; ".join(reasons)
+
+
+def differing_fields(own: p2p_pb2.SourceIdentity, other: p2p_pb2.SourceIdentity) -> str:
+    """In what two identities of one model differ, except for the sizes of their parallel dimensions."""
+    return ", ".join(
+        f"{field} {getattr(other, field) or 'none'!r} (here {getattr(own, field) or 'none'!r})"
+        for field in ("revision", "dtype", "quantization", "mx_version", "backend_framework")
+        if getattr(own, field) != getattr(other, field)
+    )

@@ -5,6 +5,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from ramet.srt.modelexpress.records import SourceRecord
 from ramet.srt.utils.net import SeedAddress
+from ramet.srt.weights.agreement import find_other_head
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import SeedAnswer
@@ -53,12 +54,15 @@ def make_seed_answer(source: SourceRecord, manifest: WeightManifest) -> SeedAnsw
     Matched are name and size, and the type where the record says it (SGLang's first integration does not).
 
     Raises:
-        WeightTransferError: if the source lacks a tensor of `manifest`, or has another size or type of it.
+        WeightTransferError: if the source lacks a tensor of `manifest`, or has another size, type or head.
     """
     tensors = {tensor.name: tensor for tensor in source.tensors}
     rank, seed = manifest.parallel.world_rank, source.session_id or source.worker_id
     if not source.session_id:
         raise WeightTransferError("agree", rank, seed, "its record has no session of the transfer engine")
+    other_head = find_other_head(manifest, {name: tensor.addr for name, tensor in tensors.items()})
+    if other_head is not None:
+        raise WeightTransferError("agree", rank, seed, other_head)
     if missing := [entry.name for entry in manifest.entries if entry.name not in tensors]:
         raise WeightTransferError("agree", rank, seed, f"its record lacks {name_some(missing)}")
     weights_info = {}

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from ramet.srt.configs.load_config import Board, LoadConfig, LoadContext
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
+from ramet.srt.model_loader.client.verification import OtherWeights
 from ramet.srt.modelexpress.client.claim import FileClaim
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.discovery import (
     POLL_S,
+    describe_others,
     drop_dead,
     fetch_source,
     find_other_topologies,
@@ -23,6 +25,7 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, make_instance_facts, read_facts
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.utils.hub import has_weights
+from ramet.srt.utils.printable import printable
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 5.0  # for a source that is listed as READY: a dead one must be got past in seconds
 FOLLOWER_WAIT_S = 15.0  # for a source of a rank's own shard, once one is known for world rank 0's
+MAX_LIARS = 8  # then no more are tried: whoever may publish could keep an instance busy for ever
 VERDICT_KEY = "modelexpress/verdict"
 SURRENDER_KEY = "modelexpress/surrender"  # why world rank 0 reads the files after all, once it has said SOURCES
 VERDICT_MARGIN_S = 60.0
@@ -45,7 +49,8 @@ class Candidate:
     @property
     def name(self) -> str:
         facts = read_facts(self.refs[0].topology)
-        return facts.instance if facts is not None and facts.instance else f"worker {self.refs[0].worker_id}"
+        named = facts is not None and facts.instance
+        return printable(str(named) if named else f"worker {self.refs[0].worker_id}")
 
 
 class SeedSearch:
@@ -87,6 +92,7 @@ class SeedSearch:
         self._is_leader = manifest.parallel.world_rank == 0
         self._deadline = time.monotonic() + config.modelexpress_wait_s
         self._announced = False
+        self._num_liars = 0  # sources whose weights were not what they should be
         if can_read_files and self._is_leader:
             self.claim = FileClaim(lambda: ModelExpressClient(config.modelexpress_url), self.identity, facts)
 
@@ -110,6 +116,7 @@ class SeedSearch:
         rank = self._manifest.parallel.world_rank
         logger.warning("rank %d: no weights from the source %s, trying the next: %s", rank, candidate.name, error)
         self.failed.update(ref.worker_id for ref in candidate.refs)
+        self._num_liars += isinstance(error, OtherWeights)
 
     def open(self, candidate: Candidate) -> FoundSeeds:
         """Ask the instance itself what it has.
@@ -143,7 +150,8 @@ class SeedSearch:
         except ValueError as error:
             raise self._error(candidate, error) from error
         timeout_s = min(self._config.timeout_s, ANSWER_TIMEOUT_S)
-        config = dataclasses.replace(self._config, timeout_s=timeout_s)
+        # Whoever may publish a record decides who is asked here: nobody's key must be had for that.
+        config = dataclasses.replace(self._config, timeout_s=timeout_s, shows_keys=False)
         seed = SeedInstance(address.seed, config, self._manifest, ready_rank=address.rank)
         seed.find_ranks()
         return seed
@@ -158,6 +166,11 @@ class SeedSearch:
                 for candidate in found:
                     self._announce(SOURCES)
                     yield candidate
+                    if self._num_liars >= MAX_LIARS:
+                        break
+                if self._num_liars >= MAX_LIARS:
+                    self.reason = f"{self._num_liars} sources had other weights than they should"
+                    break
                 if found:
                     continue  # they have failed; others may have come
                 outcome = search(
@@ -171,6 +184,7 @@ class SeedSearch:
                 )
                 if not outcome.sources:
                     self.reason = outcome.reason
+                    self._say_what_else_is_there()
                     break
         except ModelExpressError as error:
             self.reason = str(error)
@@ -178,6 +192,17 @@ class SeedSearch:
             self._board.announce(SURRENDER_KEY, self.reason or "no source could give its weights")
         else:
             self._announce(f"{FILES} {self.reason}")
+
+    def _say_what_else_is_there(self) -> None:
+        """Before files are read: whether the server lists weights that a user may have meant, and why not these."""
+        others = describe_others(self.client, self.identity)
+        if others:
+            logger.info(
+                "rank %d: the ModelExpress server %s lists no ready weights that are surely these; it has %s",
+                self._manifest.parallel.world_rank,
+                self.client.address,
+                others,
+            )
 
     def _wait_s(self) -> float:
         """How long to wait for a source. Ranks that have begun must not wait for each other's record."""
@@ -194,7 +219,11 @@ class SeedSearch:
         deadline = time.monotonic() + FOLLOWER_WAIT_S
         while True:
             found = self._look()
-            yield from found
+            for candidate in found:
+                yield candidate
+                if self._num_liars >= MAX_LIARS:
+                    self.reason = f"{self._num_liars} sources had other weights than they should"
+                    return
             if not found:
                 if time.monotonic() > deadline:
                     self.reason = f"no source of shard rank {self._shard_rank} became ready in {FOLLOWER_WAIT_S:g} s"

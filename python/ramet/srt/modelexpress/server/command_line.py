@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ramet.srt.command_line import CliParser
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.server_args import LOG_LEVELS
+from ramet.srt.utils.file_limit import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def serve_from_command_line(argv: Sequence[str], prog: str) -> int:
     defaults = {field.name: field.default for field in dataclasses.fields(ServerOptions)}
     values = vars(make_parser(defaults, prog).parse_args(argv))
     configure_logging(values.pop("log_level"), "modelexpress")
+    raise_file_limit()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -24,12 +24,16 @@ from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.tokens import TokenFile
-from ramet.srt.utils.net import format_address
+from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol
+from ramet.srt.utils.net import format_address, is_loopback
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
+HTTP_LIMITS = HttpLimits(max_connections=512)
 MIN_KEEPALIVE_PING_MS = 10_000
+HANDSHAKE_TIMEOUT_MS = 10_000  # for a connection to speak HTTP/2
+MAX_CONCURRENT_CALLS = 256  # each may bring a message of 100 MB; what comes above is refused, and tried again
 MIN_HEARTBEATS = 3  # that fit into the time after which a silent worker is stale
 
 
@@ -121,6 +125,15 @@ class ModelExpressServer:
                 MIN_HEARTBEATS * interval_s,
             )
 
+    def _warn_of_strangers(self) -> None:
+        if self._tokens is None and not is_loopback(self.options.host):
+            logger.warning(
+                "THE MODELEXPRESS SERVER AT %s IS OPEN TO STRANGERS: it listens beyond this host and asks for no "
+                "token, so whoever reaches it can publish weights under any model's name, which instances then take. "
+                "Set --auth-token-file (MX_AUTH_TOKEN_PATH for an embedded server), or give instances --weights-digest",
+                self.address,
+            )
+
     def _run(self) -> None:
         try:
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:  # whatever loop the process prefers
@@ -152,6 +165,7 @@ class ModelExpressServer:
                 self.http_url,
                 store.name,
             )
+            self._warn_of_strangers()
             self._started.set_result(None)
             await self._stop.wait()
             health.stop_serving()
@@ -167,7 +181,9 @@ class ModelExpressServer:
                 *MESSAGE_SIZE_OPTIONS,
                 ("grpc.so_reuseport", 0),  # a second server on this port is an error, not a secret sharer
                 ("grpc.http2.min_ping_interval_without_data_ms", MIN_KEEPALIVE_PING_MS),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
             ],
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         server.add_generic_rpc_handlers(
             (
@@ -180,6 +196,8 @@ class ModelExpressServer:
     def _make_http_server(self, fleet: Fleet) -> uvicorn.Server:
         config = uvicorn.Config(
             make_fleet_app(fleet, self.metrics, self._tokens),
+            http=guarded_protocol(HTTP_LIMITS, "/health".__eq__),
+            ws="none",
             log_config=None,
             access_log=False,
             lifespan="off",

@@ -14,12 +14,15 @@ from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, Source, StoreError, training_step
 from ramet.srt.modelexpress.source_identity import compute_source_id
+from ramet.srt.utils.printable import printable
 
 logger = logging.getLogger(__name__)
 
 OK, INVALID, NOT_FOUND, STORE_ERROR = "ok", "invalid_argument", "not_found", "store_error"
 LISTED_ROW = p2p_pb2.ListSourcesResponse.DESCRIPTOR.fields_by_name["instances"].number
 ANSWERED_WORKER = p2p_pb2.GetMetadataResponse.DESCRIPTOR.fields_by_name["worker"].number
+MAX_TEXT_LEN = 4096
+MAX_MAP_LEN = 64 << 10  # of a map's keys and values together
 KNOWN_STATUSES = frozenset(p2p_pb2.SourceStatus.values())
 
 
@@ -62,7 +65,7 @@ class P2pService:
         try:
             source_id = await self._store.publish(request.identity, worker_id, worker)
         except StoreError as error:
-            logger.error("PublishMetadata of worker %s rank %d failed: %s", worker_id, rank, error)
+            logger.error("PublishMetadata of worker %r rank %d failed: %s", worker_id, rank, error)
             message = f"Failed to publish metadata: {error}"
             return p2p_pb2.PublishMetadataResponse(success=False, message=message), STORE_ERROR
         self._ages.age_s(source_id, worker_id, rank, updated_at)
@@ -70,7 +73,7 @@ class P2pService:
             f"published {num_tensors} tensors of rank {rank} of {request.identity.model_name!r} as source {source_id}, "
             f"worker {worker_id}"
         )
-        logger.info("%s", message)
+        logger.info("%s", printable(message, 2 * MAX_TEXT_LEN))
         answer = p2p_pb2.PublishMetadataResponse(
             success=True, message=message, mx_source_id=source_id, worker_id=worker_id
         )
@@ -119,7 +122,7 @@ class P2pService:
         try:
             stored = await self._store.get(source_id, worker_id)
         except StoreError as error:
-            logger.error("GetMetadata of worker %s of source %s failed: %s", worker_id, source_id, error)
+            logger.error("GetMetadata of worker %r of source %r failed: %s", worker_id, source_id, error)
             return p2p_pb2.GetMetadataResponse(found=False), STORE_ERROR
         answer = p2p_pb2.GetMetadataResponse(mx_source_id=source_id, worker_id=worker_id)
         if stored is None:
@@ -144,7 +147,7 @@ class P2pService:
         try:
             found = await self._store.update_status(*key, request.status, now, load)
         except StoreError as error:
-            logger.error("UpdateStatus of worker %s rank %d of source %s failed: %s", *key[1:], key[0], error)
+            logger.error("UpdateStatus of worker %r rank %d of source %r failed: %s", *key[1:], key[0], error)
             message = f"Failed to update status: {error}"
             return p2p_pb2.UpdateStatusResponse(success=False, message=message), STORE_ERROR
         what = f"rank {request.worker_rank} of worker {request.worker_id} of source {request.mx_source_id}"
@@ -163,7 +166,22 @@ def missing_in_publish(request: p2p_pb2.PublishMetadataRequest) -> str:
         return "identity.model_name is required"
     if not request.worker_id:
         return "worker_id is required"
-    return "" if request.HasField("worker") else "worker is required"
+    if not request.HasField("worker"):
+        return "worker is required"
+    return excess_in_publish(request)
+
+
+def excess_in_publish(request: p2p_pb2.PublishMetadataRequest) -> str:
+    """What in a PublishMetadata request is too long to be kept; "" when nothing is. Every listing repeats these."""
+    identity, worker = request.identity, request.worker
+    texts = [identity.model_name, request.worker_id, identity.revision, identity.dtype, identity.quantization]
+    texts += [worker.accelerator, worker.metadata_endpoint, worker.agent_name, worker.transfer_engine_session_id]
+    if any(len(text) > MAX_TEXT_LEN for text in texts):
+        return f"a text is longer than {MAX_TEXT_LEN} characters"
+    maps = (identity.extra_parameters, worker.topology)
+    if any(sum(len(key) + len(value) for key, value in one.items()) > MAX_MAP_LEN for one in maps):
+        return f"extra_parameters or topology is longer than {MAX_MAP_LEN} characters"
+    return ""
 
 
 def missing_in_update(request: p2p_pb2.UpdateStatusRequest) -> str:

@@ -11,6 +11,9 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import worker_tensors
 from ramet.srt.modelexpress.source_identity import compute_source_id
 
+MAX_RECORDS = 100_000
+MAX_STORED_BYTES = 1 << 30  # in the memory of the server
+
 
 class StoreError(Exception):
     """The store cannot be reached or holds something that it cannot read. Its text says why."""
@@ -116,6 +119,12 @@ class _Record:
         worker.ClearField("tensors")
         self.head = worker.SerializeToString()
 
+    @property
+    def nbytes(self) -> int:
+        """About what it takes."""
+        topology = sum(len(key) + len(value) for key, value in self.row.topology.items())
+        return len(self.head) + len(self.tensors) + topology
+
     def unpack(self) -> bytes:
         worker = p2p_pb2.WorkerMetadata.FromString(self.head)
         worker.status, worker.updated_at = self.row.status, self.row.updated_at
@@ -143,6 +152,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._sources: dict[str, _Entry] = {}
+        self._num_records = self._nbytes = 0
 
     async def publish(self, identity: p2p_pb2.SourceIdentity, worker_id: str, worker: p2p_pb2.WorkerMetadata) -> str:
         source_id = compute_source_id(identity)
@@ -156,10 +166,24 @@ class MemoryStore:
             topology=dict(worker.topology),
         )
         record = await asyncio.to_thread(_Record, row, worker)  # packing 50 MB takes a while
+        self._make_room(source_id, (worker_id, row.worker_rank), record)
         source = self._sources.setdefault(source_id, _Entry(identity))
         source.identity = identity
         source.records[worker_id, row.worker_rank] = record
         return source_id
+
+    def _make_room(self, source_id: str, key: tuple[str, int], record: _Record) -> None:
+        """Raises StoreError if a record can't be kept in place of the one, if any, that the rank had."""
+        entry = self._sources.get(source_id)
+        before = entry.records.get(key) if entry else None
+        num_records = self._num_records + (before is None)
+        nbytes = self._nbytes + record.nbytes - (before.nbytes if before else 0)
+        if num_records > MAX_RECORDS or nbytes > MAX_STORED_BYTES:
+            raise StoreError(
+                f"the server is full: {self._num_records} records of {self._nbytes} bytes (at most {MAX_RECORDS} of "
+                f"{MAX_STORED_BYTES})"
+            )
+        self._num_records, self._nbytes = num_records, nbytes
 
     async def sources(self, source_id: str | None = None) -> list[Source]:
         selected = self._sources if source_id is None else {source_id: self._sources.get(source_id)}
@@ -200,6 +224,8 @@ class MemoryStore:
         if not self._is_current(row):
             return False
         source = self._sources[row.source_id]
+        self._num_records -= 1
+        self._nbytes -= source.records[row.worker_id, row.worker_rank].nbytes
         del source.records[row.worker_id, row.worker_rank]
         if not source.records:
             del self._sources[row.source_id]
@@ -207,6 +233,7 @@ class MemoryStore:
 
     async def close(self) -> None:
         self._sources.clear()
+        self._num_records = self._nbytes = 0
 
     def _is_current(self, row: Row) -> bool:
         source = self._sources.get(row.source_id)

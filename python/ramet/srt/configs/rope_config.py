@@ -1,0 +1,155 @@
+"""Owns what a config says of rotary positions, in all its spellings. The angles are computed in the layers."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ramet.srt.configs.config_reader import ConfigReader, is_finite
+from ramet.srt.configs.harmless_keys import short
+
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+# What YaRN's object may have beside its fields, and what stands for it where it doesn't.
+YARN_OPTIONS = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding parameters; `scaling` holds the fields of a rope type other than "default".
+
+    YaRN's are factor, original_max_position_embeddings, beta_fast, beta_slow and truncate.
+    """
+
+    theta: float
+    rope_type: str = "default"
+    scaling: dict[str, Any] = field(default_factory=dict)
+    attention_factor: float = 1.0  # of all cosines and sines
+
+
+def read_rope(reader: ConfigReader) -> RopeConfig:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before it).
+
+    The rules are those of transformers 5: a `rope_scaling` that isn't empty is taken in place of the whole
+    `rope_parameters`, whose `rope_theta` is gone with it; a `rope_theta` beside them counts if the object has none.
+
+    Raises:
+        ValueError: if a value is wrong, or scales positions in a way that is not supported; the message names it.
+    """
+    source, parameters = _parameters(reader)
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
+        known = ", ".join(ROPE_FIELDS)
+        raise ValueError(
+            f"{reader.file}: rope type {short(rope_type)} of {source!r} is not supported; known are {known}"
+        )
+    theta = parameters.get("rope_theta") if "rope_theta" in parameters else reader.value("rope_theta")
+    scaling = {name: _scaling_value(reader, rope_type, parameters, name) for name in ROPE_FIELDS[rope_type]}
+    _refuse_other_parameters(reader, source, rope_type, parameters)
+    if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(
+            f"{reader.file}: 'high_freq_factor' ({scaling['high_freq_factor']}) of {source!r} must be above "
+            f"'low_freq_factor' ({scaling['low_freq_factor']})"
+        )
+    theta = _positive(reader, "rope_theta", theta)
+    if rope_type != "yarn":
+        return RopeConfig(theta=theta, rope_type=rope_type, scaling=scaling)
+    if theta == 1:
+        raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
+    return _yarn(reader, source, parameters, theta, scaling)
+
+
+def _yarn(
+    reader: ConfigReader, source: str, parameters: dict[str, Any], theta: float, scaling: dict[str, Any]
+) -> RopeConfig:
+    """YaRN (Peng et al., 2023). Its attention factor is 0.1 ln(factor) + 1, unless the object says otherwise."""
+    options = dict(YARN_OPTIONS)
+    for name in YARN_OPTIONS:
+        if parameters.get(name) is not None:
+            options[name] = _positive(
+                reader, name, parameters[name], f"{name!r} of {source!r} must be a positive number"
+            )
+    truncate = parameters.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"{reader.file}: 'truncate' of {source!r} must be true or false; got {short(truncate)}")
+    attention_factor = options["attention_factor"]
+    if attention_factor is None:
+        mscale, all_dim = options["mscale"], options["mscale_all_dim"]
+        attention_factor = _mscale(scaling["factor"], 1.0)
+        if mscale is not None and all_dim is not None:
+            attention_factor = _mscale(scaling["factor"], mscale) / _mscale(scaling["factor"], all_dim)
+    scaling |= {name: options[name] for name in ("beta_fast", "beta_slow")} | {"truncate": truncate}
+    return RopeConfig(theta=theta, rope_type="yarn", scaling=scaling, attention_factor=attention_factor)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def scaled_length(reader: ConfigReader, rope: RopeConfig) -> int:
+    """The number of tokens that the model was made for.
+
+    Linear scaling stretches `max_position_embeddings`, unless the config also has the length before the scaling. YaRN
+    stretches the length before it, which may give more than `max_position_embeddings`: many configs leave that alone.
+    """
+    length = reader.integer("max_position_embeddings")
+    if rope.rope_type not in ("linear", "yarn"):
+        return length
+    _, parameters = _parameters(reader)
+    original = parameters.get(ORIGINAL_LENGTH) or reader.config.get(ORIGINAL_LENGTH)
+    if rope.rope_type == "linear" and original is not None:
+        return length
+    stretched = rope.scaling.get(ORIGINAL_LENGTH, length) * rope.scaling["factor"]
+    if not 1 <= stretched < 2**31:
+        raise ValueError(f"{reader.file}: 'factor' ({rope.scaling['factor']}) gives the model {stretched} tokens")
+    return int(stretched) if rope.rope_type == "linear" else max(length, int(stretched))
+
+
+def _parameters(reader: ConfigReader) -> tuple[str, dict[str, Any]]:
+    """The object that counts, and the name of its key."""
+    reader.take("rope_parameters", "rope_scaling", "rope_theta", ORIGINAL_LENGTH)
+    source = "rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters"
+    parameters = reader.config.get(source)
+    if parameters is None:
+        return source, {}
+    if not isinstance(parameters, dict):
+        raise reader.wrong(source, "must be an object or null", parameters)
+    layer_types = [name for name, value in parameters.items() if isinstance(value, dict)]
+    if layer_types:
+        raise ValueError(f"{reader.file}: {source!r} by layer type ({', '.join(layer_types)}) is not supported")
+    return source, parameters
+
+
+def _scaling_value(reader: ConfigReader, rope_type: str, parameters: dict[str, Any], name: str) -> float:
+    value = parameters.get(name)
+    if name == ORIGINAL_LENGTH and (name not in parameters or value is not None):
+        # One beside the object goes before one inside; without both, the length is the model's.
+        if name in reader.config:
+            value = reader.config[name]
+        elif name not in parameters:
+            value = reader.integer("max_position_embeddings")
+    return _positive(reader, name, value, f"rope type {rope_type!r} needs a positive number {name!r}")
+
+
+def _positive(reader: ConfigReader, name: str, value: Any, sentence: str | None = None) -> float:
+    if not is_finite(value) or value <= 0:
+        if sentence is None:
+            raise reader.wrong(name, "must be a positive number", value)
+        raise ValueError(f"{reader.file}: {sentence}; got {short(value)}")
+    return float(value)
+
+
+def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, parameters: dict[str, Any]) -> None:
+    """Raise ValueError for what asks for another rotation than the type's: a part of each head, other factors."""
+    used = {"rope_type", "type", "rope_theta", ORIGINAL_LENGTH, *ROPE_FIELDS[rope_type]}
+    if rope_type == "yarn":
+        used |= {*YARN_OPTIONS, "truncate"}
+    for name, value in parameters.items():
+        neutral = name in ("factor", "partial_rotary_factor") and is_finite(value) and value == 1
+        if name not in used and not neutral:
+            what = f"{short(name)} ({short(value)}) of {source!r}"
+            raise ValueError(f"{reader.file}: {what} is not supported with rope type {rope_type!r}")

@@ -1,0 +1,32 @@
+"""Owns what the processes of an instance say about one that doesn't move. No torch."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+PULSE_PERIOD_S = 1.0  # between two beats of a node, with each of which it says its word
+
+
+@dataclass(frozen=True)
+class Word:
+    """What is said about a process that does not move."""
+
+    text: str
+    is_final: bool = False  # the instance ends because of it; until then it may still move on
+
+    def __str__(self) -> str:
+        return ("!" if self.is_final else "?") + self.text
+
+    @classmethod
+    def parse(cls, text: str) -> "Word | None":
+        """What `str` has made of a word; None of an empty text."""
+        return cls(text[1:], text[0] == "!") if text else None
+
+
+class NodeVoice(Protocol):
+    """A node's side of what nodes say to each other about their processes. Any thread may call it."""
+
+    def own_word(self) -> Word | None:
+        """What the other nodes are to hear."""
+
+    def hear(self, word: Word | None, /) -> None:
+        """What another node says, or what its silence means; None once all move."""

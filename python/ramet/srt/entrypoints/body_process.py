@@ -1,0 +1,119 @@
+"""Owns the helper process that parses large bodies before the main process does, and says what is wrong with them.
+
+It has no state, little memory and a low priority: a body that hurts it hurts nobody else.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from ramet.srt.entrypoints.generate_request import GenerateReqInput
+from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
+from ramet.srt.entrypoints.http.http_validation import RequestBody, describe_validation_errors
+from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.errors import RequestError
+from ramet.srt.managers.prepare_requests import Limits, check_prompt_size
+
+MAX_MEMORY_BYTES = 2 << 30
+FIRST_TO_BE_KILLED = "1000"  # where the kernel has to choose for want of memory: proc(5), oom_score_adj
+NICENESS = 10
+# Of parameters that hold values of any shape, as JSON.
+MAX_FREE_BYTES = {
+    "sampling_params": 2 << 20,
+    "json_schema": 1 << 20,
+    "response_format": 1 << 20,
+    "chat_template_kwargs": 64 << 10,
+}
+BODIES: dict[str, type[RequestBody]] = {
+    "/generate": GenerateReqInput,
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+}
+
+
+def main() -> None:
+    """Answer questions from stdin on stdout until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICENESS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_BE_KILLED)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    while answer_next(sys.stdin.buffer, sys.stdout.buffer):
+        pass
+
+
+def answer_next(source: BinaryIO, target: BinaryIO) -> bool:
+    """Answer one question; False when there are no more."""
+    head = source.read(LENGTH.size)
+    if len(head) < LENGTH.size:
+        return False
+    question = msgspec.msgpack.decode(source.read(LENGTH.unpack(head)[0]), type=BodyQuestion)
+    body = source.read(question.num_bytes)
+    if len(body) < question.num_bytes:
+        return False
+    answer = msgspec.msgpack.encode(look_at(question, body))
+    target.write(LENGTH.pack(len(answer)) + answer)
+    target.flush()
+    return True
+
+
+def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
+    """What is wrong with a body. What is not told here the route itself will find: it looks again."""
+    try:
+        request = BODIES[question.path].model_validate(json.loads(body))
+        limits = Limits(vocab_size=question.vocab_size, max_req_len=question.max_req_len, has_eos=True, grammars=True)
+        for param, prompt in _prompts(request, limits):
+            check_prompt_size(prompt, param, question.max_req_len)
+        _check_free_values(request)
+    except ValidationError as error:
+        message, name, code = describe_validation_errors(error.errors(include_url=False))
+        return BodyVerdict(message=message, param=name, code=code)
+    except RequestError as error:
+        return BodyVerdict(message=str(error), param=error.param, code=error.code, status_code=error.status_code)
+    except json.JSONDecodeError as error:
+        return BodyVerdict(message=f"the body is not valid JSON: {error.msg}")
+    except (ValueError, RecursionError, MemoryError) as error:
+        return BodyVerdict(message=f"the body can't be parsed: {type(error).__name__}")
+    return BodyVerdict()
+
+
+def _check_free_values(request: RequestBody) -> None:
+    """Values of any shape are bounded in bytes. Raises RequestError."""
+    for name, max_bytes in MAX_FREE_BYTES.items():
+        value = getattr(request, name, None)
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        if value is not None and len(json.dumps(value)) > max_bytes:
+            raise RequestError(f"{name} has more than {max_bytes} bytes", param=name)
+
+
+def _prompts(request: RequestBody, limits: Limits) -> Iterator[tuple[str, str | list[int]]]:
+    """The prompts of a body, with the parameter's name. Raises RequestError for sampling parameters that are wrong."""
+    if isinstance(request, GenerateReqInput):
+        for one in request.prompts():
+            yield "text" if isinstance(one, str) else "input_ids", one
+        request.sequence_inputs(limits)
+    elif isinstance(request, CompletionRequest):
+        prompt: Any = request.prompt
+        for one in [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt:
+            yield "prompt", one
+    elif isinstance(request, ChatCompletionRequest):
+        for message in request.messages:
+            content = message.content
+            yield "messages", content if isinstance(content, str) else "".join(part.text for part in content or ())
+            for call in getattr(message, "tool_calls", None) or ():
+                arguments = call.function.arguments
+                yield "messages", arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+if __name__ == "__main__":
+    main()

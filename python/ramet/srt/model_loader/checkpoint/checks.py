@@ -1,0 +1,172 @@
+"""Owns the comparison of a checkpoint's tensors with those that a model needs: names, types, shapes. Reads no data."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from ramet.srt.configs.quantization_config import WHOLE_ROW
+from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
+from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
+from ramet.srt.weights.errors import name_some
+
+Tensors = Mapping[str, tuple[str, TensorInfo]]  # name -> (file, where in it)
+
+PLAIN_FLOATS = ("float32", "bfloat16", "float16")
+EXPONENTS = "float8_e8m0fnu"  # a scale that is a power of two
+
+# Tensors that no model has a place for, and why they may be left out.
+HARMLESS_SURPLUS = {
+    "tables that older checkpoints carry although every engine computes them": re.compile(
+        r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    ),
+    "scales of activations and caches in quantised checkpoints: here those keep the model's type": re.compile(
+        r"\.((input|output|activation)_scale|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
+    ),
+}
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor that the model has no place for changes nothing."""
+    return any(pattern.search(name) for pattern in HARMLESS_SURPLUS.values())
+
+
+def check_checkpoint(tensors: Tensors, whole: WholeModel, where: str) -> None:
+    """Find out whether files hold a model, all of it and nothing else.
+
+    Args:
+        where: what to call the files.
+
+    Raises:
+        ValueError: the message names the tensors, their files and what is wrong.
+    """
+    _check_types(tensors, whole, where)  # first: what has other types has other names, too
+    _check_names(tensors, whole, where)
+    _check_shapes(tensors, whole)
+
+
+def is_quantised_here(tensors: Tensors, whole: WholeModel) -> bool:
+    """Whether the files hold plain weights that are quantised while they are read."""
+    if whole.knows_config:
+        return whole.quantization is not None and whole.quantization.is_online
+    return not any(name in tensors and tensors[name][1].dtype == FP8 for name in whole.quantised)
+
+
+def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
+    scales = whole.scales
+    absent = set(scales) if is_quantised_here(tensors, whole) else set()
+    if lost := [name for name in whole.shapes if name not in tensors and name not in absent]:
+        raise ValueError(f"{where} lacks {name_some([_with_purpose(name, scales) for name in lost])}")
+    if not whole.is_complete:
+        return  # the rest belongs to other ranks
+    surplus = []
+    for name, (path, _) in tensors.items():
+        is_known = name in whole.shapes and name not in absent or (whole.is_tied and name == HEAD)
+        if not is_known and not is_harmless(name):
+            surplus.append(f"{name} in {os.path.basename(path)}")
+    if surplus:
+        raise ValueError(f"{where} has tensors that the model does not have: {name_some(surplus)}")
+
+
+def _with_purpose(name: str, scales: frozenset[str]) -> str:
+    return f"{name} (the scales of fp8 weights)" if name in scales else name
+
+
+def _check_types(tensors: Tensors, whole: WholeModel, where: str) -> None:
+    quantization = whole.quantization
+    weights = [name for name in whole.quantised if name in tensors]
+    plain = [name for name in weights if tensors[name][1].dtype != FP8]
+    source = quantization.file if quantization is not None else "the model's config"
+    if is_quantised_here(tensors, whole):
+        for name in sorted(set(weights) - set(plain)):
+            raise ValueError(
+                f"{tensors[name][0]}: {name} is {FP8}, but {where} has no quantization_config that says so: weights "
+                "that are quantised already can't be quantised while they are read"
+            )
+    elif plain:
+        name = min(plain)
+        if len(plain) == len(weights):
+            raise ValueError(f"{source} says that weights are fp8, but {where} holds none: {_typed(tensors, name)}")
+        raise ValueError(
+            f"{_typed(tensors, name)}, but {source} says that it is {FP8}: name it among the modules that are not "
+            "quantised"
+        )
+    for name, (path, info) in tensors.items():
+        if name in whole.shapes and name not in whole.quantised:
+            _check_type(name, path, info, name in whole.scales, source)
+
+
+def _typed(tensors: Tensors, name: str) -> str:
+    path, info = tensors[name]
+    return f"{path}: {name} is {info.dtype}"
+
+
+def _check_type(name: str, path: str, info: TensorInfo, is_scale: bool, source: str) -> None:
+    if is_scale:
+        if info.dtype not in (*PLAIN_FLOATS, EXPONENTS):
+            raise ValueError(
+                f"{path}: the scales {name} are {info.dtype}; float32, bfloat16, float16 or {EXPONENTS} are supported "
+                "(bare exponents, as in mxfp8 checkpoints, are not)"
+            )
+    elif info.dtype.startswith("float8"):
+        raise ValueError(f"{path}: {name} is {info.dtype}, but {source} does not say that it is quantised")
+
+
+def _check_shapes(tensors: Tensors, whole: WholeModel) -> None:
+    """Each tensor must be exactly as large as the whole model needs it; of other ranks' parts nothing may be known."""
+    for name, shape in whole.shapes.items():
+        if name not in tensors:
+            continue
+        path, info = tensors[name]
+        if name in whole.scales and is_one_number(info) and (_is_of_rows(name, whole) or set(shape) == {1}):
+            continue
+        has_room = len(info.shape) == len(shape) and all(a >= b for a, b in zip(info.shape, shape, strict=True))
+        if not has_room or (whole.is_complete and info.shape != shape):
+            hint = _grid_hint(whole) if name in whole.scales else ""
+            raise ValueError(f"{path}: {name} has the shape {info.shape}, the model needs {shape}{hint}")
+
+
+def _is_of_rows(name: str, whole: WholeModel) -> bool:
+    """Whether a scale is one for each row, or may be for all of them, rather than one for each block."""
+    quantization = whole.quantization
+    if quantization is not None and quantization.block_size is not None:
+        return quantization.block_size[1] == WHOLE_ROW
+    return name.endswith(SCALE_SUFFIXES[0])
+
+
+def is_one_number(info: TensorInfo) -> bool:
+    """Whether a scale is one for the whole matrix."""
+    return all(extent == 1 for extent in info.shape)
+
+
+def _grid_hint(whole: WholeModel) -> str:
+    if whole.quantization is None:
+        return ""
+    size = whole.quantization.block_size
+    said = (
+        f"blocks of {size[0]} x {size[1]}" if size else "no blocks (weight_block_size): a scale for a row or a matrix"
+    )
+    return f": {whole.quantization.file} says {said}"
+
+
+def settle_scales(tensors: Mapping[str, TensorInfo], whole: WholeModel) -> dict[str, TensorInfo]:
+    """A file's tensors with scales under the names, and in the shapes, that boxes have.
+
+    Both `<weight>_scale` and `<weight>_scale_inv` are in use for the same: a factor of the stored values. Which of them
+    a box names tells scales of rows from those of blocks.
+    """
+    result = {}
+    for name, info in tensors.items():
+        settled = _settled_name(name, tensors, whole)
+        shape = whole.shapes[settled] if settled in whole.scales else ()
+        if len(info.shape) == 1 and not is_one_number(info) and shape[-1:] == (1,):
+            info = TensorInfo(info.dtype, (*info.shape, 1), info.offset, info.nbytes)
+        result[settled] = info
+    return result
+
+
+def _settled_name(name: str, tensors: Mapping[str, TensorInfo], whole: WholeModel) -> str:
+    suffix, other = SCALE_SUFFIXES if name.endswith(SCALE_SUFFIXES[0]) else reversed(SCALE_SUFFIXES)
+    weight = name.removesuffix(suffix)
+    if weight == name or weight not in whole.quantised or name in whole.shapes:
+        return name
+    return name if weight + other in tensors else weight + other

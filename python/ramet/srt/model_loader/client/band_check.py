@@ -1,0 +1,227 @@
+"""Owns the comparison of an arena's bytes with the table of a checkpoint's digest, band by band. Asks nobody."""
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host import HostWeightArena
+from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
+from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, split_stacked_experts
+from ramet.srt.model_loader.checksums.tensor_digest import hash_bytes
+from ramet.srt.utils.threads import num_copy_threads
+from ramet.srt.weights.boxes import Region, intersect, locate_box, region_volume, share_out
+from ramet.srt.weights.content_digest import DigestTable, TensorDigest, as_matrices, column_bands, piece, row_bands
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size
+from ramet.srt.weights.planner import Holding, region_offset
+
+
+@dataclass
+class BandCheck:
+    """What came of it, by the names of the arena's entries.
+
+    Attributes:
+        wrong: entries whose bytes are others than the table says, or whose padding is not zeros.
+        unchecked: entries that could not be compared, and why.
+    """
+
+    wrong: set[str] = field(default_factory=set)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+
+class _Held(NamedTuple):
+    """A part of a checkpoint tensor that the arena has."""
+
+    entry: str
+    holding: Holding  # in the coordinates of the table's tensor
+
+
+class _Target(NamedTuple):
+    """Where a tensor that boxes name lies in one of the table: all of it, or rows of one matrix of a stack."""
+
+    tensor: TensorDigest
+    matrix: int | None = None
+    first_row: int = 0
+
+    def place(self, holding: Holding) -> Holding:
+        """A part of what boxes name, as a part of the table's tensor."""
+        if self.matrix is None:
+            return holding
+        rows, columns = holding.region
+        region = (
+            (self.matrix, self.matrix + 1),
+            (rows[0] + self.first_row, rows[1] + self.first_row),
+            columns,
+        )
+        return Holding(region, holding.offset, (0, *holding.strides), holding.dtype)
+
+
+def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
+    """Compare every byte of the arena's tensors: what boxes fill with the table, padding with zeros.
+
+    Takes one pass of SHA-256 over them on the host, in as many threads as there are processors.
+    """
+    held, unchecked = find_held(arena.manifest, table)
+    check = BandCheck(unchecked=unchecked)
+    jobs = [_TensorJob(arena, table.tensors[name], parts, check) for name, parts in held.items()]
+    jobs.sort(key=lambda job: -job.num_elements)
+    with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="check-digest") as pool:
+        list(pool.map(_TensorJob.run, jobs))
+        list(pool.map(lambda entry: _check_padding(arena, entry, check), arena.manifest.entries))
+    return check
+
+
+def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, list[_Held]], dict[str, str]]:
+    """What an arena has of each tensor of the table; and which entries can't be compared, and why."""
+    targets = find_targets(table, {box.checkpoint_name for entry in manifest.entries for box in entry.boxes})
+    held: dict[str, list[_Held]] = {}  # by the table's tensors: a band may lie in several entries
+    unchecked = {}
+    for entry, box in ((one, box) for one in manifest.entries for box in one.boxes):
+        target = targets.get(box.checkpoint_name)
+        reason = _why_not(entry, box, target)
+        if reason or target is None:
+            unchecked[entry.name] = reason
+        elif region_volume(box.source):
+            offset, strides = locate_box(entry, box)
+            holding = target.place(Holding(box.source, offset, strides, entry.dtype))
+            held.setdefault(target.tensor.name, []).append(_Held(entry.name, holding))
+    return held, unchecked
+
+
+def find_targets(table: DigestTable, names: Collection[str]) -> dict[str, _Target]:
+    """The tensors that boxes name, in the table, by these names; those that the checkpoint stacks, in their stacks."""
+    found = {name: _Target(table.tensors[name]) for name in names if name in table.tensors}
+    for name, tensor in table.tensors.items():
+        if name in names or not STACKED.fullmatch(name):
+            continue
+        size = element_size(tensor.dtype)
+        matrices, num_rows, num_columns = as_matrices(tensor.shape)
+        info = TensorInfo(tensor.dtype, tensor.shape, 0, matrices * num_rows * num_columns * size)
+        for new_name, part in split_stacked_experts("", {name: info}, names).items():
+            if new_name not in names or new_name in found:
+                continue
+            if part.shape == tensor.shape:
+                found[new_name] = _Target(tensor)
+                continue
+            matrix, rest = divmod(part.offset, num_rows * num_columns * size)
+            found[new_name] = _Target(tensor, matrix, rest // (num_columns * size))
+    return found
+
+
+def _why_not(entry: WeightEntry, box: WeightBox, target: _Target | None) -> str:
+    """Why a box's bytes can't be those of the table's tensor; "" if they can."""
+    name = box.checkpoint_name
+    if target is None:
+        return f"the digest's checkpoint has no {name}"
+    tensor = target.tensor
+    if tensor.dtype != entry.dtype:
+        return f"{name} is {tensor.dtype} in the checkpoint and {entry.dtype} here"
+    region = target.place(Holding(box.source, 0, (0,) * len(box.source), entry.dtype)).region
+    if len(region) != len(tensor.shape) or any(b > n for (_, b), n in zip(region, tensor.shape, strict=True)):
+        return f"{name} has the shape {list(tensor.shape)} in the checkpoint, which {list(region)} is no part of"
+    return ""
+
+
+class _TensorJob:
+    """The comparison of what an arena has of one tensor of the table."""
+
+    def __init__(self, arena: WeightArena, tensor: TensorDigest, held: Sequence[_Held], check: BandCheck) -> None:
+        self._arena = arena
+        self._tensor = tensor
+        self._held = held
+        self._check = check
+        self._known: dict[tuple, bool] = {}  # bands by kind, index and where their parts lie; whether they are right
+        self.num_elements = sum(region_volume(one.holding.region) for one in held)
+
+    def run(self) -> None:
+        self._arena.make_current()
+        for one in self._held:
+            if not (self._compare(one, "rows") or self._compare(one, "columns")):
+                region, shape = list(one.holding.region), list(self._tensor.shape)
+                self._check.unchecked[one.entry] = f"{region} of {self._tensor.name} {shape} is no sum of whole bands"
+
+    def _compare(self, one: _Held, kind: str) -> bool:
+        """Whether all bands under a part are in the arena; compares those that are."""
+        hashes = self._tensor.rows if kind == "rows" else self._tensor.columns
+        others = [other for other in self._held if other is not one]
+        num_bands = 0
+        for index, band in bands_under(one.holding.region, self._tensor.shape, kind):
+            num_bands += 1
+            parts, missing = share_out(band, ((held, held.holding.region) for held in (one, *others)))
+            if missing:
+                return False
+            key = (kind, index, *sorted((held.holding.offset, part) for held, part in parts))
+            if key not in self._known:
+                self._known[key] = hash_bytes(self._read(band, parts)) == piece(hashes, index)
+            if not self._known[key]:
+                self._check.wrong.add(one.entry)
+        return num_bands > 0
+
+    def _read(self, band: Region, parts: Sequence[tuple[_Held, Region]]) -> np.ndarray:
+        """A band's bytes, gathered from where its parts lie."""
+        if len(parts) == 1:
+            return read_part(self._arena, parts[0][0].holding, parts[0][1])
+        size = element_size(self._tensor.dtype)
+        whole = np.empty((*(stop - start for start, stop in band), size), np.uint8)
+        for held, part in parts:
+            place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(part, band, strict=True))
+            whole[place] = read_part(self._arena, held.holding, part)
+        return whole
+
+
+def bands_under(region: Region, shape: Sequence[int], kind: str) -> Iterator[tuple[int, Region]]:
+    """The bands of a tensor that a region overlaps: each band's index, and the part of the tensor that it is.
+
+    Args:
+        kind: "rows" or "columns".
+    """
+    if not shape:
+        yield from [(0, ())] if kind == "rows" else []
+        return
+    axis = -1 if kind == "columns" or len(shape) == 1 else -2
+    bands = column_bands(shape) if kind == "columns" else row_bands(shape[axis])
+    whole = [(0, extent) for extent in shape]
+    for place in itertools.product(*(range(start, stop) for start, stop in region[:-2])):
+        matrix = 0
+        for index, extent in zip(place, shape, strict=False):
+            matrix = matrix * extent + index
+        for number, band in enumerate(bands):
+            if intersect((band,), (region[axis],)) is not None:
+                current = [*((index, index + 1) for index in place), *whole[len(place) :]]
+                current[axis] = band
+                yield matrix * len(bands) + number, tuple(current)
+
+
+def read_part(arena: WeightArena, holding: Holding, region: Region) -> np.ndarray:
+    """The bytes of a part of what an arena holds: uint8, [*extents of the region, bytes of an element].
+
+    A view where the arena is in host memory.
+    """
+    size = element_size(holding.dtype)
+    shape = (*(stop - start for start, stop in region), size)
+    strides = (*holding.strides, 1)
+    offset = holding.offset + region_offset(region, holding)
+    if isinstance(arena, HostWeightArena):
+        return np.ndarray(shape, np.uint8, arena.memory, offset, strides)
+    with arena.work_context():
+        memory = arena.byte_tensor()
+        part = memory.as_strided(shape, strides, memory.storage_offset() + offset)
+        return part.contiguous().cpu().numpy()
+
+
+def _check_padding(arena: WeightArena, entry: WeightEntry, check: BandCheck) -> None:
+    whole = tuple((0, extent) for extent in entry.shape)
+    if not region_volume(whole):
+        return
+    boxes = ((None, box.target) for box in entry.boxes if region_volume(box.target))
+    _, padding = share_out(whole, boxes)
+    if padding:
+        arena.make_current()
+        offset, strides = locate_box(entry, WeightBox(entry.name, whole, whole))
+        holding = Holding(whole, offset, strides, entry.dtype)
+        if any(read_part(arena, holding, part).any() for part in padding):
+            check.wrong.add(entry.name)

@@ -1,0 +1,33 @@
+"""Owns what a request says about the form of its output: which parameter, its text, and how long that may be."""
+
+from typing import NamedTuple
+
+from ramet.srt.errors import RequestError
+from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams
+
+MAX_CONSTRAINT_BYTES = 512 * 1024
+MAX_REGEX_BYTES = 64 * 1024  # a regex is one lexeme, so that its cost grows faster than that of rules
+
+
+class Constraint(NamedTuple):
+    """A regex, a JSON schema or a grammar, as the request has it."""
+
+    name: str  # the sampling parameter
+    text: str
+
+
+def constraint_of(params: SamplingParams) -> Constraint | None:
+    """The request's constraint; None when its output is free.
+
+    Raises:
+        RequestError: if it is longer than any may be; it names the parameter.
+    """
+    for name in GRAMMAR_FIELDS:
+        text = getattr(params, name)
+        if text is not None:
+            limit = MAX_REGEX_BYTES if name == "regex" else MAX_CONSTRAINT_BYTES
+            num_bytes = len(text) if text.isascii() else len(text.encode())
+            if num_bytes > limit:
+                raise RequestError(f"{name} has {num_bytes} bytes; at most {limit} can be used", param=name)
+            return Constraint(name, text)
+    return None

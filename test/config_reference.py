@@ -1,0 +1,202 @@
+"""Owns what transformers makes of a config, in the terms of Ramet's ModelConfig, and the comparison of the two."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from ramet.srt.configs.harmless_keys import ANY, HARMLESS_KEYS
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.layers.rotary_embedding import inverse_frequencies
+
+SMALL = 2_000_000  # parameters: such models run once, as some configs fail only then
+
+
+class Disagreement(AssertionError):
+    """Ramet accepts a config, and computes something else than transformers, or what transformers can't."""
+
+
+def read(config: dict[str, Any]) -> ModelConfig:
+    """Ramet's reading of a config.json with this content. Raises ValueError where it is refused."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return ModelConfig.from_path(folder)
+
+
+def reference(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers makes of it, by the names of `ours`. Raises whatever transformers raises."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        hf = AutoConfig.from_pretrained(folder)
+    if getattr(hf, "quantization_config", None) is not None:
+        del hf.quantization_config  # the shapes are asked for, and no quantiser's package
+    dtype, hf.dtype = hf.dtype, torch.float32
+    hf._experts_implementation = "eager"  # the others want sizes that are multiples of 4
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
+    rotary = type(model.model.rotary_emb)(hf)
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        small = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
+        small(torch.arange(20)[None] % hf.vocab_size, use_cache=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    layer = model.model.layers[0]
+    return {
+        "architecture": type(model).__name__.replace("Ministral", "Mistral"),
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "num_hidden_layers": len(model.model.layers),
+        "vocab_size": shapes["model.embed_tokens.weight"][0],
+        "hidden_size": shapes["model.embed_tokens.weight"][1],
+        "query_columns": shapes["model.layers.0.self_attn.q_proj.weight"][0],
+        "key_columns": shapes["model.layers.0.self_attn.k_proj.weight"][0],
+        "head_dim": layer.self_attn.head_dim,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
+        "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
+        "has_qk_norm": "model.layers.0.self_attn.q_norm.weight" in shapes,
+        "rms_norm_eps": model.model.norm.variance_epsilon,
+        "hidden_act": hf.hidden_act,
+        "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
+        "is_causal": bool(getattr(hf, "is_causal", True)),
+        "inverse_frequencies": rotary.inv_freq.tolist(),
+        "attention_scaling": rotary.attention_scaling,
+        "max_position_embeddings": hf.max_position_embeddings,
+        "layer_windows": _windows(hf),
+        "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
+        "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
+        "norm_topk_prob": hf.norm_topk_prob if _has_experts(shapes) and hf.model_type == "qwen3_moe" else None,
+    }
+
+
+def _windows(hf: Any) -> list[int | None]:
+    """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
+    if hf.model_type == "llama":
+        return [None] * hf.num_hidden_layers
+    if hf.model_type in ("ministral", "qwen2", "qwen3"):
+        return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
+    return [hf.sliding_window] * hf.num_hidden_layers
+
+
+def _has_experts(shapes: dict[str, tuple[int, ...]]) -> bool:
+    return any(".experts." in name for name in shapes)
+
+
+def _mlp(shapes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
+    """(number of experts, width of one), or (0, width) of a plain MLP."""
+    if f"{prefix}.up_proj.weight" in shapes:
+        return 0, shapes[f"{prefix}.up_proj.weight"][0]
+    experts, _, width = shapes[f"{prefix}.experts.down_proj"]
+    return experts, width
+
+
+def ours(config: ModelConfig) -> dict[str, Any]:
+    """The same of Ramet's reading."""
+    moe = config.moe
+    mlps = [
+        (moe.num_experts, moe.intermediate_size) if moe and moe.sparse_layers[index] else (0, config.intermediate_size)
+        for index in range(config.num_hidden_layers)
+    ]
+    stretched = config.rope.rope_type in ("linear", "yarn")
+    sparse = moe is not None and any(moe.sparse_layers)
+    return {
+        "architecture": config.architecture,
+        "dtype": config.dtype,
+        "num_hidden_layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "query_columns": config.num_attention_heads * config.head_dim,
+        "key_columns": config.num_key_value_heads * config.head_dim,
+        "head_dim": config.head_dim,
+        "qkv_bias": config.qkv_bias,
+        "o_bias": config.o_bias,
+        "mlp_bias": config.mlp_bias,
+        "has_qk_norm": config.architecture.startswith("Qwen3"),
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": config.hidden_act,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "is_causal": True,
+        "inverse_frequencies": inverse_frequencies(config.rope, config.head_dim).tolist(),
+        "attention_scaling": config.rope.attention_factor,
+        "max_position_embeddings": None if stretched else config.context_len,
+        "layer_windows": list(config.layer_windows),
+        "mlps": mlps,
+        "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
+        "norm_topk_prob": moe.norm_topk_prob
+        if moe and sparse and config.architecture == "Qwen3MoeForCausalLM"
+        else None,
+    }
+
+
+def compare(config: dict[str, Any]) -> str | None:
+    """Read `config` in both ways. Returns Ramet's message if it refuses it, None if both are equal.
+
+    Raises:
+        Disagreement: if Ramet accepts it, and transformers has other values or fails.
+    """
+    try:
+        got = ours(read(config))
+    except ValueError as error:
+        return str(error)
+    try:
+        wanted = reference(config)
+    except Exception:  # noqa: BLE001 - whatever transformers fails with
+        try:
+            wanted = reference(_without_pedantry(config))
+        except Exception as error:  # noqa: BLE001 - this is what is compared
+            raise Disagreement(f"transformers fails with {type(error).__name__}: {str(error)[:200]}") from None
+    if got["max_position_embeddings"] is None:
+        wanted["max_position_embeddings"] = None
+    unlike = [f"{name}: {got[name]!r} instead of {wanted[name]!r}" for name in wanted if got[name] != wanted[name]]
+    if unlike:
+        raise Disagreement("; ".join(unlike))
+    return None
+
+
+def _without_pedantry(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what transformers refuses for its type alone: keys that change nothing, whole numbers for floats."""
+    kept = {name: value for name, value in config.items() if HARMLESS_KEYS.get(name) is not ANY or name in WINDOW_KEYS}
+    if type(kept.get("rms_norm_eps")) is int:
+        kept["rms_norm_eps"] = float(kept["rms_norm_eps"])
+    return kept
+
+
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
+WRONG_VALUES = (None, True, False, 0, 1, -1, 7, 2.5, "x", [], ["x"], {"x": 1}, float("nan"), float("inf"), 10**400)
+# Traits of other families, as their configs have them.
+FOREIGN_KEYS: dict[str, list[Any]] = {
+    "attn_logit_softcapping": [50.0], "final_logit_softcapping": [30.0], "query_pre_attn_scalar": [256],
+    "embedding_multiplier": [12.0, 1.0], "residual_multiplier": [0.22, 1], "attention_multiplier": [0.015],
+    "logits_scaling": [16.0, 1.0], "logit_scale": [0.0625], "clip_qkv": [8.0], "partial_rotary_factor": [0.5, 1.0],
+    "rotary_pct": [0.25], "rope_local_base_freq": [10000.0], "no_rope_layers": [[1, 0, 1], []], "rope_ratio": [50],
+    "n_shared_experts": [1, 0], "n_routed_experts": [64], "n_group": [8, 1], "topk_group": [4],
+    "routed_scaling_factor": [2.5, 1.0], "scoring_func": ["sigmoid"], "first_k_dense_replace": [3, 0],
+    "moe_layer_freq": [1, 2], "shared_expert_intermediate_size": [64, 0], "kv_lora_rank": [512], "q_lora_rank": [1536],
+    "qk_rope_head_dim": [64], "index_topk": [2048], "num_nextn_predict_layers": [1, 0], "use_qk_norm": [True, False],
+    "qk_layernorm": [True], "qkv_bias": [True, False], "attn_output_gate": [True, False], "use_mrope": [False, True],
+    "linear_num_key_heads": [16], "full_attention_interval": [4], "attention_chunk_size": [8], "swiglu_limit": [7.0],
+    "is_causal": [True, False, None, 1], "use_bidirectional_attention": [True], "layer_types": [["full_attention"] * 3],
+    "per_layer_config": [{"0": {"sliding_window": 8}}, {}], "text_config": [{"hidden_size": 8}], "rope_type": ["yarn"],
+    "original_max_position_embeddings": [64], "num_kv_shared_layers": [2], "hidden_activation": ["gelu"],
+    "tie_encoder_decoder": [True], "is_decoder": [True], "max_length": [20], "temperature": [0.6], "top_k": [20],
+    "do_sample": [True], "repetition_penalty": [1.1], "bad_words_ids": [[[5]]], "unsloth_fixed": [True],
+    "pretraining_tp": [2], "auto_map": [{"AutoConfig": "x.Y"}], "transformers_weights": ["other.safetensors"],
+}  # fmt: skip
+
+
+def mutations(config: dict[str, Any], others: dict[str, list[Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, config with it changed): each key dropped, null and of other kinds; each of `others` added.
+
+    Keys of which any value is harmless are only dropped and null.
+    """
+    for key in config:
+        yield key, {name: value for name, value in config.items() if name != key}
+        for value in WRONG_VALUES[:1] if HARMLESS_KEYS.get(key) is ANY else WRONG_VALUES:
+            yield key, config | {key: value}
+    for key in sorted(others.keys() - config.keys()):
+        for value in (*others[key], None, False):
+            yield key, config | {key: value}

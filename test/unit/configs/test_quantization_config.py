@@ -1,0 +1,171 @@
+"""Owns the tests of what configs say of quantised weights: read in all spellings, refused by name where not served."""
+
+import json
+
+import pytest
+import random_models as rm
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.quantization_config import WHOLE_ROW, read_quantization
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
+           "observer": "minmax", "observer_kwargs": {}, "group_size": None, "block_structure": None,
+           "actorder": None}  # fmt: skip
+TOKENS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+GROUP = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": TOKENS, "output_activations": None}
+CT = {"quant_method": "compressed-tensors", "format": "float-quantized", "quantization_status": "compressed",
+      "global_compression_ratio": 1.5, "kv_cache_scheme": None, "ignore": ["lm_head"], "sparsity_config": {},
+      "transform_config": {}, "version": "0.12.2", "config_groups": {"group_0": GROUP}}  # fmt: skip
+MODELOPT = {
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+}
+NEWER_MODELOPT = {
+    "quant_method": "modelopt",
+    "quant_algo": "FP8",
+    "ignore": ["lm_head"],
+    "config_groups": {"g": {}},
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": {},
+}
+
+
+def read(section=None, modelopt=None, wanted=None):
+    hf_config = {} if section is None else {"quantization_config": section}
+    return read_quantization(hf_config, modelopt, "/models/m", wanted)
+
+
+def ct_with(group=None, weights=None, **section):
+    return CT | {"config_groups": {"group_0": GROUP | (group or {}) | {"weights": WEIGHTS | (weights or {})}}} | section
+
+
+@pytest.mark.parametrize(
+    ("section", "modelopt", "strategy", "block_size", "scheme"),
+    [
+        (FP8, None, "block", (128, 128), "dynamic"),
+        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": None}, None, "block", (128, 128), "dynamic"),
+        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None,
+         "tensor", None, "static"),
+        (CT, None, "channel", None, "dynamic"),
+        (ct_with({"input_activations": None}), None, "block", (1, WHOLE_ROW), "none"),
+        (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, "block", (128, 128), "dynamic"),
+        (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, "block", (128, 64), "dynamic"),
+        (ct_with(weights={"strategy": "tensor"}), None, "tensor", None, "dynamic"),
+        (None, MODELOPT, "tensor", None, "static"),
+        (NEWER_MODELOPT, MODELOPT, "tensor", None, "static"),
+        (NEWER_MODELOPT, None, "tensor", None, "static"),
+    ],
+)  # fmt: skip
+def test_what_is_served_is_read(section, modelopt, strategy, block_size, scheme):
+    config = read(section, modelopt, wanted="fp8")  # which changes nothing
+    assert (config.strategy, config.block_size, config.activation_scheme) == (strategy, block_size, scheme)
+    assert config.name == "fp8" and not config.is_online
+
+
+def test_plain_models_are_quantised_where_that_is_wanted():
+    assert read() is None and read({}) is None and read(None, {"quantization": {"quant_algo": None}}) is None
+    assert read(wanted="fp8").is_online
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [(method, repr(method["quant_method"])) for method in (
+        {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4, "desc_act": True},
+        {"quant_method": "mxfp4"}, {"quant_method": "mxfp8"}, {"quant_method": "bitsandbytes"},
+        {"quant_method": "fbgemm_fp8"}, {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
+        {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
+    )]
+    + [
+        ([1], "must be an object"),
+        (FP8 | {"fmt": "e5m2"}, "fmt 'e5m2'"),
+        (FP8 | {"scale_fmt": "e4m3"}, "scale_fmt 'e4m3'"),
+        (FP8 | {"expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+        (FP8 | {"weight_block_size": [128]}, "two positive integers"),
+        (FP8 | {"weight_block_size": [128, 0]}, "two positive integers"),
+        (FP8 | {"modules_to_convert": ["model.embed_tokens"]}, "'modules_to_convert'"),
+        (FP8 | {"modules_to_not_convert": "lm_head"}, "list of names"),
+        (FP8 | {"modules_to_not_convert": ["("]}, "no regular expression"),
+        (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, "'kv_cache_scheme'"),
+        (FP8 | {"activation_scheme": "blockwise"}, "activation_scheme 'blockwise'"),
+        (ct_with(format="pack-quantized"), "format 'pack-quantized'"),
+        (ct_with(format="int-quantized"), "format 'int-quantized'"),
+        (ct_with(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
+        (ct_with({"format": "mxfp4-pack-quantized"}), "format 'mxfp4-pack-quantized'"),
+        (ct_with(weights={"num_bits": 4}), "num_bits 4"),
+        (ct_with(weights={"type": "int"}), "type 'int'"),
+        (ct_with(weights={"symmetric": False}), "symmetric False"),
+        (ct_with(weights={"strategy": "group", "group_size": 32}), "strategy 'group'"),
+        (ct_with(weights={"actorder": "group"}), "'actorder'"),
+        (ct_with(weights={"block_structure": [128, 128]}), "makes no sense"),
+        (ct_with({"targets": ["re:.*mlp.*"]}), "targets"),
+        (ct_with({"output_activations": TOKENS}), "'output_activations'"),
+        (ct_with({"input_activations": TOKENS | {"num_bits": 4}}), "num_bits 4"),
+        (ct_with(config_groups={"a": GROUP, "b": GROUP}), "must hold one group; it holds a, b"),
+        (ct_with(config_groups={}), "must hold one group"),
+        (ct_with(kv_cache_scheme={"num_bits": 8, "type": "float"}), "'kv_cache_scheme'"),
+        (ct_with(transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
+        (ct_with(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask'"),
+        (ct_with(ignore=["re:("]), "no regular expression"),
+        (NEWER_MODELOPT | {"quant_algo": "NVFP4"}, "'NVFP4'"),
+        (NEWER_MODELOPT | {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "num_bits 4"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served_is_refused_by_its_name(section, word):
+    with pytest.raises(ValueError) as error:
+        read(section, wanted="fp8")  # which does not get round it
+    assert word in str(error.value) and "/models/m/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "word"),
+    [
+        ({"quant_algo": "NVFP4", "group_size": 16}, "'NVFP4'"),
+        ({"quant_algo": "W4A16_AWQ"}, "'W4A16_AWQ'"),
+        ({"quant_algo": "FP8_PB_WO"}, "'FP8_PB_WO'"),
+        ({"quant_algo": "MIXED_PRECISION"}, "'MIXED_PRECISION'"),
+        ({"quant_algo": "FP8", "kv_cache_quant_algo": "NVFP4"}, "kv_cache_quant_algo 'NVFP4'"),
+        ({"quant_algo": "FP8", "has_zero_point": True}, "'has_zero_point'"),
+        (None, "no object 'quantization'"),
+    ],
+)
+def test_modelopts_file_alone_is_enough_to_be_refused(tmp_path, quantization, word):
+    folder = rm.make_config(tmp_path, "llama3")
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": quantization}))
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_path(str(folder))
+    assert word in str(error.value) and "hf_quant_config.json" in str(error.value)
+
+
+def test_files_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"config.json says block scales, hf_quant_config.json says tensor scales"):
+        read(FP8, MODELOPT)
+    with pytest.raises(ValueError, match="hf_quant_config.json says no quantised weights"):
+        read(FP8, {"quantization": {"quant_algo": None}})
+
+
+NAME = "model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by_fp8", "by_ct", "by_modelopt"),
+    [
+        (NAME, True, True, True),
+        ("model.layers.1", True, False, True),
+        ("model.layers.1.mlp.gate", False, False, False),
+        ("gate_proj", True, False, False),
+        ("model.layers.11", False, False, False),
+        (r"model.layers.\d+.mlp.gate_proj", True, False, False),
+        ("model.layers.1.*", True, False, True),
+        ("*gate_proj", None, False, True),
+        ("re:.*gate_proj$", False, True, False),
+        ("re:model.layers.1.mlp", False, True, False),
+        ("re:mlp", False, False, False),
+        ("Linear", False, True, False),
+    ],
+)
+def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelopt):
+    if by_fp8 is not None:  # else it is no regular expression
+        assert read(FP8 | {"modules_to_not_convert": [pattern]}).is_ignored(NAME) == by_fp8
+    assert read(ct_with(ignore=[pattern])).is_ignored(NAME) == by_ct
+    file = {"quantization": {"quant_algo": "FP8", "exclude_modules": [pattern]}}
+    assert read(None, file).is_ignored(NAME) == by_modelopt

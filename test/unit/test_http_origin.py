@@ -1,0 +1,33 @@
+"""Which requests a server without a key takes for a web page's."""
+
+import pytest
+from ramet.srt.utils.http_origin import OriginCheck
+
+
+@pytest.mark.parametrize(
+    ("bound", "allowed", "host", "origin", "is_taken"),
+    [
+        ("127.0.0.1", (), "127.0.0.1:30000", None, True),
+        ("127.0.0.1", (), "localhost:30000", None, True),
+        ("127.0.0.1", (), "app.localhost", None, True),
+        ("127.0.0.1", (), "10.0.0.3", None, True),  # an address can't be made to mean another one
+        ("::1", (), "[::1]:30000", None, True),
+        ("127.0.0.1", (), None, None, True),  # HTTP/1.0
+        ("127.0.0.1", (), "evil.example:30000", None, False),
+        ("127.0.0.1", (), "localhost.evil.example", None, False),
+        ("127.0.0.1", ("llm.example",), "LLM.example", None, True),
+        ("0.0.0.0", (), "llm.example", None, True),  # on a network it may have any name
+        ("127.0.0.1", (), "localhost:30000", "http://localhost:30000", True),
+        ("127.0.0.1", (), "localhost:30000", "http://localhost:8080", False),
+        ("127.0.0.1", (), "localhost:30000", "https://evil.example", False),
+        ("127.0.0.1", (), "localhost:30000", "null", False),
+        ("127.0.0.1", (), "localhost:30000", "http://[", False),
+        ("0.0.0.0", (), "llm.example", "https://evil.example", False),
+        ("0.0.0.0", ("chat.example",), "llm.example", "https://chat.example", True),
+        ("127.0.0.1", ("*",), "evil.example", "https://evil.example", True),
+    ],
+)
+def test_hosts_and_origins(
+    bound: str, allowed: tuple[str, ...], host: str | None, origin: str | None, is_taken: bool
+) -> None:
+    assert (OriginCheck(bound, allowed).refusal(host, origin) is None) == is_taken
