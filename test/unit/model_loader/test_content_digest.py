@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fp8_models as fp8
 import numpy as np
 import pytest
 import random_models as rm
@@ -13,7 +14,9 @@ import sharded_models as sm
 import torch
 import toy_model as toy
 from ramet.srt.model_loader.checkpoint import digest_store
+from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table, find_table, load_table
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client import band_check
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.weights import content_digest
@@ -99,6 +102,60 @@ def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -
         expert = next(entry for entry in arena.manifest.entries if "experts" in entry.name)
         arena.memory[expert.offset] ^= 1
         assert check_bands(arena, table).wrong == {expert.name}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_widened_while_it_is_loaded_is_compared_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = make_checkpoint(tmp_path)
+    toy.save_checkpoint(tmp_path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, 2)
+    table = compute_table(str(tmp_path))
+    numbers = np.random.default_rng(0)
+    for parallel in sm.all_ranks(2):
+        arena = sm.load_from_disk(tmp_path, sm.make_manifest(sm.build_model(tmp_path, parallel)))
+        check = check_bands(arena, table)
+        assert (check.wrong, check.unchecked) == (set(), {})
+        for entry in arena.manifest.entries:
+            place = entry.offset + int(numbers.integers(entry.nbytes))
+            arena.memory[place] ^= 1  # in bits that the narrower type does not have, too
+            assert check_bands(arena, table).wrong == {entry.name}
+            arena.memory[place] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "scale_dtype"),
+    [
+        ("llama3", "rows", None),
+        ("llama3", "weights_only", None),
+        ("llama3", "modelopt", None),
+        ("llama3", "ct_blocks", torch.bfloat16),
+        ("qwen3_moe", "tensor", None),
+        ("llama3", "blocks", torch.float8_e8m0fnu),
+        ("qwen3_moe", "blocks", torch.bfloat16),
+    ],
+)
+def test_fp8_weights_and_their_scales_are_compared(
+    family: str, kind: str, scale_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Scales of rows, matrices and blocks, under both names, float32 or narrower in the files."""
+    changes = {"mlp_only_layers": []} if "moe" in family else {}
+    source = rm.make_model(tmp_path / "plain", family, dtype="bfloat16", num_hidden_layers=1, **changes)
+    types = {} if scale_dtype is None else {"scale_dtype": scale_dtype}
+    folder = fp8.write_fp8(source, tmp_path / "fp8", kind, **types)
+    table = compute_table(str(folder))
+    for parallel in sm.all_ranks(2):
+        model = sm.build_model(folder, parallel)
+        manifest = sm.make_manifest(model)
+        whole = describe_whole_model(model.config, manifest)
+        arena = sm.load_from_disk(folder, manifest, lambda path, whole=whole: CheckpointSource(path, whole))
+        check = check_bands(arena, table)
+        assert (check.wrong, check.unchecked) == (set(), {})
+        scales = [entry for entry in manifest.entries if entry.name.endswith(("_scale", "_scale_inv"))]
+        for entry in scales:
+            for place in (0, entry.nbytes - 1):
+                arena.memory[entry.offset + place] ^= 1
+                assert check_bands(arena, table).wrong == {entry.name}, place
+                arena.memory[entry.offset + place] ^= 1
+        assert scales
 
 
 def test_what_is_cast_while_it_is_loaded_is_not_said_to_be_checked(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ PREFIX = b"ramet-weights-1\n"
 PIECE_BYTES = 16  # of a band's hash
 SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # of tensor parallelism
 VOCAB_PADDING = 64  # rows; tables are padded to a multiple of it before they are cut
+SCALES = ("_scale", "_scale_inv")  # ends of the names of scales
+MAX_GRID = 1024  # rows and columns of a grid of scales that is cut at each of them
 MAX_PART_BYTES = 8 << 20  # of one answer
 MAX_TENSORS = 1_000_000
 MAX_BANDS = 1 << 24  # of one tensor
@@ -80,8 +82,8 @@ def _leaf(tensor: TensorDigest) -> bytes:
 def _check(tensor: TensorDigest) -> None:
     if tensor.dtype not in DTYPE_BYTES or any(extent < 0 for extent in tensor.shape):
         raise ValueError(f"{tensor.name} is {tensor.dtype} {tensor.shape}, which is no tensor")
-    matrices, num_rows, _ = as_matrices(tensor.shape)
-    num_bands = [len(row_bands(num_rows)) * matrices, len(column_bands(tensor.shape)) * matrices]
+    matrices = as_matrices(tensor.shape)[0]
+    num_bands = [len(bands) * matrices for bands in bands_of(tensor.name, tensor.shape)]
     if max(num_bands) > MAX_BANDS:
         raise ValueError(f"{tensor.name} has more than {MAX_BANDS} bands")
     expected = [count * PIECE_BYTES for count in num_bands] if math.prod(tensor.shape) else [0, 0]
@@ -94,6 +96,20 @@ def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape), 1
     return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def bands_of(name: str, shape: Sequence[int]) -> tuple[list[Band], list[Band]]:
+    """The bands of rows and of columns of each matrix of a tensor.
+
+    Each scale of a grid, one for each block of a matrix, is in a row and a column of its own: a rank whose part ends
+    within a block has that block's scale, so that its part of the grid ends where no part of the matrix does.
+    """
+    _, num_rows, num_columns = as_matrices(shape)
+    is_grid = len(shape) > 1 and num_columns > 1 and name.endswith(SCALES)
+    if is_grid and max(num_rows, num_columns) <= MAX_GRID:
+        rows, columns = ([(index, index + 1) for index in range(extent)] for extent in (num_rows, num_columns))
+        return rows, columns
+    return row_bands(num_rows), column_bands(shape)
 
 
 def row_bands(num_rows: int) -> list[Band]:

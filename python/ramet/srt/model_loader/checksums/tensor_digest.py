@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from ramet.srt.weights.content_digest import PIECE_BYTES, TensorDigest, as_matrices, column_bands, row_bands
+from ramet.srt.weights.content_digest import PIECE_BYTES, TensorDigest, as_matrices, bands_of
 from ramet.srt.weights.manifest import element_size
 
 BLOCK_BYTES = 4 << 20  # of rows whose columns are hashed before the next ones are looked at
@@ -24,9 +24,10 @@ def digest_tensor(name: str, dtype: str, shape: tuple[int, ...], data: memoryvie
     row_nbytes = num_columns * size
     stack = np.frombuffer(data, np.uint8).reshape(matrices, num_rows, row_nbytes)
     rows, columns = [], []
+    bands_of_rows, bands_of_columns = bands_of(name, shape)
     for matrix in stack:
-        rows += [hash_bytes(matrix[start:stop]) for start, stop in row_bands(num_rows)]
-        bands = [(start * size, stop * size) for start, stop in column_bands(shape)]
+        rows += [hash_bytes(matrix[start:stop]) for start, stop in bands_of_rows]
+        bands = [(start * size, stop * size) for start, stop in bands_of_columns]
         hashers = [hashlib.sha256() for _ in bands]
         step = max(1, BLOCK_BYTES // row_nbytes)
         for first in range(0, num_rows if bands else 0, step):

@@ -1,7 +1,8 @@
 """Owns the comparison of an arena's bytes with the table of a checkpoint's digest, band by band. Asks nobody."""
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,12 +13,17 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, split_stacked_experts
+from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 from ramet.srt.model_loader.checksums.tensor_digest import hash_bytes
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.boxes import Region, intersect, locate_box, region_volume, share_out
-from ramet.srt.weights.content_digest import DigestTable, TensorDigest, as_matrices, column_bands, piece, row_bands
+from ramet.srt.weights.content_digest import DigestTable, TensorDigest, as_matrices, bands_of, piece
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size
 from ramet.srt.weights.planner import Holding, region_offset
+
+NARROWER = {
+    "float32": ("bfloat16", "float16", "float8_e8m0fnu")
+}  # what is widened to a type without loss, so that it can be undone
 
 
 @dataclass
@@ -38,6 +44,7 @@ class _Held(NamedTuple):
 
     entry: str
     holding: Holding  # in the coordinates of the table's tensor
+    repeated: Holding | None = None  # of a scale of a whole matrix: all of its copies
 
 
 class _Target(NamedTuple):
@@ -47,9 +54,20 @@ class _Target(NamedTuple):
     matrix: int | None = None
     first_row: int = 0
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the table has one number for all that the boxes fill: the scale of a whole matrix."""
+        is_scale = self.tensor.name.endswith(SCALE_SUFFIXES)
+        return is_scale and self.matrix is None and math.prod(self.tensor.shape) == 1
+
     def place(self, holding: Holding) -> Holding:
         """A part of what boxes name, as a part of the table's tensor."""
+        if self.is_repeated:
+            first = tuple((0, 1) for _ in self.tensor.shape)
+            return Holding(first, holding.offset, (0,) * len(first), holding.dtype)
         if self.matrix is None:
+            if len(self.tensor.shape) == 1 and holding.region[1:] == ((0, 1),):  # scales of rows, as a vector
+                return Holding(holding.region[:1], holding.offset, holding.strides[:1], holding.dtype)
             return holding
         rows, columns = holding.region
         region = (
@@ -87,14 +105,23 @@ def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, l
             unchecked[entry.name] = reason
         elif region_volume(box.source):
             offset, strides = locate_box(entry, box)
-            holding = target.place(Holding(box.source, offset, strides, entry.dtype))
-            held.setdefault(target.tensor.name, []).append(_Held(entry.name, holding))
+            own = Holding(box.source, offset, strides, entry.dtype)
+            repeated = own if target.is_repeated else None
+            held.setdefault(target.tensor.name, []).append(_Held(entry.name, target.place(own), repeated))
     return held, unchecked
 
 
-def find_targets(table: DigestTable, names: Collection[str]) -> dict[str, _Target]:
-    """The tensors that boxes name, in the table, by these names; those that the checkpoint stacks, in their stacks."""
+def find_targets(table: DigestTable, names: Set[str]) -> dict[str, _Target]:
+    """The tensors that boxes name, in the table, by these names; those that the checkpoint stacks, in their stacks.
+
+    Scales may have the other one of their two names.
+    """
     found = {name: _Target(table.tensors[name]) for name in names if name in table.tensors}
+    for suffix, other in (SCALE_SUFFIXES, SCALE_SUFFIXES[::-1]):
+        for name in names - found.keys():
+            tensor = table.tensors.get(name.removesuffix(suffix) + other) if name.endswith(suffix) else None
+            if tensor is not None:
+                found[name] = _Target(tensor)
     for name, tensor in table.tensors.items():
         if name in names or not STACKED.fullmatch(name):
             continue
@@ -118,7 +145,7 @@ def _why_not(entry: WeightEntry, box: WeightBox, target: _Target | None) -> str:
     if target is None:
         return f"the digest's checkpoint has no {name}"
     tensor = target.tensor
-    if tensor.dtype != entry.dtype:
+    if tensor.dtype not in (entry.dtype, *NARROWER.get(entry.dtype, ())):
         return f"{name} is {tensor.dtype} in the checkpoint and {entry.dtype} here"
     region = target.place(Holding(box.source, 0, (0,) * len(box.source), entry.dtype)).region
     if len(region) != len(tensor.shape) or any(b > n for (_, b), n in zip(region, tensor.shape, strict=True)):
@@ -149,41 +176,82 @@ class _TensorJob:
         hashes = self._tensor.rows if kind == "rows" else self._tensor.columns
         others = [other for other in self._held if other is not one]
         num_bands = 0
-        for index, band in bands_under(one.holding.region, self._tensor.shape, kind):
+        for index, band in bands_under(one.holding.region, self._tensor, kind):
             num_bands += 1
             parts, missing = share_out(band, ((held, held.holding.region) for held in (one, *others)))
             if missing:
                 return False
             key = (kind, index, *sorted((held.holding.offset, part) for held, part in parts))
             if key not in self._known:
-                self._known[key] = hash_bytes(self._read(band, parts)) == piece(hashes, index)
+                content = self._read(band, parts)
+                self._known[key] = content is not None and hash_bytes(content) == piece(hashes, index)
             if not self._known[key]:
                 self._check.wrong.add(one.entry)
+        if one.repeated is not None and not _all_alike(read_part(self._arena, one.repeated, one.repeated.region)):
+            self._check.wrong.add(one.entry)
         return num_bands > 0
 
-    def _read(self, band: Region, parts: Sequence[tuple[_Held, Region]]) -> np.ndarray:
-        """A band's bytes, gathered from where its parts lie."""
+    def _read(self, band: Region, parts: Sequence[tuple[_Held, Region]]) -> np.ndarray | None:
+        """A band's bytes in the checkpoint's type, gathered from where its parts lie; None if they can't be those."""
         if len(parts) == 1:
-            return read_part(self._arena, parts[0][0].holding, parts[0][1])
+            return self._read_part(*parts[0])
         size = element_size(self._tensor.dtype)
         whole = np.empty((*(stop - start for start, stop in band), size), np.uint8)
         for held, part in parts:
             place = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(part, band, strict=True))
-            whole[place] = read_part(self._arena, held.holding, part)
+            content = self._read_part(held, part)
+            if content is None:
+                return None
+            whole[place] = content
         return whole
 
+    def _read_part(self, held: _Held, part: Region) -> np.ndarray | None:
+        content = read_part(self._arena, held.holding, part)
+        return content if held.holding.dtype == self._tensor.dtype else narrowed(content, self._tensor.dtype)
 
-def bands_under(region: Region, shape: Sequence[int], kind: str) -> Iterator[tuple[int, Region]]:
+
+def narrowed(content: np.ndarray, dtype: str) -> np.ndarray | None:
+    """What float32 numbers were before they were widened; None if no numbers of that type widen to them.
+
+    Args:
+        content: uint8 [..., 4].
+        dtype: one of NARROWER.
+
+    Returns:
+        uint8 [..., bytes of an element].
+    """
+    wide = np.ascontiguousarray(content).view(np.uint32)
+    if dtype == "bfloat16":
+        half = (wide >> 16).astype(np.uint16)
+        back = half.astype(np.uint32) << 16
+    elif dtype == "float8_e8m0fnu":
+        half = (wide >> 23).astype(np.uint8)
+        back = np.where(half == 0, 1 << 22, half.astype(np.uint32) << 23)
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            half = wide.view(np.float32).astype(np.float16)
+        back = half.astype(np.float32).view(np.uint32)
+    return half.view(np.uint8) if np.array_equal(back, wide) else None
+
+
+def _all_alike(content: np.ndarray) -> bool:
+    """Whether all elements, [..., bytes of an element], are the first one."""
+    elements = content.reshape(-1, content.shape[-1])
+    return bool((elements == elements[0]).all())
+
+
+def bands_under(region: Region, tensor: TensorDigest, kind: str) -> Iterator[tuple[int, Region]]:
     """The bands of a tensor that a region overlaps: each band's index, and the part of the tensor that it is.
 
     Args:
         kind: "rows" or "columns".
     """
+    shape = tensor.shape
     if not shape:
         yield from [(0, ())] if kind == "rows" else []
         return
     axis = -1 if kind == "columns" or len(shape) == 1 else -2
-    bands = column_bands(shape) if kind == "columns" else row_bands(shape[axis])
+    bands = bands_of(tensor.name, shape)[kind == "columns"]
     whole = [(0, extent) for extent in shape]
     for place in itertools.product(*(range(start, stop) for start, stop in region[:-2])):
         matrix = 0
