@@ -205,6 +205,8 @@ def test_calls_in_the_history_are_taken(http: httpx.Client) -> None:
         {"role": "tool", "tool_call_id": "c1", "content": "done"},
     ]
     assert chat(http, messages).status_code == 200
+    for name in ("reasoning_content", "reasoning"):
+        assert chat(http, [*messages, {"role": "assistant", "content": "a", name: "b"}]).status_code == 200
     function["arguments"] = "[3]"
     refused = chat(http, messages)
     assert refused.status_code == 400

@@ -163,6 +163,8 @@ class AssistantMessage(RequestBody):
     content: MessageContent | None = None
     name: Text | None = None
     refusal: None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None  # another name for it
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
