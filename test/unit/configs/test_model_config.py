@@ -200,6 +200,7 @@ def test_linear_scaling_stretches_the_context_unless_the_length_before_it_is_the
     [
         ({}, 0.1 * math.log(4) + 1),
         ({"factor": 0.5}, 1.0),
+        ({"finetuned": True}, 0.1 * math.log(4) + 1),
         ({"attention_factor": 0.7, "mscale": 2.0, "mscale_all_dim": 1.0}, 0.7),
         ({"mscale": 2.0}, 0.1 * math.log(4) + 1),
         ({"mscale": 2.0, "mscale_all_dim": 1.0}, (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)),
@@ -260,7 +261,7 @@ HARMLESS = {
     "decoder_sparse_step": 1, "model_max_length": 9, "is_decoder": True, "per_layer_config": None,
     "unsloth_fixed": True, "use_mrope": False, "shared_expert_intermediate_size": 0, "attn_logit_softcapping": None,
     "quantization_config": None, "rope_interleaved": False, "num_experts": 0, "torchscript": False, "qkv_bias": False,
-    "use_qk_norm": False,
+    "use_qk_norm": False, "loss_type": "ForCausalLM",
 }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ ANY = object()  # in place of the allowed values: whatever the key holds is harm
 _METADATA = (
     "_name_or_path name_or_path _commit_hash transformers_version auto_map custom_pipelines license model_name "
     "tokenizer_class processor_class task_specific_params finetuning_task problem_type prefix unsloth_fixed "
-    "unsloth_version is_llama_config id2label label2id num_labels _num_labels transformers.js_config"
+    "unsloth_version is_llama_config output_past xla_device padding_side id2label label2id num_labels _num_labels "
+    "transformers.js_config"
 )
 _TOKENS = (
     "bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id "
@@ -23,7 +24,7 @@ _TRAINING = (
     "initializer_range attention_dropout hidden_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout_prob "
     "attention_probs_dropout_prob dropout dropout_rate embedding_dropout residual_dropout classifier_dropout "
     "router_aux_loss_coef router_z_loss_coef router_jitter_noise aux_loss_alpha seq_aux gradient_checkpointing "
-    "neftune_noise_alpha use_bfloat16"
+    "neftune_noise_alpha use_bfloat16 loss_type"
 )
 # How a program computes or what it gives back, not what it computes; `pretraining_tp` is a number of slices.
 _RUNNING = (

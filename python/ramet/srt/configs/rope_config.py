@@ -147,7 +147,7 @@ def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, 
     """Raise ValueError for what asks for another rotation than the type's: a part of each head, other factors."""
     used = {"rope_type", "type", "rope_theta", ORIGINAL_LENGTH, *ROPE_FIELDS[rope_type]}
     if rope_type == "yarn":
-        used |= {*YARN_OPTIONS, "truncate"}
+        used |= {*YARN_OPTIONS, "truncate", "finetuned"}  # the last tells how the model was made
     for name, value in parameters.items():
         neutral = name in ("factor", "partial_rotary_factor") and is_finite(value) and value == 1
         if name not in used and not neutral:
