@@ -200,7 +200,7 @@ def test_linear_scaling_stretches_the_context_unless_the_length_before_it_is_the
     [
         ({}, 0.1 * math.log(4) + 1),
         ({"factor": 0.5}, 1.0),
-        ({"finetuned": True}, 0.1 * math.log(4) + 1),
+        ({"finetuned": True, "attn_factor": 1.0}, 0.1 * math.log(4) + 1),
         ({"attention_factor": 0.7, "mscale": 2.0, "mscale_all_dim": 1.0}, 0.7),
         ({"mscale": 2.0}, 0.1 * math.log(4) + 1),
         ({"mscale": 2.0, "mscale_all_dim": 1.0}, (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)),
@@ -358,6 +358,7 @@ def test_a_wrong_value_is_named(read, model_type, keys, message):
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "rope_scaling": {"rope_type": "longrope"}},
             "rope type 'longrope' of 'rope_scaling' is not supported; known are default, linear, llama3, yarn",
         ),
+        ({"rope_scaling": YARN | {"attn_factor": 0.88}}, r"'attn_factor' \(0.88\) of 'rope_scaling' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' needs a positive number 'factor'; got None"),
         ({"rope_scaling": YARN | {"truncate": None}}, "'truncate' of 'rope_scaling' must be true or false; got None"),
         (

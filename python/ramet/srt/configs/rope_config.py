@@ -17,6 +17,9 @@ ORIGINAL_LENGTH = "original_max_position_embeddings"
 # What YaRN's object may have beside its fields, and what stands for it where it doesn't.
 YARN_OPTIONS = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
 
+# Parameters that change nothing at 1. The last two are other engines'; transformers doesn't look at them.
+NEUTRAL_AT_ONE = ("factor", "partial_rotary_factor", "attn_factor", "extrapolation_factor")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -149,7 +152,7 @@ def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, 
     if rope_type == "yarn":
         used |= {*YARN_OPTIONS, "truncate", "finetuned"}  # the last tells how the model was made
     for name, value in parameters.items():
-        neutral = name in ("factor", "partial_rotary_factor") and is_finite(value) and value == 1
+        neutral = name in NEUTRAL_AT_ONE and is_finite(value) and value == 1
         if name not in used and not neutral:
             what = f"{short(name)} ({short(value)}) of {source!r}"
             raise ValueError(f"{reader.file}: {what} is not supported with rope type {rope_type!r}")
