@@ -214,6 +214,13 @@ def test_yarn(read, options, attention_factor):
     }  # fmt: skip
 
 
+def test_a_theta_that_is_gone_is_known(read):
+    both = {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert (read("llama", **both).rope.theta, read("llama", **both).rope.ignored_theta) == (1e4, 1e6)
+    for keys in (both | {"rope_theta": 1e6}, {"rope_parameters": both["rope_parameters"]}, {"rope_scaling": YARN}):
+        assert read("llama", **keys).rope.ignored_theta is None
+
+
 def test_yarn_stretches_the_length_before_it(read):
     for length, given, context in ((40, 32, 128), (128, 32, 128), (300, 32, 300), (100, None, 400)):
         original = {} if given is None else {"original_max_position_embeddings": given}

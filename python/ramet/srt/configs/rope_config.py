@@ -1,5 +1,6 @@
 """Owns what a config says of rotary positions, in all its spellings. The angles are computed in the layers."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class RopeConfig:
     rope_type: str = "default"
     scaling: dict[str, Any] = field(default_factory=dict)
     attention_factor: float = 1.0  # of all cosines and sines
+    ignored_theta: float | None = None  # of a rope_parameters that doesn't count, where it is another one
 
 
 def read_rope(reader: ConfigReader) -> RopeConfig:
@@ -60,10 +62,19 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         )
     theta = _positive(reader, "rope_theta", theta)
     if rope_type != "yarn":
-        return RopeConfig(theta=theta, rope_type=rope_type, scaling=scaling)
-    if theta == 1:
+        rope = RopeConfig(theta=theta, rope_type=rope_type, scaling=scaling)
+    elif theta == 1:
         raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
-    return _yarn(reader, source, parameters, theta, scaling)
+    else:
+        rope = _yarn(reader, source, parameters, theta, scaling)
+    return dataclasses.replace(rope, ignored_theta=_ignored_theta(reader, source, theta))
+
+
+def _ignored_theta(reader: ConfigReader, source: str, theta: float) -> float | None:
+    """What a `rope_parameters` has that `rope_scaling` replaces: who added the latter may not have meant that."""
+    replaced = reader.config.get("rope_parameters") if source == "rope_scaling" else None
+    other: Any = replaced.get("rope_theta") if isinstance(replaced, dict) else None
+    return float(other) if is_finite(other) and other != theta else None
 
 
 def _yarn(

@@ -117,6 +117,14 @@ class Instance:
         if idle := self.model_config.idle_window_keys:
             architecture = self.model_config.architecture
             logger.warning("no effect in a %s, as in transformers: %s of config.json", architecture, ", ".join(idle))
+        rope = self.model_config.rope
+        if rope.ignored_theta is not None:
+            logger.warning(
+                "rope_theta is %g, as in transformers: rope_scaling of config.json stands in place of rope_parameters "
+                "and its rope_theta %g; write it into rope_scaling if that is meant",
+                rope.theta,
+                rope.ignored_theta,
+            )
         bootstrap_url = None
         if args.modelexpress is not None:
             self._prepare_modelexpress(args.modelexpress)
