@@ -1,6 +1,7 @@
 """Constraints in processes of their own: what crashes, takes too long or too much costs one request."""
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from ramet.srt.managers import grammar_pool
+from ramet.srt.managers.grammar_link import GrammarLink
+from ramet.srt.managers.grammar_messages import Compile, Open
 from ramet.srt.managers.grammar_pool import GrammarPool, Stage
 from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.sampling.constraint import Constraint
@@ -201,6 +204,27 @@ def test_the_nursery_may_be_killed(pool: GrammarPool) -> None:
     pool.wait([grammar], TIMEOUT_S)
     advance(pool, grammar, min(allowed(grammar) - {EOS, IM_END}))
     assert grammar.failure is None
+
+
+def test_who_leaves_before_the_process_has_said_hello_leaves_none_behind(pool: GrammarPool) -> None:
+    opened(pool, regex("[e-h]+")).close()
+    assert pool._nursery is not None
+    link = GrammarLink(pool._nursery)
+    link.send(Compile(SLOW_TO_COMPILE))
+    link.send(Open(1, []))
+    link.flush()
+    select.select([link.socket], [], [], TIMEOUT_S)  # it is there, and nobody has read it
+    assert not link.has_begun
+    link.close()
+    assert link.has_begun
+    until(pool, lambda: not Path(f"/proc/{link._pid}").exists() or "zombie" in status_of(link._pid))
+
+
+def status_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "zombie"
 
 
 def test_a_library_that_cannot_start_is_said(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ramet.srt.distributed.words import Word
@@ -22,7 +23,7 @@ from ramet.srt.managers.pulse import (
     Ticks,
     WatchLimits,
 )
-from ramet.srt.managers.watchdog import Watched, judge
+from ramet.srt.managers.watchdog import LauncherWatch, Watched, judge
 from ramet.srt.server_args import ServerArgs
 
 LIMITS = WatchLimits(20.0)  # still from 12 s on, doubt from 5, a long task from 10
@@ -102,6 +103,37 @@ def test_a_start_moves_by_its_work_and_a_debugger_excuses(board, ranks, monkeypa
     monkeypatch.setattr(watchdog, "_state", lambda _pid: "t")
     pass_seconds(board, ranks, 100, {1, 2})
     assert judge(ranks) is None
+
+
+def test_whoever_waits_for_a_debugged_process_is_not_named_either(board, ranks, monkeypatch):
+    monkeypatch.setattr(watchdog, "_state", lambda _pid: "t")
+    board.put(0, TASK, 7)
+    board.put(1, TASK, 7)  # the debugger has come in the middle of a pass
+    for _ in range(50):
+        pass_seconds(board, ranks, 1, {0, 2})
+        assert judge(ranks) is None
+
+
+@pytest.mark.parametrize(
+    ("has_http", "main_pid", "expected"), [(True, 4711, "killed"), (True, 1, "ended"), (False, 4711, "ended")]
+)
+def test_what_a_child_does_about_a_main_process_that_stands_still(board, monkeypatch, has_http, main_pid, expected):
+    args = ServerArgs(model_path="m", port=1 if has_http else 0)
+    config = SimpleNamespace(parent_pid=main_pid, make_server_args=lambda: args)
+    done = []
+    monkeypatch.setattr(watchdog.os, "getppid", lambda: main_pid)
+    monkeypatch.setattr(watchdog.os, "kill", lambda pid, _number: done.append(("killed", pid)))
+    monkeypatch.setattr(watchdog.os, "_exit", lambda _code: done.append(("ended", main_pid)))
+    monkeypatch.setattr(watchdog, "_state", lambda _pid: "T")
+    monkeypatch.setattr(watchdog.logging, "shutdown", lambda: None)
+    watch = LauncherWatch(board, config, LIMITS, 2.0)
+    board.put(0, SERVES, 1)
+    for _ in range(14):
+        watch.look(1.0)
+    assert done == []
+    for _ in range(5):
+        watch.look(1.0)
+    assert done == [(expected, main_pid)], "once"
 
 
 def test_a_suspended_host_is_nobody_s_standstill(monkeypatch):

@@ -217,6 +217,11 @@ class GrammarLink:
 
     def close(self) -> None:
         """End the process, whatever it does."""
+        if not self._pid:  # its hello is on the way, or else it finds that it can say none, and ends by itself
+            with contextlib.suppress(OSError, EOFError):
+                self.socket.shutdown(socket.SHUT_RD)
+                for _ in self.read():
+                    """Whose number is wanted."""
         self.socket.close()
         if self._pid:
             self._nursery.kill(self._pid)

@@ -22,7 +22,7 @@ from ramet.srt.utils.imports import importing, start_gpu
 logger = logging.getLogger(__name__)
 
 
-LOST_RANK_EXIT_CODE = 72
+LOST_RANK_EXIT_CODE = 73
 
 
 def main(argv: Sequence[str]) -> int:

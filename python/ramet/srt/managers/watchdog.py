@@ -23,6 +23,7 @@ TELL_NODES_S = 2.5 * PULSE_PERIOD_S  # for the other nodes to hear a word
 STATES = {"T": "it is stopped by a signal", "D": "it waits for a device", "R": "it holds Python's lock"}
 TRACED = "t"
 GONE = ("", "X", "Z")
+INIT_PID = 1  # of a container's first process, which nothing inside of the container can kill: pid_namespaces(7)
 
 
 class Stillness:
@@ -40,6 +41,9 @@ class Stillness:
 
     def reset(self) -> None:
         self.seconds = 0.0
+
+    def cap(self, seconds: float) -> None:
+        self.seconds = min(self.seconds, seconds)
 
 
 @dataclass
@@ -63,11 +67,14 @@ class Watched:
         if not board.get(self.slot, SERVES):
             sign = sign, _work_done(self.pid)  # an import may hold Python's lock for long
         self._beats.see(sign, step_s)
-        if self._beats.seconds > self.limits.doubt_s and _state(self.pid) in (TRACED, *GONE):
-            self._beats.reset()  # a debugger holds it, or whoever waits for its end says how it came
         task = board.get(self.slot, TASK)
         self._task.see(task, step_s)
         if task == 0:
+            self._task.reset()
+        if self._beats.seconds > self.limits.doubt_s and _state(self.pid) in (TRACED, *GONE):
+            # A debugger holds it, or whoever waits for its end says how it came. It is late: who waits for it is not
+            # to blame.
+            self._beats.cap(self.limits.doubt_s)
             self._task.reset()
 
     @property
@@ -117,7 +124,8 @@ class LauncherWatch:
     """A child's look at the main process, which can do nothing itself while it is stopped.
 
     The children of a server kill it: its clients' connections are cut then, the kernel ends the other ranks, and the
-    detokenizer removes the sockets. The children of a program that uses Engine end themselves.
+    detokenizer removes the sockets. The children of a program that uses Engine end themselves, and so do those of a
+    container's first process.
 
     Args:
         delay_s: beyond the limit, so that children don't all do it at once.
@@ -132,13 +140,16 @@ class LauncherWatch:
         self._main = Watched(title, config.parent_pid, MAIN_SLOT, limits)
         self._delay_s = delay_s
         self._has_spoken = False
+        self._has_acted = False
 
     def look(self, step_s: float) -> None:
         main = self._main
         main.look(self._board, step_s)
         if main.still_s >= main.limits.still_s + self._delay_s:
             assert main.word is not None
-            self._act(main.word.text)
+            if not self._has_acted:
+                self._has_acted = True
+                self._act(main.word.text)
         elif self._tells_nodes and main.word is not None:
             self._has_spoken = True
             self._board.put_word(OWN_WORD, Word(main.word.text))
@@ -147,15 +158,16 @@ class LauncherWatch:
             self._board.put_word(OWN_WORD, None)
 
     def _act(self, line: str) -> None:
-        logger.critical("%s; %s", line, "it is killed" if self._may_kill else "this process ends")
+        can_kill = self._may_kill and self._main.pid != INIT_PID
+        logger.critical("%s; %s", line, "it is killed" if can_kill else "this process ends")
         if self._tells_nodes:
             self._board.put_word(OWN_WORD, Word(line, is_final=True))
             time.sleep(TELL_NODES_S)
         logging.shutdown()
-        if self._may_kill and os.getppid() == self._main.pid:
-            os.kill(self._main.pid, signal.SIGKILL)
-        if not self._may_kill:
+        if not can_kill:
             os._exit(HUNG_EXIT_CODE)
+        elif os.getppid() == self._main.pid:
+            os.kill(self._main.pid, signal.SIGKILL)
 
 
 def end_stopped_launcher(config: ChildConfig) -> None:
