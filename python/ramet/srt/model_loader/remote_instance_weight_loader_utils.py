@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from ramet.srt.observability.logs import escape_text
 from ramet.srt.utils.key_proof import make_proof
 from ramet.srt.utils.net import SeedAddress, format_address
-from ramet.srt.utils.printable import printable
 from ramet.srt.weights.content_digest import MAX_TENSORS, TensorDigest, decode_tensors
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
@@ -311,4 +311,4 @@ def _parse(body: bytes, rank: int, role: str, seed: str) -> SeedAnswer:
 
 
 def _excerpt(body: bytes) -> str:
-    return printable(body[:200].decode("utf-8", "replace").strip()) or "empty"
+    return escape_text(body[:200].decode("utf-8", "replace").strip()) or "empty"

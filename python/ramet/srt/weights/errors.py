@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ramet.srt.utils.printable import printable
+from ramet.srt.observability.logs import escape_text
 
 MAX_NAMED = 5
 MAX_ERROR_LEN = 10_000  # characters
@@ -19,7 +19,7 @@ class WeightTransferError(RuntimeError):
     """
 
     def __init__(self, stage: str, rank: int, seed: str, cause: object) -> None:
-        super().__init__(printable(f"{stage} failed for rank {rank} of {seed}: {cause}", MAX_ERROR_LEN))
+        super().__init__(escape_text(f"{stage} failed for rank {rank} of {seed}: {cause}", MAX_ERROR_LEN))
         self.stage = stage
         self.rank = rank
         self.seed = seed

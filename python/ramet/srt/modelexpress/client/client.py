@@ -14,7 +14,7 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
 from ramet.srt.modelexpress.settings import open_token_file
 from ramet.srt.modelexpress.tokens import TokenFile
-from ramet.srt.utils.printable import printable
+from ramet.srt.observability.logs import escape_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ class ModelExpressError(Exception):
     """
 
     def __init__(self, method: str, address: str, code: str, details: str):
-        super().__init__(printable(f"{method} at ModelExpress server {address} failed: {code}: {details}", 1000))
+        super().__init__(escape_text(f"{method} at ModelExpress server {address} failed: {code}: {details}", 1000))
         self.method = method
         self.address = address
         self.code = code
-        self.details = printable(details, 1000)
+        self.details = escape_text(details, 1000)
 
 
 class ModelExpressClient:

@@ -24,8 +24,8 @@ from ramet.srt.modelexpress.client.seed_info import make_seed_answer, read_info_
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts, SourceRecord, make_instance_facts, read_facts
 from ramet.srt.modelexpress.source_identity import make_source_identity
+from ramet.srt.observability.logs import escape_text
 from ramet.srt.utils.hub import has_weights
-from ramet.srt.utils.printable import printable
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 5.0  # for a source that is listed as READY: a dead one must be got past in seconds
 FOLLOWER_WAIT_S = 15.0  # for a source of a rank's own shard, once one is known for world rank 0's
+MAX_NAME_CHARS = 300  # of a source, as its record has it
 MAX_LIARS = 8  # then no more are tried: whoever may publish could keep an instance busy for ever
 VERDICT_KEY = "modelexpress/verdict"
 SURRENDER_KEY = "modelexpress/surrender"  # why world rank 0 reads the files after all, once it has said SOURCES
@@ -50,7 +51,7 @@ class Candidate:
     def name(self) -> str:
         facts = read_facts(self.refs[0].topology)
         named = facts is not None and facts.instance
-        return printable(str(named) if named else f"worker {self.refs[0].worker_id}")
+        return escape_text(str(named) if named else f"worker {self.refs[0].worker_id}", MAX_NAME_CHARS)
 
 
 class SeedSearch:

@@ -14,7 +14,7 @@ from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, Source, StoreError, training_step
 from ramet.srt.modelexpress.source_identity import compute_source_id
-from ramet.srt.utils.printable import printable
+from ramet.srt.observability.logs import escape_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class P2pService:
             f"published {num_tensors} tensors of rank {rank} of {request.identity.model_name!r} as source {source_id}, "
             f"worker {worker_id}"
         )
-        logger.info("%s", printable(message, 2 * MAX_TEXT_LEN))
+        logger.info("%s", escape_text(message, 2 * MAX_TEXT_LEN))
         answer = p2p_pb2.PublishMetadataResponse(
             success=True, message=message, mx_source_id=source_id, worker_id=worker_id
         )
