@@ -31,3 +31,19 @@ def test_hosts_and_origins(
     bound: str, allowed: tuple[str, ...], host: str | None, origin: str | None, is_taken: bool
 ) -> None:
     assert (OriginCheck(bound, allowed).refusal(host, origin) is None) == is_taken
+
+
+@pytest.mark.parametrize(
+    ("fetch_site", "origin", "allowed", "is_taken"),
+    [
+        ("none", None, (), True),  # typed into the address line
+        ("same-origin", None, (), True),
+        ("cross-site", None, (), False),  # <img src="http://localhost:30000/flush_cache">
+        ("cross-site", "https://chat.example", ("chat.example",), True),
+        ("cross-site", None, ("*",), True),
+    ],
+)
+def test_a_page_s_pictures_have_no_origin(
+    fetch_site: str, origin: str | None, allowed: tuple[str, ...], is_taken: bool
+) -> None:
+    assert (OriginCheck("127.0.0.1", allowed).refusal("localhost:30000", origin, fetch_site) is None) == is_taken

@@ -149,7 +149,7 @@ class EngineInfoBootstrapServer:
         """HTTP status and reason if a request with these headers may not ask, or register; None if it may."""
         keys = self._registering_keys if registering else self._asking_keys
         if not keys:
-            foreign = self.origins.refusal(headers.get("Host"), headers.get("Origin"))
+            foreign = self.origins.refusal(headers.get("Host"), headers.get("Origin"), headers.get("Sec-Fetch-Site"))
             return None if foreign is None else (403, foreign)
         given = headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if any([hmac.compare_digest(given, key) for key in keys]):

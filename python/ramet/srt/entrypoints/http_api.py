@@ -177,24 +177,41 @@ def _health_routes(instance: Instance) -> APIRouter:
         check()
         return json_response({"status": "ready"})
 
+    probe = HealthProbe(instance)
+
     @router.get("/health_generate", responses={200: {"model": Status}})
     async def health_generate(request: Request) -> Response:
-        """Whether the instance really generates: makes one token."""
+        """Whether the instance really generates: makes one token, for all who ask meanwhile."""
         check()
-        params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-        prompt = SequenceInput(input_ids=[0], sampling_params=params)
-
-        async def generate() -> None:
-            generation = await instance.manager.generate([prompt])
-            await generation.finish()
-
-        try:
-            await until_disconnect(request, asyncio.wait_for(generate(), HEALTH_TIMEOUT_S))
-        except TimeoutError:
-            raise ServiceError(f"no token was made within {HEALTH_TIMEOUT_S:g} s") from None
+        await until_disconnect(request, probe.wait())
         return json_response({"status": "ready"})
 
     return router
+
+
+class HealthProbe:
+    """Makes a token for whoever asks, one at a time: no key is needed, so the queue must not fill with these."""
+
+    def __init__(self, instance: Instance) -> None:
+        self._instance = instance
+        self._task: asyncio.Task[None] | None = None
+
+    async def wait(self) -> None:
+        """Until a token is there, perhaps of a generation that is under way. Raises ServiceError if none comes."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._generate())
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # who asked may have left
+        await asyncio.shield(self._task)
+
+    async def _generate(self) -> None:
+        params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+        prompt = SequenceInput(input_ids=[0], sampling_params=params)
+        try:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                generation = await self._instance.manager.generate([prompt])
+                await generation.finish()
+        except TimeoutError:
+            raise ServiceError(f"no token was made within {HEALTH_TIMEOUT_S:g} s") from None
 
 
 def _native_routes(instance: Instance) -> APIRouter:

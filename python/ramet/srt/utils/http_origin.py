@@ -7,6 +7,7 @@ from collections.abc import Collection
 from ramet.srt.utils.net import is_loopback
 
 ANY_HOST = "*"
+OTHER_SITE = "this server takes no requests from pages of other sites ({} header); see --allowed-hosts"
 
 
 class OriginCheck:
@@ -28,12 +29,18 @@ class OriginCheck:
         if is_loopback(bound_host):
             self._names = self._allowed | {bound_host.lower(), "localhost", socket.gethostname().lower()}
 
-    def refusal(self, host: str | None, origin: str | None) -> str | None:
-        """Why a request with these headers is refused, or None."""
+    def refusal(self, host: str | None, origin: str | None, fetch_site: str | None = None) -> str | None:
+        """Why a request with these headers is refused, or None.
+
+        Args:
+            fetch_site: Sec-Fetch-Site, which browsers send where they send no Origin: for a page's pictures and links.
+        """
         if self._any:
             return None
+        if fetch_site == "cross-site" and origin is None:
+            return OTHER_SITE.format("Sec-Fetch-Site")
         if origin is not None and not self._is_own(origin, host or ""):
-            return "this server takes no requests from pages of other sites (Origin header); see --allowed-hosts"
+            return OTHER_SITE.format("Origin")
         if host and self._names is not None and not self._is_known(_hostname(host)):
             return "this server does not know itself by that name (Host header); see --allowed-hosts"
         return None

@@ -72,7 +72,7 @@ class AccessMiddleware:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if self._is_open(scope["path"]):
-            foreign = self._origins.refusal(headers.get("host"), headers.get("origin"))
+            foreign = self._origins.refusal(headers.get("host"), headers.get("origin"), headers.get("sec-fetch-site"))
             if foreign is not None:
                 return error_response(403, foreign)
         refusal = self._refusal()

@@ -21,6 +21,7 @@ UNCOUNTED_BYTES = 64 << 10  # of each body: the usual request finds room when ot
 MAX_VALUES = 2 << 20  # in one body; a few less than the commas and brackets that it may have
 FREE_VALUES = 2000  # what so many values can be is parsed here at once
 FREE_BYTES = 1 << 20
+NUM_BODY_BYTES = "num_body_bytes"  # in the scope of a request: how long its body is
 
 GENERATE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
 MAX_BYTES = dict.fromkeys(GENERATE_PATHS, MAX_BODY_BYTES) | {
@@ -57,6 +58,7 @@ class BodyMiddleware:
         try:
             body = await request.read(Headers(scope=scope))
             if body is not None:
+                scope[NUM_BODY_BYTES] = body.num_bytes
                 await self._check(scope["path"], body)
                 await self._app(scope, _replay(body, receive), send)
         except _Refused as refused:

@@ -11,18 +11,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.http.http_body import NUM_BODY_BYTES
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatMessage, JsonSchemaFormat
 from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import SequenceInput
+from ramet.srt.text.template_process import SMALL_BYTES
 from ramet.srt.text.tokenizer import Tokenizer
 
 TEMPLATE_OWN_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
 )
 ANY_OBJECT = {"type": "object"}
-RENDER_THREADS = ThreadPoolExecutor(64, thread_name_prefix="chat template")  # they only wait for other processes
+# They only wait for other processes: these for those of small chats, which must not wait for large ones. A chat is less
+# than six times as long on its way to a process as it is in the body.
+RENDER_THREADS = {is_large: ThreadPoolExecutor(64, f"chat template {is_large=}") for is_large in (False, True)}
+MAX_SMALL_BODY_BYTES = SMALL_BYTES // 6
 
 
 class ChatServing(OpenAIServing):
@@ -39,17 +44,18 @@ class ChatServing(OpenAIServing):
         self.check_body(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
-        prompt = await self._input(body)
+        is_large = request.scope.get(NUM_BODY_BYTES, 0) > MAX_SMALL_BODY_BYTES
+        prompt = await until_disconnect(request, self._input(body, is_large))
         if body.stream:
             head = answer_head("chat.completion.chunk", "chatcmpl", self.model_name)
             return await event_stream(request, self._stream(body, prompt, head))
         head = answer_head("chat.completion", "chatcmpl", self.model_name)
         return await until_disconnect(request, self._answer(body, prompt, head))
 
-    async def _input(self, body: ChatCompletionRequest) -> SequenceInput:
+    async def _input(self, body: ChatCompletionRequest, is_large: bool) -> SequenceInput:
         max_tokens = body.max_completion_tokens or body.max_tokens
         return SequenceInput(
-            text=await self._prompt(body),
+            text=await self._prompt(body, is_large),
             add_special_tokens=False,  # the template has written them
             sampling_params=self.sampling_params(body, max_tokens, _json_schema(body)),
             fit_max_new_tokens=max_tokens is None,
@@ -59,7 +65,7 @@ class ChatServing(OpenAIServing):
             param="messages",
         )
 
-    async def _prompt(self, body: ChatCompletionRequest) -> str:
+    async def _prompt(self, body: ChatCompletionRequest, is_large: bool) -> str:
         template = self.manager.tokenizer.chat_template
         if template is None:
             raise RequestError("the model has no chat template; start with --chat-template FILE", param="messages")
@@ -70,7 +76,7 @@ class ChatServing(OpenAIServing):
         messages = [_template_message(message) for message in body.messages]
         continues = bool(body.continue_final_message)
         render = functools.partial(template.render, messages, continue_final_message=continues, **extra)
-        return await asyncio.get_running_loop().run_in_executor(RENDER_THREADS, render)
+        return await asyncio.get_running_loop().run_in_executor(RENDER_THREADS[is_large], render)
 
     async def _answer(self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]) -> Response:
         generation = await self.start([prompt])
