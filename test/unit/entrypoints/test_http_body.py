@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from ramet.srt.entrypoints import body_process
 from ramet.srt.entrypoints.http import http_body
-from ramet.srt.entrypoints.http.body_check import BodyQuestion
+from ramet.srt.entrypoints.http.body_check import BodyChecker, BodyQuestion
 from ramet.srt.entrypoints.http.http_body import FREE_VALUES, MAX_VALUES, BodyMiddleware
-from ramet.srt.errors import RequestError
+from ramet.srt.errors import RequestError, ServiceError
 
 GENERATE = "/generate"
 
@@ -169,3 +169,17 @@ def test_what_is_found_in_large_bodies(path: str, body: Any, words: str) -> None
     verdict = look_at(path, body)
     assert verdict == "" if words == "" else words in verdict
     assert len(verdict) < 300
+
+
+async def test_the_process_finds_what_the_server_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+
+    async def refuse(*_command: str, env: dict[str, str], **_options: Any) -> None:
+        started.append(env)
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse)
+    with pytest.raises(ServiceError, match="can't be started: .* temporarily unavailable"):
+        await BodyChecker(vocab_size=8).check(GENERATE, [b"{}"], 100)
+    assert started[0]["PYTHONPATH"].split(":")[1] == "/of/the/user"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-import ramet
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.child_watch import ChildWatch
 from ramet.srt.errors import address_space_limit, one_line
@@ -37,6 +36,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.net import address_family, format_address
+from ramet.srt.utils.python_path import child_python_path
 from ramet.srt.utils.socket_folder import SocketFolder
 
 logger = logging.getLogger(__name__)
@@ -141,14 +141,12 @@ class ChildProcesses:
 
     def _start_one(self, name: str, module: str, config: ChildConfig, fds: tuple[int, ...] = ()) -> None:
         read_fd, write_fd = os.pipe()
-        package_root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
-        python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, "--status-fd", str(write_fd)],
                 stdin=subprocess.PIPE,
                 pass_fds=(write_fd, config.board_fd, *fds),
-                env=child_environment(python_path),
+                env=child_environment(child_python_path()),
                 process_group=0,  # a Ctrl-C in the terminal is for the main process, which then stops its children
             )
         except OSError as error:

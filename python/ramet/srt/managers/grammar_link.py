@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import msgspec
 
-import ramet
 from ramet.srt.managers.grammar_messages import (
     FORK,
     KILL,
@@ -25,6 +24,7 @@ from ramet.srt.managers.grammar_messages import (
     decode_answer,
     frame,
 )
+from ramet.srt.utils.python_path import child_python_path
 
 NURSERY_MODULE = "ramet.srt.managers.grammar_process"
 READ_BYTES = 1 << 20
@@ -44,15 +44,13 @@ class NurseryLink:
         self.has_forked = False  # one of its children has said hello
         self._spares: list[GrammarLink] = []  # to processes that wait for a constraint
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
-        python_path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         try:
             self.socket.send(msgspec.json.encode(config))
             self.socket.setblocking(False)
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", NURSERY_MODULE],
                 stdin=theirs.fileno(),
-                env={**os.environ, "PYTHONPATH": python_path},
+                env={**os.environ, "PYTHONPATH": child_python_path()},
             )
         except OSError:
             self.socket.close()

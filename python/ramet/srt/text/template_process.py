@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Any
 
-import ramet
 from ramet.srt.errors import ServiceError
+from ramet.srt.utils.python_path import child_python_path
 
 CPU_S = 2.0  # of one rendering; the usual one takes a few thousandths of a second
 WALL_S = 30.0  # the same where other processes take the processor
@@ -87,8 +87,6 @@ class _Process:
         raise TemplateFailed(str(reply["error"]), reply.get("line"))
 
     def _start(self) -> socket.socket:
-        package_root = os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))
-        python_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
         ours, theirs = socket.socketpair()
         limits = (CPU_S, MEMORY_BYTES, MAX_TEXT_BYTES)
         try:
@@ -96,7 +94,7 @@ class _Process:
                 [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), *map(str, limits)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={**os.environ, "PYTHONPATH": python_path},
+                env={**os.environ, "PYTHONPATH": child_python_path()},
                 process_group=0,  # a Ctrl-C in the terminal is for the main process
             )
             theirs.close()

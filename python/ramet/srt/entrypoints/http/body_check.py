@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-import ramet
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.utils.python_path import child_python_path
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,8 @@ class _Helper:
             return verdict
         except TimeoutError:
             raise RequestError(f"the body takes more than {CHECK_TIMEOUT_S:g} s to be looked at") from None
+        except ServiceError:
+            raise
         except (
             OSError,
             RuntimeError,
@@ -118,11 +120,7 @@ class _Helper:
 
     async def _exchange(self, question: BodyQuestion, pieces: Sequence[bytes]) -> BodyVerdict:
         if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", CHECK_MODULE,
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(ramet.__file__)))},
-            )  # fmt: skip
+            self._process = await _start()
         writer, reader = self._process.stdin, self._process.stdout
         assert writer is not None and reader is not None
         head = msgspec.msgpack.encode(question)
@@ -141,3 +139,15 @@ class _Helper:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+async def _start() -> asyncio.subprocess.Process:
+    """Raises ServiceError if there can be no process now."""
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", CHECK_MODULE,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": child_python_path()},
+        )  # fmt: skip
+    except OSError as error:
+        raise ServiceError(f"the process that looks at large bodies can't be started: {error}") from None
