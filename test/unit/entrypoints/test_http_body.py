@@ -1,14 +1,16 @@
 """Request bodies: their size, their number of values, what all take together, and the look at large ones."""
 
 import asyncio
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from ramet.srt.entrypoints import body_process
 from ramet.srt.entrypoints.http import http_body
-from ramet.srt.entrypoints.http.body_check import BodyChecker, BodyQuestion
+from ramet.srt.entrypoints.http.body_check import LENGTH, BodyChecker, BodyQuestion, BodyVerdict
 from ramet.srt.entrypoints.http.http_body import FREE_VALUES, MAX_VALUES, BodyMiddleware
 from ramet.srt.errors import RequestError, ServiceError
 
@@ -183,3 +185,12 @@ async def test_the_process_finds_what_the_server_finds(monkeypatch: pytest.Monke
     with pytest.raises(ServiceError, match="can't be started: .* temporarily unavailable"):
         await BodyChecker(vocab_size=8).check(GENERATE, [b"{}"], 100)
     assert started[0]["PYTHONPATH"].split(":")[1] == "/of/the/user"
+
+
+def test_a_name_that_is_no_text_is_quoted() -> None:
+    body = json.dumps({"text": "a", "sampling_params": {"\ud800x": 1}}).encode()
+    head = msgspec.msgpack.encode(BodyQuestion(path=GENERATE, num_bytes=len(body), vocab_size=8, max_req_len=100))
+    target = io.BytesIO()
+    assert body_process.answer_next(io.BytesIO(LENGTH.pack(len(head)) + head + body), target)
+    verdict = msgspec.msgpack.decode(target.getvalue()[LENGTH.size :], type=BodyVerdict)
+    assert verdict.param == r"\ud800x"

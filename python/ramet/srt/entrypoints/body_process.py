@@ -62,10 +62,17 @@ def answer_next(source: BinaryIO, target: BinaryIO) -> bool:
     body = source.read(question.num_bytes)
     if len(body) < question.num_bytes:
         return False
-    answer = msgspec.msgpack.encode(look_at(question, body))
+    verdict = look_at(question, body)
+    # It quotes the client, whose strings may be no text.
+    verdict.message, verdict.param = _as_text(verdict.message), _as_text(verdict.param)
+    answer = msgspec.msgpack.encode(verdict)
     target.write(LENGTH.pack(len(answer)) + answer)
     target.flush()
     return True
+
+
+def _as_text(quoted: str | None) -> str | None:
+    return None if quoted is None else quoted.encode(errors="backslashreplace").decode()
 
 
 def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
