@@ -69,7 +69,7 @@ def known_kinds(ports: dict[str, int]) -> list[Kind]:
              "hands out the arena's memory, read-only"),
         Kind("between ranks", r"scheduler \d+", r"(127\.|\[::1\]|10\.|192\.168\.).*:\d+", "ranks of the instance",
              "gloo's pairs, ZeroMQ between nodes, weight control between nodes (with a token)"),
-        Kind("Mooncake", r"engine( \d+)?", r"(127\.|\[::1\]).*:\d+", "whoever reaches the port",
+        Kind("Mooncake", r"engine( \d+)?", r"(127\.|\[::1\]|\[::ffff:127\.).*:\d+", "whoever reaches the port",
              "Mooncake's handshake and data, without a key: see docs/transports.md"),
     ]  # fmt: skip
 
