@@ -1,11 +1,12 @@
 """A model's own chat template can take neither all memory nor all time, and the next chat is served."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from ramet.srt.errors import RequestError
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.text import template_process
 from ramet.srt.text.chat_template import ChatTemplate
 from ramet.srt.text.template_process import TemplateFailed, render_template
@@ -103,3 +104,23 @@ def test_a_process_that_somebody_ends_is_replaced(short_limits: None) -> None:
     process._process.kill()
     process._process.wait()
     assert render("two") == "two"
+
+
+def test_nobody_waits_for_processes_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = template_process._Pool(1)
+    may_end = threading.Event()
+
+    def render(_source: str, _request: bytes) -> str:
+        may_end.wait(10)
+        return ""
+
+    monkeypatch.setattr(pool._processes[0], "render", render)
+    monkeypatch.setattr(pool._processes[0], "end", may_end.set)
+    with ThreadPoolExecutor(4) as threads:
+        renderings = [threads.submit(pool.render, "", b"") for _ in range(4)]
+        while not all(one.running() for one in renderings):
+            time.sleep(0.001)
+        time.sleep(0.05)  # they wait now
+        pool.end()
+        assert sorted(isinstance(one.exception(5), ServiceError) for one in renderings) == [False, True, True, True]
+    assert pool.render("", b"") == "", "a later one is served"

@@ -18,6 +18,7 @@ from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.listener import BACKLOG
+from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class HttpServer:
                 self._server.should_exit = True
                 await serving
             await self._checker.close()
+            end_template_processes()  # Python would wait for the threads that wait for these
             await instance.close()
         if instance.death is not None:
             raise LaunchError(instance.death)

@@ -27,6 +27,7 @@ SMALL_BYTES = 64 << 10  # a chat beyond it waits for another process than small 
 NUM_SMALL, NUM_LARGE = 2, 1
 MAX_TEMPLATES = 64  # that one process has seen
 MODULE = "ramet.srt.text.template_worker"
+ENDING = "the processes for chat templates are ending"
 
 
 class TemplateFailed(Exception):  # noqa: N818 - what it says goes behind "the chat template"
@@ -76,7 +77,7 @@ class _Process:
             raise TemplateFailed(f"has not ended after {WALL_S:g} s") from None
         except OSError:
             if self._socket is not channel:
-                raise ServiceError("the processes for chat templates are ending") from None
+                raise ServiceError(ENDING) from None
             self.end()
             raise TemplateFailed(f"took more than {CPU_S:g} s or {MEMORY_BYTES >> 20} MiB") from None
         self._known.setdefault(source, len(self._known))
@@ -146,15 +147,21 @@ class _Pool:
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
         for process in self._processes:
             self._idle.put(process)
+        self._num_ends = 0
 
     def render(self, source: str, request: bytes) -> str:
+        num_ends = self._num_ends
         process = self._idle.get()
         try:
+            if self._num_ends != num_ends:
+                raise ServiceError(ENDING)
             return process.render(source, request)
         finally:
             self._idle.put(process)
 
     def end(self) -> None:
+        """End the processes; whoever waits for one waits no longer."""
+        self._num_ends += 1
         for process in self._processes:
             process.end()
 
