@@ -38,12 +38,15 @@ def test_hosts_and_origins(
     [
         ("none", None, (), True),  # typed into the address line
         ("same-origin", None, (), True),
+        ("same-origin", "https://llm.example", (), True),  # by way of a proxy that says Host: localhost:30000
+        ("same-site", "https://llm.example", (), False),
         ("cross-site", None, (), False),  # <img src="http://localhost:30000/flush_cache">
         ("cross-site", "https://chat.example", ("chat.example",), True),
         ("cross-site", None, ("*",), True),
     ],
 )
-def test_a_page_s_pictures_have_no_origin(
+def test_what_browsers_say_of_a_page(
     fetch_site: str, origin: str | None, allowed: tuple[str, ...], is_taken: bool
 ) -> None:
+    assert OriginCheck("127.0.0.1", allowed).refusal("evil.example", origin, "same-origin") or allowed == ("*",)
     assert (OriginCheck("127.0.0.1", allowed).refusal("localhost:30000", origin, fetch_site) is None) == is_taken

@@ -33,13 +33,14 @@ class OriginCheck:
         """Why a request with these headers is refused, or None.
 
         Args:
-            fetch_site: Sec-Fetch-Site, which browsers send where they send no Origin: for a page's pictures and links.
+            fetch_site: Sec-Fetch-Site, which no page can set. Browsers send it for pictures and links too, which have
+                no Origin; and it tells a page's own server from others where a proxy has changed Host.
         """
         if self._any:
             return None
         if fetch_site == "cross-site" and origin is None:
             return OTHER_SITE.format("Sec-Fetch-Site")
-        if origin is not None and not self._is_own(origin, host or ""):
+        if origin is not None and fetch_site != "same-origin" and not self._is_own(origin, host or ""):
             return OTHER_SITE.format("Origin")
         if host and self._names is not None and not self._is_known(_hostname(host)):
             return "this server does not know itself by that name (Host header); see --allowed-hosts"
