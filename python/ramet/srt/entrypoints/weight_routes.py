@@ -30,6 +30,7 @@ from ramet.srt.weights.registration import (
 
 CHECKSUMS_TIMEOUT_S = 60.0
 MAX_WAITING_CHECKSUMS = 16
+MAX_WAITING_DIGESTS = 256  # each takes milliseconds
 SEND_TIMEOUT_S = 3600.0  # the ranks have shorter ones for each step
 
 Body = Any
@@ -42,7 +43,7 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         responses: how errors look, for the description.
     """
     router = APIRouter(tags=["weights"], responses=responses)
-    checksums_turn = Turns(MAX_WAITING_CHECKSUMS)
+    checksums_turn, digest_turn = Turns(MAX_WAITING_CHECKSUMS), Turns(MAX_WAITING_DIGESTS)
 
     @router.post("/remote_instance_weight_checksums")
     async def remote_instance_weight_checksums(request: Request) -> Response:
@@ -72,7 +73,8 @@ def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, 
         """
         body = _decode(await request.body(), DigestTableRequest)
         question = DigestTableReq(first=body.first)
-        reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+        async with digest_turn:
+            reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
         assert isinstance(reply, DigestTableOutput)
         answer = DigestTableAnswer(num_tensors=reply.num_tensors, tensors=reply.tensors)
         return json_response(msgspec.to_builtins(answer))
