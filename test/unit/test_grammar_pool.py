@@ -206,6 +206,22 @@ def test_the_nursery_may_be_killed(pool: GrammarPool) -> None:
     assert grammar.failure is None
 
 
+def test_the_nursery_s_processes_may_end_before_its_socket(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = opened(pool, regex("[i-l]+"))
+    pid = pid_of(pool, grammar)
+    nursery = pool._nursery
+    assert nursery is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(nursery, "last_words", lambda: "")
+        nursery._process.kill()
+        until(pool, lambda: not Path(f"/proc/{pid}").exists() or "zombie" in status_of(pid))
+        for _ in range(20):
+            pool.poll(0.005)
+    until(pool, lambda: pool._nursery is not nursery)
+    pool.wait([grammar], TIMEOUT_S)
+    assert grammar.failure is None and allowed(grammar)
+
+
 def test_who_leaves_before_the_process_has_said_hello_leaves_none_behind(pool: GrammarPool) -> None:
     opened(pool, regex("[e-h]+")).close()
     assert pool._nursery is not None

@@ -93,6 +93,15 @@ class NurseryLink:
         except OSError as error:
             return str(error)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has ended, or some of its threads have: its children end before its socket is closed then."""
+        try:
+            with open(f"/proc/{self._process.pid}/stat", encoding="utf-8", errors="replace") as stream:
+                return stream.read().rpartition(")")[2].split()[0] in ("X", "Z")
+        except OSError:
+            return True
+
     def close(self) -> None:
         """End it and its processes."""
         for link in self._spares:

@@ -330,6 +330,8 @@ class GrammarPool:
         link = holder.link
         if link is None or self._nursery is None:  # it has ended with the nursery, which is no fault of its own
             return
+        if self._nursery.is_ending:  # as this one does with it; that shows in a moment
+            return
         reason = "the grammar library broke down over it, which is too deeply nested or takes too much memory"
         if not link.has_begun:
             self._fail_all(holder, "no process can be had for it", 503)
