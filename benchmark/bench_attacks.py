@@ -4,6 +4,8 @@ Starts an instance of a small random model, and for each attack asks it for 16 t
 the attack goes on from threads of another process. An attack is a function in ATTACKS that does its harm once; it is
 called again and again. The goal is a ratio of at most 2.
 
+Each attack is compared with the quiet times around it: half of them before it, half after it.
+
     python benchmark/bench_attacks.py [--only NAME …] [--seconds 10] [--output FILE] [-- SERVER FLAGS]
 """
 
@@ -25,11 +27,13 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
 
+import attacks_grammar
 from bench_common import ROOT, Server, percentile, report, running
 
 NUM_TOKENS = 16
 NUM_ATTACKERS = 2  # threads
 PAUSE_S = 0.01
+SETTLE_S = 3.0  # in which what an attack has begun comes to its end
 ATTACK_TIMEOUT_S = 60.0
 GENERATE, CHAT, COMPLETIONS = "/generate", "/v1/chat/completions", "/v1/completions"
 CHECKSUMS = "/remote_instance_weight_checksums"
@@ -296,16 +300,24 @@ ATTACKS: list[Callable[[Target], int]] = [
 # ---- measuring ----
 
 
-def attack_forever(attack: Callable[[Target], int], target: Target, results: Any) -> None:
+def attack_once(name: str, target: Target) -> int | str:
+    """The status that the attack got, or what came instead."""
+    if name not in attacks_grammar.ATTACKS:
+        return next(attack for attack in ATTACKS if attack.__name__ == name)(target)
+    status = attacks_grammar.ATTACKS[name](f"http://127.0.0.1:{target.port}").split()[0]
+    return int(status) if status.isdigit() else status
+
+
+def attack_forever(name: str, target: Target, results: Any) -> None:
     """What the attacking process does until it is killed. Bodies are made beside, by those who attack."""
-    os.nice(10)  # the attacker's own work is not what is measured
+    os.nice(19)  # the attacker's own work is not what is measured
 
     def repeat() -> None:
         while True:
             try:
-                results.put((attack.__name__, attack(target)))
+                results.put(attack_once(name, target))
             except OSError as error:
-                results.put((attack.__name__, repr(error)))
+                results.put(repr(error))
             time.sleep(PAUSE_S)
 
     for _ in range(NUM_ATTACKERS - 1):
@@ -349,13 +361,11 @@ def ask(target: Target, method: str, path: str, data: bytes | None) -> int:
         connection.close()
 
 
-def measure_attack(
-    server: Server, target: Target, attack: Callable[[Target], int], seconds: float
-) -> tuple[Times, list]:
+def measure_attack(server: Server, target: Target, name: str, seconds: float) -> tuple[Times, list]:
     """The times while the attack runs, and what the attacker has got."""
     context = multiprocessing.get_context("spawn")
     results: Any = context.SimpleQueue()
-    attacker = context.Process(target=attack_forever, args=(attack, target, results), daemon=True)
+    attacker = context.Process(target=attack_forever, args=(name, target, results), daemon=True)
     attacker.start()
     time.sleep(0.5)
     try:
@@ -365,9 +375,9 @@ def measure_attack(
         attacker.join()
     got = []
     while not results.empty():
-        got.append(results.get()[1])
+        got.append(results.get())
     if server.process.poll() is not None:
-        raise RuntimeError(f"{attack.__name__} has ended the server:\n{server.log_path.read_text()[-2000:]}")
+        raise RuntimeError(f"{name} has ended the server:\n{server.log_path.read_text()[-2000:]}")
     return times, got
 
 
@@ -379,9 +389,11 @@ def describe(times: Times, quiet: Times) -> tuple[str, dict[str, float]]:
     values: dict[str, float] = {}
     parts = []
     for name in Times._fields:
-        now, before = (percentile(getattr(one, name), 0.99) * 1e3 for one in (times, quiet))
-        values |= {f"{name}_p99_ms": now, f"{name}_ratio": now / before}
-        parts.append(f"{name} p99 {now:7.1f} ms (x {now / before:5.2f})")
+        for share in (0.5, 0.99):
+            now, before = (percentile(getattr(one, name), share) * 1e3 for one in (times, quiet))
+            label = f"p{100 * share:g}"
+            values |= {f"{name}_{label}_ms": now, f"{name}_{label}_ratio": now / before}
+            parts.append(f"{name} {label} {before:6.1f} -> {now:6.1f} ms (x {now / before:4.2f})")
     return ", ".join(parts), values
 
 
@@ -394,7 +406,10 @@ def main() -> None:
     parser.add_argument("server_flags", nargs="*", help="after --: more flags for the server")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    chosen = [attack for attack in ATTACKS if not args.only or attack.__name__ in args.only]
+    names = [*(attack.__name__ for attack in ATTACKS), *attacks_grammar.ATTACKS]
+    chosen = args.only or names
+    if unknown := sorted(set(chosen) - set(names)):
+        parser.error(f"--only: unknown {', '.join(unknown)}; known are {', '.join(names)}")
     rows: list[tuple[str, str]] = []
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -402,15 +417,17 @@ def main() -> None:
         with running(model, "--served-model-name", MODEL, SEED_FLAG, *args.server_flags) as server:
             target = find_target(server)
             measure(target, 1.0)
-            quiet = measure(target, args.seconds)
-            rows.append(("quiet", describe(quiet, quiet)[0]))
-            for attack in chosen:
-                times, got = measure_attack(server, target, attack, args.seconds)
-                text, values[attack.__name__] = describe(times, quiet)
+            before = measure(target, args.seconds / 2)
+            for name in chosen:
+                times, got = measure_attack(server, target, name, args.seconds)
+                time.sleep(SETTLE_S)
+                after = measure(target, args.seconds / 2)
+                quiet = Times(before.tokens + after.tokens, before.health + after.health)
+                text, values[name] = describe(times, quiet)
                 answers = ", ".join(f"{one}: {got.count(one)}" for one in sorted(set(got), key=str))
-                rows.append((attack.__name__, f"{text}; main process {rss_mb(server.process.pid):.0f} MB; {answers}"))
+                rows.append((name, f"{text}; main process {rss_mb(server.process.pid):.0f} MB; {answers}"))
                 print(*rows[-1], file=sys.stderr, flush=True)
-                time.sleep(0.5)
+                before = after
     report("attacks: what others notice", args.output, rows, values)
 
 

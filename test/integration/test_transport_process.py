@@ -47,10 +47,12 @@ os._exit(0)
 
 
 def wait_for(condition, timeout_s=20.0):
+    """The first true value of `condition`."""
     deadline = time.monotonic() + timeout_s
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return value
 
 
 def is_running(pid):
@@ -158,15 +160,23 @@ def test_a_stranger_s_bytes_end_the_process_and_the_offer_goes_on(caplog):
     ] * 2
 
 
-def test_a_port_that_somebody_has_taken_meanwhile_is_had_when_it_is_free(caplog):
+def take_port(port):
+    """A socket that listens there, once nobody else does."""
+    try:
+        return socket.create_server(("127.0.0.1", port))
+    except OSError:
+        return None
+
+
+def test_a_port_that_somebody_has_taken_meanwhile_is_had_when_it_is_free(monkeypatch, caplog):
+    monkeypatch.setattr(memory_offer, "FIRST_PAUSE_S", 1.0)  # in which the port is taken
     arena = toy_arena(1)
     with offered(arena) as offer:
         before, port = offer.pid, int(offer.session_id.rpartition(":")[2])
         os.kill(before, signal.SIGSTOP)
         os.kill(before, signal.SIGKILL)
         with contextlib.ExitStack() as taken:
-            wait_for(lambda: not is_running(before))
-            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+            taken.enter_context(wait_for(lambda: take_port(port)))
             wait_for(lambda: "can't be started again" in caplog.text)
         wait_for(lambda: offer.pid != before)
         assert read(offer, arena.nbytes) == bytes(arena.memory)

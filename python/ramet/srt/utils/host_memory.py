@@ -6,10 +6,14 @@ import errno
 import fcntl
 import mmap
 import os
+import random
 from collections.abc import Sequence
 
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_PAGE_BYTES = 2 << 20
+# Addresses of 48 bits that are neither a program's nor its heap's (from 0x55 << 40 on), nor near those that the kernel
+# chooses (below 0x80 << 40): the same ones are free in the next process, too.
+_FAR_BEGIN, _FAR_END = 0x10 << 40, 0x50 << 40
 PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 # Not all of these are in Python 3.11's mmap module.
@@ -59,14 +63,29 @@ def map_file_read_only(fd: int, nbytes: int, address: int = 0) -> int:
     """Show a file's first bytes where nobody, and no call into the kernel, can write to them; returns where.
 
     Args:
-        address: where, if it must be there; 0: anywhere.
+        address: where, if it must be there; 0: where nothing is likely to be in other processes.
 
     Raises:
         OSError: if it can't be mapped, or something else is there.
     """
     if address:
-        return _mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED_NOREPLACE, fd)
+        return _map_exactly(fd, nbytes, address)
+    for _ in range(8):
+        start = random.randrange(_FAR_BEGIN, _FAR_END - nbytes, HUGE_PAGE_BYTES)
+        try:
+            return _map_exactly(fd, nbytes, start)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOMEM):  # ENOMEM: beyond the addresses of this kernel
+                raise
     return _mmap(reserve_addresses(nbytes), nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
+
+
+def _map_exactly(fd: int, nbytes: int, address: int) -> int:
+    result = _mmap(address, nbytes, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED_NOREPLACE, fd)
+    if result != address:  # kernels before 4.17 take it for a wish
+        unmap(result, nbytes)
+        raise OSError(errno.EEXIST, f"cannot map {nbytes} bytes: something else is at the address")
+    return result
 
 
 def map_files(fds: Sequence[int], nbytes: Sequence[int]) -> int:
