@@ -216,6 +216,11 @@ def test_registering_gives_up_on_a_server_that_never_answers():
             register_transfer_engine_info(url, registration, admin_api_key=None, timeout_s=0.5)
 
 
+@pytest.fixture(autouse=True)
+def quick_end(monkeypatch):
+    monkeypatch.setattr(engine_info_bootstrap_server, "POLL_S", 0.01)
+
+
 @pytest.fixture
 def make_server():
     servers = []

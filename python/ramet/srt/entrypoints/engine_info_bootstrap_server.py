@@ -31,6 +31,7 @@ MAX_CONNECTIONS = 64
 MAX_ALL_BODIES_BYTES = 2 * MAX_REGISTRATION_BYTES  # of those that are being read
 UNCOUNTED_BYTES = 64 << 10  # of each body
 LOG_PERIOD_S = 10.0
+POLL_S = 0.1  # how often the time of each connection is looked at, and how long an end takes at most
 FULL = "the engine info bootstrap server has %d connections"
 NO_FILES = "the engine info bootstrap server can't take a connection"
 
@@ -86,7 +87,7 @@ class EngineInfoBootstrapServer:
         self.host = host
         self.port: int = self._http.server_address[1]
         self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, name="engine-info-bootstrap", daemon=True
+            target=self._http.serve_forever, kwargs={"poll_interval": POLL_S}, name="engine-info-bootstrap", daemon=True
         )
         self._thread.start()
 
@@ -221,7 +222,7 @@ class _HTTPServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Called by the loop, ten times in a second: cut off who has had its time."""
+        """Called by the loop, every POLL_S: cut off who has had its time."""
         now = time.monotonic()
         with self._lock:
             late = [connection for connection in self._connections.values() if connection.deadline < now]
