@@ -4,6 +4,7 @@ FLOORS doubles as the map of the code. A new folder or top-level file gets a lin
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py") if "_pb2" not in path.name}
 
 
+@functools.cache
 def imported_modules(module: str) -> set[str]:
     """The modules of the package that a module imports: at its top, in functions, and for types only."""
     found = set()

@@ -199,9 +199,9 @@ def test_defect_3_registering_retries_and_then_fails():
         taken.bind(("127.0.0.1", 0))  # bound, but not listening: refused until somebody listens
         port = taken.getsockname()[1]
         with pytest.raises(WeightTransferError, match=f"register failed for rank 5 of http://127.0.0.1:{port}"):
-            register_transfer_engine_info(f"http://127.0.0.1:{port}", registration, admin_api_key=None, timeout_s=0.6)
+            register_transfer_engine_info(f"http://127.0.0.1:{port}", registration, admin_api_key=None, timeout_s=0.2)
     late: list[EngineInfoBootstrapServer] = []
-    thread = threading.Timer(0.4, lambda: late.append(EngineInfoBootstrapServer("127.0.0.1", port)))
+    thread = threading.Timer(0.15, lambda: late.append(EngineInfoBootstrapServer("127.0.0.1", port)))
     thread.start()
     register_transfer_engine_info(f"http://127.0.0.1:{port}", registration, admin_api_key=None, timeout_s=20)
     assert late[0].get("target", 5)
