@@ -71,7 +71,8 @@ def test_the_interface_of_a_name_or_an_address_is_chosen_for_the_named_backends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for backend in ("GLOO", "NCCL"):
-        monkeypatch.delenv(f"{backend}_SOCKET_IFNAME", raising=False)
+        monkeypatch.setenv(f"{backend}_SOCKET_IFNAME", "")  # so that what is set below goes with the test
+        monkeypatch.delenv(f"{backend}_SOCKET_IFNAME")
     choose_interface("localhost", ["NCCL"])
     assert os.environ["NCCL_SOCKET_IFNAME"] == "lo" and "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "mine")
