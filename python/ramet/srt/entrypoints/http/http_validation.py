@@ -7,10 +7,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
     ValidationError,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler
 
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, is_unicode, with_whole_numbers
 
