@@ -29,6 +29,7 @@ without=(torch mypy ruff triton transformers types-requests grpcio-tools)
 "$venv/bin/python" scripts/lowest_versions.py --extra cpu --extra modelexpress --extra test \
     $(printf -- '--without %s ' "${without[@]}") > "$lowest/constraints.txt"
 "$lowest/bin/python" -m pip install -q --disable-pip-version-check -r "$lowest/constraints.txt"
+export PYTHONPATH="$PWD/python"  # for the processes that the tests start, too
 "$lowest/bin/python" -m pytest -q -m "not slow" -p no:cacheprovider \
     test/integration/http_api test/integration/modelexpress/test_service.py \
     test/integration/modelexpress/test_server_process.py test/unit/entrypoints test/unit/modelexpress \
