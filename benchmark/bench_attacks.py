@@ -57,9 +57,14 @@ def post(target: Target, path: str, make_body: Callable[[], bytes]) -> int:
     body = BODIES.get(place := make_body.__code__)
     if body is None:
         body = BODIES[place] = make_body()
+    return ask(target, "POST", path, body)
+
+
+def ask(target: Target, method: str, path: str, data: bytes | None) -> int:
+    """The status of one answer, on a new connection; 0 if the server has broken it off."""
     connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=ATTACK_TIMEOUT_S)
     try:
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        connection.request(method, path, data, {} if data is None else {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read()
         return response.status
@@ -346,19 +351,6 @@ def measure(target: Target, seconds: float) -> Times:
             kept.append(time.perf_counter() - start if ask(target, method, path, data) == 200 else float("inf"))
             time.sleep(0.005)
     return times
-
-
-def ask(target: Target, method: str, path: str, data: bytes | None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=ATTACK_TIMEOUT_S)
-    try:
-        connection.request(method, path, data, {} if data is None else {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        response.read()
-        return response.status
-    except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()
 
 
 def measure_attack(server: Server, target: Target, name: str, seconds: float) -> tuple[Times, list]:

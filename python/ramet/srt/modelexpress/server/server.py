@@ -24,6 +24,7 @@ from ramet.srt.modelexpress.server.service import P2pService
 from ramet.srt.modelexpress.server.store import MemoryStore, MetadataStore
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
 from ramet.srt.modelexpress.tokens import TokenFile
+from ramet.srt.utils import net
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol
 from ramet.srt.utils.net import format_address, is_loopback
 
@@ -263,18 +264,9 @@ def listen_on(host: str, port: int, flag: str) -> socket.socket:
         ValueError: if the port cannot be bound; the message names it and its flag.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except OSError:
-            listener.close()
-            raise
+        return net.listen_on(host, port)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(
             f"cannot bind {format_address(host, port)}: {reason}; choose another with {flag} or --host"
         ) from None
-    return listener
