@@ -85,7 +85,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (FP8 | {"modules_to_convert": ["model.embed_tokens"]}, "'modules_to_convert'"),
         (FP8 | {"modules_to_not_convert": "lm_head"}, "list of names"),
         (FP8 | {"modules_to_not_convert": ["("]}, "no regular expression"),
-        (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, "'kv_cache_scheme'"),
+        (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, "type None"),
+        (FP8 | {"kv_cache_scheme": "int8"}, "kv_cache_scheme must be an object"),
         (FP8 | {"activation_scheme": "blockwise"}, "activation_scheme 'blockwise'"),
         (ct_with(format="pack-quantized"), "format 'pack-quantized'"),
         (ct_with(format="int-quantized"), "format 'int-quantized'"),
@@ -102,7 +103,7 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (ct_with({"input_activations": TOKENS | {"num_bits": 4}}), "num_bits 4"),
         (ct_with(config_groups={"a": GROUP, "b": GROUP}), "must hold one group; it holds a, b"),
         (ct_with(config_groups={}), "must hold one group"),
-        (ct_with(kv_cache_scheme={"num_bits": 8, "type": "float"}), "'kv_cache_scheme'"),
+        (ct_with(kv_cache_scheme={"num_bits": 8, "type": "int"}), "type 'int'"),
         (ct_with(transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
         (ct_with(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask'"),
         (ct_with(ignore=["re:("]), "no regular expression"),
@@ -114,6 +115,18 @@ def test_what_is_not_served_is_refused_by_its_name(section, word):
     with pytest.raises(ValueError) as error:
         read(section, wanted="fp8")  # which does not get round it
     assert word in str(error.value) and "/models/m/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "plain"),
+    [
+        (FP8 | {"kv_cache_scheme": "static"}, FP8),
+        (FP8 | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, FP8),
+        (ct_with(kv_cache_scheme={"num_bits": 8, "type": "float", "strategy": "tensor"}), ct_with()),
+    ],
+)
+def test_a_cache_of_fp8_may_be_wished_for(section, plain):
+    assert read(section) == read(plain)
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,17 @@ def test_close_ends_it_at_once(arena):
     watching = watch(arena)
     watching.close()
     assert not watching._thread.is_alive()
+
+
+def test_what_can_no_longer_be_read_is_said_too(arena, monkeypatch):
+    def fail(entries):
+        raise RuntimeError("the device is gone")
+
+    said, has_said = [], threading.Event()
+    watching = watch(arena, 0.01, lambda line: (said.append(line), has_said.set()))
+    monkeypatch.setattr(arena, "quick_samples", fail)
+    assert has_said.wait(10)
+    watching.close()
+    assert said == [
+        "the target weights of rank 0 can't be compared with what was offered: RuntimeError('the device is gone')"
+    ]

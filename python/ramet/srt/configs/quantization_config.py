@@ -115,6 +115,10 @@ class _Section:
         value = self._left.pop(name, None)
         return default if value is None else value
 
+    def says(self, name: str, *words: str) -> bool:
+        """Whether a key, which stays unread, has one of these values."""
+        return self._left.get(name) in words
+
     def ignore(self, *names: str) -> None:
         """Keys that say nothing of the computation."""
         for name in names:
@@ -164,6 +168,7 @@ def _read_fp8(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     scheme = keys.expect("activation_scheme", "dynamic", "static", default="dynamic")
     ignored = keys.names("modules_to_not_convert") or keys.names("ignored_layers")
     keys.ignore("ignored_layers")
+    _expect_known_cache(keys)
     keys.finish()
     return QuantizationConfig(
         method="fp8", file=where, strategy="block" if block_size else "tensor", block_size=block_size,
@@ -189,7 +194,8 @@ def _read_compressed_tensors(section: Mapping[str, Any], where: str) -> Quantiza
         sparsity.expect("format", "dense", default="dense")
     groups = keys.section("config_groups")
     ignored = _checked(keys.names("ignore"), where, "re:")
-    keys.finish()  # kv_cache_scheme, transform_config and what comes later
+    _expect_known_cache(keys)
+    keys.finish()  # transform_config and what comes later
     names = groups.left if groups is not None else []
     group = groups.section(names[0]) if groups is not None and len(names) == 1 else None
     if group is None:
@@ -208,6 +214,15 @@ def _read_compressed_tensors(section: Mapping[str, Any], where: str) -> Quantiza
         method="compressed-tensors", file=where, strategy=strategy, block_size=block_size,
         activation_scheme=scheme, ignored=ignored,
     )  # fmt: skip
+
+
+def _expect_known_cache(keys: _Section) -> None:
+    """The cache keeps the model's type, which is more exact than fp8; files made for narrower ones are refused."""
+    if keys.says("kv_cache_scheme", "static", "dynamic"):  # AutoFP8's spelling
+        keys.ignore("kv_cache_scheme")
+    elif cache := keys.section("kv_cache_scheme"):
+        cache.expect("num_bits", 8)
+        cache.expect("type", "float")
 
 
 def _expect_float_format(keys: _Section) -> None:
@@ -267,11 +282,8 @@ def _modelopt_config(keys: _Section) -> QuantizationConfig | None:
     algorithm = keys.take("quant_algo")
     if algorithm is not None and algorithm not in MODELOPT_STRATEGIES:
         raise ValueError(f"{keys.where}: the quantisation {algorithm!r} is not supported; served are {SERVED}")
-    # The cache keeps the model's type, which is more exact.
     keys.expect("kv_cache_quant_algo", None, "FP8")
-    if cache := keys.section("kv_cache_scheme"):
-        cache.expect("num_bits", 8)
-        cache.expect("type", "float")
+    _expect_known_cache(keys)
     ignored = dict.fromkeys(keys.names("exclude_modules") + keys.names("ignore"))
     keys.finish()
     if algorithm is None:

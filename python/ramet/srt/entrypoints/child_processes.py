@@ -90,7 +90,10 @@ class ChildProcesses:
         args = server_args
         if args.nnodes > 1 and args.node_rank == 0:
             self._listen_for_other_nodes(args.head_host)
-        self._watch = watch = ChildWatch(args, self._kill_all)
+        try:
+            self._watch = watch = ChildWatch(args, self._kill_all)
+        except OSError as error:  # the arenas need it as well
+            raise LaunchError(f"memory can't be shared between processes (memfd_create): {one_line(error)}") from None
         config = ChildConfig(
             server_args=dataclasses.asdict(args),
             port_args=self.port_args,

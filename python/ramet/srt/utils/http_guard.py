@@ -177,6 +177,9 @@ class GuardedProtocol(H11Protocol):
             self.guard.log("a client that does not read its answer for %g s is cut off", limits.write_s)
             self.transport.abort()
         elif self._header_since is not None and now - self._header_since > limits.header_s:
+            if not self.conn.trailing_data[0]:  # opened for later: an answer would be taken for the next request's
+                self.transport.close()
+                return
             self.refuse(408, f"the request's headers have not come within {limits.header_s:g} s")
         elif self.conn.their_state is h11.SEND_BODY:
             self._sweep_body(now, limits)

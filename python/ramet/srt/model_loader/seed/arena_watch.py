@@ -28,7 +28,7 @@ class ArenaWatch:
         """
         Args:
             interval_s: from one look to the next.
-            on_change: called once, in the thread, with a line that says what has changed.
+            on_change: called once, in the thread, with a line that says what has changed, or why nobody can tell.
         """
         self._arena = arena
         self._interval_s = interval_s
@@ -63,16 +63,18 @@ class ArenaWatch:
         return list(dict.fromkeys(changed))
 
     def _run(self) -> None:
-        self._arena.make_current()
-        while not self._closing.wait(self._interval_s):
-            changed = self.look()
-            if changed:
-                rank, role = self._arena.manifest.parallel.world_rank, self._arena.manifest.role
-                self._on_change(
-                    f"the {role} weights of rank {rank} have been changed in memory since they were offered: "
-                    f"{name_some(changed)}"
-                )
-                return
+        rank, role = self._arena.manifest.parallel.world_rank, self._arena.manifest.role
+        weights = f"the {role} weights of rank {rank}"
+        try:
+            self._arena.make_current()
+            while not self._closing.wait(self._interval_s):
+                if changed := self.look():
+                    offered = "have been changed in memory since they were offered"
+                    self._on_change(f"{weights} {offered}: {name_some(changed)}")
+                    return
+        except Exception as error:
+            logger.exception("%s can't be compared with what was offered", weights)
+            self._on_change(f"{weights} can't be compared with what was offered: {error!r}")
 
 
 def make_parts(entries: Sequence[WeightEntry], max_nbytes: int) -> list[list[WeightEntry]]:
