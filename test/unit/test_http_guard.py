@@ -127,6 +127,29 @@ def test_what_is_only_sent_to_cost_is_refused() -> None:
             assert ask(port, request).split(b" ")[1] == str(status).encode(), request[:100]
 
 
+def test_long_bodies_share_a_rate_and_short_ones_do_not_wait(
+    quick_sweeps: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_guard, "BODY_BYTES_PER_S", 2 << 20)
+    body = b"x" * (1 << 20)
+    long = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    limits = HttpLimits(max_connections=4, body_s=0.15, body_bytes_per_s=1e9)  # our pauses are not the client's
+    with serving(limits) as (port, _guard):
+        start = time.monotonic()
+        answers: list[bytes] = []
+        senders = [threading.Thread(target=lambda: answers.append(ask(port, long))) for _ in range(2)]
+        for sender in senders:
+            sender.start()
+        time.sleep(0.1)
+        asked = time.monotonic()
+        assert b"got 0" in ask(port, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert time.monotonic() - asked < 0.2
+        for sender in senders:
+            sender.join()
+        assert [b"got %d" % len(body) in answer for answer in answers] == [True, True]
+        assert time.monotonic() - start > 0.5
+
+
 def test_connections_are_bounded_and_health_has_room(caplog: pytest.LogCaptureFixture) -> None:
     limits = HttpLimits(max_connections=4)
     with serving(limits) as (port, guard), caplog.at_level(logging.WARNING), contextlib.ExitStack() as stack:

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ramet.srt.observability.logs import Seldom
@@ -26,8 +27,11 @@ MAX_HEADER_BYTES = 64 << 10  # of a request line with its headers
 MAX_HEADERS = 128
 MAX_TARGET_BYTES = 8 << 10
 FEED_BYTES = 64 << 10  # is parsed at once
-FREE_CHUNKS = 1024  # a body in more chunks than this must have
+FREE_CHUNKS = 128  # a body in more chunks than this must have
 MIN_CHUNK_BYTES = 32  # so many bytes in each of them, on average
+FREE_BODY_BYTES = 256 << 10  # of a body; what is beyond that is read at
+BODY_BYTES_PER_S = 64 << 20  # of all connections together: long bodies wait for each other, nobody else for them
+MIN_PAUSE_S = 0.002
 SWEEP_PERIOD_S = 1.0
 HEALTH_RESERVE = 32  # connections beyond the limit, for health checks alone
 FILES_RESERVE = 128  # for everything but connections
@@ -89,6 +93,44 @@ def _check_request(request: h11.Request) -> None:
         raise h11.RemoteProtocolError("both Transfer-Encoding and Content-Length are given")
 
 
+class PacedFlow(FlowControl):
+    """A connection's reading, which also stops while it has had its share."""
+
+    def __init__(self, transport: Any) -> None:
+        super().__init__(transport)
+        self._is_held = False
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is us who keep the peer waiting."""
+        return self.read_paused or self._is_held
+
+    def hold(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        """Don't read for a while."""
+        if not self._is_held and not self._transport.is_closing():
+            self._is_held = True
+            if not self.read_paused:
+                self._transport.pause_reading()
+            loop.call_later(seconds, self._release)
+
+    def _release(self) -> None:
+        self._is_held = False
+        if not self.read_paused and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def pause_reading(self) -> None:
+        if self._is_held:
+            self.read_paused = True
+        else:
+            super().pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._is_held:
+            self.read_paused = False
+        else:
+            super().resume_reading()
+
+
 class GuardedProtocol(H11Protocol):
     """One connection."""
 
@@ -104,6 +146,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.flow: PacedFlow = PacedFlow(transport)
         self._header_since = time.monotonic()
         self.guard.admit(self)
 
@@ -118,6 +161,10 @@ class GuardedProtocol(H11Protocol):
             if self.transport.is_closing():
                 return
             super().data_received(data[start : start + FEED_BYTES])
+        if self.conn.num_body_bytes > FREE_BODY_BYTES:
+            pause_s = self.guard.pace(len(data))
+            if pause_s > MIN_PAUSE_S:
+                self.flow.hold(pause_s, self.loop)
 
     def handle_events(self) -> None:
         was_waiting = self.conn.their_state is h11.IDLE
@@ -188,7 +235,7 @@ class GuardedProtocol(H11Protocol):
         if self.cycle is None or self.cycle.response_complete:  # answered before the body was there
             if now - self._answered_since > limits.linger_s:
                 self.transport.abort()
-        elif self.flow.read_paused:  # it is us who keep it waiting
+        elif self.flow.is_stopped:
             self._body_since += SWEEP_PERIOD_S
         elif now - self._body_since > limits.body_s + self.conn.num_body_bytes / limits.body_bytes_per_s:
             self.refuse(408, f"the request's body has not come within {limits.body_s:g} s")
@@ -207,6 +254,7 @@ class ConnectionGuard:
         self._connections: dict[GuardedProtocol, None] = {}
         self._waiting: OrderedDict[GuardedProtocol, None] = OrderedDict()  # for a whole request, the longest first
         self._is_sweeping = False
+        self._paced_until = 0.0
         self._log_filter = Seldom(LOG_PERIOD_S, FULL, NO_FILES, "a client that does not read")
 
     def admit(self, protocol: GuardedProtocol) -> None:
@@ -226,6 +274,12 @@ class ConnectionGuard:
         else:
             self.discard(protocol)
             protocol.transport.abort()
+
+    def pace(self, num_bytes: int) -> float:
+        """For how long not to read after so many bytes of a long body, in seconds."""
+        now = time.monotonic()
+        self._paced_until = max(self._paced_until, now) + num_bytes / BODY_BYTES_PER_S
+        return self._paced_until - now
 
     def waits(self, protocol: GuardedProtocol) -> None:
         """The connection waits for a request."""

@@ -121,7 +121,7 @@ class _Reading:
             piece = message.get("body", b"")
             if piece:
                 num_bytes += len(piece)
-                num_values += piece.count(b",") + piece.count(b"[") + piece.count(b"{")
+                num_values += len(piece) - len(piece.translate(None, b",[{"))
                 self._check_size(num_bytes, num_values)
                 pieces.append(piece)
             if not message.get("more_body", False):
