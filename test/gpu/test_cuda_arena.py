@@ -56,7 +56,7 @@ def test_files_give_the_same_bytes_on_both_devices(tmp_path, dtype, tp_rank):
         tensors[device] = {name: value.cpu() for name, value in model.named_parameters()}
         start = manifest.entries[1].offset
         assert (
-            arena.read_bytes(start, start + 8)
+            arena.gather([(start, start + 8)])
             == tensors[device][manifest.entries[1].name].flatten().view(torch.uint8)[:8].numpy().tobytes()
         )
     assert all(torch.equal(value, tensors["cuda"][name]) for name, value in tensors["cpu"].items())

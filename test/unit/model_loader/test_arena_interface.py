@@ -221,3 +221,13 @@ def test_a_gpu_arena_receives_into_its_own_memory(gpu_arena):
     gpu_arena.publish()
     with pytest.raises(RuntimeError, match="immutable"):
         gpu_arena.open_receive_buffer()
+
+
+def test_gathering_from_all_over(seed, monkeypatch):
+    content = bytes(seed.memory)
+    ranges = [(7, 12), (0, 3), (100, 1124), (100, 101), (len(content) - 5, len(content))]
+    expected = b"".join(content[start:stop] for start, stop in ranges)
+    assert seed.gather(ranges) == expected and seed.gather([]) == b""
+    monkeypatch.setattr(cuda, "GATHERED_NBYTES", 6)  # in several steps
+    buffer = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    assert cuda.gather_bytes(buffer, ranges) == expected and cuda.gather_bytes(buffer, []) == b""

@@ -1,6 +1,6 @@
 """Owns the copy operations of a plan: which bytes of which source fill which bytes of an arena; cutting, joining."""
 
-import secrets
+import random
 from collections.abc import Iterable, Iterator
 
 import msgspec
@@ -86,14 +86,14 @@ def split_op(op: CopyOp, max_nbytes: int) -> Iterator[CopyOp]:
             )
 
 
-def random_part(op: CopyOp, max_nbytes: int) -> CopyOp:
+def random_part(op: CopyOp, max_nbytes: int, generator: random.Random) -> CopyOp:
     """At most `max_nbytes` of one of its rows, anywhere."""
-    row = secrets.randbelow(op.num_rows)
+    row = generator.randrange(op.num_rows)
     target_size = element_size(op.target_dtype) if op.target_dtype else 1
     source_size = element_size(op.source_dtype) if op.source_dtype else 1
     num_elements = op.row_nbytes // target_size
     length = min(num_elements, max(1, max_nbytes // target_size))
-    first = secrets.randbelow(num_elements - length + 1)
+    first = generator.randrange(num_elements - length + 1)
     return msgspec.structs.replace(
         op,
         source_offset=op.source_offset + row * op.source_stride + first * source_size,

@@ -183,8 +183,8 @@ class WeightArena(ABC):
         """Part the arena from what an abandoned writer may still write to; the content is lost."""
 
     @abstractmethod
-    def read_bytes(self, start: int, stop: int) -> bytes:
-        """A few of the arena's bytes, on the host."""
+    def gather(self, ranges: Sequence[ByteRange]) -> bytes:
+        """The bytes of some ranges, one behind the other, on the host."""
 
     def populate(self) -> None:
         """Take all memory now, where that has not been done: for a writer that is slow at the first touch of a page."""

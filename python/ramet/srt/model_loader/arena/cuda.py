@@ -30,6 +30,7 @@ from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
 
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a receive window
+GATHERED_NBYTES = 2 << 20  # about so many bytes by one index, which is eight times as large
 
 
 class CudaWeightArena(WeightArena):
@@ -132,9 +133,23 @@ class CudaWeightArena(WeightArena):
             return SeedFile(self, share.fd)
         return CudaIpcMemory(share.cuda_ipc_handle, share.offset, self.address, self.torch_device)
 
-    def read_bytes(self, start: int, stop: int) -> bytes:
-        with torch.cuda.stream(self.stream):
-            return self.buffer[start:stop].cpu().numpy().tobytes()
+    def gather(self, ranges: Sequence[ByteRange]) -> bytes:
+        with torch.cuda.device(self.torch_device), self.work_context():
+            return gather_bytes(self.buffer, ranges)
+
+
+def gather_bytes(buffer: torch.Tensor, ranges: Sequence[ByteRange]) -> bytes:
+    """Bytes from all over a tensor, uint8 [size], in a few operations: each one may have to wait for Python's lock."""
+    parts = []
+    ends = list(itertools.accumulate(stop - start for start, stop in ranges))
+    for _, group in itertools.groupby(zip(ranges, ends, strict=True), lambda one: one[1] // GATHERED_NBYTES):
+        chosen = [one for one, _ in group]
+        lengths = torch.tensor([stop - start for start, stop in chosen])
+        offsets = torch.tensor([start for start, _ in chosen]) - (lengths.cumsum(0) - lengths)
+        index = offsets.to(buffer.device).repeat_interleave(lengths.to(buffer.device))
+        index += torch.arange(len(index), device=buffer.device)
+        parts.append(buffer[index].cpu().numpy().tobytes())
+    return b"".join(parts)
 
 
 class CudaReceiveBuffer(ReceiveBuffer):

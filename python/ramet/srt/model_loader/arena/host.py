@@ -104,8 +104,8 @@ class HostWeightArena(WeightArena):
 
         return torch.frombuffer(self._buffer, dtype=torch.uint8)
 
-    def read_bytes(self, start: int, stop: int) -> bytes:
-        return bytes(self.memory[start:stop])
+    def gather(self, ranges: Sequence[ByteRange]) -> bytes:
+        return b"".join(self.memory[start:stop] for start, stop in ranges)
 
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()

@@ -1,10 +1,14 @@
 """Owns filling an arena from safetensors files. Knows the container and its failures; the planner says what to read."""
 
 import contextlib
+import itertools
 import logging
-import mmap
 import os
+import random
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
+
+from msgspec.structs import replace
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
@@ -136,16 +140,21 @@ class CheckpointSource:
         """
         transfer_plan = self.plan(arena.manifest)
         grain = max(MIN_SAMPLED_BYTES, transfer_plan.nbytes // MAX_SAMPLES)
-        samples = [random_part(part, SAMPLE_BYTES) for op in transfer_plan.ops for part in split_op(op, grain)]
-        # As large as the arena, but memory is only taken where a sample is written.
-        with mmap.mmap(-1, arena.nbytes) as scratch, memoryview(scratch) as memory:
-            with self._open_files() as fds:
-                fill_memory_from_files(samples, list(fds.values()), memory)
-            for row in (row for op in samples for row in op.rows()):
-                span = slice(row.target_offset, row.target_stop)
-                if memory[span] != arena.read_bytes(row.target_offset, row.target_stop):
-                    return next(e.name for e in reversed(arena.manifest.entries) if e.offset <= span.start)
-        return None
+        generator = random.Random(secrets.randbits(128))
+        samples = [
+            random_part(part, SAMPLE_BYTES, generator) for op in transfer_plan.ops for part in split_op(op, grain)
+        ]
+        ends = [0, *itertools.accumulate(sample.nbytes for sample in samples)]
+        side_by_side = [replace(sample, target_offset=end) for sample, end in zip(samples, ends, strict=False)]
+        expected = bytearray(ends[-1])
+        with self._open_files() as fds, memoryview(expected) as memory:
+            fill_memory_from_files(side_by_side, list(fds.values()), memory)
+        held = arena.gather([(sample.target_offset, sample.target_stop) for sample in samples])
+        if held == expected:
+            return None
+        first = next(i for i, (a, b) in enumerate(itertools.pairwise(ends)) if held[a:b] != expected[a:b])
+        offset = samples[first].target_offset
+        return next(entry.name for entry in reversed(arena.manifest.entries) if entry.offset <= offset)
 
     @property
     def converted_names(self) -> list[str]:
