@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_BYTES = 4096
 MIN_SAMPLED_BYTES = 64 << 10  # one sample stands for at least so many bytes
-MAX_SAMPLES = 4096  # and a few more, where operations are short
+MAX_SAMPLES = 2048  # and a few more, where operations are short
 
 
 class CheckpointSource:
