@@ -236,9 +236,12 @@ def test_a_read_without_progress_ends_with_its_process():
         os.close(fd)
 
 
-def test_a_killed_instance_leaves_no_transport_process_behind():
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_killed_instance_leaves_no_transport_process_behind(hangs):
     with SeedProcess() as seed:
         (serving,) = seed.children
+        if hangs:
+            os.kill(serving, signal.SIGSTOP)
         seed.process.kill()
         seed.process.wait()
         wait_for(lambda: not is_running(serving))

@@ -184,6 +184,8 @@ class TransportProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
         if threading.current_thread() is not self._replies:
             self._replies.join()
         self._connection.close()
@@ -252,7 +254,7 @@ def _start_python(fd: int, sees_gpus: bool) -> "subprocess.Popen[bytes]":
         [sys.executable, *arguments],
         pass_fds=[fd],
         env=os.environ | hidden,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # nothing is written: that it is closed, by our end too, ends the process
         stdout=subprocess.DEVNULL,
     )
 
