@@ -19,8 +19,8 @@ from ramet.srt.weights.manifest import WeightManifest
 logger = logging.getLogger(__name__)
 
 # Files of at most so many bytes are read for their digest, if nobody has computed it, before weights from a stranger
-# are taken: a fraction of a second. Of larger ones samples are compared: reading all would cost what taking saves.
-MAX_UNASKED_BYTES = 256 << 20
+# are taken: a tenth of a second. Of larger ones samples are compared: reading all would cost what taking saves.
+MAX_UNASKED_BYTES = 64 << 20
 
 
 class DigestCheck:
