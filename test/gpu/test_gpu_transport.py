@@ -1,6 +1,8 @@
 """A GPU's weights between hosts: received by another process through pinned memory, and offered by one."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ from ramet.srt.model_loader.transport.receivers import Receivers
 from ramet.srt.utils import host_memory
 from ramet.srt.weights.copy_op import CopyOp
 from seed_process import DEFAULTS, make_manifest
+from stranger import write_as_a_stranger
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmark"))
+from bench_common import running  # noqa: E402 - its folder is made importable above
 
 
 def copy_op(source, target, nbytes, num_rows=1, source_stride=0):
@@ -62,3 +69,18 @@ def test_a_gpu_s_weights_are_read_from_another_process():
         receivers.close()
         offer.close()
         os.close(fd)
+
+
+def test_what_a_stranger_writes_to_a_gpu_s_weights_ends_the_seed():
+    pytest.importorskip("mooncake.engine")
+    flags = ["--device", "cuda", "--max-total-tokens", "8192", "--weights-check-interval", "1"]
+    offer = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
+    with running(ROOT / "examples" / "demo_model", *flags, offer) as seed:
+        info = seed.call("/remote_instance_transfer_engine_info?rank=0")
+        session_id, weights = info["remote_instance_transfer_engine_info"]
+        address = min(place[0] for place in weights.values())
+        if write_as_a_stranger(session_id, address) == 0:  # nothing can refuse it
+            assert seed.process.wait(20) != 0
+            assert "have been changed in memory since they were offered" in seed.log_path.read_text()
+        else:
+            assert seed.process.poll() is None

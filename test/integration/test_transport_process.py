@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,21 +28,10 @@ from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.planner import ArenaSource
 from ramet.srt.weights.registration import make_answer, parse_answer
 from seed_process import SeedProcess, holds
+from stranger import write_as_a_stranger
 
 PAGE = host_memory.PAGE_BYTES
 DEADLY = struct.pack("<Q", 2) + b"[]"  # a handshake of two bytes that is no object: ends Mooncake 0.3.13
-# What a stranger does: Mooncake's own client writes zeros, or whatever it has, to somebody else's registered memory.
-STRANGER = """
-import os, sys
-os.environ["MC_LOG_LEVEL"] = "ERROR"
-from mooncake.engine import TransferEngine
-engine = TransferEngine()
-assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
-buffer = engine.allocate_managed_buffer(4096)
-engine.write_bytes_to_buffer(buffer, b"overwritten" * 100, 1100)
-print(engine.transfer_sync_write(sys.argv[1], buffer, int(sys.argv[2]), 1100), flush=True)
-os._exit(0)
-"""
 
 
 def wait_for(condition, timeout_s=20.0):
@@ -135,9 +123,7 @@ def test_an_ipv6_seed_and_client_of_ours():
 def test_weights_can_be_read_and_not_be_written():
     arena = toy_arena(1)
     with offered(arena) as offer:
-        command = [sys.executable, "-c", STRANGER, offer.session_id, str(offer.address)]
-        written = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-        assert int(written) < 0
+        assert write_as_a_stranger(offer.session_id, offer.address) < 0
         assert holds(arena, toy_tensors(1)) and read(offer, arena.nbytes) == bytes(arena.memory)
 
 
