@@ -119,3 +119,12 @@ def test_mooncake_s_cuda_builds_get_the_runtime_that_torch_has(monkeypatch, tmp_
     del attempts[:]
     with pytest.raises(EngineMissingError, match="Mooncake can't be used: libcudart"):
         mooncake_engine._import_engine()
+
+
+def test_who_lacks_mooncake_is_told_where_it_comes_from(monkeypatch):
+    def import_module(_name):
+        raise ModuleNotFoundError("No module named 'mooncake'", name="mooncake")
+
+    monkeypatch.setattr(mooncake_engine.importlib, "import_module", import_module)
+    with pytest.raises(EngineMissingError, match=r"it is not installed; ramet\[cpu\], .* have it"):
+        mooncake_engine._import_engine()

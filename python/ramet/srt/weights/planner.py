@@ -106,7 +106,7 @@ class PlanError(ValueError):
         self.mismatches = tuple(mismatches)
         parts = []
         if mismatches:
-            parts.append(f"dtype or number of dimensions differs for {name_some(mismatches)}")
+            parts.append(f"type, size or number of dimensions differs for {name_some(mismatches)}")
         if uncovered:
             parts.append(f"no source has {name_some(uncovered)}")
         super().__init__("; ".join(parts))

@@ -90,6 +90,9 @@ def _import_engine() -> Any:
     try:
         return importlib.import_module("mooncake.engine").TransferEngine
     except ImportError as error:
+        if error.name == "mooncake":
+            reason = "it is not installed; ramet[cpu], ramet[cuda12] and ramet[cuda13] have it"
+            raise EngineMissingError(f"Mooncake can't be used: {reason}") from error
         # Its builds for CUDA rely on libraries that torch loads, where torch is imported before.
         if not _load_cuda_runtime():
             raise EngineMissingError(f"Mooncake can't be used: {error}") from error

@@ -30,7 +30,7 @@ class Receivers:
         if session_id.endswith(":0"):
             reason = (
                 "the seed runs no transfer engine; --remote-instance-weight-loader-start-seed-via-transfer-engine "
-                "starts one there"
+                "starts one there, if Mooncake is installed"
             )
             raise WeightTransferError("transfer", self._rank, session_id, reason)
         wants_ipv6 = is_ipv6(_host_of(session_id))
