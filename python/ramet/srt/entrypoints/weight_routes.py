@@ -1,6 +1,7 @@
 """Owns the HTTP routes with which a client asks for more of an instance's weights than where they are."""
 
 import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -187,9 +188,9 @@ def _upstream_groups(instance: Instance, body: InitSendGroupBody | SendWeightsBo
 
 
 def _parse_ports(text: str) -> list[int]:
-    ports = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    ports = [int(part) if re.fullmatch(r"\s*[0-9]{1,5}\s*", part) else -1 for part in text.split(",")]
     if not all(0 <= port <= 65535 for port in ports):
-        raise RequestError(f"ports must be port numbers joined by commas; got {text!r}", param="ports")
+        raise RequestError(f"ports must be port numbers joined by commas; got {text!r:.200}", param="ports")
     return ports
 
 
