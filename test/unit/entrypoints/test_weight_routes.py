@@ -1,4 +1,4 @@
-"""Questions about weights that cost a rank computing are put to it one after the other; what no rank can be asked is refused."""
+"""Questions about weights that cost a rank computing are put to it one by one; what no message can hold is refused."""
 
 import asyncio
 from types import SimpleNamespace

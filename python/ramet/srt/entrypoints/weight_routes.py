@@ -11,6 +11,7 @@ from starlette.responses import Response
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.control_messages import (
     DigestTableOutput,
     DigestTableReq,
@@ -209,6 +210,6 @@ async def _ask_all(instance: Instance, role: str, requests: dict[int, Any]) -> l
 def _decode(data: bytes, kind: type[Body]) -> Body:
     """Half a million slices would take too long through pydantic."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (ValueError, RecursionError) as error:
+        return decode_json(data, kind)
+    except ValueError as error:
         raise RequestError(f"the body can't be used: {error}") from None

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
@@ -150,7 +151,7 @@ class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 def parse_registration(body: bytes | bytearray) -> SeedRegistration:
     """Raises ValueError with the reason if `body` is not a sound registration."""
-    registration = msgspec.json.decode(body, type=SeedRegistration)
+    registration = decode_json(body, SeedRegistration)
     if registration.rank is None and registration.tp_rank is None:
         raise ValueError("rank is missing")
     if registration.world_rank < 0:
@@ -177,7 +178,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
 
 def parse_answer(body: bytes) -> SeedAnswer:
     """Raises ValueError with the reason if `body` is not a sound answer."""
-    answer = msgspec.json.decode(body, type=SeedAnswer)
+    answer = decode_json(body, SeedAnswer)
     info = TransferEngineInfo(session_id=answer.session_id, weights_info_dict=answer.weights_info)
     _check(answer.role, info, answer.manifest, answer.arena_address)
     return answer
