@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from ramet.srt.weights import registration
 from ramet.srt.weights.registration import parse_answer, parse_registration
 
 DEEP = "[" * 30_000 + "]" * 30_000
@@ -52,3 +53,11 @@ def test_numbers_of_no_instance_are_refused(hostile: dict[str, Any]) -> None:
 def test_what_is_nested_too_deeply_is_refused(parse: Any) -> None:
     with pytest.raises(ValueError, match="nested too deeply"):
         parse(f'{{"x": {DEEP}}}'.encode())
+
+
+def test_what_is_seen_at_a_glance_is_refused_before_the_rest_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="rank 5 is none of this instance's 2 ranks"):
+        parse_registration(b'{"transfer_engine_info": 1, "rank": 5}', 2)
+    monkeypatch.setattr(registration, "MAX_REGISTRATION_VALUES", 10)
+    with pytest.raises(ValueError, match="at most 10 values"):
+        parse_registration(b'{"rank": 0, "x": [1,1,1,1,1,1,1,1,1,1,1]}')
