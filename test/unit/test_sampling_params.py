@@ -4,7 +4,12 @@ from typing import Any
 
 import pytest
 from ramet.srt.errors import RequestError
-from ramet.srt.sampling.sampling_params import SamplingParams, parse_sampling_params, sampling_params_schema
+from ramet.srt.sampling.sampling_params import (
+    SamplingParams,
+    parse_sampling_params,
+    sampling_params_schema,
+    with_whole_numbers,
+)
 
 VOCAB_SIZE = 100
 
@@ -106,3 +111,27 @@ def test_a_schema_that_is_too_deep_to_be_written_is_the_clients_mistake() -> Non
     with pytest.raises(RequestError) as caught:
         parse_sampling_params({"json_schema": schema}, 331)
     assert caught.value.param == "json_schema"
+
+
+def nested(depth: int, leaf: Any) -> Any:
+    for _ in range(depth):
+        leaf = [{"a": leaf}]
+    return leaf
+
+
+@pytest.mark.parametrize("name", ["stop", "top_k", "sampling_seed", "logit_bias"])
+def test_what_is_nested_deeper_than_python_recurses_is_the_clients_mistake(name: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse_sampling_params({name: nested(2000, 1.0)}, VOCAB_SIZE)
+    assert refused.value.param == name
+
+
+def test_whole_numbers_are_found_at_every_depth_and_the_given_value_stays() -> None:
+    given = {"a": [1.0, {"b": 2.0, "c": 2.5}], "d": nested(2000, 3.0)}
+    changed = with_whole_numbers(given)
+    assert changed["a"] == [1, {"b": 2, "c": 2.5}]
+    assert [type(changed["a"][0]), type(given["a"][0])] == [int, float]
+    inner = changed["d"]
+    for _ in range(2000):
+        inner = inner[0]["a"]
+    assert type(inner) is int

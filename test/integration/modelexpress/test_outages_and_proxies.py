@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import message_factory
 from modelexpress_harness import free_port, make_identity, open_client, running_server
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig
 from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server
@@ -19,7 +20,6 @@ from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpres
 from ramet.srt.modelexpress.client.discovery import look_and_claim, search
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import InstanceFacts
-from ramet.srt.modelexpress.rpc import server_handler
 
 IDENTITY = make_identity()
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -58,7 +58,15 @@ def serving(broken: BrokenServer) -> Iterator[ModelExpressClient]:
     """A client of that server."""
     server = grpc.server(futures.ThreadPoolExecutor(8))
     service = p2p_pb2.DESCRIPTOR.services_by_name["P2pService"]
-    server.add_generic_rpc_handlers((server_handler(service, broken),))
+    handlers = {
+        method.name: grpc.unary_unary_rpc_method_handler(
+            getattr(broken, method.name),
+            request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+            response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+        )
+        for method in service.methods
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:

@@ -86,3 +86,11 @@ def test_an_end_token_that_is_no_id_is_named(model: Path, value: Any) -> None:
     write(model, "generation_config.json", {"eos_token_id": value})
     with pytest.raises(ValueError, match=r"generation_config\.json: 'eos_token_id' must be a token id"):
         eos_ids(model)
+
+
+@pytest.mark.parametrize("tokenizer", [{"added_tokens": "x"}, {"added_tokens": [5]}, {"model": {"vocab": [[], 5]}}])
+def test_a_tokenizer_that_is_none_is_named(model: Path, tokenizer: dict[str, Any]) -> None:
+    configure(model, eos_token="<new>")
+    write(model, "tokenizer.json", tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        read_eos_token_id(str(model))

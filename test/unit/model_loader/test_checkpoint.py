@@ -122,6 +122,7 @@ def header_file(path, header: bytes, data: bytes = b""):
         b'{"a": {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
         b'{"a": {"dtype": "F32", "shape": [99999999999], "data_offsets": [0, 399999999996]}}',
+        b'{"a": {"dtype": "F32", "shape": [0, 18446744073709551616], "data_offsets": [0, 0]}}',
     ],
 )
 def test_a_broken_header_is_named(tmp_path, header):
@@ -135,6 +136,7 @@ def test_a_broken_header_is_named(tmp_path, header):
     [
         ("{", "is not a safetensors index"),
         ("{}", "is not a safetensors index"),
+        ('{"weight_map": ' + "[" * 30_000, "is not a safetensors index"),
         ('{"weight_map": []}', "is not a safetensors index"),
         ('{"weight_map": {}}', "names no tensors"),
         ('{"weight_map": {"a": "../../x.safetensors"}}', "outside the model folder"),
@@ -144,6 +146,14 @@ def test_a_broken_header_is_named(tmp_path, header):
 def test_a_broken_index_is_named(tmp_path, index, message):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "other"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
+    with pytest.raises(ValueError, match=f"{name} is no file"):
         load(tmp_path)
 
 

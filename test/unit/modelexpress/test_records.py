@@ -73,7 +73,19 @@ def test_records_of_other_engines() -> None:
     assert read_source(p2p_pb2.GetMetadataResponse(found=True, worker=artifact)).tensors == ()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"instance": 1}', '{"instance": "x", "load": {"source": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"instance": 1}',
+        '{"instance": "x", "load": {"source": 1}}',
+        '{"instance": "x", "world_rank": 18446744073709551616}',
+        '{"instance": "x", "load": {"source": "a", "seconds": 1, "num_bytes": 18446744073709551616}}',
+        '{"x": ' + "[" * 30_000 + "]" * 30_000 + "}",
+    ],
+)
 def test_facts_that_cannot_be_read_are_none(text: str) -> None:
     assert read_facts({"ramet": text}) is None
 

@@ -7,6 +7,8 @@ import msgspec
 if TYPE_CHECKING:
     from ramet.srt.configs.model_config import ModelConfig
 
+MAX_RANKS = 1 << 16  # of an instance, also of one that another host tells of
+
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the instance's parallel dimensions and this rank's place in each of them.
@@ -30,13 +32,15 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
         for dimension in ("tp", "pp", "dp", "ep"):
             size = getattr(self, f"{dimension}_size")
             rank = getattr(self, f"{dimension}_rank")
-            if size < 1:
-                raise ValueError(f"{dimension}_size must be at least 1, got {size}")
+            if not 1 <= size <= MAX_RANKS:
+                raise ValueError(f"{dimension}_size must be at least 1 and at most {MAX_RANKS}, got {size}")
             if not 0 <= rank < size:
                 raise ValueError(f"{dimension}_rank must be in [0, {size}), got {rank}")
         if self.tp_size % self.ep_size:
             raise ValueError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
-        if self.tp_size % self.attn_dp_size:
+        if self.world_size > MAX_RANKS:
+            raise ValueError(f"an instance has at most {MAX_RANKS} ranks, not {self.world_size}")
+        if self.attn_dp_size < 1 or self.tp_size % self.attn_dp_size:
             raise ValueError(f"attn_dp_size {self.attn_dp_size} does not divide tp_size {self.tp_size}")
         if self.ep_rank != self.tp_rank // self.moe_tp_size:
             raise ValueError(

@@ -89,10 +89,18 @@ def read_eos_token_id(folder: str) -> int | None:
         if token["content"] == content:
             return int(token_id)
     whole = read_optional_json(folder, "tokenizer.json")
+    try:
+        return _find_id(whole or {"model": {"vocab": read_optional_json(folder, "vocab.json")}}, content)
+    except (AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{os.path.join(folder, 'tokenizer.json')} is not a tokenizer: {error!r}") from None
+
+
+def _find_id(whole: dict[str, Any], content: str) -> int | None:
+    """The id of a token in the content of tokenizer.json."""
     for token in whole.get("added_tokens") or []:
         if token.get("content") == content:
             return int(token["id"])
-    vocab = (whole.get("model") or {}).get("vocab") if whole else read_optional_json(folder, "vocab.json")
+    vocab = (whole.get("model") or {}).get("vocab")
     if isinstance(vocab, list):  # a Unigram model's pieces with their scores
         vocab = {piece[0]: place for place, piece in enumerate(vocab)}
     found = (vocab or {}).get(content)

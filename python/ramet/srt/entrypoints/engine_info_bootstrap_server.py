@@ -137,9 +137,7 @@ class EngineInfoBootstrapServer:
             ValueError: with the reason, if `body` is not a registration.
         """
         with self._parsing:
-            registration = parse_registration(body)
-            if self._num_ranks is not None and registration.world_rank >= self._num_ranks:
-                raise ValueError(f"rank {registration.world_rank} is none of this instance's {self._num_ranks} ranks")
+            registration = parse_registration(body, self._num_ranks)
             answer = make_answer(registration)
         with self._lock:
             self._answers[registration.role, registration.world_rank] = answer

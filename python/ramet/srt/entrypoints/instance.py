@@ -373,6 +373,8 @@ class Instance:
             raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
         try:
             reply = await ask_rank(address, request, timeout_s)
+        except OverflowError:  # JSON has larger numbers than the message to the rank
+            raise RequestError("a number in the body is beyond 64 bits") from None
         except (OSError, TimeoutError) as error:
             cause = (
                 f"has not answered within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"is gone: {error}"

@@ -1,6 +1,7 @@
 """Owns the HTTP routes with which a client asks for more of an instance's weights than where they are."""
 
 import asyncio
+import re
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.control_messages import (
     DigestTableOutput,
     DigestTableReq,
@@ -187,9 +189,9 @@ def _upstream_groups(instance: Instance, body: InitSendGroupBody | SendWeightsBo
 
 
 def _parse_ports(text: str) -> list[int]:
-    ports = [int(part) if part.strip().isdecimal() else -1 for part in text.split(",")]
+    ports = [int(part) if re.fullmatch(r"\s*[0-9]{1,5}\s*", part) else -1 for part in text.split(",")]
     if not all(0 <= port <= 65535 for port in ports):
-        raise RequestError(f"ports must be port numbers joined by commas; got {text!r}", param="ports")
+        raise RequestError(f"ports must be port numbers joined by commas; got {text!r:.200}", param="ports")
     return ports
 
 
@@ -208,6 +210,6 @@ async def _ask_all(instance: Instance, role: str, requests: dict[int, Any]) -> l
 def _decode(data: bytes, kind: type[Body]) -> Body:
     """Half a million slices would take too long through pydantic."""
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (ValueError, RecursionError) as error:
+        return decode_json(data, kind)
+    except ValueError as error:
         raise RequestError(f"the body can't be used: {error}") from None

@@ -11,6 +11,7 @@ import msgspec
 from ramet.srt.observability.logs import escape_text
 from ramet.srt.utils.key_proof import make_proof
 from ramet.srt.utils.net import SeedAddress, format_address
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.content_digest import MAX_TENSORS, TensorDigest, decode_tensors
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.registration import (
@@ -215,7 +216,7 @@ def _fetch_checksums_at_once(server: SeedServer, request: ChecksumsRequest, time
         return None
     if status != 200:
         raise ValueError(f"it answers HTTP {status} to {CHECKSUMS_PATH}: {_excerpt(body)}")
-    answer = msgspec.json.decode(body, type=ChecksumsAnswer)
+    answer = decode_json(body, ChecksumsAnswer)
     if len(answer.checksums) != len(request.regions):
         raise ValueError(f"it sent {len(answer.checksums)} checksums for {len(request.regions)} slices")
     return answer
@@ -240,7 +241,7 @@ def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: fl
             status, body = post_to_seed(server, DIGEST_PATH, request, max(0.001, deadline - time.monotonic()))
             if status != 200:
                 raise ValueError(f"it answers HTTP {status} to {DIGEST_PATH}: {_excerpt(body)}")
-            answer = msgspec.json.decode(body, type=DigestTableAnswer)
+            answer = decode_json(body, DigestTableAnswer)
             if not 0 < answer.num_tensors <= MAX_TENSORS:
                 raise ValueError("it has no table of hashes for the digest of its weights (ramet digest on its "
                                  "files, or --weights-digest, makes one)")  # fmt: skip

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.utils.outside_json import Natural, decode_json
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.report import LoadReport
 
@@ -28,7 +29,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     instance: str  # the same for all ranks of one instance, and fit to show: its URL
     host: str = ""
-    world_rank: int = 0
+    world_rank: Natural = 0
     started_at: float = 0.0  # unix seconds
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
     weights_digest: str = ""  # of the checkpoint that the weights are from; what it says proves nothing
@@ -144,8 +145,8 @@ def read_facts(topology: Mapping[str, str]) -> InstanceFacts | None:
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text, type=InstanceFacts)
-    except msgspec.DecodeError:
+        return decode_json(text, InstanceFacts)
+    except ValueError:
         return None
 
 

@@ -106,14 +106,21 @@ def _convert(values: dict[str, Any]) -> SamplingParams:
 
 
 def with_whole_numbers(value: Any) -> Any:
-    """A JSON value with 3 where it has 3.0: the same number in JSON, though not in Python."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [with_whole_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {name: with_whole_numbers(item) for name, item in value.items()}
-    return value
+    """A JSON value with 3 where it has 3.0: the same number in JSON, though not in Python.
+
+    Goes by a list of what is left, for values are nested as deeply as a caller likes.
+    """
+    result = [value]
+    left: list[Any] = [result]
+    while left:
+        container = left.pop()
+        for place, item in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(item, float) and item.is_integer():
+                container[place] = int(item)
+            elif isinstance(item, list | dict):
+                container[place] = item.copy()
+                left.append(container[place])
+    return result[0]
 
 
 def _named(error: msgspec.ValidationError, values: dict[str, Any]) -> RequestError:

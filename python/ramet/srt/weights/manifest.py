@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.utils.outside_json import Natural
 
 ENTRY_ALIGNMENT = 256  # bytes; enough for every CPU vector width and for CUDA's coalesced loads
 ROLES = ("target", "draft")
@@ -37,8 +38,8 @@ class WeightBox(msgspec.Struct, frozen=True, array_like=True):
     """
 
     checkpoint_name: str
-    source: tuple[tuple[int, int], ...]
-    target: tuple[tuple[int, int], ...]
+    source: tuple[tuple[Natural, Natural], ...]
+    target: tuple[tuple[Natural, Natural], ...]
 
 
 class WeightEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,9 +47,9 @@ class WeightEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    shape: tuple[Natural, ...]
+    offset: Natural
+    nbytes: Natural
     boxes: tuple[WeightBox, ...]
     aliases: tuple[str, ...] = ()
 
@@ -70,7 +71,7 @@ class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     role: str
     parallel: ParallelConfig
-    arena_nbytes: int
+    arena_nbytes: Natural
     entries: tuple[WeightEntry, ...]
     dimensions: dict[str, int] = {}  # sizes of the whole model, by their names in its config
     checksums: WeightChecksums | None = None  # once the weights are final

@@ -2,11 +2,13 @@
 
 import msgspec
 
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
 
 MAX_CHECKSUM_REGIONS = 4096  # in one request; a client that wants more asks again
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
+MAX_REGISTRATION_VALUES = 2 << 20  # in one, by the commas that it has
 
 
 class TransferEngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,13 +150,31 @@ class SendWeightsBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     role: str = "target"
 
 
-def parse_registration(body: bytes | bytearray) -> SeedRegistration:
-    """Raises ValueError with the reason if `body` is not a sound registration."""
-    registration = msgspec.json.decode(body, type=SeedRegistration)
-    if registration.rank is None and registration.tp_rank is None:
+class _Ranks(msgspec.Struct):
+    rank: int | None = None
+    tp_rank: int | None = None
+
+
+def parse_registration(body: bytes | bytearray, num_ranks: int | None = None) -> SeedRegistration:
+    """What `body` says. What can be refused at a glance is: all of it takes time and several times its memory.
+
+    Args:
+        num_ranks: of the instance, if known.
+
+    Raises:
+        ValueError: with the reason, if it is not a sound registration of one of these ranks.
+    """
+    if body.count(b",") > MAX_REGISTRATION_VALUES:
+        raise ValueError(f"a registration has at most {MAX_REGISTRATION_VALUES} values")
+    ranks = decode_json(body, _Ranks)
+    rank = ranks.tp_rank if ranks.rank is None else ranks.rank
+    if rank is None:
         raise ValueError("rank is missing")
-    if registration.world_rank < 0:
-        raise ValueError(f"rank must not be negative; got {registration.world_rank}")
+    if rank < 0:
+        raise ValueError(f"rank must not be negative; got {rank}")
+    if num_ranks is not None and rank >= num_ranks:
+        raise ValueError(f"rank {rank} is none of this instance's {num_ranks} ranks")
+    registration = decode_json(body, SeedRegistration)
     _check(registration.role, registration.transfer_engine_info, registration.manifest, registration.arena_address)
     return registration
 
@@ -177,7 +197,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
 
 def parse_answer(body: bytes) -> SeedAnswer:
     """Raises ValueError with the reason if `body` is not a sound answer."""
-    answer = msgspec.json.decode(body, type=SeedAnswer)
+    answer = decode_json(body, SeedAnswer)
     info = TransferEngineInfo(session_id=answer.session_id, weights_info_dict=answer.weights_info)
     _check(answer.role, info, answer.manifest, answer.arena_address)
     return answer

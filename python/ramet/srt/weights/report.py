@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from ramet.srt.utils.outside_json import Natural
+
 
 class PublisherStats(msgspec.Struct, kw_only=True):
     """What a rank's ModelExpress publisher has done so far."""
@@ -20,7 +22,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     """How one rank's arena was filled. Records at a metadata server hold it too, without transfer_seconds."""
 
     source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
-    num_bytes: int
+    num_bytes: Natural
     seconds: float
     verified: bool = False  # content checksums were compared with the seed's
     digest: str = ""  # of the checkpoint that every byte from instances was compared with; "" if it was not
@@ -28,7 +30,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
     taken_from: tuple[str, ...] = ()
-    taken_bytes: tuple[int, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
+    taken_bytes: tuple[Natural, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
 
 
 def summarize(report: LoadReport) -> str:

@@ -12,6 +12,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 OTHER_WEIGHT_SUFFIXES = (".bin", ".pt", ".pth", ".gguf")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_NUMBER = (1 << 63) - 1  # beside an extent of 0 any other one fits the bytes
 
 # The format: https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -69,7 +70,7 @@ def _read_index(folder: str, path: str) -> dict[str, set[str] | None]:
         with open(path, encoding="utf-8") as file:
             weight_map = json.load(file, object_pairs_hook=_unique)["weight_map"]
         pairs = [(str(tensor), str(name)) for tensor, name in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from error
     if not pairs:
         raise ValueError(f"{path} names no tensors")
@@ -93,6 +94,8 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     Raises:
         ValueError: if the header is broken or a tensor reaches beyond the end of the file.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")  # a pipe would be waited for
     try:
         with open(path, "rb") as file:
             file_nbytes = os.fstat(file.fileno()).st_size
@@ -137,8 +140,8 @@ def _check_no_overlap(path: str, tensors: dict[str, TensorInfo]) -> None:
 def _read_tensor_info(path: str, name: str, fields: Any, data_start: int, file_nbytes: int) -> TensorInfo:
     try:
         code, shape, (start, stop) = fields["dtype"], fields["shape"], fields["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError("negative or non-integer numbers")
+        if not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in (*shape, start, stop)):
+            raise ValueError("negative, non-integer or huge numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: broken header entry of {name}: {error!r}") from error
     dtype = DTYPES.get(code) if isinstance(code, str) else None

@@ -25,6 +25,7 @@ from ramet.srt.model_loader.transport.broadcast_steps import (
     unpack,
 )
 from ramet.srt.utils.net import format_address, local_address
+from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import layout_digest
@@ -62,7 +63,7 @@ class _Pair:
         """Raises OSError if the seed does not do it."""
         try:
             _, data = post_to_seed(self.rank.server, path, body, timeout_s)
-            answer = msgspec.json.decode(data, type=InitSendGroupAnswer)
+            answer = decode_json(data, InitSendGroupAnswer)
         except ValueError as error:
             raise OSError(f"its answer to {path} is of no use: {error}") from error
         if not answer.success:

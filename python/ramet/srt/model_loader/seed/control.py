@@ -113,6 +113,7 @@ async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: f
     """The main process's side: a rank's reply to a request. Of those that may take long, only so many are passed on.
 
     Raises:
+        OverflowError: if the request has a number beyond 64 bits.
         TimeoutError: if there is none within `timeout_s`.
         OSError: if the rank can't be reached, or has gone.
     """
@@ -129,13 +130,13 @@ async def ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: f
 
 
 async def _ask_rank(address: ControlAddress, request: WeightRequest, timeout_s: float) -> WeightReply:
+    data = msgspec.msgpack.encode(request)
     async with asyncio.timeout(timeout_s):
         if address.name:
             reader, writer = await asyncio.open_unix_connection(sock=await _connect(address.name))
         else:
             reader, writer = await asyncio.open_connection(address.host, address.port)
         try:
-            data = msgspec.msgpack.encode(request)
             writer.write(address.token.encode() + _LENGTH.pack(len(data)) + data)
             await writer.drain()
             (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))

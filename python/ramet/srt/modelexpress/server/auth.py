@@ -12,17 +12,17 @@ from ramet.srt.modelexpress.tokens import TokenFile
 OPEN_PREFIX = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 
 
-async def refuse(_request: Any, context: Any) -> None:
+async def refuse(_messages: Any, context: Any) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid bearer token is required")
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Answers UNAUTHENTICATED to calls without a valid token, before their message is looked at."""
+    """Answers UNAUTHENTICATED to calls without a valid token, before their message is read."""
 
     def __init__(self, tokens: TokenFile, metrics: ServerMetrics):
         self._tokens = tokens
         self._metrics = metrics
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refusal = grpc.stream_unary_rpc_method_handler(refuse)  # it waits for no message
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails

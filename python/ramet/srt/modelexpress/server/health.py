@@ -9,6 +9,7 @@ import grpc
 from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
 
 SERVICES = ("", p2p_pb2.DESCRIPTOR.services_by_name["P2pService"].full_name)
+MAX_WATCHING = 256
 
 
 class HealthService:
@@ -16,6 +17,7 @@ class HealthService:
 
     def __init__(self) -> None:
         self._serving = True
+        self._num_watching = 0
         self._changed = asyncio.Event()
 
     def stop_serving(self) -> None:
@@ -28,7 +30,17 @@ class HealthService:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service!r}")
         return health_pb2.HealthCheckResponse(status=self._status())
 
-    async def Watch(self, request: health_pb2.HealthCheckRequest, _context: Any) -> AsyncIterator[Any]:
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> AsyncIterator[Any]:
+        if self._num_watching >= MAX_WATCHING:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHING} watch already")
+        self._num_watching += 1
+        try:
+            async for answer in self._watch(request):
+                yield answer
+        finally:
+            self._num_watching -= 1
+
+    async def _watch(self, request: health_pb2.HealthCheckRequest) -> AsyncIterator[Any]:
         if request.service in SERVICES:
             if self._serving:
                 yield health_pb2.HealthCheckResponse(status=self._status())

@@ -5,18 +5,19 @@ import contextlib
 import logging
 import socket
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import grpc
 import uvicorn
 
 from ramet.srt.modelexpress.proto import health_pb2, p2p_pb2
-from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS, server_handler
+from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS
 from ramet.srt.modelexpress.server.auth import TokenInterceptor
 from ramet.srt.modelexpress.server.fleet import Fleet
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
 from ramet.srt.modelexpress.server.health import HealthService
+from ramet.srt.modelexpress.server.intake import Intake, server_handler
 from ramet.srt.modelexpress.server.reaper import Reaper
 from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
@@ -34,7 +35,8 @@ START_TIMEOUT_S = 30.0
 HTTP_LIMITS = HttpLimits(max_connections=512)
 MIN_KEEPALIVE_PING_MS = 10_000
 HANDSHAKE_TIMEOUT_MS = 10_000  # for a connection to speak HTTP/2
-MAX_CONCURRENT_CALLS = 256  # each may bring a message of 100 MB; what comes above is refused, and tried again
+MAX_CONCURRENT_CALLS = 4096  # most of which wait; what comes above is refused, and tried again
+PACKING_THREADS = 2
 MIN_HEARTBEATS = 3  # that fit into the time after which a silent worker is stale
 
 
@@ -147,6 +149,8 @@ class ModelExpressServer:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        # Large records are packed in threads, each of which keeps the memory that the largest one took.
+        self._loop.set_default_executor(ThreadPoolExecutor(PACKING_THREADS, "modelexpress-pack"))
         store = self._make_store()
         ages, health = RowAges(), HealthService()
         grpc_server = self._make_grpc_server(P2pService(store, ages, self.metrics, self._heartbeat_timeout_s), health)
@@ -186,10 +190,11 @@ class ModelExpressServer:
             ],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
+        intake = Intake()
         server.add_generic_rpc_handlers(
             (
-                server_handler(p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], service),
-                server_handler(health_pb2.DESCRIPTOR.services_by_name["Health"], health),
+                server_handler(p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], service, intake),
+                server_handler(health_pb2.DESCRIPTOR.services_by_name["Health"], health, intake),
             )
         )
         return server

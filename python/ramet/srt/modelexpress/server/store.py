@@ -1,6 +1,7 @@
 """Owns what a metadata store offers to the service, and the store in memory. The store in Redis is redis_store.py."""
 
 import asyncio
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Protocol
@@ -57,7 +58,7 @@ def training_step(identity: p2p_pb2.SourceIdentity) -> int | None:
     """The step that a trainer published with its identity, under either of the two names that are in use."""
     parameters = identity.extra_parameters
     text = parameters["training_step"] if "training_step" in parameters else parameters.get("version", "")
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**64 else None
+    return int(text) if re.fullmatch("[0-9]{1,20}", text) and int(text) < 2**64 else None
 
 
 class Source(msgspec.Struct):
@@ -167,8 +168,10 @@ class MemoryStore:
         )
         record = await asyncio.to_thread(_Record, row, worker)  # packing 50 MB takes a while
         self._make_room(source_id, (worker_id, row.worker_rank), record)
-        source = self._sources.setdefault(source_id, _Entry(identity))
-        source.identity = identity
+        own_identity = p2p_pb2.SourceIdentity()
+        own_identity.CopyFrom(identity)  # a part of a message keeps the memory of all of it
+        source = self._sources.setdefault(source_id, _Entry(own_identity))
+        source.identity = own_identity
         source.records[worker_id, row.worker_rank] = record
         return source_id
 
