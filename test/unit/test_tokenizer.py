@@ -181,7 +181,9 @@ ADDED_FILES: dict[str, dict[str, Any]] = {
         CONFIG: {"extra_special_tokens": {"image_token": "<image>"}, "additional_special_tokens": ["<x>"]},
         MAP: {"additional_special_tokens": ["<y>"]},
     },
-    "role and extra": {CONFIG: {"mask_token": {"__type": "AddedToken", **TOOL, "content": "<x>"}, "extra_special_tokens": ["<x>"]}},
+    "role and extra": {
+        CONFIG: {"mask_token": {"__type": "AddedToken", **TOOL, "content": "<x>"}, "extra_special_tokens": ["<x>"]}
+    },
     "added and special later": {
         CONFIG: {"added_tokens_decoder": {"320": TOOL}, "additional_special_tokens": ["<x>"], "mask_token": "<tool>"}
     },
