@@ -126,6 +126,32 @@ def test_the_final_message_is_continued(show: str, text: str, expected: str) -> 
 def test_a_final_message_that_is_not_shown_cannot_be_continued() -> None:
     with pytest.raises(RequestError, match="can't be continued"):
         render("x", [{"role": "assistant", "content": "a"}], continue_final_message=True)
+    with pytest.raises(RequestError, match="can't be continued"):  # a part of it is left out
+        render("{{ messages[0].content.split('|')[1] }}", [{"role": "assistant", "content": "a|b"}],
+               continue_final_message=True)  # fmt: skip
+
+
+def test_the_last_text_among_the_parts_is_continued() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}, {"type": "image"}]
+    source = "{% for p in messages[0].content %}{{ p.text if p.text else p.type }}|{% endfor %}"
+    assert render(source, [{"role": "user", "content": parts}], continue_final_message=True) == "a| b"
+
+
+def test_a_template_may_look_for_the_mark_of_transformers() -> None:
+    """Published templates move it behind the tool calls."""
+    source = (
+        "{% set mark = 'CONTINUE_FINAL_MESSAGE_TAG ' %}{% set text = messages[0].content %}"
+        "{% if text.endswith(mark) %}{{ text[:-(mark|length)] }}[calls]{{ mark }}{% else %}{{ text }}{% endif %}"
+    )
+    assert render(source, [{"role": "assistant", "content": "a "}], continue_final_message=True) == "a [calls]"
+
+
+def test_parts_are_kept_where_a_joined_text_is_refused() -> None:
+    source = (
+        "{% if messages[0].content is string %}{{ raise_exception('parts!') }}{% endif %}"
+        "{% for part in messages[0].content %}{{ part.text | upper }}|{% endfor %}"
+    )
+    assert render(source, PARTS) == "A|B|"
 
 
 def test_a_namespace_keeps_away_from_what_is_pythons() -> None:

@@ -125,6 +125,16 @@ def test_a_stop_in_bytes_matches_with_its_last_byte(kinds: dict[str, Tokenizer])
     assert stream.matched == "🌱"
 
 
+def test_a_stop_before_half_a_character_matches_at_once(kinds: dict[str, Tokenizer]) -> None:
+    """A token may hold the end of a stop string and the beginning of a character, which may never be completed."""
+    tokenizer = kinds["byte_level"]
+    tokenizer._backend.add_tokens(["b\u0120\u00f0"])  # b, a space, the first byte of four
+    a = tokenizer._backend.token_to_id("a")
+    stream = stop_stream(tokenizer, ["ab "])
+    assert [stream.push([a]), stream.push([a]), stream.push([tokenizer.vocab_size])] == ["", "a", ""]
+    assert stream.matched == "ab "
+
+
 @pytest.mark.parametrize("text", ["a .b , c ' d n't e 's", "a  ' m n ' t .", " . . '", "don ' t  .", "x n 't 've"])
 def test_cleaned_pieces_are_the_cleaned_whole(text: str) -> None:
     for size in (1, 2, 5):

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ramet.srt.errors import RequestError
+from ramet.srt.text.incremental_decode import IncrementalDecoder
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 from tokenizer_kinds import write_kind
@@ -48,22 +50,51 @@ def test_token_bytes_join_to_the_text(folder: Path) -> None:
     assert tokenizer.token_bytes(330) == b"", "an id that no token has"
 
 
-def test_begin_and_end_marks(folder: Path) -> None:
-    plain = Tokenizer.from_path(str(folder)).encode("a")
-    assert configure(folder, add_bos_token=True).encode("a") == [1, *plain]
-    assert configure(folder, add_bos_token=True, add_eos_token=True).encode("a") == [1, *plain, 2]
-    assert configure(folder, add_bos_token=True).encode("a", add_special_tokens=False) == plain
-    assert configure(folder, add_eos_token=False).encode("<s>a") == [1, *plain], "never twice"
-
-
-def test_bos_of_the_post_processor_can_be_turned_off(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizerFast", "GemmaTokenizer"])
+@pytest.mark.parametrize("says", [True, False])
+def test_begin_marks(folder: Path, name: str, says: bool) -> None:
+    """The flag counts for classes that have heeded it since transformers 4; others do as tokenizer.json says."""
     from tokenizers.processors import TemplateProcessing
 
+    plain = Tokenizer.from_path(str(folder)).encode("a")
+    heeds = name in ("LlamaTokenizerFast", "GemmaTokenizer")
+    flags = {"tokenizer_class": name, "add_bos_token": says, "add_eos_token": True}
+    assert configure(folder, **flags).encode("a") == ([1, *plain] if heeds and says else plain)
+    assert configure(folder, **flags).encode("a", add_special_tokens=False) == plain
+    assert configure(folder, **flags).encode("<s>a") == ([1, *plain] if says or not heeds else plain), "never twice"
     backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     backend.save(str(folder / "tokenizer.json"))
-    assert Tokenizer.from_path(str(folder)).encode("a")[0] == 1
-    assert configure(folder, add_bos_token=False, add_eos_token=False).encode("a")[0] != 1
+    assert configure(folder, **flags).encode("a") == (plain if heeds and not says else [1, *plain])
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}])
+@pytest.mark.parametrize("marks", [None, "<s> $A", "$A </s>"])
+def test_marks_are_those_of_transformers(folder: Path, flags: dict[str, bool], marks: str | None) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    transformers = pytest.importorskip("transformers")
+    if marks is not None:
+        backend = BackendTokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.post_processor = TemplateProcessing(single=marks, special_tokens=[("<s>", 1), ("</s>", 2)])
+        backend.save(str(folder / "tokenizer.json"))
+    ours, theirs = configure(folder, **flags), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("a", "<s>a", ""):
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def test_a_failure_of_the_library_is_the_requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As the binding's, which is no Exception."""
+
+    class Broken:
+        def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> None:
+            raise PanicException("AddedVocabulary bad split")
+
+    tokenizer = Tokenizer.from_path(str(folder))
+    monkeypatch.setattr(tokenizer, "_backend", Broken())
+    with pytest.raises(RequestError, match="bad split"):
+        tokenizer.encode("a")
 
 
 def test_truncation_and_padding_are_off(folder: Path) -> None:
@@ -143,6 +174,19 @@ ADDED_FILES: dict[str, dict[str, Any]] = {
     "additional": {CONFIG: {"additional_special_tokens": ["<x>", "<y>", "<|im_end|>"]}},
     "extra": {CONFIG: {"extra_special_tokens": ["<y>", "<x>"], "additional_special_tokens": ["<z>"]}},
     "extra by name": {CONFIG: {"extra_special_tokens": {"image_token": "<image>", "b_token": "<b>"}}},
+    "extra with and without names": {
+        CONFIG: {"extra_special_tokens": {"image_token": "<image>"}, "additional_special_tokens": ["<x>", "<y>"]}
+    },
+    "extra by name and the map's": {
+        CONFIG: {"extra_special_tokens": {"image_token": "<image>"}, "additional_special_tokens": ["<x>"]},
+        MAP: {"additional_special_tokens": ["<y>"]},
+    },
+    "role and extra": {
+        CONFIG: {"mask_token": {"__type": "AddedToken", **TOOL, "content": "<x>"}, "extra_special_tokens": ["<x>"]}
+    },
+    "added and special later": {
+        CONFIG: {"added_tokens_decoder": {"320": TOOL}, "additional_special_tokens": ["<x>"], "mask_token": "<tool>"}
+    },
     "own roles": {CONFIG: {"image_token": "<image>", "pad_token": "<pad>", "add_x_token": True}},
     "role with flags": {CONFIG: {"mask_token": {"__type": "AddedToken", **TOOL}}},
     "added": {ADDED: {"<x>": 320, "<y>": 321}, CONFIG: {"additional_special_tokens": ["<y>"]}},
@@ -177,7 +221,10 @@ def test_tokens_of_all_files_are_those_of_transformers(folder: Path, files: dict
         ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, add_special_tokens=False) == ids
         for skip in (True, False):
-            assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
+            expected_text = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip) == expected_text
+            decoder = IncrementalDecoder(ours, skip_special_tokens=skip)
+            assert "".join([*(decoder.push([i]) for i in ids), decoder.push([], final=True)]) == expected_text
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def break_dtype(tensors):
         (break_small, r"layer.o_proj.weight has the shape \(32, 31\), the model needs \(32, 32\)"),
         (break_large, r"layer.o_proj.weight has the shape \(33, 32\), the model needs \(32, 32\)"),
         (break_dims, r"layer.o_proj.weight has the shape \(1024,\)"),
-        (break_dtype, "int32 in .*model.safetensors, float32 here"),
+        (break_dtype, r"model\.safetensors: layer\.o_proj\.weight is int32; a weight must be one of float64"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_named(tmp_path, breaker, message):

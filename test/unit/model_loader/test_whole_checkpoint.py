@@ -143,7 +143,10 @@ WRONG = {  # tensors and config that contradict each other, and what is said of 
         "blocks", {}, lambda t: t.update({n: s.to(torch.uint8) for n, s in t.items() if n.endswith("scale_inv")}), None,
         r"the scales .*weight_scale_inv are uint8; .*mxfp8"),
     "integers": ("plain", {}, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)}), None,
-                 "int32"),
+                 "model.norm.weight is int32; a weight must be"),
+    "integers in a part": ("plain", {}, lambda t: t.update({"model.layers.2.self_attn.q_proj.weight":
+                                                            torch.ones(128, 128, dtype=torch.int8)}), None,
+                           "model.layers.2.self_attn.q_proj.weight is int8; a weight must be"),
     "no scales": ("blocks", {}, lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale_inv"), None,
                   r"lacks model.layers.0.mlp.up_proj.weight_scale_inv \(the scales"),
     "one scale for many blocks": (
@@ -156,6 +159,14 @@ WRONG = {  # tensors and config that contradict each other, and what is said of 
         "ue8m0", {}, lambda t: t["model.layers.0.mlp.up_proj.weight_scale_inv"].view(torch.uint8).fill_(255), None,
         "holds scales that are no numbers"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_a_weight_of_integers_is_named_by_every_rank(folders, tmp_path, topology):
+    """Also by those that don't hold it, and by its own name, not that of the parameter that it is a part of."""
+    name = "model.layers.2.mlp.experts.5.up_proj.weight"
+    folder = changed(folders["qwen3_moe"], tmp_path / "x", add(name, 40, 64, dtype=torch.bool))
+    assert all(f"{name} is bool" in said for said in refusals(folder, topology))
 
 
 @pytest.mark.parametrize("case", WRONG)

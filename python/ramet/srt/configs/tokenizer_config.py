@@ -9,6 +9,7 @@ from typing import Any
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+BY_NAME, OLD_EXTRA = "named_special_tokens", "additional_special_tokens"  # the first is none of the files'
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
@@ -23,17 +24,19 @@ def read_tokenizer_config(folder: str) -> dict[str, Any]:
     """
     config = read_optional_json(folder, CONFIG)
     _check_roles(config, os.path.join(folder, CONFIG))
-    extra = _extra(config)
+    by_name, extra = _extra(config)
     if config.get("added_tokens_decoder") is None:
         special_map = read_optional_json(folder, MAP)
         _check_roles(special_map, os.path.join(folder, MAP))
-        late_extra = special_map.pop("additional_special_tokens", None)
-        more = special_map.pop("extra_special_tokens", None) or []
-        extra = [*extra, *_all_special(more)] if isinstance(extra, list) and isinstance(more, list) else more or extra
+        if (late_extra := special_map.pop(OLD_EXTRA, None)) is not None:
+            config[OLD_EXTRA] = late_extra
+        more_by_name, more = _extra(special_map)
+        special_map.pop("extra_special_tokens", None)
+        extra = [] if more_by_name else [*extra, *_all_special(more)]
+        by_name |= more_by_name
         config |= {name: _all_special(value) for name, value in special_map.items() if value is not None}
         config["added_tokens_decoder"] = _added_tokens(folder, config, extra)
-        extra = extra or late_extra or []
-    config["extra_special_tokens"] = extra
+    config |= {BY_NAME: by_name, "extra_special_tokens": extra or config.get(OLD_EXTRA) or []}
     declared = config["added_tokens_decoder"]
     if not isinstance(declared, dict):
         raise ValueError(f"{os.path.join(folder, CONFIG)}: 'added_tokens_decoder' must be an object")
@@ -63,16 +66,12 @@ def named_tokens(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     own = [name for name, value in config.items() if name.endswith("_token") and name not in SPECIAL_TOKEN_NAMES
            and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))]  # fmt: skip
     tokens = {name: _token(config[name]) for name in (*roles, *own) if config[name]}
-    extra = _extra(config)
-    if isinstance(extra, dict):
-        tokens |= {name: _token(value) for name, value in extra.items()}
-    return tokens
+    return tokens | {name: _token(value) for name, value in config.get(BY_NAME, {}).items()}
 
 
 def extra_tokens(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The special tokens without a role, as {"content": …, flags}. Raises what `named_tokens` raises."""
-    extra = _extra(config)
-    return [] if isinstance(extra, dict) else [_token(value) for value in extra]
+    return [_token(value) for value in config.get("extra_special_tokens") or []]
 
 
 def read_eos_token_id(folder: str) -> int | None:
@@ -126,10 +125,10 @@ def read_optional_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _added_tokens(folder: str, config: dict[str, Any], extra: Any) -> dict[int, dict[str, Any]]:
+def _added_tokens(folder: str, config: dict[str, Any], extra: list[Any]) -> dict[int, dict[str, Any]]:
     """added_tokens.json, {content: id, …}, in the form of `added_tokens_decoder`."""
     roles = [config[name] for name in SPECIAL_TOKEN_NAMES if config.get(name)]
-    special = {_token(value)["content"] for value in (*roles, *(extra if isinstance(extra, list) else ()))}
+    special = {_token(value)["content"] for value in (*roles, *extra)}
     tokens: dict[int, dict[str, Any]] = {}
     for content, token_id in read_optional_json(folder, ADDED).items():
         try:
@@ -142,11 +141,12 @@ def _added_tokens(folder: str, config: dict[str, Any], extra: Any) -> dict[int, 
     return tokens
 
 
-def _extra(config: dict[str, Any]) -> Any:
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+def _extra(config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """The extra special tokens that have names, and those that have none: a file's one key has either kind."""
+    extra = config.get("extra_special_tokens") or config.get(OLD_EXTRA) or []
     if not isinstance(extra, list | dict):
         raise ValueError(f"{CONFIG}: the extra special tokens must be a list or an object; got {extra!r:.60}")
-    return extra
+    return (dict(extra), []) if isinstance(extra, dict) else ({}, extra)
 
 
 def _all_special(value: Any) -> Any:

@@ -33,14 +33,14 @@ def add_declared_tokens(backend: Tokenizer, config: dict[str, Any]) -> None:
             new.append(token)
     texts = {token.content for token in (*known.values(), *new)}
     by_text = {fields["content"]: fields for fields in wanted.values()}
-    for fields in roles.values():
-        if fields["content"] not in texts:
-            new.append(_added_token(by_text.get(fields["content"], fields), special=True))
-            texts.add(fields["content"])
-    for fields in extra:
-        if fields["content"] not in texts:
-            new.append(_added_token(fields, special=len(fields) == 1))
-            texts.add(fields["content"])
+    lately: set[str] = set()  # such a token loses its flags where it comes again as a bare text
+    for fields in (*roles.values(), *extra):
+        content, is_bare = fields["content"], len(fields) == 1
+        if content in texts and not (is_bare and content in lately):
+            continue
+        new.append(_added_token(by_text.get(content, fields), special=is_bare or content in role_texts))
+        lately = lately - {content} if content in texts else lately | {content}
+        texts.add(content)
     if new:
         backend.add_tokens(new)
     _check_ids(backend, wanted)

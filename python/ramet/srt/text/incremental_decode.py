@@ -87,11 +87,12 @@ class IncrementalDecoder:
         return pieces
 
     def pending(self) -> list[Piece]:
-        """What would come if the text ended here; nothing if it would end in half a character."""
-        text = self._decode_behind_context(self._waiting)
+        """What would come if the text ended here, up to half a character at its end."""
+        whole = self._decode_behind_context(self._waiting)
+        text = whole.rstrip(REPLACEMENT)
         if self._clean_up is not None:
             text = self._clean_up.peek(text)
-        return [] if not text or text.endswith(REPLACEMENT) else [Piece(text), *self._hidden]
+        return [Piece(text), *([] if whole.endswith(REPLACEMENT) else self._hidden)] if text else []
 
     def _take(self, token_id: int) -> bool:
         """Whether the token is shown; then it waits."""

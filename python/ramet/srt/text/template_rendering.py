@@ -19,7 +19,8 @@ from ramet.srt.text.template_content import iterates_over_content
 
 __all__ = ["Template", "TemplateSyntaxError"]
 
-END_MARK = "<<end-of-the-message-to-continue>> "  # a space at the end: templates that strip a message strip it here
+# transformers' own mark, which some templates look for. Templates that strip a message strip the space at its end.
+END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -56,16 +57,19 @@ class Template:
             return self._render(values, joined, continue_final_message)
         if _shows_parts(messages, text):
             return text
-        other = self._render(values, joined, continue_final_message)
+        try:
+            other = self._render(values, joined, continue_final_message)
+        except (TemplateError, TypeError, AttributeError):
+            return text
         return other if _shows_parts(messages, other) else text
 
     def _render(self, values: Mapping[str, Any], messages: list[dict[str, Any]], continue_final_message: bool) -> str:
         if not continue_final_message:
             return self._template.render({**values, "messages": messages})
-        final = with_end_mark(messages[-1]) if messages else {}
+        final, final_text = with_end_mark(messages[-1] if messages else {})
         text = self._template.render({**values, "messages": [*messages[:-1], final]})
         mark = END_MARK.strip()
-        if mark not in text:
+        if mark not in text or final_text.strip() not in text:
             raise TemplateError("the final message can't be continued: the template does not show all of its text")
         place = text.rindex(mark)
         # Where the space is gone the template strips messages: then the text ends without spaces, too.
@@ -116,17 +120,20 @@ def with_joined_content(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": "\n".join(part["text"] for part in content if part.get("type") == "text")}
 
 
-def with_end_mark(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with END_MARK behind its text.
+def with_end_mark(message: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The message with END_MARK behind its last text, and that text.
 
     Raises:
         TemplateError: if it has no text.
     """
     content = message.get("content")
     if isinstance(content, str):
-        return {**message, "content": content + END_MARK}
-    if isinstance(content, list) and content and "text" in content[-1]:
-        return {**message, "content": [*content[:-1], {**content[-1], "text": content[-1]["text"] + END_MARK}]}
+        return {**message, "content": content + END_MARK}, content
+    parts = list(content) if isinstance(content, list) else []
+    for place, part in reversed(list(enumerate(parts))):
+        if "text" in part:
+            parts[place] = {**part, "text": part["text"] + END_MARK}
+            return {**message, "content": parts}, part["text"]
     raise TemplateError("the final message can't be continued: it has no text")
 
 

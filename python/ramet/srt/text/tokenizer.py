@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from ramet.srt.configs.tokenizer_config import read_tokenizer_config
-from ramet.srt.errors import one_line
+from ramet.srt.errors import RequestError, one_line
 from ramet.srt.text.added_tokens import add_declared_tokens, token_of_role
 from ramet.srt.text.boundaries import (
     Boundaries,
@@ -30,6 +30,8 @@ from ramet.srt.text.prefix_space import apply_prefix_space
 KNOWN_DECODERS = frozenset(
     {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Sequence", "Strip", "WordPiece"}
 )
+# Classes whose add_bos_token counts; the others leave the marks to tokenizer.json. add_eos_token counts in none.
+MARKING_CLASSES = frozenset({"LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer"})
 
 
 class Tokenizer:
@@ -44,8 +46,8 @@ class Tokenizer:
         add_declared_tokens(backend, config)
         apply_prefix_space(backend, config)
         self.chat_template = chat_template
-        self._add_bos = config.get("add_bos_token")
-        self._add_eos = config.get("add_eos_token")
+        name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        self._add_bos = config.get("add_bos_token") if name in MARKING_CLASSES else None
         self.cleans_up = _cleans_up(backend, config)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
@@ -70,12 +72,21 @@ class Tokenizer:
         return cls(backend, config, read_chat_template(folder, config, chat_template_file))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with the model's begin-of-sequence token and such where `add_special_tokens`."""
-        # Unlike `encode` it lets go of Python's lock, and it leaves out the places of the tokens, which take most time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        """Token ids of `text`; with the model's begin-of-sequence token and such where `add_special_tokens`.
+
+        Raises:
+            RequestError: if the library fails at this text.
+        """
+        try:
+            # Unlike `encode` it lets go of Python's lock, and leaves out the tokens' places, which take most time.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of its native code, and no Exception
+                raise
+            raise RequestError(f"the model's tokenizer can't encode this text: {one_line(error)}") from None
         ids: list[int] = encoding.ids
         if add_special_tokens:
-            ids = self._with_marks(ids)
+            ids = self._with_bos(ids)
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -155,23 +166,25 @@ class Tokenizer:
         """The token of a byte that no UTF-8 text has, where the vocabulary has one."""
         return self._backend.token_to_id("<0xFF>")
 
-    def _with_marks(self, ids: list[int]) -> list[int]:
-        """Apply add_bos_token and add_eos_token, which stand above what tokenizer.json does by itself."""
-        bos, eos = self.special_token_id("bos_token"), self.special_token_id("eos_token")
-        if self._add_bos is not None and bos is not None:
-            has_bos = ids[:1] == [bos]
-            if self._add_bos and not has_bos:
-                ids = [bos, *ids]
-            elif not self._add_bos and has_bos:
-                ids = ids[1:]
-        if self._add_eos and eos is not None and ids[-1:] != [eos]:
-            ids = [*ids, eos]
-        return ids
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Apply add_bos_token, which stands above what tokenizer.json does by itself."""
+        bos = self.special_token_id("bos_token")
+        if self._add_bos is None or bos is None:
+            return ids
+        has_bos = ids[:1] == [bos]
+        if self._add_bos and not has_bos:
+            return [bos, *ids]
+        return ids[1:] if has_bos and not self._add_bos else ids
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
+        """Those that the backend skips, which needn't be those that say so: it goes by what was said first."""
+        added, decode = self._backend.get_added_tokens_decoder(), self._backend.decode
+        shown = {i: decode([i, i], skip_special_tokens=False) for i in added}  # twice: a space shows between others
+        return frozenset(
+            i for i, token in added.items()
+            if (decode([i, i], skip_special_tokens=True) != shown[i] if shown[i] else token.special)
+        )  # fmt: skip
 
     @cached_property
     def _special_pattern(self) -> "re.Pattern[str] | None":

@@ -8,6 +8,7 @@ from ramet.srt.configs.quantization_config import WHOLE_ROW
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
 from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.planner import CASTABLE_DTYPES
 
 Tensors = Mapping[str, tuple[str, TensorInfo]]  # name -> (file, where in it)
 
@@ -109,6 +110,8 @@ def _check_type(name: str, path: str, info: TensorInfo, is_scale: bool, source: 
             )
     elif info.dtype.startswith("float8"):
         raise ValueError(f"{path}: {name} is {info.dtype}, but {source} does not say that it is quantised")
+    elif info.dtype not in CASTABLE_DTYPES:
+        raise ValueError(f"{path}: {name} is {info.dtype}; a weight must be one of {', '.join(CASTABLE_DTYPES)}")
 
 
 def _check_shapes(tensors: Tensors, whole: WholeModel) -> None:
