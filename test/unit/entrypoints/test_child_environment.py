@@ -18,3 +18,10 @@ def test_the_users_choice_stands(monkeypatch: pytest.MonkeyPatch, name: str, val
     monkeypatch.setenv(name, value)
     found = child_environment("here")
     assert {known: found[known] for known in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if known in found} == {name: value}
+
+
+def test_what_is_compiled_for_each_number_of_rows_is_bounded(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    found = child_environment("here")
+    assert (found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], found["LRU_CACHE_CAPACITY"]) == ("256", "7")

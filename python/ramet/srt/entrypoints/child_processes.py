@@ -46,6 +46,9 @@ DETOKENIZER_MODULE = "ramet.srt.managers.detokenizer_manager"
 STOP_TIMEOUT_S = 5.0
 ENDS_OF_LIBRARIES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, 127)  # exit codes of some that got no memory
 GOMP_SPINCOUNT = "1000"  # turns that an OpenMP thread waits busily before it sleeps: some microseconds
+# oneDNN keeps a compiled product of matrices for each number of rows, of a megabyte each, torch above it as well: 1024 of
+# them unless it is told otherwise. A new one takes about a millisecond.
+KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 DETOKENIZER_SLOT = 1  # on the page on which the processes beat; the ranks' slots come behind it
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address
 
@@ -285,13 +288,13 @@ class ChildProcesses:
 
 
 def child_environment(python_path: str) -> dict[str, str]:
-    """The environment of a child: this process's, with threads that sleep when they wait for each other.
+    """The environment of a child: this process's, with bounded caches, and threads that sleep when they wait.
 
     OpenMP's threads spin by default. As soon as another process wants a core, and an instance has three, each of the
     hundreds of short parallel regions of a pass costs a time slice of the kernel.
     """
     waiting = {} if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} else {"GOMP_SPINCOUNT": GOMP_SPINCOUNT}
-    return {**os.environ, **waiting, "PYTHONPATH": python_path}
+    return {**KEPT_PRODUCTS, **os.environ, **waiting, "PYTHONPATH": python_path}
 
 
 def describe_end(return_code: int | None) -> str:
