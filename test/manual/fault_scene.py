@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -58,6 +59,45 @@ class Caller:
     def outcome(self, timeout_s: float) -> str:
         self._thread.join(timeout_s)
         return self._outcome
+
+
+def ask(url: str, path: str, body: bytes) -> int:
+    """The status of one request; 0 if the connection is cut."""
+    request = urllib.request.Request(url + path, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=90) as response:
+            response.read()
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
+def ask_for_constraint(url: str) -> int:
+    """Needs a process for constrained output, and the one that forks it."""
+    params = {"max_new_tokens": 8, "regex": f"[ab]{{2}}{time.monotonic_ns()}"}
+    return ask(url, "/generate", json.dumps({"text": "a", "sampling_params": params}).encode())
+
+
+def ask_in_chat(url: str) -> int:
+    """Needs a process for chat templates."""
+    body = {"model": "faulty", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    return ask(url, "/v1/chat/completions", json.dumps(body).encode())
+
+
+def ask_at_length(url: str) -> int:
+    """Needs a process that looks at large bodies."""
+    return ask(url, "/generate", b'{"text": "a", ' + b" " * (2 << 20) + b'"sampling_params": {"max_new_tokens": 2}}')
+
+
+HELPERS: dict[str, Callable[[str], int] | None] = {  # by the names of processes_of: what needs one
+    "engine": None,
+    "grammar": ask_for_constraint,
+    "grammar 1": ask_for_constraint,
+    "template_worker": ask_in_chat,
+    "body": ask_at_length,
+}
 
 
 def directly(function: Callable[[], str]) -> str:

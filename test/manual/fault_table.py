@@ -1,6 +1,6 @@
 """Kills and stops each process of real instances in each phase, and writes what comes of it as tables for the docs.
 
-    python test/manual/fault_table.py [--scenes one-node,two-nodes,metadata,seed,sockets] [--timeout 8] [--output FILE]
+    python test/manual/fault_table.py [--scenes one-node,helpers,two-nodes,…] [--timeout 8] [--output FILE]
 
 A case starts an instance (on the CPU), brings it into a phase, sends SIGKILL or SIGSTOP to one process, and watches:
 when /health stops saying 200, when the launcher has ended and with which code, what a caller gets, and which processes,
@@ -26,7 +26,11 @@ sys.path[:0] = [str(ROOT / "test"), str(ROOT / "python"), str(Path(__file__).res
 
 from cluster import Case, Cluster, Network, Node  # noqa: E402 - its folder is made importable above
 from fault_scene import (  # noqa: E402 - its folder is made importable above
+    HELPERS,
     Caller,
+    ask_at_length,
+    ask_for_constraint,
+    ask_in_chat,
     descendants,
     directly,
     free_port,
@@ -42,8 +46,9 @@ OFFER = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 PREFIX = "--remote-instance-weight-loader"
 ACTIONS = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 PHASES = ("starting", "idle", "serving", "draining")
-SCENES = ("one-node", "two-nodes", "metadata", "seed", "sockets")
+SCENES = ("one-node", "helpers", "two-nodes", "metadata", "seed", "sockets")
 START_TIMEOUT_S = 120.0
+HELPER_TIMEOUT_S = 75.0  # until one that is stopped has been replaced
 SLACK_S = 6.0  # beyond --watchdog-timeout, on a machine that does something else besides
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -193,6 +198,48 @@ class Bench:
                 os.kill(pid, signal.SIGKILL)
         self.done(outcome, server.output)
 
+    def helpers(self, actions: list[str], victims: str) -> None:
+        """Every process that an instance starts for one kind of work: the instance goes on, and replaces it."""
+        for victim in HELPERS:
+            for action in actions:
+                if re.fullmatch(victims, victim):
+                    self._helper_case(victim, action)
+
+    def _helper_case(self, victim: str, action: str) -> None:
+        flags = ["--device", "cpu", "--watchdog-timeout", f"{self.timeout_s:g}", OFFER, "--served-model-name", "faulty"]
+        flags += ["--engine-info-bootstrap-port", "0"]
+        with ServerProcess(DEMO_MODEL, self.new_folder() / "log", *flags, fake=False) as server:
+            url = server.wait_ready().url
+            find = lambda: processes_of(server.process.pid)  # noqa: E731 - asked until it is there
+            assert [ask(url) for ask in (ask_for_constraint, ask_in_chat, ask_at_length)] == [200, 200, 200]
+            pid = wait_until(lambda: find().get(victim), f"the process {victim}")
+            outcome = Outcome("tp 1", "serving", victim, action)
+            caller = Caller(url, directly)
+            assert caller.begun.wait(30), "no token has come"
+            os.kill(pid, ACTIONS[action])
+            start = time.monotonic()
+            needs = HELPERS[victim]
+            told = []
+            while (pid in find().values() or needs is not None and told[-1:] != [200]) and (
+                time.monotonic() < start + HELPER_TIMEOUT_S
+            ):
+                if health(url) != 200:
+                    outcome.unhealthy_s = time.monotonic() - start
+                    outcome.faults.append("the instance is not healthy meanwhile")
+                if needs is not None:
+                    told.append(needs(url))
+                time.sleep(0.2)
+            seconds = time.monotonic() - start
+            if pid in find().values():
+                outcome.faults.append(f"it has not been replaced within {HELPER_TIMEOUT_S:g} s")
+            words = [caller.outcome(60), f"replaced after {seconds:.1f} s"]
+            if told:
+                words.insert(1, "who needs it: " + ", ".join(map(str, told)))
+            self._goes_on(outcome, server, url)
+            outcome.callers = "; ".join(words)
+            self.outcomes[-1] = outcome
+            print(outcome.row(), flush=True)
+
     def two_nodes(self, phases: list[str], actions: list[str], victims: str) -> None:
         """Every process of the second node, while callers ask the first."""
         for phase in phases:
@@ -341,6 +388,8 @@ def main() -> int:
         bench = Bench(args.timeout, Path(temporary))
         if "one-node" in scenes:
             bench.one_node(phases, actions, args.victims)
+        if "helpers" in scenes:
+            bench.helpers(actions, args.victims)
         if "two-nodes" in scenes:
             bench.two_nodes(phases, actions, args.victims)
         if "metadata" in scenes:

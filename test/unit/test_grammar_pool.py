@@ -206,6 +206,22 @@ def test_the_nursery_may_be_killed(pool: GrammarPool) -> None:
     assert grammar.failure is None
 
 
+def test_a_nursery_that_stands_still_is_replaced(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    following = opened(pool, regex("[m-p]+"))
+    stopped = pool._nursery
+    assert stopped is not None
+    os.kill(stopped._process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(grammar_pool, "HELLO_WALL_S", 0.5)
+    monkeypatch.setattr(grammar_pool, "QUICK_SLOTS", 16)
+    waiting = [pool.open(regex(f"[m-p]{{{number}}}")) for number in range(1, 9)]  # more than were made ready
+    until(pool, lambda: pool._nursery is not stopped)
+    monkeypatch.setattr(grammar_pool, "HELLO_WALL_S", 30.0)
+    pool.wait([following, *waiting], TIMEOUT_S)
+    assert all(grammar.failure is None and allowed(grammar) for grammar in (following, *waiting))
+    for grammar in waiting:
+        grammar.close()
+
+
 def test_the_nursery_s_processes_may_end_before_its_socket(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = opened(pool, regex("[i-l]+"))
     pid = pid_of(pool, grammar)

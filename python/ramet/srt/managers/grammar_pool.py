@@ -25,6 +25,7 @@ SLICE_CPU_S = 0.1
 COMPILE_CPU_S = 10.0
 COMPILE_WALL_S = 60.0  # from a request's arrival on
 HANDICAP_S = 5e-6  # for each byte: a short constraint is compiled before a long one that came a little earlier
+HELLO_WALL_S = 30.0  # in which the nursery has a process for a constraint, its own start included
 STEP_CPU_S = 1.0
 STEP_WALL_S = 30.0
 NICE_CPU_S = 0.02  # from here on a process gives way to others
@@ -235,12 +236,15 @@ class GrammarPool:
         return self._nursery
 
     def _check_nursery(self) -> None:
-        """Give up a nursery that has ended. Its processes end too, and theirs is another matter."""
+        """See whether the nursery has ended."""
+        assert self._nursery is not None
+        if reason := self._nursery.last_words():
+            self._end_nursery(reason)
+
+    def _end_nursery(self, reason: str) -> None:
+        """Give up the nursery. Its processes end too, and their constraints go on in new ones."""
         nursery = self._nursery
         assert nursery is not None and self._poll is not None
-        reason = nursery.last_words()
-        if not reason:
-            return
         self._poll.unregister(nursery.socket.fileno())
         nursery.close()
         self._nursery = None
@@ -380,6 +384,10 @@ class GrammarPool:
             self._bound_memory()
 
     def _check_compiling(self, holder: Holder, now: float) -> None:
+        link = holder.link
+        if link is not None and not link.has_begun and now - link.waiting_since > HELLO_WALL_S:
+            self._end_nursery(f"it has not moved for {HELLO_WALL_S:g} s")
+            return
         used_s = 0.0 if holder.link is None else holder.link.cpu_s()
         if used_s > COMPILE_CPU_S:
             self._fail_all(holder, f"compiling it takes more than {COMPILE_CPU_S:g} s", 400)
