@@ -235,10 +235,8 @@ class Bench:
             words = [caller.outcome(60), f"replaced after {seconds:.1f} s"]
             if told:
                 words.insert(1, "who needs it: " + ", ".join(map(str, told)))
-            self._goes_on(outcome, server, url)
             outcome.callers = "; ".join(words)
-            self.outcomes[-1] = outcome
-            print(outcome.row(), flush=True)
+            self._goes_on(outcome, server, url)
 
     def two_nodes(self, phases: list[str], actions: list[str], victims: str) -> None:
         """Every process of the second node, while callers ask the first."""
@@ -327,8 +325,9 @@ class Bench:
                             os.kill(pid, signal.SIGKILL)
 
     def _goes_on(self, outcome: Outcome, server: ServerProcess, url: str) -> None:
-        outcome.callers = Caller(url, directly).outcome(60)
-        if outcome.callers != "their answer" or health(url) != 200:
+        answer = Caller(url, directly).outcome(60)
+        outcome.callers = answer if outcome.callers == "—" else outcome.callers
+        if answer != "their answer" or health(url) != 200:
             outcome.faults.append("the instance does not go on")
         server.signal()
         outcome.exit_code = server.wait_exit(40)
