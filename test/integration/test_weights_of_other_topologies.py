@@ -101,7 +101,11 @@ def test_fp8_blocks_are_mapped(dense_folder, tmp_path):
     ("theirs", "ours", "message"),
     [
         ({"block": (32, 32)}, {"block": (16, 16)}, "weight_block_rows is 32, not 16"),
-        ({"is_plain": lambda name: "o_proj" in name, "modules_to_not_convert": ["o_proj"]}, {}, "dtype .*o_proj"),
+        (
+            {"is_plain": lambda name: "o_proj" in name, "modules_to_not_convert": ["o_proj"]},
+            {},
+            "type, .*o_proj.weight .bfloat16 in",
+        ),
         ({}, None, "quantization is fp8, not none"),
     ],
     ids=["other blocks", "a plain layer", "not quantised"],
