@@ -141,9 +141,8 @@ def test_long_bodies_share_a_rate_and_short_ones_do_not_wait(
         for sender in senders:
             sender.start()
         time.sleep(0.1)
-        asked = time.monotonic()
         assert b"got 0" in ask(port, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        assert time.monotonic() - asked < 0.2
+        assert not answers
         for sender in senders:
             sender.join()
         assert [b"got %d" % len(body) in answer for answer in answers] == [True, True]
