@@ -182,14 +182,19 @@ def large_number(target: Target) -> int:
 # ---- attacks: connections ----
 
 
+def open_many(target: Target, number: int, data: bytes) -> list[socket.socket]:
+    """Connections that have sent some data, as many as there can be."""
+    open_sockets: list[socket.socket] = []
+    with contextlib.suppress(OSError):
+        for _ in range(number):
+            open_sockets.append(socket.create_connection(("127.0.0.1", target.port), timeout=5))
+            open_sockets[-1].sendall(data)
+    return open_sockets
+
+
 def half_sent_headers(target: Target) -> int:
     """A thousand connections that send a letter of a header now and then."""
-    open_sockets = []
-    with contextlib.suppress(OSError):
-        for _ in range(1000):
-            one = socket.create_connection(("127.0.0.1", target.port), timeout=5)
-            open_sockets.append(one)
-            one.sendall(b"POST /generate HTTP/1.1\r\nHost: x")
+    open_sockets = open_many(target, 1000, b"POST /generate HTTP/1.1\r\nHost: x")
     for _ in range(3):
         time.sleep(1)
         for one in open_sockets:
@@ -201,13 +206,8 @@ def half_sent_headers(target: Target) -> int:
 
 
 def half_sent_bodies(target: Target) -> int:
-    open_sockets = []
-    with contextlib.suppress(OSError):
-        for _ in range(500):
-            one = socket.create_connection(("127.0.0.1", target.port), timeout=5)
-            open_sockets.append(one)
-            head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            one.sendall(head + b"Content-Length: 60000000\r\n\r\n" + b"{" * 100_000)
+    head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    open_sockets = open_many(target, 500, head + b"Content-Length: 60000000\r\n\r\n" + b"{" * 100_000)
     time.sleep(2)
     for one in open_sockets:
         one.close()

@@ -235,6 +235,7 @@ def test_our_calls_fit_the_recorded_flashinfer():
 
 def test_our_calls_fit_the_real_flashinfer(monkeypatch):
     record_calls(FlashInferAttnBackend)
+    assert fake_flashinfer.CALLS
     monkeypatch.delitem(sys.modules, "flashinfer")
     real = pytest.importorskip("flashinfer", reason="the package flashinfer is not installed")
     for name, method, args, kwargs in fake_flashinfer.CALLS:

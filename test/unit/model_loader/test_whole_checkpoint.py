@@ -45,6 +45,14 @@ def refusals(folder, topology):
     return said
 
 
+def assert_equal_models(folder, other, topology):
+    """Every rank reads the same weights from both folders."""
+    for parallel in sm.ranks_of(**TOPOLOGIES[topology]):
+        expected = dict(fp8.load_model(folder, parallel).named_parameters())
+        found = dict(fp8.load_model(other, parallel).named_parameters())
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def add(name, *shape, dtype=torch.bfloat16):
     return lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)})
 
@@ -86,16 +94,17 @@ def test_sound_and_harmless_files_are_read_by_every_rank(folders, tmp_path, topo
         if topology == "ep2" and family == "llama3":
             continue
         other = changed(folder, tmp_path / family, add("model.layers.1.self_attn.rotary_emb.inv_freq", 8))
-        for parallel in sm.ranks_of(**TOPOLOGIES[topology]):
-            fp8.load_model(other, parallel)
+        assert_equal_models(folder, other, topology)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_stacked_experts_of_other_stages_have_their_familys_names(tmp_path, family):
-    folder = rm.make_model(tmp_path, family, dtype="bfloat16", stacked_experts=True, tokenizer=False)
+    listed, stacked = (
+        rm.make_model(tmp_path / str(stacks), family, dtype="bfloat16", stacked_experts=stacks, tokenizer=False)
+        for stacks in (False, True)
+    )
     for topology in ("pp3tp2", "ep2"):
-        for parallel in sm.ranks_of(**TOPOLOGIES[topology]):
-            fp8.load_model(folder, parallel)
+        assert_equal_models(listed, stacked, topology)
 
 
 def test_an_index_that_does_not_name_a_tensor_is_refused(tmp_path):

@@ -47,7 +47,7 @@ STOP_TIMEOUT_S = 5.0
 ENDS_OF_LIBRARIES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, 127)  # exit codes of some that got no memory
 GOMP_SPINCOUNT = "1000"  # turns that an OpenMP thread waits busily before it sleeps: some microseconds
 # oneDNN keeps a compiled product of matrices for each number of rows, a megabyte each, and so does torch above it: 1024
-# of them unless they are told otherwise. A new one takes about a millisecond.
+# of them unless they are told otherwise.
 KEPT_PRODUCTS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 DETOKENIZER_SLOT = 1  # on the page on which the processes beat; the ranks' slots come behind it
 MAX_SOCKET_PATH = 107  # bytes in a Unix socket's address

@@ -21,7 +21,6 @@ from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, ans
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import ServiceError
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.text.template_process import end_template_processes
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +142,6 @@ def make_server_args(fields: dict[str, Any]) -> ServerArgs:
 class EngineCore:
     """The thread, the event loop and the instance in it. Holds no reference to its Engine."""
 
-    _num_running = 0
-    _count_lock = threading.Lock()
-
     def __init__(self, instance: Instance):
         self.instance = instance
         self._loop = asyncio.new_event_loop()
@@ -177,7 +173,6 @@ class EngineCore:
                 self._thread.join()
 
     def _run(self) -> None:
-        self._count(1)
         try:
             self.instance.start()
             self._loop.run_until_complete(self._serve())
@@ -188,15 +183,6 @@ class EngineCore:
         finally:
             self.instance.stop_processes()
             self._close_loop()
-            self._count(-1)
-
-    @classmethod
-    def _count(cls, change: int) -> None:
-        """The last engine of the program ends what all have used."""
-        with cls._count_lock:
-            cls._num_running += change
-            if cls._num_running == 0:
-                end_template_processes()
 
     def _close_loop(self) -> None:
         """As asyncio.Runner does it, but without a new thread: there are none while the interpreter ends."""

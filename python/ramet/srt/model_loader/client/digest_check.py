@@ -19,7 +19,7 @@ from ramet.srt.weights.manifest import WeightManifest
 logger = logging.getLogger(__name__)
 
 # Files of at most so many bytes are read for their digest, if nobody has computed it, before weights from a stranger
-# are taken: a tenth of a second. Of larger ones samples are compared: reading all would cost what taking saves.
+# are taken, which is soon done. Of larger ones samples are compared: reading all would cost what taking saves.
 MAX_UNASKED_BYTES = 64 << 20
 
 
