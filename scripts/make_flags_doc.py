@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from ramet.srt.server_args import ServerArgs, flag_name  # noqa: E402 - its folder is made importable above
+from ramet.srt.server_args import ServerArgs  # noqa: E402 - its folder is made importable above
+from ramet.srt.server_flags import flag_name  # noqa: E402 - its folder is made importable above
 
 PATH = ROOT / "docs" / "flags.md"
 HEAD = """# Flags
@@ -17,13 +18,13 @@ HEAD = """# Flags
 The flags of `ramet serve` and `python -m ramet.launch_server`, which are also the keyword arguments of `ramet.Engine`
 (`--model-path` is `model_path`). Names follow SGLang's. Abbreviations are not accepted, an unknown flag is an error.
 
-`make docs` writes this page from `python/ramet/srt/server_args.py`.
+`make docs` writes this page from `python/ramet/srt/server_flags.py`.
 """
 
 
 def section_of_fields() -> dict[str, str]:
     """Field name -> the comment line above its group in the source of ServerArgs."""
-    source = (ROOT / "python/ramet/srt/server_args.py").read_text().split("class ServerArgs", 1)[1]
+    source = (ROOT / "python/ramet/srt/server_flags.py").read_text().split("class ServerFlags", 1)[1]
     sections, current = {}, ""
     for line in source.splitlines():
         if comment := re.fullmatch(r"    # (\w[\w ]*)", line):

@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
-from ramet.srt.server_args import ServerArgs, flag_name
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.server_flags import flag_name
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,8 @@ from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.layers.attention import registry, requirements
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.registry import choose_attn_backend
-from ramet.srt.server_args import ATTENTION_BACKENDS, ServerArgs
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.server_flags import ATTENTION_BACKENDS
 
 SPEC = AttentionSpec(
     device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_layers=4, num_heads=8, num_kv_heads=2,
