@@ -86,7 +86,6 @@ def make_replica(request, tmp_path_factory):
 def make_plan(number):
     sequence = SequencePlan(rid=str(number), row=0, start=number, input_ids=[number], is_sampled=True)
     return BatchPlan(
-        is_decode=True,
         sequences=[sequence],
         page_writes=[],
         new_states=[],

@@ -16,28 +16,40 @@ class PageWrite(msgspec.Struct, array_like=True):
 
 
 class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
-    """One sequence's part of a pass."""
+    """One sequence's part of a pass: any number of new tokens."""
 
     rid: str
     row: int  # of the page table
     start: int  # tokens in the KV cache before the pass
-    input_ids: list[int]  # the new tokens; LAST_TOKEN may stand for one in a decode pass
+    input_ids: list[int]  # the new tokens; LAST_TOKEN may stand for one that is alone
     is_sampled: bool  # whether a token comes out
     group: int = 0  # attention group that computes its attention; the sequences of a plan are in the groups' order
     logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
     logprob_targets: list[int] = []  # the tokens behind it and those after it
     top_logprobs_num: int = 0
 
+    @property
+    def gains_a_token(self) -> bool:
+        """Whether one token goes in and one comes out, and nothing else is asked."""
+        return len(self.input_ids) == 1 and self.is_sampled and not self.logprob_targets
+
 
 class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
-    """One forward pass, in full: a rank that has run all plans before it needs nothing else."""
+    """One forward pass, in full: a rank that has run all plans before it needs nothing else.
 
-    is_decode: bool  # one new token for each sequence
+    Prompt chunks and single tokens of requests that decode may stand side by side in it.
+    """
+
     sequences: list[SequencePlan]
     page_writes: list[PageWrite]
     new_states: list[SamplingState]
     ended_rids: list[str]  # states that are no longer needed
     grammar_masks: dict[str, bytes]  # rid -> one bit for each token of the vocabulary, int32 words, lowest bit first
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence gains a token from its newest one."""
+        return all(sequence.gains_a_token for sequence in self.sequences)
 
 
 class LogprobRows(msgspec.Struct, kw_only=True):

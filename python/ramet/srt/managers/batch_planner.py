@@ -25,7 +25,6 @@ class BatchPlanner:
         known.update(state.rid for state in new_states)
         ended, self._ended_rids = self._ended_rids, []
         return BatchPlan(
-            is_decode=batch.is_decode,
             sequences=[_decode_sequence(running) for running in batch.reqs]
             if batch.is_decode
             else [_extend_sequence(running) for running in batch.reqs],

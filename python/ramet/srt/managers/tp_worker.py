@@ -74,9 +74,10 @@ class TpModelWorker:
     def _decode(self, plan: BatchPlan) -> torch.Tensor | None:
         """Hidden states [batch_size, hidden_size] of one new token for each sequence, in the last pipeline stage."""
         table_rows = [sequence.row for sequence in plan.sequences]
-        last = [sequence.input_ids[0] for sequence in plan.sequences]
-        if LAST_TOKEN not in last:
-            places, tokens = to_device([table_rows, last], torch.int64, self.device)
+        known = [s for s in plan.sequences if s.input_ids[0] != LAST_TOKEN]
+        if known:
+            new = [[s.row for s in known], [s.input_ids[0] for s in known]]
+            places, tokens = to_device(new, torch.int64, self.device)
             self._last_tokens.index_copy_(0, places, tokens)
         starts = [sequence.start for sequence in plan.sequences]
         return self.model_runner.decode(table_rows, starts, self._own_sequences(plan))
@@ -90,7 +91,7 @@ class TpModelWorker:
         return slice(bisect_left(groups, parallel.attn_dp_rank), bisect_right(groups, parallel.attn_dp_rank))
 
     def _extend_batch(self, plan: BatchPlan) -> ForwardBatch:
-        """New prompt tokens of several sequences, as tensors on the device."""
+        """New tokens of several sequences, prompt chunks and single ones, as tensors on the device."""
         runner = self.model_runner
         all_lens = [len(sequence.input_ids) for sequence in plan.sequences]
         own = self._own_sequences(plan)
@@ -107,6 +108,10 @@ class TpModelWorker:
             ]
         )
         input_ids = to_device(flat_ids, torch.int64, self.device)
+        if LAST_TOKEN in flat_ids:
+            row_of_token = np.repeat([sequence.row for sequence in plan.sequences], all_lens)
+            last = self._last_tokens.index_select(0, to_device(row_of_token, torch.int64, self.device))
+            input_ids = torch.where(input_ids == LAST_TOKEN, last, input_ids)
         positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
         rows, seq_lens = to_device([[s.row for s in sequences], ends], torch.int64, self.device)
         block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends, default=0) // runner.page_size)]
