@@ -2,8 +2,10 @@
 
 import random
 
+import numpy as np
 import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -16,10 +18,12 @@ class Case:
     """A random cache and a batch of sequences in it, each of (prefix_len, new_len)."""
 
     def __init__(
-        self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False, pool=None
-    ):
+        self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False, pool=None,
+        shared=(),
+    ):  # fmt: skip
         """
         Args:
+            shared: (first sequence, number of sequences, tokens) whose pages are the same.
             pool: of another case, for its backend to be used again; what is in it is replaced.
         """
         num_heads, num_kv_heads, head_dim = shape
@@ -43,6 +47,9 @@ class Case:
         for index, (prefix, new) in enumerate(sequences):
             count = -(-(prefix + new) // page_size)
             tables[index, :count] = torch.tensor([pages.pop() for _ in range(count)])
+            for first, number, length in shared:
+                if first < index < first + number:
+                    tables[index, : length // page_size] = tables[first, : length // page_size]
             positions = torch.arange(prefix, prefix + new)
             slots.append(tables[index][positions // page_size] * page_size + positions % page_size)
             rows.append(positions)
@@ -57,11 +64,16 @@ class Case:
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
             positions=torch.cat(rows).to(device),
             out_cache_loc=slots,
-            block_tables=tables.to(device),
+            req_to_page=tables.to(device),
+            rows=torch.arange(len(sequences), device=device),
             seq_lens=torch.tensor(ends, dtype=torch.int32, device=device),
-            seq_lens_cpu=ends,
-            extend_lens_cpu=[new for _, new in sequences],
-            logits_rows=torch.arange(num_tokens, device=device),
+            tokens=PassTokens(
+                np.arange(len(sequences)),
+                np.array([prefix for prefix, _ in sequences]),
+                np.array([new for _, new in sequences]),
+                np.zeros(num_tokens, dtype=np.int64),
+                [SharedPrefix(*prefix) for prefix in shared],
+            ),
         )
 
     @property

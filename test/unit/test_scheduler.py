@@ -38,8 +38,8 @@ def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(
 def test_without_graphs_the_kernels_of_few_and_many_requests_are_prepared(engine, monkeypatch):
     """What a GPU rank does beside the loading of its weights."""
     runner, batches = engine.runner, []
-    forward = runner.forward
-    monkeypatch.setattr(runner, "forward", lambda batch: batches.append(batch) or forward(batch))
+    forward = runner._forward
+    monkeypatch.setattr(runner, "_forward", lambda batch: batches.append(batch) or forward(batch))
     monkeypatch.setattr(type(runner), "can_be_captured", False)
     runner._prepare_kernels()
     assert {batch.batch_size for batch in batches if batch.forward_mode is ForwardMode.DECODE} == {1, 16}

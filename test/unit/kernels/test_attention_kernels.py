@@ -23,10 +23,27 @@ def test_decode(device, shape, window):
     check(Case(device, [(0, 1), (15, 1), (40, 1)], shape, window=window, decode=True))
 
 
-@pytest.mark.parametrize("num_sequences", [1, 13])
-def test_decode_with_many_and_no_splits(device, num_sequences):
-    sequences = [(37 * index % 60, 1) for index in range(1, num_sequences + 1)]
-    check(Case(device, sequences, (4, 2, 16), page_size=16, decode=True))
+@pytest.mark.parametrize("window", [None, 70, 300])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_long_sequences_beside_short_ones(device, window, page_size):
+    """The long ones are split into pieces, the short ones not."""
+    sequences = [(2, 1), (700, 1), (0, 1), (300, 1)]
+    check(Case(device, sequences, (4, 2, 16), window=window, page_size=page_size, decode=True))
+
+
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_prefix_that_many_sequences_share(device, shape, window):
+    """Also of a window that the prefix reaches beyond: then each sequence reads its own keys."""
+    sequences = [(20, 1), *((256 + length, 1) for length in (0, 30, 90, 4)), (300, 1)]
+    case = Case(device, sequences, shape, page_size=16, window=window, decode=True, shared=[(1, 4, 256)])
+    check(case)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_few_and_many_new_tokens_behind_long_prefixes(device, window):
+    """As in a pass of decoding requests, drafts that are verified and prompt chunks; the chunks are split, too."""
+    check(Case(device, [(300, 1), (200, 3), (0, 2), (500, 40), (3, 1)], (4, 2, 16), window=window))
 
 
 @pytest.mark.parametrize("decode", [True, False])

@@ -6,16 +6,20 @@ import sys
 
 import fake_flashinfer
 import fake_varlen
+import numpy as np
 import pytest
 import random_models as rm
 import torch
 from attention_case import Case
 from engine_harness import EngineHarness
+from ramet.srt.batch.forward_batch_info import ForwardMode
+from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.layers.attention.base_attn_backend import CapturedShape
 from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from ramet.srt.layers.attention.requirements import missing_package
 from ramet.srt.layers.attention.torch_varlen_backend import TorchVarlenAttnBackend
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
-from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
 from torch.nn.attention import varlen
 
 BACKENDS = {"flashinfer": FlashInferAttnBackend, "torch_varlen": TorchVarlenAttnBackend}
@@ -94,23 +98,21 @@ class Replayed:
 
     def __init__(self, case, backend, sizes):
         self.case, self.backend = case, backend
-        num_rows, width = case.batch.block_tables.shape
+        num_rows, width = case.batch.req_to_page.shape
         self.pool = ReqToPagePool(num_rows, width, case.device)
-        self.pool.req_to_page[:num_rows] = case.batch.block_tables
-        self.inputs = torch.zeros(2 * max(sizes), dtype=torch.int64)
-        backend.init_cuda_graph_state(sizes, self.pool.req_to_page)
+        self.pool.req_to_page[:num_rows] = case.batch.req_to_page
+        self.inputs = torch.zeros(3 * max(sizes), dtype=torch.int64)
+        backend.init_cuda_graph_state([CapturedShape(size, False) for size in sizes], self.pool.req_to_page)
 
     def run(self, rows, size):
-        starts = [self.case.batch.seq_lens_cpu[row] - 1 for row in rows]
-        padding = size - len(rows)
-        padded_rows, padded_starts = rows + [self.pool.padding_row] * padding, starts + [0] * padding
-        self.inputs[: 2 * size] = torch.tensor(padded_rows + padded_starts)
-        self.backend.init_forward_metadata_replay_cuda_graph(self.inputs[:size], padded_starts)
-        row_tensor, start_tensor = self.inputs[: 2 * size].view(2, size)
-        longest = self.pool.req_to_page.shape[1] * self.case.page_size - 1
-        batch = make_decode_batch(self.pool, self.case.page_size, row_tensor, start_tensor, [longest] * size)
-        batch.is_captured = True
-        q = self.case.q[[row if row < len(self.case.q) else 0 for row in padded_rows]]
+        starts = self.case.batch.tokens.starts[rows]
+        tokens = PassTokens(np.array(rows), starts, np.ones_like(starts), np.zeros_like(starts))
+        tokens = tokens.padded(size, self.pool.padding_row)
+        fixed = self.inputs[: 3 * size].view(3, size)
+        fixed.copy_(torch.from_numpy(token_inputs(tokens)))
+        self.backend.init_forward_metadata_replay_cuda_graph(CapturedShape(size, False), tokens, fixed[0])
+        batch = make_captured_batch(self.pool, self.case.page_size, fixed, ForwardMode.DECODE)
+        q = self.case.q[[row if row < len(self.case.q) else 0 for row in tokens.rows.tolist()]]
         self.backend.init_forward_metadata(batch)
         self.case.layer.bind(self.backend)
         return self.case.layer(q, batch)[: len(rows)]

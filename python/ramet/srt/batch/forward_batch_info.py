@@ -5,9 +5,11 @@ from enum import Enum, auto
 
 import torch
 
+from ramet.srt.batch.pass_tokens import PassTokens
+
 
 class ForwardMode(Enum):
-    """What the pass computes: prompt tokens, or one new token for each sequence."""
+    """What the pass computes: any number of new tokens of each sequence, or one."""
 
     EXTEND = auto()
     DECODE = auto()
@@ -15,33 +17,40 @@ class ForwardMode(Enum):
 
 @dataclass
 class ForwardBatch:
-    """One forward pass over `batch_size` sequences, whose new tokens stand one behind the other.
+    """One forward pass over some sequences, whose new tokens stand one behind the other; see `make_forward_batch`.
 
-    Whoever makes it sets all of it: the worker for prompts, `make_decode_batch` for decoding. Layers and backends only
-    read it.
+    Layers and backends only read it. What attention reads is of the tokens whose attention this rank computes, which
+    are all unless attention is data-parallel.
     """
 
     forward_mode: ForwardMode
-
-    # What the model reads at its ends: all tokens of the pass.
-    input_ids: torch.Tensor  # int64 [num_tokens]
-    logits_rows: torch.Tensor  # int64 [num_logits]: the tokens whose logits are wanted
-
-    # What attention reads: the tokens and sequences whose attention this rank computes, which are all unless attention
-    # is data-parallel.
+    input_ids: torch.Tensor  # int64 [num_tokens]: all tokens of the pass
     positions: torch.Tensor  # int64 [num_tokens]
     out_cache_loc: torch.Tensor  # int64 [num_tokens]: KV slot of each new token
-    block_tables: torch.Tensor  # int64 [batch_size, max_pages]: KV pages of each sequence, 0 where there is none
+    req_to_page: torch.Tensor  # int64 [num_rows, max_pages]: the KV pages of every request
+    rows: torch.Tensor  # int64 [batch_size]: the row of each sequence there
     seq_lens: torch.Tensor  # int32 [batch_size]: tokens in the cache after this pass
-
-    # The same on the host, for what is planned there. In a captured pass, the most that a replay may have.
-    seq_lens_cpu: list[int]
-    extend_lens_cpu: list[int]  # new tokens of each sequence; all 1 when decoding
-
-    # How the pass runs.
+    tokens: PassTokens  # the same on the host; in a captured pass, as long as a replay may have them
     attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
     is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 
     @property
     def batch_size(self) -> int:
-        return len(self.seq_lens_cpu)
+        return len(self.tokens.rows)
+
+    @property
+    def seq_lens_cpu(self) -> list[int]:
+        """`seq_lens`, on the host."""
+        ends: list[int] = self.tokens.ends.tolist()
+        return ends
+
+    @property
+    def extend_lens_cpu(self) -> list[int]:
+        """New tokens of each sequence, on the host; all 1 when decoding."""
+        lens: list[int] = self.tokens.lens.tolist()
+        return lens
+
+    def block_tables(self, page_size: int) -> torch.Tensor:
+        """int64 [batch_size, max_pages]: the KV pages of each sequence, as many as the longest one has."""
+        num_pages = -(-max(self.seq_lens_cpu, default=0) // page_size)
+        return self.req_to_page[:, :num_pages].index_select(0, self.rows)

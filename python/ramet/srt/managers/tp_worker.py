@@ -1,13 +1,13 @@
 """Owns the execution of batch plans on one rank: plan to tensors, forward pass, sampling. Decides nothing."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, BatchResult
-from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
 from ramet.srt.managers.logprobs import split_rows
 from ramet.srt.managers.rank_profiler import RankProfiler, Wait, in_sight
@@ -54,33 +54,17 @@ class TpModelWorker:
             self._rows[state.rid] = SamplingRow(state)
         self.model_runner.req_pool.write(plan.page_writes)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
-        sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
-        if plan.is_decode:
-            last_hidden_states = self._decode(plan)
-        else:
-            batch = self._extend_batch(plan)
-            hidden_states = self.model_runner.forward(batch)
-            last_hidden_states = None
-            if hidden_states is not None:
-                self._add_prompt_logprobs(plan, hidden_states, result)
-                last_hidden_states = hidden_states[batch.logits_rows]
-        if last_hidden_states is None:  # they go on to the next pipeline stage
+        hidden_states = self.model_runner.run_pass(PassTokens.of(plan.sequences), self._own_sequences(plan))
+        if hidden_states is None:  # they go on to the next pipeline stage
             return None
+        if not plan.is_decode:
+            self._add_prompt_logprobs(plan, hidden_states, result)
+            hidden_states = hidden_states[to_device(_last_rows(plan), torch.int64, self.device)]
+        sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
         if not sampled:
             return lambda: result
-        logits = self.model_runner.compute_logits(last_hidden_states)
+        logits = self.model_runner.compute_logits(hidden_states)
         return self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result)
-
-    def _decode(self, plan: BatchPlan) -> torch.Tensor | None:
-        """Hidden states [batch_size, hidden_size] of one new token for each sequence, in the last pipeline stage."""
-        table_rows = [sequence.row for sequence in plan.sequences]
-        known = [s for s in plan.sequences if s.input_ids[0] != LAST_TOKEN]
-        if known:
-            new = [[s.row for s in known], [s.input_ids[0] for s in known]]
-            places, tokens = to_device(new, torch.int64, self.device)
-            self._last_tokens.index_copy_(0, places, tokens)
-        starts = [sequence.start for sequence in plan.sequences]
-        return self.model_runner.decode(table_rows, starts, self._own_sequences(plan))
 
     def _own_sequences(self, plan: BatchPlan) -> slice:
         """The sequences whose attention this rank computes: all, unless attention is data-parallel."""
@@ -89,45 +73,6 @@ class TpModelWorker:
             return slice(0, len(plan.sequences))
         groups = [sequence.group for sequence in plan.sequences]
         return slice(bisect_left(groups, parallel.attn_dp_rank), bisect_right(groups, parallel.attn_dp_rank))
-
-    def _extend_batch(self, plan: BatchPlan) -> ForwardBatch:
-        """New tokens of several sequences, prompt chunks and single ones, as tensors on the device."""
-        runner = self.model_runner
-        all_lens = [len(sequence.input_ids) for sequence in plan.sequences]
-        own = self._own_sequences(plan)
-        sequences, lens = plan.sequences[own], all_lens[own]
-        ends = [sequence.start + new for sequence, new in zip(sequences, lens, strict=True)]
-        first_token = sum(all_lens[: own.start])
-        flat_ids = np.concatenate([np.asarray(sequence.input_ids, dtype=np.int64) for sequence in plan.sequences])
-        tokens = np.stack(
-            [
-                np.concatenate(
-                    [np.arange(0), *(np.arange(end - new, end) for new, end in zip(lens, ends, strict=True))]
-                ),
-                np.repeat(np.arange(len(lens)), lens),
-            ]
-        )
-        input_ids = to_device(flat_ids, torch.int64, self.device)
-        if LAST_TOKEN in flat_ids:
-            row_of_token = np.repeat([sequence.row for sequence in plan.sequences], all_lens)
-            last = self._last_tokens.index_select(0, to_device(row_of_token, torch.int64, self.device))
-            input_ids = torch.where(input_ids == LAST_TOKEN, last, input_ids)
-        positions, sequence_of_token = to_device(tokens, torch.int64, self.device)
-        rows, seq_lens = to_device([[s.row for s in sequences], ends], torch.int64, self.device)
-        block_tables = runner.req_pool.req_to_page[rows, : -(-max(ends, default=0) // runner.page_size)]
-        pages = block_tables[sequence_of_token, positions // runner.page_size]
-        return ForwardBatch(
-            forward_mode=ForwardMode.EXTEND,
-            input_ids=input_ids,
-            positions=positions,
-            out_cache_loc=pages * runner.page_size + positions % runner.page_size,
-            block_tables=block_tables,
-            seq_lens=seq_lens.to(torch.int32),
-            seq_lens_cpu=ends,
-            extend_lens_cpu=lens,
-            logits_rows=to_device(_last_rows(plan, all_lens), torch.int64, self.device),
-            attn_tokens=slice(first_token, first_token + sum(lens)) if runner.parallel.attn_dp_size > 1 else None,
-        )
 
     def _add_prompt_logprobs(self, plan: BatchPlan, hidden_states: torch.Tensor, result: BatchResult) -> None:
         first_row = 0
@@ -192,12 +137,7 @@ class TpModelWorker:
         return self._info
 
 
-def _last_rows(plan: BatchPlan, lens: Sequence[int]) -> list[int]:
+def _last_rows(plan: BatchPlan) -> list[int]:
     """The row of the last new token of each sampled sequence."""
-    rows = []
-    end = 0
-    for sequence, new in zip(plan.sequences, lens, strict=True):
-        end += new
-        if sequence.is_sampled:
-            rows.append(end - 1)
-    return rows
+    ends = accumulate(len(sequence.input_ids) for sequence in plan.sequences)
+    return [end - 1 for sequence, end in zip(plan.sequences, ends, strict=True) if sequence.is_sampled]

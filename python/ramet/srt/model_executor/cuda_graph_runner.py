@@ -1,19 +1,23 @@
-"""Owns the CUDA graphs of decode passes: one for each of some batch sizes, captured once, replayed for every pass."""
+"""Owns the CUDA graphs of short passes: one for each of some numbers of tokens, captured once, replayed for many."""
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from ramet.srt.batch.forward_batch_info import ForwardBatch
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, CapturedShape
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
-from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
 
 logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 512
+# Tokens of captured passes with prompt chunks. Longer ones keep the device busy for longer than their launches take.
+CHUNK_SIZES = (64, 128, 192, 256, 384, 512)
 
 
 def graph_batch_sizes(max_running_requests: int) -> list[int]:
@@ -23,12 +27,18 @@ def graph_batch_sizes(max_running_requests: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
+def captured_shapes(max_running_requests: int, with_chunks: bool) -> list[CapturedShape]:
+    """The passes to capture: those that only decode, and those with prompt chunks, each from the shortest on."""
+    shapes = [CapturedShape(size, False) for size in graph_batch_sizes(max_running_requests)]
+    return shapes + [CapturedShape(size, True) for size in CHUNK_SIZES if with_chunks]
+
+
 class CudaGraphRunner:
-    """Replays the model's kernels for a decode pass with one launch.
+    """Replays the model's kernels for a pass with one launch.
 
     The graphs read the weights, the KV cache and the page table at their fixed addresses, so that they can be
-    captured before the weights have arrived. A batch is padded to the next captured size with the table's padding
-    row, whose reads and writes go to page 0.
+    captured before the weights have arrived. A pass is padded to the next captured size with the table's padding row,
+    whose reads and writes go to page 0.
     """
 
     def __init__(
@@ -47,62 +57,61 @@ class CudaGraphRunner:
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
-        self._sizes = graph_batch_sizes(max_batch_size)
-        self.max_batch_size = self._sizes[-1]
+        self._shapes = captured_shapes(max_batch_size, backend.can_capture_chunks)
+        largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
-        self._inputs = torch.zeros(2 * self.max_batch_size, dtype=torch.int64, device=self._device)  # rows, then starts
-        self._hidden_states = torch.empty((self.max_batch_size, hidden_size), dtype=dtype, device=self._device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._inputs = torch.zeros(3 * largest, dtype=torch.int64, device=self._device)
+        self._hidden_states = torch.empty((largest, hidden_size), dtype=dtype, device=self._device)
+        self._graphs: dict[CapturedShape, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture a graph for every size, the largest first, so that the others fit into its memory."""
+        """Capture a graph for every shape, the largest first, so that the others fit into its memory."""
         start = time.perf_counter()
         device = self._device
         stream = torch.cuda.Stream(device)
         pool = torch.cuda.graph_pool_handle()
-        self._backend.init_cuda_graph_state(self._sizes, self._req_pool.req_to_page)
+        self._backend.init_cuda_graph_state(self._shapes, self._req_pool.req_to_page)
         stream.wait_stream(torch.cuda.current_stream(device))
-        for size in reversed(self._sizes):
-            self._inputs[:size] = self._req_pool.padding_row
-            self._inputs[size : 2 * size] = 0
-            self._backend.init_forward_metadata_replay_cuda_graph(self._inputs[:size], [0] * size)
+        for shape in sorted(self._shapes, reverse=True):
+            self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                self._run(size)  # kernels are compiled and libraries initialised outside of the capture
+                self._run(shape)  # kernels are compiled and libraries initialised outside of the capture
             graph = torch.cuda.CUDAGraph()
             # Another thread fills the arena meanwhile: what it does must not count as part of this capture.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._run(size)
-            self._graphs[size] = graph
+                self._run(shape)
+            self._graphs[shape] = graph
         torch.cuda.current_stream(device).wait_stream(stream)
-        logger.info(
-            "captured decode graphs for %d batch sizes in %.2f s", len(self._sizes), time.perf_counter() - start
-        )
+        logger.info("captured graphs of %d passes in %.2f s", len(self._shapes), time.perf_counter() - start)
 
-    def _run(self, size: int) -> None:
-        """One pass over the first `size` places, in terms of fixed addresses only."""
-        rows, starts = self._inputs[: 2 * size].view(2, size)
+    def _fixed_inputs(self, shape: CapturedShape) -> torch.Tensor:
+        """int64 [3, num_tokens], where a pass of this shape reads its tokens."""
+        return self._inputs[: 3 * shape.num_tokens].view(3, -1)
+
+    def _run(self, shape: CapturedShape) -> None:
+        """One pass, in terms of fixed addresses only."""
+        mode = ForwardMode.EXTEND if shape.has_chunks else ForwardMode.DECODE
         page_size = self._backend.spec.page_size
-        longest = self._req_pool.req_to_page.shape[1] * page_size - 1
-        batch = make_decode_batch(self._req_pool, page_size, rows, starts, [longest] * size)
-        batch.is_captured = True
-        self._hidden_states[:size].copy_(self._forward(batch))
+        batch = make_captured_batch(self._req_pool, page_size, self._fixed_inputs(shape), mode)
+        self._hidden_states[: shape.num_tokens].copy_(self._forward(batch))
+
+    def _prepare(self, shape: CapturedShape, tokens: PassTokens) -> None:
+        """Put the tokens, as many as the shape has, where the graph reads them."""
+        inputs = torch.from_numpy(np.ascontiguousarray(token_inputs(tokens))).pin_memory()
+        fixed = self._fixed_inputs(shape)
+        fixed.copy_(inputs, non_blocking=True)
+        self._backend.init_forward_metadata_replay_cuda_graph(shape, tokens, fixed[0])
 
     @torch.inference_mode()
-    def replay(self, rows: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
-        """Hidden states [batch_size, hidden_size] of the newest token of each request, valid until the next replay.
-
-        Args:
-            rows: of the page table.
-            starts: tokens of each request in the cache before the pass.
-        """
-        count = len(rows)
-        size = next(size for size in self._sizes if size >= count)
-        padded_rows = [*rows, *[self._req_pool.padding_row] * (size - count)]
-        padded_starts = [*starts, *[0] * (size - count)]
-        inputs = torch.tensor([*padded_rows, *padded_starts], dtype=torch.int64, pin_memory=True)
-        self._inputs[: 2 * size].copy_(inputs, non_blocking=True)
-        self._backend.init_forward_metadata_replay_cuda_graph(self._inputs[:size], padded_starts)
-        self._graphs[size].replay()
-        return self._hidden_states[:count]
+    def replay(self, tokens: PassTokens) -> torch.Tensor | None:
+        """Hidden states [num_tokens, hidden_size], valid until the next replay; None if no graph holds such a pass."""
+        has_chunks = not tokens.is_decode
+        fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= tokens.num_tokens)
+        shape = next(fitting, None)
+        if shape is None:
+            return None
+        self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row))
+        self._graphs[shape].replay()
+        return self._hidden_states[: tokens.num_tokens]

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ramet.srt.batch.batch_plan import LogprobRows
-from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.batch.forward_batch_info import ForwardBatch
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
@@ -24,13 +25,12 @@ from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
-from ramet.srt.model_executor.decode_batch import make_decode_batch
+from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.models.registry import get_model_class
-from ramet.srt.utils.device import to_device
 from ramet.srt.weights.manifest import build_weight_manifest
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -188,7 +188,7 @@ class ModelRunner:
         """Compile what prompts need and capture what decoding needs. The values don't matter: page 0 takes them."""
         for num_tokens in WARM_UP_LENGTHS:
             if num_tokens <= self.max_req_len:
-                self.forward(_padding_prompt(num_tokens, self.page_size, self.device))
+                self._run_padding([num_tokens])
         max_batch_size = self.config.max_running_requests
         is_wanted = self.config.use_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
@@ -201,7 +201,12 @@ class ModelRunner:
             return
         largest = min(max_batch_size, MAX_BATCH_SIZE)
         for size in sorted({1, largest}):  # few and many requests take other kernels
-            self.decode([self.req_pool.padding_row] * size, [0] * size, slice(0, size))
+            self._run_padding([1] * size)
+
+    def _run_padding(self, lens: Sequence[int]) -> None:
+        """A pass over sequences of so many tokens that belong to nobody."""
+        tokens = PassTokens.padding(self.req_pool.padding_row, lens)
+        self.run_pass(tokens, slice(0, len(lens)))
 
     @property
     def can_be_captured(self) -> bool:
@@ -253,13 +258,25 @@ class ModelRunner:
         self._weights.close()
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Run this rank's layers over the batch; its keys and values are in the cache after.
+    def run_pass(self, tokens: PassTokens, own: slice) -> torch.Tensor | None:
+        """Run this rank's layers over the tokens; their keys and values are in the cache after.
+
+        Args:
+            own: the sequences whose attention this rank computes.
 
         Returns:
-            Hidden states [num_tokens, hidden_size] in the last pipeline stage; None in the others, which send
-            theirs to the next.
+            Hidden states [num_tokens, hidden_size] in the last pipeline stage, valid until the next call; None in the
+            others, which send theirs to the next.
         """
+        if self.graph_runner is not None:
+            hidden_states = self.graph_runner.replay(tokens)
+            if hidden_states is not None:
+                return hidden_states
+        is_shared = self.parallel.attn_dp_size > 1
+        return self._forward(make_forward_batch(self.req_pool, self.page_size, tokens, own if is_shared else None))
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Launch the kernels of a pass; see run_pass."""
         output = self._compute(batch)
         if self.parallel.is_last_stage:
             return output
@@ -285,25 +302,6 @@ class ModelRunner:
             self._sending = None
 
     @torch.inference_mode()
-    def decode(self, rows: Sequence[int], starts: Sequence[int], own: slice) -> torch.Tensor | None:
-        """Like `forward`, for the newest token of each request. The result is valid until the next call.
-
-        Args:
-            rows: of the page table, where the tokens stand too.
-            starts: tokens of each request in the cache before the pass.
-            own: the requests whose attention this rank computes.
-        """
-        if self.graph_runner is not None and len(rows) <= self.graph_runner.max_batch_size:
-            return self.graph_runner.replay(rows, starts)
-        table_rows, positions = to_device([rows, starts], torch.int64, self.device)
-        batch = make_decode_batch(self.req_pool, self.page_size, table_rows[own], positions[own], list(starts[own]))
-        if self.parallel.attn_dp_size > 1:
-            batch.input_ids = self.req_pool.last_tokens.index_select(0, table_rows)
-            batch.logits_rows = torch.arange(len(rows), device=self.device)
-            batch.attn_tokens = own
-        return self.forward(batch)
-
-    @torch.inference_mode()
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
         return self.model.compute_logits(hidden_states)
@@ -317,19 +315,3 @@ class ModelRunner:
             logits = self.compute_logits(hidden_states[start : start + PROMPT_LOGPROB_ROWS])
             rows.extend(compute_logprobs(logits, targets, top_num).to_rows([top_num] * len(targets)))
         return rows
-
-
-def _padding_prompt(num_tokens: int, page_size: int, device: torch.device) -> ForwardBatch:
-    """A prompt that belongs to nobody: it reads and writes page 0 alone."""
-    positions = torch.arange(num_tokens, device=device)
-    return ForwardBatch(
-        forward_mode=ForwardMode.EXTEND,
-        input_ids=torch.zeros_like(positions),
-        positions=positions,
-        out_cache_loc=positions % page_size,
-        block_tables=torch.zeros((1, -(-num_tokens // page_size)), dtype=torch.int64, device=device),
-        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-        seq_lens_cpu=[num_tokens],
-        extend_lens_cpu=[num_tokens],
-        logits_rows=positions[-1:],
-    )

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -33,15 +35,23 @@ class AttentionLayer:
     sliding_window: int | None  # a query sees this many tokens, itself included; None: all before it
 
 
+class CapturedShape(NamedTuple):
+    """The passes that one CUDA graph runs."""
+
+    num_tokens: int
+    has_chunks: bool  # sequences may have several new tokens; otherwise each has one
+
+
 class AttentionBackend(ABC):
     """Computes attention over the paged KV cache for every layer of a forward pass.
 
     For a pass that is captured in a CUDA graph, the runner calls `init_cuda_graph_state` once. Then, for every pass of
-    a captured size, it calls `init_forward_metadata_replay_cuda_graph` and the graph: whatever needs the host or
+    a captured shape, it calls `init_forward_metadata_replay_cuda_graph` and the graph: whatever needs the host or
     values on the host belongs into the first of these two.
     """
 
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
+    can_capture_chunks = False  # whether a pass of any sequences may be
 
     def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
         """
@@ -64,21 +74,23 @@ class AttentionBackend(ABC):
         anew by every replay, what it does on the host happens once.
         """
 
-    def init_cuda_graph_state(self, batch_sizes: Sequence[int], req_to_page: torch.Tensor) -> None:  # noqa: B027  optional
-        """Make what captured passes of these sizes keep at fixed addresses.
+    def init_cuda_graph_state(  # noqa: B027  optional
+        self, shapes: Sequence[CapturedShape], req_to_page: torch.Tensor
+    ) -> None:
+        """Make what captured passes of these shapes keep at fixed addresses.
 
         Args:
             req_to_page: int64 [num_rows, max_pages], the page table that all of them read, at its place.
         """
 
     def init_forward_metadata_replay_cuda_graph(  # noqa: B027  optional
-        self, rows: torch.Tensor, starts_cpu: Sequence[int]
+        self, shape: CapturedShape, tokens: PassTokens, rows: torch.Tensor
     ) -> None:
         """Prepare the next captured pass; called before its capture and before each replay, on the same stream.
 
         Args:
-            rows: int64 [size], of the page table.
-            starts_cpu: tokens of each request in the cache before the pass, padding included; `size` of them.
+            tokens: of the pass, `shape.num_tokens` with the padding.
+            rows: int64 [num_tokens], on the device: of the page table, for each token.
         """
 
     @abstractmethod

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
+from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec, CapturedShape
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 from ramet.srt.utils.device import to_device
 
@@ -55,8 +56,7 @@ class FlashInferAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
             return  # planned already: that can't be captured
-        rows = torch.arange(forward_batch.batch_size, device=forward_batch.block_tables.device)
-        pages = self._list_pages(forward_batch.block_tables, rows, forward_batch.seq_lens_cpu)
+        pages = self._list_pages(forward_batch.req_to_page, forward_batch.rows, forward_batch.seq_lens_cpu)
         if forward_batch.forward_mode is ForwardMode.DECODE:
             self._current = self._decode
             self._plan(pages)
@@ -65,14 +65,14 @@ class FlashInferAttnBackend(AttentionBackend):
             query_starts = list(accumulate(forward_batch.extend_lens_cpu, initial=0))
             self._plan(pages, self._on_host(query_starts), causal=True)
 
-    def init_cuda_graph_state(self, batch_sizes: Sequence[int], req_to_page: torch.Tensor) -> None:
-        largest, device = max(batch_sizes), self.spec.device
+    def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], req_to_page: torch.Tensor) -> None:
+        largest, device = max(shape.num_tokens for shape in shapes), self.spec.device
         self._req_to_page = req_to_page
         # The graphs run one at a time, so they share the places that a plan is copied to.
         starts = torch.zeros(largest + 1, dtype=torch.int32, device=device)
         indices = torch.zeros(largest * req_to_page.shape[1], dtype=torch.int32, device=device)
         last_page_lens = torch.zeros(largest, dtype=torch.int32, device=device)
-        for size in batch_sizes:
+        for size, _ in shapes:
             buffers = {
                 "use_cuda_graph": True,
                 "paged_kv_indptr_buffer": starts[: size + 1],
@@ -81,9 +81,11 @@ class FlashInferAttnBackend(AttentionBackend):
             }
             self._captured[size] = self._for_windows(functools.partial(self._make_decode, **buffers))
 
-    def init_forward_metadata_replay_cuda_graph(self, rows: torch.Tensor, starts_cpu: Sequence[int]) -> None:
-        self._current = self._captured[len(starts_cpu)]
-        self._plan(self._list_pages(self._req_to_page, rows, [start + 1 for start in starts_cpu]))
+    def init_forward_metadata_replay_cuda_graph(
+        self, shape: CapturedShape, tokens: PassTokens, rows: torch.Tensor
+    ) -> None:
+        self._current = self._captured[shape.num_tokens]
+        self._plan(self._list_pages(self._req_to_page, rows, tokens.ends.tolist()))
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, _forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = (

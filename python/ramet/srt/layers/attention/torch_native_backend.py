@@ -56,23 +56,24 @@ class TorchNativeAttnBackend(AttentionBackend):
             visible = [min(length, window or length) for length in batch.seq_lens_cpu]
             if len(visible) > 1 and max(visible) * len(visible) <= MAX_PADDING * sum(visible):
                 return self._plan_padded(batch, visible)
+        tables = batch.block_tables(self.spec.page_size)
         plan = []
         start = 0
         for index, (new, length) in enumerate(zip(batch.extend_lens_cpu, batch.seq_lens_cpu, strict=True)):
-            plan.append(self._plan_sequence(batch, index, slice(start, start + new), length, window))
+            plan.append(self._plan_sequence(batch, tables[index], slice(start, start + new), length, window))
             start += new
         return plan
 
     def _plan_sequence(
-        self, batch: ForwardBatch, index: int, queries: slice, length: int, window: int | None
+        self, batch: ForwardBatch, pages: torch.Tensor, queries: slice, length: int, window: int | None
     ) -> _Sequence:
         new = queries.stop - queries.start
         prefix = length - new
         if prefix == 0 and (window is None or length <= window):
             return _Sequence(queries, batch.out_cache_loc[queries], is_causal=new > 1)
         first = max(0, prefix + 1 - window) if window else 0  # the oldest token that any query sees
-        positions = torch.arange(first, length, device=batch.block_tables.device)
-        slots = self._slots(batch.block_tables[index], positions)
+        positions = torch.arange(first, length, device=pages.device)
+        slots = self._slots(pages, positions)
         if new == 1:
             return _Sequence(queries, slots)
         query_positions = torch.arange(prefix, length, device=positions.device).unsqueeze(1)
@@ -82,11 +83,12 @@ class TorchNativeAttnBackend(AttentionBackend):
         return _Sequence(queries, slots, mask)
 
     def _plan_padded(self, batch: ForwardBatch, visible: list[int]) -> _Padded:
-        num_keys = torch.tensor(visible, device=batch.block_tables.device).unsqueeze(1)  # [batch_size, 1]
-        offsets = torch.arange(max(visible), device=batch.block_tables.device)  # [max_len]
+        tables = batch.block_tables(self.spec.page_size)
+        num_keys = torch.tensor(visible, device=tables.device).unsqueeze(1)  # [batch_size, 1]
+        offsets = torch.arange(max(visible), device=tables.device)  # [max_len]
         valid = offsets < num_keys
         positions = (batch.seq_lens.unsqueeze(1) - num_keys + offsets).masked_fill(~valid, 0)
-        slots = torch.gather(batch.block_tables, 1, positions // self.spec.page_size) * self.spec.page_size
+        slots = torch.gather(tables, 1, positions // self.spec.page_size) * self.spec.page_size
         slots = slots + positions % self.spec.page_size
         mask = None if min(visible) == max(visible) else valid[:, None, None, :]
         return _Padded(slots.flatten(), mask)

@@ -48,7 +48,7 @@ class TorchVarlenAttnBackend(AttentionBackend):
             starts = list(accumulate(forward_batch.extend_lens_cpu, initial=0))
             self._query_starts = to_device(starts, torch.int32, device)
         self._key_starts = F.pad(forward_batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
-        self._block_tables = forward_batch.block_tables.to(torch.int32)
+        self._block_tables = forward_batch.block_tables(self.spec.page_size).to(torch.int32)
         self._max_queries = max(forward_batch.extend_lens_cpu)
         self._max_keys = max(forward_batch.seq_lens_cpu)  # in a captured pass the most that there can be
 

@@ -1,61 +1,113 @@
-"""Owns attention with Ramet's Triton kernels: which kernel runs, and what the layers of a pass share."""
+"""Owns attention with Ramet's Triton kernels: how a pass is cut into pieces, and where the kernels find them."""
 
-from itertools import accumulate
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
-from ramet.srt.layers.kernels.decode_attention import decode_attention
-from ramet.srt.layers.kernels.prefill_attention import prefill_attention
-from ramet.srt.layers.kernels.runtime import can_run_kernels
+from ramet.srt.batch.forward_batch_info import ForwardBatch
+from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec, CapturedShape
+from ramet.srt.layers.attention.key_splits import PIECE_FIELDS, Capacity, KeySplits, KeySplitter, Tile
+from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
+from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
-from ramet.srt.utils.device import to_device
+
+Window = int | None
 
 
 class TritonAttnBackend(AttentionBackend):
-    """Reads keys and values where they lie; nothing is gathered. Decoding can be captured in a CUDA graph."""
+    """Reads keys and values where they lie; nothing is gathered. The pieces of a pass are listed on the host."""
 
     can_be_captured = True
+    can_capture_chunks = True
 
     def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
         super().__init__(spec, kv_pool)
-        self._starts: torch.Tensor  # int32 [batch_size + 1]: where the new tokens of each prompt start
-        self._max_queries = 0
+        group = spec.num_heads // spec.num_kv_heads
+        self._small = small_tile(spec.dtype, spec.head_dim, group)
+        self._large = large_tile(spec.dtype, spec.head_dim, group)
+        tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
+        num_multi = num_multiprocessors(spec.device)
+        self._splitters = [KeySplitter(*tiles, spec.num_kv_heads, num_multi, window) for window in spec.windows]
+        self._captured: dict[CapturedShape, torch.Tensor] = {}  # what the kernels of each captured pass read
+        self._current: dict[Window, PieceLists]  # of the pass
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
         return None if can_run_kernels(spec.device) else "a GPU"
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        if forward_batch.forward_mode is ForwardMode.DECODE:
-            return
-        starts = list(accumulate(forward_batch.extend_lens_cpu, initial=0))
-        self._starts = to_device(starts, torch.int32, forward_batch.seq_lens.device)
-        self._max_queries = max(forward_batch.extend_lens_cpu, default=0)
+        if forward_batch.is_captured:
+            return  # cut already: that is done on the host
+        tokens = forward_batch.tokens
+        splits = [splitter.split(tokens) for splitter in self._splitters]
+        sizes = [Capacity(len(one.small), len(one.large), int(one.starts[-1])) for one in splits]
+        packed = torch.from_numpy(_pack(splits, sizes, tokens.num_tokens))
+        device = self.spec.device
+        on_device = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed
+        self._current = self._unpack(on_device, sizes, tokens.num_tokens)
+
+    def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], _req_to_page: torch.Tensor) -> None:
+        for shape in shapes:
+            sizes = self._capacities(shape)
+            length = sum(_packed_size(size, shape.num_tokens) for size in sizes)
+            self._captured[shape] = torch.zeros(length, dtype=torch.int32, device=self.spec.device)
+
+    def init_forward_metadata_replay_cuda_graph(
+        self, shape: CapturedShape, tokens: PassTokens, _rows: torch.Tensor
+    ) -> None:
+        sizes = self._capacities(shape)
+        splits = [splitter.split(tokens) for splitter in self._splitters]
+        packed = torch.from_numpy(_pack(splits, sizes, shape.num_tokens))
+        on_device = self._captured[shape]
+        on_device.copy_(packed.pin_memory() if on_device.is_cuda else packed, non_blocking=True)
+        self._current = self._unpack(on_device, sizes, shape.num_tokens)
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        if forward_batch.forward_mode is ForwardMode.DECODE:
-            return decode_attention(
-                q,
-                k_cache,
-                v_cache,
-                forward_batch.block_tables,
-                forward_batch.seq_lens,
-                page_size=self.spec.page_size,
-                scale=self.spec.scale,
-                sliding_window=layer.sliding_window,
-            )
-        return prefill_attention(
+        return paged_attention(
             q,
             k_cache,
             v_cache,
-            forward_batch.block_tables,
-            self._starts,
-            forward_batch.seq_lens,
-            max_queries=self._max_queries,
+            forward_batch.req_to_page,
+            forward_batch.positions,
+            self._current[layer.sliding_window],
+            self._small,
+            self._large,
             page_size=self.spec.page_size,
             scale=self.spec.scale,
             sliding_window=layer.sliding_window,
         )
+
+    def _capacities(self, shape: CapturedShape) -> list[Capacity]:
+        return [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
+
+    def _unpack(self, packed: torch.Tensor, sizes: Sequence[Capacity], num_tokens: int) -> dict[Window, PieceLists]:
+        """Views of what `_pack` has packed."""
+        pieces: dict[Window, PieceLists] = {}
+        parts = packed.split([_packed_size(size, num_tokens) for size in sizes])
+        for window, size, part in zip(self.spec.windows, sizes, parts, strict=True):
+            small_length = size.small * PIECE_FIELDS
+            small, many, starts = part.split([small_length, size.large * PIECE_FIELDS, num_tokens + 1])
+            shape = (-1, PIECE_FIELDS)
+            pieces[window] = PieceLists(small.view(shape), many.view(shape), starts, size.partials)
+        return pieces
+
+
+def _packed_size(size: Capacity, num_tokens: int) -> int:
+    return (size.small + size.large) * PIECE_FIELDS + num_tokens + 1
+
+
+def _pack(splits: Sequence[KeySplits], sizes: Sequence[Capacity], num_tokens: int) -> np.ndarray:
+    """int32: the pieces and places of each window, one behind the other, with room up to the sizes."""
+    packed = np.zeros(sum(_packed_size(size, num_tokens) for size in sizes), dtype=np.int32)
+    start = 0
+    for one, size in zip(splits, sizes, strict=True):
+        assert len(one.small) <= size.small and len(one.large) <= size.large and one.starts[-1] <= size.partials
+        for pieces, room in ((one.small, size.small), (one.large, size.large)):
+            packed[start : start + pieces.size] = pieces.reshape(-1)
+            start += room * PIECE_FIELDS
+        packed[start : start + len(one.starts)] = one.starts
+        start += num_tokens + 1
+    return packed

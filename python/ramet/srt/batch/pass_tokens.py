@@ -1,0 +1,105 @@
+"""Owns the new tokens of one pass on the host: sequence by sequence, as arrays. No torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from ramet.srt.batch.batch_plan import SequencePlan
+
+
+class SharedPrefix(NamedTuple):
+    """Sequences that stand side by side in a pass, and whose first tokens lie in the same pages."""
+
+    first: int  # sequence of the pass
+    num_sequences: int  # at least 2
+    num_tokens: int  # that they share, whole pages
+
+
+@dataclass
+class PassTokens:
+    """The new tokens of some sequences, which stand one behind the other."""
+
+    rows: np.ndarray  # int64 [num_sequences], of the page table
+    starts: np.ndarray  # int64 [num_sequences]: tokens in the KV cache before the pass
+    lens: np.ndarray  # int64 [num_sequences]: new tokens
+    ids: np.ndarray  # int64 [num_tokens]; LAST_TOKEN for the one that the row's last pass chose
+    shared: list[SharedPrefix] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sequences: Sequence[SequencePlan], shared: Sequence[SharedPrefix] = ()) -> "PassTokens":
+        """Those of some sequences of a plan."""
+        ids = [sequence.input_ids for sequence in sequences]
+        return cls(
+            np.array([sequence.row for sequence in sequences], dtype=np.int64),
+            np.array([sequence.start for sequence in sequences], dtype=np.int64),
+            np.array([len(part) for part in ids], dtype=np.int64),
+            np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(part, dtype=np.int64) for part in ids)]),
+            list(shared),
+        )
+
+    @classmethod
+    def padding(cls, row: int, lens: Sequence[int]) -> "PassTokens":
+        """Tokens that belong to nobody, in sequences of so many: all at the first place of the table's padding row."""
+        new = np.array(lens, dtype=np.int64)
+        zeros = np.zeros(len(new), dtype=np.int64)
+        return cls(zeros + row, zeros, new, np.zeros(new.sum(), dtype=np.int64))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence has one new token."""
+        return len(self.rows) == len(self.ids)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64 [num_sequences]: tokens in the KV cache after the pass."""
+        return self.starts + self.lens
+
+    @cached_property
+    def first_tokens(self) -> np.ndarray:
+        """int64 [num_sequences + 1]: where each sequence's new tokens begin, and the end of the last."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lens)])
+
+    @cached_property
+    def row_of_token(self) -> np.ndarray:
+        """int64 [num_tokens]."""
+        return self.rows if self.is_decode else np.repeat(self.rows, self.lens)
+
+    @cached_property
+    def positions(self) -> np.ndarray:
+        """int64 [num_tokens]: the place of each token in its sequence."""
+        if self.is_decode:
+            return self.starts
+        return np.arange(self.num_tokens) + np.repeat(self.starts - self.first_tokens[:-1], self.lens)
+
+    def part(self, sequences: slice) -> "PassTokens":
+        """Some of the sequences, by themselves."""
+        first, end = self.first_tokens[sequences.start], self.first_tokens[sequences.stop]
+        shared = [
+            prefix._replace(first=prefix.first - sequences.start)
+            for prefix in self.shared
+            if sequences.start <= prefix.first and prefix.first + prefix.num_sequences <= sequences.stop
+        ]
+        return PassTokens(
+            self.rows[sequences], self.starts[sequences], self.lens[sequences], self.ids[first:end], shared
+        )
+
+    def padded(self, num_tokens: int, row: int) -> "PassTokens":
+        """So many tokens: behind these, single ones that belong to nobody, at the start of the table's `row`."""
+        missing = num_tokens - self.num_tokens
+        if missing == 0:
+            return self
+        zeros = np.zeros(missing, dtype=np.int64)
+        return PassTokens(
+            np.concatenate([self.rows, zeros + row]),
+            np.concatenate([self.starts, zeros]),
+            np.concatenate([self.lens, zeros + 1]),
+            np.concatenate([self.ids, zeros]),
+            self.shared,
+        )

@@ -1,0 +1,187 @@
+"""Owns how the attention of a pass is cut into pieces of about as many keys each, whatever the lengths. No torch.
+
+A piece is a tile of query rows against a range of keys. The keys of a long sequence are spread over several pieces,
+whose results are combined (FlashDecoding; Dao et al., 2023). The query heads that share a KV head, the tokens of one
+sequence, and sequences with a common prefix share a tile, so that their keys are read once (cascade inference; Ye et
+al., 2024).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
+
+PIECE_FIELDS = 6  # see KeySplits
+KEY_STEP = 64  # ranges of keys are cut at multiples of it
+MIN_KEYS = 128  # a piece of fewer costs more to begin and to combine than it saves
+MIN_CHUNK_KEYS = 1024  # the same for tiles of prompt chunks
+MIN_SHARED_KEYS = 128  # a shorter prefix is read again by every sequence
+ROUNDS = 3  # pieces for each multiprocessor, where there are keys enough
+CHUNK_ROUNDS = 2  # the same for tiles of prompt chunks, of which one alone keeps a multiprocessor busy
+
+
+class Tile(NamedTuple):
+    """Query rows of a piece: all heads of a group, for some tokens."""
+
+    rows: int
+    group: int  # query heads that share a KV head
+
+    @property
+    def tokens(self) -> int:
+        return self.rows // self.group
+
+
+class Capacity(NamedTuple):
+    """The most that passes of a number of tokens need."""
+
+    small: int  # pieces
+    large: int  # pieces
+    partials: int  # partial results, each for all heads of a token
+
+
+@dataclass(frozen=True)
+class KeySplits:
+    """What the kernels read of one pass, for the layers with one window.
+
+    `small` and `large` are int32 [num_pieces, PIECE_FIELDS], the longest first: row of the page table, first token of
+    the pass, number of tokens, first key, end of the keys, place among the pieces of these tokens. `starts` is int32
+    [num_tokens + 1]: where the partial results of each token start. A token in one piece alone has none: its result is
+    written at once.
+    """
+
+    small: np.ndarray
+    large: np.ndarray
+    starts: np.ndarray
+
+
+class _Units(NamedTuple):
+    """Tiles with all the keys that they see, not yet split: int64 arrays of one length."""
+
+    row: np.ndarray
+    first: np.ndarray
+    tokens: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class KeySplitter:
+    """Cuts passes for one kind of layer on one device.
+
+    Args:
+        small, large: tiles of sequences with few new tokens, and with more.
+        num_multiprocessors: of the device, which the pieces are to keep busy.
+        window: see AttentionLayer.
+    """
+
+    def __init__(self, small: Tile, large: Tile, num_kv_heads: int, num_multiprocessors: int, window: int | None):
+        self.small, self.large = small, large
+        self.window = window
+        self._wanted = max(1, ROUNDS * num_multiprocessors // num_kv_heads)
+        self._wanted_large = max(1, CHUNK_ROUNDS * num_multiprocessors // num_kv_heads)
+
+    def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
+        """What any pass of so many tokens needs at most; with no chunks, no sequence needs a large tile."""
+        small = self._wanted + num_tokens + num_tokens // 4
+        partials = 2 * num_tokens + self._wanted * self.small.tokens
+        if not has_chunks:
+            return Capacity(small, 0, partials)
+        num_chunks = num_tokens // (self.small.tokens + 1)
+        large = self._wanted_large + num_tokens // self.large.tokens + num_chunks
+        return Capacity(small, large, partials + num_tokens + self._wanted_large * self.large.tokens)
+
+    def split(self, tokens: PassTokens) -> KeySplits:
+        """The pieces of a pass."""
+        begin = np.zeros_like(tokens.starts) if self.window is None else self._first_visible(tokens.starts)
+        shared = self._share(tokens, begin)
+        own = _Units(tokens.rows, tokens.first_tokens[:-1], tokens.lens, begin, tokens.ends)
+        is_chunk = tokens.lens > self.small.tokens
+        few = _select(own, ~is_chunk) if is_chunk.any() else own
+        many = self._tiles(_select(own, is_chunk), tokens.starts[is_chunk])
+        both = _Units(*(np.concatenate(parts) for parts in zip(shared, few, strict=True))) if len(shared.row) else few
+        sizes, counts = _split_sizes(both, self._wanted, MIN_KEYS)
+        large_sizes, large_counts = _split_sizes(many, self._wanted_large, MIN_CHUNK_KEYS)
+        num_shared = len(shared.row)
+        shared_pieces = _sum_over_tokens(shared, counts[:num_shared], tokens.num_tokens)
+        places = np.concatenate([np.zeros(num_shared, dtype=np.int64), shared_pieces[few.first]])
+        num_pieces = shared_pieces + _sum_over_tokens(few, counts[num_shared:], tokens.num_tokens)
+        num_pieces += _sum_over_tokens(many, large_counts, tokens.num_tokens)
+        starts = np.zeros(tokens.num_tokens + 1, dtype=np.int32)
+        np.cumsum(np.where(num_pieces > 1, num_pieces, 0), out=starts[1:])
+        large = _pieces(many, large_sizes, large_counts, np.zeros_like(many.row))
+        return KeySplits(_pieces(both, sizes, counts, places), large, starts)
+
+    def _first_visible(self, positions: np.ndarray) -> np.ndarray:
+        """The first key that tokens at these positions see, or a few before it: keys are read in whole steps."""
+        assert self.window is not None
+        return np.maximum(0, positions + 1 - self.window) // KEY_STEP * KEY_STEP
+
+    def _share(self, tokens: PassTokens, begin: np.ndarray) -> _Units:
+        """Tiles of sequences with a common prefix, against that; in `begin` the others' keys start behind it."""
+        units: list[tuple[int, int, int, int, int]] = []
+        room, width = tokens.num_tokens // 4, self.small.tokens
+        for prefix in tokens.shared if width > 1 else []:
+            if not self._pays(prefix, tokens, begin) or len(units) + -(-prefix.num_sequences // width) > room:
+                continue
+            end = prefix.first + prefix.num_sequences
+            for first in range(prefix.first, end, width):
+                number = min(width, end - first)
+                token = int(tokens.first_tokens[first])
+                units.append((int(tokens.rows[first]), token, number, 0, prefix.num_tokens))
+            begin[prefix.first : end] = prefix.num_tokens
+        return _Units(*np.array(units, dtype=np.int64).reshape(-1, 5).T)
+
+    def _pays(self, prefix: SharedPrefix, tokens: PassTokens, begin: np.ndarray) -> bool:
+        members = slice(prefix.first, prefix.first + prefix.num_sequences)
+        is_whole = not begin[members].any() and bool((tokens.lens[members] == 1).all())
+        return is_whole and prefix.num_tokens >= MIN_SHARED_KEYS
+
+    def _tiles(self, chunks: _Units, positions: np.ndarray) -> _Units:
+        """Each chunk as tiles of the large kind. `positions`: of the first token of each."""
+        width = self.large.tokens
+        counts = -(-chunks.tokens // width)
+        before = _places(counts) * width  # tokens of the chunk before the tile
+        row, first, tokens, begin, position = (np.repeat(field, counts) for field in (*chunks[:4], positions))
+        tokens = np.minimum(width, tokens - before)
+        if self.window is not None:
+            begin = self._first_visible(position + before)
+        return _Units(row, first + before, tokens, begin, position + before + tokens)
+
+
+def _select(units: _Units, which: np.ndarray) -> _Units:
+    return _Units(*(field[which] for field in units))
+
+
+def _places(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … up to each count, one behind the other."""
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+
+
+def _split_sizes(units: _Units, wanted: int, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys in a piece of each unit, and its pieces: about `wanted` in all, those of one unit of one size."""
+    lengths = units.stop - units.start
+    size = max(least, -(-int(lengths.sum()) // (wanted * KEY_STEP)) * KEY_STEP)
+    counts = -(-lengths // size)
+    sizes = -(-lengths // (counts * KEY_STEP)) * KEY_STEP
+    return sizes, -(-lengths // sizes)
+
+
+def _sum_over_tokens(units: _Units, counts: np.ndarray, num_tokens: int) -> np.ndarray:
+    """int64 [num_tokens]: the counts of the units that each token is in."""
+    if len(counts) == num_tokens and (units.tokens == 1).all():
+        return counts  # every token has a unit of its own
+    changes = np.bincount(units.first, weights=counts, minlength=num_tokens + 1)
+    changes -= np.bincount(units.first + units.tokens, weights=counts, minlength=num_tokens + 1)
+    return np.cumsum(changes[:num_tokens]).astype(np.int64)
+
+
+def _pieces(units: _Units, sizes: np.ndarray, counts: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """int32 [num_pieces, PIECE_FIELDS]; `places`: that of each unit's first piece."""
+    number = _places(counts)
+    row, first, tokens, begin, end, size, place = (np.repeat(field, counts) for field in (*units, sizes, places))
+    start = begin + number * size
+    stop = np.minimum(start + size, end)
+    pieces = np.stack([row, first, tokens, start, stop, place + number], axis=1).astype(np.int32)
+    return pieces[np.argsort(start - stop, kind="stable")]

@@ -1,0 +1,81 @@
+"""Owns how the new tokens of a pass become tensors on the device, where it is launched and where it is captured."""
+
+import numpy as np
+import torch
+
+from ramet.srt.batch.batch_plan import LAST_TOKEN
+from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
+from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.utils.device import to_device
+
+
+def token_inputs(tokens: PassTokens) -> np.ndarray:
+    """int64 [3, num_tokens]: row, position and id of each token."""
+    return np.stack([tokens.row_of_token, tokens.positions, tokens.ids])
+
+
+def make_forward_batch(
+    req_pool: ReqToPagePool, page_size: int, tokens: PassTokens, own: slice | None = None
+) -> ForwardBatch:
+    """A pass over the tokens.
+
+    Args:
+        own: with data-parallel attention, the sequences whose attention this rank computes.
+    """
+    device = req_pool.req_to_page.device
+    rows, positions, ids = to_device(token_inputs(tokens), torch.int64, device)
+    input_ids = _known_ids(req_pool, rows, ids) if LAST_TOKEN in tokens.ids else ids
+    attn_tokens = None
+    if own is not None:
+        attn_tokens = slice(*tokens.first_tokens[[own.start, own.stop]].tolist())
+        rows, positions, tokens = rows[attn_tokens], positions[attn_tokens], tokens.part(own)
+    if tokens.is_decode:
+        sequence_rows, seq_lens = rows, positions + 1
+    else:
+        sequence_rows, seq_lens = to_device(np.stack([tokens.rows, tokens.ends]), torch.int64, device)
+    return ForwardBatch(
+        forward_mode=ForwardMode.DECODE if tokens.is_decode else ForwardMode.EXTEND,
+        input_ids=input_ids,
+        positions=positions,
+        out_cache_loc=_cache_slots(req_pool, page_size, rows, positions),
+        req_to_page=req_pool.req_to_page,
+        rows=sequence_rows,
+        seq_lens=seq_lens.to(torch.int32),
+        tokens=tokens,
+        attn_tokens=attn_tokens,
+    )
+
+
+def make_captured_batch(
+    req_pool: ReqToPagePool, page_size: int, inputs: torch.Tensor, forward_mode: ForwardMode
+) -> ForwardBatch:
+    """The same in terms of fixed addresses only: each token counts as a sequence, which it is when all decode.
+
+    Args:
+        inputs: int64 [3, num_tokens], as of `token_inputs`; each replay reads what is there then.
+    """
+    rows, positions, ids = inputs
+    width = req_pool.req_to_page.shape[1]
+    zeros = np.zeros(len(rows), dtype=np.int64)
+    return ForwardBatch(
+        forward_mode=forward_mode,
+        input_ids=_known_ids(req_pool, rows, ids),
+        positions=positions,
+        out_cache_loc=_cache_slots(req_pool, page_size, rows, positions),
+        req_to_page=req_pool.req_to_page,
+        rows=rows,
+        seq_lens=(positions + 1).to(torch.int32),
+        tokens=PassTokens(zeros, zeros + (width * page_size - 1), zeros + 1, zeros),
+        is_captured=True,
+    )
+
+
+def _known_ids(req_pool: ReqToPagePool, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The ids, with that of the row's last token for LAST_TOKEN."""
+    return torch.where(ids == LAST_TOKEN, req_pool.last_tokens.index_select(0, rows), ids)
+
+
+def _cache_slots(req_pool: ReqToPagePool, page_size: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64 [num_tokens]: the KV slot of each token."""
+    return req_pool.req_to_page[rows, positions // page_size] * page_size + positions % page_size
