@@ -387,6 +387,7 @@ class ServerArgs(ServerFlags):
             attention_backend=self.attention_backend,
             page_size=self.page_size,
             max_running_requests=self.max_running_requests or defaults.max_running_requests,
+            max_prefill_tokens=self.scheduler_config(device_type).prefill_budget,
             max_total_tokens=self.max_total_tokens,
             mem_fraction_static=self.mem_fraction_static or defaults.mem_fraction_static,
             use_cuda_graph=not self.disable_cuda_graph,

@@ -29,6 +29,7 @@ class RunnerConfig:
     attention_backend: str
     page_size: int  # tokens
     max_running_requests: int
+    max_prefill_tokens: int  # of prompts, in one pass
     max_total_tokens: int | None  # of KV cache; None: as many as fit and can be used
     mem_fraction_static: float  # of the free memory, for weights and KV cache together
     use_cuda_graph: bool

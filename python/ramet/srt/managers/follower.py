@@ -62,6 +62,8 @@ class Follower:
             self._run_pass(message)
         elif message is not None:
             self._worker.profiler.follow(message)
+        else:
+            self._worker.model_runner.use_quiet_moment()
 
     def finish(self) -> None:
         self._turn.end()

@@ -18,7 +18,7 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import RunnerConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec, PassLimits
 from ramet.srt.layers.attention.registry import bind_attention, choose_attn_backend, describe_attention
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
@@ -202,6 +202,18 @@ class ModelRunner:
         largest = min(max_batch_size, MAX_BATCH_SIZE)
         for size in sorted({1, largest}):  # few and many requests take other kernels
             self._run_padding([1] * size)
+
+    def use_quiet_moment(self) -> None:
+        """Nothing has been to do for a moment: begin what makes later passes faster, beside them."""
+        if self.config.attention_backend != "auto":
+            return
+        page_size = self.page_size
+        limits = PassLimits(
+            max_tokens=min(self.config.max_prefill_tokens, self.max_req_len),
+            max_keys=self.req_pool.req_to_page.shape[1] * page_size,
+            num_pages=self.max_total_num_tokens // page_size + 1,
+        )
+        self.attn_backend.use_quiet_moment(limits)
 
     def _run_padding(self, lens: Sequence[int]) -> None:
         """A pass over sequences of so many tokens that belong to nobody."""

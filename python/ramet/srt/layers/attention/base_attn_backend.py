@@ -35,6 +35,15 @@ class AttentionLayer:
     sliding_window: int | None  # a query sees this many tokens, itself included; None: all before it
 
 
+@dataclass(frozen=True)
+class PassLimits:
+    """The largest passes that there can be, and where their keys lie."""
+
+    max_tokens: int  # new ones of a sequence
+    max_keys: int  # of a sequence, whole pages
+    num_pages: int  # of the KV cache
+
+
 class CapturedShape(NamedTuple):
     """The passes that one CUDA graph runs."""
 
@@ -92,6 +101,9 @@ class AttentionBackend(ABC):
             tokens: of the pass, `shape.num_tokens` with the padding.
             rows: int64 [num_tokens], on the device: of the page table, for each token.
         """
+
+    def use_quiet_moment(self, limits: PassLimits) -> None:  # noqa: B027  optional
+        """Begin to look for faster ways, beside the passes; called when nothing has been to do for a moment."""
 
     @abstractmethod
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:

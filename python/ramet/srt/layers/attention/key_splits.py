@@ -14,12 +14,17 @@ import numpy as np
 from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
 
 PIECE_FIELDS = 6  # see KeySplits
-KEY_STEP = 64  # ranges of keys are cut at multiples of it
-MIN_KEYS = 128  # a piece of fewer costs more to begin and to combine than it saves
-MIN_CHUNK_KEYS = 1024  # the same for tiles of prompt chunks
+KEY_STEP = 128  # pieces of one range of keys are of a multiple of it
+MIN_CHUNK_KEYS = 1024  # of a piece, for tiles of prompt chunks
 MIN_SHARED_KEYS = 128  # a shorter prefix is read again by every sequence
-ROUNDS = 3  # pieces for each multiprocessor, where there are keys enough
-CHUNK_ROUNDS = 2  # the same for tiles of prompt chunks, of which one alone keeps a multiprocessor busy
+SLOTS = 3  # programs with a small tile that a multiprocessor runs at a time
+LARGE_SLOTS = 2  # the same with a large tile
+MAX_ROUNDS = 4  # of all slots, to which the keys of a pass are spread
+TRUSTED_PASSES = 32  # for which a number of pieces stays good, as sequences grow by a token in each
+# What was measured on an H200 with heads of 128, in keys that one slot reads in the time:
+PIECE_COST = 128  # to begin a piece
+SPLIT_COST = 64  # to combine anything
+LEAST_SHARE = 0.6  # of the slots that read as fast as all of them
 
 
 class Tile(NamedTuple):
@@ -78,44 +83,75 @@ class KeySplitter:
     def __init__(self, small: Tile, large: Tile, num_kv_heads: int, num_multiprocessors: int, window: int | None):
         self.small, self.large = small, large
         self.window = window
-        self._wanted = max(1, ROUNDS * num_multiprocessors // num_kv_heads)
-        self._wanted_large = max(1, CHUNK_ROUNDS * num_multiprocessors // num_kv_heads)
+        self._slots = max(1, SLOTS * num_multiprocessors // num_kv_heads)  # for each KV head
+        self._tried_number = self._num_trusted = self._best_wanted = 0  # see _best_sizes
+        self._wanted_large = max(1, LARGE_SLOTS * num_multiprocessors // num_kv_heads)
 
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
         """What any pass of so many tokens needs at most; with no chunks, no sequence needs a large tile."""
-        small = self._wanted + num_tokens + num_tokens // 4
-        partials = 2 * num_tokens + self._wanted * self.small.tokens
+        wanted = MAX_ROUNDS * self._slots
+        small = wanted + num_tokens + num_tokens // 4
+        partials = 2 * num_tokens + wanted * self.small.tokens
         if not has_chunks:
             return Capacity(small, 0, partials)
         num_chunks = num_tokens // (self.small.tokens + 1)
         large = self._wanted_large + num_tokens // self.large.tokens + num_chunks
         return Capacity(small, large, partials + num_tokens + self._wanted_large * self.large.tokens)
 
-    def split(self, tokens: PassTokens) -> KeySplits:
-        """The pieces of a pass."""
+    def split(self, tokens: PassTokens, with_chunks: bool = True) -> KeySplits:
+        """The pieces of a pass; without those of the sequences that need large tiles, where others compute these."""
         begin = np.zeros_like(tokens.starts) if self.window is None else self._first_visible(tokens.starts)
         shared = self._share(tokens, begin)
         own = _Units(tokens.rows, tokens.first_tokens[:-1], tokens.lens, begin, tokens.ends)
         is_chunk = tokens.lens > self.small.tokens
-        few = _select(own, ~is_chunk) if is_chunk.any() else own
-        many = self._tiles(_select(own, is_chunk), tokens.starts[is_chunk])
+        has_chunks = bool(is_chunk.any())
+        few = _select(own, ~is_chunk) if has_chunks else own
         both = _Units(*(np.concatenate(parts) for parts in zip(shared, few, strict=True))) if len(shared.row) else few
-        sizes, counts = _split_sizes(both, self._wanted, MIN_KEYS)
-        large_sizes, large_counts = _split_sizes(many, self._wanted_large, MIN_CHUNK_KEYS)
+        sizes, counts = self._best_sizes(both)
         num_shared = len(shared.row)
         shared_pieces = _sum_over_tokens(shared, counts[:num_shared], tokens.num_tokens)
         places = np.concatenate([np.zeros(num_shared, dtype=np.int64), shared_pieces[few.first]])
         num_pieces = shared_pieces + _sum_over_tokens(few, counts[num_shared:], tokens.num_tokens)
-        num_pieces += _sum_over_tokens(many, large_counts, tokens.num_tokens)
+        large = np.zeros((0, PIECE_FIELDS), dtype=np.int32)
+        if has_chunks and with_chunks:
+            many = self._tiles(_select(own, is_chunk), tokens.starts[is_chunk])
+            large_sizes, large_counts = _split_sizes(many, self._wanted_large, MIN_CHUNK_KEYS)
+            num_pieces = num_pieces + _sum_over_tokens(many, large_counts, tokens.num_tokens)
+            large = _pieces(many, large_sizes, large_counts, np.zeros_like(many.row))
         starts = np.zeros(tokens.num_tokens + 1, dtype=np.int32)
         np.cumsum(np.where(num_pieces > 1, num_pieces, 0), out=starts[1:])
-        large = _pieces(many, large_sizes, large_counts, np.zeros_like(many.row))
         return KeySplits(_pieces(both, sizes, counts, places), large, starts)
 
     def _first_visible(self, positions: np.ndarray) -> np.ndarray:
-        """The first key that tokens at these positions see, or a few before it: keys are read in whole steps."""
+        """The first key that tokens at these positions see."""
         assert self.window is not None
-        return np.maximum(0, positions + 1 - self.window) // KEY_STEP * KEY_STEP
+        return np.maximum(0, positions + 1 - self.window)
+
+    def _best_sizes(self, units: _Units) -> tuple[np.ndarray, np.ndarray]:
+        """Keys in a piece of each unit, and its pieces: as many as let the slots end about together, and no more.
+
+        How many those are is tried out for every new number of units, and again after some passes.
+        """
+        number = len(units.start)
+        if number >= MAX_ROUNDS * self._slots:
+            return _split_sizes(units, 0, KEY_STEP)
+        if number != self._tried_number or self._num_trusted == 0:
+            wanted = [rounds * self._slots for rounds in range(MAX_ROUNDS + 1)]
+            costs = [self._estimate(*_split_sizes(units, pieces, KEY_STEP)) for pieces in wanted]
+            self._best_wanted = wanted[int(np.argmin(costs))]
+            self._tried_number, self._num_trusted = number, TRUSTED_PASSES
+        self._num_trusted -= 1
+        return _split_sizes(units, self._best_wanted, KEY_STEP)
+
+    def _estimate(self, sizes: np.ndarray, counts: np.ndarray) -> float:
+        """How long the slots take, in keys that one reads: round by round, the longest pieces first."""
+        longest_first = np.sort(np.repeat(sizes, counts))[::-1]
+        full, rest = divmod(len(longest_first), self._slots)
+        total = float((longest_first[:: self._slots][:full] + PIECE_COST).sum())
+        if rest:
+            share = max(LEAST_SHARE, rest / self._slots)
+            total += share * float(longest_first[full * self._slots] + PIECE_COST)
+        return total + SPLIT_COST * bool((counts > 1).any())
 
     def _share(self, tokens: PassTokens, begin: np.ndarray) -> _Units:
         """Tiles of sequences with a common prefix, against that; in `begin` the others' keys start behind it."""
@@ -160,8 +196,10 @@ def _places(counts: np.ndarray) -> np.ndarray:
 
 
 def _split_sizes(units: _Units, wanted: int, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys in a piece of each unit, and its pieces: about `wanted` in all, those of one unit of one size."""
+    """Keys in a piece of each unit, and its pieces: about `wanted` in all, of one size in a unit; 0: no splits."""
     lengths = units.stop - units.start
+    if wanted == 0:
+        return lengths, np.ones_like(lengths)
     size = max(least, -(-int(lengths.sum()) // (wanted * KEY_STEP)) * KEY_STEP)
     counts = -(-lengths // size)
     sizes = -(-lengths // (counts * KEY_STEP)) * KEY_STEP

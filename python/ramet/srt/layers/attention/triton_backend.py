@@ -7,13 +7,23 @@ import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec, CapturedShape
+from ramet.srt.layers.attention.base_attn_backend import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionSpec,
+    CapturedShape,
+    PassLimits,
+)
 from ramet.srt.layers.attention.key_splits import PIECE_FIELDS, Capacity, KeySplits, KeySplitter, Tile
+from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
+from ramet.srt.layers.attention.prompts.choice import PromptChoice
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
 from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 Window = int | None
+
+MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
 
 
 class TritonAttnBackend(AttentionBackend):
@@ -24,7 +34,7 @@ class TritonAttnBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
         super().__init__(spec, kv_pool)
-        group = spec.num_heads // spec.num_kv_heads
+        self._group = group = spec.num_heads // spec.num_kv_heads
         self._small = small_tile(spec.dtype, spec.head_dim, group)
         self._large = large_tile(spec.dtype, spec.head_dim, group)
         tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
@@ -32,6 +42,8 @@ class TritonAttnBackend(AttentionBackend):
         self._splitters = [KeySplitter(*tiles, spec.num_kv_heads, num_multi, window) for window in spec.windows]
         self._captured: dict[CapturedShape, torch.Tensor] = {}  # what the kernels of each captured pass read
         self._current: dict[Window, PieceLists]  # of the pass
+        self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
+        self._prompts: PromptAttention | None = None  # what computes the chunks of this pass; None: Ramet's kernels
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
@@ -41,7 +53,17 @@ class TritonAttnBackend(AttentionBackend):
         if forward_batch.is_captured:
             return  # cut already: that is done on the host
         tokens = forward_batch.tokens
-        splits = [splitter.split(tokens) for splitter in self._splitters]
+        is_chunk = tokens.lens > self._small.rows // self._group
+        self._prompts = None
+        if self._choice is not None and tokens.lens[is_chunk].sum() >= MIN_PROMPT_TOKENS:
+            self._prompts = self._choice.chosen
+        if self._prompts is not None:
+            fields = (tokens.rows, tokens.first_tokens[:-1], tokens.lens, tokens.ends)
+            self._prompts.plan(PromptChunks(*(field[is_chunk] for field in fields)), forward_batch.req_to_page)
+        self._cut(tokens, with_chunks=self._prompts is None)
+
+    def _cut(self, tokens: PassTokens, with_chunks: bool) -> None:
+        splits = [splitter.split(tokens, with_chunks) for splitter in self._splitters]
         sizes = [Capacity(len(one.small), len(one.large), int(one.starts[-1])) for one in splits]
         packed = torch.from_numpy(_pack(splits, sizes, tokens.num_tokens))
         device = self.spec.device
@@ -58,27 +80,64 @@ class TritonAttnBackend(AttentionBackend):
         self, shape: CapturedShape, tokens: PassTokens, _rows: torch.Tensor
     ) -> None:
         sizes = self._capacities(shape)
-        splits = [splitter.split(tokens) for splitter in self._splitters]
+        splits = [splitter.split(tokens, shape.has_chunks) for splitter in self._splitters]
         packed = torch.from_numpy(_pack(splits, sizes, shape.num_tokens))
         on_device = self._captured[shape]
         on_device.copy_(packed.pin_memory() if on_device.is_cuda else packed, non_blocking=True)
         self._current = self._unpack(on_device, sizes, shape.num_tokens)
+        self._prompts = None
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        table, positions, window = forward_batch.req_to_page, forward_batch.positions, layer.sliding_window
+        out = self._attend(q, k_cache, v_cache, table, positions, window)
+        if self._prompts is not None:
+            self._prompts.run(q, k_cache, v_cache, window, out)
+        return out
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        table: torch.Tensor,
+        positions: torch.Tensor,
+        window: Window,
+    ) -> torch.Tensor:
         return paged_attention(
             q,
             k_cache,
             v_cache,
-            forward_batch.req_to_page,
-            forward_batch.positions,
-            self._current[layer.sliding_window],
+            table,
+            positions,
+            self._current[window],
             self._small,
             self._large,
             page_size=self.spec.page_size,
             scale=self.spec.scale,
-            sliding_window=layer.sliding_window,
+            sliding_window=window,
         )
+
+    def use_quiet_moment(self, limits: PassLimits) -> None:
+        if self._choice is None:
+            # It has a backend of its own: its thread must not touch the pass that this one is at.
+            self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).attend_alone)
+
+    def attend_alone(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        table: torch.Tensor,
+        start: int,
+        window: Window,
+    ) -> torch.Tensor:
+        """Attention of one sequence, the first of a table, behind `start` tokens; see OwnAttention."""
+        num_tokens = q.shape[0]
+        zeros = np.zeros(1, dtype=np.int64)
+        tokens = PassTokens(zeros, zeros + start, zeros + num_tokens, np.zeros(num_tokens, dtype=np.int64))
+        self._cut(tokens, with_chunks=True)
+        return self._attend(q, k_cache, v_cache, table, torch.from_numpy(tokens.positions).to(q.device), window)
 
     def _capacities(self, shape: CapturedShape) -> list[Capacity]:
         return [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
