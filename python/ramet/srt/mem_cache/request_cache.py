@@ -122,6 +122,10 @@ class RequestCache:
         handle.pages[:num_full] = pages
         handle.num_tree_pages = num_full
 
+    def num_shared_pages(self, handle: CacheHandle) -> int:
+        """Pages of the handle that others hold too, so that they stay when it is released."""
+        return self.tree.num_shared_pages(handle.node)
+
     def release(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Take everything back; the full pages stay in the prefix tree."""
         self.share(handle, token_ids)
