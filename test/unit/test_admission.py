@@ -151,7 +151,7 @@ class TestOrder:
             admission.put(make_req(str(index), [*prompt(8), 200 + index, 201]))
         searches = []
         match_prefix = cache.tree.match_prefix
-        monkeypatch.setattr(cache.tree, "match_prefix", lambda ids: searches.append(ids) or match_prefix(ids))
+        monkeypatch.setattr(cache.tree, "match_prefix", lambda *args: searches.append(args) or match_prefix(*args))
         assert len(admission.next_chunks([])) == 4 and len(searches) == 4
 
     def test_of_a_long_queue_those_who_have_waited_longest_are_looked_at(self, monkeypatch):
@@ -160,7 +160,7 @@ class TestOrder:
             admission.put(make_req(str(index), prompt(3 if index == LOOK_AHEAD else 5, index)))
         searches = []
         match_prefix = cache.tree.match_prefix
-        monkeypatch.setattr(cache.tree, "match_prefix", lambda ids: searches.append(ids) or match_prefix(ids))
+        monkeypatch.setattr(cache.tree, "match_prefix", lambda *args: searches.append(args) or match_prefix(*args))
         assert rids(admission.next_chunks([])) == [str(index) for index in range(LOOK_AHEAD)]
         assert len(searches) == LOOK_AHEAD
         assert rids(admission.next_chunks([])) == [str(LOOK_AHEAD)]

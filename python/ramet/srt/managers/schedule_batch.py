@@ -55,7 +55,7 @@ class Req:
     @property
     def fill_ids(self) -> list[int]:
         """Prompt and output: what the KV cache holds, or must hold before the next token can be computed."""
-        return self.origin_input_ids + self.output_ids
+        return self.origin_input_ids + self.output_ids if self.output_ids else self.origin_input_ids
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """A part of `fill_ids`, without making the rest."""

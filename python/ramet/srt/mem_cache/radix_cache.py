@@ -51,11 +51,15 @@ class RadixCache:
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
 
-    def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], TreeNode]:
-        """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes."""
+    def match_prefix(self, token_ids: Sequence[int], limit: int | None = None) -> tuple[list[int], TreeNode]:
+        """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes.
+
+        Args:
+            limit: tokens that the prefix has at most; None for all.
+        """
         pages: list[int] = []
         node: TreeNode = self.root
-        num_pages = self._num_pages(token_ids)
+        num_pages = self._num_pages(len(token_ids) if limit is None else limit)
         while len(pages) < num_pages:
             child = node.children.get(self._page_key(token_ids, len(pages)))
             if child is None:
@@ -76,7 +80,7 @@ class RadixCache:
         if self.disabled:
             return 0
         held, node = self.match_prefix(token_ids)
-        num_pages = self._num_pages(token_ids)
+        num_pages = self._num_pages(len(token_ids))
         if len(held) < num_pages:
             keys = [self._page_key(token_ids, page) for page in range(len(held), num_pages)]
             new = TreeEdge(node, keys, pages[len(held) : num_pages], next(self._clock))
@@ -132,9 +136,9 @@ class RadixCache:
         """Every page that the tree holds."""
         return {page for edge in self._edges() for page in edge.pages}
 
-    def _num_pages(self, token_ids: Sequence[int]) -> int:
+    def _num_pages(self, num_tokens: int) -> int:
         """Whole pages of a sequence that the tree can hold."""
-        return 0 if self.disabled else len(token_ids) // self.page_size
+        return 0 if self.disabled else num_tokens // self.page_size
 
     def _page_key(self, token_ids: Sequence[int], page: int) -> PageKey:
         return tuple(token_ids[page * self.page_size : (page + 1) * self.page_size])

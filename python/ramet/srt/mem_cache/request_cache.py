@@ -49,9 +49,9 @@ class RequestCache:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, token_ids: Sequence[int]) -> PrefixMatch:
-        """The longest cached prefix of `token_ids`."""
-        pages, node = self.tree.match_prefix(token_ids)
+    def match(self, token_ids: Sequence[int], limit: int | None = None) -> PrefixMatch:
+        """The longest cached prefix of `token_ids`, or of the first `limit` of them."""
+        pages, node = self.tree.match_prefix(token_ids, limit)
         return PrefixMatch(pages, node, self._num_evictions)
 
     def is_current(self, match: PrefixMatch) -> bool:
