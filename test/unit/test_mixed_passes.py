@@ -21,6 +21,20 @@ def folder(tmp_path_factory):
     return rm.make_model(tmp_path_factory.mktemp("model"), "llama3")
 
 
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What a request gets by itself, each asked for once."""
+    engine, known = EngineHarness(folder), {}
+
+    def generate(prompt, **params):
+        key = (*prompt, str(params))
+        if key not in known:
+            known[key] = engine.generate([prompt], **params)[0]
+        return known[key]
+
+    return generate
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "overlap"])
 def engine(request, folder):
     return EngineHarness(folder, overlap=request.param, chunked_prefill_size=8, max_total_tokens=512)
@@ -48,10 +62,9 @@ def run_mixed(engine, **params):
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_everyone_gets_what_he_gets_alone(engine, folder, params):
-    alone = EngineHarness(folder)
-    expected = [alone.generate([prompt], max_new_tokens=14, **params)[0] for prompt in SHORT]
-    expected += [alone.generate([prompt], max_new_tokens=5, **params)[0] for prompt in LONG]
+def test_everyone_gets_what_he_gets_alone(engine, alone, params):
+    expected = [alone(prompt, max_new_tokens=14, **params) for prompt in SHORT]
+    expected += [alone(prompt, max_new_tokens=5, **params) for prompt in LONG]
     results = run_mixed(engine, **params)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert [result.finish_reason for result in results] == [result.finish_reason for result in expected]
@@ -102,11 +115,10 @@ def test_an_abort_of_a_prompt_in_progress_leaves_the_others_alone(engine, steps)
 
 
 @pytest.mark.parametrize("params", [PARAMS[0], {"regex": "[a-z ]{90,99}", "ignore_eos": False}, PARAMS[4]], ids=str)
-def test_who_has_to_give_way_gets_the_same_tokens(folder, params):
+def test_who_has_to_give_way_gets_the_same_tokens(folder, alone, params):
     """The cache has room for the long prompts or for the tokens of the short ones."""
-    alone = EngineHarness(folder)
     prompts = [*SHORT, *LONG]
-    expected = [alone.generate([prompt], max_new_tokens=40, **params)[0].token_ids for prompt in prompts]
+    expected = [alone(prompt, max_new_tokens=40, **params).token_ids for prompt in prompts]
     engine = EngineHarness(folder, overlap=True, chunked_prefill_size=4, max_total_tokens=144)
     engine.scheduler.admission.reserve.num_pages = lambda reqs, cache: len(reqs)
     results = engine.generate(prompts, max_new_tokens=40, **params)
@@ -114,10 +126,10 @@ def test_who_has_to_give_way_gets_the_same_tokens(folder, params):
     assert engine.scheduler.num_retracted > 0
 
 
-def test_a_prompt_in_progress_gives_way_when_that_costs_least(folder, monkeypatch):
+def test_a_prompt_in_progress_gives_way_when_that_costs_least(folder, alone, monkeypatch):
     engine = EngineHarness(folder, overlap=True, chunked_prefill_size=1, max_total_tokens=96)
     prompts = [SHORT[2], LONG[0][:60]]
-    expected = [EngineHarness(folder).generate([prompt], max_new_tokens=30)[0].token_ids for prompt in prompts]
+    expected = [alone(prompt, max_new_tokens=30).token_ids for prompt in prompts]
     monkeypatch.setattr(engine.scheduler.admission.reserve, "num_pages", lambda reqs, cache: len(reqs))
     retracted = []
     retract = engine.scheduler._retract
