@@ -151,15 +151,31 @@ def test_the_watchdog_sees_a_pass_that_hangs_wherever_it_does(num_stages):
     assert passes.waiting_since is None
 
 
-def test_a_pass_counts_from_the_end_of_the_one_before_it(monkeypatch):
+def test_a_pass_counts_from_the_end_of_the_one_before_it():
     """Each stage computes one after the other: the second of two passes has not taken the time of both."""
     now = 100.0
-    monkeypatch.setattr("ramet.srt.managers.passes.time.monotonic", lambda: now)
     sender = Sender()
-    passes = make_passes(Worker(), sender, 2, overlap=False)
+    passes = make_passes(Worker(), sender, 2, overlap=False, clock=lambda: now)
     launch(passes, 1)
     now = 101.0
     launch(passes, 2)
     assert passes.waiting_since == 100.0
     now, sender.results = 350.0, [result_of(1)]
     assert plans(passes.results(has_launched=False)) == [1] and passes.waiting_since == 350.0
+
+
+def test_a_pass_says_how_long_it_took():
+    """From its launch, or from the end of the one before it where that was later."""
+    now = 100.0
+    passes = make_passes(Worker(), None, 1, overlap=True, clock=lambda: now)
+    launch(passes, 1)
+    now = 101.0
+    launch(passes, 2)
+    now = 104.0
+    assert next(passes.settle()).seconds == 4.0
+    now = 106.0
+    assert next(passes.settle()).seconds == 2.0
+    now = 110.0
+    launch(passes, 3)
+    now = 111.5
+    assert next(passes.settle()).seconds == 1.5

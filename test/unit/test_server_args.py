@@ -27,6 +27,7 @@ PORTS = ("port", "engine_info_bootstrap_port")
         ("base_gpu_id", -1, "must not be negative; got -1"),
         ("chunked_prefill_size", 0, "must be -1 or at least 1; got 0"),
         ("chunked_prefill_size", -2, "must be -1 or at least 1; got -2"),
+        ("target_itl_ms", -1.0, "must not be negative; got -1.0"),
         ("mem_fraction_static", 0.0, "must be between 0 and 1; got 0.0"),
         ("mem_fraction_static", 1, "must be between 0 and 1; got 1"),
         ("model_path", "", "must not be empty"),
@@ -50,10 +51,17 @@ def test_a_missing_template_is_named(tmp_path) -> None:
     [
         ("port", 0), ("port", 65535), ("page_size", 1), ("base_gpu_id", 0), ("chunked_prefill_size", -1),
         ("chunked_prefill_size", 1), ("mem_fraction_static", 0.5), ("drain_timeout", 0.1), ("context_length", None),
+        ("target_itl_ms", 0.0), ("target_itl_ms", None), ("schedule_policy", "lpm"), ("schedule_policy", "fcfs"),
     ],
 )  # fmt: skip
 def test_what_is_in_range_is_taken(name: str, value: object) -> None:
     assert getattr(ServerArgs(**{"model_path": "m", name: value}), name) == value
+
+
+def test_a_target_for_the_token_time_needs_prompts_that_may_be_split() -> None:
+    with pytest.raises(ValueError, match="^--target-itl-ms splits prompts, which --chunked-prefill-size -1 forbids$"):
+        ServerArgs(model_path="m", chunked_prefill_size=-1, target_itl_ms=10.0)
+    assert ServerArgs(model_path="m", chunked_prefill_size=-1, target_itl_ms=0.0).target_itl_ms == 0.0
 
 
 def test_every_number_has_a_limit() -> None:

@@ -38,6 +38,7 @@ class ServerArgs(ServerFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._validate_files()
+        self._validate_passes()
         self._validate_parallelism()
         self._validate_modelexpress()
         self._validate_remote_instance()
@@ -52,6 +53,10 @@ class ServerArgs(ServerFlags):
             parse_digest(str(self.weights_digest), "--weights-digest")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
+
+    def _validate_passes(self) -> None:
+        if self.target_itl_ms and self.chunked_prefill_size == -1:
+            raise ValueError("--target-itl-ms splits prompts, which --chunked-prefill-size -1 forbids")
 
     def _validate_parallelism(self) -> None:
         if self.enable_dp_attention and (self.dp_size == 1 or self.tp_size % self.dp_size):
@@ -319,11 +324,13 @@ class ServerArgs(ServerFlags):
     def scheduler_config(self, device_type: str) -> SchedulerConfig:
         """What a replica's scheduler must know, on that kind of device ("cpu" or "cuda")."""
         defaults = DEVICE_DEFAULTS[device_type]
+        target_itl_ms = defaults.target_itl_ms if self.target_itl_ms is None else self.target_itl_ms
         return SchedulerConfig(
             max_running_requests=self.max_running_requests or defaults.max_running_requests,
             max_queued_requests=self.max_queued_requests,
             page_size=self.page_size,
             chunked_prefill_size=self.chunked_prefill_size or defaults.chunked_prefill_size,
+            target_itl_s=0.0 if self.chunked_prefill_size == -1 else target_itl_ms / 1000,
             schedule_policy=self.schedule_policy,
             disable_radix_cache=self.disable_radix_cache,
             stream_interval=self.stream_interval,

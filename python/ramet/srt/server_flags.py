@@ -13,7 +13,7 @@ ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch_varlen", "torch_nat
 REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
-SCHEDULE_POLICIES = ("lpm", "fcfs")
+SCHEDULE_POLICIES = ("deadline", "lpm", "fcfs")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
 SAMPLING_DEFAULTS = ("model", "openai")
 GRAMMAR_BACKENDS = ("llguidance", "none")
@@ -26,9 +26,10 @@ class DeviceDefaults(NamedTuple):
     max_running_requests: int
     mem_fraction_static: float
     chunked_prefill_size: int
+    target_itl_ms: float
 
 
-DEVICE_DEFAULTS = {"cpu": DeviceDefaults(64, 0.5, 2048), "cuda": DeviceDefaults(256, 0.85, 8192)}
+DEVICE_DEFAULTS = {"cpu": DeviceDefaults(64, 0.5, 2048, 500.0), "cuda": DeviceDefaults(256, 0.85, 8192, 40.0)}
 
 
 class Limit(NamedTuple):
@@ -157,9 +158,17 @@ class ServerFlags:
         "prompt.",
         limit=CHUNK,
     )
+    target_itl_ms: float | None = flag(
+        None,
+        "Milliseconds that requests which decode should wait for a token at most: a pass beside them computes as many "
+        "prompt tokens as that leaves time for. 500 on a CPU and 40 on a GPU when not given; 0 is no target, and there "
+        "is none where prompts are never split.",
+        limit=NOT_NEGATIVE,
+    )
     schedule_policy: str = flag(
-        "lpm",
-        "Order of waiting requests: longest cached prefix first, or first come first served.",
+        "deadline",
+        "Order of prompts: by a deadline, which is the later the more of the prompt is to be computed; longest cached "
+        "prefix first, unless others have waited too long; or first come first served.",
         choices=SCHEDULE_POLICIES,
     )
     disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")

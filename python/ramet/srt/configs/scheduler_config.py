@@ -12,7 +12,8 @@ class SchedulerConfig:
     max_queued_requests: int  # that may wait; further ones are refused
     page_size: int  # tokens
     chunked_prefill_size: int  # prompt tokens in one pass; -1: without limit
-    schedule_policy: str  # "lpm" or "fcfs"
+    target_itl_s: float  # seconds that a request should wait for its next token while prompts are computed; 0: any
+    schedule_policy: str  # "deadline", "lpm" or "fcfs"
     disable_radix_cache: bool
     stream_interval: int  # output tokens between two outputs of a streamed request
     random_seed: int  # of the sampling seeds given to requests without one

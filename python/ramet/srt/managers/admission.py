@@ -1,31 +1,35 @@
-"""Owns who waits and who gets into the next prefill pass, over all attention groups."""
+"""Owns who waits, whose prompt is in progress, and of which prompts the next pass computes a chunk."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.managers.prefill_adder import GroupRoom, PrefillAdder
 from ramet.srt.managers.schedule_batch import Req, RunningReq
-from ramet.srt.managers.schedule_policy import PrefillAdder, order_waiting
+from ramet.srt.managers.schedule_policy import Candidate, max_share, place_of
+from ramet.srt.managers.token_budget import TokenBudget
+from ramet.srt.mem_cache.allocator import RowAllocator
 from ramet.srt.mem_cache.request_cache import RequestCache
 
 NEW_TOKEN_RATIO = 0.4
 NEW_TOKEN_RATIO_STEP = 0.1
 NEW_TOKEN_RATIO_DECAY = 0.998
 MIN_NEW_TOKEN_RATIO = 0.1
+LOOK_AHEAD = 128  # waiting requests: to match more of them with the prefix cache costs more than the order gains
 
 
 class TokenReserve:
     """The KV cache that admission leaves to the tokens which running requests will still make.
 
     It is a share of all that they may make, since most end earlier: a larger one after each retraction, and a smaller
-    one with each decode pass.
+    one with each pass in which requests decode.
     """
 
     def __init__(self) -> None:
         self._ratio = NEW_TOKEN_RATIO
 
     def num_pages(self, reqs: Sequence[RunningReq], cache: RequestCache) -> int:
-        """Pages to leave free in the cache of `reqs`, which are decoding."""
+        """Pages to leave free in the cache of `reqs`, which run."""
         tokens = sum(running.num_remaining_tokens for running in reqs) * self._ratio
         return cache.num_pages(int(tokens)) + len(reqs)
 
@@ -34,35 +38,54 @@ class TokenReserve:
         self._ratio = min(1.0, self._ratio + NEW_TOKEN_RATIO_STEP)
 
     def decay(self) -> None:
-        """A decode pass found room for its tokens."""
+        """A pass found room for the next tokens."""
         self._ratio = max(MIN_NEW_TOKEN_RATIO, self._ratio * NEW_TOKEN_RATIO_DECAY)
 
 
 class Admission:
-    """The waiting requests, and those whose prompts are computed chunk by chunk.
+    """The waiting requests, and those whose prompts are in progress: a part of them is computed.
 
     Args:
         caches: one for each attention group: its ranks alone hold the keys and values of its requests.
+        rows: of the page table, one for each request that may hold KV cache at a time.
+        clock: gives the time in seconds.
     """
 
-    def __init__(self, config: SchedulerConfig, caches: Sequence[RequestCache]):
-        self._config = config
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        caches: Sequence[RequestCache],
+        rows: RowAllocator,
+        budget: TokenBudget,
+        clock: Callable[[], float],
+    ):
+        self._policy = config.schedule_policy
         self._caches = caches
-        self.waiting: deque[Req] = deque()
-        self.chunked: dict[int, RunningReq] = {}  # by group: whose prompt did not fit into the last prefill pass
+        self._rows = rows
+        self._budget = budget
+        self._clock = clock
+        self.waiting: deque[Req] = deque()  # those that have run before, then the others in the order of their arrival
+        self.in_progress: list[RunningReq] = []
         self.reserve = TokenReserve()
 
     def __len__(self) -> int:
         """Requests whose prompts are still to be computed."""
-        return len(self.waiting) + len(self.chunked)
+        return len(self.waiting) + len(self.in_progress)
 
     def put(self, req: Req) -> None:
         """Let a request wait for its turn."""
-        self.waiting.append(req)
+        if req.arrival_s is None:
+            req.arrival_s = self._clock()
+        if req.has_run:
+            self.waiting.appendleft(req)
+        else:
+            self.waiting.append(req)
 
-    def put_back(self, req: Req) -> None:
+    def put_back(self, running: RunningReq) -> None:
         """Let a request wait whose cache was taken away."""
-        self.waiting.appendleft(req)
+        self.drop(running)
+        running.req.num_retractions += 1
+        self.put(running.req)
         self.reserve.grow()
 
     def take_out(self, is_meant: Callable[[str], bool]) -> list[Req]:
@@ -72,10 +95,10 @@ class Admission:
             self.waiting.remove(req)
         return found
 
-    def drop_chunked(self, running: RunningReq) -> None:
-        """Compute no further chunk of a request's prompt, if one was to come."""
-        if self.chunked.get(running.group) is running:
-            del self.chunked[running.group]
+    def drop(self, running: RunningReq) -> None:
+        """Compute nothing more of a request's prompt, if it is in progress."""
+        if running in self.in_progress:
+            self.in_progress.remove(running)
 
     def least_busy_group(self, others: Iterable[int]) -> int:
         """The attention group with the fewest requests, to which the next one goes.
@@ -84,34 +107,71 @@ class Admission:
             others: the group of each request that is not here.
         """
         loads = [0] * len(self._caches)
-        for group in (*others, *self.chunked, *(req.group for req in self.waiting)):
+        here = (*(running.group for running in self.in_progress), *(req.group for req in self.waiting))
+        for group in (*others, *here):
             loads[group] += 1
         return loads.index(min(loads))
 
-    def next_prefill(self, decoding: Sequence[RunningReq]) -> list[RunningReq]:
-        """The requests that the next prefill pass computes, or a chunk of them: their `extend_len` says how much."""
-        if not self.waiting and not self.chunked:
-            return []
-        return [running for group in range(len(self._caches)) for running in self._fill(group, decoding)]
+    def next_chunks(self, running: Sequence[RunningReq]) -> list[RunningReq]:
+        """The requests of whose prompts the next pass computes a chunk: their `extend_len` says how much.
 
-    def _fill(self, group: int, decoding: Sequence[RunningReq]) -> list[RunningReq]:
-        config, cache = self._config, self._caches[group]
+        Args:
+            running: those whose prompts are computed.
+        """
+        prompts = self._prompts()
+        if not prompts:
+            return []
         adder = PrefillAdder(
-            cache,
-            config.prefill_budget,
-            self.reserve.num_pages([running for running in decoding if running.group == group], cache),
-            config.max_running_requests - len(decoding) - len(self.chunked),
+            self._rooms(running), self._budget.num_tokens(is_decoding=bool(running)), max_share(self._policy)
         )
-        chunked = self.chunked.pop(group, None)
-        if chunked is not None:
-            adder.add_chunked(chunked)
-        queue = [req for req in self.waiting if req.group == group]
-        for candidate in order_waiting(queue, cache, config.schedule_policy):
-            if adder.shares_uncached_prefix(candidate):
-                continue
-            if not adder.add(candidate):
+        for prompt in prompts:
+            if adder.budget <= 0:
                 break
-            self.waiting.remove(candidate.req)
-        if adder.chunked_req is not None:
-            self.chunked[group] = adder.chunked_req
+            if isinstance(prompt, RunningReq):
+                adder.add(prompt)
+            elif self._rows.num_free and adder.begin(prompt):
+                self.waiting.remove(prompt.req)
+        adder.top_up()
+        self._update_progress(adder.reqs)
         return adder.reqs
+
+    def _update_progress(self, chunks: Sequence[RunningReq]) -> None:
+        """Remember whose prompts have still a part to come, once these chunks are computed."""
+        last = {running for running in chunks if running.is_last_chunk}
+        everyone = dict.fromkeys([*self.in_progress, *chunks])
+        self.in_progress = [running for running in everyone if running not in last]
+
+    def _prompts(self) -> list[RunningReq | Candidate]:
+        """All that the next pass may compute a part of, in their order."""
+        prompts: list[RunningReq | Candidate] = [*self.in_progress]
+        if self._rows.num_free:
+            prompts += [Candidate(req, self._caches[req.group]) for req in self._first_waiting()]
+        if len(prompts) > 1:
+            policy, token_s, now_s = self._policy, self._budget.token_s, self._clock()
+            prompts.sort(key=lambda prompt: place_of(prompt, policy, token_s, now_s))
+        return prompts
+
+    def _first_waiting(self) -> Iterator[Req]:
+        """The requests that have waited longest, up to LOOK_AHEAD of each attention group."""
+        num_left = [LOOK_AHEAD] * len(self._caches)
+        num_open = len(num_left)
+        for req in self.waiting:
+            if num_left[req.group] == 0:
+                continue
+            yield req
+            num_left[req.group] -= 1
+            num_open -= num_left[req.group] == 0
+            if num_open == 0:
+                return
+
+    def _rooms(self, running: Sequence[RunningReq]) -> list[GroupRoom]:
+        """What each attention group has for new requests."""
+        if not self.waiting or not self._rows.num_free:
+            return [GroupRoom(cache, 0) for cache in self._caches]
+        holders: list[list[RunningReq]] = [[] for _ in self._caches]
+        for one in (*running, *self.in_progress):
+            holders[one.group].append(one)
+        return [
+            GroupRoom(cache, self.reserve.num_pages(reqs, cache))
+            for cache, reqs in zip(self._caches, holders, strict=True)
+        ]

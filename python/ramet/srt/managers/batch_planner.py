@@ -25,9 +25,7 @@ class BatchPlanner:
         known.update(state.rid for state in new_states)
         ended, self._ended_rids = self._ended_rids, []
         return BatchPlan(
-            sequences=[_decode_sequence(running) for running in batch.reqs]
-            if batch.is_decode
-            else [_extend_sequence(running) for running in batch.reqs],
+            sequences=[_sequence(running) for running in batch.reqs],
             page_writes=self._rows.take_writes(),
             new_states=new_states,
             ended_rids=ended,
@@ -59,29 +57,18 @@ def _sampling_state(req: Req) -> SamplingState:
     )
 
 
-def _decode_sequence(running: RunningReq) -> SequencePlan:
-    handle = running.handle
-    return SequencePlan(
-        rid=running.req.rid,
-        row=handle.row,
-        group=running.group,
-        start=handle.kv_len,
-        input_ids=[LAST_TOKEN if running.num_pending else running.req.output_ids[-1]],
-        is_sampled=True,
-    )
-
-
-def _extend_sequence(running: RunningReq) -> SequencePlan:
+def _sequence(running: RunningReq) -> SequencePlan:
     req, start = running.req, running.handle.kv_len
+    stop = start + running.extend_len
     positions = running.input_logprob_positions()
     return SequencePlan(
         rid=req.rid,
         row=running.handle.row,
         group=running.group,
         start=start,
-        input_ids=req.fill_ids[start : start + running.extend_len],
+        input_ids=[LAST_TOKEN] if running.num_pending else req.token_ids(start, stop),
         is_sampled=running.is_last_chunk,
         logprob_offset=positions.start - start if positions else 0,
-        logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
+        logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1] if positions else [],
         top_logprobs_num=req.top_logprobs_num,
     )

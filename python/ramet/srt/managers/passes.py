@@ -26,6 +26,7 @@ class FinishedPass:
     batch: ScheduleBatch
     plan: BatchPlan
     result: BatchResult
+    seconds: float  # that it took: from its launch or, if that was later, the end of the pass before it
 
 
 class Passes(ABC):
@@ -33,15 +34,17 @@ class Passes(ABC):
 
     Args:
         tell: hands a message to the replica's other ranks, if it has any.
+        clock: gives the time in seconds.
     """
 
     max_under_way: int
 
-    def __init__(self, worker: TpModelWorker, tell: Callable[[PlanMessage], None]):
+    def __init__(self, worker: TpModelWorker, tell: Callable[[PlanMessage], None], clock: Callable[[], float]):
         self._worker = worker
         self.tell = tell
-        self._launch_times: deque[float] = deque()  # time.monotonic() of each pass that has not come back
-        self._last_end = 0.0  # time.monotonic() of the last one that has
+        self._clock = clock
+        self._launch_times: deque[float] = deque()  # of the passes that have not come back
+        self._last_end = 0.0  # when the last one came that has
 
     def __len__(self) -> int:
         """Passes whose results have not been dealt with."""
@@ -49,17 +52,18 @@ class Passes(ABC):
 
     @property
     def waiting_since(self) -> float | None:
-        """time.monotonic() since which the ranks can have been at the oldest pass under way; None if there is none.
+        """The time since which the ranks can have been at the oldest pass under way; None if there is none.
 
         They begin it when it is launched and the one before it has ended. Any thread may ask.
         """
         times = list(self._launch_times)
         return max(times[0], self._last_end) if times else None
 
-    def _came_back(self) -> None:
-        """The oldest pass under way has ended."""
-        self._launch_times.popleft()
-        self._last_end = time.monotonic()
+    def _came_back(self) -> float:
+        """The oldest pass under way has ended; the seconds that it took."""
+        begin = max(self._launch_times.popleft(), self._last_end)
+        self._last_end = self._clock()
+        return self._last_end - begin
 
     @property
     def has_room(self) -> bool:
@@ -68,7 +72,7 @@ class Passes(ABC):
 
     def launch(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
         """Queue a pass on every rank of the replica."""
-        self._launch_times.append(time.monotonic())
+        self._launch_times.append(self._clock())
         self.tell(plan)
         self._launch_here(batch, plan)
 
@@ -86,7 +90,7 @@ class Passes(ABC):
 
     @abstractmethod
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
-        """Which of the running requests the next decode pass may give a token."""
+        """Which of the running requests the next pass may give a token."""
 
 
 class LocalPasses(Passes):
@@ -98,8 +102,10 @@ class LocalPasses(Passes):
 
     max_under_way = 2
 
-    def __init__(self, worker: TpModelWorker, tell: Callable[[PlanMessage], None], overlap: bool):
-        super().__init__(worker, tell)
+    def __init__(
+        self, worker: TpModelWorker, tell: Callable[[PlanMessage], None], clock: Callable[[], float], overlap: bool
+    ):
+        super().__init__(worker, tell, clock)
         self._num_kept = 1 if overlap else 0
         self._under_way: deque[tuple[ScheduleBatch, BatchPlan, Wait]] = deque()
 
@@ -116,8 +122,7 @@ class LocalPasses(Passes):
         while len(self._under_way) > num_kept:
             batch, plan, wait = self._under_way.popleft()
             result = wait()
-            self._came_back()
-            yield FinishedPass(batch, plan, result)
+            yield FinishedPass(batch, plan, result, self._came_back())
 
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
         """All but those that end with the pass under way, or whose constraint has yet to take a token."""
@@ -132,8 +137,8 @@ class PipelinePasses(Passes):
     A request is in one of them at a time, so its tokens are always known when it is planned again.
     """
 
-    def __init__(self, worker: TpModelWorker, plan_sender: PlanSender, num_stages: int):
-        super().__init__(worker, plan_sender.send)
+    def __init__(self, worker: TpModelWorker, plan_sender: PlanSender, clock: Callable[[], float], num_stages: int):
+        super().__init__(worker, plan_sender.send, clock)
         self.max_under_way = num_stages
         self._receive = plan_sender.receive
         self._under_way: deque[tuple[ScheduleBatch, BatchPlan]] = deque()
@@ -148,8 +153,7 @@ class PipelinePasses(Passes):
             result = self._receive(0.0 if has_launched else RESULT_POLL_S)
             if result is not None:
                 batch, plan = self._under_way.popleft()
-                self._came_back()
-                yield FinishedPass(batch, plan, result)
+                yield FinishedPass(batch, plan, result, self._came_back())
 
     def settle(self) -> Iterator[FinishedPass]:
         return iter(())
@@ -160,17 +164,23 @@ class PipelinePasses(Passes):
         return ready[: -(-len(running) // self.max_under_way)]
 
 
-def make_passes(worker: TpModelWorker, plan_sender: PlanSender | None, num_stages: int, overlap: bool) -> Passes:
+def make_passes(
+    worker: TpModelWorker,
+    plan_sender: PlanSender | None,
+    num_stages: int,
+    overlap: bool,
+    clock: Callable[[], float] = time.monotonic,
+) -> Passes:
     """The kind that a replica needs.
 
     Args:
         plan_sender: to the replica's other ranks; None if it has only this one.
     """
     if plan_sender is None:
-        return LocalPasses(worker, _tell_nobody, overlap)
+        return LocalPasses(worker, _tell_nobody, clock, overlap)
     if num_stages == 1:
-        return LocalPasses(worker, plan_sender.send, overlap)
-    return PipelinePasses(worker, plan_sender, num_stages)
+        return LocalPasses(worker, plan_sender.send, clock, overlap)
+    return PipelinePasses(worker, plan_sender, clock, num_stages)
 
 
 def _tell_nobody(_message: PlanMessage) -> None:

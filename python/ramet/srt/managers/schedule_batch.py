@@ -1,6 +1,6 @@
 """Owns a request as the scheduler sees it, waiting (`Req`) or running (`RunningReq`), and the batch of one pass."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.logprobs import UnsentLogprobs
@@ -40,6 +40,8 @@ class Req:
         self.wants_input_logprobs = message.return_logprob and message.logprob_start_len >= 0
         self.is_silent = False  # whether nobody waits for the output
 
+        self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
+        self.num_retractions = 0  # how often its KV cache was taken away
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None  # None while the request goes on
         self.ends_in_stop_token = False  # whether the last token is a stop token, whose text is no content
@@ -53,7 +55,21 @@ class Req:
     @property
     def fill_ids(self) -> list[int]:
         """Prompt and output: what the KV cache holds, or must hold before the next token can be computed."""
-        return self.origin_input_ids + self.output_ids
+        return self.origin_input_ids + self.output_ids if self.output_ids else self.origin_input_ids
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """A part of `fill_ids`, without making the rest."""
+        split = len(self.origin_input_ids)
+        if start >= split:
+            return self.output_ids[start - split : stop - split]
+        if stop <= split:
+            return self.origin_input_ids[start:stop]
+        return self.origin_input_ids[start:] + self.output_ids[: stop - split]
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it has been computed before, if only in part."""
+        return bool(self.output_ids or self.num_retractions)
 
     @property
     def num_tokens(self) -> int:
@@ -88,6 +104,11 @@ class RunningReq:
         return len(req.origin_input_ids) + len(req.output_ids) + self.num_pending
 
     @property
+    def missing_len(self) -> int:
+        """Tokens that are to be computed before the next one can be chosen."""
+        return self.seq_len - self.handle.kv_len
+
+    @property
     def num_remaining_tokens(self) -> int:
         """Output tokens that may still come from further passes."""
         req = self.req
@@ -96,7 +117,7 @@ class RunningReq:
     @property
     def is_last_chunk(self) -> bool:
         """Whether this pass computes the sequence to its end, so that a token comes out."""
-        return self.handle.kv_len + self.extend_len == self.seq_len
+        return self.extend_len == self.missing_len
 
     def input_logprob_positions(self) -> range:
         """Prompt positions in this pass whose logits give a prompt logprob: that of the token behind each."""
@@ -110,20 +131,18 @@ class RunningReq:
 
 @dataclass(slots=True)
 class ScheduleBatch:
-    """The requests of one forward pass."""
+    """The requests of one forward pass, when it is made: later passes change what the requests say of themselves."""
 
-    reqs: list[RunningReq]
-    is_decode: bool
-    sampled_reqs: list[RunningReq]  # those that get a token from this pass
+    decoding: list[RunningReq]  # their newest token is computed
+    chunks: list[RunningReq]  # `extend_len` tokens of each prompt are
+    reqs: list[RunningReq] = field(init=False)  # all, by attention group; in each, those that decode come first
+    sampled_reqs: list[RunningReq] = field(init=False)  # those of `reqs` that get a token from this pass
+    num_prompt_tokens: int = field(init=False)  # of all chunks
 
-    @classmethod
-    def for_extend(cls, reqs: list[RunningReq]) -> "ScheduleBatch":
-        """Compute `extend_len` prompt tokens of each request."""
-        return cls(reqs, False, [running for running in reqs if running.is_last_chunk])
-
-    @classmethod
-    def for_decode(cls, reqs: list[RunningReq]) -> "ScheduleBatch":
-        """Compute the newest token of each request."""
-        for running in reqs:
+    def __post_init__(self) -> None:
+        for running in self.decoding:
             running.extend_len = 1
-        return cls(reqs, True, reqs)
+        self.reqs = sorted([*self.decoding, *self.chunks], key=lambda running: running.group)
+        cut = {running for running in self.chunks if not running.is_last_chunk}
+        self.sampled_reqs = [running for running in self.reqs if running not in cut]
+        self.num_prompt_tokens = sum(running.extend_len for running in self.chunks)

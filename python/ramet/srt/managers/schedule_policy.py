@@ -1,110 +1,77 @@
-"""Owns the rules of admission and retraction within one attention group: the order, a pass's limits, who gives way."""
+"""Owns the order in which prompts are computed: each has a place, and the one with the smallest comes first.
 
-from collections.abc import Iterator, Sequence
+Under every policy those come first that have run before: they have waited already.
+
+- "deadline": a prompt should be computed by its arrival and STRETCH times what the rest of it takes by itself. So a
+  short one passes a long one that has only just come, and nobody who comes after that time passes it. What the prefix
+  cache has takes no time.
+- "lpm": the longest prefix in the cache first, the computed part of a prompt included; but before them, by deadline,
+  those whose deadline is PATIENCE_S ago.
+- "fcfs": by arrival.
+"""
 
 from ramet.srt.managers.schedule_batch import Req, RunningReq
 from ramet.srt.mem_cache.request_cache import PrefixMatch, RequestCache
 
-LPM_LIMIT = 128  # with more waiting requests, matching each of them costs more than the order gains
+STRETCH = 4.0
+PATIENCE_S = 2.0
+MAX_SHARE = 0.75  # of a pass's prompt tokens that one prompt may take while others want some, too
+
+Place = tuple[float, ...]
 
 
 class Candidate:
-    """A waiting request with the prefix that the cache has of it, which is looked for once."""
+    """A waiting request with the prefix that the cache has of it, which is looked for once, when it is asked for."""
 
     def __init__(self, req: Req, cache: RequestCache):
         self.req = req
-        self.fill_ids = req.fill_ids
         self._cache = cache
-        self._match = cache.match(self.fill_ids[: req.max_prefix_len])
+        self._match: PrefixMatch | None = None
 
     @property
     def match(self) -> PrefixMatch:
         """What the cache has of it; found again if something has been evicted for another request meanwhile."""
-        if not self._cache.is_current(self._match):
-            self._match = self._cache.match(self.fill_ids[: self.req.max_prefix_len])
+        if self._match is None or not self._cache.is_current(self._match):
+            self._match = self._cache.match(self.req.fill_ids, self.req.max_prefix_len)
         return self._match
 
-
-def order_waiting(queue: Sequence[Req], cache: RequestCache, policy: str) -> Iterator[Candidate]:
-    """The waiting requests in the order in which they are tried.
-
-    Under "lpm" retracted requests come first, then those with the longest cached prefix; under "fcfs" and in a long
-    queue each is matched when its turn comes.
-    """
-    if policy == "fcfs" or cache.tree.disabled or len(queue) > LPM_LIMIT:
-        return (Candidate(req, cache) for req in queue)
-    candidates = [Candidate(req, cache) for req in queue]
-    candidates.sort(key=lambda candidate: (not candidate.req.output_ids, -len(candidate.match.pages)))
-    return iter(candidates)
+    @property
+    def missing_len(self) -> int:
+        """Tokens that are to be computed before the next one can be chosen."""
+        return self.req.num_tokens - len(self.match.pages) * self._cache.page_size
 
 
-class PrefillAdder:
-    """Fills one prefill pass within its token budget and the free KV cache.
+def place_of(prompt: Candidate | RunningReq, policy: str, token_s: float, now_s: float) -> Place:
+    """Where a prompt stands that waits, or of which a part is computed.
 
     Args:
-        budget: prompt tokens that the pass may compute.
-        reserve_pages: pages to leave for the requests that are decoding.
+        token_s: seconds that a prompt token takes.
+        now_s: on the clock of the arrivals.
     """
-
-    def __init__(self, cache: RequestCache, budget: int, reserve_pages: int, max_new_reqs: int):
-        self.cache = cache
-        self.budget = budget
-        self.reserve_pages = reserve_pages
-        self.max_new_reqs = max_new_reqs
-        self.reqs: list[RunningReq] = []
-        self.chunked_req: RunningReq | None = None  # the one whose prompt the budget has cut; None if there is none
-        self._first_pages: set[tuple[int, ...]] = set()
-
-    def add_chunked(self, running: RunningReq) -> None:
-        """Go on with the request whose prompt did not fit into the last pass. It holds its pages already."""
-        self._take(running, running.req.fill_ids)
-
-    def add(self, candidate: Candidate) -> bool:
-        """Add a waiting request, which runs from now on; False when no further one can be added."""
-        if self.chunked_req is not None or len(self.reqs) >= self.max_new_reqs or self.cache.num_available_rows == 0:
-            return False
-        if self.budget <= 0:
-            return False
-        req, match = candidate.req, candidate.match
-        num_wanted = 0
-        if self.reqs or self.reserve_pages:  # else nobody would make room for it
-            num_wanted = self.cache.num_pages(req.num_tokens + 1) - len(match.pages) + self.reserve_pages
-        handle = self.cache.begin(match, req.num_tokens, num_wanted)
-        if handle is None:
-            return False
-        if not req.output_ids:
-            req.cached_tokens = handle.kv_len
-        self._take(RunningReq(req, handle), candidate.fill_ids)
-        return True
-
-    def shares_uncached_prefix(self, candidate: Candidate) -> bool:
-        """Whether this pass computes the page that comes behind the request's cached prefix.
-
-        It then waits for the next pass and finds the page in the cache.
-        """
-        if self.cache.tree.disabled or not self._first_pages:
-            return False
-        start = len(candidate.match.pages) * self.cache.page_size
-        return self._next_page(candidate.req, candidate.fill_ids, start) in self._first_pages
-
-    def _next_page(self, req: Req, fill_ids: list[int], start: int) -> tuple[int, ...]:
-        """The sequence up to the end of the page at `start`; empty if that page can't be shared."""
-        page_end = start + self.cache.page_size
-        return tuple(fill_ids[:page_end]) if page_end <= req.max_prefix_len else ()
-
-    def _take(self, running: RunningReq, fill_ids: list[int]) -> None:
-        start = running.handle.kv_len
-        missing = running.seq_len - start
-        running.extend_len = min(missing, self.budget)
-        self.budget -= running.extend_len
-        if running.extend_len < missing:
-            self.chunked_req = running
-        next_page = self._next_page(running.req, fill_ids, start)
-        if next_page:
-            self._first_pages.add(next_page)
-        self.reqs.append(running)
+    req = prompt.req
+    assert req.arrival_s is not None
+    if policy == "fcfs":
+        return not req.has_run, req.arrival_s
+    deadline_s = req.arrival_s + STRETCH * token_s * prompt.missing_len
+    if policy == "deadline":
+        return not req.has_run, deadline_s
+    is_late = deadline_s + PATIENCE_S <= now_s
+    return not req.has_run, not is_late, deadline_s if is_late else prompt.missing_len - req.num_tokens
 
 
-def pick_retracted(reqs: Sequence[RunningReq]) -> RunningReq:
-    """The running request that loses least by starting over: the fewest output tokens, then the shortest prompt."""
-    return min(reqs, key=lambda running: (len(running.req.output_ids), len(running.req.origin_input_ids)))
+def max_share(policy: str) -> float:
+    """Of a pass's prompt tokens that one prompt may take while others want some, too."""
+    return 1.0 if policy == "fcfs" else MAX_SHARE
+
+
+def retraction_cost(running: RunningReq, cache: RequestCache) -> tuple[bool, int, float]:
+    """What is lost by taking a request's KV cache away; the request with the least should give way.
+
+    Of those that free a page at all it is the tokens to be computed again, twice as many for each time that the request
+    has given way before; of equal ones it is the one that came last.
+    """
+    req, handle = running.req, running.handle
+    assert req.arrival_s is not None
+    num_shared = cache.num_shared_pages(handle)
+    num_lost = handle.kv_len - num_shared * cache.page_size
+    return num_shared == len(handle.pages), num_lost << req.num_retractions, -req.arrival_s

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable
 
 from ramet.srt.configs.model_config import ModelConfig
@@ -31,10 +32,11 @@ from ramet.srt.managers.passes import FinishedPass, make_passes
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.rank_profiler import FAILURES
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
-from ramet.srt.managers.schedule_policy import pick_retracted
+from ramet.srt.managers.schedule_policy import retraction_cost
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, failure_reason, make_output, refusal
 from ramet.srt.managers.throughput import Throughput
+from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
@@ -52,7 +54,7 @@ WARM_UP_TOKENS = 8
 
 
 class Scheduler:
-    """Continuous batching: waiting requests are prefilled in chunks, running ones gain a token in each decode pass."""
+    """Continuous batching: each pass gives running requests a token, and computes chunks of prompts beside them."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Scheduler:
         grammar_pool: GrammarPool | None,
         channel: SchedulerChannel,
         plan_sender: PlanSender | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """
         Args:
@@ -70,6 +73,7 @@ class Scheduler:
                 does without: it is read for the first stop string, or in the first quiet moment.
             grammar_pool: None refuses constrained output.
             plan_sender: to the replica's other ranks; None if it has only this one.
+            clock: gives the time in seconds, by which arrivals are ordered and passes measured.
         """
         parallel = model_runner.parallel
         self.config = config
@@ -83,15 +87,16 @@ class Scheduler:
         self.grammar_queue = GrammarQueue(grammar_pool)
         self.grammar_steps = GrammarSteps(grammar_pool)
         self._grammar_pool = grammar_pool
-        self.admission = Admission(config, self.caches)
+        # In a pipeline a request gains one token while each stage computes a pass.
+        self.budget = TokenBudget(config.prefill_budget, config.target_itl_s / parallel.pp_size)
+        self.admission = Admission(config, self.caches, self.rows, self.budget, clock)
         self.running: list[RunningReq] = []  # those that decode
         self.planner = BatchPlanner(self.rows)
-        self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap)
+        self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap, clock)
         self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self.throughput = Throughput()
         self.num_retracted = 0
         self._seeds = random.Random(config.random_seed)
-        self._last_was_prefill = False
         self._aborted: list[RunningReq] = []  # to be ended before the next pass is planned
 
     def _make_cache(self) -> RequestCache:
@@ -163,6 +168,7 @@ class Scheduler:
         self.admission.put(req)
         while self.has_work:
             self.step()
+        self.budget.forget()
         self.flush_caches()
 
     def close(self) -> None:
@@ -293,7 +299,7 @@ class Scheduler:
     # -- What runs next
 
     def _next_batch(self) -> ScheduleBatch | None:
-        """Prefill and decode passes alternate while there is work for both, so that neither starves the other."""
+        """All requests that can decode now, and the prompt chunks that the budget leaves room for."""
         if awaits_token(self.running):
             self._settle()  # what may come next depends on the last tokens
         if self.grammar_steps:
@@ -301,15 +307,11 @@ class Scheduler:
             self._collect_tokens()
         if self._aborted:
             self._drop_aborted()
-        if not (self._last_was_prefill and self.running):
-            reqs = self.admission.next_prefill(self.running)
-            if not reqs and self.admission.waiting and self._park_slow():
-                reqs = self.admission.next_prefill(self.running)
-            if reqs:
-                self._last_was_prefill = True
-                return ScheduleBatch.for_extend(reqs)
-        self._last_was_prefill = False
-        return self._decode_batch()
+        decoding = self._next_decoding()
+        chunks = self.admission.next_chunks(self.running)
+        if not chunks and self.admission.waiting and self._park_slow():
+            chunks = self.admission.next_chunks(self.running)
+        return ScheduleBatch(decoding, chunks) if decoding or chunks else None
 
     def _park_slow(self) -> bool:
         """Have requests whose constraint takes its time make room for those that wait; whether there are any."""
@@ -322,7 +324,7 @@ class Scheduler:
 
     def _admitted(self) -> list[RunningReq]:
         """Every request that holds KV cache."""
-        return [*self.running, *self.admission.chunked.values()]
+        return [*self.running, *self.admission.in_progress]
 
     def _drop_aborted(self) -> None:
         """End the requests that were aborted while they ran, but for those that have ended by themselves."""
@@ -331,7 +333,7 @@ class Scheduler:
         for running in self._aborted:
             if running.req.finish_reason is None:
                 running.req.finish_reason = aborted_reason()
-                self.admission.drop_chunked(running)
+                self.admission.drop(running)
                 self.grammar_steps.drop(running)
                 self._end(running)
                 ended.append(running.req)
@@ -339,17 +341,15 @@ class Scheduler:
         self._drop_ended()
         self._send_news(ended)
 
-    def _decode_batch(self) -> ScheduleBatch | None:
-        """The running requests that can gain a token now."""
+    def _next_decoding(self) -> list[RunningReq]:
+        """The running requests that can gain a token now, with room for it."""
         reqs = self.passes.decodable(self.running)
         if not all(self._extend(running) for running in reqs):
             self._settle()  # the tokens may end requests; if not, they must be known where one is to start over
             reqs = self._retract_for(self.passes.decodable(self.running))
-        self.admission.reserve.decay()
-        if not reqs:
-            return None
-        reqs.sort(key=lambda running: running.group)  # each attention group's tokens stand together
-        return ScheduleBatch.for_decode(reqs)
+        if reqs:
+            self.admission.reserve.decay()
+        return reqs
 
     def _extend(self, running: RunningReq) -> bool:
         """Give a request room for its next token; False if there is none."""
@@ -360,18 +360,28 @@ class Scheduler:
         retracted: set[RunningReq] = set()
         for running in reqs:
             while running not in retracted and not self._extend(running):
-                victim = pick_retracted(
-                    [other for other in self.running if other.num_pending == 0 and other.group == running.group]
-                )
+                cache = self.caches[running.group]
+                victim = min(self._retractable(running.group), key=lambda other: retraction_cost(other, cache))
                 self._retract(victim)
                 retracted.add(victim)
         return [running for running in reqs if running not in retracted]
 
+    def _retractable(self, group: int) -> list[RunningReq]:
+        """Who can start over: all of its tokens are known, and no log-probabilities of its prompt would come twice."""
+        return [
+            running
+            for running in self._admitted()
+            if running.group == group
+            and running.num_pending == 0
+            and (running.req.output_ids or not running.req.wants_input_logprobs)
+        ]
+
     def _retract(self, running: RunningReq) -> None:
-        """Take a running request's cache away; it starts over from its tokens when there is room."""
+        """Take a request's cache away; it starts over from its tokens when there is room."""
         self._release(running)
-        self.running.remove(running)
-        self.admission.put_back(running.req)
+        if running in self.running:
+            self.running.remove(running)
+        self.admission.put_back(running)
         self.num_retracted += 1
         logger.info(
             "KV cache full: retracted request %s after %d output tokens", running.req.rid, len(running.req.output_ids)
@@ -387,12 +397,11 @@ class Scheduler:
         self.passes.launch(batch, self.planner.plan(batch))
         for running in batch.reqs:
             running.handle.kv_len += running.extend_len
-            if not batch.is_decode:
-                self.caches[running.group].share(running.handle, running.req.fill_ids)
+        for running in batch.chunks:
+            self.caches[running.group].share(running.handle, running.req.fill_ids)
+        self.running += [running for running in batch.chunks if running.missing_len == 0]
         for running in batch.sampled_reqs:
             running.num_pending += 1
-        if not batch.is_decode:
-            self.running += batch.sampled_reqs
 
     def _finish(self, finished: FinishedPass) -> None:
         """Give the tokens and log-probabilities of a pass to their requests; end and send on those that are done.
@@ -400,6 +409,7 @@ class Scheduler:
         A request that has ended since the pass was queued drops its token.
         """
         batch, result = finished.batch, finished.result
+        self.budget.observe(finished.seconds, batch.num_prompt_tokens)
         if result.prompt_logprobs:
             for running, sequence in zip(batch.reqs, finished.plan.sequences, strict=True):
                 if (rows := result.prompt_logprobs.get(running.req.rid)) is not None:

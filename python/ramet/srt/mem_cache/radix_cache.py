@@ -51,19 +51,24 @@ class RadixCache:
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
 
-    def match_prefix(self, token_ids: Sequence[int]) -> tuple[list[int], TreeNode]:
-        """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes."""
+    def match_prefix(self, token_ids: Sequence[int], limit: int | None = None) -> tuple[list[int], TreeNode]:
+        """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes.
+
+        Args:
+            limit: tokens that the prefix has at most; None for all.
+        """
         pages: list[int] = []
         node: TreeNode = self.root
-        keys = self._page_keys(token_ids)
-        start = 0
-        while start < len(keys) and (child := node.children.get(keys[start])) is not None:
-            length = _common_length(child.keys, keys, start)
+        num_pages = self._num_pages(len(token_ids) if limit is None else limit)
+        while len(pages) < num_pages:
+            child = node.children.get(self._page_key(token_ids, len(pages)))
+            if child is None:
+                break
+            length = self._common_length(child.keys, token_ids, len(pages), num_pages)
             if length < len(child.keys):
                 child = self._split(child, length)
             child.last_access = next(self._clock)
             pages.extend(child.pages)
-            start += length
             node = child
         return pages, node
 
@@ -74,10 +79,11 @@ class RadixCache:
         """
         if self.disabled:
             return 0
-        keys = self._page_keys(token_ids)
         held, node = self.match_prefix(token_ids)
-        if len(held) < len(keys):
-            new = TreeEdge(node, keys[len(held) :], pages[len(held) : len(keys)], next(self._clock))
+        num_pages = self._num_pages(len(token_ids))
+        if len(held) < num_pages:
+            keys = [self._page_key(token_ids, page) for page in range(len(held), num_pages)]
+            new = TreeEdge(node, keys, pages[len(held) : num_pages], next(self._clock))
             node.children[new.keys[0]] = new
             self.num_evictable_pages += len(new.pages)
         return len(held)
@@ -101,6 +107,15 @@ class RadixCache:
                 self.num_locked_pages -= len(node.pages)
             node = node.parent
 
+    def num_shared_pages(self, node: TreeNode) -> int:
+        """Pages up to `node`, which is locked, that are locked by others too."""
+        num_pages = 0
+        while isinstance(node, TreeEdge):
+            if node.lock_ref > 1:
+                num_pages += len(node.pages)
+            node = node.parent
+        return num_pages
+
     def evict(self, num_pages: int) -> int:
         """Free at least `num_pages` pages if so many are unlocked; returns how many were freed."""
         leaves = [(edge.last_access, id(edge), edge) for edge in self._edges() if _is_evictable_leaf(edge)]
@@ -121,11 +136,20 @@ class RadixCache:
         """Every page that the tree holds."""
         return {page for edge in self._edges() for page in edge.pages}
 
-    def _page_keys(self, token_ids: Sequence[int]) -> list[PageKey]:
-        if self.disabled:
-            return []
-        size = self.page_size
-        return [tuple(token_ids[start : start + size]) for start in range(0, len(token_ids) - size + 1, size)]
+    def _num_pages(self, num_tokens: int) -> int:
+        """Whole pages of a sequence that the tree can hold."""
+        return 0 if self.disabled else num_tokens // self.page_size
+
+    def _page_key(self, token_ids: Sequence[int], page: int) -> PageKey:
+        return tuple(token_ids[page * self.page_size : (page + 1) * self.page_size])
+
+    def _common_length(self, edge: list[PageKey], token_ids: Sequence[int], start: int, stop: int) -> int:
+        """Number of pages that `edge` and those of a sequence from `start` to `stop` have in common."""
+        limit = min(len(edge), stop - start)
+        for index in range(limit):
+            if edge[index] != self._page_key(token_ids, start + index):
+                return index
+        return limit
 
     def _split(self, edge: TreeEdge, length: int) -> TreeEdge:
         """Cut `edge` after `length` pages; returns the new upper part."""
@@ -145,12 +169,3 @@ class RadixCache:
 
 def _is_evictable_leaf(edge: TreeEdge) -> bool:
     return not edge.children and edge.lock_ref == 0
-
-
-def _common_length(edge: list[PageKey], keys: list[PageKey], start: int) -> int:
-    """Number of pages that `edge` and `keys` from `start` on have in common."""
-    limit = min(len(edge), len(keys) - start)
-    for index in range(limit):
-        if edge[index] != keys[start + index]:
-            return index
-    return limit

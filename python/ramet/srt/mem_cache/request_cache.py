@@ -49,9 +49,9 @@ class RequestCache:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, token_ids: Sequence[int]) -> PrefixMatch:
-        """The longest cached prefix of `token_ids`."""
-        pages, node = self.tree.match_prefix(token_ids)
+    def match(self, token_ids: Sequence[int], limit: int | None = None) -> PrefixMatch:
+        """The longest cached prefix of `token_ids`, or of the first `limit` of them."""
+        pages, node = self.tree.match_prefix(token_ids, limit)
         return PrefixMatch(pages, node, self._num_evictions)
 
     def is_current(self, match: PrefixMatch) -> bool:
@@ -121,6 +121,10 @@ class RequestCache:
             self.rows.write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
         handle.pages[:num_full] = pages
         handle.num_tree_pages = num_full
+
+    def num_shared_pages(self, handle: CacheHandle) -> int:
+        """Pages of the handle that others hold too, so that they stay when it is released."""
+        return self.tree.num_shared_pages(handle.node)
 
     def release(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Take everything back; the full pages stay in the prefix tree."""

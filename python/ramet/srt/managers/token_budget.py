@@ -1,0 +1,79 @@
+"""Owns how many prompt tokens a pass may compute: what lets it end within the target, learnt from passes before it."""
+
+START_TOKENS = 1024  # until a pass has shown what prompt tokens cost
+MIN_TOKENS = 128  # so that prompts advance however slow the passes are; on a GPU so few are nearly free
+MAX_GROWTH = 2  # how far beyond the largest chunk that was measured the estimate is trusted
+
+
+class TokenBudget:
+    """The prompt tokens of a pass beside which requests decode.
+
+    Two running averages say what a pass takes: `base_s`, without prompt tokens, and `token_s`, for each prompt token
+    beyond that. Of the target, the part that `base_s` leaves is filled with prompt tokens, at least MIN_TOKENS and at
+    most the limit. An average takes half of what is new, and of that no more than twice and no less than half of
+    itself: an outlier moves it by half, and a change is learnt within a few passes.
+
+    The first tokens of a pass are nearly free, as reading the weights takes most of its time. So chunks that are small
+    for the budget teach nothing, unless the pass has missed the target, and the budget is at most twice what was
+    measured. Where it settles, a full pass takes the target whatever its parts are: the prompt's own length, too, whose
+    tokens get dearer behind a long prefix.
+
+    Args:
+        limit: most prompt tokens in one pass, and in one beside which nothing decodes.
+        target_s: seconds that a pass should take at most; 0: no target, so that the limit alone holds.
+    """
+
+    def __init__(self, limit: int, target_s: float):
+        self.limit = limit
+        self._target_s = target_s
+        self._base_s = 0.0
+        self._token_s = 0.0
+        self._num_measured = 0  # prompt tokens of the newest pass that has taught something
+
+    @property
+    def token_s(self) -> float:
+        """Seconds that a prompt token takes; 0.0 as long as nothing is known."""
+        return self._token_s
+
+    def num_tokens(self, is_decoding: bool) -> int:
+        """Prompt tokens that the next pass may compute.
+
+        Args:
+            is_decoding: whether any request waits for its next token meanwhile.
+        """
+        return self._wanted() if is_decoding and self._target_s else self.limit
+
+    def observe(self, seconds: float, num_tokens: int) -> None:
+        """Learn from a pass with so many prompt tokens: it took so long from the end of the one before it."""
+        if seconds <= 0.0:
+            return
+        if num_tokens == 0:
+            self._base_s = _blend(self._base_s, seconds)
+            return
+        self._base_s = min(self._base_s, _blend(self._base_s, seconds))  # without them it would not take longer
+        is_full = 2 * num_tokens >= self._wanted()
+        if is_full or (self._num_measured and self._target_s and seconds > self._target_s):
+            self._token_s = _blend(self._token_s, max(0.0, seconds - self._base_s) / num_tokens)
+        if is_full:
+            self._num_measured = num_tokens
+
+    def forget(self) -> None:
+        """Learn anew."""
+        self._base_s = self._token_s = 0.0
+        self._num_measured = 0
+
+    def _wanted(self) -> int:
+        """Prompt tokens that make a pass take the target, as far as is known."""
+        wanted: float = START_TOKENS
+        if self._num_measured and self._target_s:
+            wanted = MAX_GROWTH * self._num_measured
+            if self._token_s:
+                wanted = min(wanted, (self._target_s - self._base_s) / self._token_s)
+        return min(self.limit, max(MIN_TOKENS, int(wanted)))
+
+
+def _blend(average: float, value: float) -> float:
+    """The average with a new value in it; the first one as it is."""
+    if not average:
+        return value
+    return (average + min(max(value, average / 2), average * 2)) / 2
