@@ -115,6 +115,7 @@ class Scheduler:
             self.handle(message)
         if is_idle and not messages:
             self.get_tokenizer()
+            self.model_runner.use_quiet_moment()
         if self.step() is None:
             if not self.has_work:
                 self.check_caches()

@@ -20,11 +20,11 @@ MIN_SHARED_KEYS = 128  # a shorter prefix is read again by every sequence
 SLOTS = 3  # programs with a small tile that a multiprocessor runs at a time
 LARGE_SLOTS = 2  # the same with a large tile
 MAX_ROUNDS = 4  # of all slots, to which the keys of a pass are spread
-TRUSTED_PASSES = 32  # for which a number of pieces stays good, as sequences grow by a token in each
 # What was measured on an H200 with heads of 128, in keys that one slot reads in the time:
 PIECE_COST = 128  # to begin a piece
 SPLIT_COST = 64  # to combine anything
-LEAST_SHARE = 0.6  # of the slots that read as fast as all of them
+BASE_SHARE, SLOT_SHARE = 0.36, 0.8  # with a share s of the slots a round takes BASE_SHARE + SLOT_SHARE * s, at most 1
+LIKE_TOTAL = 1.1  # numbers of keys whose ratio is at most this are split alike
 
 
 class Tile(NamedTuple):
@@ -84,7 +84,7 @@ class KeySplitter:
         self.small, self.large = small, large
         self.window = window
         self._slots = max(1, SLOTS * num_multiprocessors // num_kv_heads)  # for each KV head
-        self._tried_number = self._num_trusted = self._best_wanted = 0  # see _best_sizes
+        self._tried_number = self._tried_total = self._best_wanted = 0  # see _best_sizes
         self._wanted_large = max(1, LARGE_SLOTS * num_multiprocessors // num_kv_heads)
 
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
@@ -130,17 +130,16 @@ class KeySplitter:
     def _best_sizes(self, units: _Units) -> tuple[np.ndarray, np.ndarray]:
         """Keys in a piece of each unit, and its pieces: as many as let the slots end about together, and no more.
 
-        How many those are is tried out for every new number of units, and again after some passes.
+        How many those are is tried out when the number of units or of their keys is another.
         """
-        number = len(units.start)
-        if number >= MAX_ROUNDS * self._slots:
+        number, total = len(units.start), int((units.stop - units.start).sum())
+        if number == 0 or number >= MAX_ROUNDS * self._slots:
             return _split_sizes(units, 0, KEY_STEP)
-        if number != self._tried_number or self._num_trusted == 0:
+        if number != self._tried_number or not 1 / LIKE_TOTAL < total / self._tried_total < LIKE_TOTAL:
             wanted = [rounds * self._slots for rounds in range(MAX_ROUNDS + 1)]
             costs = [self._estimate(*_split_sizes(units, pieces, KEY_STEP)) for pieces in wanted]
             self._best_wanted = wanted[int(np.argmin(costs))]
-            self._tried_number, self._num_trusted = number, TRUSTED_PASSES
-        self._num_trusted -= 1
+            self._tried_number, self._tried_total = number, total
         return _split_sizes(units, self._best_wanted, KEY_STEP)
 
     def _estimate(self, sizes: np.ndarray, counts: np.ndarray) -> float:
@@ -149,7 +148,7 @@ class KeySplitter:
         full, rest = divmod(len(longest_first), self._slots)
         total = float((longest_first[:: self._slots][:full] + PIECE_COST).sum())
         if rest:
-            share = max(LEAST_SHARE, rest / self._slots)
+            share = min(1.0, BASE_SHARE + SLOT_SHARE * rest / self._slots)
             total += share * float(longest_first[full * self._slots] + PIECE_COST)
         return total + SPLIT_COST * bool((counts > 1).any())
 

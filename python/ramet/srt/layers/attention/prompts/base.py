@@ -19,6 +19,10 @@ class PromptChunks:
     lens: np.ndarray  # new tokens
     ends: np.ndarray  # tokens in the KV cache after the pass
 
+    def select(self, which: np.ndarray) -> "PromptChunks":
+        """Those for which a bool array says so."""
+        return PromptChunks(self.rows[which], self.first[which], self.lens[which], self.ends[which])
+
     def parts(self, size: int) -> "Sequence[PromptChunks]":
         """The same, so many sequences at a time."""
         fields = (self.rows, self.first, self.lens, self.ends)
