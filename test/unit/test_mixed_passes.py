@@ -101,7 +101,7 @@ def test_several_prompts_are_in_progress_at_a_time(engine, monkeypatch):
     assert sorted(rids(plans[1])) == ["0", "1"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [2, 5])
 def test_an_abort_of_a_prompt_in_progress_leaves_the_others_alone(engine, steps):
     engine.submit("short", SHORT[0], max_new_tokens=12)
     for index, prompt in enumerate(LONG):
