@@ -1,10 +1,13 @@
 """Passes that hold prompt chunks and decoding requests side by side give what each request gets by itself."""
 
+import time
+
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.batch.batch_plan import LAST_TOKEN
 from ramet.srt.managers.io_struct import AbortReq
+from ramet.srt.managers.passes import PipelinePasses
 
 SHORT, LONG = rm.random_prompts([6, 9, 12]), rm.random_prompts([70, 45], seed=1)
 PARAMS = [
@@ -38,6 +41,25 @@ def alone(folder):
 @pytest.fixture(params=[False, True], ids=["plain", "overlap"])
 def engine(request, folder):
     return EngineHarness(folder, overlap=request.param, chunked_prefill_size=8, max_total_tokens=512)
+
+
+class Stages:
+    """Stands in for a pipeline: a pass is computed at once, and its result comes when all stages have had it."""
+
+    def __init__(self, worker, num_stages):
+        self._worker = worker
+        self._num_stages = num_stages
+        self._results = []
+
+    def send(self, message):
+        """There is nobody else."""
+
+    def launch(self, plan):
+        self._results.append(self._worker.launch_for_result(plan)())
+
+    def receive(self, timeout_s):
+        is_through = timeout_s > 0 or len(self._results) == self._num_stages
+        return self._results.pop(0) if is_through else None
 
 
 def watch(engine, monkeypatch):
@@ -75,6 +97,23 @@ def test_everyone_gets_what_he_gets_alone(engine, alone, params):
             assert result.input_logprobs.logprobs[1:] == pytest.approx(one.input_logprobs.logprobs[1:], abs=1e-4)
 
 
+def test_each_stage_has_decoding_requests_and_chunks_and_no_prompt_is_computed_out_of_order(folder, alone, monkeypatch):
+    expected = [alone(prompt, max_new_tokens=14).token_ids for prompt in SHORT]
+    expected += [alone(prompt, max_new_tokens=5).token_ids for prompt in LONG]
+    engine = EngineHarness(folder, chunked_prefill_size=8)
+    stages = Stages(engine.scheduler.worker, 3)
+    engine.scheduler.passes = PipelinePasses(stages, stages, time.monotonic, 3)
+    plans = watch(engine, monkeypatch)
+    assert [result.token_ids for result in run_mixed(engine)] == expected
+    ends = {}
+    for sequence in (sequence for plan in plans for sequence in plan.sequences):
+        assert sequence.start == ends.get(sequence.rid, 0)
+        ends[sequence.rid] = sequence.start + len(sequence.input_ids)
+    mixed = [plan for plan in plans if len({len(one.input_ids) > 1 for one in plan.sequences}) == 2]
+    assert len(mixed) >= 5
+    assert all(len(set(rids(plan))) == len(plan.sequences) for plan in plans)
+
+
 def test_whoever_can_decode_is_in_every_pass(engine, monkeypatch):
     plans = watch(engine, monkeypatch)
     run_mixed(engine)
@@ -101,7 +140,7 @@ def test_several_prompts_are_in_progress_at_a_time(engine, monkeypatch):
     assert sorted(rids(plans[1])) == ["0", "1"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [2, 5])
 def test_an_abort_of_a_prompt_in_progress_leaves_the_others_alone(engine, steps):
     engine.submit("short", SHORT[0], max_new_tokens=12)
     for index, prompt in enumerate(LONG):

@@ -74,7 +74,7 @@ def test_long_prompts_do_not_starve_a_short_one() -> None:
 
 def test_a_request_that_needs_much_room_is_not_overtaken_for_ever() -> None:
     """There is room for some small ones or for the large one; small ones come all the time."""
-    smalls = [Arrival(0.02 * number, SHORT, 64) for number in range(300)]
+    smalls = [Arrival(0.02 * number, SHORT, 64) for number in range(150)]
     simulation = Simulation(num_tokens=9000)
     (large,) = (one for one in simulation.run([*smalls, Arrival(1.0, 6000, 8)]) if one.arrival.num_in == 6000)
     assert large.ttft_s < 1.5

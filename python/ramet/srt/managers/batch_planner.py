@@ -67,7 +67,7 @@ def _sequence(running: RunningReq) -> SequencePlan:
         group=running.group,
         start=start,
         input_ids=[LAST_TOKEN] if running.num_pending else req.token_ids(start, stop),
-        is_sampled=running.is_last_chunk,
+        is_sampled=stop == running.seq_len,
         logprob_offset=positions.start - start if positions else 0,
         logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1] if positions else [],
         top_logprobs_num=req.top_logprobs_num,
