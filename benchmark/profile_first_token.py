@@ -33,7 +33,7 @@ HOPS_FOLDER = Path(__file__).resolve().parent / "hops"
 SENT, READ, ENDED = "client sends", "client reads", "client has all"
 HOPS = (
     SENT, "request received", "headers read", "body read", "body validated", "prompt tokenised",
-    "sent to the scheduler", "the scheduler has it", "pass planned", "pass launched", "token known", "token sent",
+    "request made", "the scheduler has it", "pass planned", "pass launched", "token known", "output made",
     "the detokenizer has it", "text made", "the main process has it", "answer made", READ, ENDED,
 )  # fmt: skip
 PARTS = {

@@ -1,8 +1,8 @@
 """Python loads this at the start of every process of a server whose requests profile_first_token.py follows.
 
 It wraps the functions at a request's hops, as their modules are imported, and writes the time of each call to the file
-that HOPS_FILE names: one line, the hop and time.monotonic_ns(), which all processes of a host share. The server's own
-code knows nothing of it.
+that HOPS_FILE names: one line, the hop and time.monotonic_ns(), which all processes of a host share. A hop that hands
+on to another process is noted before it does: the other one may be faster. The server's own code knows nothing of this.
 """
 
 import functools
@@ -62,7 +62,7 @@ def at_end_of_task(holder: Any, name: str, hop: str) -> None:
 
 def watch_messages(module: ModuleType) -> None:
     """Every message between two processes is encoded in one of them and decoded in the other."""
-    written = {"BatchStrOutput": "text made"}
+    written = {"TokenizedGenerateReqInput": "request made", "BatchStrOutput": "text made"}
     read = {
         "TokenizedGenerateReqInput": "the scheduler has it",
         "BatchTokenIDOutput": "the detokenizer has it",
@@ -111,14 +111,11 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
         module.OpenAIServing, "check_body", "body validated"
     ),
     "ramet.srt.managers.prepare_requests": lambda module: at_end(module, "prepare_requests", "prompt tokenised"),
-    "ramet.srt.managers.tokenizer_manager": lambda module: at_end(
-        module.TokenizerManager, "_send_request", "sent to the scheduler"
-    ),
     "ramet.srt.managers.io_struct": watch_messages,
     "ramet.srt.managers.batch_planner": lambda module: at_end(module.BatchPlanner, "plan", "pass planned"),
     "ramet.srt.managers.passes": lambda module: at_end(module.Passes, "launch", "pass launched"),
     "ramet.srt.managers.scheduler": lambda module: at_begin(module.Scheduler, "_finish", "token known"),
-    "ramet.srt.managers.scheduler_channel": lambda module: at_end(module.SchedulerChannel, "send", "token sent"),
+    "ramet.srt.managers.scheduler_channel": lambda module: at_begin(module.SchedulerChannel, "send", "output made"),
 }
 
 
