@@ -25,15 +25,16 @@ from ramet.srt.entrypoints.http.answers import (
     Status,
 )
 from ramet.srt.entrypoints.http.body_check import BodyChecker
+from ramet.srt.entrypoints.http.direct_routes import DirectRoutes, find_endpoints
 from ramet.srt.entrypoints.http.event_stream import (
-    CLIENT_GONE_STATUS,
     ClientGone,
+    client_gone_response,
     event_stream,
     json_response,
     until_disconnect,
 )
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
-from ramet.srt.entrypoints.http.http_body import BodyMiddleware
+from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
@@ -128,12 +129,15 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
 
     @app.exception_handler(ClientGone)
     async def on_client_gone(_request: Request, _error: ClientGone) -> Response:
-        return error_response(CLIENT_GONE_STATUS, "the client has gone")
+        return client_gone_response()
 
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
-    for make_router in routes:
-        app.include_router(make_router(instance))
+    routers = [make_router(instance) for make_router in routes]
+    for router in routers:
+        app.include_router(router)
     if instance.is_head:
+        endpoints = find_endpoints((route for router in routers for route in router.routes), GENERATE_PATHS)
+        app.add_middleware(DirectRoutes, endpoints=endpoints)
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
     if checker is not None:
         app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)

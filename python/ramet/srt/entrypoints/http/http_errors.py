@@ -57,6 +57,13 @@ def error_response(
     return Response(body, status_code, headers, media_type="application/json")
 
 
+def response_to(error: RequestError | ServiceError) -> Response:
+    """The answer to a request that ended with `error`."""
+    if isinstance(error, RequestError):
+        return error_response(error.status_code, str(error), param=error.param, code=error.code)
+    return error_response(error.status_code, str(error))
+
+
 def body_of(error: Exception) -> dict[str, dict[str, str | None]]:
     """The error in OpenAI's shape, for a stream that has already begun."""
     if isinstance(error, RequestError):
@@ -71,11 +78,11 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def on_request_error(_request: Request, error: RequestError) -> Response:
-        return error_response(error.status_code, str(error), param=error.param, code=error.code)
+        return response_to(error)
 
     @app.exception_handler(ServiceError)
     async def on_service_error(_request: Request, error: ServiceError) -> Response:
-        return error_response(error.status_code, str(error))
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
