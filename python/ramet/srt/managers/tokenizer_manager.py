@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 import zmq
-import zmq.asyncio
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.data_parallel_controller import DataParallelController
@@ -46,6 +45,7 @@ from ramet.srt.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 10.0
+MAX_MESSAGES_AT_ONCE = 16  # before others have the event loop
 ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
 
 PROFILE_TIMEOUT_S = 300.0  # a long trace takes its time to be written
@@ -79,7 +79,7 @@ class TokenizerManager:
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
         self._may_record = False  # a profile; one that ends by itself does not tell
-        self._context = zmq.asyncio.Context(io_threads=1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
         if port_args.tokenizer_fd is not None:
@@ -91,7 +91,7 @@ class TokenizerManager:
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         """A socket that never blocks: messages wait in memory until the other side takes them."""
-        socket = zmq.Socket(self._context, zmq.PUSH)
+        socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
@@ -231,19 +231,53 @@ class TokenizerManager:
         return await self._ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
 
     async def receive_forever(self) -> None:
-        """Hand what comes from the other processes to who waits for it. Runs until cancelled."""
-        while True:
-            message = decode(await self._reader.recv())
-            if isinstance(message, BatchStrOutput):
-                now = time.monotonic()
-                for item in message.outputs:
-                    self._take_output(item, now)
-            elif isinstance(message, AnyReply):
-                future = self._replies.get(message.request_id)
-                if future is not None and not future.done():
-                    future.set_result(message)
+        """Hand what comes from the other processes to who waits for it. Runs until cancelled.
+
+        It is called back when there is something, and takes all of it at once: a task that waits for each message
+        costs two turns of the event loop more.
+        """
+        loop = asyncio.get_running_loop()
+        failure: asyncio.Future[None] = loop.create_future()
+
+        def take() -> None:
+            if failure.done():
+                return
+            try:
+                is_empty = self._take_messages()
+            except Exception as error:  # noqa: BLE001 - who waits for this coroutine gets it
+                failure.set_exception(error)
             else:
-                raise TypeError(f"the tokenizer manager got a {type(message).__name__}, which it doesn't handle")
+                if not is_empty:
+                    loop.call_soon(take)  # the others first
+
+        loop.add_reader(self._reader.fileno(), take)
+        try:
+            take()
+            await failure
+        finally:
+            loop.remove_reader(self._reader.fileno())
+
+    def _take_messages(self) -> bool:
+        """Take what is there; False if that may not be all. The socket tells of more only when it was empty before."""
+        for _ in range(MAX_MESSAGES_AT_ONCE):
+            try:
+                data = self._reader.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self._take_message(decode(data))
+        return False
+
+    def _take_message(self, message: Message) -> None:
+        if isinstance(message, BatchStrOutput):
+            now = time.monotonic()
+            for item in message.outputs:
+                self._take_output(item, now)
+        elif isinstance(message, AnyReply):
+            future = self._replies.get(message.request_id)
+            if future is not None and not future.done():
+                future.set_result(message)
+        else:
+            raise TypeError(f"the tokenizer manager got a {type(message).__name__}, which it doesn't handle")
 
     # ---- inside ----
 
@@ -252,6 +286,8 @@ class TokenizerManager:
             raise ServiceError(self._refusal)
 
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:
+        """To the scheduler first, which has more to do; the detokenizer keeps what comes before its announcement."""
+        self._controller.dispatch(request)
         params = request.sampling_params
         announcement = DetokenizerRequest(
             rid=request.rid,
@@ -262,7 +298,6 @@ class TokenizerManager:
             no_stop_trim=params.no_stop_trim,
         )
         self._send(self._to_detokenizer, announcement)
-        self._controller.dispatch(request)
 
     def _take_output(self, item: RequestText, now: float) -> None:
         entry = self._running.get(item.output.rid)
