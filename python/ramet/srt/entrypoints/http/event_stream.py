@@ -44,21 +44,23 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) 
     Raises:
         ClientGone: if it does.
     """
+    listener = _listen(request)
     try:
-        async with _UntilDisconnect(request.receive):
+        async with _UntilGone(listener):
             return await work
     finally:
+        listener.cancel()
         work.close()  # where it has not begun
 
 
-class _UntilDisconnect:
-    """A with block that the task running it leaves with ClientGone when the client goes away.
+class _UntilGone:
+    """A with block that the task running it leaves with ClientGone when the listener is done.
 
     As asyncio.timeout does it: no task is made for the work, whose every step would cost a turn of the event loop.
     """
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    def __init__(self, listener: "asyncio.Task[None]") -> None:
+        self._listener = listener
         self._is_gone = self._is_over = False
 
     async def __aenter__(self) -> None:
@@ -66,19 +68,23 @@ class _UntilDisconnect:
         assert task is not None
         self._task = task
         self._num_cancels = task.cancelling()
-        self._listener = asyncio.ensure_future(_disconnected(self._receive))
         self._listener.add_done_callback(self._on_gone)
 
-    def _on_gone(self, _listener: "asyncio.Future[None]") -> None:
+    def _on_gone(self, _listener: "asyncio.Task[None]") -> None:
         if not self._is_over:
             self._is_gone = True
             self._task.cancel()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         self._is_over = True
-        self._listener.cancel()
+        self._listener.remove_done_callback(self._on_gone)
         if self._is_gone and self._task.uncancel() <= self._num_cancels and kind is asyncio.CancelledError:
             raise ClientGone from error
+
+
+def _listen(request: Request) -> "asyncio.Task[None]":
+    """A task that ends when the client goes away."""
+    return asyncio.create_task(_disconnected(request.receive))
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -93,16 +99,15 @@ async def event_stream(request: Request, events: AsyncGenerator[Any, None]) -> R
         RequestError, ServiceError: what `events` raises before its first event.
         ClientGone: if the client goes away before that.
     """
+    listener = _listen(request)
     try:
-        first = await until_disconnect(request, _first(events))
+        async with _UntilGone(listener):
+            first = await anext(events)
     except BaseException:
+        listener.cancel()
         await events.aclose()
         raise
-    return EventStreamResponse(first, events)
-
-
-async def _first(events: AsyncGenerator[Any, None]) -> Any:
-    return await anext(events)
+    return EventStreamResponse(first, events, listener)
 
 
 def encode_event(content: Any) -> bytes:
@@ -113,19 +118,23 @@ def encode_event(content: Any) -> bytes:
 class EventStreamResponse(Response):
     """Sends `first` and then `events` as they come. Closes the generator at once when the client goes away."""
 
-    def __init__(self, first: Any, events: AsyncGenerator[Any, None]) -> None:
+    def __init__(self, first: Any, events: AsyncGenerator[Any, None], listener: "asyncio.Task[None]") -> None:
         self.status_code = 200
         self.raw_headers = list(EVENT_STREAM_HEADERS)
         self.background = None
         self._first = first
         self._events = events
+        self._listener = listener
         self._last = DONE
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            with contextlib.suppress(ClientGone):
-                async with _UntilDisconnect(receive):
-                    await self._send_all(send)
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                with contextlib.suppress(ClientGone):
+                    async with _UntilGone(self._listener):
+                        await self._send_all(send)
+        finally:
+            self._listener.cancel()
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
