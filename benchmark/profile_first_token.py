@@ -41,7 +41,6 @@ PARTS = {
     "model": ("the scheduler has it", "token known"),
     "out": ("token known", ENDED),
 }
-INPUT_LEN = 128
 NUM_WARM_UP = 5
 TIMEOUT_S = 60.0
 END_OF_CHUNKS = b"\r\n0\r\n\r\n"
@@ -213,6 +212,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", type=Path, help="model folder; when not given, see above")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU if there is one, when not given")
+    parser.add_argument("--input-len", type=int, default=128, help="tokens")
     parser.add_argument("--requests", type=int, default=30, help="of each kind")
     parser.add_argument("--beside", type=Path, help="another checkout, whose server is asked by turns")
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
@@ -234,7 +234,7 @@ def main() -> int:
     tokenizer, generator = Tokenizer.from_path(folder), random.Random(0)
 
     def make_prompt(kind: Kind) -> list[int] | str:
-        ids = random_prompt(INPUT_LEN, vocab_size, generator)
+        ids = random_prompt(args.input_len, vocab_size, generator)
         return tokenizer.decode(ids) if kind.is_text else ids
 
     flags = ["--device", device, "--max-total-tokens", "16384", *args.server_flags]

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
@@ -67,12 +68,24 @@ class DirectRoutes:
         await response(scope, receive, send)
 
 
+def parse_json(data: bytes) -> Any:
+    """As json.loads does it, which also takes what is no JSON, such as NaN, and is three times as slow.
+
+    Raises:
+        ValueError, RecursionError: what it raises; a JSONDecodeError for what is not JSON at all.
+    """
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return json.loads(data)
+
+
 async def _answer(endpoint: Endpoint, request: Request, data: bytes) -> Response:
     """The endpoint's answer, or what is wrong, in the words that FastAPI's way has for it."""
     try:
         if not data:
             return error_response(400, describe_validation_errors([NO_BODY])[0])
-        body = endpoint.body_type.model_validate(json.loads(data), from_attributes=True)  # as FastAPI does it
+        body = endpoint.body_type.model_validate(parse_json(data), from_attributes=True)  # as FastAPI does it
     except ValidationError as error:
         message, param, code = describe_validation_errors(error.errors())
         return error_response(400, message, param=param, code=code)
