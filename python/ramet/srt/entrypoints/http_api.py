@@ -6,11 +6,14 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import ConfigDict, Field
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ramet
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
@@ -35,7 +38,7 @@ from ramet.srt.entrypoints.http.event_stream import (
 )
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
-from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
+from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers, on_unexpected
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -97,6 +100,14 @@ class DescribedApp(FastAPI):
     """An application whose OpenAPI description is true: bad input is answered with 400, never 422; keys are named."""
 
     has_keys = False
+    front: ASGIApp | None = None  # what requests meet before all that is FastAPI's
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.front or self.answer)(scope, receive, send)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what has passed the front."""
+        await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         schema = self.openapi_schema
@@ -136,20 +147,28 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
     for router in routers:
         app.include_router(router)
     if instance.is_head:
-        endpoints = find_endpoints((route for router in routers for route in router.routes), GENERATE_PATHS)
-        app.add_middleware(DirectRoutes, endpoints=endpoints)
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
+    app.front = _front_of(app, instance, checker, [route for router in routers for route in router.routes])
+    return app
+
+
+def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None, routes: Sequence[Any]) -> ASGIApp:
+    """What a request meets before the application: who may ask, its body, and the short way of users' requests."""
+    args = instance.server_args
+    front: ASGIApp = app.answer
+    if instance.is_head:
+        front = DirectRoutes(front, find_endpoints(routes, GENERATE_PATHS))
     if checker is not None:
-        app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)
-    app.add_middleware(
-        AccessMiddleware,
+        front = BodyMiddleware(front, checker, lambda: instance.manager.limits.max_req_len)
+    front = AccessMiddleware(
+        front,
         api_key=args.api_key,
         admin_api_key=args.admin_api_key,
         origins=OriginCheck(args.host, args.allowed_host_names),
         refusal=instance.refusal,
         authorities=args.authorities,
     )
-    return app
+    return ServerErrorMiddleware(front, handler=on_unexpected)
 
 
 def _node_routes(instance: Instance) -> APIRouter:

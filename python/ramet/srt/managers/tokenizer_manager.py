@@ -18,11 +18,12 @@ import zmq
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.data_parallel_controller import DataParallelController
-from ramet.srt.managers.generation import Generation
+from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchStrOutput,
     DetokenizerRequest,
+    FinishReason,
     FlushCacheReqInput,
     FlushCacheReqOutput,
     GetInternalStateReq,
@@ -75,6 +76,8 @@ class TokenizerManager:
         self._refusal: str | None = "the model is still loading"
         self._running: dict[str, tuple[Generation, int]] = {}
         self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
+        # Sequence, number of tokens, when they came, and those before them: what the metrics are yet to be told.
+        self._uncounted: list[tuple[RunningSequence, int, float, float | None, FinishReason | None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
@@ -272,6 +275,7 @@ class TokenizerManager:
             now = time.monotonic()
             for item in message.outputs:
                 self._take_output(item, now)
+            asyncio.get_running_loop().call_soon(self._count_outputs)  # behind those who wait for the outputs
         elif isinstance(message, AnyReply):
             future = self._replies.get(message.request_id)
             if future is not None and not future.done():
@@ -310,17 +314,23 @@ class TokenizerManager:
         reason = item.output.finish_reason
         previous_s = sequence.last_output_s
         generation.add(index, item, now)
-        self.metrics.observe_output(sequence, len(item.output.token_ids), now, previous_s)
+        self._uncounted.append((sequence, len(item.output.token_ids), now, previous_s, reason))
         if reason is None:
             return
         self._forget(item.output.rid)
-        self.metrics.observe_end(sequence, reason)
         if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
                 generation.fail(RequestError(message, param=reason.param, status_code=reason.status_code))
             else:
                 generation.fail(ServiceError(message, status_code=reason.status_code))
+
+    def _count_outputs(self) -> None:
+        uncounted, self._uncounted = self._uncounted, []
+        for sequence, num_tokens, now, previous_s, reason in uncounted:
+            self.metrics.observe_output(sequence, num_tokens, now, previous_s)
+            if reason is not None:
+                self.metrics.observe_end(sequence, reason)
 
     def _release(self, generation: Generation) -> None:
         """The client has all it wanted, or has gone: end what still runs."""

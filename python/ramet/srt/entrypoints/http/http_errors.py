@@ -73,6 +73,11 @@ def body_of(error: Exception) -> dict[str, dict[str, str | None]]:
     return error_body(500, "internal error")
 
 
+async def on_unexpected(_request: Request, _error: Exception) -> Response:
+    """The answer where something in here is wrong."""
+    return error_response(500, "internal error")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every failure of `app` an answer in OpenAI's error shape."""
 
@@ -93,6 +98,4 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_http_exception(_request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def on_unexpected(_request: Request, _error: Exception) -> Response:
-        return error_response(500, "internal error")
+    app.add_exception_handler(Exception, on_unexpected)
