@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import h11
 import pytest
 import uvicorn
 from ramet.srt.utils import file_limit, http_guard
-from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol
+from ramet.srt.utils.http_guard import GuardedConnection, HttpLimits, guarded_protocol
 
 LIMITS = HttpLimits(max_connections=4, header_s=0.15, body_s=0.15, write_s=0.15, linger_s=0.1)
 POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
@@ -189,3 +190,30 @@ def test_the_files_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     assert http_guard.room_for_connections(4096) < 300
     assert "has room for" in caplog.text
     assert not file_limit.is_out_of_files()
+
+
+@pytest.mark.parametrize("request_line", [b"POST / HTTP/1.1", b"POST / HTTP/1.0", b"HEAD / HTTP/1.1"])
+@pytest.mark.parametrize("status", [200, 204])
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"3")], [(b"transfer-encoding", b"chunked")]])
+def test_answers_are_framed_as_by_h11(request_line: bytes, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+    has_body = status != 204 and not request_line.startswith(b"HEAD")
+    if status == 204 and headers:
+        return  # no such answer
+
+    def answer(connection: h11.Connection) -> list[bytes]:
+        sent = []
+        for _ in range(2):  # of one connection
+            connection.receive_data(request_line + b"\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+            while not isinstance(connection.next_event(), h11.EndOfMessage):
+                pass
+            sent.append(connection.send(h11.Response(status_code=status, headers=headers)))
+            sent += [connection.send(h11.Data(data=data)) for data in ((b"a", b"", b"bc") if has_body else (b"",))]
+            sent.append(connection.send(h11.EndOfMessage()))
+            if connection.our_state is not h11.DONE:
+                break
+            connection.start_next_cycle()
+        with pytest.raises(h11.LocalProtocolError):
+            connection.send(h11.Data(data=b"too late"))
+        return sent
+
+    assert answer(GuardedConnection()) == answer(h11.Connection(h11.SERVER))

@@ -1,6 +1,8 @@
 """What /metrics says that no running server is needed for."""
 
-from ramet.srt.managers.metrics import Metrics
+import pytest
+from prometheus_client import Histogram
+from ramet.srt.managers.metrics import TOKEN_BUCKETS, Metrics
 from ramet.srt.weights.report import LoadReport
 
 
@@ -19,3 +21,21 @@ def test_what_each_seed_gave_of_a_load_that_files_completed() -> None:
     assert 'ramet:weight_load_bytes{model_name="m",rank="1",source="transfer_engine+checkpoint"} 10.0' in lines
     assert 'ramet:weight_load_taken_bytes{model_name="m",rank="1",seed="a:1"} 4.0' in lines
     assert 'ramet:weight_load_taken_bytes{model_name="m",rank="1",seed="b:2"} 3.0' in lines
+
+
+def test_tokens_and_their_times_are_counted_as_the_library_does() -> None:
+    reference = Histogram("reference", "", buckets=TOKEN_BUCKETS, registry=None)
+    metrics = Metrics("m")
+    metrics.tokens.observe_first(3)
+    for num_tokens, seconds in ((1, 0.001), (4, 0.01), (1, 0.0011), (2, 100.0)):
+        metrics.tokens.observe_next(num_tokens, seconds)
+        for _ in range(num_tokens):
+            reference.observe(seconds / num_tokens)
+    lines = metrics.render().decode().splitlines()
+    assert 'ramet:generation_tokens_total{model_name="m"} 11.0' in lines
+    for sample in next(iter(reference.collect())).samples:
+        labels = "".join(f'le="{bound}",' for bound in sample.labels.values())
+        name = sample.name.removeprefix("reference")
+        if name != "_created":
+            found = [line for line in lines if line.startswith(f"ramet:inter_token_latency_seconds{name}{{{labels}")]
+            assert [float(line.split()[-1]) for line in found] == [pytest.approx(sample.value)], sample

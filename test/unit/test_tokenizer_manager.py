@@ -29,7 +29,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput
-from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.tokenizer_manager import MAX_MESSAGES_AT_ONCE, TokenizerManager
 from ramet.srt.sampling.sampling_params import parse_sampling_params
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
@@ -384,3 +384,12 @@ async def test_a_scheduler_that_does_not_answer_is_not_waited_for(replicas: Fron
     generation = await replicas.manager.generate([prompt()], "r")
     await replicas.send("r", "a", (1,), LENGTH)
     assert [sequence.text for sequence in await soon(generation.finish())] == ["a"]
+
+
+async def test_many_messages_at_once_are_all_taken(front: Front) -> None:
+    waiting = await front.start("r")
+    for number in range(5 * MAX_MESSAGES_AT_ONCE):
+        await front.send("r", text=f"{number} ", ids=(number,))
+    await front.send("r", ids=(7,), end=FinishReason(type="length", length=1))
+    (sequence,) = await soon(waiting)
+    assert sequence.text.split() == [str(number) for number in range(5 * MAX_MESSAGES_AT_ONCE)]

@@ -6,11 +6,14 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import ConfigDict, Field
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ramet
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
@@ -25,16 +28,17 @@ from ramet.srt.entrypoints.http.answers import (
     Status,
 )
 from ramet.srt.entrypoints.http.body_check import BodyChecker
+from ramet.srt.entrypoints.http.direct_routes import DirectRoutes, find_endpoints
 from ramet.srt.entrypoints.http.event_stream import (
-    CLIENT_GONE_STATUS,
     ClientGone,
+    client_gone_response,
     event_stream,
     json_response,
     until_disconnect,
 )
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
-from ramet.srt.entrypoints.http.http_body import BodyMiddleware
-from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers
+from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
+from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers, on_unexpected
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
@@ -96,6 +100,14 @@ class DescribedApp(FastAPI):
     """An application whose OpenAPI description is true: bad input is answered with 400, never 422; keys are named."""
 
     has_keys = False
+    front: ASGIApp | None = None  # what requests meet before all that is FastAPI's
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (self.front or self.answer)(scope, receive, send)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer what has passed the front."""
+        await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         schema = self.openapi_schema
@@ -128,24 +140,35 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
 
     @app.exception_handler(ClientGone)
     async def on_client_gone(_request: Request, _error: ClientGone) -> Response:
-        return error_response(CLIENT_GONE_STATUS, "the client has gone")
+        return client_gone_response()
 
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
-    for make_router in routes:
-        app.include_router(make_router(instance))
+    routers = [make_router(instance) for make_router in routes]
+    for router in routers:
+        app.include_router(router)
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
+    app.front = _front_of(app, instance, checker, [route for router in routers for route in router.routes])
+    return app
+
+
+def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None, routes: Sequence[Any]) -> ASGIApp:
+    """What a request meets before the application: who may ask, its body, and the short way of users' requests."""
+    args = instance.server_args
+    front: ASGIApp = app.answer
+    if instance.is_head:
+        front = DirectRoutes(front, find_endpoints(routes, GENERATE_PATHS))
     if checker is not None:
-        app.add_middleware(BodyMiddleware, checker=checker, max_req_len=lambda: instance.manager.limits.max_req_len)
-    app.add_middleware(
-        AccessMiddleware,
+        front = BodyMiddleware(front, checker, lambda: instance.manager.limits.max_req_len)
+    front = AccessMiddleware(
+        front,
         api_key=args.api_key,
         admin_api_key=args.admin_api_key,
         origins=OriginCheck(args.host, args.allowed_host_names),
         refusal=instance.refusal,
         authorities=args.authorities,
     )
-    return app
+    return ServerErrorMiddleware(front, handler=on_unexpected)
 
 
 def _node_routes(instance: Instance) -> APIRouter:

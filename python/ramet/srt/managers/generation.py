@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ramet.srt.managers.io_struct import FinishReason, RequestText, TokenizedGenerateReqInput, TokenLogprobs
@@ -48,7 +48,7 @@ class RunningSequence:
         self.last_output_s = now
 
 
-@dataclass(kw_only=True)
+@dataclass(slots=True)
 class Update:
     """What sequence `index` gained: text, and the output tokens [first_token, end_token)."""
 
@@ -77,29 +77,35 @@ class Generation:
         self.rid = rid
         self.sequences = [RunningSequence(request=request, created_s=now) for request in requests]
         self._release = release
-        self._news: asyncio.Queue[Update | Exception] = asyncio.Queue()
+        self._news: dict[int, Update] = {}  # by sequence: what nobody has taken yet
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def unfinished(self) -> list[RunningSequence]:
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     def add(self, index: int, item: RequestText, now: float) -> None:
-        """Take in an output of sequence `index` and wake the waiting one."""
+        """Take in an output of sequence `index` and wake the waiting one. A slow reader gets several as one update."""
         sequence = self.sequences[index]
         first_token = len(sequence.output_ids)
         sequence.add(item, now)
-        self._news.put_nowait(
-            Update(
-                index=index,
-                text=item.text,
-                first_token=first_token,
-                end_token=len(sequence.output_ids),
-                finish_reason=sequence.finish_reason,
-            )
-        )
+        update = self._news.get(index)
+        if update is None:
+            end_token = len(sequence.output_ids)
+            self._news[index] = Update(index, item.text, first_token, end_token, sequence.finish_reason)
+        else:
+            update.text += item.text
+            update.end_token, update.finish_reason = len(sequence.output_ids), sequence.finish_reason
+        self._wake()
 
     def fail(self, error: Exception) -> None:
         """Have whoever waits get `error`."""
-        self._news.put_nowait(error)
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def updates(self) -> AsyncGenerator[Update, None]:
         """What the sequences gain, until all have finished. A slow reader gets several updates merged into one.
@@ -113,7 +119,7 @@ class Generation:
         try:
             num_running = len(self.sequences)
             while num_running:
-                for update in self._merge(await self._news.get()):
+                for update in await self._take():
                     num_running -= update.finish_reason is not None
                     yield update
         finally:
@@ -125,17 +131,12 @@ class Generation:
             pass
         return self.sequences
 
-    def _merge(self, first: Update | Exception) -> list[Update]:
-        """`first` and all that waits behind it, merged by sequence."""
-        merged: dict[int, Update] = {}
-        item: Update | Exception = first
-        while True:
-            if isinstance(item, Exception):
-                raise item
-            before = merged.get(item.index)
-            if before is not None:
-                item.text, item.first_token = before.text + item.text, before.first_token
-            merged[item.index] = item
-            if self._news.empty():
-                return list(merged.values())
-            item = self._news.get_nowait()
+    async def _take(self) -> Iterable[Update]:
+        """All there is, after waiting until there is something; an error comes before it."""
+        while not self._news and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        news, self._news = self._news, {}
+        return news.values()

@@ -1,8 +1,13 @@
 """Owns the instance's Prometheus metrics. Names are SGLang's, with our prefix, where the concept is the same."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput
@@ -11,6 +16,39 @@ from ramet.srt.weights.report import LoadReport, PublisherStats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6)
+
+
+class TokenMetrics(Collector):
+    """What is counted for each token: in plain numbers, until somebody asks for the metrics."""
+
+    def __init__(self, model_name: str):
+        self._model_name = model_name
+        self._num_tokens = 0
+        self._bucket_counts = [0] * (len(TOKEN_BUCKETS) + 1)
+        self._sum_s = 0.0
+
+    def observe_first(self, num_tokens: int) -> None:
+        """A sequence has got its first tokens."""
+        self._num_tokens += num_tokens
+
+    def observe_next(self, num_tokens: int, seconds: float) -> None:
+        """A sequence has got more, so long after those before."""
+        self._num_tokens += num_tokens
+        self._bucket_counts[bisect_left(TOKEN_BUCKETS, seconds / num_tokens)] += num_tokens
+        self._sum_s += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        labels, values = ["model_name"], [self._model_name]
+        tokens = CounterMetricFamily("ramet:generation_tokens", "Output tokens.", labels=labels)
+        tokens.add_metric(values, self._num_tokens)
+        yield tokens
+        latency = HistogramMetricFamily(
+            "ramet:inter_token_latency_seconds", "Between two output tokens of a request.", labels=labels
+        )
+        bounds = map(floatToGoString, (*TOKEN_BUCKETS, float("inf")))
+        counts = map(float, accumulate(self._bucket_counts))
+        latency.add_metric(values, list(zip(bounds, counts, strict=True)), self._sum_s)
+        yield latency
 
 
 class Metrics:
@@ -32,15 +70,13 @@ class Metrics:
             return whole.labels(**self._labels)
 
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got an output.")
-        self.generation_tokens = counter("generation_tokens", "Output tokens.")
+        self.tokens = TokenMetrics(model_name)
+        self.registry.register(self.tokens)
         self.cached_tokens = counter("cached_tokens", "Prompt tokens that came from the prefix cache.")
         self.num_requests = counter("num_requests", "Sequences that have finished, aborted ones not counted.")
         self.num_aborted = counter("num_aborted_requests", "Sequences that were aborted or refused by the scheduler.")
         self.time_to_first_token = histogram(
             "time_to_first_token_seconds", "From a request to its first output.", LATENCY_BUCKETS
-        )
-        self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Between two output tokens of a request.", TOKEN_BUCKETS
         )
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From a request to its end.", LATENCY_BUCKETS)
         self.num_running_reqs = gauge("num_running_reqs", "Requests that are being computed.")
@@ -88,17 +124,15 @@ class Metrics:
 
     def observe_output(self, sequence: RunningSequence, num_tokens: int, now: float, previous_s: float | None) -> None:
         """A sequence has got `num_tokens` more now; its output before that came at `previous_s`."""
-        self.generation_tokens.inc(num_tokens)
         if previous_s is None:
+            self.tokens.observe_first(num_tokens)
             self.prompt_tokens.inc(sequence.prompt_tokens)
             self.cached_tokens.inc(sequence.cached_tokens)
             self._num_prompt_tokens += sequence.prompt_tokens
             self._num_cached_tokens += sequence.cached_tokens
             self.time_to_first_token.observe(now - sequence.created_s)
         elif num_tokens:
-            latency_s = (now - previous_s) / num_tokens
-            for _ in range(num_tokens):
-                self.inter_token_latency.observe(latency_s)
+            self.tokens.observe_next(num_tokens, now - previous_s)
 
     def observe_end(self, sequence: RunningSequence, reason: FinishReason) -> None:
         """A sequence has finished."""

@@ -15,15 +15,15 @@ from dataclasses import replace
 from typing import TypeVar
 
 import zmq
-import zmq.asyncio
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.data_parallel_controller import DataParallelController
-from ramet.srt.managers.generation import Generation
+from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchStrOutput,
     DetokenizerRequest,
+    FinishReason,
     FlushCacheReqInput,
     FlushCacheReqOutput,
     GetInternalStateReq,
@@ -46,6 +46,7 @@ from ramet.srt.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 10.0
+MAX_MESSAGES_AT_ONCE = 16  # before others have the event loop
 ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
 
 PROFILE_TIMEOUT_S = 300.0  # a long trace takes its time to be written
@@ -75,11 +76,13 @@ class TokenizerManager:
         self._refusal: str | None = "the model is still loading"
         self._running: dict[str, tuple[Generation, int]] = {}
         self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
+        # Sequence, number of tokens, when they came, and those before them: what the metrics are yet to be told.
+        self._uncounted: list[tuple[RunningSequence, int, float, float | None, FinishReason | None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
         self._may_record = False  # a profile; one that ends by itself does not tell
-        self._context = zmq.asyncio.Context(io_threads=1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._reader = self._context.socket(zmq.PULL)
         self._reader.setsockopt(zmq.RCVHWM, 0)
         if port_args.tokenizer_fd is not None:
@@ -91,7 +94,7 @@ class TokenizerManager:
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         """A socket that never blocks: messages wait in memory until the other side takes them."""
-        socket = zmq.Socket(self._context, zmq.PUSH)
+        socket = self._context.socket(zmq.PUSH)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
@@ -231,19 +234,54 @@ class TokenizerManager:
         return await self._ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
 
     async def receive_forever(self) -> None:
-        """Hand what comes from the other processes to who waits for it. Runs until cancelled."""
-        while True:
-            message = decode(await self._reader.recv())
-            if isinstance(message, BatchStrOutput):
-                now = time.monotonic()
-                for item in message.outputs:
-                    self._take_output(item, now)
-            elif isinstance(message, AnyReply):
-                future = self._replies.get(message.request_id)
-                if future is not None and not future.done():
-                    future.set_result(message)
+        """Hand what comes from the other processes to who waits for it. Runs until cancelled.
+
+        It is called back when there is something, and takes all of it at once: a task that waits for each message
+        costs two turns of the event loop more.
+        """
+        loop = asyncio.get_running_loop()
+        failure: asyncio.Future[None] = loop.create_future()
+
+        def take() -> None:
+            if failure.done():
+                return
+            try:
+                is_empty = self._take_messages()
+            except Exception as error:  # noqa: BLE001 - who waits for this coroutine gets it
+                failure.set_exception(error)
             else:
-                raise TypeError(f"the tokenizer manager got a {type(message).__name__}, which it doesn't handle")
+                if not is_empty:
+                    loop.call_soon(take)  # the others first
+
+        loop.add_reader(self._reader.fileno(), take)
+        try:
+            take()
+            await failure
+        finally:
+            loop.remove_reader(self._reader.fileno())
+
+    def _take_messages(self) -> bool:
+        """Take what is there; False if that may not be all. The socket tells of more only when it was empty before."""
+        for _ in range(MAX_MESSAGES_AT_ONCE):
+            try:
+                data = self._reader.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            self._take_message(decode(data))
+        return False
+
+    def _take_message(self, message: Message) -> None:
+        if isinstance(message, BatchStrOutput):
+            now = time.monotonic()
+            for item in message.outputs:
+                self._take_output(item, now)
+            asyncio.get_running_loop().call_soon(self._count_outputs)  # behind those who wait for the outputs
+        elif isinstance(message, AnyReply):
+            future = self._replies.get(message.request_id)
+            if future is not None and not future.done():
+                future.set_result(message)
+        else:
+            raise TypeError(f"the tokenizer manager got a {type(message).__name__}, which it doesn't handle")
 
     # ---- inside ----
 
@@ -252,6 +290,8 @@ class TokenizerManager:
             raise ServiceError(self._refusal)
 
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:
+        """To the scheduler first, which has more to do; the detokenizer keeps what comes before its announcement."""
+        self._controller.dispatch(request)
         params = request.sampling_params
         announcement = DetokenizerRequest(
             rid=request.rid,
@@ -262,7 +302,6 @@ class TokenizerManager:
             no_stop_trim=params.no_stop_trim,
         )
         self._send(self._to_detokenizer, announcement)
-        self._controller.dispatch(request)
 
     def _take_output(self, item: RequestText, now: float) -> None:
         entry = self._running.get(item.output.rid)
@@ -275,17 +314,23 @@ class TokenizerManager:
         reason = item.output.finish_reason
         previous_s = sequence.last_output_s
         generation.add(index, item, now)
-        self.metrics.observe_output(sequence, len(item.output.token_ids), now, previous_s)
+        self._uncounted.append((sequence, len(item.output.token_ids), now, previous_s, reason))
         if reason is None:
             return
         self._forget(item.output.rid)
-        self.metrics.observe_end(sequence, reason)
         if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
                 generation.fail(RequestError(message, param=reason.param, status_code=reason.status_code))
             else:
                 generation.fail(ServiceError(message, status_code=reason.status_code))
+
+    def _count_outputs(self) -> None:
+        uncounted, self._uncounted = self._uncounted, []
+        for sequence, num_tokens, now, previous_s, reason in uncounted:
+            self.metrics.observe_output(sequence, num_tokens, now, previous_s)
+            if reason is not None:
+                self.metrics.observe_end(sequence, reason)
 
     def _release(self, generation: Generation) -> None:
         """The client has all it wanted, or has gone: end what still runs."""

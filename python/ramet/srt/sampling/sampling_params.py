@@ -175,7 +175,8 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
             f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
         )
     for name in ("stop", *GRAMMAR_FIELDS):
-        if not _is_unicode_throughout(getattr(params, name)):
+        value = getattr(params, name)
+        if value and not _is_unicode_throughout(value):
             raise _not_unicode(name)
 
 

@@ -49,6 +49,7 @@ class IncrementalDecoder:
         self._boundaries = tokenizer.boundaries()
         self._clean_up: CleanUp | None = None
         self._context: list[int] = []  # stands for all that was shown: the next tokens are decoded behind it
+        self._context_len: int | None = None  # of its text, once that was needed
         self._waiting: list[int] = []  # shown tokens that have not become text yet
         self._hidden: list[Piece] = []  # special tokens behind them
         num_settled = 0
@@ -56,7 +57,7 @@ class IncrementalDecoder:
             self._take(token_id)
             num_settled = num_settled if self._boundaries.is_open else len(self._waiting)
         self._flush(num_settled)
-        self._context += self._waiting  # a prompt may end in half a character
+        self._set_context([*self._context, *self._waiting])  # a prompt may end in half a character
         self._waiting = []
         if tokenizer.cleans_up:
             self._clean_up = CleanUp()
@@ -112,15 +113,20 @@ class IncrementalDecoder:
             text = self._clean_up.push(text)
         self._waiting = self._waiting[num_tokens:]
         anchors = (self._tokenizer.anchor_id, self._tokenizer.broken_byte_id)
-        self._context = [anchor for anchor in anchors[: 1 + self._boundaries.is_broken_run] if anchor is not None]
+        self._set_context([anchor for anchor in anchors[: 1 + self._boundaries.is_broken_run] if anchor is not None])
         hidden, self._hidden = self._hidden, []
         return [Piece(text), *hidden]
 
     def _decode_behind_context(self, token_ids: Sequence[int]) -> str:
         if not token_ids:
             return ""
-        before = self._tokenizer.decode_raw(self._context) if self._context else ""
-        return self._tokenizer.decode_raw([*self._context, *token_ids])[len(before) :]
+        if self._context_len is None:
+            self._context_len = len(self._tokenizer.decode_raw(self._context)) if self._context else 0
+        return self._tokenizer.decode_raw([*self._context, *token_ids])[self._context_len :]
+
+    def _set_context(self, token_ids: list[int]) -> None:
+        if token_ids != self._context:
+            self._context, self._context_len = token_ids, None
 
 
 class TextStream:

@@ -62,12 +62,27 @@ class GuardedConnection(h11.Connection):
         self.error: h11.RemoteProtocolError | None = None
         self.num_body_bytes = 0
         self._num_chunks = 0
+        self._asks_for_body = self._sends_chunks = False
+
+    def send(self, event: Any) -> Any:
+        """As h11 does it, but a chunk of a body, which changes no state, is framed here: each token is one."""
+        if self._sends_chunks and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+        self._sends_chunks = isinstance(event, h11.Response) and self._is_chunked(event)
+        return super().send(event)
+
+    def _is_chunked(self, response: h11.Response) -> bool:
+        """Whether the body goes in chunks: it has no length, may be there, and the client knows them."""
+        has_length = any(name in (b"content-length", b"transfer-encoding") for name, _ in response.headers)
+        may_have_body = self._asks_for_body and response.status_code not in (204, 304)
+        return may_have_body and not has_length and self.their_http_version == b"1.1"
 
     def next_event(self) -> Any:
         try:
             event = super().next_event()
             if isinstance(event, h11.Request):
                 self.num_body_bytes = self._num_chunks = 0
+                self._asks_for_body = event.method not in (b"HEAD", b"CONNECT")
                 _check_request(event)
             elif isinstance(event, h11.Data):
                 self._check_data(event)

@@ -1,6 +1,7 @@
 """Owns answers over HTTP that take time: server-sent events, and giving up when the client has gone."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
@@ -8,15 +9,16 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from ramet.srt.entrypoints.http.http_errors import body_of
+from ramet.srt.entrypoints.http.http_errors import body_of, error_response
 from ramet.srt.errors import RequestError, ServiceError
 
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+EVENT_STREAM_HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"),)
 CLIENT_GONE_STATUS = 499  # never seen by anybody: the connection is closed
 
 Result = TypeVar("Result")
@@ -24,6 +26,11 @@ Result = TypeVar("Result")
 
 class ClientGone(Exception):
     """The client has closed its connection before it had its answer."""
+
+
+def client_gone_response() -> Response:
+    """For nobody."""
+    return error_response(CLIENT_GONE_STATUS, "the client has gone")
 
 
 def json_response(content: Any) -> Response:
@@ -37,22 +44,51 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) 
     Raises:
         ClientGone: if it does.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    listener = _listen(request)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        async with _UntilGone(listener):
+            return await work
     finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
+        listener.cancel()
+        work.close()  # where it has not begun
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+class _UntilGone:
+    """A with block that the task running it leaves with ClientGone when the listener is done.
+
+    As asyncio.timeout does it: no task is made for the work, whose every step would cost a turn of the event loop.
+    """
+
+    def __init__(self, listener: "asyncio.Task[None]") -> None:
+        self._listener = listener
+        self._is_gone = self._is_over = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._num_cancels = task.cancelling()
+        self._listener.add_done_callback(self._on_gone)
+
+    def _on_gone(self, _listener: "asyncio.Task[None]") -> None:
+        if not self._is_over:
+            self._is_gone = True
+            self._task.cancel()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        self._is_over = True
+        self._listener.remove_done_callback(self._on_gone)
+        if self._is_gone and self._task.uncancel() <= self._num_cancels and kind is asyncio.CancelledError:
+            raise ClientGone from error
+
+
+def _listen(request: Request) -> "asyncio.Task[None]":
+    """A task that ends when the client goes away."""
+    return asyncio.create_task(_disconnected(request.receive))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
@@ -63,30 +99,15 @@ async def event_stream(request: Request, events: AsyncGenerator[Any, None]) -> R
         RequestError, ServiceError: what `events` raises before its first event.
         ClientGone: if the client goes away before that.
     """
+    listener = _listen(request)
     try:
-        first = await until_disconnect(request, _first(events))
+        async with _UntilGone(listener):
+            first = await anext(events)
     except BaseException:
+        listener.cancel()
         await events.aclose()
         raise
-    return EventStreamResponse(_encoded(first, events), media_type="text/event-stream")
-
-
-async def _first(events: AsyncGenerator[Any, None]) -> Any:
-    return await anext(events)
-
-
-async def _encoded(first: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(events):
-        yield encode_event(first)
-        try:
-            async for event in events:
-                yield encode_event(event)
-        except (RequestError, ServiceError) as error:
-            yield encode_event(body_of(error))
-        except Exception as error:
-            logger.exception("a stream failed")
-            yield encode_event(body_of(error))
-        yield DONE
+    return EventStreamResponse(first, events, listener)
 
 
 def encode_event(content: Any) -> bytes:
@@ -94,11 +115,43 @@ def encode_event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-class EventStreamResponse(StreamingResponse):
-    """A StreamingResponse that closes its generator at once when the client goes away, not when it is collected."""
+class EventStreamResponse(Response):
+    """Sends `first` and then `events` as they come. Closes the generator at once when the client goes away."""
 
-    body_iterator: AsyncGenerator[bytes, None]
+    def __init__(self, first: Any, events: AsyncGenerator[Any, None], listener: "asyncio.Task[None]") -> None:
+        self.status_code = 200
+        self.raw_headers = list(EVENT_STREAM_HEADERS)
+        self.background = None
+        self._first = first
+        self._events = events
+        self._listener = listener
+        self._last = DONE
 
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):
-            await super().stream_response(send)
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        try:
+            async with aclosing(self._events):
+                with contextlib.suppress(ClientGone):
+                    async with _UntilGone(self._listener):
+                        await self._send_all(send)
+        finally:
+            self._listener.cancel()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": encode_event(self._first), "more_body": True})
+        while (data := await self._next()) is not None:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": self._last, "more_body": False})
+
+    async def _next(self) -> bytes | None:
+        """The next event; None when `_last` is all that is left."""
+        try:
+            return encode_event(await anext(self._events))
+        except StopAsyncIteration:
+            pass
+        except (RequestError, ServiceError) as error:
+            self._last = encode_event(body_of(error)) + DONE
+        except Exception as error:
+            logger.exception("a stream failed")
+            self._last = encode_event(body_of(error)) + DONE
+        return None

@@ -57,6 +57,13 @@ def error_response(
     return Response(body, status_code, headers, media_type="application/json")
 
 
+def response_to(error: RequestError | ServiceError) -> Response:
+    """The answer to a request that ended with `error`."""
+    if isinstance(error, RequestError):
+        return error_response(error.status_code, str(error), param=error.param, code=error.code)
+    return error_response(error.status_code, str(error))
+
+
 def body_of(error: Exception) -> dict[str, dict[str, str | None]]:
     """The error in OpenAI's shape, for a stream that has already begun."""
     if isinstance(error, RequestError):
@@ -66,16 +73,21 @@ def body_of(error: Exception) -> dict[str, dict[str, str | None]]:
     return error_body(500, "internal error")
 
 
+async def on_unexpected(_request: Request, _error: Exception) -> Response:
+    """The answer where something in here is wrong."""
+    return error_response(500, "internal error")
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every failure of `app` an answer in OpenAI's error shape."""
 
     @app.exception_handler(RequestError)
     async def on_request_error(_request: Request, error: RequestError) -> Response:
-        return error_response(error.status_code, str(error), param=error.param, code=error.code)
+        return response_to(error)
 
     @app.exception_handler(ServiceError)
     async def on_service_error(_request: Request, error: ServiceError) -> Response:
-        return error_response(error.status_code, str(error))
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
@@ -86,6 +98,4 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_http_exception(_request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
 
-    @app.exception_handler(Exception)
-    async def on_unexpected(_request: Request, _error: Exception) -> Response:
-        return error_response(500, "internal error")
+    app.add_exception_handler(Exception, on_unexpected)

@@ -1,0 +1,53 @@
+"""The short way of users' requests: what stands before it, and what becomes of an error that nobody expects."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS
+from ramet.srt.entrypoints.http_api import create_app
+from ramet.srt.managers.prepare_requests import Limits
+from ramet.srt.server_args import ServerArgs
+
+LIMITS = Limits(vocab_size=300, max_req_len=64, has_eos=True, grammars=False)
+BODIES = {
+    "/generate": {"input_ids": [5]},
+    "/v1/completions": {"model": "m", "prompt": [5]},
+    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+}
+
+
+async def fails(*_args: Any) -> None:
+    raise KeyError("secret")
+
+
+def make_instance(refusal: str | None = None, **args: Any) -> Any:
+    manager = SimpleNamespace(limits=LIMITS, generate=fails, tokenizer=SimpleNamespace(has_chat_template=False))
+    server_args = ServerArgs(model_path="m", **args)
+    return SimpleNamespace(server_args=server_args, is_head=True, refusal=lambda: refusal, manager=manager)
+
+
+async def ask(instance: Any, path: str, **headers: str) -> tuple[int, str]:
+    transport = httpx.ASGITransport(create_app(instance), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.post(path, json=BODIES[path], headers=headers)
+        return answer.status_code, answer.json()["error"]["message"]
+
+
+def test_every_path_has_a_body() -> None:
+    assert set(BODIES) == GENERATE_PATHS
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_an_unexpected_error_tells_nothing(path: str) -> None:
+    assert await ask(make_instance(), path) == (500, "internal error")
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_who_may_not_ask_gets_no_further(path: str) -> None:
+    status, message = await ask(make_instance(api_key="k"), path)
+    assert status == 401 and "Authorization" in message
+    assert (await ask(make_instance(api_key="k"), path, Authorization="Bearer k"))[0] == 500
+    assert (await ask(make_instance(), path, Origin="http://elsewhere.example"))[0] == 403
+    assert await ask(make_instance(refusal="it is loading"), path) == (503, "it is loading")
