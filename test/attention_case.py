@@ -4,8 +4,9 @@ import random
 
 import numpy as np
 import torch
+from ramet.srt.batch.batch_plan import SharedPrefix
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

@@ -4,7 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
+from ramet.srt.batch.batch_plan import SharedPrefix
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.key_splits import KeySplitter, Tile
 
 MULTIPROCESSORS = 132

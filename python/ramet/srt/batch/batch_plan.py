@@ -34,6 +34,14 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
         return len(self.input_ids) == 1 and self.is_sampled and not self.logprob_targets
 
 
+class SharedPrefix(msgspec.Struct, array_like=True, frozen=True):
+    """Sequences that stand side by side in a pass, and whose first tokens lie in the same pages."""
+
+    first: int  # sequence of the pass
+    num_sequences: int  # at least 2
+    num_tokens: int  # that they share, whole pages
+
+
 class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     """One forward pass, in full: a rank that has run all plans before it needs nothing else.
 
@@ -41,6 +49,7 @@ class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     """
 
     sequences: list[SequencePlan]
+    shared: list[SharedPrefix] = []  # of sequences that gain a token each
     page_writes: list[PageWrite]
     new_states: list[SamplingState]
     ended_rids: list[str]  # states that are no longer needed

@@ -3,19 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
-from ramet.srt.batch.batch_plan import SequencePlan
-
-
-class SharedPrefix(NamedTuple):
-    """Sequences that stand side by side in a pass, and whose first tokens lie in the same pages."""
-
-    first: int  # sequence of the pass
-    num_sequences: int  # at least 2
-    num_tokens: int  # that they share, whole pages
+from ramet.srt.batch.batch_plan import SequencePlan, SharedPrefix
 
 
 @dataclass
@@ -82,7 +73,7 @@ class PassTokens:
         """Some of the sequences, by themselves."""
         first, end = self.first_tokens[sequences.start], self.first_tokens[sequences.stop]
         shared = [
-            prefix._replace(first=prefix.first - sequences.start)
+            SharedPrefix(prefix.first - sequences.start, prefix.num_sequences, prefix.num_tokens)
             for prefix in self.shared
             if sequences.start <= prefix.first and prefix.first + prefix.num_sequences <= sequences.stop
         ]

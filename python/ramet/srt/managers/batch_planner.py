@@ -1,6 +1,7 @@
 """Owns how a batch becomes the plan that the ranks get: each rank is told of what it does not know yet."""
 
 from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, SequencePlan
+from ramet.srt.managers.prefix_groups import shared_prefixes
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.mem_cache.allocator import RowAllocator
 from ramet.srt.sampling.sampling_state import SamplingState
@@ -26,6 +27,7 @@ class BatchPlanner:
         ended, self._ended_rids = self._ended_rids, []
         return BatchPlan(
             sequences=[_sequence(running) for running in batch.reqs],
+            shared=shared_prefixes(batch.reqs),
             page_writes=self._rows.take_writes(),
             new_states=new_states,
             ended_rids=ended,

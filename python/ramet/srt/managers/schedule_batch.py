@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.logprobs import UnsentLogprobs
 from ramet.srt.managers.request_grammar import RequestGrammar
-from ramet.srt.mem_cache.request_cache import CacheHandle
+from ramet.srt.mem_cache.request_cache import CacheHandle, CommonPrefix
 from ramet.srt.text.incremental_decode import TextStream
 
 
@@ -87,13 +87,14 @@ class Req:
 class RunningReq:
     """A request that holds KV cache: from its admission to its end, or until its cache is taken away."""
 
-    __slots__ = ("extend_len", "group", "handle", "is_parked", "num_pending", "req")
+    __slots__ = ("extend_len", "group", "handle", "is_parked", "num_pending", "prefix", "req")
 
     def __init__(self, req: Req, handle: CacheHandle):
         self.req = req
         self.handle = handle
         self.group = req.group
         self.extend_len = 0  # tokens that the pass in question computes
+        self.prefix: CommonPrefix | None = None  # while it decodes: what the pass in question may read for several
         self.num_pending = 0  # tokens that passes under way will give, or that the constraint has yet to take
         self.is_parked = False  # has given its KV cache back while its constraint takes a token
 

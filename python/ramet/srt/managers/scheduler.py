@@ -30,6 +30,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.passes import FinishedPass, make_passes
 from ramet.srt.managers.plan_channel import PlanSender
+from ramet.srt.managers.prefix_groups import place_by_prefix
 from ramet.srt.managers.rank_profiler import FAILURES
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.managers.schedule_policy import retraction_cost
@@ -350,7 +351,7 @@ class Scheduler:
             reqs = self._retract_for(self.passes.decodable(self.running))
         if reqs:
             self.admission.reserve.decay()
-        return reqs
+        return place_by_prefix(reqs, self.caches)
 
     def _extend(self, running: RunningReq) -> bool:
         """Give a request room for its next token; False if there is none."""

@@ -54,7 +54,9 @@ class TpModelWorker:
             self._rows[state.rid] = SamplingRow(state)
         self.model_runner.req_pool.write(plan.page_writes)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
-        hidden_states = self.model_runner.run_pass(PassTokens.of(plan.sequences), self._own_sequences(plan))
+        hidden_states = self.model_runner.run_pass(
+            PassTokens.of(plan.sequences, plan.shared), self._own_sequences(plan)
+        )
         if hidden_states is None:  # they go on to the next pipeline stage
             return None
         if not plan.is_decode:

@@ -50,6 +50,7 @@ class RadixCache:
         self.root = TreeNode()
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
+        self._num_shared_edges = 0  # that several requests have locked
 
     def match_prefix(self, token_ids: Sequence[int], limit: int | None = None) -> tuple[list[int], TreeNode]:
         """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes.
@@ -95,12 +96,14 @@ class RadixCache:
                 self.num_evictable_pages -= len(node.pages)
                 self.num_locked_pages += len(node.pages)
             node.lock_ref += 1
+            self._num_shared_edges += node.lock_ref == 2
             node = node.parent
 
     def unlock(self, node: TreeNode) -> None:
         """Undo one `lock` of the same node."""
         while isinstance(node, TreeEdge):
             node.lock_ref -= 1
+            self._num_shared_edges -= node.lock_ref == 1
             assert node.lock_ref >= 0, "a prefix cache node was unlocked more often than locked"
             if node.lock_ref == 0:
                 self.num_evictable_pages += len(node.pages)
@@ -115,6 +118,26 @@ class RadixCache:
                 num_pages += len(node.pages)
             node = node.parent
         return num_pages
+
+    def common_prefix(self, node: TreeNode) -> "tuple[TreeEdge, int] | None":
+        """Of the prefixes up to `node` that others have locked too, the one that saves most if it is read once.
+
+        Returns:
+            Where it ends, and its pages; None if there is none.
+        """
+        if self._num_shared_edges == 0:
+            return None
+        path: list[TreeEdge] = []
+        while isinstance(node, TreeEdge):
+            path.append(node)
+            node = node.parent
+        best, most_saved, num_pages = None, 0, 0
+        for edge in reversed(path):
+            num_pages += len(edge.pages)
+            saved = (edge.lock_ref - 1) * num_pages
+            if saved > most_saved:
+                best, most_saved = (edge, num_pages), saved
+        return best
 
     def evict(self, num_pages: int) -> int:
         """Free at least `num_pages` pages if so many are unlocked; returns how many were freed."""
@@ -155,6 +178,7 @@ class RadixCache:
         """Cut `edge` after `length` pages; returns the new upper part."""
         upper = TreeEdge(edge.parent, edge.keys[:length], edge.pages[:length], edge.last_access)
         upper.lock_ref = edge.lock_ref
+        self._num_shared_edges += upper.lock_ref > 1
         edge.parent.children[upper.keys[0]] = upper
         edge.keys, edge.pages, edge.parent = edge.keys[length:], edge.pages[length:], upper
         upper.children[edge.keys[0]] = edge

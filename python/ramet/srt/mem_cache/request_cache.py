@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
@@ -25,6 +26,13 @@ class CacheHandle:
     pages: list[int]
     num_tree_pages: int  # the first pages belong to the prefix tree, the others to the request
     kv_len: int  # tokens whose keys and values are in the pages
+
+
+class CommonPrefix(NamedTuple):
+    """Tokens with which several running requests begin, in the same pages."""
+
+    end: TreeNode  # equal for all of them
+    num_tokens: int
 
 
 class RequestCache:
@@ -125,6 +133,11 @@ class RequestCache:
     def num_shared_pages(self, handle: CacheHandle) -> int:
         """Pages of the handle that others hold too, so that they stay when it is released."""
         return self.tree.num_shared_pages(handle.node)
+
+    def common_prefix(self, handle: CacheHandle) -> CommonPrefix | None:
+        """What the handle's sequence has in common with others that run, as far as to read it once saves most."""
+        found = self.tree.common_prefix(handle.node)
+        return CommonPrefix(found[0], found[1] * self.page_size) if found is not None else None
 
     def release(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Take everything back; the full pages stay in the prefix tree."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ramet.srt.batch.pass_tokens import PassTokens, SharedPrefix
+from ramet.srt.batch.batch_plan import SharedPrefix
+from ramet.srt.batch.pass_tokens import PassTokens
 
 PIECE_FIELDS = 6  # see KeySplits
 KEY_STEP = 128  # pieces of one range of keys are of a multiple of it
