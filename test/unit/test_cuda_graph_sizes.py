@@ -14,7 +14,13 @@ def test_sizes_reach_from_one_to_the_largest_batch(limit):
 
 
 def test_passes_with_prompt_chunks_are_captured_where_the_backend_allows_it():
-    shapes = captured_shapes(32, True)
+    shapes = captured_shapes(32, 10**6)
     assert [shape.num_tokens for shape in shapes if not shape.has_chunks] == graph_batch_sizes(32)
     assert [shape.num_tokens for shape in shapes if shape.has_chunks] == sorted(CHUNK_SIZES)
-    assert all(not shape.has_chunks for shape in captured_shapes(32, False))
+    assert all(not shape.has_chunks for shape in captured_shapes(32, 0))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 64, 65, 500, 2048])
+def test_no_pass_is_captured_that_is_longer_than_there_can_be_one(max_tokens):
+    sizes = [shape.num_tokens for shape in captured_shapes(32, max_tokens) if shape.has_chunks]
+    assert sizes[-1] >= max_tokens and (len(sizes) == 1 or sizes[-2] < max_tokens)

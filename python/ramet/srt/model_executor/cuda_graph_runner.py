@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 512
 # Tokens of captured passes with prompt chunks. Longer ones keep the device busy for longer than their launches take.
-CHUNK_SIZES = (64, 128, 192, 256, 384, 512)
+CHUNK_SIZES = (*range(64, 257, 64), *range(384, 1025, 128), *range(1280, 2049, 256))
 
 
 def graph_batch_sizes(max_running_requests: int) -> list[int]:
@@ -27,10 +27,15 @@ def graph_batch_sizes(max_running_requests: int) -> list[int]:
     return [size for size in sizes if size < largest] + [largest]
 
 
-def captured_shapes(max_running_requests: int, with_chunks: bool) -> list[CapturedShape]:
-    """The passes to capture: those that only decode, and those with prompt chunks, each from the shortest on."""
+def captured_shapes(max_running_requests: int, max_tokens: int) -> list[CapturedShape]:
+    """The passes to capture: those that only decode, and those with prompt chunks, each from the shortest on.
+
+    Args:
+        max_tokens: of passes with prompt chunks, whose sizes go up to what holds so many; 0: none of them.
+    """
     shapes = [CapturedShape(size, False) for size in graph_batch_sizes(max_running_requests)]
-    return shapes + [CapturedShape(size, True) for size in CHUNK_SIZES if with_chunks]
+    enough = next((size for size in CHUNK_SIZES if size >= max_tokens), CHUNK_SIZES[-1])
+    return shapes + [CapturedShape(size, True) for size in CHUNK_SIZES if max_tokens > 0 and size <= enough]
 
 
 class CudaGraphRunner:
@@ -47,17 +52,22 @@ class CudaGraphRunner:
         req_pool: ReqToPagePool,
         backend: AttentionBackend,
         max_batch_size: int,
+        max_tokens: int,
         hidden_size: int,
+        has_kernels_by_size: bool,
     ):
         """
         Args:
             forward: runs the whole model: the hidden states [num_tokens, hidden_size] of a pass.
             backend: of the model's attention layers; can be captured.
+            max_tokens: of passes with prompt chunks.
+            has_kernels_by_size: whether passes of other sizes may take other kernels, which are to be compiled.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
-        self._shapes = captured_shapes(max_batch_size, backend.can_capture_chunks)
+        self._has_kernels_by_size = has_kernels_by_size
+        self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
         self._inputs = torch.zeros(3 * largest, dtype=torch.int64, device=self._device)
@@ -73,11 +83,15 @@ class CudaGraphRunner:
         pool = torch.cuda.graph_pool_handle()
         self._backend.init_cuda_graph_state(self._shapes, self._req_pool.req_to_page)
         stream.wait_stream(torch.cuda.current_stream(device))
-        for shape in sorted(self._shapes, reverse=True):
+        by_size = sorted(self._shapes, reverse=True)
+        kinds = [[shape for shape in by_size if shape.has_chunks == has_chunks] for has_chunks in (False, True)]
+        first_of_kind = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
+        for shape in by_size:
             self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                self._run(shape)  # kernels are compiled and libraries initialised outside of the capture
+            if self._has_kernels_by_size or shape in first_of_kind:
+                with torch.cuda.stream(stream):
+                    self._run(shape)  # kernels are compiled and libraries initialised outside of the capture
             graph = torch.cuda.CUDAGraph()
             # Another thread fills the arena meanwhile: what it does must not count as part of this capture.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -104,13 +118,18 @@ class CudaGraphRunner:
         fixed.copy_(inputs, non_blocking=True)
         self._backend.init_forward_metadata_replay_cuda_graph(shape, tokens, fixed[0])
 
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """Tokens of the captured passes with prompt chunks, rising."""
+        return [shape.num_tokens for shape in self._shapes if shape.has_chunks]
+
     @torch.inference_mode()
     def replay(self, tokens: PassTokens) -> torch.Tensor | None:
         """Hidden states [num_tokens, hidden_size], valid until the next replay; None if no graph holds such a pass."""
         has_chunks = not tokens.is_decode
         fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= tokens.num_tokens)
         shape = next(fitting, None)
-        if shape is None:
+        if shape is None or self._backend.prefers_launches(tokens):
             return None
         self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row))
         self._graphs[shape].replay()

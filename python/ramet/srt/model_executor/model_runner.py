@@ -194,7 +194,13 @@ class ModelRunner:
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
         if is_wanted and self.can_be_captured:
             graphs = CudaGraphRunner(
-                self._compute, self.req_pool, self.attn_backend, max_batch_size, self.model_config.hidden_size
+                self._compute,
+                self.req_pool,
+                self.attn_backend,
+                max_batch_size,
+                min(self.config.max_prefill_tokens + max_batch_size, self.max_total_num_tokens),
+                self.model_config.hidden_size,
+                any(isinstance(module, FusedMoE) for module in self.model.modules()),
             )
             graphs.capture()
             self.graph_runner = graphs
@@ -202,6 +208,11 @@ class ModelRunner:
         largest = min(max_batch_size, MAX_BATCH_SIZE)
         for size in sorted({1, largest}):  # few and many requests take other kernels
             self._run_padding([1] * size)
+
+    @property
+    def pass_sizes(self) -> list[int]:
+        """Tokens of passes with prompt chunks that run as they are, without padding: rising, none without graphs."""
+        return self.graph_runner.chunk_sizes if self.graph_runner is not None else []
 
     def use_quiet_moment(self) -> None:
         """Nothing has been to do for a moment: begin what makes later passes faster, beside them."""

@@ -102,6 +102,10 @@ class AttentionBackend(ABC):
             rows: int64 [num_tokens], on the device: of the page table, for each token.
         """
 
+    def prefers_launches(self, _tokens: PassTokens) -> bool:
+        """Whether a pass that could be replayed is faster if its kernels are launched."""
+        return False
+
     def use_quiet_moment(self, limits: PassLimits) -> None:  # noqa: B027  optional
         """Begin to look for faster ways, beside the passes; called when nothing has been to do for a moment."""
 

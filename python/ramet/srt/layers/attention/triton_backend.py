@@ -24,6 +24,8 @@ from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 Window = int | None
 
 MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
+# From here on, in tokens and in pairs of query and key, other kernels save more than a graph, which holds only Ramet's.
+LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
 
 
 class TritonAttnBackend(AttentionBackend):
@@ -117,6 +119,11 @@ class TritonAttnBackend(AttentionBackend):
             scale=self.spec.scale,
             sliding_window=window,
         )
+
+    def prefers_launches(self, tokens: PassTokens) -> bool:
+        if self._choice is None or self._choice.chosen is None or tokens.num_tokens < LAUNCHED_TOKENS:
+            return False
+        return int((tokens.lens * (tokens.starts + tokens.ends)).sum()) // 2 >= LAUNCHED_PAIRS
 
     def use_quiet_moment(self, limits: PassLimits) -> None:
         if self._choice is None:

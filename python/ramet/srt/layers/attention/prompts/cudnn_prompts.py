@@ -50,6 +50,9 @@ class CudnnPrompts(PromptAttention):
         self._spec = spec
         self._handle = cudnn.create_handle()
         self._width = limits.max_keys // spec.page_size
+        # Queries are rows of the qkv projection's output.
+        self._q_width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+        self._out_width = spec.num_heads * spec.head_dim
         self._max_alone = min(limits.max_keys, MAX_ALONE_KEYS)
         sizes = [(size, window) for size in (ALONE, *BATCH_SIZES) for window in spec.windows]
         self._graphs = {key: self._build(limits, *key) for key in sizes}
@@ -73,7 +76,8 @@ class CudnnPrompts(PromptAttention):
         page_size, end = self._spec.page_size, int(chunk.ends[0])
         pages = req_to_page[int(chunk.rows[0]), : -(-end // page_size)]
         slots = (pages[:, None] * page_size + torch.arange(page_size, device=pages.device)).flatten()[:end]
-        return _Planned(ALONE, *self._lengths(chunk, ALONE, pages.device)[:3], slots)
+        first, lens, ends, _ = self._lengths(chunk, ALONE, pages.device)
+        return _Planned(ALONE, first * self._q_width, first * self._out_width, lens, ends, slots)
 
     def _plan_together(self, chunks: PromptChunks, req_to_page: torch.Tensor) -> "_Planned":
         size = next(size for size in BATCH_SIZES if size >= len(chunks.rows))
@@ -81,7 +85,7 @@ class CudnnPrompts(PromptAttention):
         width = min(self._width, req_to_page.shape[1])
         table = torch.zeros((size, self._width), dtype=torch.int32, device=req_to_page.device)
         table[:, :width] = req_to_page[:, :width].index_select(0, rows)
-        return _Planned(size, first, lens, ends, table)
+        return _Planned(size, first * self._q_width, first * self._out_width, lens, ends, table)
 
     @staticmethod
     def _lengths(
@@ -117,7 +121,8 @@ class _Planned:
     """What a graph reads of a pass, on the device."""
 
     batch_size: int
-    first: torch.Tensor  # int64 [batch_size + 1]: where the tokens of each sequence start
+    q_first: torch.Tensor  # int64 [batch_size + 1]: where the queries of each sequence start, in elements
+    out_first: torch.Tensor  # the same for its results
     lens: torch.Tensor  # int32 [batch_size]
     ends: torch.Tensor  # int32 [batch_size]
     places: torch.Tensor  # of the keys: int64 slots of a sequence alone, int32 pages [batch_size, max_pages] of others
@@ -159,7 +164,6 @@ class _Graph:
         )
         heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         tokens = next_power_of_2(max_tokens)
-        # Queries are rows of the qkv projection's output; where each sequence starts is said in elements.
         self._q_stride, self._out_stride = (heads + 2 * kv_heads) * dim, heads * dim
         self._q = _tensor(graph, number, (batch_size, heads, tokens, dim), _rows_first(tokens, self._q_stride, dim))
         self._q_first = _column(graph, cudnn.data_type.INT64, batch_size + 1)
@@ -216,8 +220,8 @@ class _Graph:
             self._k: k_cache,
             self._v: v_cache,
             self._out: out,
-            self._q_first: planned.first * self._q_stride,
-            self._out_first: planned.first * self._out_stride,
+            self._q_first: planned.q_first,
+            self._out_first: planned.out_first,
             self._lens: planned.lens,
             self._ends: planned.ends,
         }
