@@ -49,6 +49,13 @@ def test_it_begins_with_caution_and_settles_at_the_target_without_missing_it_by_
     assert taken[-1] == pytest.approx(TARGET_S, rel=0.02)
 
 
+def test_where_tokens_are_dear_a_small_chunk_is_enough_to_see_it():
+    """A CPU needs a second for as many as a pass may have at first."""
+    budget = TokenBudget(2048, 0.5)
+    budget.observe(0.3, 200)
+    assert budget.num_tokens(is_decoding=True) == pytest.approx(333, abs=1)
+
+
 @pytest.mark.parametrize("limit", [7, 100, 1000])
 def test_the_limit_is_never_exceeded(limit):
     budget = TokenBudget(limit, TARGET_S)

@@ -14,9 +14,9 @@ class TokenBudget:
     itself: an outlier moves it by half, and a change is learnt within a few passes.
 
     The first tokens of a pass are nearly free, as reading the weights takes most of its time. So chunks that are small
-    for the budget teach nothing, unless the pass has missed the target, and the budget is at most twice what was
-    measured. Where it settles, a full pass takes the target whatever its parts are: the prompt's own length, too, whose
-    tokens get dearer behind a long prefix.
+    for the budget teach nothing, unless the pass has missed the target or is the first, and the budget is at most twice
+    what was measured. Where it settles, a full pass takes the target whatever it is made of, also behind a long prefix,
+    where tokens get dearer.
 
     Args:
         limit: most prompt tokens in one pass, and in one beside which nothing decodes.
@@ -51,7 +51,7 @@ class TokenBudget:
             self._base_s = _blend(self._base_s, seconds)
             return
         self._base_s = min(self._base_s, _blend(self._base_s, seconds))  # without them it would not take longer
-        is_full = 2 * num_tokens >= self._wanted()
+        is_full = num_tokens >= (self._wanted() / 2 if self._num_measured else min(self.limit, MIN_TOKENS))
         if is_full or (self._num_measured and self._target_s and seconds > self._target_s):
             self._token_s = _blend(self._token_s, max(0.0, seconds - self._base_s) / num_tokens)
         if is_full:
