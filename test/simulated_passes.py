@@ -154,6 +154,7 @@ class Simulation:
             "overlap": True,
         }
         runner = SimpleNamespace(
+            pass_sizes=[],
             parallel=ParallelConfig(),
             max_total_num_tokens=num_tokens,
             max_req_len=num_tokens,

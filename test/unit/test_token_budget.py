@@ -49,6 +49,13 @@ def test_it_begins_with_caution_and_settles_at_the_target_without_missing_it_by_
     assert taken[-1] == pytest.approx(TARGET_S, rel=0.02)
 
 
+def test_where_tokens_are_dear_a_small_chunk_is_enough_to_see_it():
+    """A CPU needs a second for as many as a pass may have at first."""
+    budget = TokenBudget(2048, 0.5)
+    budget.observe(0.3, 200)
+    assert budget.num_tokens(is_decoding=True) == pytest.approx(333, abs=1)
+
+
 @pytest.mark.parametrize("limit", [7, 100, 1000])
 def test_the_limit_is_never_exceeded(limit):
     budget = TokenBudget(limit, TARGET_S)
@@ -111,3 +118,16 @@ def test_a_base_that_has_become_less_is_seen_although_every_pass_has_prompts():
 def test_what_was_learnt_can_be_forgotten(budget):
     budget.forget()
     assert budget.num_tokens(is_decoding=True) == START_TOKENS and budget.token_s == 0.0
+
+
+def test_a_budget_fills_a_pass_that_needs_no_padding():
+    budget = TokenBudget(8192, 0.040, [256, 512, 1024, 2048])
+    assert budget.num_tokens(True, 30) == 1024 - 30  # of START_TOKENS and these
+    assert budget.num_tokens(False, 30) == 8192
+    for _ in range(20):
+        budget.observe(0.005, 0)
+        budget.observe(0.005 + 20e-6 * 1500, 1500)
+    assert budget.num_tokens(True, 100) == 1024 - 100
+    for _ in range(20):
+        budget.observe(0.005 + 5e-6 * 6000, 6000)
+    assert budget.num_tokens(True, 100) > 2048  # beyond them nothing is padded

@@ -112,17 +112,18 @@ class Admission:
             loads[group] += 1
         return loads.index(min(loads))
 
-    def next_chunks(self, running: Sequence[RunningReq]) -> list[RunningReq]:
+    def next_chunks(self, running: Sequence[RunningReq], num_others: int = 0) -> list[RunningReq]:
         """The requests of whose prompts the next pass computes a chunk: their `extend_len` says how much.
 
         Args:
             running: those whose prompts are computed.
+            num_others: tokens of the pass beside those of prompts.
         """
         prompts = self._prompts()
         if not prompts:
             return []
         adder = PrefillAdder(
-            self._rooms(running), self._budget.num_tokens(is_decoding=bool(running)), max_share(self._policy)
+            self._rooms(running), self._budget.num_tokens(bool(running), num_others), max_share(self._policy)
         )
         for prompt in prompts:
             if adder.budget <= 0:

@@ -25,8 +25,9 @@ class BatchPlanner:
         new_states = [_sampling_state(running.req) for running in batch.sampled_reqs if running.req.rid not in known]
         known.update(state.rid for state in new_states)
         ended, self._ended_rids = self._ended_rids, []
+        chunks = set(batch.chunks)
         return BatchPlan(
-            sequences=[_sequence(running) for running in batch.reqs],
+            sequences=[_chunk(running) if running in chunks else _newest_token(running) for running in batch.reqs],
             shared=shared_prefixes(batch.reqs),
             page_writes=self._rows.take_writes(),
             new_states=new_states,
@@ -59,18 +60,29 @@ def _sampling_state(req: Req) -> SamplingState:
     )
 
 
-def _sequence(running: RunningReq) -> SequencePlan:
+def _newest_token(running: RunningReq) -> SequencePlan:
+    handle = running.handle
+    return SequencePlan(
+        rid=running.req.rid,
+        row=handle.row,
+        group=running.group,
+        start=handle.kv_len,
+        input_ids=[LAST_TOKEN if running.num_pending else running.req.output_ids[-1]],
+        is_sampled=True,
+    )
+
+
+def _chunk(running: RunningReq) -> SequencePlan:
     req, start = running.req, running.handle.kv_len
-    stop = start + running.extend_len
     positions = running.input_logprob_positions()
     return SequencePlan(
         rid=req.rid,
         row=running.handle.row,
         group=running.group,
         start=start,
-        input_ids=[LAST_TOKEN] if running.num_pending else req.token_ids(start, stop),
-        is_sampled=stop == running.seq_len,
+        input_ids=req.token_ids(start, start + running.extend_len),
+        is_sampled=running.is_last_chunk,
         logprob_offset=positions.start - start if positions else 0,
-        logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1] if positions else [],
+        logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
         top_logprobs_num=req.top_logprobs_num,
     )

@@ -89,7 +89,8 @@ class Scheduler:
         self.grammar_steps = GrammarSteps(grammar_pool)
         self._grammar_pool = grammar_pool
         # In a pipeline a request gains one token while each stage computes a pass.
-        self.budget = TokenBudget(config.prefill_budget, config.target_itl_s / parallel.pp_size)
+        target_s = config.target_itl_s / parallel.pp_size
+        self.budget = TokenBudget(config.prefill_budget, target_s, model_runner.pass_sizes)
         self.admission = Admission(config, self.caches, self.rows, self.budget, clock)
         self.running: list[RunningReq] = []  # those that decode
         self.planner = BatchPlanner(self.rows)
@@ -310,9 +311,9 @@ class Scheduler:
         if self._aborted:
             self._drop_aborted()
         decoding = self._next_decoding()
-        chunks = self.admission.next_chunks(self.running)
+        chunks = self.admission.next_chunks(self.running, len(decoding))
         if not chunks and self.admission.waiting and self._park_slow():
-            chunks = self.admission.next_chunks(self.running)
+            chunks = self.admission.next_chunks(self.running, len(decoding))
         return ScheduleBatch(decoding, chunks) if decoding or chunks else None
 
     def _park_slow(self) -> bool:

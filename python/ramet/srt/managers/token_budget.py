@@ -1,5 +1,8 @@
 """Owns how many prompt tokens a pass may compute: what lets it end within the target, learnt from passes before it."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 START_TOKENS = 1024  # until a pass has shown what prompt tokens cost
 MIN_TOKENS = 128  # so that prompts advance however slow the passes are; on a GPU so few are nearly free
 MAX_GROWTH = 2  # how far beyond the largest chunk that was measured the estimate is trusted
@@ -14,18 +17,21 @@ class TokenBudget:
     itself: an outlier moves it by half, and a change is learnt within a few passes.
 
     The first tokens of a pass are nearly free, as reading the weights takes most of its time. So chunks that are small
-    for the budget teach nothing, unless the pass has missed the target, and the budget is at most twice what was
-    measured. Where it settles, a full pass takes the target whatever its parts are: the prompt's own length, too, whose
-    tokens get dearer behind a long prefix.
+    for the budget teach nothing, unless the pass has missed the target or is the first, and the budget is at most twice
+    what was measured. Where it settles, a full pass takes the target whatever it is made of, also behind a long prefix,
+    where tokens get dearer.
 
     Args:
         limit: most prompt tokens in one pass, and in one beside which nothing decodes.
         target_s: seconds that a pass should take at most; 0: no target, so that the limit alone holds.
+        pass_sizes: tokens of passes that are computed as they are, rising; a shorter one is padded to the next. A
+            budget within their range fills one of them.
     """
 
-    def __init__(self, limit: int, target_s: float):
+    def __init__(self, limit: int, target_s: float, pass_sizes: Sequence[int] = ()):
         self.limit = limit
         self._target_s = target_s
+        self._pass_sizes = pass_sizes
         self._base_s = 0.0
         self._token_s = 0.0
         self._num_measured = 0  # prompt tokens of the newest pass that has taught something
@@ -35,13 +41,20 @@ class TokenBudget:
         """Seconds that a prompt token takes; 0.0 as long as nothing is known."""
         return self._token_s
 
-    def num_tokens(self, is_decoding: bool) -> int:
+    def num_tokens(self, is_decoding: bool, num_others: int = 0) -> int:
         """Prompt tokens that the next pass may compute.
 
         Args:
             is_decoding: whether any request waits for its next token meanwhile.
+            num_others: tokens of the pass beside them.
         """
-        return self._wanted() if is_decoding and self._target_s else self.limit
+        if not is_decoding or not self._target_s:
+            return self.limit
+        wanted = self._wanted()
+        place = bisect_right(self._pass_sizes, wanted + num_others)
+        if 0 < place < len(self._pass_sizes):
+            return max(MIN_TOKENS, self._pass_sizes[place - 1] - num_others)
+        return wanted
 
     def observe(self, seconds: float, num_tokens: int) -> None:
         """Learn from a pass with so many prompt tokens: it took so long from the end of the one before it."""
@@ -51,7 +64,7 @@ class TokenBudget:
             self._base_s = _blend(self._base_s, seconds)
             return
         self._base_s = min(self._base_s, _blend(self._base_s, seconds))  # without them it would not take longer
-        is_full = 2 * num_tokens >= self._wanted()
+        is_full = num_tokens >= (self._wanted() / 2 if self._num_measured else min(self.limit, MIN_TOKENS))
         if is_full or (self._num_measured and self._target_s and seconds > self._target_s):
             self._token_s = _blend(self._token_s, max(0.0, seconds - self._base_s) / num_tokens)
         if is_full:
