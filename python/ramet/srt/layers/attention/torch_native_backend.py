@@ -15,7 +15,7 @@ from ramet.srt.utils.device import to_device
 
 MAX_PADDING = 1.5  # single tokens attend together while their padded keys are at most this multiple of the real ones
 GATHERED_NBYTES = 2 << 20  # keys and values gathered at once for each thread: what a core's own cache holds
-MIN_SHARED_NBYTES = 2 << 20  # a common prefix is read once if that saves reading so much; combining costs as much as less
+MIN_SHARED_NBYTES = 2 << 20  # a common prefix is read once if that saves so much; to combine costs about that
 
 Places: TypeAlias = slice | torch.Tensor  # tokens of the pass: side by side, or int64 [num_tokens]
 
