@@ -93,7 +93,7 @@ class TorchNativeAttnBackend(AttentionBackend):
                 singles[index] = _Single(index, firsts[index], row, begin, end)
             else:
                 plan.append(self._plan_chunk(batch, slice(firsts[index], firsts[index + 1]), row, begin, end, window))
-        if self.spec.device.type == "cpu":  # PyTorch has no public function that gives what results are combined by
+        if self.spec.device.type == "cpu":  # elsewhere no function gives what results are combined by
             plan += self._take_families(batch, singles)
         return plan + self._plan_together(batch, list(singles.values()))
 
@@ -188,7 +188,7 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _attend_family(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Family) -> torch.Tensor:
         """Like `_attend_together`: the prefix with the queries of all, each one's own keys, and both results combined.
 
-        All results that share a KV head are its queries (cascade inference; Ye et al., 2024).
+        With the prefix, the query heads of all are queries of their KV head (cascade inference; Ye et al., 2024).
         """
         q = q.unflatten(1, (self.spec.num_kv_heads, -1))  # [num_queries, kv_heads, group, head_dim]
         own, own_weight = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
