@@ -113,7 +113,8 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _take_families(self, batch: ForwardBatch, singles: dict[int, _Single]) -> list[_Family]:
         """Families among the single tokens, which are taken out there."""
         families = []
-        for first, num_sequences, num_tokens in batch.tokens.shared:
+        for prefix in batch.tokens.shared:
+            first, num_sequences, num_tokens = prefix.first, prefix.num_sequences, prefix.num_tokens
             members = [singles[index] for index in range(first, first + num_sequences) if index in singles]
             members = [member for member in members if member.begin == 0]
             if (len(members) - 1) * num_tokens * self._key_nbytes < MIN_SHARED_NBYTES:

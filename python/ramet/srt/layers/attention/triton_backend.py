@@ -23,6 +23,7 @@ from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 Window = int | None
 
+ALIGNMENT = 4  # int32 numbers, 16 bytes
 MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
 # From here on, in tokens and in pairs of query and key, other kernels save more than a graph, which holds only Ramet's.
 LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
@@ -154,15 +155,28 @@ class TritonAttnBackend(AttentionBackend):
         pieces: dict[Window, PieceLists] = {}
         parts = packed.split([_packed_size(size, num_tokens) for size in sizes])
         for window, size, part in zip(self.spec.windows, sizes, parts, strict=True):
-            small_length = size.small * PIECE_FIELDS
-            small, many, starts = part.split([small_length, size.large * PIECE_FIELDS, num_tokens + 1])
-            shape = (-1, PIECE_FIELDS)
-            pieces[window] = PieceLists(small.view(shape), many.view(shape), starts, size.partials)
+            small, many, starts = part.split([_aligned(length) for length in _lengths(size, num_tokens)])
+            pieces[window] = PieceLists(
+                small[: size.small * PIECE_FIELDS].view(-1, PIECE_FIELDS),
+                many[: size.large * PIECE_FIELDS].view(-1, PIECE_FIELDS),
+                starts[: num_tokens + 1],
+                size.partials,
+            )
         return pieces
 
 
+def _lengths(size: Capacity, num_tokens: int) -> tuple[int, int, int]:
+    """Numbers in each of the lists of a window."""
+    return size.small * PIECE_FIELDS, size.large * PIECE_FIELDS, num_tokens + 1
+
+
+def _aligned(length: int) -> int:
+    """Numbers that a list of so many takes. Kernels are compiled anew for a list that starts elsewhere."""
+    return -(-length // ALIGNMENT) * ALIGNMENT
+
+
 def _packed_size(size: Capacity, num_tokens: int) -> int:
-    return (size.small + size.large) * PIECE_FIELDS + num_tokens + 1
+    return sum(_aligned(length) for length in _lengths(size, num_tokens))
 
 
 def _pack(splits: Sequence[KeySplits], sizes: Sequence[Capacity], num_tokens: int) -> np.ndarray:
@@ -171,9 +185,7 @@ def _pack(splits: Sequence[KeySplits], sizes: Sequence[Capacity], num_tokens: in
     start = 0
     for one, size in zip(splits, sizes, strict=True):
         assert len(one.small) <= size.small and len(one.large) <= size.large and one.starts[-1] <= size.partials
-        for pieces, room in ((one.small, size.small), (one.large, size.large)):
-            packed[start : start + pieces.size] = pieces.reshape(-1)
-            start += room * PIECE_FIELDS
-        packed[start : start + len(one.starts)] = one.starts
-        start += num_tokens + 1
+        for values, length in zip((one.small, one.large, one.starts), _lengths(size, num_tokens), strict=True):
+            packed[start : start + values.size] = values.reshape(-1)
+            start += _aligned(length)
     return packed
