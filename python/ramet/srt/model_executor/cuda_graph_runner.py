@@ -54,19 +54,16 @@ class CudaGraphRunner:
         max_batch_size: int,
         max_tokens: int,
         hidden_size: int,
-        has_kernels_by_size: bool,
     ):
         """
         Args:
             forward: runs the whole model: the hidden states [num_tokens, hidden_size] of a pass.
             backend: of the model's attention layers; can be captured.
             max_tokens: of passes with prompt chunks.
-            has_kernels_by_size: whether passes of other sizes may take other kernels, which are to be compiled.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
-        self._has_kernels_by_size = has_kernels_by_size
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
@@ -76,7 +73,10 @@ class CudaGraphRunner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture a graph for every shape, the largest first, so that the others fit into its memory."""
+        """Capture a graph for every shape, the largest first, so that the others fit into its memory.
+
+        A kernel has a tile for few rows and one for many, so the longest and the shortest pass of a kind use them all.
+        """
         start = time.perf_counter()
         device = self._device
         stream = torch.cuda.Stream(device)
@@ -85,11 +85,11 @@ class CudaGraphRunner:
         stream.wait_stream(torch.cuda.current_stream(device))
         by_size = sorted(self._shapes, reverse=True)
         kinds = [[shape for shape in by_size if shape.has_chunks == has_chunks] for has_chunks in (False, True)]
-        first_of_kind = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
+        ends_of_kinds = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
         for shape in by_size:
             self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
-            if self._has_kernels_by_size or shape in first_of_kind:
+            if shape in ends_of_kinds:
                 with torch.cuda.stream(stream):
                     self._run(shape)  # kernels are compiled and libraries initialised outside of the capture
             graph = torch.cuda.CUDAGraph()

@@ -200,7 +200,6 @@ class ModelRunner:
                 max_batch_size,
                 min(self.config.max_prefill_tokens + max_batch_size, self.max_total_num_tokens),
                 self.model_config.hidden_size,
-                any(isinstance(module, FusedMoE) for module in self.model.modules()),
             )
             graphs.capture()
             self.graph_runner = graphs
