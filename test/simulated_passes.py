@@ -5,11 +5,12 @@ first tokens and token times. `Alternating` is the rule that went before, to com
 """
 
 import random
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
@@ -18,27 +19,40 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.io_struct import BatchTokenIDOutput, Message, TokenizedGenerateReqInput
 from ramet.srt.managers.passes import make_passes
-from ramet.srt.managers.scheduler import Scheduler
+from ramet.srt.managers.scheduler import IDLE_POLL_S, Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50_000
-HOST_S = 0.0003  # that planning a pass takes
+
+# A pass with prompt chunks is padded to the next of these, and runs from graphs; as on an H200 with an 8 B model.
+PASS_SIZES = (64, 128, 192, *range(256, 1024, 128), *range(1024, 2049, 256))
 
 
 @dataclass(frozen=True)
 class PassTimes:
-    """What a pass takes: the weights' bytes, in whose shadow the first tokens are free, other tokens, and keys read."""
+    """What a pass takes: the weights' bytes, in whose shadow the first tokens are free, other tokens, and keys read.
+
+    As measured on an H200 with an 8 B model.
+    """
 
     base_s: float = 0.005
     num_free_tokens: int = 200
-    token_s: float = 20e-6
+    token_s: float = 21e-6
     key_s: float = 0.04e-6
+    host_s: float = 0.0015  # to plan and to launch from a graph
+    ungraphed_host_s: float = 0.026  # kernel by kernel, of which the device computes the first meanwhile
+    pass_sizes: tuple[int, ...] = PASS_SIZES
+    jitter: float = 0.0  # standard deviation of what a pass takes, as a part of it
 
     def seconds(self, num_tokens: int, num_keys: int) -> float:
         return self.base_s + self.token_s * max(0, num_tokens - self.num_free_tokens) + self.key_s * num_keys
+
+    def padded(self, num_tokens: int) -> int:
+        place = bisect_left(self.pass_sizes, num_tokens)
+        return self.pass_sizes[place] if place < len(self.pass_sizes) else num_tokens
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,9 @@ class Timeline:
         return [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
+ROUND_TIMES = PassTimes(token_s=20e-6, host_s=0.0003, pass_sizes=())  # for what doesn't hang on such figures
+
+
 class Clock:
     """The simulation's time in seconds."""
 
@@ -95,13 +112,25 @@ class SimulatedWorker:
     def __init__(self, clock: Clock, times: PassTimes):
         self._clock = clock
         self._times = times
-        self._free_s = 0.0
+        self._rng = random.Random(3)
+        self.free_s = 0.0  # when the last pass has ended
+        self.busy_s = self.idle_s = 0.0  # idle while there was something to compute
         self.num_passes = 0
 
     def launch_for_result(self, plan: BatchPlan) -> Callable[[], BatchResult]:
-        num_tokens = sum(len(sequence.input_ids) for sequence in plan.sequences)
-        num_keys = sum(sequence.start + len(sequence.input_ids) for sequence in plan.sequences)
-        end_s = self._free_s = max(self._free_s, self._clock.now_s) + self._times.seconds(num_tokens, num_keys)
+        times, sizes = self._times, [len(sequence.input_ids) for sequence in plan.sequences]
+        num_keys = sum(sequence.start for sequence in plan.sequences) + sum(sizes)
+        num_tokens = sum(sizes) if max(sizes) == 1 else times.padded(sum(sizes))
+        is_in_graph = num_tokens <= max(times.pass_sizes, default=num_tokens)
+        self._clock.now_s += times.host_s
+        begin_s = max(self.free_s, self._clock.now_s)
+        seconds = times.seconds(num_tokens, num_keys) * max(0.5, self._rng.gauss(1.0, times.jitter))
+        if not is_in_graph:
+            self._clock.now_s += times.ungraphed_host_s - times.host_s
+        end_s = max(begin_s + seconds, 0.0 if is_in_graph else self._clock.now_s)
+        self.idle_s += begin_s - self.free_s
+        self.busy_s += end_s - begin_s
+        self.free_s = end_s
         tokens = [7] * sum(sequence.is_sampled for sequence in plan.sequences)
         self.num_passes += 1
 
@@ -113,10 +142,14 @@ class SimulatedWorker:
 
 
 class TraceChannel:
-    """Notes when tokens come."""
+    """Hands the requests of a trace over when they come, and notes when their tokens do."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, worker: SimulatedWorker, make_message: Callable[[Arrival, str], Message]):
         self._clock = clock
+        self._worker = worker
+        self._make_message = make_message
+        self.coming: deque[Arrival] = deque()
+        self.longest_wait_s = 0.0  # that was asked for while there was something to do
         self.timelines: dict[str, Timeline] = {}
 
     def send(self, output: BatchTokenIDOutput) -> None:
@@ -124,7 +157,21 @@ class TraceChannel:
             self.timelines[one.rid].token_times += [self._clock.now_s] * len(one.token_ids)
 
     def receive(self, timeout_s: float) -> list[Message]:
-        return []
+        """As the sockets do it, which wait for whole milliseconds; but while nothing is to do, until the next comes."""
+        until_s = self._clock.now_s + int(1000 * timeout_s) / 1000
+        next_s = self.coming[0].at_s if self.coming else until_s
+        if timeout_s >= IDLE_POLL_S:
+            until_s = next_s
+            self._worker.free_s = max(self._worker.free_s, next_s)
+        else:
+            self.longest_wait_s = max(self.longest_wait_s, timeout_s)
+        self._clock.now_s = max(self._clock.now_s, min(until_s, next_s))
+        messages = []
+        while self.coming and self.coming[0].at_s <= self._clock.now_s:
+            rid = str(len(self.timelines))
+            self.timelines[rid] = Timeline(self.coming.popleft())
+            messages.append(self._make_message(self.timelines[rid].arrival, rid))
+        return messages
 
     def reply(self, message: Message) -> None:
         raise AssertionError("nobody asks")
@@ -134,13 +181,17 @@ class Simulation:
     """A scheduler of one rank, its passes and its users.
 
     Args:
+        plans_late: whether a pass is planned late in the one under way, and not as soon as that has begun.
         config: fields of SchedulerConfig that differ from a GPU's defaults.
     """
 
-    def __init__(self, times: PassTimes | None = None, num_tokens: int = 400_000, **config: Any):
+    def __init__(
+        self, times: PassTimes | None = None, num_tokens: int = 400_000, plans_late: bool = True, **config: Any
+    ):
         self.clock = Clock()
-        self.channel = TraceChannel(self.clock)
-        self.worker = SimulatedWorker(self.clock, times or PassTimes())
+        times = times or PassTimes()
+        self.worker = SimulatedWorker(self.clock, times)
+        self.channel = TraceChannel(self.clock, self.worker, self._message)
         defaults: dict[str, Any] = {
             "max_running_requests": 256,
             "max_queued_requests": 4096,
@@ -154,50 +205,48 @@ class Simulation:
             "overlap": True,
         }
         runner = SimpleNamespace(
-            pass_sizes=[],
+            pass_sizes=times.pass_sizes,
             parallel=ParallelConfig(),
             max_total_num_tokens=num_tokens,
             max_req_len=num_tokens,
             device=torch.device("cpu"),
             finish_sending=None,
+            use_quiet_moment=_nothing,
             req_pool=SimpleNamespace(last_tokens=None),
         )
         self.scheduler = Scheduler(
             SchedulerConfig(**defaults | config),
             cast(ModelConfig, SimpleNamespace(eos_token_ids=())),
             cast(ModelRunner, runner),
-            _no_tokenizer,
+            cast(Any, _nothing),
             None,
             cast(SchedulerChannel, self.channel),
             clock=self.clock,
         )
         overlap = self.scheduler.config.overlap
-        self.scheduler.passes = make_passes(cast(TpModelWorker, self.worker), None, 1, overlap, self.clock)
+        passes = make_passes(cast(TpModelWorker, self.worker), None, 1, overlap, self.clock)
+        if not plans_late:
+            passes.spare_s = lambda: 0.0  # type: ignore[method-assign]
+        self.scheduler.passes = passes
         self._rng = random.Random(1)
         self._prefixes: dict[int, list[int]] = {}
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Timeline]:
         """Serve a trace to its end; what became of each request, in the order of their arrival."""
-        coming = deque(sorted(arrivals, key=lambda arrival: arrival.at_s))
-        while coming or self.scheduler.has_work:
-            if not self.scheduler.has_work:
-                self.clock.now_s = max(self.clock.now_s, coming[0].at_s)
-            while coming and coming[0].at_s <= self.clock.now_s:
-                self.submit(coming.popleft())
-            self.clock.now_s += HOST_S
-            self.scheduler.step()
+        self.channel.coming.extend(sorted(arrivals, key=lambda arrival: arrival.at_s))
+        while self.channel.coming or self.scheduler.has_work:
+            self.scheduler.run_once()
         self.scheduler.check_caches()
         return list(self.channel.timelines.values())
 
-    def submit(self, arrival: Arrival) -> None:
-        """A request comes in."""
-        rid = str(len(self.channel.timelines))
-        self.channel.timelines[rid] = Timeline(arrival)
+    @property
+    def idle_share(self) -> float:
+        """Of the time in which there was something to compute: the part in which the device had nothing."""
+        return self.worker.idle_s / (self.worker.idle_s + self.worker.busy_s)
+
+    def _message(self, arrival: Arrival, rid: str) -> TokenizedGenerateReqInput:
         params = SamplingParams(max_new_tokens=arrival.num_out, temperature=0.0, ignore_eos=True)
-        message = TokenizedGenerateReqInput(
-            rid=rid, input_ids=self._prompt(arrival), sampling_params=params, stream=True
-        )
-        self.scheduler.handle(message)
+        return TokenizedGenerateReqInput(rid=rid, input_ids=self._prompt(arrival), sampling_params=params, stream=True)
 
     def _prompt(self, arrival: Arrival) -> list[int]:
         if arrival.prefix < 0:
@@ -207,8 +256,8 @@ class Simulation:
         return prefix + self._rng.choices(range(VOCAB_SIZE), k=arrival.num_in - half)
 
 
-def _no_tokenizer() -> NoReturn:
-    raise AssertionError("no request has stop strings")
+def _nothing() -> None:
+    """No request has stop strings, and nothing is prepared in quiet moments."""
 
 
 class Alternating:
@@ -229,7 +278,7 @@ class Alternating:
         timelines: list[Timeline] = []
         now_s, ends_s, is_prompts = 0.0, [0.0, 0.0], False
         while coming or self._waiting or self._running:
-            now_s = max(ends_s[-2], now_s if self._waiting or self._running else coming[0].at_s) + HOST_S
+            now_s = max(ends_s[-2], now_s if self._waiting or self._running else coming[0].at_s) + self._times.host_s
             while coming and coming[0].at_s <= now_s:
                 timelines.append(Timeline(coming.popleft()))
                 self._waiting.append((timelines[-1], timelines[-1].arrival.num_in))
@@ -254,7 +303,7 @@ class Alternating:
             else:
                 done.append(timeline)
         self._running += done
-        return self._times.seconds(self._budget - left, num_keys), done
+        return self._times.seconds(self._times.padded(self._budget - left), num_keys), done
 
     def _decode(self) -> tuple[float, list[Timeline]]:
         num_keys = sum(one.arrival.num_in + len(one.token_times) for one in self._running)

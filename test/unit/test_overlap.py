@@ -3,7 +3,9 @@
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.managers.io_struct import AbortReq
+from ramet.srt.managers import tp_worker
+from ramet.srt.managers.io_struct import AbortReq, GetInternalStateReq
+from ramet.srt.managers.scheduler import MAX_WAIT_S
 
 PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
 
@@ -65,3 +67,63 @@ def test_abort_while_a_pass_is_under_way(engines, steps):
     assert results["2"].finish_reason.type == "abort"
     assert len([result for result in results.values() if result.finish_reason.type == "length"]) == len(PROMPTS) - 1
     assert all(len(results[str(index)].token_ids) == 12 for index in (0, 1, 3, 4))
+
+
+@pytest.fixture()
+def engine(folder):
+    return EngineHarness(folder, overlap=True, chunked_prefill_size=7)
+
+
+@pytest.fixture()
+def timeouts(engine, monkeypatch):
+    """What the scheduler waits for messages at most, each time."""
+    timeouts, receive = [], engine.channel.receive
+    monkeypatch.setattr(engine.channel, "receive", lambda timeout_s: timeouts.append(timeout_s) or receive(timeout_s))
+    return timeouts
+
+
+def test_while_planning_can_wait_messages_are_taken_in(engine, timeouts, monkeypatch):
+    scheduler = engine.scheduler
+    engine.submit("ended", PROMPTS[1], max_new_tokens=8)
+    scheduler.run_once()
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler.passes, "spare_s", lambda: 0.5)
+        engine.submit("new", PROMPTS[2], max_new_tokens=8)
+        engine.send(AbortReq(rid="ended"))
+        engine.send(GetInternalStateReq(request_id="state"))
+        scheduler.run_once()
+        assert timeouts[-1] == MAX_WAIT_S, "whoever ends the process is not kept waiting"
+        assert len(scheduler.passes) == 1 and len(scheduler.admission.waiting) == 1 and len(engine.channel.replies) == 1
+    results = engine.run()
+    assert results["ended"].finish_reason.type == "abort" and len(results["new"].token_ids) == 8
+
+
+def test_nothing_waits_while_a_constraint_is_at_work(engine, timeouts, monkeypatch):
+    engine.submit("plain", PROMPTS[1], max_new_tokens=8)
+    engine.scheduler.run_once()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.passes, "spare_s", lambda: 0.5)
+        engine.submit("constrained", PROMPTS[2], max_new_tokens=8, regex="[a-z ]{3,20}")
+        engine.scheduler.run_once()
+        assert engine.scheduler.grammar_queue
+        engine.scheduler.run_once()
+        assert timeouts[1:] == [MAX_WAIT_S, 0.0]
+    assert set(engine.run()) == {"plain", "constrained"}
+
+
+def test_a_pass_that_chooses_no_token_comes_back_when_it_ends(engine, monkeypatch):
+    """Its time is learnt, and others are planned by it."""
+    events = []
+
+    class Copies(tp_worker.HostCopies):
+        def close(self, device):
+            events.append("recorded")
+
+        def wait(self):
+            events.append("waited")
+
+    monkeypatch.setattr(tp_worker, "HostCopies", Copies)
+    engine.submit("long", PROMPTS[3], max_new_tokens=1)
+    engine.run()
+    assert engine.num_batches == 5
+    assert events.count("recorded") == events.count("waited") == engine.num_batches

@@ -1,5 +1,6 @@
 """The two kinds of passes under way: when their results are dealt with, and what the watchdog sees meanwhile."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,13 @@ class Request:
         self.num_remaining_tokens = num_remaining_tokens
         self.num_pending = num_pending
         self.req = SimpleNamespace(grammar=grammar)
+
+
+@dataclass(frozen=True)
+class Batch:
+    plan: int
+    num_tokens: int = 1
+    num_prompt_tokens: int = 0
 
 
 class Worker:
@@ -49,12 +57,12 @@ def result_of(plan):
 
 
 def launch(passes, plan):
-    passes.launch(f"batch {plan}", plan)
+    passes.launch(Batch(plan), plan)
 
 
 def plans(finished):
     found = list(finished)
-    assert all(one.result == result_of(one.plan) and one.batch == f"batch {one.plan}" for one in found)
+    assert all(one.result == result_of(one.plan) and one.batch == Batch(one.plan) for one in found)
     return [one.plan for one in found]
 
 
@@ -179,3 +187,36 @@ def test_a_pass_says_how_long_it_took():
     launch(passes, 3)
     now = 111.5
     assert next(passes.settle()).seconds == 1.5
+
+
+def test_only_with_overlap_and_without_a_pipeline_planning_can_wait():
+    now, worker = 0.0, Worker()
+
+    def compute():
+        nonlocal now
+        now += 0.04
+
+    worker.on_wait = compute
+    spare = {}
+    for name, sender, num_stages, overlap in (
+        ("overlap", None, 1, True),
+        ("several ranks", Sender(), 1, True),
+        ("no overlap", None, 1, False),
+        ("pipeline", Sender(), 2, True),
+    ):
+        passes = make_passes(worker, sender, num_stages, overlap, clock=lambda: now)
+        for plan in range(6):
+            if num_stages == 2:
+                compute()
+                sender.results.append(result_of(plan))
+            passes.begin_planning()
+            launch(passes, plan)
+            list(passes.results(has_launched=True))
+        spare[name] = passes.spare_s()
+    assert spare["overlap"] == pytest.approx(0.038) and spare["several ranks"] == pytest.approx(0.038)
+    assert spare["no overlap"] == spare["pipeline"] == 0.0
+
+
+def test_with_nothing_under_way_planning_waits_for_nothing():
+    assert make_passes(Worker(), None, 1, overlap=True).spare_s() == 0.0
+    assert make_passes(Worker(), None, 1, overlap=False).spare_s() == 0.0

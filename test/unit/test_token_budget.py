@@ -1,7 +1,7 @@
 """How many prompt tokens a pass may have beside decoding requests, learnt from times that the test makes up."""
 
 import pytest
-from ramet.srt.managers.token_budget import MIN_TOKENS, START_TOKENS, TokenBudget
+from ramet.srt.managers.token_budget import ALONE_TARGETS, MIN_TOKENS, START_TOKENS, TokenBudget
 
 TARGET_S, BASE_S, TOKEN_S, LIMIT = 0.04, 0.005, 20e-6, 8192
 
@@ -30,7 +30,18 @@ def budget():
     return budget
 
 
-def test_without_decoding_requests_the_limit_holds_alone(budget):
+def test_without_decoding_requests_a_pass_may_take_longer(budget):
+    """Whoever comes meanwhile waits for its end."""
+    num_tokens = budget.num_tokens(is_decoding=False)
+    assert 2 * budget.num_tokens(is_decoding=True) < num_tokens < LIMIT
+    assert 2 * TARGET_S < pass_s(num_tokens) < 1.15 * ALONE_TARGETS * TARGET_S
+
+
+@pytest.mark.parametrize("token_s", [0.0, TOKEN_S / 8])
+def test_without_decoding_requests_the_limit_holds_alone_while_tokens_are_cheap_or_nothing_is_known(token_s):
+    budget = TokenBudget(LIMIT, TARGET_S)
+    if token_s:
+        run(budget, 20, token_s=token_s)
     assert budget.num_tokens(is_decoding=False) == LIMIT
 
 

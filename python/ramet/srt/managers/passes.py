@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
+from ramet.srt.managers.late_planning import LatePlanning
 from ramet.srt.managers.plan_channel import PlanMessage, PlanSender
 from ramet.srt.managers.rank_profiler import Wait
 from ramet.srt.managers.schedule_batch import RunningReq, ScheduleBatch
@@ -44,6 +45,7 @@ class Passes(ABC):
         self.tell = tell
         self._clock = clock
         self._launch_times: deque[float] = deque()  # of the passes that have not come back
+        self._planning_since: float | None = None  # unless the host has waited for a result since then
         self._last_end = 0.0  # when the last one came that has
 
     def __len__(self) -> int:
@@ -69,6 +71,14 @@ class Passes(ABC):
     def has_room(self) -> bool:
         """Whether one more may be launched."""
         return len(self._launch_times) < self.max_under_way
+
+    def spare_s(self) -> float:
+        """Seconds for which planning the next one can wait without a loss; 0.0 if it is time."""
+        return 0.0
+
+    def begin_planning(self) -> None:
+        """What is planned from now on is the next one."""
+        self._planning_since = self._clock()
 
     def launch(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
         """Queue a pass on every rank of the replica."""
@@ -97,7 +107,7 @@ class LocalPasses(Passes):
     """Passes whose tokens this rank chooses.
 
     With `overlap`, one stays under way while the next is planned: the ranks take its input from their own memory. What
-    ends a request is then seen one pass late, and the token too many is dropped.
+    ends a request is then seen one pass late, and the token too many is dropped. The next is planned as late as it can.
     """
 
     max_under_way = 2
@@ -108,9 +118,20 @@ class LocalPasses(Passes):
         super().__init__(worker, tell, clock)
         self._num_kept = 1 if overlap else 0
         self._under_way: deque[tuple[ScheduleBatch, BatchPlan, Wait]] = deque()
+        self._late_planning = LatePlanning()
+
+    def spare_s(self) -> float:
+        begin = self.waiting_since
+        if begin is None or len(self) != self._num_kept:
+            return 0.0
+        batch = self._under_way[0][0]
+        return self._late_planning.spare_s(batch.num_tokens, batch.num_prompt_tokens, self._clock() - begin)
 
     def _launch_here(self, batch: ScheduleBatch, plan: BatchPlan) -> None:
         self._under_way.append((batch, plan, self._worker.launch_for_result(plan)))
+        host_s = None if self._planning_since is None else self._clock() - self._planning_since
+        self._planning_since = None
+        self._late_planning.launched(batch.num_tokens, batch.num_prompt_tokens, host_s, is_first=len(self) == 1)
 
     def results(self, has_launched: bool) -> Iterator[FinishedPass]:
         return self._wait_for_all_but(self._num_kept if has_launched else 0)
@@ -121,8 +142,11 @@ class LocalPasses(Passes):
     def _wait_for_all_but(self, num_kept: int) -> Iterator[FinishedPass]:
         while len(self._under_way) > num_kept:
             batch, plan, wait = self._under_way.popleft()
+            asked = self._clock()
             result = wait()
-            yield FinishedPass(batch, plan, result, self._came_back())
+            seconds, self._planning_since = self._came_back(), None
+            self._late_planning.came_back(batch.num_tokens, batch.num_prompt_tokens, seconds, self._last_end - asked)
+            yield FinishedPass(batch, plan, result, seconds)
 
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
         """All but those that end with the pass under way, or whose constraint has yet to take a token."""

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.environ import default_profile_dir
-from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
+from ramet.srt.managers.io_struct import ProfileReqOutput, StartProfileReqInput, StopProfileReqInput
 
 logger = logging.getLogger(__name__)
 
@@ -145,3 +145,12 @@ def in_sight(wait: Wait) -> Wait:
             return wait()
 
     return wait_in_sight
+
+
+def profile_reply(request_id: str, act: Callable[[], str]) -> ProfileReqOutput:
+    """The answer to a call about profiles, which says what `act` says, or why it could not be done."""
+    try:
+        return ProfileReqOutput(request_id=request_id, success=True, message=act())
+    except FAILURES as error:
+        logger.warning("not profiled: %s", error)
+        return ProfileReqOutput(request_id=request_id, success=False, message=str(error))

@@ -139,6 +139,7 @@ class ScheduleBatch:
     reqs: list[RunningReq] = field(init=False)  # all, by attention group; in each, those that decode come first
     sampled_reqs: list[RunningReq] = field(init=False)  # those of `reqs` that get a token from this pass
     num_prompt_tokens: int = field(init=False)  # of all chunks
+    num_tokens: int = field(init=False)  # and those beside them
 
     def __post_init__(self) -> None:
         for running in self.decoding:
@@ -147,3 +148,4 @@ class ScheduleBatch:
         cut = {running for running in self.chunks if not running.is_last_chunk}
         self.sampled_reqs = [running for running in self.reqs if running not in cut]
         self.num_prompt_tokens = sum(running.extend_len for running in self.chunks)
+        self.num_tokens = self.num_prompt_tokens + len(self.decoding)

@@ -22,7 +22,6 @@ from ramet.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     Message,
-    ProfileReqOutput,
     RequestOutput,
     StartProfileReqInput,
     StopProfileReqInput,
@@ -31,7 +30,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.passes import FinishedPass, make_passes
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.prefix_groups import place_by_prefix
-from ramet.srt.managers.rank_profiler import FAILURES
+from ramet.srt.managers.rank_profiler import profile_reply
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.managers.schedule_policy import retraction_cost
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
@@ -51,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
+MAX_WAIT_S = 0.02  # at a time, so that the end of the process waits no longer
 WARM_UP_TOKENS = 8
 
 
@@ -110,11 +110,13 @@ class Scheduler:
     # -- The loop
 
     def run_once(self) -> None:
-        """Take messages in, waiting a moment for the first when there is nothing to do, and take one step."""
-        is_idle = not self.has_work
-        messages = self.channel.receive(IDLE_POLL_S if is_idle else 0.0)
+        """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
+        is_idle, spare_s = not self.has_work, self._spare_s()
+        messages = self.channel.receive(IDLE_POLL_S if is_idle else spare_s)
         for message in messages:
             self.handle(message)
+        if spare_s:
+            return  # to look at the time anew
         if is_idle and not messages:
             self.get_tokenizer()
             self.model_runner.use_quiet_moment()
@@ -124,12 +126,17 @@ class Scheduler:
             elif not self.passes:
                 self.grammar_steps.poll(GRAMMAR_POLL_S)  # nothing else is to do
 
+    def _spare_s(self) -> float:
+        """Seconds for which the next pass need not be planned; not while what constraints say is to be taken in."""
+        return 0.0 if self.grammar_queue or self.grammar_steps else min(MAX_WAIT_S, self.passes.spare_s())
+
     def step(self) -> ScheduleBatch | None:
         """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
         if self.grammar_queue or self.grammar_steps:
             self.grammar_steps.poll(0.0)
             self._collect_grammars()
             self._collect_tokens()
+        self.passes.begin_planning()
         batch = self._next_batch() if self.passes.has_room else None
         if batch is not None:
             self._launch(batch)
@@ -197,9 +204,9 @@ class Scheduler:
             case GetInternalStateReq():
                 self.channel.reply(self._internal_state(message))
             case StartProfileReqInput():
-                self.channel.reply(_profile_reply(message.request_id, lambda: self._start_profile(message)))
+                self.channel.reply(profile_reply(message.request_id, lambda: self._start_profile(message)))
             case StopProfileReqInput():
-                self.channel.reply(_profile_reply(message.request_id, lambda: self._stop_profile(message)))
+                self.channel.reply(profile_reply(message.request_id, lambda: self._stop_profile(message)))
             case _:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
 
@@ -484,12 +491,3 @@ class Scheduler:
     def _send(self, outputs: list[RequestOutput]) -> None:
         if outputs:
             self.channel.send(BatchTokenIDOutput(outputs=outputs))
-
-
-def _profile_reply(request_id: str, act: Callable[[], str]) -> ProfileReqOutput:
-    """The answer to a call about profiles, which says what `act` says, or why it could not be done."""
-    try:
-        return ProfileReqOutput(request_id=request_id, success=True, message=act())
-    except FAILURES as error:
-        logger.warning("not profiled: %s", error)
-        return ProfileReqOutput(request_id=request_id, success=False, message=str(error))

@@ -1,20 +1,22 @@
-"""Owns how many prompt tokens a pass may compute: what lets it end within the target, learnt from passes before it."""
+"""Owns how many prompt tokens a pass may compute: what lets it end in time, learnt from the passes before it."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 
 START_TOKENS = 1024  # until a pass has shown what prompt tokens cost
 MIN_TOKENS = 128  # so that prompts advance however slow the passes are; on a GPU so few are nearly free
+ALONE_TARGETS = 2.5  # that a pass may take beside which nothing decodes: only those wait for it that come meanwhile
 MAX_GROWTH = 2  # how far beyond the largest chunk that was measured the estimate is trusted
 
 
 class TokenBudget:
-    """The prompt tokens of a pass beside which requests decode.
+    """The prompt tokens of a pass, beside which requests decode or not.
 
     Two running averages say what a pass takes: `base_s`, without prompt tokens, and `token_s`, for each prompt token
     beyond that. Of the target, the part that `base_s` leaves is filled with prompt tokens, at least MIN_TOKENS and at
-    most the limit. An average takes half of what is new, and of that no more than twice and no less than half of
-    itself: an outlier moves it by half, and a change is learnt within a few passes.
+    most the limit; where nothing decodes, that of ALONE_TARGETS as long. An average takes half of what is new, and of
+    that no more than twice and no less than half of itself: an outlier moves it by half, and a change is learnt within
+    a few passes.
 
     The first tokens of a pass are nearly free, as reading the weights takes most of its time. So chunks that are small
     for the budget teach nothing, unless the pass has missed the target or is the first, and the budget is at most twice
@@ -22,7 +24,7 @@ class TokenBudget:
     where tokens get dearer.
 
     Args:
-        limit: most prompt tokens in one pass, and in one beside which nothing decodes.
+        limit: most prompt tokens in one pass.
         target_s: seconds that a pass should take at most; 0: no target, so that the limit alone holds.
         pass_sizes: tokens of passes that are computed as they are, rising; a shorter one is padded to the next. A
             budget within their range fills one of them.
@@ -48,9 +50,9 @@ class TokenBudget:
             is_decoding: whether any request waits for its next token meanwhile.
             num_others: tokens of the pass beside them.
         """
-        if not is_decoding or not self._target_s:
+        if not self._target_s:
             return self.limit
-        wanted = self._wanted()
+        wanted = self._wanted() if is_decoding else self._wanted_alone()
         place = bisect_right(self._pass_sizes, wanted + num_others)
         if 0 < place < len(self._pass_sizes):
             return max(MIN_TOKENS, self._pass_sizes[place - 1] - num_others)
@@ -83,6 +85,13 @@ class TokenBudget:
             if self._token_s:
                 wanted = min(wanted, (self._target_s - self._base_s) / self._token_s)
         return min(self.limit, max(MIN_TOKENS, int(wanted)))
+
+    def _wanted_alone(self) -> int:
+        """The same of a pass beside which nothing decodes."""
+        if not self._token_s:
+            return self.limit
+        left_s = ALONE_TARGETS * self._target_s - self._base_s
+        return min(self.limit, max(MIN_TOKENS, int(left_s / self._token_s)))
 
 
 def _blend(average: float, value: float) -> float:

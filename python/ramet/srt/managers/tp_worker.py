@@ -64,9 +64,24 @@ class TpModelWorker:
             hidden_states = hidden_states[to_device(_last_rows(plan), torch.int64, self.device)]
         sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
         if not sampled:
-            return lambda: result
+            return self._end_of_pass(result)
         logits = self.model_runner.compute_logits(hidden_states)
         return self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result)
+
+    def _end_of_pass(self, result: BatchResult) -> Wait:
+        """For a pass that chooses no token: the leader is to see when it ends, and not to plan far beyond it.
+
+        A pipeline's last stage has no overlap: it would launch nothing meanwhile.
+        """
+        copies = HostCopies()
+        if self.model_runner.parallel.pp_size == 1:
+            copies.close(self.device)
+
+        def wait() -> BatchResult:
+            copies.wait()
+            return result
+
+        return wait
 
     def _own_sequences(self, plan: BatchPlan) -> slice:
         """The sequences whose attention this rank computes: all, unless attention is data-parallel."""
