@@ -22,13 +22,14 @@ from ramet.srt.managers.passes import make_passes
 from ramet.srt.managers.scheduler import IDLE_POLL_S, Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.tp_worker import TpModelWorker
+from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50_000
 
 # A pass with prompt chunks is padded to the next of these, and runs from graphs; as on an H200 with an 8 B model.
-PASS_SIZES = (64, 128, 192, *range(256, 1024, 128), *range(1024, 2049, 256))
+PASS_SIZES = CHUNK_SIZES
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 512
 # Tokens of captured passes with prompt chunks. Longer ones keep the device busy for longer than their launches take.
-CHUNK_SIZES = (*range(64, 257, 64), *range(384, 1025, 128), *range(1280, 2049, 256))
+CHUNK_SIZES = (*range(64, 769, 64), 896, 1024, *range(1280, 2049, 256))
 
 
 def graph_batch_sizes(max_running_requests: int) -> list[int]:
