@@ -55,6 +55,7 @@ class CudaGraphRunner:
         max_tokens: int,
         hidden_size: int,
         has_kernels_by_size: bool,
+        may_launch: bool,
     ):
         """
         Args:
@@ -62,11 +63,14 @@ class CudaGraphRunner:
             backend: of the model's attention layers; can be captured.
             max_tokens: of passes with prompt chunks.
             has_kernels_by_size: whether passes of other sizes may take other kernels, which are to be compiled.
+            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together: each finds its
+                kernels by itself, and one that launches sums fewer tokens with the others than those that pad.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
         self._has_kernels_by_size = has_kernels_by_size
+        self._may_launch = may_launch
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
@@ -129,7 +133,7 @@ class CudaGraphRunner:
         has_chunks = not tokens.is_decode
         fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= tokens.num_tokens)
         shape = next(fitting, None)
-        if shape is None or self._backend.prefers_launches(tokens):
+        if shape is None or (self._may_launch and self._backend.prefers_launches(tokens)):
             return None
         self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row))
         self._graphs[shape].replay()

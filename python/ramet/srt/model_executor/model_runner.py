@@ -201,6 +201,7 @@ class ModelRunner:
                 min(self.config.max_prefill_tokens + max_batch_size, self.max_total_num_tokens),
                 self.model_config.hidden_size,
                 any(isinstance(module, FusedMoE) for module in self.model.modules()),
+                may_launch=self.parallel.tp_size == 1,
             )
             graphs.capture()
             self.graph_runner = graphs
