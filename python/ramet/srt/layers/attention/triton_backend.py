@@ -16,10 +16,11 @@ from ramet.srt.layers.attention.base_attn_backend import (
 )
 from ramet.srt.layers.attention.key_splits import PIECE_FIELDS, Capacity, KeySplits, KeySplitter, Tile
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
-from ramet.srt.layers.attention.prompts.choice import PromptChoice
+from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
 from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.utils.device import to_device
 
 Window = int | None
 
@@ -128,23 +129,15 @@ class TritonAttnBackend(AttentionBackend):
     def use_quiet_moment(self, limits: PassLimits) -> None:
         if self._choice is None:
             # It has a backend of its own: its thread must not touch the pass that this one is at.
-            self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).attend_alone)
+            self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).plan_prompts)
 
-    def attend_alone(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        table: torch.Tensor,
-        start: int,
-        window: Window,
-    ) -> torch.Tensor:
-        """Attention of one sequence, the first of a table, behind `start` tokens; see OwnAttention."""
-        num_tokens = q.shape[0]
-        zeros = np.zeros(1, dtype=np.int64)
-        tokens = PassTokens(zeros, zeros + start, zeros + num_tokens, np.zeros(num_tokens, dtype=np.int64))
+    def plan_prompts(self, chunks: PromptChunks, table: torch.Tensor) -> RunPrompts:
+        """Have these kernels compute the chunks, whatever others there are; see PlanPrompts."""
+        ids = np.zeros(chunks.lens.sum(), dtype=np.int64)
+        tokens = PassTokens(chunks.rows, chunks.ends - chunks.lens, chunks.lens, ids)
         self._cut(tokens, with_chunks=True)
-        return self._attend(q, k_cache, v_cache, table, torch.from_numpy(tokens.positions).to(q.device), window)
+        positions = to_device(tokens.positions, torch.int64, table.device)
+        return lambda q, k_cache, v_cache, window: self._attend(q, k_cache, v_cache, table, positions, window)
 
     def _capacities(self, shape: CapturedShape) -> list[Capacity]:
         return [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
