@@ -91,8 +91,8 @@ class pygraph:  # noqa: N801  the library's name
 
     def sdpa(
         self, *, q, k, v, generate_stats, attn_scale, use_padding_mask, seq_len_q, seq_len_kv, diagonal_alignment,
-        diagonal_band_right_bound, diagonal_band_left_bound=None, paged_attention_k_table=None, paged_attention_v_table=None,
-        paged_attention_max_seq_len_kv=None,
+        diagonal_band_right_bound, diagonal_band_left_bound=None, paged_attention_k_table=None,
+        paged_attention_v_table=None, paged_attention_max_seq_len_kv=None,
     ):  # fmt: skip
         assert use_padding_mask and not generate_stats and diagonal_band_right_bound == 0
         assert diagonal_alignment.name == "BOTTOM_RIGHT"

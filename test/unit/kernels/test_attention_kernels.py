@@ -1,8 +1,11 @@
 """The Triton attention backend against the one of PyTorch's own scaled dot product."""
 
 import pytest
+import random_models as rm
 import torch
 from attention_case import Case
+from engine_harness import EngineHarness
+from ramet.srt.layers.attention import key_splits
 
 SHAPES = {  # heads, kv heads, head_dim
     "grouped": (4, 2, 16),
@@ -63,3 +66,22 @@ def test_prefill_behind_prefixes(device, shape, window):
 def test_page_sizes(device, page_size):
     check(Case(device, [(18, 19), (0, 3)], (4, 2, 16), page_size=page_size))
     check(Case(device, [(18, 1), (0, 1)], (4, 2, 16), page_size=page_size, decode=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return rm.make_model(tmp_path_factory.mktemp("model"), "llama3", num_hidden_layers=1)
+
+
+def test_an_engine_gives_the_same_tokens_where_a_prefix_is_read_once(device, folder, monkeypatch):
+    monkeypatch.setattr(key_splits, "MIN_SHARED_KEYS", 8)
+    stem, *ends = rm.random_prompts([8, 2, 3])
+    prompts = [stem + end for end in ends]
+    settings = {"page_size": 4, "device": device.type}
+    expected = EngineHarness(folder, **settings, disable_radix_cache=True).generate(prompts, max_new_tokens=3)
+    engine = EngineHarness(folder, **settings, attention_backend="triton")
+    shared, share = [], key_splits.KeySplitter._share
+    monkeypatch.setattr(key_splits.KeySplitter, "_share", lambda *args: shared.append(share(*args)) or shared[-1])
+    results = engine.generate(prompts, max_new_tokens=3)
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert any(len(units.row) for units in shared)

@@ -17,7 +17,7 @@ from ramet.srt.layers.attention.prompts.choice import PromptChoice
 from ramet.srt.layers.attention.prompts.cudnn_prompts import CudnnPrompts
 from ramet.srt.layers.attention.prompts.flash_prompts import FlashPrompts
 
-LIMITS = PassLimits(max_tokens=20, max_keys=64, num_pages=80)
+LIMITS = PassLimits(max_tokens=16, max_keys=32, num_pages=80)
 TIMEOUT_S = 30
 
 
@@ -54,7 +54,7 @@ class Absent(FlashPrompts):
 def case(device, monkeypatch):
     monkeypatch.setitem(sys.modules, "cudnn", fake_cudnn)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", fake_flash_attention)
-    monkeypatch.setattr(cudnn_prompts, "MIN_ALONE_TOKENS", 20)
+    monkeypatch.setattr(cudnn_prompts, "MIN_ALONE_TOKENS", 16)
     monkeypatch.setattr(choice, "NUM_TRIALS", 1)
     monkeypatch.setattr(choice, "_beside_passes", lambda device: torch.cuda.device(-1))
     for kind in (CudnnPrompts, FlashPrompts):

@@ -91,7 +91,7 @@ class KeySplitter:
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
         """What any pass of so many tokens needs at most; with no chunks, no sequence needs a large tile."""
         wanted = MAX_ROUNDS * self._slots
-        small = wanted + num_tokens + num_tokens // 4
+        small = wanted + num_tokens + _room_for_shared(num_tokens)
         partials = 2 * num_tokens + wanted * self.small.tokens
         if not has_chunks:
             return Capacity(small, 0, partials)
@@ -156,7 +156,7 @@ class KeySplitter:
     def _share(self, tokens: PassTokens, begin: np.ndarray) -> _Units:
         """Tiles of sequences with a common prefix, against that; in `begin` the others' keys start behind it."""
         units: list[tuple[int, int, int, int, int]] = []
-        room, width = tokens.num_tokens // 4, self.small.tokens
+        room, width = _room_for_shared(tokens.num_tokens), self.small.tokens
         for prefix in tokens.shared if width > 1 else []:
             if not self._pays(prefix, tokens, begin) or len(units) + -(-prefix.num_sequences // width) > room:
                 continue
@@ -183,6 +183,11 @@ class KeySplitter:
         if self.window is not None:
             begin = self._first_visible(position + before)
         return _Units(row, first + before, tokens, begin, position + before + tokens)
+
+
+def _room_for_shared(num_tokens: int) -> int:
+    """Tiles against common prefixes that a pass has at most: those of tiles that hold four sequences, at least one."""
+    return -(-num_tokens // 4)
 
 
 def _select(units: _Units, which: np.ndarray) -> _Units:
