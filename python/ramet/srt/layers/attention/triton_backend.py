@@ -1,6 +1,7 @@
 """Owns attention with Ramet's Triton kernels: how a pass is cut into pieces, and where the kernels find them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are aske
 LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
 
 
+class _Captured(NamedTuple):
+    """What the kernels of a captured pass read."""
+
+    sizes: list[Capacity]  # for each window
+    packed: torch.Tensor
+    pieces: dict[Window, PieceLists]  # views of it
+
+
 class TritonAttnBackend(AttentionBackend):
     """Reads keys and values where they lie; nothing is gathered. The pieces of a pass are listed on the host."""
 
@@ -43,7 +52,7 @@ class TritonAttnBackend(AttentionBackend):
         tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
         num_multi = num_multiprocessors(spec.device)
         self._splitters = [KeySplitter(*tiles, spec.num_kv_heads, num_multi, window) for window in spec.windows]
-        self._captured: dict[CapturedShape, torch.Tensor] = {}  # what the kernels of each captured pass read
+        self._captured: dict[CapturedShape, _Captured] = {}
         self._current: dict[Window, PieceLists]  # of the pass
         self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
         self._prompts: PromptAttention | None = None  # what computes the chunks of this pass; None: Ramet's kernels
@@ -75,19 +84,19 @@ class TritonAttnBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], _req_to_page: torch.Tensor) -> None:
         for shape in shapes:
-            sizes = self._capacities(shape)
+            sizes = [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
             length = sum(_packed_size(size, shape.num_tokens) for size in sizes)
-            self._captured[shape] = torch.zeros(length, dtype=torch.int32, device=self.spec.device)
+            packed = torch.zeros(length, dtype=torch.int32, device=self.spec.device)
+            self._captured[shape] = _Captured(sizes, packed, self._unpack(packed, sizes, shape.num_tokens))
 
     def init_forward_metadata_replay_cuda_graph(
         self, shape: CapturedShape, tokens: PassTokens, _rows: torch.Tensor
     ) -> None:
-        sizes = self._capacities(shape)
+        captured = self._captured[shape]
         splits = [splitter.split(tokens, shape.has_chunks) for splitter in self._splitters]
-        packed = torch.from_numpy(_pack(splits, sizes, shape.num_tokens))
-        on_device = self._captured[shape]
-        on_device.copy_(packed.pin_memory() if on_device.is_cuda else packed, non_blocking=True)
-        self._current = self._unpack(on_device, sizes, shape.num_tokens)
+        packed = torch.from_numpy(_pack(splits, captured.sizes, shape.num_tokens))
+        captured.packed.copy_(packed.pin_memory() if captured.packed.is_cuda else packed, non_blocking=True)
+        self._current = captured.pieces
         self._prompts = None
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
@@ -138,9 +147,6 @@ class TritonAttnBackend(AttentionBackend):
         self._cut(tokens, with_chunks=True)
         positions = to_device(tokens.positions, torch.int64, table.device)
         return lambda q, k_cache, v_cache, window: self._attend(q, k_cache, v_cache, table, positions, window)
-
-    def _capacities(self, shape: CapturedShape) -> list[Capacity]:
-        return [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
 
     def _unpack(self, packed: torch.Tensor, sizes: Sequence[Capacity], num_tokens: int) -> dict[Window, PieceLists]:
         """Views of what `_pack` has packed."""
