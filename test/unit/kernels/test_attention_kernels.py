@@ -90,7 +90,7 @@ def test_a_cache_of_more_elements_than_32_bits_count(device, monkeypatch):
     """Slots lie so far apart that the last pages are beyond; memory is only touched there."""
     if device.type != "cpu":
         pytest.skip("takes the memory that it has")
-    page_size, slot_stride, num_slots = 16, 2**16, 2**15 + 128
+    page_size, slot_stride, num_slots = 16, 2**16, 2**15 + 256
     case = Case(device, [(20, 1), (0, 18)], (2, 1, 16), page_size=page_size, dtype=torch.float16)
     expected, filled = case.native(), case.pool.get_kv_buffer(0)
     first = num_slots - filled[0].shape[0]
