@@ -51,7 +51,9 @@ def make(monkeypatch):
         backend = Backend()
         backend.can_capture_chunks = can_capture_chunks
         pool = ReqToPagePool(NUM_ROWS, 8, torch.device("cpu"))
-        runner = CudaGraphRunner(None, pool, backend, NUM_ROWS, max_tokens, HIDDEN, False, may_launch)
+        runner = CudaGraphRunner(
+            None, pool, backend, NUM_ROWS, max_tokens, HIDDEN, has_kernels_by_size=False, may_launch=may_launch
+        )
         runner._graphs = {shape: Graph(runner, shape) for shape in runner._shapes}
         return runner, backend
 
