@@ -74,12 +74,22 @@ def test_every_token_sees_its_keys_once(group, window):
         check(tokens.padded(tokens.num_tokens + generator.choice([0, 1, 60]), row=99), splitter)
 
 
-def test_one_long_sequence_is_split_and_the_short_ones_are_not():
-    splits = check(make_tokens([511] * 31 + [31999], [1] * 32), make_splitter())
+@pytest.mark.parametrize("number", [31, 255, 511])
+def test_one_long_sequence_is_split_and_the_short_ones_are_not(number):
+    splits = check(make_tokens([511] * number + [31999], [1] * (number + 1)), make_splitter())
     longest = max(stop - start for _, _, _, start, stop, _ in splits.small.tolist())
     assert longest < 2000
-    short = [piece for piece in splits.small.tolist() if piece[1] < 31]
-    assert len(short) == 31
+    short = [piece for piece in splits.small.tolist() if piece[1] < number]
+    assert len(short) == number
+
+
+def test_a_long_sequence_is_split_that_comes_in_place_of_a_short_one():
+    """Among so many others it changes their number not at all and their keys little."""
+    splitter = make_splitter()
+    lengths = [1000 + index % 7 for index in range(128)]
+    assert len(check(make_tokens(lengths, [1] * 128), splitter).small) == 128
+    splits = check(make_tokens([*lengths[1:], 13000], [1] * 128), splitter)
+    assert max(stop - start for _, _, _, start, stop, _ in splits.small.tolist()) < 6500
 
 
 def test_the_longest_pieces_come_first():

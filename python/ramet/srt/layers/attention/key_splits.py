@@ -26,7 +26,7 @@ MAX_ROUNDS = 4  # of all slots, to which the keys of a pass are spread
 PIECE_COST = 128  # to begin a piece
 SPLIT_COST = 64  # to combine anything
 BASE_SHARE, SLOT_SHARE = 0.36, 0.8  # with a share s of the slots a round takes BASE_SHARE + SLOT_SHARE * s, at most 1
-LIKE_TOTAL = 1.1  # numbers of keys whose ratio is at most this are split alike
+LIKE_LENGTHS = 1.1  # numbers of keys whose ratio is at most this are split alike
 
 
 class Tile(NamedTuple):
@@ -81,7 +81,7 @@ class KeySplitter:
         self.small, self.large = small, large
         self.window = window
         self._slots = max(1, SLOTS * num_multiprocessors // num_kv_heads)  # for each KV head
-        self._tried_number = self._tried_total = self._best_wanted = 0  # see _best_sizes
+        self._tried, self._best_wanted = (0, 0, 0), 0  # see _best_sizes
         self._wanted_large = max(1, LARGE_SLOTS * num_multiprocessors // num_kv_heads)
 
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
@@ -135,16 +135,16 @@ class KeySplitter:
     def _best_sizes(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys in a piece of each unit, and its pieces: as many as let the slots end about together, and no more.
 
-        How many those are is tried out when the number of units or of their keys is another.
+        How many those are is tried out when the units are others, in their number, keys or longest.
         """
-        number, total = len(lengths), int(lengths.sum())
-        if number == 0 or number >= MAX_ROUNDS * self._slots:
+        if len(lengths) == 0:
             return _split_sizes(lengths, 0, KEY_STEP)
-        if number != self._tried_number or not 1 / LIKE_TOTAL < total / self._tried_total < LIKE_TOTAL:
+        tried = len(lengths), int(lengths.sum()), int(lengths.max())
+        if not _is_alike(tried, self._tried):
             wanted = [rounds * self._slots for rounds in range(MAX_ROUNDS + 1)]
             costs = [self._estimate(*_split_sizes(lengths, pieces, KEY_STEP)) for pieces in wanted]
             self._best_wanted = wanted[int(np.argmin(costs))]
-            self._tried_number, self._tried_total = number, total
+            self._tried = tried
         return _split_sizes(lengths, self._best_wanted, KEY_STEP)
 
     def _estimate(self, sizes: np.ndarray, counts: np.ndarray) -> float:
@@ -187,6 +187,14 @@ class KeySplitter:
             tiles[:, START] = self._first_visible(positions)
         tiles[:, STOP] = positions + tiles[:, TOKENS]
         return tiles
+
+
+def _is_alike(units: tuple[int, int, int], tried: tuple[int, int, int]) -> bool:
+    """Whether units of such a number, with such keys and longest, are to be split as those that were tried."""
+    if units[0] != tried[0]:
+        return False
+    keys, longest = units[1] / tried[1], units[2] / tried[2]
+    return 1 / LIKE_LENGTHS < keys < LIKE_LENGTHS and 1 / LIKE_LENGTHS < longest < LIKE_LENGTHS
 
 
 def _pays(prefix: SharedPrefix, members: Units) -> bool:
