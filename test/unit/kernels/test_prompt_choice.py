@@ -1,5 +1,6 @@
 """Which kernels compute long prompts: those that are installed are tried beside Ramet's, once, in a quiet moment."""
 
+import contextlib
 import logging
 import sys
 import threading
@@ -161,6 +162,37 @@ def test_passes_go_on_while_the_choice_is_made(case, choose, monkeypatch):
     case.check_made(backend)
     assert backend._prompts is backend._choice.chosen
     case.compare(out, case.native())
+
+
+def test_the_thread_takes_the_ranks_gpu_and_waits_for_what_is_queued_there(monkeypatch):
+    calls = []
+    monkeypatch.setattr(choice, "CANDIDATES", (Absent,))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    PromptChoice(SimpleNamespace(device=torch.device("cuda", 1)), LIMITS, None).wait(TIMEOUT_S)
+    assert calls == [torch.device("cuda", 1)]
+    monkeypatch.undo()
+    own = SimpleNamespace(wait_stream=calls.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream of the passes")
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    with choice._beside_passes("cuda:1"):
+        assert calls[1:] == ["the stream of the passes"]
+
+
+def test_nothing_is_planned_in_the_time_that_is_measured(case, monkeypatch):
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    order = []
+    backend = TritonAttnBackend(case.spec, case.pool)
+
+    def plan(chunks, table):
+        order.append(f"plan {len(chunks.rows)}")
+        return backend.plan_prompts(chunks, table)
+
+    monkeypatch.setattr(choice, "CANDIDATES", (FlashPrompts,))
+    monkeypatch.setattr(choice, "_seconds", lambda run: (order.append("begin"), run(), order.append("end"), 1.0)[3])
+    PromptChoice(case.spec, LIMITS, plan).wait(TIMEOUT_S)
+    assert order == ["plan 3", "plan 1", "begin", "end", "begin", "end"]
 
 
 @pytest.mark.parametrize("name, times", [("auto", 1), ("triton", 0)])

@@ -1,6 +1,7 @@
 """Kernels of other libraries for long prompts, with stand-ins that compute what they are asked: as part of passes."""
 
 import dataclasses
+import importlib
 import inspect
 import logging
 import sys
@@ -144,7 +145,11 @@ def test_our_calls_fit_flash_attention(device):
 def test_our_graphs_fit_the_real_cudnn_frontend(device, monkeypatch):
     """It checks the operation without a GPU; what it is lowered to needs cuDNN itself."""
     monkeypatch.delitem(sys.modules, "cudnn")
-    real = pytest.importorskip("cudnn", reason="the package nvidia-cudnn-frontend is not installed")
+    try:
+        real = importlib.import_module("cudnn")
+        real.pygraph(handle=None)
+    except (ImportError, OSError, RuntimeError) as error:  # some versions need cuDNN itself for a graph
+        pytest.skip(f"the package nvidia-cudnn-frontend can't be used: {error}")
     graphs = []
     monkeypatch.setattr(real, "create_handle", lambda: None)
     for step in ("build_operation_graph", "create_execution_plans", "check_support", "build_plans"):
