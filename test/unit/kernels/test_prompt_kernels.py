@@ -12,10 +12,13 @@ import fake_flash_attention
 import pytest
 import torch
 from attention_case import Case
-from ramet.srt.layers.attention.base_attn_backend import PassLimits
+from ramet.srt.batch.forward_batch_info import ForwardMode
+from ramet.srt.layers.attention.base_attn_backend import CapturedShape, PassLimits
 from ramet.srt.layers.attention.prompts import cudnn_prompts
 from ramet.srt.layers.attention.prompts.cudnn_prompts import ALONE, CudnnPrompts
 from ramet.srt.layers.attention.prompts.flash_prompts import FlashPrompts
+from ramet.srt.mem_cache.memory_pool import ReqToPagePool
+from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
 
 KINDS = {"cudnn": CudnnPrompts, "flash_attention_3": FlashPrompts}
 SHAPE = (4, 2, 16)  # heads, kv heads, head_dim
@@ -120,6 +123,30 @@ def test_passes_with_and_without_other_kernels_follow_each_other(device, kind):
     for sequences, is_used in ((SEQUENCES["alone and together"], True), ([(3, 1), (9, 1)], False), ([(0, 12)], True)):
         Case(device, sequences, SHAPE, dtype=torch.float16, pool=mixed.pool).check_made(backend)
         assert (backend._prompts is not None) == is_used
+
+
+def test_a_replayed_pass_has_ramets_kernels_whatever_was_launched_before(device):
+    case = Case(device, [(12, 1), (0, 17), (3, 2)], (2, 1, 16), dtype=torch.float16)
+    case.pool.buffer[:, :, : case.page_size] = 0.5  # padding reads page 0, which holds numbers in an engine
+    expected = case.native()
+    backend = make_backend(case, FlashPrompts(case.spec, limits_of(case)))
+    case.compare(case.run(backend), expected)
+    num_rows, width = case.batch.req_to_page.shape
+    pool = ReqToPagePool(num_rows, width, device)
+    pool.req_to_page[:num_rows] = case.batch.req_to_page
+    shape = CapturedShape(24, True)
+    backend.init_cuda_graph_state([shape], pool.req_to_page)
+    tokens = case.batch.tokens.padded(shape.num_tokens, pool.padding_row)
+    inputs = torch.from_numpy(token_inputs(tokens)).to(device)
+    backend.init_forward_metadata_replay_cuda_graph(shape, tokens, inputs[0])
+    batch = make_captured_batch(pool, case.page_size, inputs, ForwardMode.EXTEND)
+    backend.init_forward_metadata(batch)
+    q = torch.zeros((shape.num_tokens, *case.q.shape[1:]), dtype=case.q.dtype, device=device)
+    q[: len(expected)] = case.q
+    case.compare(case.layer(q, batch)[: len(expected)], expected)
+    assert backend._prompts is None
+    case.compare(case.run(backend), expected)
+    assert backend._prompts is not None
 
 
 def test_a_choice_that_is_not_made_yet_changes_nothing(device):
