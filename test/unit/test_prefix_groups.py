@@ -1,7 +1,6 @@
 """Requests that begin alike stand side by side in a pass, and it is said what they share."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import random_models as rm
@@ -13,6 +12,13 @@ from ramet.srt.mem_cache.request_cache import RequestCache
 
 PAGE_SIZE = 2
 NUM_GROUPS = 2
+
+
+class Running:
+    """A request as far as it matters here."""
+
+    def __init__(self, group, handle, tokens):
+        self.group, self.handle, self.tokens, self.prefix = group, handle, tokens, None
 
 
 class Requests:
@@ -35,7 +41,7 @@ class Requests:
         handle = cache.begin(cache.match(tokens, len(tokens) - 1), len(tokens))
         handle.kv_len = len(tokens)
         cache.share(handle, tokens)
-        self.running.append(SimpleNamespace(group=group, handle=handle, prefix=None, tokens=tokens))
+        self.running.append(Running(group, handle, tokens))
 
     def end(self):
         one = self.running.pop(self.random.randrange(len(self.running)))
