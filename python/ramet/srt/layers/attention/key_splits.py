@@ -115,7 +115,7 @@ class KeySplitter:
         if large_counts is not None:
             num_pieces = num_pieces + _sum_over_tokens(tiles, large_counts, tokens.num_tokens)
         starts = np.zeros(tokens.num_tokens + 1, dtype=np.int32)
-        np.cumsum(num_pieces * (num_pieces > 1), out=starts[1:])
+        (num_pieces * (num_pieces > 1)).cumsum(out=starts[1:])
         return KeySplits(_pieces(small, sizes, counts), large, starts)
 
     def _units(self, tokens: PassTokens) -> Units:
@@ -210,8 +210,8 @@ def _room_for_shared(num_tokens: int) -> int:
 
 def _places(counts: np.ndarray) -> np.ndarray:
     """0, 1, … up to each count, one behind the other."""
-    ends = np.cumsum(counts)
-    return np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) - (ends - counts).repeat(counts)
 
 
 def _split_sizes(lengths: np.ndarray, wanted: int, least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -238,9 +238,9 @@ def _pieces(units: Units, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """int32 [num_pieces, PIECE_FIELDS]; `units` have the place of their first piece."""
     pieces = units
     if int(counts.sum()) > len(counts):
-        number, size = _places(counts), np.repeat(sizes, counts)
-        pieces = np.repeat(units, counts, axis=0)
+        number, size = _places(counts), sizes.repeat(counts)
+        pieces = units.repeat(counts, axis=0)
         pieces[:, PLACE] += number
         pieces[:, START] += number * size
         pieces[:, STOP] = np.minimum(pieces[:, START] + size, pieces[:, STOP])
-    return pieces[np.argsort(pieces[:, START] - pieces[:, STOP], kind="stable")]
+    return pieces[(pieces[:, START] - pieces[:, STOP]).argsort(kind="stable")]
