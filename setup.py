@@ -35,6 +35,8 @@ EXTRAS = {
     "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
     # Finding seeds through a metadata server, and that server.
     "modelexpress": ["grpcio>=1.66", "protobuf>=5.27.2", "redis>=5.2"],
+    # Attention of long prompts on GPUs from compute capability 9.0 on, where it is faster than Ramet's.
+    "cudnn": ["nvidia-cudnn-frontend>=1.24.1"],
     "test": [
         "aiohttp>=3.9",
         "grpcio-health-checking>=1.66",

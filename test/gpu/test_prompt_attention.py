@@ -52,7 +52,7 @@ def test_a_choice_is_made_and_its_results_were_compared(candidate, caplog):
     case = Case(DEVICE, [(0, 100)], (32, 8, 128), page_size=16, dtype=torch.bfloat16)
     if (obstacle := candidate.obstacle(case.spec)) is not None:
         pytest.skip(f"{candidate.name} needs {obstacle}")
-    own = TritonAttnBackend(case.spec, case.pool).attend_alone
+    own = TritonAttnBackend(case.spec, case.pool).plan_prompts
     with caplog.at_level("INFO"):
         choice = PromptChoice(case.spec, PassLimits(max_tokens=4096, max_keys=8192, num_pages=2000), own)
         choice.wait(120)

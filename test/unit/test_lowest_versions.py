@@ -13,7 +13,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_requirement_has_a_lowest_version():
-    every_extra = [word for extra in ("cpu", "cuda12", "cuda13", "modelexpress", "test") for word in ("--extra", extra)]
+    every_extra = [
+        word for extra in ("cpu", "cuda12", "cuda13", "modelexpress", "cudnn", "test") for word in ("--extra", extra)
+    ]
     done = run(*every_extra, "--without", "torch")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -1,8 +1,12 @@
 """The Triton attention backend against the one of PyTorch's own scaled dot product."""
 
+import numpy as np
 import pytest
+import random_models as rm
 import torch
 from attention_case import Case
+from engine_harness import EngineHarness
+from ramet.srt.layers.attention import key_splits
 
 SHAPES = {  # heads, kv heads, head_dim
     "grouped": (4, 2, 16),
@@ -63,3 +67,59 @@ def test_prefill_behind_prefixes(device, shape, window):
 def test_page_sizes(device, page_size):
     check(Case(device, [(18, 19), (0, 3)], (4, 2, 16), page_size=page_size))
     check(Case(device, [(18, 1), (0, 1)], (4, 2, 16), page_size=page_size, decode=True))
+
+
+@pytest.mark.parametrize("group", [3, 5, 7, 20])
+def test_groups_that_are_no_power_of_two(device, group):
+    """A tile has rows that no head stands in; with 20 heads it holds one sequence, or a token and a half of a chunk."""
+    check(Case(device, [(40, 1), (0, 3), (17, 9)], (group, 1, 16), window=30))
+
+
+@pytest.mark.parametrize("head_dim, page_size", [(64, 256), (80, 8), (96, 2), (256, 32)])
+def test_head_sizes(device, head_dim, page_size):
+    check(Case(device, [(page_size - 1, 1), (page_size, 1), (0, 20)], (2, 1, head_dim), page_size=page_size))
+
+
+@pytest.mark.parametrize("window", [3, 4, 5, 127, 128, 129])
+def test_windows_at_the_borders_of_pages_and_steps(device, window):
+    sequences = [(start, 1) for start in (window - 2, window - 1, window, window + 1)] + [(window - 1, 10)]
+    check(Case(device, sequences, (2, 1, 16), window=window))
+
+
+def test_a_cache_of_more_elements_than_32_bits_count(device, monkeypatch):
+    """Slots lie so far apart that the last pages are beyond; memory is only touched there."""
+    if device.type != "cpu":
+        pytest.skip("takes the memory that it has")
+    page_size, slot_stride, num_slots = 16, 2**16, 2**15 + 256
+    case = Case(device, [(20, 1), (0, 18)], (2, 1, 16), page_size=page_size, dtype=torch.float16)
+    expected, filled = case.native(), case.pool.get_kv_buffer(0)
+    first = num_slots - filled[0].shape[0]
+    memory = torch.from_numpy(np.zeros(num_slots * slot_stride, dtype=np.float16))
+    caches = [memory.as_strided((num_slots, 1, 16), (slot_stride, 16, 1), offset) for offset in (0, 16)]
+    for cache, part in zip(caches, filled, strict=True):
+        cache[first:] = part
+    assert first * slot_stride > 2**31
+    case.batch.req_to_page += first // page_size
+    monkeypatch.setattr(case.pool, "get_kv_buffer", lambda layer_id: caches)
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    case.compare(case.run(TritonAttnBackend(case.spec, case.pool)), expected)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return rm.make_model(tmp_path_factory.mktemp("model"), "llama3", num_hidden_layers=1)
+
+
+def test_an_engine_gives_the_same_tokens_where_a_prefix_is_read_once(device, folder, monkeypatch):
+    monkeypatch.setattr(key_splits, "MIN_SHARED_KEYS", 8)
+    stem, *ends = rm.random_prompts([8, 2, 3])
+    prompts = [stem + end for end in ends]
+    settings = {"page_size": 4, "device": device.type}
+    expected = EngineHarness(folder, **settings, disable_radix_cache=True).generate(prompts, max_new_tokens=3)
+    engine = EngineHarness(folder, **settings, attention_backend="triton")
+    shared, share = [], key_splits.KeySplitter._share
+    monkeypatch.setattr(key_splits.KeySplitter, "_share", lambda *args: shared.append(share(*args)) or shared[-1])
+    results = engine.generate(prompts, max_new_tokens=3)
+    assert [result.token_ids for result in results] == [result.token_ids for result in expected]
+    assert any(len(units) for units in shared)

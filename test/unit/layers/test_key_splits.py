@@ -43,30 +43,53 @@ def check(tokens, splitter):
     return splits
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_token_sees_its_keys_once(seed):
-    generator = random.Random(seed)
-    for decode in (True, False):
-        number = generator.randint(1, 30)
-        lens = [1 if decode else generator.choice([1, 1, 3, generator.randint(1, 200)]) for _ in range(number)]
-        starts = [generator.choice([0, 5, generator.randint(0, 3000)]) for _ in range(number)]
-        shared = []
-        if decode and number > 2:
-            first = generator.randint(0, number - 2)
-            prefix = SharedPrefix(first, generator.randint(2, number - first), generator.choice([16, 256, 1024]))
-            for member in range(first, first + prefix.num_sequences):
-                starts[member] += prefix.num_tokens
+def random_pass(generator, splitter):
+    """Sequences at and around the borders of tiles, pieces and windows, some with common prefixes."""
+    number, edge = generator.choice([1, 2, 3, generator.randint(1, 60)]), splitter.small.tokens
+    is_decode = generator.random() < 0.5
+    lens = [
+        1 if is_decode else generator.choice([1, 1, edge, edge + 1, generator.randint(1, 200)]) for _ in range(number)
+    ]
+    starts = [generator.choice([0, 1, 127, 128, 129, generator.randint(0, 3000)]) for _ in range(number)]
+    if generator.random() < 0.2:
+        starts[-1] = generator.randint(3000, 60000)
+    shared, first = [], 0
+    while first + 2 <= number and generator.random() < 0.8:
+        size = generator.randint(2, min(number - first, 20))
+        prefix = SharedPrefix(first, size, generator.choice([16, 128, 256, 4096]))
+        if set(lens[first : first + size]) == {1}:
             shared.append(prefix)
-        group, window = generator.choice([1, 4, 7, 20]), generator.choice([None, 100, 1000])
-        check(make_tokens(starts, lens, shared), make_splitter(group, generator.choice([1, 8]), window))
+            starts[first : first + size] = [start + prefix.num_tokens for start in starts[first : first + size]]
+        first += size
+    return make_tokens(starts, lens, shared)
 
 
-def test_one_long_sequence_is_split_and_the_short_ones_are_not():
-    splits = check(make_tokens([511] * 31 + [31999], [1] * 32), make_splitter())
+@pytest.mark.parametrize("window", [None, 1, 100, 128, 1000])
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 20])
+def test_every_token_sees_its_keys_once(group, window):
+    generator = random.Random(f"{group} {window}")
+    splitter = make_splitter(group, generator.choice([1, 8, 128]), window)
+    for _ in range(8):
+        tokens = random_pass(generator, splitter)
+        check(tokens.padded(tokens.num_tokens + generator.choice([0, 1, 60]), row=99), splitter)
+
+
+@pytest.mark.parametrize("number", [31, 255, 511])
+def test_one_long_sequence_is_split_and_the_short_ones_are_not(number):
+    splits = check(make_tokens([511] * number + [31999], [1] * (number + 1)), make_splitter())
     longest = max(stop - start for _, _, _, start, stop, _ in splits.small.tolist())
     assert longest < 2000
-    short = [piece for piece in splits.small.tolist() if piece[1] < 31]
-    assert len(short) == 31
+    short = [piece for piece in splits.small.tolist() if piece[1] < number]
+    assert len(short) == number
+
+
+def test_a_long_sequence_is_split_that_comes_in_place_of_a_short_one():
+    """Among so many others it changes their number not at all and their keys little."""
+    splitter = make_splitter()
+    lengths = [1000 + index % 7 for index in range(128)]
+    assert len(check(make_tokens(lengths, [1] * 128), splitter).small) == 128
+    splits = check(make_tokens([*lengths[1:], 13000], [1] * 128), splitter)
+    assert max(stop - start for _, _, _, start, stop, _ in splits.small.tolist()) < 6500
 
 
 def test_the_longest_pieces_come_first():
@@ -84,6 +107,13 @@ def test_a_shared_prefix_is_read_once_by_as_many_sequences_as_a_tile_holds():
         return int((pieces[:, 4] - pieces[:, 3]).sum())
 
     assert keys(shared) <= keys(alone) / 3.5  # tiles of 16 rows: four sequences of 4 heads each
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_few_sequences_share_a_prefix_too(number):
+    starts = [3000 + own for own in range(number)]
+    shared = check(make_tokens(starts, [1] * number, [SharedPrefix(0, number, 3000)]), make_splitter())
+    assert set(shared.small[shared.small[:, 4] <= 3000][:, 2].tolist()) <= {min(number, 4), number - 4}
 
 
 def test_a_short_shared_prefix_is_read_by_each():

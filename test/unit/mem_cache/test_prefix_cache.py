@@ -196,6 +196,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             prefixes = self.whole_pages(run.tokens)
             assert [self.written[page] for page in told[: len(prefixes)]] == prefixes
 
+    @invariant()
+    def what_several_begin_with_is_found(self):
+        """In the same pages for all of them; no other beginning saves as many reads if it is read once."""
+        assert self.tree._num_shared_edges == sum(edge.lock_ref > 1 for edge in self.tree._edges())
+        held = [self.whole_pages(run.tokens)[: run.handle.num_tree_pages] for run in self.running]
+        pages_of: dict[int, set[tuple[int, ...]]] = {}
+        for run, own in zip(self.running, held, strict=True):
+            saved = [(sum(one in other for other in held) - 1) * place for place, one in enumerate(own, 1)]
+            common = self.cache.common_prefix(run.handle)
+            assert (common is not None) == any(saved)
+            if common is not None:
+                num_pages = common.num_tokens // self.page_size
+                assert saved[num_pages - 1] == max(saved)
+                pages_of.setdefault(id(common.end), set()).add(tuple(run.handle.pages[:num_pages]))
+        assert all(len(same) == 1 for same in pages_of.values())
+
 
 TestPrefixCache = PrefixCacheMachine.TestCase
 TestPrefixCache.settings = settings(max_examples=120, stateful_step_count=40, deadline=None, derandomize=True)

@@ -55,6 +55,8 @@ class PassTokens:
     @cached_property
     def first_tokens(self) -> np.ndarray:
         """int64 [num_sequences + 1]: where each sequence's new tokens begin, and the end of the last."""
+        if self.is_decode:
+            return np.arange(len(self.lens) + 1)
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lens)])
 
     @cached_property

@@ -11,15 +11,12 @@ from ramet.srt.mem_cache.request_cache import RequestCache
 
 def place_by_prefix(decoding: list[RunningReq], caches: Sequence[RequestCache]) -> list[RunningReq]:
     """The requests, those of a common prefix side by side and otherwise in their order. Sets their `prefix`."""
-    for running in decoding:
-        running.prefix = caches[running.group].common_prefix(running.handle)
     places: dict[TreeNode, int] = {}
+    place_of: dict[RunningReq, int] = {}
     for running in decoding:
-        if running.prefix is not None:
-            places.setdefault(running.prefix.end, len(places))
-    if not places:
-        return decoding
-    return sorted(decoding, key=lambda running: -1 if running.prefix is None else places[running.prefix.end])
+        running.prefix = prefix = caches[running.group].common_prefix(running.handle)
+        place_of[running] = -1 if prefix is None else places.setdefault(prefix.end, len(places))
+    return sorted(decoding, key=place_of.__getitem__) if places else decoding
 
 
 def shared_prefixes(reqs: Sequence[RunningReq]) -> list[SharedPrefix]:

@@ -51,6 +51,7 @@ class RadixCache:
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
         self._num_shared_edges = 0  # that several requests have locked
+        self._common: dict[TreeNode, tuple[TreeEdge, int] | None] = {}  # what common_prefix has found, by these locks
 
     def match_prefix(self, token_ids: Sequence[int], limit: int | None = None) -> tuple[list[int], TreeNode]:
         """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes.
@@ -91,6 +92,7 @@ class RadixCache:
 
     def lock(self, node: TreeNode) -> None:
         """Keep `node` and its ancestors from eviction."""
+        self._common.clear()
         while isinstance(node, TreeEdge):
             if node.lock_ref == 0:
                 self.num_evictable_pages -= len(node.pages)
@@ -101,6 +103,7 @@ class RadixCache:
 
     def unlock(self, node: TreeNode) -> None:
         """Undo one `lock` of the same node."""
+        self._common.clear()
         while isinstance(node, TreeEdge):
             node.lock_ref -= 1
             self._num_shared_edges -= node.lock_ref == 1
@@ -127,6 +130,11 @@ class RadixCache:
         """
         if self._num_shared_edges == 0:
             return None
+        if node not in self._common:
+            self._common[node] = self._find_common_prefix(node)
+        return self._common[node]
+
+    def _find_common_prefix(self, node: TreeNode) -> "tuple[TreeEdge, int] | None":
         path: list[TreeEdge] = []
         while isinstance(node, TreeEdge):
             path.append(node)
@@ -176,6 +184,7 @@ class RadixCache:
 
     def _split(self, edge: TreeEdge, length: int) -> TreeEdge:
         """Cut `edge` after `length` pages; returns the new upper part."""
+        self._common.clear()
         upper = TreeEdge(edge.parent, edge.keys[:length], edge.pages[:length], edge.last_access)
         upper.lock_ref = edge.lock_ref
         self._num_shared_edges += upper.lock_ref > 1

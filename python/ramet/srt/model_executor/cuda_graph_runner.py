@@ -54,16 +54,20 @@ class CudaGraphRunner:
         max_batch_size: int,
         max_tokens: int,
         hidden_size: int,
+        may_launch: bool,
     ):
         """
         Args:
             forward: runs the whole model: the hidden states [num_tokens, hidden_size] of a pass.
             backend: of the model's attention layers; can be captured.
             max_tokens: of passes with prompt chunks.
+            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together: each finds its
+                kernels by itself, and one that launches sums fewer tokens with the others than those that pad.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
+        self._may_launch = may_launch
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
@@ -129,7 +133,7 @@ class CudaGraphRunner:
         has_chunks = not tokens.is_decode
         fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= tokens.num_tokens)
         shape = next(fitting, None)
-        if shape is None or self._backend.prefers_launches(tokens):
+        if shape is None or (self._may_launch and self._backend.prefers_launches(tokens)):
             return None
         self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row))
         self._graphs[shape].replay()

@@ -200,6 +200,7 @@ class ModelRunner:
                 max_batch_size,
                 min(self.config.max_prefill_tokens + max_batch_size, self.max_total_num_tokens),
                 self.model_config.hidden_size,
+                may_launch=self.parallel.tp_size == 1,
             )
             graphs.capture()
             self.graph_runner = graphs

@@ -14,7 +14,8 @@ import numpy as np
 from ramet.srt.batch.batch_plan import SharedPrefix
 from ramet.srt.batch.pass_tokens import PassTokens
 
-PIECE_FIELDS = 6  # see KeySplits
+PIECE_FIELDS = 6
+ROW, FIRST, TOKENS, START, STOP, PLACE = range(PIECE_FIELDS)  # see KeySplits
 KEY_STEP = 128  # pieces of one range of keys are of a multiple of it
 MIN_CHUNK_KEYS = 1024  # of a piece, for tiles of prompt chunks
 MIN_SHARED_KEYS = 128  # a shorter prefix is read again by every sequence
@@ -25,7 +26,7 @@ MAX_ROUNDS = 4  # of all slots, to which the keys of a pass are spread
 PIECE_COST = 128  # to begin a piece
 SPLIT_COST = 64  # to combine anything
 BASE_SHARE, SLOT_SHARE = 0.36, 0.8  # with a share s of the slots a round takes BASE_SHARE + SLOT_SHARE * s, at most 1
-LIKE_TOTAL = 1.1  # numbers of keys whose ratio is at most this are split alike
+LIKE_LENGTHS = 1.1  # numbers of keys whose ratio is at most this are split alike
 
 
 class Tile(NamedTuple):
@@ -62,14 +63,9 @@ class KeySplits:
     starts: np.ndarray
 
 
-class _Units(NamedTuple):
-    """Tiles with all the keys that they see, not yet split: int64 arrays of one length."""
-
-    row: np.ndarray
-    first: np.ndarray
-    tokens: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
+# Tiles with all the keys that they see, as pieces that are not yet cut: int32 [num_units, PIECE_FIELDS].
+Units = np.ndarray
+NO_PIECES = np.zeros((0, PIECE_FIELDS), dtype=np.int32)
 
 
 class KeySplitter:
@@ -85,13 +81,13 @@ class KeySplitter:
         self.small, self.large = small, large
         self.window = window
         self._slots = max(1, SLOTS * num_multiprocessors // num_kv_heads)  # for each KV head
-        self._tried_number = self._tried_total = self._best_wanted = 0  # see _best_sizes
+        self._tried, self._best_wanted = (0, 0, 0), 0  # see _best_sizes
         self._wanted_large = max(1, LARGE_SLOTS * num_multiprocessors // num_kv_heads)
 
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
         """What any pass of so many tokens needs at most; with no chunks, no sequence needs a large tile."""
         wanted = MAX_ROUNDS * self._slots
-        small = wanted + num_tokens + num_tokens // 4
+        small = wanted + num_tokens + _room_for_shared(num_tokens)
         partials = 2 * num_tokens + wanted * self.small.tokens
         if not has_chunks:
             return Capacity(small, 0, partials)
@@ -101,47 +97,55 @@ class KeySplitter:
 
     def split(self, tokens: PassTokens, with_chunks: bool = True) -> KeySplits:
         """The pieces of a pass; without those of the sequences that need large tiles, where others compute these."""
-        begin = np.zeros_like(tokens.starts) if self.window is None else self._first_visible(tokens.starts)
-        shared = self._share(tokens, begin)
-        own = _Units(tokens.rows, tokens.first_tokens[:-1], tokens.lens, begin, tokens.ends)
-        is_chunk = tokens.lens > self.small.tokens
-        has_chunks = bool(is_chunk.any())
-        few = _select(own, ~is_chunk) if has_chunks else own
-        both = _Units(*(np.concatenate(parts) for parts in zip(shared, few, strict=True))) if len(shared.row) else few
-        sizes, counts = self._best_sizes(both)
-        num_shared = len(shared.row)
-        shared_pieces = _sum_over_tokens(shared, counts[:num_shared], tokens.num_tokens)
-        places = np.concatenate([np.zeros(num_shared, dtype=np.int64), shared_pieces[few.first]])
-        num_pieces = shared_pieces + _sum_over_tokens(few, counts[num_shared:], tokens.num_tokens)
-        large = np.zeros((0, PIECE_FIELDS), dtype=np.int32)
-        if has_chunks and with_chunks:
-            many = self._tiles(_select(own, is_chunk), tokens.starts[is_chunk])
-            large_sizes, large_counts = _split_sizes(many, self._wanted_large, MIN_CHUNK_KEYS)
-            num_pieces = num_pieces + _sum_over_tokens(many, large_counts, tokens.num_tokens)
-            large = _pieces(many, large_sizes, large_counts, np.zeros_like(many.row))
+        own = self._units(tokens)
+        shared = self._share(tokens, own)
+        few, large, large_counts = own, NO_PIECES, None
+        if not tokens.is_decode and (is_chunk := tokens.lens > self.small.tokens).any():
+            few = own[~is_chunk]
+            if with_chunks:
+                tiles = self._tiles(own[is_chunk], tokens.starts[is_chunk])
+                sizes, large_counts = _split_sizes(tiles[:, STOP] - tiles[:, START], self._wanted_large, MIN_CHUNK_KEYS)
+                large = _pieces(tiles, sizes, large_counts)
+        small = np.concatenate([shared, few]) if len(shared) else few
+        sizes, counts = self._best_sizes(small[:, STOP] - small[:, START])
+        num_pieces = _sum_over_tokens(small, counts, tokens.num_tokens)
+        if len(shared):
+            before = _sum_over_tokens(shared, counts[: len(shared)], tokens.num_tokens)
+            small[len(shared) :, PLACE] = before[few[:, FIRST]]
+        if large_counts is not None:
+            num_pieces = num_pieces + _sum_over_tokens(tiles, large_counts, tokens.num_tokens)
         starts = np.zeros(tokens.num_tokens + 1, dtype=np.int32)
-        np.cumsum(np.where(num_pieces > 1, num_pieces, 0), out=starts[1:])
-        return KeySplits(_pieces(both, sizes, counts, places), large, starts)
+        (num_pieces * (num_pieces > 1)).cumsum(out=starts[1:])
+        return KeySplits(_pieces(small, sizes, counts), large, starts)
+
+    def _units(self, tokens: PassTokens) -> Units:
+        """Each sequence as one."""
+        units = np.zeros((len(tokens.rows), PIECE_FIELDS), dtype=np.int32)
+        units[:, ROW], units[:, FIRST], units[:, TOKENS] = tokens.rows, tokens.first_tokens[:-1], tokens.lens
+        units[:, STOP] = tokens.ends
+        if self.window is not None:
+            units[:, START] = self._first_visible(tokens.starts)
+        return units
 
     def _first_visible(self, positions: np.ndarray) -> np.ndarray:
         """The first key that tokens at these positions see."""
         assert self.window is not None
         return np.maximum(0, positions + 1 - self.window)
 
-    def _best_sizes(self, units: _Units) -> tuple[np.ndarray, np.ndarray]:
+    def _best_sizes(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys in a piece of each unit, and its pieces: as many as let the slots end about together, and no more.
 
-        How many those are is tried out when the number of units or of their keys is another.
+        How many those are is tried out when the units are others, in their number, keys or longest.
         """
-        number, total = len(units.start), int((units.stop - units.start).sum())
-        if number == 0 or number >= MAX_ROUNDS * self._slots:
-            return _split_sizes(units, 0, KEY_STEP)
-        if number != self._tried_number or not 1 / LIKE_TOTAL < total / self._tried_total < LIKE_TOTAL:
+        if len(lengths) == 0:
+            return _split_sizes(lengths, 0, KEY_STEP)
+        tried = len(lengths), int(lengths.sum()), int(lengths.max())
+        if not _is_alike(tried, self._tried):
             wanted = [rounds * self._slots for rounds in range(MAX_ROUNDS + 1)]
-            costs = [self._estimate(*_split_sizes(units, pieces, KEY_STEP)) for pieces in wanted]
+            costs = [self._estimate(*_split_sizes(lengths, pieces, KEY_STEP)) for pieces in wanted]
             self._best_wanted = wanted[int(np.argmin(costs))]
-            self._tried_number, self._tried_total = number, total
-        return _split_sizes(units, self._best_wanted, KEY_STEP)
+            self._tried = tried
+        return _split_sizes(lengths, self._best_wanted, KEY_STEP)
 
     def _estimate(self, sizes: np.ndarray, counts: np.ndarray) -> float:
         """How long the slots take, in keys that one reads: round by round, the longest pieces first."""
@@ -153,51 +157,65 @@ class KeySplitter:
             total += share * float(longest_first[full * self._slots] + PIECE_COST)
         return total + SPLIT_COST * bool((counts > 1).any())
 
-    def _share(self, tokens: PassTokens, begin: np.ndarray) -> _Units:
-        """Tiles of sequences with a common prefix, against that; in `begin` the others' keys start behind it."""
-        units: list[tuple[int, int, int, int, int]] = []
-        room, width = tokens.num_tokens // 4, self.small.tokens
+    def _share(self, tokens: PassTokens, own: Units) -> Units:
+        """Tiles of sequences with a common prefix, against that; the sequences' own keys start behind it from then."""
+        found: list[Units] = []
+        room, width = _room_for_shared(tokens.num_tokens), self.small.tokens
         for prefix in tokens.shared if width > 1 else []:
-            if not self._pays(prefix, tokens, begin) or len(units) + -(-prefix.num_sequences // width) > room:
+            members = slice(prefix.first, prefix.first + prefix.num_sequences)
+            number = -(-prefix.num_sequences // width)
+            if number > room or not _pays(prefix, own[members]):
                 continue
-            end = prefix.first + prefix.num_sequences
-            for first in range(prefix.first, end, width):
-                number = min(width, end - first)
-                token = int(tokens.first_tokens[first])
-                units.append((int(tokens.rows[first]), token, number, 0, prefix.num_tokens))
-            begin[prefix.first : end] = prefix.num_tokens
-        return _Units(*np.array(units, dtype=np.int64).reshape(-1, 5).T)
+            units = own[members][::width].copy()
+            units[:, TOKENS] = width
+            units[-1, TOKENS] = prefix.num_sequences - (number - 1) * width
+            units[:, STOP] = own[members, START] = prefix.num_tokens
+            found.append(units)
+            room -= number
+        return np.concatenate(found) if found else NO_PIECES
 
-    def _pays(self, prefix: SharedPrefix, tokens: PassTokens, begin: np.ndarray) -> bool:
-        members = slice(prefix.first, prefix.first + prefix.num_sequences)
-        is_whole = not begin[members].any() and bool((tokens.lens[members] == 1).all())
-        return is_whole and prefix.num_tokens >= MIN_SHARED_KEYS
-
-    def _tiles(self, chunks: _Units, positions: np.ndarray) -> _Units:
+    def _tiles(self, chunks: Units, positions: np.ndarray) -> Units:
         """Each chunk as tiles of the large kind. `positions`: of the first token of each."""
         width = self.large.tokens
-        counts = -(-chunks.tokens // width)
+        counts = -(-chunks[:, TOKENS] // width)
         before = _places(counts) * width  # tokens of the chunk before the tile
-        row, first, tokens, begin, position = (np.repeat(field, counts) for field in (*chunks[:4], positions))
-        tokens = np.minimum(width, tokens - before)
+        positions = np.repeat(positions, counts) + before
+        tiles = np.repeat(chunks, counts, axis=0)
+        tiles[:, FIRST] += before
+        tiles[:, TOKENS] = np.minimum(width, tiles[:, TOKENS] - before)
         if self.window is not None:
-            begin = self._first_visible(position + before)
-        return _Units(row, first + before, tokens, begin, position + before + tokens)
+            tiles[:, START] = self._first_visible(positions)
+        tiles[:, STOP] = positions + tiles[:, TOKENS]
+        return tiles
 
 
-def _select(units: _Units, which: np.ndarray) -> _Units:
-    return _Units(*(field[which] for field in units))
+def _is_alike(units: tuple[int, int, int], tried: tuple[int, int, int]) -> bool:
+    """Whether units of such a number, with such keys and longest, are to be split as those that were tried."""
+    if units[0] != tried[0]:
+        return False
+    keys, longest = units[1] / tried[1], units[2] / tried[2]
+    return 1 / LIKE_LENGTHS < keys < LIKE_LENGTHS and 1 / LIKE_LENGTHS < longest < LIKE_LENGTHS
+
+
+def _pays(prefix: SharedPrefix, members: Units) -> bool:
+    """Whether to read the prefix once for these sequences, all of which see all of it, with one token each."""
+    is_whole = not members[:, START].any() and bool((members[:, TOKENS] == 1).all())
+    return is_whole and prefix.num_tokens >= MIN_SHARED_KEYS
+
+
+def _room_for_shared(num_tokens: int) -> int:
+    """Tiles against common prefixes that a pass has at most: those of tiles that hold four sequences, at least one."""
+    return -(-num_tokens // 4)
 
 
 def _places(counts: np.ndarray) -> np.ndarray:
     """0, 1, … up to each count, one behind the other."""
-    ends = np.cumsum(counts)
-    return np.arange(counts.sum()) - np.repeat(ends - counts, counts)
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) - (ends - counts).repeat(counts)
 
 
-def _split_sizes(units: _Units, wanted: int, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _split_sizes(lengths: np.ndarray, wanted: int, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Keys in a piece of each unit, and its pieces: about `wanted` in all, of one size in a unit; 0: no splits."""
-    lengths = units.stop - units.start
     if wanted == 0:
         return lengths, np.ones_like(lengths)
     size = max(least, -(-int(lengths.sum()) // (wanted * KEY_STEP)) * KEY_STEP)
@@ -206,20 +224,23 @@ def _split_sizes(units: _Units, wanted: int, least: int) -> tuple[np.ndarray, np
     return sizes, -(-lengths // sizes)
 
 
-def _sum_over_tokens(units: _Units, counts: np.ndarray, num_tokens: int) -> np.ndarray:
-    """int64 [num_tokens]: the counts of the units that each token is in."""
-    if len(counts) == num_tokens and (units.tokens == 1).all():
+def _sum_over_tokens(units: Units, counts: np.ndarray, num_tokens: int) -> np.ndarray:
+    """[num_tokens]: the counts of the units that each token is in."""
+    if len(counts) == num_tokens and (units[:, TOKENS] == 1).all():
         return counts  # every token has a unit of its own
-    changes = np.bincount(units.first, weights=counts, minlength=num_tokens + 1)
-    changes -= np.bincount(units.first + units.tokens, weights=counts, minlength=num_tokens + 1)
+    firsts = units[:, FIRST]
+    changes = np.bincount(firsts, weights=counts, minlength=num_tokens + 1)
+    changes -= np.bincount(firsts + units[:, TOKENS], weights=counts, minlength=num_tokens + 1)
     return np.cumsum(changes[:num_tokens]).astype(np.int64)
 
 
-def _pieces(units: _Units, sizes: np.ndarray, counts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """int32 [num_pieces, PIECE_FIELDS]; `places`: that of each unit's first piece."""
-    number = _places(counts)
-    row, first, tokens, begin, end, size, place = (np.repeat(field, counts) for field in (*units, sizes, places))
-    start = begin + number * size
-    stop = np.minimum(start + size, end)
-    pieces = np.stack([row, first, tokens, start, stop, place + number], axis=1).astype(np.int32)
-    return pieces[np.argsort(start - stop, kind="stable")]
+def _pieces(units: Units, sizes: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int32 [num_pieces, PIECE_FIELDS]; `units` have the place of their first piece."""
+    pieces = units
+    if int(counts.sum()) > len(counts):
+        number, size = _places(counts), sizes.repeat(counts)
+        pieces = units.repeat(counts, axis=0)
+        pieces[:, PLACE] += number
+        pieces[:, START] += number * size
+        pieces[:, STOP] = np.minimum(pieces[:, START] + size, pieces[:, STOP])
+    return pieces[(pieces[:, START] - pieces[:, STOP]).argsort(kind="stable")]

@@ -1,6 +1,7 @@
 """Owns attention with Ramet's Triton kernels: how a pass is cut into pieces, and where the kernels find them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from ramet.srt.layers.attention.base_attn_backend import (
 )
 from ramet.srt.layers.attention.key_splits import PIECE_FIELDS, Capacity, KeySplits, KeySplitter, Tile
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
-from ramet.srt.layers.attention.prompts.choice import PromptChoice
+from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
 from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.utils.device import to_device
 
 Window = int | None
 
@@ -27,6 +29,14 @@ ALIGNMENT = 4  # int32 numbers, 16 bytes
 MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
 # From here on, in tokens and in pairs of query and key, other kernels save more than a graph, which holds only Ramet's.
 LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
+
+
+class _Captured(NamedTuple):
+    """What the kernels of a captured pass read."""
+
+    sizes: list[Capacity]  # for each window
+    packed: torch.Tensor
+    pieces: dict[Window, PieceLists]  # views of it
 
 
 class TritonAttnBackend(AttentionBackend):
@@ -43,7 +53,7 @@ class TritonAttnBackend(AttentionBackend):
         tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
         num_multi = num_multiprocessors(spec.device)
         self._splitters = [KeySplitter(*tiles, spec.num_kv_heads, num_multi, window) for window in spec.windows]
-        self._captured: dict[CapturedShape, torch.Tensor] = {}  # what the kernels of each captured pass read
+        self._captured: dict[CapturedShape, _Captured] = {}
         self._current: dict[Window, PieceLists]  # of the pass
         self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
         self._prompts: PromptAttention | None = None  # what computes the chunks of this pass; None: Ramet's kernels
@@ -75,19 +85,19 @@ class TritonAttnBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], _req_to_page: torch.Tensor) -> None:
         for shape in shapes:
-            sizes = self._capacities(shape)
+            sizes = [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
             length = sum(_packed_size(size, shape.num_tokens) for size in sizes)
-            self._captured[shape] = torch.zeros(length, dtype=torch.int32, device=self.spec.device)
+            packed = torch.zeros(length, dtype=torch.int32, device=self.spec.device)
+            self._captured[shape] = _Captured(sizes, packed, self._unpack(packed, sizes, shape.num_tokens))
 
     def init_forward_metadata_replay_cuda_graph(
         self, shape: CapturedShape, tokens: PassTokens, _rows: torch.Tensor
     ) -> None:
-        sizes = self._capacities(shape)
+        captured = self._captured[shape]
         splits = [splitter.split(tokens, shape.has_chunks) for splitter in self._splitters]
-        packed = torch.from_numpy(_pack(splits, sizes, shape.num_tokens))
-        on_device = self._captured[shape]
-        on_device.copy_(packed.pin_memory() if on_device.is_cuda else packed, non_blocking=True)
-        self._current = self._unpack(on_device, sizes, shape.num_tokens)
+        packed = torch.from_numpy(_pack(splits, captured.sizes, shape.num_tokens))
+        captured.packed.copy_(packed.pin_memory() if captured.packed.is_cuda else packed, non_blocking=True)
+        self._current = captured.pieces
         self._prompts = None
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
@@ -129,26 +139,15 @@ class TritonAttnBackend(AttentionBackend):
     def use_quiet_moment(self, limits: PassLimits) -> None:
         if self._choice is None:
             # It has a backend of its own: its thread must not touch the pass that this one is at.
-            self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).attend_alone)
+            self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).plan_prompts)
 
-    def attend_alone(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        table: torch.Tensor,
-        start: int,
-        window: Window,
-    ) -> torch.Tensor:
-        """Attention of one sequence, the first of a table, behind `start` tokens; see OwnAttention."""
-        num_tokens = q.shape[0]
-        zeros = np.zeros(1, dtype=np.int64)
-        tokens = PassTokens(zeros, zeros + start, zeros + num_tokens, np.zeros(num_tokens, dtype=np.int64))
+    def plan_prompts(self, chunks: PromptChunks, table: torch.Tensor) -> RunPrompts:
+        """Have these kernels compute the chunks, whatever others there are; see PlanPrompts."""
+        ids = np.zeros(chunks.lens.sum(), dtype=np.int64)
+        tokens = PassTokens(chunks.rows, chunks.ends - chunks.lens, chunks.lens, ids)
         self._cut(tokens, with_chunks=True)
-        return self._attend(q, k_cache, v_cache, table, torch.from_numpy(tokens.positions).to(q.device), window)
-
-    def _capacities(self, shape: CapturedShape) -> list[Capacity]:
-        return [splitter.capacity(shape.num_tokens, shape.has_chunks) for splitter in self._splitters]
+        positions = to_device(tokens.positions, torch.int64, table.device)
+        return lambda q, k_cache, v_cache, window: self._attend(q, k_cache, v_cache, table, positions, window)
 
     def _unpack(self, packed: torch.Tensor, sizes: Sequence[Capacity], num_tokens: int) -> dict[Window, PieceLists]:
         """Views of what `_pack` has packed."""

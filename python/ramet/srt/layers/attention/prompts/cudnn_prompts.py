@@ -2,22 +2,27 @@
 
 import importlib
 import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec, PassLimits
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.layers.kernels.runtime import next_power_of_2
 from ramet.srt.utils.device import to_device
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZES = (4, 64)  # sequences of a graph; those that a pass lacks have no tokens
 MAX_HEAD_DIM = 256
 ALONE = 1
 MIN_ALONE_TOKENS = 1024  # new ones of a sequence whose keys are copied: reading them in order saves more than it costs
 MAX_ALONE_KEYS = 65536
+COPY_SHARE = 8  # of the memory that is free, at most one part in so many is for copies
 
 
 class CudnnPrompts(PromptAttention):
@@ -53,14 +58,26 @@ class CudnnPrompts(PromptAttention):
         # Queries are rows of the qkv projection's output.
         self._q_width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
         self._out_width = spec.num_heads * spec.head_dim
-        self._max_alone = min(limits.max_keys, MAX_ALONE_KEYS)
-        sizes = [(size, window) for size in (ALONE, *BATCH_SIZES) for window in spec.windows]
-        self._graphs = {key: self._build(limits, *key) for key in sizes}
+        self._max_alone = self._most_copied(limits)
+        sizes = (ALONE, *BATCH_SIZES) if self._max_alone else BATCH_SIZES
+        keys = [(size, window) for size in sizes for window in spec.windows]
+        self._graphs = {key: self._build(limits, *key) for key in keys}
         nbytes = max(graph.workspace_nbytes for graph in self._graphs.values())
         self._workspace = torch.empty(max(1, nbytes), dtype=torch.uint8, device=spec.device)
         copy_shape = (2, self._max_alone, spec.num_kv_heads, spec.head_dim)
         self._copies = torch.zeros(copy_shape, dtype=spec.dtype, device=spec.device)  # keys and values of one sequence
         self._planned: list[_Planned] = []
+
+    def _most_copied(self, limits: PassLimits) -> int:
+        """The longest sequence whose keys may be copied, in tokens: 0 where memory is too short for any."""
+        spec, wanted = self._spec, min(limits.max_keys, MAX_ALONE_KEYS)
+        free_bytes = free_memory_nbytes(spec.device)
+        fitting = free_bytes // COPY_SHARE // (2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize)
+        if fitting >= wanted:
+            return wanted
+        most = fitting if fitting >= MIN_ALONE_TOKENS else 0
+        logger.info("cudnn: keys of up to %d tokens are copied, with %.2f GB of memory free", most, free_bytes / 1e9)
+        return most
 
     def _build(self, limits: PassLimits, batch_size: int, window: int | None) -> "_Graph":
         keys = _Pages(limits.num_pages, limits.max_keys) if batch_size != ALONE else self._max_alone
@@ -174,6 +191,7 @@ class _Graph:
         rows, length = (keys, 1) if isinstance(keys, int) else (spec.page_size, keys.num_pages)
         cache = (length, kv_heads, rows, dim)
         self._k, self._v = (_tensor(graph, number, cache, _rows_first(rows, kv_heads * dim, dim)) for _ in range(2))
+        # Keys at more than the query's position - window are seen (attn_score_modifiers.h, sliding_window_mask).
         options: dict[str, Any] = {} if window is None else {"diagonal_band_left_bound": window}
         self._tables: list[Any] = []
         if isinstance(keys, _Pages):
