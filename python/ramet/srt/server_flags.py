@@ -133,7 +133,7 @@ class ServerFlags:
         "auto",
         "Kernels for attention; auto takes, on a GPU, the first of triton, flashinfer, torch_varlen and torch_native "
         "that is installed and runs the model, on a CPU torch_native. torch_varlen has not run on a GPU yet. With "
-        "auto, cuDNN or FlashAttention 3 compute long prompts where they are installed and faster than triton.",
+        "auto, cuDNN, FlashAttention 3 or FlashInfer compute long prompts where installed and faster than triton.",
         choices=ATTENTION_BACKENDS,
     )
     disable_cuda_graph: bool = flag(False, "Launch every kernel of a decode pass by itself.")

@@ -9,18 +9,20 @@ from types import SimpleNamespace
 
 import fake_cudnn
 import fake_flash_attention
+import fake_flashinfer
 import pytest
 import torch
 from attention_case import Case
 from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import CapturedShape, PassLimits
-from ramet.srt.layers.attention.prompts import cudnn_prompts
+from ramet.srt.layers.attention.prompts import cudnn_prompts, flashinfer_prompts
 from ramet.srt.layers.attention.prompts.cudnn_prompts import ALONE, CudnnPrompts
 from ramet.srt.layers.attention.prompts.flash_prompts import FlashPrompts
+from ramet.srt.layers.attention.prompts.flashinfer_prompts import FlashInferPrompts
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
 
-KINDS = {"cudnn": CudnnPrompts, "flash_attention_3": FlashPrompts}
+KINDS = {"cudnn": CudnnPrompts, "flash_attention_3": FlashPrompts, "flashinfer": FlashInferPrompts}
 SHAPE = (4, 2, 16)  # heads, kv heads, head_dim
 SEQUENCES = {  # tokens before the pass, new ones; of more than 8 they are chunks, of at least 40 in cuDNN's way alone
     "one": [(0, 33)],
@@ -34,6 +36,8 @@ SEQUENCES = {  # tokens before the pass, new ones; of more than 8 they are chunk
 def stand_ins(monkeypatch, device):
     monkeypatch.setitem(sys.modules, "cudnn", fake_cudnn)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", fake_flash_attention)
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer)
+    monkeypatch.setattr(flashinfer_prompts, "WORKSPACE_NBYTES", 16)
     monkeypatch.setattr("ramet.srt.layers.attention.triton_backend.MIN_PROMPT_TOKENS", 1)
     monkeypatch.setattr(cudnn_prompts, "MIN_ALONE_TOKENS", 40)
     fake_cudnn.GRAPHS.clear()

@@ -35,9 +35,9 @@ class FlashInferAttnBackend(AttentionBackend):
             lambda: flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, kv_layout="NHD")
         )
         self._decode = self._for_windows(self._make_decode)
-        self._captured: dict[int, dict[int | None, _Planned]] = {}  # by batch size
+        self._captured: dict[int, dict[int | None, Planned]] = {}  # by batch size
         self._req_to_page: torch.Tensor  # of captured passes
-        self._current: dict[int | None, _Planned] = {}  # by window: what the layers of this pass run
+        self._current: dict[int | None, Planned] = {}  # by window: what the layers of this pass run
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
@@ -56,14 +56,14 @@ class FlashInferAttnBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
             return  # planned already: that can't be captured
-        pages = self._list_pages(forward_batch.req_to_page, forward_batch.rows, forward_batch.seq_lens_cpu)
+        pages = list_pages(self.spec, forward_batch.req_to_page, forward_batch.rows, forward_batch.seq_lens_cpu)
         if forward_batch.forward_mode is ForwardMode.DECODE:
             self._current = self._decode
-            self._plan(pages)
+            plan_wrappers(self.spec, self._current, pages)
         else:
             self._current = self._prefill
             query_starts = list(accumulate(forward_batch.extend_lens_cpu, initial=0))
-            self._plan(pages, self._on_host(query_starts), causal=True)
+            plan_wrappers(self.spec, self._current, pages, on_host(self.spec, query_starts), causal=True)
 
     def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], req_to_page: torch.Tensor) -> None:
         largest, device = max(shape.num_tokens for shape in shapes), self.spec.device
@@ -85,7 +85,7 @@ class FlashInferAttnBackend(AttentionBackend):
         self, shape: CapturedShape, tokens: PassTokens, rows: torch.Tensor
     ) -> None:
         self._current = self._captured[shape.num_tokens]
-        self._plan(self._list_pages(self._req_to_page, rows, tokens.ends.tolist()))
+        plan_wrappers(self.spec, self._current, list_pages(self.spec, self._req_to_page, rows, tokens.ends.tolist()))
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, _forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = (
@@ -101,52 +101,12 @@ class FlashInferAttnBackend(AttentionBackend):
             self._workspace, kv_layout="NHD", use_tensor_cores=group >= MIN_TENSOR_CORE_GROUP, **buffers
         )
 
-    def _for_windows(self, make_wrapper: Callable[[], Any]) -> "dict[int | None, _Planned]":
-        return {window: _Planned(make_wrapper(), self.spec.device) for window in self.spec.windows}
-
-    def _plan(self, pages: "_Pages", *query_starts: torch.Tensor, **options: Any) -> None:
-        """Plan the wrappers of this pass."""
-        spec = self.spec
-        for window, planned in self._current.items():
-            planned.plan(
-                *query_starts,
-                pages.starts,
-                pages.indices,
-                pages.last_page_lens,
-                spec.num_heads,
-                spec.num_kv_heads,
-                spec.head_dim,
-                spec.page_size,
-                window_left=-1 if window is None else window - 1,
-                q_data_type=spec.dtype,
-                kv_data_type=spec.dtype,
-                sm_scale=spec.scale,
-                **options,
-            )
-
-    def _list_pages(self, table: torch.Tensor, rows: torch.Tensor, lengths: Sequence[int]) -> "_Pages":
-        """The pages of sequences of `lengths` > 0 tokens, in `rows` of `table` [num_rows, max_pages]."""
-        page_size = self.spec.page_size
-        counts = [(length - 1) // page_size + 1 for length in lengths]
-        starts = list(accumulate(counts, initial=0))
-        # The lengths are known on the host, the pages only on the device: nothing waits for them.
-        on_device = to_device([counts, starts[:-1]], torch.int64, table.device)
-        places = (rows * table.shape[1] - on_device[1]).repeat_interleave(on_device[0], output_size=starts[-1])
-        places += torch.arange(starts[-1], device=table.device)
-        return _Pages(
-            self._on_host(starts),
-            table.view(-1).index_select(0, places).to(torch.int32),
-            self._on_host([(length - 1) % page_size + 1 for length in lengths]),
-        )
-
-    def _on_host(self, values: Sequence[int]) -> torch.Tensor:
-        """int32 on the host, where planning reads it and from where the GPU takes it by itself."""
-        tensor = torch.tensor(values, dtype=torch.int32)
-        return tensor.pin_memory() if self.spec.device.type == "cuda" else tensor
+    def _for_windows(self, make_wrapper: Callable[[], Any]) -> "dict[int | None, Planned]":
+        return {window: Planned(make_wrapper(), self.spec.device) for window in self.spec.windows}
 
 
 @dataclass
-class _Pages:
+class Pages:
     """The KV pages of a batch, one sequence's behind the other's."""
 
     starts: torch.Tensor  # int32 [batch_size + 1] on the host: where each sequence's pages start
@@ -154,7 +114,7 @@ class _Pages:
     last_page_lens: torch.Tensor  # int32 [batch_size] on the host: tokens in each sequence's last page
 
 
-class _Planned:
+class Planned:
     """A wrapper and when it may be planned again: a plan goes to the GPU from one pinned buffer that it owns."""
 
     def __init__(self, wrapper: Any, device: torch.device):
@@ -167,3 +127,47 @@ class _Planned:
         self.wrapper.plan(*args, **kwargs)
         if self._copied is not None:
             self._copied.record()
+
+
+def plan_wrappers(
+    spec: AttentionSpec, wrappers: dict[int | None, Planned], pages: Pages, *query_starts: torch.Tensor, **options: Any
+) -> None:
+    """Plan the wrapper of each window for a pass."""
+    for window, planned in wrappers.items():
+        planned.plan(
+            *query_starts,
+            pages.starts,
+            pages.indices,
+            pages.last_page_lens,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.page_size,
+            window_left=-1 if window is None else window - 1,
+            q_data_type=spec.dtype,
+            kv_data_type=spec.dtype,
+            sm_scale=spec.scale,
+            **options,
+        )
+
+
+def list_pages(spec: AttentionSpec, table: torch.Tensor, rows: torch.Tensor, lengths: Sequence[int]) -> Pages:
+    """The pages of sequences of `lengths` > 0 tokens, in `rows` of `table` [num_rows, max_pages]."""
+    page_size = spec.page_size
+    counts = [(length - 1) // page_size + 1 for length in lengths]
+    starts = list(accumulate(counts, initial=0))
+    # The lengths are known on the host, the pages only on the device: nothing waits for them.
+    on_device = to_device([counts, starts[:-1]], torch.int64, table.device)
+    places = (rows * table.shape[1] - on_device[1]).repeat_interleave(on_device[0], output_size=starts[-1])
+    places += torch.arange(starts[-1], device=table.device)
+    return Pages(
+        on_host(spec, starts),
+        table.view(-1).index_select(0, places).to(torch.int32),
+        on_host(spec, [(length - 1) % page_size + 1 for length in lengths]),
+    )
+
+
+def on_host(spec: AttentionSpec, values: Sequence[int]) -> torch.Tensor:
+    """int32 on the host, where planning reads it and from where the GPU takes it by itself."""
+    tensor = torch.tensor(values, dtype=torch.int32)
+    return tensor.pin_memory() if spec.device.type == "cuda" else tensor

@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec, PassLimits
+from ramet.srt.utils.device import to_device
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,19 @@ class PromptChunks:
     first: np.ndarray  # token of the pass
     lens: np.ndarray  # new tokens
     ends: np.ndarray  # tokens in the KV cache after the pass
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [num_sequences + 1]: where each sequence's tokens start among those of all, and the end of the last."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lens)])
+
+    def places(self, device: torch.device) -> torch.Tensor | slice:
+        """Where the tokens of all stand in the pass: a range, if nothing stands between them."""
+        first, end = int(self.first[0]), int(self.first[-1] + self.lens[-1])
+        if end - first == self.starts[-1]:
+            return slice(first, end)
+        places = np.arange(self.starts[-1]) + np.repeat(self.first - self.starts[:-1], self.lens)
+        return to_device(places, torch.int64, device)
 
     def select(self, which: np.ndarray) -> "PromptChunks":
         """Those for which a bool array says so."""

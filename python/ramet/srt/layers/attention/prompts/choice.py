@@ -14,10 +14,11 @@ from ramet.srt.layers.attention.base_attn_backend import AttentionSpec, PassLimi
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.layers.attention.prompts.cudnn_prompts import CudnnPrompts
 from ramet.srt.layers.attention.prompts.flash_prompts import FlashPrompts
+from ramet.srt.layers.attention.prompts.flashinfer_prompts import FlashInferPrompts
 
 logger = logging.getLogger(__name__)
 
-CANDIDATES: tuple[type[PromptAttention], ...] = (CudnnPrompts, FlashPrompts)
+CANDIDATES: tuple[type[PromptAttention], ...] = (CudnnPrompts, FlashPrompts, FlashInferPrompts)
 TRIAL_TOKENS = 2048  # behind as many others
 MIN_TRIAL_TOKENS = 16
 NUM_TRIALS = 7

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 from typing import Any
 
-import numpy as np
 import torch
 
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec, PassLimits
@@ -40,17 +39,12 @@ class FlashPrompts(PromptAttention):
     def plan(self, chunks: PromptChunks, req_to_page: torch.Tensor) -> None:
         device = req_to_page.device
         self._max_tokens = int(chunks.lens.max())
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(chunks.lens)])
-        self._starts = to_device(starts, torch.int32, device)
+        self._starts = to_device(chunks.starts, torch.int32, device)
         self._ends = to_device(chunks.ends, torch.int32, device)
         rows = to_device(chunks.rows, torch.int64, device)
         num_pages = -(-int(chunks.ends.max()) // self._spec.page_size)
         self._table = req_to_page[:, :num_pages].index_select(0, rows).to(torch.int32)
-        first, end = int(chunks.first[0]), int(chunks.first[-1] + chunks.lens[-1])
-        self._places = slice(first, end)
-        if end - first != starts[-1]:  # others stand between them
-            places = np.arange(starts[-1]) + np.repeat(chunks.first - starts[:-1], chunks.lens)
-            self._places = to_device(places, torch.int64, device)
+        self._places = chunks.places(device)
 
     def run(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None, out: torch.Tensor
