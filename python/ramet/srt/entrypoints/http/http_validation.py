@@ -68,7 +68,7 @@ def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None
     if first["type"] == "json_invalid":
         return f"the body is not valid JSON: {first['ctx']['error']}", None, None
     if not path:
-        return f"the body can't be used: {first['msg']}; it must be a JSON object", None, None
+        return "the body must be a JSON object", None, None
     if first["type"] == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0:
         name = str(path[-1])
         where = "" if len(path) == 1 else f" in {path[0]}"
