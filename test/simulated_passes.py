@@ -28,9 +28,6 @@ from ramet.srt.sampling.sampling_params import SamplingParams
 
 VOCAB_SIZE = 50_000
 
-# A pass with prompt chunks is padded to the next of these, and runs from graphs; as on an H200 with an 8 B model.
-PASS_SIZES = CHUNK_SIZES
-
 
 @dataclass(frozen=True)
 class PassTimes:
@@ -45,7 +42,7 @@ class PassTimes:
     key_s: float = 0.04e-6
     host_s: float = 0.0015  # to plan and to launch from a graph
     ungraphed_host_s: float = 0.026  # kernel by kernel, of which the device computes the first meanwhile
-    pass_sizes: tuple[int, ...] = PASS_SIZES
+    pass_sizes: tuple[int, ...] = CHUNK_SIZES  # to which passes with prompt chunks are padded, and run from graphs
     jitter: float = 0.0  # standard deviation of what a pass takes, as a part of it
 
     def seconds(self, num_tokens: int, num_keys: int) -> float:

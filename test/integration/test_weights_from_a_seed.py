@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,18 +159,23 @@ def test_the_seed_s_death_does_not_harm_a_client_that_mapped():
 def test_mapping_takes_no_memory():
     with SeedProcess(**BIG) as seed:
         client = Client(seed.port, BIG, local_mode="map")
-        before = own_memory_nbytes()
         client.load()
         assert client.holds(seed.config)  # reads all of it
-        assert own_memory_nbytes() - before < client.arena.nbytes * 0.05
+        assert own_nbytes(client.arena.address, client.arena.nbytes) == 0
         assert host_memory.resident_file_nbytes(client.arena._own_fd) == 0
+        client.arena.memory[: 1 << 20] = bytes(1 << 20)  # a write takes a copy
+        assert own_nbytes(client.arena.address, client.arena.nbytes) == 1 << 20
 
 
-def own_memory_nbytes():
-    """Memory that is this process's alone, wherever it is: a machine may swap some of it out, and in again."""
-    with open("/proc/self/smaps_rollup", encoding="ascii") as file:
-        text = file.read()
-    return sum(int(re.search(rf"^{key}: +(\d+) kB", text, re.M)[1]) * 1024 for key in ("Private_Dirty", "Swap"))
+def own_nbytes(address, nbytes):
+    """Memory at these addresses that is this process's alone; what is swapped out of a file isn't counted"""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) < address + nbytes and address < int(match[2], 16)
+        elif inside and (match := re.match(r"Anonymous: +(\d+) kB", line)):
+            found += int(match[1]) * 1024
+    return found
 
 
 @pytest.mark.parametrize(

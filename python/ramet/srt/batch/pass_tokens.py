@@ -33,7 +33,7 @@ class PassTokens:
 
     @classmethod
     def padding(cls, row: int, lens: Sequence[int]) -> "PassTokens":
-        """Tokens that belong to nobody, in sequences of so many: all at the first place of the table's padding row."""
+        """Tokens that belong to nobody, in sequences of so many, each from the start of the table's `row` on."""
         new = np.array(lens, dtype=np.int64)
         zeros = np.zeros(len(new), dtype=np.int64)
         return cls(zeros + row, zeros, new, np.zeros(new.sum(), dtype=np.int64))

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
@@ -117,7 +116,7 @@ class CudaGraphRunner:
 
     def _prepare(self, shape: CapturedShape, tokens: PassTokens) -> None:
         """Put the tokens, as many as the shape has, where the graph reads them."""
-        inputs = torch.from_numpy(np.ascontiguousarray(token_inputs(tokens))).pin_memory()
+        inputs = torch.from_numpy(token_inputs(tokens)).pin_memory()
         fixed = self._fixed_inputs(shape)
         fixed.copy_(inputs, non_blocking=True)
         self._backend.init_forward_metadata_replay_cuda_graph(shape, tokens, fixed[0])

@@ -36,7 +36,7 @@ from ramet.srt.weights.report import LoadReport, PublisherStats
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens; each takes another tile of the prefill or the experts' kernel
+WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens: kernels have other tiles for few; how few those are, the experts decide
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 

@@ -95,12 +95,16 @@ class KeySplitter:
         large = self._wanted_large + num_tokens // self.large.tokens + num_chunks
         return Capacity(small, large, partials + num_tokens + self._wanted_large * self.large.tokens)
 
+    def is_chunk(self, tokens: PassTokens) -> np.ndarray:
+        """bool [num_sequences]: which have more new tokens than a small tile holds."""
+        return tokens.lens > self.small.tokens
+
     def split(self, tokens: PassTokens, with_chunks: bool = True) -> KeySplits:
         """The pieces of a pass; without those of the sequences that need large tiles, where others compute these."""
         own = self._units(tokens)
         shared = self._share(tokens, own)
         few, large, large_counts = own, NO_PIECES, None
-        if not tokens.is_decode and (is_chunk := tokens.lens > self.small.tokens).any():
+        if not tokens.is_decode and (is_chunk := self.is_chunk(tokens)).any():
             few = own[~is_chunk]
             if with_chunks:
                 tiles = self._tiles(own[is_chunk], tokens.starts[is_chunk])

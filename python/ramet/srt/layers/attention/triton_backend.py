@@ -47,7 +47,7 @@ class TritonAttnBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
         super().__init__(spec, kv_pool)
-        self._group = group = spec.num_heads // spec.num_kv_heads
+        group = spec.num_heads // spec.num_kv_heads
         self._small = small_tile(spec.dtype, spec.head_dim, group)
         self._large = large_tile(spec.dtype, spec.head_dim, group)
         tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
@@ -66,7 +66,7 @@ class TritonAttnBackend(AttentionBackend):
         if forward_batch.is_captured:
             return  # cut already: that is done on the host
         tokens = forward_batch.tokens
-        is_chunk = tokens.lens > self._small.rows // self._group
+        is_chunk = self._splitters[0].is_chunk(tokens)
         self._prompts = None
         if self._choice is not None and tokens.lens[is_chunk].sum() >= MIN_PROMPT_TOKENS:
             self._prompts = self._choice.chosen
@@ -78,10 +78,8 @@ class TritonAttnBackend(AttentionBackend):
     def _cut(self, tokens: PassTokens, with_chunks: bool) -> None:
         splits = [splitter.split(tokens, with_chunks) for splitter in self._splitters]
         sizes = [Capacity(len(one.small), len(one.large), int(one.starts[-1])) for one in splits]
-        packed = torch.from_numpy(_pack(splits, sizes, tokens.num_tokens))
-        device = self.spec.device
-        on_device = packed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else packed
-        self._current = self._unpack(on_device, sizes, tokens.num_tokens)
+        packed = to_device(_pack(splits, sizes, tokens.num_tokens), torch.int32, self.spec.device)
+        self._current = self._unpack(packed, sizes, tokens.num_tokens)
 
     def init_cuda_graph_state(self, shapes: Sequence[CapturedShape], _req_to_page: torch.Tensor) -> None:
         for shape in shapes:

@@ -113,6 +113,7 @@ def _piece_kernel(
     num_heads,
     scale,
     window,
+    PIECE_FIELDS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -129,8 +130,9 @@ def _piece_kernel(
     With HAS_OPEN_KEYS, keys that all rows see are taken without masks. A token's partial result, with the log of the
     sum of its weights, goes to the place that `starts` gives; the result of a token in one piece alone goes out.
     """
-    kv_head = tl.program_id(0)
-    piece_ptr = pieces_ptr + tl.program_id(1) * 6
+    num_kv_heads = num_heads // GROUP
+    kv_head = tl.program_id(0) % num_kv_heads
+    piece_ptr = pieces_ptr + tl.program_id(0) // num_kv_heads * PIECE_FIELDS
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     dim_mask = dims < HEAD_DIM
@@ -288,7 +290,7 @@ def paged_attention(
     for listed, tile, has_open_keys in ((pieces.small, small, False), (pieces.large, large, sliding_window is None)):
         if len(listed) == 0:
             continue
-        _piece_kernel[(num_kv_heads, len(listed))](
+        _piece_kernel[(num_kv_heads * len(listed),)](
             q,
             k_cache,
             v_cache,
@@ -305,6 +307,7 @@ def paged_attention(
             num_heads,
             scale * LOG2_E,
             sliding_window if sliding_window is not None else NO_WINDOW,
+            PIECE_FIELDS=listed.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
             GROUP=num_heads // num_kv_heads,

@@ -53,7 +53,7 @@ class PromptAttention(ABC):
     @staticmethod
     @abstractmethod
     def obstacle(spec: AttentionSpec) -> str | None:
-        """What is missing to run such a model; None if nothing is. Imports nothing that is large."""
+        """What is missing to run such a model; None if nothing is."""
 
     @abstractmethod
     def __init__(self, spec: AttentionSpec, limits: PassLimits):

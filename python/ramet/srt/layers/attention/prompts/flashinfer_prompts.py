@@ -1,13 +1,18 @@
 """Owns prompt chunks through FlashInfer's prefill over paged caches."""
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec, PassLimits
-from ramet.srt.layers.attention.flashinfer_backend import HEAD_DIMS, Planned, list_pages, on_host, plan_wrappers
+from ramet.srt.layers.attention.flashinfer_backend import (
+    FlashInferAttnBackend,
+    Planned,
+    list_pages,
+    on_host,
+    plan_wrappers,
+)
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.utils.device import to_device
 
@@ -21,15 +26,7 @@ class FlashInferPrompts(PromptAttention):
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
-        if spec.device.type != "cuda":
-            return "a GPU"
-        if spec.dtype not in (torch.bfloat16, torch.float16):
-            return "bfloat16 or float16"
-        if spec.head_dim not in HEAD_DIMS:
-            return f"heads of {', '.join(map(str, HEAD_DIMS))}"
-        if importlib.util.find_spec("flashinfer") is None:
-            return "the package flashinfer, which is not installed"
-        return None
+        return FlashInferAttnBackend.obstacle(spec)
 
     def __init__(self, spec: AttentionSpec, _limits: PassLimits):
         flashinfer: Any = importlib.import_module("flashinfer")
