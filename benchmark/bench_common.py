@@ -87,13 +87,20 @@ def free_port() -> int:
 class Server:
     """A Ramet instance that a benchmark measures."""
 
-    def __init__(self, model: Path, *flags: str, timeout_s: float = 300.0, poll_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *flags: str,
+        timeout_s: float = 300.0,
+        poll_s: float = 0.01,
+        module: str = "ramet.launch_server",
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         log_folder = RESULTS / "logs"
         log_folder.mkdir(parents=True, exist_ok=True)
         self.log_path = log_folder / f"server-{self.port}.log"
-        command = [sys.executable, "-m", "ramet.launch_server", "--model-path", str(model), "--port", str(self.port)]
+        command = [sys.executable, "-m", module, "--model-path", str(model), "--port", str(self.port)]
         command += ["--engine-info-bootstrap-port", "0", "--log-level", "warning", *flags]
         start = time.monotonic()
         with self.log_path.open("wb") as log:

@@ -124,3 +124,25 @@ def test_nobody_waits_for_processes_that_end(monkeypatch: pytest.MonkeyPatch) ->
         pool.end()
         assert sorted(isinstance(one.exception(5), ServiceError) for one in renderings) == [False, True, True, True]
     assert pool.render("", b"") == "", "a later one is served"
+
+
+def test_who_has_waited_longest_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = template_process._Pool(1)
+    order: list[str] = []
+    may_end = threading.Event()
+
+    def render(source: str, _request: bytes) -> str:
+        order.append(source)
+        may_end.wait(10)
+        return ""
+
+    monkeypatch.setattr(pool._processes[0], "render", render)
+    with ThreadPoolExecutor(4) as threads:
+        for place, source in enumerate("abc"):
+            threads.submit(pool.render, source, b"")
+            while len(order) + len(pool._waiting) <= place:
+                time.sleep(0.001)
+        may_end.set()
+        again = threads.submit(lambda: [pool.render("d", b"") for _ in range(3)])  # comes while others wait
+        again.result(10)
+    assert order == ["a", "b", "c", "d", "d", "d"]

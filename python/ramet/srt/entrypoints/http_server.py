@@ -17,7 +17,7 @@ from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.listener import BACKLOG
+from ramet.srt.entrypoints.listener import BACKLOG, shares
 from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
 
@@ -81,7 +81,7 @@ class HttpServer:
         serving: asyncio.Task[None] | None = None
         try:
             instance.open(on_death=lambda _line: self._end.set(), on_end=self._end.set)
-            serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+            serving = asyncio.create_task(self._server.serve(sockets=shares(self._listener)))
             serving.add_done_callback(lambda _task: self._end.set())
             if await instance.wait_ready(self._end):
                 logger.info(instance.ready_line())

@@ -3,6 +3,7 @@
 import socket
 
 BACKLOG = 2048
+ACCEPTS_PER_TURN = 16
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -26,3 +27,12 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ValueError(f"can't listen on {host}, port {port} (--host, --port): {error.strerror or error}") from None
     return listener
+
+
+def shares(listener: socket.socket) -> list[socket.socket]:
+    """The listener several times over, for a server on uvloop.
+
+    In each turn of its event loop uvloop takes one connection from a socket. A turn takes tens of milliseconds where
+    there is much to do, and the last of hundreds of new connections would wait for seconds.
+    """
+    return [listener, *(listener.dup() for _ in range(ACCEPTS_PER_TURN - 1))]
