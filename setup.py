@@ -66,6 +66,7 @@ setup(
     packages=find_packages("python"),
     package_data={
         "ramet": ["py.typed"],
+        "ramet.srt.entrypoints.http": ["docs.html"],
         "ramet.srt.modelexpress": ["server/fleet.html", "proto/*.proto", "proto/*.pyi"],
     },
     python_requires=">=3.11",

@@ -81,6 +81,8 @@ class EngineHarness:
         top: int = 0,
         return_logprob: bool = False,
         stream: bool = False,
+        priority: int = 0,
+        bad_words_ids: Sequence[Sequence[int]] = (),
         **params: Any,
     ) -> None:
         """Queue one request; `logprob_start_len` asks for prompt log-probabilities too."""
@@ -94,6 +96,8 @@ class EngineHarness:
                 return_logprob=return_logprob or logprob_start_len is not None,
                 logprob_start_len=-1 if logprob_start_len is None else logprob_start_len,
                 top_logprobs_num=top,
+                priority=priority,
+                bad_words_ids=[list(ids) for ids in bad_words_ids],
             )
         )
 

@@ -64,11 +64,14 @@ class FakeRequest:
         """Make one token; what there is to send now."""
         params, prompt = self.message.sampling_params, self.message.input_ids
         token_id = prompt[len(self.output_ids) % len(prompt)]
-        self.output_ids.append(token_id)
-        self.stream.push([token_id])
+        if params.max_new_tokens:
+            self.output_ids.append(token_id)
+            self.stream.push([token_id])
         reason = None
         if self.aborted:
             reason = FinishReason(type="abort", message="aborted", status_code=499)
+        elif params.max_new_tokens == 0:
+            reason = FinishReason(type="length", length=0)
         elif token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos):
             reason = FinishReason(type="stop", matched=token_id)
         elif self.stream.matched is not None:
@@ -125,7 +128,7 @@ class FakeScheduler:
             idle = not self.running
             return FlushCacheReqOutput(request_id=message.request_id, success=idle, message="" if idle else "busy")
         if isinstance(message, StartProfileReqInput | StopProfileReqInput):
-            if isinstance(message, StopProfileReqInput):
+            if isinstance(message, StopProfileReqInput) and "FAKE_PROFILE" in os.environ:
                 Path(os.environ["FAKE_PROFILE"]).touch()
             return ProfileReqOutput(request_id=message.request_id, success=True, message="")
         assert isinstance(message, GetInternalStateReq)

@@ -197,6 +197,7 @@ class Simulation:
             "chunked_prefill_size": 8192,
             "target_itl_s": 0.04,
             "schedule_policy": "deadline",
+            "low_priority_values_first": False,
             "disable_radix_cache": False,
             "stream_interval": 1,
             "random_seed": 0,

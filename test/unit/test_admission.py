@@ -6,7 +6,7 @@ from ramet.srt.managers.admission import LOOK_AHEAD, Admission
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
 from ramet.srt.managers.prefill_adder import GroupRoom, PrefillAdder
 from ramet.srt.managers.schedule_batch import Req, RunningReq
-from ramet.srt.managers.schedule_policy import PATIENCE_S, STRETCH, Candidate, place_of, retraction_cost
+from ramet.srt.managers.schedule_policy import AGING_S, PATIENCE_S, STRETCH, Candidate, place_of, retraction_cost
 from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
@@ -60,6 +60,7 @@ def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, **config
         "chunked_prefill_size": -1,
         "target_itl_s": 0.0,
         "schedule_policy": "deadline",
+        "low_priority_values_first": False,
         "disable_radix_cache": False,
         "stream_interval": 1,
         "random_seed": 0,
@@ -128,7 +129,7 @@ class TestOrder:
         assert order(reqs, cache, "lpm", now_s=late_s - 0.001) == ["long", "none"]
         assert order(reqs, cache, "lpm", now_s=late_s + 0.001) == ["none", "long"]
 
-    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs"])
+    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs", "priority"])
     def test_who_has_run_before_comes_first(self, policy):
         cache = make_cache()
         keep(cache, prompt(12))
@@ -137,13 +138,34 @@ class TestOrder:
         reqs[2].output_ids, reqs[2].arrival_s = [1], 0.5
         assert order(reqs, cache, policy, token_s=0.0) == ["retracted", "parked", "new"]
 
+    def test_the_highest_priority_comes_first_but_nobody_waits_for_ever(self):
+        reqs = [
+            make_req("0", prompt(4), arrival_s=0.0),
+            make_req("-1", prompt(4), arrival_s=-AGING_S - 1, priority=-1),
+            make_req("2", prompt(40), arrival_s=3.0, priority=2),
+            make_req("1", prompt(40), arrival_s=AGING_S - 1, priority=1),
+            make_req("1, late", prompt(40), arrival_s=AGING_S + 1, priority=1),
+        ]
+        assert order(reqs, make_cache(), "priority") == ["2", "-1", "1", "0", "1, late"]
+
+    def test_of_a_long_queue_the_highest_priority_is_looked_at(self):
+        admission, _ = make_admission(num_pages=2, num_rows=1, schedule_policy="priority")
+        for index in range(LOOK_AHEAD + 5):
+            admission.put(make_req(str(index), prompt(4)))
+        admission.put(make_req("urgent", prompt(4), priority=1))
+        again = make_req("again", prompt(4), priority=-9)
+        again.num_retractions = 1
+        admission.put(again)
+        assert [req.rid for req in admission.waiting][:3] == ["again", "urgent", "0"]
+        assert rids(admission.next_chunks([])) == ["again"]
+
     def test_first_come_first_served(self):
         cache = make_cache()
         keep(cache, prompt(12))
         reqs = [make_req("b", prompt(13), arrival_s=1.0), make_req("a", prompt(40, 1))]
         assert order(reqs, cache, "fcfs") == ["a", "b"]
 
-    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs"])
+    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs", "priority"])
     def test_a_prefix_is_looked_for_once_a_pass(self, policy, monkeypatch):
         admission, (cache,) = make_admission(schedule_policy=policy)
         keep(cache, prompt(8))
@@ -424,7 +446,7 @@ class TestAdmission:
         admission.in_progress[0].handle.kv_len = 6
         assert lens(admission.next_chunks([])) == [("a", 2)], "b would take the pages of a's output"
 
-    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs"])
+    @pytest.mark.parametrize("policy", ["deadline", "lpm", "fcfs", "priority"])
     def test_who_was_retracted_is_the_first_to_run_again(self, policy):
         admission, (cache,) = make_admission(schedule_policy=policy, chunked_prefill_size=100)
         admission.put(make_req("a", prompt(4)))

@@ -40,8 +40,9 @@ SERVE_METADATA = (["ramet", "modelexpress-server"], ["python", "-m", "ramet.mode
 OURS = ("make", "ramet", "python", "curl", "bash")
 
 
-def test_flags_page_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_flags_doc", ROOT / "scripts" / "make_flags_doc.py")
+@pytest.mark.parametrize("script", ["make_flags_doc", "make_http_doc"])
+def test_what_the_code_writes_is_current(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.PATH.read_text() == module.render(), "run `make docs`"

@@ -26,13 +26,15 @@ def engines(request, folder):
         {},
         {"temperature": 0.9, "top_p": 0.9, "sampling_seed": 3},
         {"frequency_penalty": 0.5, "repetition_penalty": 1.3, "min_new_tokens": 4},
+        {"allowed_token_ids": list(range(40, 60)), "bad_words_ids": [[40], [41, 42], [43, 44, 45]]},
+        {"max_new_tokens": 0},
         {"regex": "[a-z ]{3,20}", "ignore_eos": False, "sampling_seed": 1, "temperature": 0.5},
     ],
     ids=str,
 )
 def test_same_tokens(engines, params):
     for _ in range(2):  # the second time with a warm prefix cache
-        plain, overlapped = (engine.generate(PROMPTS, max_new_tokens=14, **params) for engine in engines)
+        plain, overlapped = (engine.generate(PROMPTS, **{"max_new_tokens": 14} | params) for engine in engines)
         assert [result.token_ids for result in overlapped] == [result.token_ids for result in plain]
         assert [result.finish_reason for result in overlapped] == [result.finish_reason for result in plain]
 

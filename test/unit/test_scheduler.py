@@ -109,6 +109,55 @@ def test_frequency_penalty_forbids_repetition(engine):
     assert engine.generate([prompt], max_new_tokens=40, logit_bias={17: 1000.0})[0].token_ids == [17] * 40
 
 
+def test_a_prompt_is_scored_without_a_token(engine):
+    prompts = rm.random_prompts([9, 40])
+    for prompt in prompts:
+        scored = engine.generate([prompt], max_new_tokens=0, logprob_start_len=0, top=2)[0]
+        assert scored.token_ids == [] and scored.output_logprobs == []
+        assert (scored.finish_reason.type, scored.finish_reason.length) == ("length", 0)
+        continued = engine.generate([prompt], max_new_tokens=1, logprob_start_len=0, top=2)[0]
+        assert scored.input_logprobs == continued.input_logprobs
+    schema = json.dumps({"type": "object"})
+    assert engine.generate(prompts, max_new_tokens=0, json_schema=schema)[1].finish_reason.length == 0
+
+
+def test_only_allowed_tokens_come(engine):
+    prompt = rm.random_prompts([9])[0]
+    result = engine.generate([prompt], max_new_tokens=20, allowed_token_ids=[7, 8, 9], temperature=1.0)[0]
+    assert set(result.token_ids) <= {7, 8, 9} and len(result.token_ids) == 20
+
+
+def test_bad_words_do_not_come(engine):
+    """In a text of three tokens that are equally likely every short word comes, unless it may not."""
+    prompt = rm.random_prompts([9])[0]
+    params = {"max_new_tokens": 60, "allowed_token_ids": [7, 8, 9], "temperature": 100.0, "sampling_seed": 5}
+
+    def has(ids, word):
+        return any(ids[place : place + len(word)] == word for place in range(len(ids)))
+
+    words = [[7, 8], [9, 9, 7]]
+    assert all(has(engine.generate([prompt], **params)[0].token_ids, word) for word in words)
+    ids = engine.generate([prompt], **params, bad_words_ids=words)[0].token_ids
+    assert set(ids) == {7, 8, 9} and not any(has(ids, word) for word in words)
+    assert 7 not in engine.generate([prompt], **params, bad_words_ids=[[7]])[0].token_ids
+
+
+def test_a_request_that_leaves_no_token_is_a_bad_one(engine):
+    prompt = rm.random_prompts([9])[0]
+    result = engine.generate([prompt], max_new_tokens=5, allowed_token_ids=[7], bad_words_ids=[[7]])[0]
+    assert (result.finish_reason.type, result.finish_reason.status_code) == ("abort", 400)
+    assert result.finish_reason.param == "allowed_token_ids"
+
+
+@pytest.mark.parametrize("is_low_first", [False, True])
+def test_requests_of_high_priority_pass_others(folder, is_low_first):
+    flags = {"schedule_policy": "priority", "schedule_low_priority_values_first": is_low_first}
+    engine = EngineHarness(folder, max_running_requests=1, **flags)
+    for priority in (0, 5, -5):
+        engine.submit(str(priority), [5, 6], max_new_tokens=2, priority=priority)
+    assert list(engine.run()) == (["-5", "0", "5"] if is_low_first else ["5", "0", "-5"])
+
+
 def test_json_schema_is_obeyed(engine):
     schema = {
         "type": "object",

@@ -52,6 +52,7 @@ def test_a_missing_template_is_named(tmp_path) -> None:
         ("port", 0), ("port", 65535), ("page_size", 1), ("base_gpu_id", 0), ("chunked_prefill_size", -1),
         ("chunked_prefill_size", 1), ("mem_fraction_static", 0.5), ("drain_timeout", 0.1), ("context_length", None),
         ("target_itl_ms", 0.0), ("target_itl_ms", None), ("schedule_policy", "lpm"), ("schedule_policy", "fcfs"),
+        ("schedule_policy", "priority"),
     ],
 )  # fmt: skip
 def test_what_is_in_range_is_taken(name: str, value: object) -> None:
@@ -62,6 +63,13 @@ def test_a_target_for_the_token_time_needs_prompts_that_may_be_split() -> None:
     with pytest.raises(ValueError, match="^--target-itl-ms splits prompts, which --chunked-prefill-size -1 forbids$"):
         ServerArgs(model_path="m", chunked_prefill_size=-1, target_itl_ms=10.0)
     assert ServerArgs(model_path="m", chunked_prefill_size=-1, target_itl_ms=0.0).target_itl_ms == 0.0
+
+
+def test_the_sense_of_priorities_needs_priorities() -> None:
+    flags = {"model_path": "m", "schedule_low_priority_values_first": True}
+    with pytest.raises(ValueError, match="^--schedule-low-priority-values-first needs --schedule-policy priority$"):
+        ServerArgs(**flags)
+    assert ServerArgs(**flags, schedule_policy="priority").scheduler_config("cpu").low_priority_values_first
 
 
 def test_every_number_has_a_limit() -> None:

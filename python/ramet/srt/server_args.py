@@ -57,6 +57,8 @@ class ServerArgs(ServerFlags):
     def _validate_passes(self) -> None:
         if self.target_itl_ms and self.chunked_prefill_size == -1:
             raise ValueError("--target-itl-ms splits prompts, which --chunked-prefill-size -1 forbids")
+        if self.schedule_low_priority_values_first and self.schedule_policy != "priority":
+            raise ValueError("--schedule-low-priority-values-first needs --schedule-policy priority")
 
     def _validate_parallelism(self) -> None:
         if self.enable_dp_attention and (self.dp_size == 1 or self.tp_size % self.dp_size):
@@ -332,6 +334,7 @@ class ServerArgs(ServerFlags):
             chunked_prefill_size=self.chunked_prefill_size or defaults.chunked_prefill_size,
             target_itl_s=0.0 if self.chunked_prefill_size == -1 else target_itl_ms / 1000,
             schedule_policy=self.schedule_policy,
+            low_priority_values_first=self.schedule_low_priority_values_first,
             disable_radix_cache=self.disable_radix_cache,
             stream_interval=self.stream_interval,
             random_seed=self.random_seed,

@@ -13,7 +13,7 @@ ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch_varlen", "torch_nat
 REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")
 FALLBACKS = ("disk", "error")
-SCHEDULE_POLICIES = ("deadline", "lpm", "fcfs")
+SCHEDULE_POLICIES = ("deadline", "lpm", "fcfs", "priority")
 LOAD_BALANCE_METHODS = ("round_robin", "total_requests")
 SAMPLING_DEFAULTS = ("model", "openai")
 GRAMMAR_BACKENDS = ("llguidance", "none")
@@ -88,6 +88,9 @@ class ServerFlags:
         None, "Longest prompt plus output in tokens; the model's when not given.", limit=COUNT
     )
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
+    trust_request_chat_template: bool = flag(
+        False, "Let a request bring its own chat template (`chat_template`); the template's limits hold for it, too."
+    )
     sampling_defaults: str = flag(
         "model",
         "Where temperature, top_k, top_p, min_p and repetition_penalty of a request come from that doesn't give them: "
@@ -169,8 +172,12 @@ class ServerFlags:
     schedule_policy: str = flag(
         "deadline",
         "Order of prompts: by a deadline, which is the later the more of the prompt is to be computed; longest cached "
-        "prefix first, unless others have waited too long; or first come first served.",
+        "prefix first, unless others have waited too long; first come first served; or by the priority of requests, "
+        "the highest first, where each level counts as much as ten seconds of waiting.",
         choices=SCHEDULE_POLICIES,
+    )
+    schedule_low_priority_values_first: bool = flag(
+        False, "With --schedule-policy priority: a low value is a high priority, as in vLLM."
     )
     disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")
     stream_interval: int = flag(1, "Output tokens between two streamed events of a request.", limit=COUNT)

@@ -36,6 +36,13 @@ BODIES = [
     json.dumps({"model": MODEL_NAME, "prompt": [5], "stream_options": {"include_usage": True}}).encode(),
     json.dumps({"model": MODEL_NAME, "prompt": [99999], "stream": True}).encode(),
     json.dumps({"model": MODEL_NAME, "messages": []}).encode(),
+    json.dumps({"prompt": [5], "max_tokens": 1, "best_of": 1, "unheard_of": None, "user": [1]}).encode(),
+    json.dumps({"prompt": [5], "best_of": 2}).encode(),
+    json.dumps({"messages": [{"role": "usr", "content": "a"}]}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}).encode(),
+    json.dumps({"messages": [{"role": "user", "content": "a", "id": 1}], "n": "2"}).encode(),
+    b'{"text": "a", "lora_path": "x", "sampling_params": {"temperature": "hot"}}',
+    b'{"text": "a", "sampling_params": {"temperature": "hot", "stop_regex": []}}',
     json.dumps({"model": MODEL_NAME, "messages": [{"role": "user", "content": 5}]}).encode(),
     json.dumps({"model": MODEL_NAME, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}).encode(),
 ]

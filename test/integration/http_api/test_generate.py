@@ -105,7 +105,6 @@ def test_stop_string_is_cut_off(http: httpx.Client, tokenizer: Tokenizer, stream
         ({"text": "a", "sampling_params": {"regex": "("}}, "regex"),
         ({"text": "a", "image_data": "x"}, "image_data"),
         ({"text": "a", "stream": "yes"}, "stream"),
-        ({"text": "a", "rid": ""}, "rid"),
         ({"text": "a", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
         ({"text": "a", "top_logprobs_num": 10**20}, "top_logprobs_num"),
         ({"input_ids": [5] * CONTEXT_LEN}, "input_ids"),

@@ -142,18 +142,19 @@ def test_default_chat_length_is_the_context(client: openai.OpenAI) -> None:
     ("extra", "param", "code"),
     [
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"functions": []}, "functions", "unsupported_parameter"),
-        ({"tool_choice": "auto"}, "tool_choice", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
         ({"temperature": 3}, "temperature", None),
         ({"n": 0}, "n", None),
-        ({"max_tokens": 0}, "max_tokens", None),
+        ({"max_tokens": -1}, "max_tokens", None),
         ({"max_tokens": CONTEXT_LEN}, "max_tokens", "context_length_exceeded"),
         ({"top_logprobs": 2}, "top_logprobs", None),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
         ({"min_tokens": 9, "max_tokens": 2}, "min_tokens", None),
         ({"logit_bias": {"9999": 1}}, "logit_bias", None),
         ({"response_format": {"type": "grammar"}}, "response_format", None),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 3}}}}, None, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 3}}}},
+         "response_format", None),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", None),
         ({"messages": []}, "messages", None),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages", None),
@@ -161,7 +162,7 @@ def test_default_chat_length_is_the_context(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", None),
         ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, "weight", "unsupported_parameter"),
     ],
-)
+)  # fmt: skip
 def test_chat_refuses_by_name(http: httpx.Client, extra: dict[str, Any], param: str | None, code: str | None) -> None:
     body = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "a"}], **extra}
     response = http.post("/v1/chat/completions", json=body)
@@ -211,7 +212,7 @@ def test_calls_in_the_history_are_taken(http: httpx.Client) -> None:
     refused = chat(http, messages)
     assert refused.status_code == 400
     assert "must be a JSON object" in refused.json()["error"]["message"]
-    messages[1] = {"role": "assistant", "content": None}
+    messages[1] = {"role": "assistant"}
     assert chat(http, messages).status_code == 400
 
 

@@ -36,6 +36,7 @@ class Call:
         self.middleware = middleware
         self.messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
         self.messages.append({"type": "http.request", "body": b"", "more_body": False})
+        headers = {"content-type": "application/json"} | headers
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         self.scope = {"type": "http", "path": path, "headers": encoded, "method": "POST", "app_body": b""}
         self.sent: list[Any] = []
@@ -86,6 +87,14 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status_of("/abort_request", b"[" * 5000) == 400
     assert status_of(GENERATE, b"," * (MAX_VALUES + 1)) == 413
     assert status_of(GENERATE, b"{}", content_encoding="gzip") == 415
+
+
+def test_a_body_is_said_to_be_json() -> None:
+    for good in ("application/json", "application/json; charset=utf-8", "Application/JSON", "application/problem+json"):
+        assert status_of(GENERATE, b"{}", content_type=good) == 200
+    for bad in ("", "text/plain", "application/x-www-form-urlencoded", "text/json", "json"):
+        assert status_of(GENERATE, b"{}", content_type=bad) == 415
+        assert status_of(GENERATE, b"", content_type=bad) == 200  # what has no body needs no type
 
 
 def test_a_client_that_goes_while_it_sends_gets_nothing() -> None:
@@ -162,7 +171,7 @@ LONG = "context_length_exceeded"
         (CHAT, chat([{"type": "text", "text": "x"}] * 5000), "messages None"),
         (CHAT, chat([{}] * 5000), "messages None"),
         (CHAT, chat("x" * 2_000_000), f"messages {LONG}"),
-        (CHAT, chat("hi", metadata=dict.fromkeys(map(str, range(9000)), 1)), "metadata None"),
+        (CHAT, chat("hi", metadata=dict.fromkeys(map(str, range(9000)), 1)), ""),
         (CHAT, chat("hi", chat_template_kwargs={"a": [[]] * 50_000}), "chat_template_kwargs None"),
         (CHAT, chat("hi", tools=[{}] * 9000), "tools unsupported_parameter"),
     ],

@@ -13,7 +13,8 @@ class SchedulerConfig:
     page_size: int  # tokens
     chunked_prefill_size: int  # prompt tokens in one pass; -1: without limit
     target_itl_s: float  # seconds that a request should wait for its next token while prompts are computed; 0: any
-    schedule_policy: str  # "deadline", "lpm" or "fcfs"
+    schedule_policy: str  # "deadline", "lpm", "fcfs" or "priority"
+    low_priority_values_first: bool  # whether a low value is a high priority
     disable_radix_cache: bool
     stream_interval: int  # output tokens between two outputs of a streamed request
     random_seed: int  # of the sampling seeds given to requests without one

@@ -18,8 +18,14 @@ from pydantic import BaseModel, ValidationError
 
 from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
-from ramet.srt.entrypoints.http.http_validation import RequestBody, describe_validation_errors
-from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.entrypoints.http.http_validation import RequestBody
+from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.prepare_requests import Limits, check_prompt_size
 
@@ -31,12 +37,18 @@ MAX_FREE_BYTES = {
     "sampling_params": 2 << 20,
     "json_schema": 1 << 20,
     "response_format": 1 << 20,
+    "guided_json": 1 << 20,
+    "structured_outputs": 1 << 20,
     "chat_template_kwargs": 64 << 10,
 }
 BODIES: dict[str, type[RequestBody]] = {
     "/generate": GenerateReqInput,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/tokenize": TokenizeRequest,
+    "/v1/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v1/detokenize": DetokenizeRequest,
 }
 
 
@@ -77,14 +89,16 @@ def _as_text(quoted: str | None) -> str | None:
 
 def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
     """What is wrong with a body. What is not told here the route itself will find: it looks again."""
+    content = None
     try:
-        request = BODIES[question.path].model_validate(json.loads(body))
+        content = json.loads(body)
+        request = BODIES[question.path].model_validate(content)
         limits = Limits(vocab_size=question.vocab_size, max_req_len=question.max_req_len, has_eos=True, grammars=True)
         for param, prompt in _prompts(request, limits):
             check_prompt_size(prompt, param, question.max_req_len)
         _check_free_values(request)
     except ValidationError as error:
-        message, name, code = describe_validation_errors(error.errors(include_url=False))
+        message, name, code = describe_validation_errors(error.errors(include_url=False), content)
         return BodyVerdict(message=message, param=name, code=code)
     except RequestError as error:
         return BodyVerdict(message=str(error), param=error.param, code=error.code, status_code=error.status_code)

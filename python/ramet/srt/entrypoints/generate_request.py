@@ -6,37 +6,53 @@ The HTTP route and `Engine` both use it.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
 
+from ramet.srt.entrypoints.http import accepted_fields
+from ramet.srt.entrypoints.http.accepted_fields import Table, describe_refused, foreign_schema, without_foreign
 from ramet.srt.entrypoints.http.http_validation import (
     Prompts,
     PromptText,
     RequestBody,
     TokenIds,
-    describe_validation_errors,
 )
+from ramet.srt.entrypoints.http.validation_words import UNSUPPORTED, describe_validation_errors
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, Limits, SequenceInput
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
-from ramet.srt.sampling.sampling_params import MAX_TOKENS, parse_sampling_params, sampling_params_schema
+from ramet.srt.sampling.sampling_params import (
+    MAX_TOKENS,
+    SamplingParams,
+    parse_sampling_params,
+    sampling_params_schema,
+)
 from ramet.srt.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 64  # whose log-probabilities are written while nobody else has the event loop
 
 Output = dict[str, Any]
 
+SAMPLING_NAMES = frozenset(SamplingParams.__struct_fields__)
+
+
+def _sampling_schema() -> dict[str, Any]:
+    schema, others = sampling_params_schema(), foreign_schema(accepted_fields.SAMPLING)
+    properties = others["properties"] | schema["properties"]
+    return {**schema, "properties": properties, "additionalProperties": others["additionalProperties"]}
+
+
 SamplingParamsBody = Annotated[
     dict[str, Any] | list[dict[str, Any]] | None,
     WithJsonSchema(
         {
             "anyOf": [
-                sampling_params_schema(),
-                {"type": "array", "items": sampling_params_schema(), "minItems": 1},
+                _sampling_schema(),
+                {"type": "array", "items": _sampling_schema(), "minItems": 1},
                 {"type": "null"},
             ],
             "description": "How to sample: one object for all prompts, or a list with one for each.",
@@ -63,16 +79,19 @@ class GenerateReqInput(RequestBody):
     """One or several prompts, as `text` or as `input_ids`, to be continued."""
 
     model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_PROMPT)
+    foreign: ClassVar[Table] = accepted_fields.GENERATE
 
     text: PromptText | Prompts[PromptText] | None = None
     input_ids: TokenIds | Prompts[TokenIds] | None = None
     sampling_params: SamplingParamsBody = None
-    stream: bool = False
-    return_logprob: bool = False
-    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] = -1
-    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    return_text_in_logprobs: bool = False
-    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    stream: bool | None = False
+    return_logprob: bool | None = False
+    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
+    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = 0
+    return_text_in_logprobs: bool | None = False
+    rid: Annotated[str, Field(max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    model: str | None = None  # there is only one
 
     @classmethod
     def make(cls, **fields: Any) -> "GenerateReqInput":
@@ -80,7 +99,7 @@ class GenerateReqInput(RequestBody):
         try:
             return cls(**fields)
         except ValidationError as error:
-            message, param, code = describe_validation_errors(error.errors())
+            message, param, code = describe_validation_errors(error.errors(), fields)
             raise RequestError(message, param=param, code=code) from None
 
     def prompts(self) -> Sequence[str | list[int]]:
@@ -115,21 +134,33 @@ class GenerateReqInput(RequestBody):
             raise RequestError(
                 f"sampling_params has {len(given)} entries for {len(prompts)} prompts", param="sampling_params"
             )
-        each = given if isinstance(given, list) else [given] * len(prompts)
+        each = [_own_params(one) for one in given] if isinstance(given, list) else [_own_params(given)] * len(prompts)
         return [
             SequenceInput(
                 text=prompt if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
                 sampling_params=parse_sampling_params(params, limits.vocab_size, limits.sampling_defaults),
                 fit_max_new_tokens=params.get("max_new_tokens") is None,
-                return_logprob=self.return_logprob,
-                logprob_start_len=self.logprob_start_len,
-                top_logprobs_num=self.top_logprobs_num,
-                stream=self.stream,
+                return_logprob=bool(self.return_logprob),
+                logprob_start_len=-1 if self.logprob_start_len is None else self.logprob_start_len,
+                top_logprobs_num=self.top_logprobs_num or 0,
+                stream=bool(self.stream),
+                priority=self.priority or 0,
                 param="text" if isinstance(prompt, str) else "input_ids",
             )
             for prompt, params in zip(prompts, each, strict=True)
         ]
+
+
+def _own_params(given: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters without those that are not read, and say nothing. Raises RequestError for one that does."""
+    if SAMPLING_NAMES.issuperset(given):
+        return given
+    own = without_foreign(given, SAMPLING_NAMES, accepted_fields.SAMPLING)
+    for name in own:
+        if name in accepted_fields.SAMPLING:
+            raise RequestError(f"{name} {describe_refused(name)}", param=name, code=UNSUPPORTED)
+    return own
 
 
 async def answer_request(manager: TokenizerManager, request: GenerateReqInput) -> Output | list[Output]:
@@ -164,7 +195,7 @@ async def stream_request(manager: TokenizerManager, request: GenerateReqInput) -
 
 
 async def _start(manager: TokenizerManager, request: GenerateReqInput) -> Generation:
-    return await manager.generate(request.sequence_inputs(manager.limits), request.rid)
+    return await manager.generate(request.sequence_inputs(manager.limits), request.rid or None)
 
 
 def _has_several(request: GenerateReqInput, generation: Generation) -> bool:
@@ -176,8 +207,8 @@ class ShownLogprobs:
 
     def __init__(self, request: GenerateReqInput, tokenizer: Tokenizer) -> None:
         self.fields: dict[str, list[Any]] = {}
-        self._wanted = request.return_logprob
-        self._with_top = request.top_logprobs_num > 0
+        self._wanted = bool(request.return_logprob)
+        self._with_top = bool(request.top_logprobs_num)
         self._tokenizer = tokenizer if request.return_text_in_logprobs else None
 
     async def catch_up(self, sequence: RunningSequence) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, FastAPI, Query, Request
 from pydantic import ConfigDict, Field
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ramet
@@ -21,14 +21,18 @@ from ramet.srt.entrypoints.http.answers import (
     ChatCompletion,
     Completion,
     Done,
+    Loads,
     ModelCard,
     ModelInfo,
     ModelList,
     NativeOutput,
+    ReplicaLoad,
     Status,
+    Version,
 )
 from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.direct_routes import DirectRoutes, find_endpoints
+from ramet.srt.entrypoints.http.docs_page import docs_response
 from ramet.srt.entrypoints.http.event_stream import (
     ClientGone,
     client_gone_response,
@@ -36,14 +40,18 @@ from ramet.srt.entrypoints.http.event_stream import (
     json_response,
     until_disconnect,
 )
-from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS, AccessMiddleware
+from ramet.srt.entrypoints.http.http_access import OPEN_PATHS, AccessMiddleware
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import ErrorResponse, error_response, install_error_handlers, on_unexpected
+from ramet.srt.entrypoints.http.http_front import FrontMiddleware
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.load_answers import all_loads, replica_loads
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.entrypoints.openai.serving_base import check_model, unknown_model
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.entrypoints.tokenize_routes import make_tokenize_router
 from ramet.srt.entrypoints.weight_routes import make_weight_router
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import FlushCacheReqOutput, ProfileReqOutput
@@ -61,7 +69,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorResponse, "description": "A web page asks, and no key is set."},
     408: {"model": ErrorResponse, "description": "The request has not come in time."},
     413: {"model": ErrorResponse, "description": "The body is too long."},
-    415: {"model": ErrorResponse, "description": "The body is compressed."},
+    415: {"model": ErrorResponse, "description": "The body is compressed, or no JSON by its Content-Type."},
     500: {"model": ErrorResponse, "description": "The instance has failed."},
     503: {"model": ErrorResponse, "description": "The instance is loading, full or stopping."},
 }
@@ -71,7 +79,7 @@ BAD_HEALTH: dict[int | str, dict[str, Any]] = {503: ERRORS[503]}
 
 EXACTLY_ONE_TARGET: dict[str, Any] = {
     "oneOf": [
-        {"required": ["rid"], "properties": {"rid": {"type": "string"}, "abort_all": {"const": False}}},
+        {"required": ["rid"], "properties": {"rid": {"type": "string"}, "abort_all": {"enum": [False, None]}}},
         {"required": ["abort_all"], "properties": {"rid": {"type": "null"}, "abort_all": {"const": True}}},
     ]
 }
@@ -83,7 +91,7 @@ class AbortBody(RequestBody):
     model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_TARGET)
 
     rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    abort_all: bool = False
+    abort_all: bool | None = False
 
 
 class StartProfileBody(RequestBody):
@@ -127,14 +135,14 @@ class DescribedApp(FastAPI):
             for method, operation in operations.items():
                 operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
                 operation["responses"].pop("422", None)
-                if self.has_keys and path not in HEALTH_PATHS:
+                if self.has_keys and path not in OPEN_PATHS:
                     operation["security"] = [{"key": []}]
 
 
 def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
     """The application that serves `instance`; `checker`, which users' requests need, sees large bodies first."""
     args = instance.server_args
-    app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None)
+    app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.has_keys = bool(args.api_key or args.admin_api_key)
     install_error_handlers(app)
 
@@ -148,6 +156,7 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
         app.include_router(router)
     if instance.is_head:
         app.include_router(make_weight_router(instance, ERRORS | NOT_FOUND))
+        app.include_router(make_tokenize_router(instance, ERRORS | NOT_FOUND))
     app.front = _front_of(app, instance, checker, [route for router in routers for route in router.routes])
     return app
 
@@ -155,6 +164,7 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
 def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None, routes: Sequence[Any]) -> ASGIApp:
     """What a request meets before the application: who may ask, its body, and the short way of users' requests."""
     args = instance.server_args
+    origins = OriginCheck(args.host, args.allowed_host_names)
     front: ASGIApp = app.answer
     if instance.is_head:
         front = DirectRoutes(front, find_endpoints(routes, GENERATE_PATHS))
@@ -164,11 +174,11 @@ def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None
         front,
         api_key=args.api_key,
         admin_api_key=args.admin_api_key,
-        origins=OriginCheck(args.host, args.allowed_host_names),
+        origins=origins,
         refusal=instance.refusal,
         authorities=args.authorities,
     )
-    return ServerErrorMiddleware(front, handler=on_unexpected)
+    return FrontMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins)
 
 
 def _node_routes(instance: Instance) -> APIRouter:
@@ -195,6 +205,8 @@ def _health_routes(instance: Instance) -> APIRouter:
             raise ServiceError(refusal)
 
     @router.get("/health", responses={200: {"model": Status}})
+    @router.get("/ready", responses={200: {"model": Status}})
+    @router.api_route("/ping", methods=["GET", "POST"], responses={200: {"model": Status}})
     async def health() -> Response:
         """Whether the instance takes requests, and its processes move."""
         check()
@@ -243,6 +255,7 @@ def _native_routes(instance: Instance) -> APIRouter:
     @router.post("/generate", responses={200: {"model": NativeOutput | list[NativeOutput], "content": EVENTS}})
     async def generate(body: GenerateReqInput, request: Request) -> Response:
         """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
+        check_model(body.model, instance.server_args.model_name)
         if body.stream:
             return await event_stream(request, stream_request(instance.manager, body))
 
@@ -251,15 +264,38 @@ def _native_routes(instance: Instance) -> APIRouter:
 
         return await until_disconnect(request, answer())
 
-    @router.get("/get_model_info", responses={200: {"model": ModelInfo}})
-    async def get_model_info() -> Response:
+    @router.get("/model_info", responses={200: {"model": ModelInfo}})
+    @router.get("/get_model_info", responses={200: {"model": ModelInfo}}, deprecated=True)
+    async def model_info() -> Response:
         """What is served."""
         return json_response(instance.model_info())
 
-    @router.get("/get_server_info")
-    async def get_server_info() -> Response:
+    @router.get("/server_info")
+    @router.get("/get_server_info", deprecated=True)
+    async def server_info() -> Response:
         """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers."""
         return json_response(instance.server_info(await instance.manager.internal_states()))
+
+    @router.get("/get_load", responses={200: {"model": list[ReplicaLoad]}})
+    async def get_load() -> Response:
+        """How much each replica has to do: SGLang's older form."""
+        return json_response(replica_loads(await instance.manager.internal_states()))
+
+    @router.get("/v1/loads", responses={200: {"model": Loads}})
+    async def loads() -> Response:
+        """How much each replica has to do, and all together."""
+        max_running_requests = instance.schedulers[0].max_running_requests
+        return json_response(all_loads(await instance.manager.internal_states(), max_running_requests))
+
+    @router.get("/version", responses={200: {"model": Version}})
+    async def version() -> Response:
+        """Which version of Ramet this is."""
+        return json_response({"version": ramet.__version__})
+
+    @router.get("/docs", response_class=HTMLResponse)
+    async def docs() -> Response:
+        """This description as a page."""
+        return docs_response()
 
     @router.get("/remote_instance_transfer_engine_info", responses=NOT_FOUND)
     @router.get("/get_remote_instance_transfer_engine_info", responses=NOT_FOUND, deprecated=True)
@@ -310,7 +346,7 @@ def _admin_routes(instance: Instance) -> APIRouter:
     @router.post("/abort_request", responses={200: {"model": Done}})
     async def abort_request(body: AbortBody, request: Request) -> Response:
         """End a request by its id, or all of them. Succeeds for an unknown id too: it may just have ended."""
-        if body.abort_all == (body.rid is not None):
+        if bool(body.abort_all) == (body.rid is not None):
             raise RequestError("exactly one of rid and abort_all must be given", param="rid")
         if body.abort_all and not request.scope["is_admin"]:
             return error_response(401, "abort_all needs the admin key", code="invalid_api_key")
@@ -372,9 +408,7 @@ def _openai_routes(instance: Instance) -> APIRouter:
     async def model(model: str) -> Response:
         """One model."""
         if model != instance.server_args.model_name:
-            raise RequestError(
-                f"the model {model!r} does not exist", param="model", code="model_not_found", status_code=404
-            )
+            raise unknown_model(model, instance.server_args.model_name)
         return json_response(model_card())
 
     return router

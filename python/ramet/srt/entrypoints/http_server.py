@@ -59,7 +59,7 @@ class HttpServer:
         limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
         config = uvicorn.Config(
             create_app(instance, self._checker if instance.is_head else None),
-            http=guarded_protocol(limits, HEALTH_PATHS.__contains__),
+            http=guarded_protocol(limits, lambda path: path.rstrip("/") in HEALTH_PATHS),
             ws="none",
             lifespan="off",
             log_config=None,

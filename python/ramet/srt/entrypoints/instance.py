@@ -242,6 +242,8 @@ class Instance:
             max_req_len=self.model_config.context_len,
             has_eos=bool(self.model_config.eos_token_ids),
             grammars=args.grammar_backend != "none",
+            priorities=args.schedule_policy == "priority",
+            request_templates=args.trust_request_chat_template,
             sampling_defaults=self.sampling_defaults,
         )
         self.metrics = Metrics(args.model_name)

@@ -1,12 +1,13 @@
 """Owns who waits, whose prompt is in progress, and of which prompts the next pass computes a chunk."""
 
+import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.prefill_adder import GroupRoom, PrefillAdder
 from ramet.srt.managers.schedule_batch import Req, RunningReq
-from ramet.srt.managers.schedule_policy import Candidate, max_share, place_of
+from ramet.srt.managers.schedule_policy import Candidate, aged_arrival_s, max_share, place_of
 from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.mem_cache.allocator import RowAllocator
 from ramet.srt.mem_cache.request_cache import RequestCache
@@ -30,7 +31,7 @@ class TokenReserve:
 
     def num_pages(self, reqs: Sequence[RunningReq], cache: RequestCache) -> int:
         """Pages to leave free in the cache of `reqs`, which run."""
-        tokens = sum(running.num_remaining_tokens for running in reqs) * self._ratio
+        tokens = sum(max(0, running.num_remaining_tokens) for running in reqs) * self._ratio
         return cache.num_pages(int(tokens)) + len(reqs)
 
     def grow(self) -> None:
@@ -64,7 +65,8 @@ class Admission:
         self._rows = rows
         self._budget = budget
         self._clock = clock
-        self.waiting: deque[Req] = deque()  # those that have run before, then the others in the order of their arrival
+        # Those that have run before, then the others in the order of their arrival, or by their priority.
+        self.waiting: deque[Req] = deque()
         self.in_progress: list[RunningReq] = []
         self.reserve = TokenReserve()
 
@@ -78,6 +80,8 @@ class Admission:
             req.arrival_s = self._clock()
         if req.has_run:
             self.waiting.appendleft(req)
+        elif self._policy == "priority":
+            bisect.insort(self.waiting, req, key=lambda other: (not other.has_run, aged_arrival_s(other)))
         else:
             self.waiting.append(req)
 
@@ -153,7 +157,7 @@ class Admission:
         return prompts
 
     def _first_waiting(self) -> Iterator[Req]:
-        """The requests that have waited longest, up to LOOK_AHEAD of each attention group."""
+        """The requests that come first, up to LOOK_AHEAD of each attention group."""
         num_left = [LOOK_AHEAD] * len(self._caches)
         num_open = len(num_left)
         for req in self.waiting:

@@ -57,6 +57,7 @@ def _sampling_state(req: Req) -> SamplingState:
         output_ids=list(req.output_ids),
         return_logprob=req.return_logprob,
         top_logprobs_num=req.top_logprobs_num,
+        bad_words_ids=req.bad_words_ids,
     )
 
 

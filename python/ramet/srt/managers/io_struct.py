@@ -36,6 +36,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     return_logprob: bool = False
     logprob_start_len: int = -1  # -1: no prompt logprobs; k: from prompt position k
     top_logprobs_num: int = 0
+    priority: int = 0
+    bad_words_ids: list[list[int]] = []  # token sequences that the output must not have
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):

@@ -12,7 +12,7 @@ import msgspec
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
 from ramet.srt.sampling.constraint import constraint_of
-from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, SamplingParams, is_unicode
+from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, MIN_SEED, SamplingParams, is_unicode
 from ramet.srt.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES_OF_REQUEST = 4096
@@ -36,6 +36,7 @@ class SequenceInput:
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
     stream: bool = False
+    priority: int = 0
     param: str = "text"  # what the client calls the prompt, for errors
 
 
@@ -47,6 +48,8 @@ class Limits:
     max_req_len: int  # prompt plus output, in tokens
     has_eos: bool
     grammars: bool  # whether constrained output is there
+    priorities: bool = True  # whether requests may have some
+    request_templates: bool = False  # whether a request may bring its own chat template
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # the model's own
 
 
@@ -79,6 +82,11 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
     input_ids = _encode(one, tokenizer, limits) if one.input_ids is None else one.input_ids
     _check_prompt(one, input_ids, limits)
     _check_grammar(one.sampling_params, limits)
+    if one.priority and not limits.priorities:
+        raise RequestError(
+            "priority: requests have priorities only with --schedule-policy priority; otherwise it must be 0",
+            param="priority",
+        )
     return TokenizedGenerateReqInput(
         rid="",
         input_ids=input_ids,
@@ -87,7 +95,21 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
         return_logprob=one.return_logprob,
         logprob_start_len=one.logprob_start_len,
         top_logprobs_num=one.top_logprobs_num,
+        priority=one.priority,
+        bad_words_ids=_bad_words_ids(one.sampling_params, tokenizer, limits),
     )
+
+
+def _bad_words_ids(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
+    """The ways to write the bad words as tokens: each at the beginning of a text, and behind a space."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in params.bad_words:
+        bare = word.lstrip() or word
+        for text in (bare, f" {bare}"):
+            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+            if ids and max(ids) < limits.vocab_size:
+                found[ids] = None
+    return [list(ids) for ids in found]
 
 
 def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[int]:
@@ -184,7 +206,12 @@ def _copies(request: TokenizedGenerateReqInput) -> list[TokenizedGenerateReqInpu
     params = request.sampling_params
     copies = []
     for number in range(params.n):
-        seed = None if params.sampling_seed is None else params.sampling_seed + number
+        seed = None if params.sampling_seed is None else _wrapped(params.sampling_seed + number)
         one = msgspec.structs.replace(params, n=1, sampling_seed=seed)
         copies.append(msgspec.structs.replace(request, sampling_params=one))
     return copies
+
+
+def _wrapped(seed: int) -> int:
+    """The seed as an int64: behind the largest comes the smallest."""
+    return (seed - MIN_SEED) % (1 << 64) + MIN_SEED

@@ -38,6 +38,8 @@ class Req:
         self.logprob_start_len = message.logprob_start_len
         self.top_logprobs_num = message.top_logprobs_num
         self.wants_input_logprobs = message.return_logprob and message.logprob_start_len >= 0
+        self.priority = message.priority
+        self.bad_words_ids = message.bad_words_ids
         self.is_silent = False  # whether nobody waits for the output
 
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
@@ -111,7 +113,7 @@ class RunningReq:
 
     @property
     def num_remaining_tokens(self) -> int:
-        """Output tokens that may still come from further passes."""
+        """Output tokens that may still come from further passes; below 0 where a pass under way gives one too many."""
         req = self.req
         return req.sampling_params.max_new_tokens - len(req.output_ids) - self.num_pending
 

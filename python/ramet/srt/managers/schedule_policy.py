@@ -8,6 +8,8 @@ Under every policy those come first that have run before: they have waited alrea
 - "lpm": the longest prefix in the cache first, the computed part of a prompt included; but before them, by deadline,
   those whose deadline is PATIENCE_S ago.
 - "fcfs": by arrival.
+- "priority": by arrival, which counts as AGING_S earlier for each level of a request's priority. So the highest comes
+  first, but nobody waits for ever: whoever has waited AGING_S longer is as good as one of the next level.
 """
 
 from ramet.srt.managers.schedule_batch import Req, RunningReq
@@ -15,6 +17,7 @@ from ramet.srt.mem_cache.request_cache import PrefixMatch, RequestCache
 
 STRETCH = 4.0
 PATIENCE_S = 2.0
+AGING_S = 10.0
 MAX_SHARE = 0.75  # of a pass's prompt tokens that one prompt may take while others want some, too
 
 Place = tuple[float, ...]
@@ -52,11 +55,19 @@ def place_of(prompt: Candidate | RunningReq, policy: str, token_s: float, now_s:
     assert req.arrival_s is not None
     if policy == "fcfs":
         return not req.has_run, req.arrival_s
+    if policy == "priority":
+        return not req.has_run, aged_arrival_s(req)
     deadline_s = req.arrival_s + STRETCH * token_s * prompt.missing_len
     if policy == "deadline":
         return not req.has_run, deadline_s
     is_late = deadline_s + PATIENCE_S <= now_s
     return not req.has_run, not is_late, deadline_s if is_late else prompt.missing_len - req.num_tokens
+
+
+def aged_arrival_s(req: Req) -> float:
+    """When a request of priority 0 would have to come to stand where this one does."""
+    assert req.arrival_s is not None
+    return req.arrival_s - AGING_S * req.priority
 
 
 def max_share(policy: str) -> float:

@@ -211,6 +211,8 @@ class Scheduler:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
 
     def _accept(self, message: TokenizedGenerateReqInput) -> None:
+        if self.config.low_priority_values_first:
+            message.priority = -message.priority
         params, prompt_len, max_len = message.sampling_params, len(message.input_ids), self.model_runner.max_req_len
         seed = self._seeds.getrandbits(63) if params.sampling_seed is None else params.sampling_seed
         max_queued = self.config.max_queued_requests
@@ -435,6 +437,8 @@ class Scheduler:
         req = chosen.running.req
         if req.grammar is None or req.finish_reason is not None or chosen.token_id == INVALID_TOKEN:
             return False
+        if req.sampling_params.max_new_tokens == 0:
+            return False
         self.grammar_steps.begin(chosen)
         return True
 
@@ -460,6 +464,9 @@ class Scheduler:
         self._send_news(gaining)
 
     def _take_token(self, req: Req, chosen: ChosenToken) -> None:
+        if req.sampling_params.max_new_tokens == 0:  # nobody wants a token: the prompt has been computed
+            req.finish_reason = FinishReason(type="length", length=0)
+            return
         if chosen.token_id == INVALID_TOKEN:
             req.finish_reason = self.output.no_token_reason(req)
             return

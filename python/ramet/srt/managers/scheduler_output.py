@@ -29,6 +29,10 @@ class OutputProcessor:
         if grammar is not None and len(req.output_ids) < params.min_new_tokens and not grammar.allows_beyond(banned):
             text = f"{grammar.constraint.name} lets the output end before min_new_tokens ({params.min_new_tokens})"
             return FinishReason(type="abort", message=text, status_code=400, param="min_new_tokens")
+        name = next((name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)), None)
+        if name is not None:
+            text = f"{name} and what else the request asks for leave no token that could come next"
+            return FinishReason(type="abort", message=text, status_code=400, param=name)
         message = "the model left no token to choose"
         return FinishReason(type="abort", message=message, status_code=500)
 

@@ -1,5 +1,7 @@
 """Owns what a request says about the form of its output: which parameter, its text, and how long that may be."""
 
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ramet.srt.errors import RequestError
@@ -31,3 +33,8 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
                 raise RequestError(f"{name} has {num_bytes} bytes; at most {limit} can be used", param=name)
             return Constraint(name, text)
     return None
+
+
+def regex_of(texts: Iterable[str]) -> str:
+    """A regex that these texts alone match."""
+    return "|".join(re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text) for text in texts)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ramet.srt.sampling.constraint import Constraint
+from ramet.srt.sampling.json_schema import adapt_schema
 from ramet.srt.text.tokenizer import Tokenizer
 
 # Between the parts of a JSON text. Bounded, so that a model that likes white space still reaches the end.
@@ -144,7 +145,7 @@ def _to_llguidance(constraint: Constraint) -> str:
 
     name, text = constraint
     if name == "json_schema":
-        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(adapt_schema(text), defaults={"whitespace_pattern": JSON_WHITESPACE})
     if name == "regex":
         return LLMatcher.grammar_from_regex(text)
     return grammar_from("ebnf", text)  # GBNF (root ::= …) or Lark (start: …)

@@ -17,6 +17,8 @@ class SamplingRow:
         self.num_output_tokens = len(state.output_ids)
         self.token_counts: torch.Tensor | None = None  # float32 [vocab_size]: output tokens
         self.seen_tokens: torch.Tensor | None = None  # bool [vocab_size]: prompt and output tokens
+        self.banned_tokens: torch.Tensor | None = None  # bool [vocab_size]: never to be chosen
+        self.bad_words = BadWords(state) if state.bad_words_ids else None
 
     def append(self, token: torch.Tensor) -> None:
         """Count a new output token, int64 [1] and not negative, where it lies: on the device."""
@@ -25,6 +27,44 @@ class SamplingRow:
             self.token_counts.index_add_(0, token, torch.ones(1, dtype=torch.float32, device=token.device))
         if self.seen_tokens is not None:
             self.seen_tokens.index_fill_(0, token, True)
+        if self.bad_words is not None:
+            self.bad_words.append(token)
+
+
+class BadWords:
+    """A request's bad words of several tokens, and the output tokens by which one of them may have begun."""
+
+    def __init__(self, state: SamplingState):
+        self.single_ids = [ids[0] for ids in state.bad_words_ids if len(ids) == 1]
+        self._several = [ids for ids in state.bad_words_ids if len(ids) > 1]
+        self._num_kept = max((len(ids) - 1 for ids in self._several), default=0)
+        self._last: list[torch.Tensor] = []  # int64 [1] each, where it lies: on the device
+        self._first_ids = state.output_ids[-self._num_kept :] if self._num_kept else []  # of an output that is resumed
+        self._words: list[torch.Tensor] | None = None  # int64 [len(word)] each
+
+    def append(self, token: torch.Tensor) -> None:
+        """Take in a new output token, int64 [1]."""
+        if self._num_kept:
+            self._last = [*self._last, token.clone()][-self._num_kept :]
+
+    def ban(self, logits: torch.Tensor) -> None:
+        """Ban in `logits` [vocab_size] the tokens that would end a word which has begun."""
+        if not self._several:
+            return
+        if self._words is None:
+            self._words = [to_device(ids, torch.int64, logits.device) for ids in self._several]
+            if self._first_ids:
+                resumed = to_device(self._first_ids, torch.int64, logits.device)
+                self._last = [*resumed.split(1), *self._last][-self._num_kept :]
+        if not self._last:
+            return
+        last = torch.cat(self._last)
+        for word in self._words:
+            num_begun = word.shape[0] - 1
+            if num_begun <= last.shape[0]:
+                is_begun = (last[last.shape[0] - num_begun :] == word[:-1]).all()
+                end = logits[word[-1:]]
+                logits.index_copy_(0, word[-1:], torch.where(is_begun, float("-inf"), end))
 
 
 def apply_logit_rules(
@@ -41,6 +81,8 @@ def apply_logit_rules(
             ids = to_device(list(params.logit_bias), torch.int64, logits.device)
             biases = to_device(list(params.logit_bias.values()), torch.float32, logits.device)
             logits[index].index_add_(0, ids, biases)
+        if params.allowed_token_ids or row.bad_words is not None:
+            _apply_bans(logits[index], row)
         if row.num_output_tokens < params.min_new_tokens:
             banned = [*eos_token_ids, *params.stop_token_ids]
             if banned:
@@ -68,6 +110,21 @@ def _apply_count_penalties(logits: torch.Tensor, row: SamplingRow) -> None:
         row.token_counts = to_device(counts.numpy(), torch.float32, logits.device)
     params = row.state.params
     logits -= params.frequency_penalty * row.token_counts + params.presence_penalty * (row.token_counts > 0)
+
+
+def _apply_bans(logits: torch.Tensor, row: SamplingRow) -> None:
+    """Ban all tokens but the allowed ones, and those that make bad words."""
+    allowed = row.state.params.allowed_token_ids
+    if row.banned_tokens is None:
+        banned = torch.full_like(logits, bool(allowed), dtype=torch.bool)
+        if allowed:
+            banned.index_fill_(0, to_device(allowed, torch.int64, logits.device), False)
+        if row.bad_words is not None and row.bad_words.single_ids:
+            banned.index_fill_(0, to_device(row.bad_words.single_ids, torch.int64, logits.device), True)
+        row.banned_tokens = banned
+    logits.masked_fill_(row.banned_tokens, float("-inf"))
+    if row.bad_words is not None:
+        row.bad_words.ban(logits)
 
 
 def _apply_grammar_mask(logits: torch.Tensor, mask: bytes) -> None:

@@ -15,7 +15,12 @@ from ramet.srt.errors import RequestError
 MAX_TOKENS = 2**31 - 1  # beyond every context; what "as many as fit" is written as before it is clipped
 MAX_SEQUENCES = 128  # largest n
 MAX_LOGIT_BIAS = 4096  # tokens with a bias
-MAX_SEED = 9 * 10**18  # an int64 that is exact as a double too: JSON schemas write their bounds as doubles
+MAX_ALLOWED_TOKENS = 1 << 16  # that an output is made of, where it says so
+MAX_BAD_WORDS = 128
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1  # int64
+TYPE_WORDS = {"int": "an integer", "float": "a number", "str": "a string", "bool": "true or false", "array": "a list",
+              "object": "an object"}  # fmt: skip
+ALSO_TAKEN = {"stop": "a string", "json_schema": "an object"}  # and brought to the parameter's own type
 TOKEN_KEY = r"^(0|[1-9][0-9]{0,8})$"  # a token id as the key of a JSON object
 GREEDY_TEMPERATURE = 1e-5  # below this a temperature means greedy: dividing by it would overflow
 GRAMMAR_FIELDS = ("regex", "json_schema", "ebnf")
@@ -23,6 +28,7 @@ GRAMMAR_FIELDS = ("regex", "json_schema", "ebnf")
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
@@ -32,7 +38,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     The names and defaults are those of SGLang's /generate.
     """
 
-    max_new_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 128
+    max_new_tokens: TokenCount = 128  # 0: the prompt is computed, for its log-probabilities
     min_new_tokens: TokenCount = 0
     temperature: Annotated[float, Meta(ge=0, le=1e6)] = 1.0  # 0 means greedy
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -45,7 +51,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=1024)] = []
     ignore_eos: bool = False
     logit_bias: Annotated[dict[int, Bias], Meta(max_length=MAX_LOGIT_BIAS)] = {}
-    sampling_seed: Annotated[int, Meta(ge=-MAX_SEED, le=MAX_SEED)] | None = None
+    allowed_token_ids: Annotated[
+        list[Annotated[int, Meta(ge=0, le=MAX_TOKENS)]], Meta(max_length=MAX_ALLOWED_TOKENS)
+    ] = []
+    bad_words: Annotated[list[BadWord], Meta(max_length=MAX_BAD_WORDS)] = []
+    sampling_seed: Annotated[int, Meta(ge=MIN_SEED, le=MAX_SEED)] | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 1
     regex: str | None = None
     json_schema: str | None = None
@@ -128,12 +138,26 @@ def _named(error: msgspec.ValidationError, values: dict[str, Any]) -> RequestErr
     match = re.fullmatch(r"(?P<what>.*) - at (?:`key` in )?`\$\.(?P<name>\w+)(?P<rest>.*)`", str(error), re.DOTALL)
     if match is None:
         return RequestError(str(error), param="sampling_params")
-    what = match["what"].replace("`", "")
-    what = what[0].lower() + what[1:]
+    what = _in_words(match["what"])
     name, biases = match["name"], values.get("logit_bias")
     if name == "logit_bias" and isinstance(biases, Mapping):
         return RequestError(_describe_bad_bias(biases, what), param=name)
-    return RequestError(f"{name}{match['rest']}: {what}", param=name)
+    if not match["rest"] and name in ALSO_TAKEN:
+        what = what.replace("must be ", f"must be {ALSO_TAKEN[name]} or ", 1)
+    return RequestError(f"{name}{match['rest']} {what}", param=name)
+
+
+def _in_words(what: str) -> str:
+    """msgspec's "Expected `int | null`, got `str`", or "Expected `float` >= 0.0", as what stands behind a name."""
+    if found := re.fullmatch(r"Expected `([\w |]+)`, got `(\w+)`", what):
+        kinds = [TYPE_WORDS.get(kind, kind) for kind in found[1].split(" | ") if kind != "null"]
+        return f"must be {' or '.join(kinds)}, not {TYPE_WORDS.get(found[2], found[2])}"
+    if found := re.fullmatch(r"Expected `\w+`( of length)? (>=|<=|>|<) (\S+)", what):
+        relation = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}[found[2]]
+        if found[1] and (found[2], found[3]) == (">=", "1"):
+            return "must not be empty"
+        return f"must {'have a length of' if found[1] else 'be'} {relation} {found[3]}"
+    return f"can't be used: {what[0].lower()}{what[1:].replace('`', '')}"
 
 
 def _describe_bad_bias(biases: Mapping[Any, Any], what: str) -> str:
@@ -147,8 +171,8 @@ def _describe_bad_bias(biases: Mapping[Any, Any], what: str) -> str:
         try:
             msgspec.convert(bias, Bias)
         except msgspec.ValidationError:
-            return f"logit_bias[{shown}]: {what}"
-    return f"logit_bias: {what}"
+            return f"logit_bias[{shown}] {what}"
+    return f"logit_bias {what}"
 
 
 def _check_together(params: SamplingParams, vocab_size: int) -> None:
@@ -162,7 +186,7 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
             f"min_new_tokens ({params.min_new_tokens}) is above max_new_tokens ({params.max_new_tokens})",
             param="min_new_tokens",
         )
-    for name in ("stop_token_ids", "logit_bias"):
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
         for token_id in getattr(params, name):
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"{name}: token id {token_id} is not in [0, {vocab_size})", param=name)
@@ -174,7 +198,7 @@ def _check_together(params: SamplingParams, vocab_size: int) -> None:
         raise RequestError(
             f"only one of {', '.join(GRAMMAR_FIELDS)} may be given; got {', '.join(grammars)}", param=grammars[1]
         )
-    for name in ("stop", *GRAMMAR_FIELDS):
+    for name in ("stop", "bad_words", *GRAMMAR_FIELDS):
         value = getattr(params, name)
         if value and not _is_unicode_throughout(value):
             raise _not_unicode(name)

@@ -15,3 +15,4 @@ class SamplingState(msgspec.Struct, kw_only=True):
     output_ids: list[int]  # tokens that it has already, after a retraction
     return_logprob: bool
     top_logprobs_num: int
+    bad_words_ids: list[list[int]] = []  # token sequences that the output must not have

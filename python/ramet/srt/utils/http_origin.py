@@ -46,6 +46,11 @@ class OriginCheck:
             return "this server does not know itself by that name (Host header); see --allowed-hosts"
         return None
 
+    def may_read(self, origin: str) -> bool:
+        """Whether pages of this origin may read answers: the operator has named it, or all."""
+        name = _hostname(origin.partition("://")[2])
+        return self._any or (name != "" and name in self._allowed)
+
     def _is_own(self, origin: str, host: str) -> bool:
         netloc = origin.partition("://")[2].lower()
         return netloc != "" and (netloc == host.lower() or _hostname(netloc) in self._allowed)

@@ -51,7 +51,34 @@ class NativeOutput(Answer):
     index: int | None = None
 
 
+class Tokenized(Answer):
+    """The answer of /tokenize: lists of lists for several prompts."""
+
+    tokens: list[int] | list[list[int]]
+    count: int | list[int]
+    max_model_len: int
+    token_strs: list[str] | list[list[str]] | None
+
+
+class Detokenized(Answer):
+    """The answer of /detokenize: lists for several."""
+
+    text: str | list[str]
+    prompt: str | list[str]
+
+
 # ---- OpenAI ----
+
+
+class PromptLogprob(Answer):
+    """A token that could have stood in a prompt, vLLM's way. Its rank is null if it is not among those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class PromptTokensDetails(Answer):
@@ -85,10 +112,13 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length", "abort"] | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
-    """The answer of /v1/completions; as an event of a stream, the last one alone has `usage`."""
+    """The answer of /v1/completions; in a stream the last event has `usage`, the others where it is asked for."""
 
     id: str
     object: Literal["text_completion"]
@@ -134,6 +164,7 @@ class ChatChoice(Answer):
     message: ChatAnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "abort"]
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Answer):
@@ -145,6 +176,8 @@ class ChatCompletion(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ModelCard(Answer):
@@ -172,6 +205,58 @@ class Status(Answer):
     """How the instance is."""
 
     status: Literal["ready"]
+
+
+class Version(Answer):
+    """Which version of Ramet answers."""
+
+    version: str
+
+
+class ReplicaLoad(Answer):
+    """What one replica has to do, as /get_load says it."""
+
+    dp_rank: int
+    num_reqs: int  # those that wait among them
+    num_waiting_reqs: int
+    num_tokens: int
+
+
+class ReplicaLoads(Answer):
+    """What one replica has to do, as /v1/loads says it."""
+
+    dp_rank: int
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_total_reqs: int
+    num_used_tokens: int
+    max_total_num_tokens: int
+    token_usage: float
+    gen_throughput: float
+    utilization: float
+    max_running_requests: int
+
+
+class AllLoads(Answer):
+    """The replicas together."""
+
+    total_running_reqs: int
+    total_waiting_reqs: int
+    total_reqs: int
+    total_used_tokens: int
+    avg_token_usage: float
+    avg_throughput: float
+    avg_utilization: float
+
+
+class Loads(Answer):
+    """The answer of /v1/loads."""
+
+    timestamp: str
+    version: str
+    dp_rank_count: int
+    loads: list[ReplicaLoads]
+    aggregate: AllLoads
 
 
 class Done(Answer):

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.event_stream import ClientGone, client_gone_response
 from ramet.srt.entrypoints.http.http_errors import error_response, response_to
-from ramet.srt.entrypoints.http.http_validation import RequestBody, describe_validation_errors
+from ramet.srt.entrypoints.http.http_validation import RequestBody
+from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
 from ramet.srt.errors import RequestError, ServiceError
 
 JSON_TYPE = (b"content-type", b"application/json")
@@ -85,9 +86,10 @@ async def _answer(endpoint: Endpoint, request: Request, data: bytes) -> Response
     try:
         if not data:
             return error_response(400, describe_validation_errors([NO_BODY])[0])
-        body = endpoint.body_type.model_validate(parse_json(data), from_attributes=True)  # as FastAPI does it
+        content = parse_json(data)
+        body = endpoint.body_type.model_validate(content, from_attributes=True)  # as FastAPI does it
     except ValidationError as error:
-        message, param, code = describe_validation_errors(error.errors())
+        message, param, code = describe_validation_errors(error.errors(), content)
         return error_response(400, message, param=param, code=code)
     except json.JSONDecodeError as error:
         return error_response(400, f"the body is not valid JSON: {error.msg}")

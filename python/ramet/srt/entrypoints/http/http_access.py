@@ -10,7 +10,8 @@ from ramet.srt.entrypoints.http.http_errors import error_response
 from ramet.srt.utils.http_origin import OriginCheck
 from ramet.srt.utils.key_proof import is_proof
 
-HEALTH_PATHS = frozenset({"/health", "/health_generate"})
+HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ping", "/ready"})
+OPEN_PATHS = HEALTH_PATHS | {"/docs"}  # answered to everybody, at any time
 ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
 
 
@@ -27,7 +28,7 @@ class AccessMiddleware:
     """Lets a request through to the app, or answers it with 401, 403 or 503.
 
     Args:
-        api_key: needed for every path but the health checks; None: nothing is needed.
+        api_key: needed for every path but OPEN_PATHS; None: nothing is needed.
         admin_api_key: needed for ADMIN_PATHS, and good for all others; None: `api_key` takes its place.
         origins: tells web pages from other callers, where no key does.
         refusal: says why nothing can be answered now, or None.
@@ -52,7 +53,7 @@ class AccessMiddleware:
         self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in HEALTH_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
         elif (answer := self._refuse(scope)) is not None:
             await answer(scope, receive, send)

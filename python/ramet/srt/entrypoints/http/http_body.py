@@ -24,7 +24,9 @@ FREE_BYTES = 1 << 20
 NUM_BODY_BYTES = "num_body_bytes"  # in the scope of a request: how long its body is
 
 GENERATE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
-MAX_BYTES = dict.fromkeys(GENERATE_PATHS, MAX_BODY_BYTES) | {
+TOKENIZE_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"})
+CHECKED_PATHS = GENERATE_PATHS | TOKENIZE_PATHS
+MAX_BYTES = dict.fromkeys(CHECKED_PATHS, MAX_BODY_BYTES) | {
     "/remote_instance_weight_checksums": 2 << 20,
     "/init_weights_send_group_for_remote_instance": 8 << 20,
 }
@@ -40,7 +42,7 @@ class BodyMiddleware:
     """Reads a request's body before the app runs, or answers 400, 408, 413, 415 or 503.
 
     Args:
-        checker: looks at the bodies of GENERATE_PATHS that are large.
+        checker: looks at the bodies of CHECKED_PATHS that are large.
         max_req_len: longest prompt plus output in tokens, as the checker must know it.
     """
 
@@ -59,6 +61,8 @@ class BodyMiddleware:
             body = await request.read(Headers(scope=scope))
             if body is not None:
                 scope[NUM_BODY_BYTES] = body.num_bytes
+                if body.num_bytes:
+                    _check_type(Headers(scope=scope).get("content-type"))
                 await self._check(scope["path"], body)
                 await self._app(scope, _replay(body, receive), send)
         except _Refused as refused:
@@ -67,7 +71,7 @@ class BodyMiddleware:
             self._num_held_bytes -= request.num_held_bytes
 
     async def _check(self, path: str, body: _Body) -> None:
-        if path in GENERATE_PATHS and (body.num_values > FREE_VALUES or body.num_bytes > FREE_BYTES):
+        if path in CHECKED_PATHS and (body.num_values > FREE_VALUES or body.num_bytes > FREE_BYTES):
             try:
                 await self._checker.check(path, body.pieces, self._max_req_len())
             except RequestError as error:
@@ -92,6 +96,14 @@ class _Refused(Exception):
     def __init__(self, answer: ASGIApp):
         super().__init__()
         self.answer = answer
+
+
+def _check_type(content_type: str | None) -> None:
+    """Raises _Refused for a body that is not said to be JSON: a page of another site can send such ones unasked."""
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        given = "it is missing" if content_type is None else f"not {content_type!r:.100}"
+        raise _Refused(error_response(415, f"the Content-Type header must be application/json: {given}"))
 
 
 class _Reading:

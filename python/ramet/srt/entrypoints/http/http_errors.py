@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.http_validation import describe_validation_errors
+from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
 from ramet.srt.errors import RequestError, ServiceError
 
 MAX_MESSAGE_CHARS = 2000
@@ -91,7 +91,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
-        message, param, code = describe_validation_errors(error.errors())
+        message, param, code = describe_validation_errors(error.errors(), error.body)
         return error_response(400, message, param=param, code=code)
 
     @app.exception_handler(HTTPException)

@@ -1,17 +1,20 @@
-"""Owns what request bodies have in common: pieces of their schema, and words for what is wrong with them."""
+"""Owns what request bodies have in common: pieces of their schema, and which of their fields are taken and not read."""
 
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     model_validator,
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler
+from pydantic_core import CoreSchema
 
+from ramet.srt.entrypoints.http.accepted_fields import Table, foreign_schema, without_foreign
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, is_unicode, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
@@ -32,14 +35,24 @@ Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fa
 
 
 class RequestBody(BaseModel):
-    """A JSON object with known fields of exact types: no unknown ones, no "1" for 1, no NaN."""
+    """A JSON object with fields of exact types: no "1" for 1, no NaN. Of others, those are taken that say nothing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    foreign: ClassVar[Table] = {}  # fields that are not read, and what is taken of them
+    _names: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls._names = frozenset(field.alias or name for name, field in cls.model_fields.items())
+
     @model_validator(mode="wrap")
     @classmethod
-    def _accept_whole_floats(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """3.0 is an integer in JSON: try again with 3. The usual body pays nothing for this."""
+    def _tolerate(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Drop foreign fields. 3.0 is an integer in JSON: try again with 3. The usual body pays nothing for this."""
+        if type(data) is dict and not cls._names.issuperset(data):
+            data = without_foreign(data, cls._names, cls.foreign)
         try:
             return handler(data)
         except ValidationError as error:
@@ -47,35 +60,10 @@ class RequestBody(BaseModel):
                 raise
         return handler(with_whole_numbers(data))
 
-
-def _most_telling(errors: Any) -> Any:
-    """Of the errors of the first wrong parameter: a union's members all complain, most of them about the type alone."""
-    names = [next((part for part in error["loc"] if part not in ("body", "query", "path")), None) for error in errors]
-    same = [error for error, name in zip(errors, names, strict=True) if name == names[0]]
-    return next((error for error in same if not error["type"].endswith("_type")), same[0])
-
-
-def describe_validation_errors(errors: Any) -> tuple[str, str | None, str | None]:
-    """Message, parameter and code for what pydantic found first.
-
-    A location is ("body", "messages", 0, "user", "content", "str"), or the same without "body" outside HTTP: besides
-    names and places it has the members of unions that were tried, so only its first name is surely a parameter.
-    """
-    first = _most_telling(errors)
-    path = list(first["loc"])
-    if path and path[0] in ("body", "query", "path"):
-        path = path[1:]
-    if first["type"] == "json_invalid":
-        return f"the body is not valid JSON: {first['ctx']['error']}", None, None
-    if not path:
-        return "the body must be a JSON object", None, None
-    if first["type"] == "extra_forbidden" or first.get("ctx", {}).get("max_length") == 0:
-        name = str(path[-1])
-        where = "" if len(path) == 1 else f" in {path[0]}"
-        return f"unknown or unsupported parameter {name!r}{where}", name, "unsupported_parameter"
-    param = str(path[0])
-    place = "".join(f"[{part}]" for part in path[1:] if isinstance(part, int))
-    if param == "logit_bias" and len(path) > 1:
-        place = f"[{path[1]!r:.60}]"  # its keys are a user's own
-    field = f".{path[-1]}" if first["type"] == "literal_error" and isinstance(path[-1], str) and len(path) > 1 else ""
-    return f"{param}{place}{field}: {first['msg']}", param, None
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        others = foreign_schema(cls.foreign)
+        schema["properties"] = others["properties"] | schema.get("properties", {})
+        schema["additionalProperties"] = others["additionalProperties"]
+        return schema

@@ -1,13 +1,16 @@
 """Owns what the OpenAI routes share: from a body to sampling parameters, usage counts, and tokens as text."""
 
+import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ramet.srt.entrypoints.openai.constraints import BodyConstraint, constraint_of_body
 from ramet.srt.entrypoints.openai.protocol import SamplingBody
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
+from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, SamplingParams, parse_sampling_params
@@ -16,7 +19,7 @@ from ramet.srt.text.tokenizer import Tokenizer
 OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 SAME_NAMES = (
     "n", "temperature", "top_p", "stop", "frequency_penalty", "presence_penalty", "logit_bias", "top_k", "min_p",
-    "repetition_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens", "no_stop_trim", "regex", "ebnf",
+    "repetition_penalty", "stop_token_ids", "ignore_eos", "skip_special_tokens", "allowed_token_ids", "bad_words",
 )  # fmt: skip
 
 
@@ -33,50 +36,72 @@ class OpenAIServing:
 
     def check_body(self, body: SamplingBody) -> None:
         """Raises RequestError for an unknown model, and for options that contradict each other."""
-        if body.model != self.model_name:
-            raise RequestError(
-                f"the model {body.model!r} does not exist; this instance serves {self.model_name!r}",
-                param="model",
-                code="model_not_found",
-                status_code=404,
-            )
-        if body.stream_options is not None and not body.stream:
+        check_model(body.model, self.model_name)
+        options = body.stream_options
+        if options is not None and (options.include_usage or options.continuous_usage_stats) and not body.stream:
             raise RequestError("stream_options is only allowed with stream", param="stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise RequestError("prompt_logprobs are not there in a stream", param="prompt_logprobs")
+        if body.rid and body.request_id and body.rid != body.request_id:
+            raise RequestError("rid and request_id are two names of the same, but differ", param="request_id")
 
-    def sampling_params(
-        self, body: SamplingBody, max_tokens: int | None, json_schema: str | dict[str, Any] | None
-    ) -> SamplingParams:
+    def sampling_params(self, body: SamplingBody, max_tokens: int | None) -> SamplingParams:
         """The body's sampling parameters; without `max_tokens` the output may fill the context.
 
         Raises:
-            RequestError: that names the parameter as OpenAI calls it.
+            RequestError: that names the parameter as native ones are called.
         """
         values = {name: getattr(body, name) for name in SAME_NAMES}
+        if not body.stop:
+            values["stop"] = None
         values["max_new_tokens"] = MAX_TOKENS if max_tokens is None else max_tokens
         values["min_new_tokens"] = body.min_tokens
         values["sampling_seed"] = body.seed
-        values["json_schema"] = json_schema
-        try:
-            limits = self.manager.limits
-            return parse_sampling_params(values, limits.vocab_size, limits.sampling_defaults)
-        except RequestError as error:
-            raise with_openai_names(error) from None
+        values["no_stop_trim"] = body.no_stop_trim or body.include_stop_str_in_output
+        constraint = constraint_of_body(body)
+        if constraint is not None:
+            values[constraint.kind] = constraint.value
+        limits = self.manager.limits
+        return parse_sampling_params(values, limits.vocab_size, limits.sampling_defaults)
 
-    async def start(self, inputs: list[SequenceInput]) -> Generation:
-        """Start the sequences; errors name parameters as OpenAI calls them."""
-        try:
-            return await self.manager.generate(inputs)
-        except RequestError as error:
-            raise with_openai_names(error) from None
+    async def start(self, body: SamplingBody, inputs: list[SequenceInput]) -> Generation:
+        """Start the sequences."""
+        return await self.manager.generate(inputs, body.rid or body.request_id or None)
 
 
-def with_openai_names(error: RequestError) -> RequestError:
-    """The error with OpenAI's names of the parameters."""
-    message = str(error)
-    for ours, theirs in OPENAI_NAMES.items():
-        message = message.replace(ours, theirs)
-    param = OPENAI_NAMES.get(error.param or "", error.param)
+@contextlib.contextmanager
+def openai_names(body: SamplingBody) -> Iterator[None]:
+    """A block whose RequestErrors call parameters as the body does."""
+    try:
+        yield
+    except RequestError as error:
+        raise with_openai_names(error, constraint_of_body(body)) from None
+
+
+def with_openai_names(error: RequestError, constraint: BodyConstraint | None = None) -> RequestError:
+    """The error with OpenAI's names of the parameters, and that by which the body has its `constraint`."""
+    message, param = str(error), error.param
+    if constraint is not None and param == constraint.kind:
+        is_named = message.startswith(constraint.kind)
+        message = constraint.name + (message[len(constraint.kind) :] if is_named else f": {message}")
+        param = constraint.name
+    else:
+        for ours, theirs in OPENAI_NAMES.items():
+            message = message.replace(ours, theirs)
+        param = OPENAI_NAMES.get(param or "", param)
     return RequestError(message, param=param, code=error.code, status_code=error.status_code)
+
+
+def check_model(name: str | None, served: str) -> None:
+    """Raises RequestError if a request names a model, and it is not the one that is served."""
+    if name and name != served:
+        raise unknown_model(name, served)
+
+
+def unknown_model(name: str, served: str) -> RequestError:
+    """What is said of a model that is not there."""
+    text = f"the model {name!r} does not exist; this instance serves {served!r}"
+    return RequestError(text, param="model", code="model_not_found", status_code=404)
 
 
 def answer_head(kind: str, prefix: str, model: str) -> dict[str, Any]:
@@ -95,6 +120,53 @@ def usage(sequences: Sequence[RunningSequence], n: int) -> dict[str, Any]:
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
+
+
+class StreamUsage:
+    """What a stream's events say of its token counts: `stream_options`."""
+
+    def __init__(self, body: SamplingBody, sequences: Sequence[RunningSequence], n: int):
+        options = body.stream_options
+        self.is_last = options is not None and bool(options.include_usage)
+        self._is_each = options is not None and bool(options.continuous_usage_stats)
+        self._sequences = sequences
+        self._n = n
+
+    def on(self, event: dict[str, Any]) -> dict[str, Any]:
+        """The event with the counts so far, or null where only the last event has them."""
+        if self._is_each:
+            event["usage"] = usage(self._sequences, self._n)
+        elif self.is_last:
+            event["usage"] = None
+        return event
+
+    def last(self, head: dict[str, Any]) -> dict[str, Any]:
+        """The event that has nothing else."""
+        return {**head, "choices": [], "usage": usage(self._sequences, self._n)}
+
+
+def prompt_logprobs(tokenizer: Tokenizer, logprobs: TokenLogprobs, num_top: int) -> list[dict[str, Any] | None]:
+    """vLLM's form of a prompt's log-probabilities: for each token an object by token id; null for the first.
+
+    The rank of a token that is not among those asked for is null.
+    """
+    entries: list[dict[str, Any] | None] = []
+    for place, (token_id, logprob) in enumerate(zip(logprobs.token_ids, logprobs.logprobs, strict=True)):
+        if logprob is None:
+            entries.append(None)
+            continue
+        top_ids = logprobs.top_token_ids[place][:num_top]
+        found = {token_id: (logprob, None)} | {
+            top_id: (value, rank)
+            for rank, (top_id, value) in enumerate(zip(top_ids, logprobs.top_logprobs[place], strict=False), 1)
+        }
+        entries.append(
+            {
+                str(one): {"logprob": value, "rank": rank, "decoded_token": token_text(tokenizer, one)}
+                for one, (value, rank) in found.items()
+            }
+        )
+    return entries
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

@@ -10,7 +10,15 @@ from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
 from ramet.srt.entrypoints.openai.protocol import CompletionRequest
-from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, answer_head, token_text, usage
+from ramet.srt.entrypoints.openai.serving_base import (
+    OpenAIServing,
+    StreamUsage,
+    answer_head,
+    openai_names,
+    prompt_logprobs,
+    token_text,
+    usage,
+)
 from ramet.srt.managers.generation import RunningSequence, Update
 from ramet.srt.managers.io_struct import TokenLogprobs
 from ramet.srt.managers.prepare_requests import SequenceInput
@@ -31,7 +39,8 @@ class CompletionServing(OpenAIServing):
             ClientGone: if the client goes away first.
         """
         self.check_body(body)
-        inputs = self._inputs(body)
+        with openai_names(body):
+            inputs = self._inputs(body)
         head = answer_head("text_completion", "cmpl", self.model_name)
         if body.stream:
             return await event_stream(request, self._stream(body, inputs, head))
@@ -39,51 +48,58 @@ class CompletionServing(OpenAIServing):
 
     def _inputs(self, body: CompletionRequest) -> list[SequenceInput]:
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = self.sampling_params(body, max_tokens, body.json_schema)
+        params = self.sampling_params(body, max_tokens)
+        has_prompt_logprobs = body.prompt_logprobs is not None
         return [
             SequenceInput(
                 text=prompt if isinstance(prompt, str) else None,
                 input_ids=None if isinstance(prompt, str) else prompt,
                 sampling_params=params,
                 fit_max_new_tokens=body.max_tokens is None,
-                return_logprob=body.logprobs is not None,
-                logprob_start_len=0 if body.echo and body.logprobs is not None else -1,
-                top_logprobs_num=body.logprobs or 0,
+                add_special_tokens=body.add_special_tokens is not False,
+                return_logprob=body.logprobs is not None or has_prompt_logprobs,
+                logprob_start_len=0 if has_prompt_logprobs or (body.echo and body.logprobs is not None) else -1,
+                top_logprobs_num=max(body.logprobs or 0, body.prompt_logprobs or 0),
                 stream=bool(body.stream),
+                priority=body.priority or 0,
                 param="prompt",
             )
             for prompt in _prompts(body)
         ]
 
     async def _answer(self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]) -> Response:
-        generation = await self.start(inputs)
-        sequences = await generation.finish()
+        with openai_names(body):
+            generation = await self.start(body, inputs)
+            sequences = await generation.finish()
         choices = []
         for index, sequence in enumerate(sequences):
             await asyncio.sleep(0)  # others have the event loop, too
             writer = ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
-            choices.append(writer.choice(index, sequence.text, 0, len(sequence.output_ids)))
+            choice = writer.choice(index, sequence.text, 0, len(sequence.output_ids))
+            if body.prompt_logprobs is not None:
+                logprobs = sequence.input_logprobs
+                choice["prompt_logprobs"] = prompt_logprobs(self.manager.tokenizer, logprobs, body.prompt_logprobs)
+            choices.append(choice)
         return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})
 
     async def _stream(
         self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        generation = await self.start(inputs)
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        if include_usage:
-            head["usage"] = None
-        writers = [
-            ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
-            for index, sequence in enumerate(generation.sequences)
-        ]
-        async with aclosing(generation.updates()) as updates:
-            async for update in updates:
-                writer = writers[update.index]
-                if writer.has_news(update):
-                    choice = writer.choice(update.index, update.text, update.first_token, update.end_token)
-                    yield {**head, "choices": [choice]}
-        if include_usage:
-            yield {**head, "choices": [], "usage": usage(generation.sequences, body.n or 1)}
+        with openai_names(body):
+            generation = await self.start(body, inputs)
+            stream_usage = StreamUsage(body, generation.sequences, body.n or 1)
+            writers = [
+                ChoiceWriter(body, self.manager.tokenizer, sequence, self._echo(body, inputs, index))
+                for index, sequence in enumerate(generation.sequences)
+            ]
+            async with aclosing(generation.updates()) as updates:
+                async for update in updates:
+                    writer = writers[update.index]
+                    if writer.has_news(update):
+                        choice = writer.choice(update.index, update.text, update.first_token, update.end_token)
+                        yield stream_usage.on({**head, "choices": [choice]})
+            if stream_usage.is_last:
+                yield stream_usage.last(head)
 
     def _echo(self, body: CompletionRequest, inputs: list[SequenceInput], index: int) -> str:
         """The prompt's text in front of output `index`; "" without echo."""
@@ -106,23 +122,27 @@ class ChoiceWriter:
 
     def has_news(self, update: Update) -> bool:
         """Whether the update has something to show: the text may be held back."""
-        has_logprobs = self._body.logprobs is not None and update.end_token > update.first_token
-        return bool(update.text or update.finish_reason or has_logprobs or (self._is_first and self._echo))
+        shows_tokens = self._body.logprobs is not None or self._body.return_token_ids
+        has_tokens = shows_tokens and update.end_token > update.first_token
+        return bool(update.text or update.finish_reason or has_tokens or (self._is_first and self._echo))
 
     def choice(self, index: int, text: str, first_token: int, end_token: int) -> dict[str, Any]:
         """A choice with `text` and the output tokens [first_token, end_token)."""
         reason = self._sequence.finish_reason
         is_last = reason is not None and end_token == len(self._sequence.output_ids)
         logprobs = None if self._body.logprobs is None else self._logprobs(first_token, end_token)
-        if self._is_first:
-            text = self._echo + text
-            self._is_first = False
-        return {
+        choice: dict[str, Any] = {
             "index": index,
-            "text": text,
+            "text": self._echo + text if self._is_first else text,
             "logprobs": logprobs,
             "finish_reason": reason.type if is_last and reason is not None else None,
         }
+        if self._body.return_token_ids:
+            choice["token_ids"] = self._sequence.output_ids[first_token:end_token]
+            if self._is_first:
+                choice["prompt_token_ids"] = self._sequence.request.input_ids
+        self._is_first = False
+        return choice
 
     def _logprobs(self, first_token: int, end_token: int) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -133,11 +153,14 @@ class ChoiceWriter:
         return columns
 
     def _add(self, columns: dict[str, list[Any]], logprobs: TokenLogprobs, first: int, end: int) -> None:
+        num_top = self._body.logprobs or 0
         for place in range(first, end):
             text = token_text(self._tokenizer, logprobs.token_ids[place])
             top = {
                 token_text(self._tokenizer, token_id): value
-                for token_id, value in zip(logprobs.top_token_ids[place], logprobs.top_logprobs[place], strict=True)
+                for token_id, value in zip(
+                    logprobs.top_token_ids[place][:num_top], logprobs.top_logprobs[place][:num_top], strict=True
+                )
             }
             columns["tokens"].append(text)
             columns["token_logprobs"].append(logprobs.logprobs[place])

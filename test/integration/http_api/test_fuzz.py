@@ -1,0 +1,108 @@
+"""Any body at all: the API answers it or says in its own words what is wrong, and never fails."""
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+from api_schema import Values, body_schemas
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+PATHS = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/tokenize", "/detokenize",
+         "/v1/detokenize", "/abort_request", "/start_profile")  # fmt: skip
+LENGTHS = {"max_tokens", "max_new_tokens", "max_completion_tokens", "n"}  # cut, so that the answers take no time
+# What a library of ours would say, and no API.
+FOREIGN_WORDS = ("Input should", "pydantic", "Value error", "msgspec", "Expected `", "got `", "validation error",
+                 "Traceback", "string_type", "discriminator", "Extra inputs")  # fmt: skip
+WITHOUT_PARAM = ("the body must be a JSON object",)
+FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True, database=None)
+
+
+def cut(value: Any) -> Any:
+    """The body with short outputs."""
+    if isinstance(value, list):
+        return [cut(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: min(one, 3) if name in LENGTHS and isinstance(one, int) and not isinstance(one, bool) else cut(one)
+        for name, one in value.items()
+    }
+
+
+def check(http: httpx.Client, path: str, body: Any) -> int:
+    answer = http.post(path, content=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+    shown = json.dumps(body)[:1000]
+    assert answer.status_code in (200, 400, 404), (answer.status_code, answer.text[:1000], shown)
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        lines = [line for line in answer.text.split("\n\n") if line]
+        assert lines[-1] == "data: [DONE]" and all(line.startswith("data: {") for line in lines[:-1]), shown
+        assert not any('"status_code":500' in line or "internal error" in line for line in lines), (lines, shown)
+        return 200
+    content = answer.json()
+    if answer.status_code != 200:
+        error = content["error"]
+        message = error["message"]
+        assert message and not [words for words in FOREIGN_WORDS if words in message], (message, shown)
+        assert error["type"] in ("invalid_request_error", "not_found_error")
+        assert error["param"] is not None or message in WITHOUT_PARAM, (message, shown)
+        assert error["param"] is None or error["param"][:20] in message or error["param"] == "messages", (error, shown)
+    return answer.status_code
+
+
+@pytest.fixture(scope="module")
+def description(server: Any) -> Any:
+    return httpx.get(f"{server.url}/openapi.json", timeout=30).json()
+
+
+def test_every_body_is_known(description: Any) -> None:
+    assert set(body_schemas(description)) == set(PATHS)
+
+
+@pytest.mark.parametrize("noise", [0, 12, 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_any_body_gets_an_answer_in_words_of_the_api(
+    http: httpx.Client, description: Any, path: str, noise: int
+) -> None:
+    statuses: list[int] = []
+    values = Values(description["components"]["schemas"], noise)
+
+    @FUZZ
+    @given(values.of(body_schemas(description)[path]))
+    def fuzz(body: Any) -> None:
+        statuses.append(check(http, path, cut(body)))
+
+    fuzz()
+    if noise == 0 and path != "/start_profile":
+        assert statuses.count(200) > len(statuses) / 20, "the description says what is taken"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_each_field_by_itself(http: httpx.Client, description: Any, path: str) -> None:
+    """Each field with many values beside a prompt: what the whole bodies seldom come to."""
+    schemas = description["components"]["schemas"]
+    schema = schemas[body_schemas(description)[path]["$ref"].rsplit("/", 1)[1]]
+    prompts: dict[str, Any] = {
+        "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 2}},
+        "/v1/completions": {"prompt": "a", "max_tokens": 2},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    }
+    values = Values(schemas, 4)
+    bodies = st.sampled_from(sorted(schema["properties"])).flatmap(
+        lambda name: st.fixed_dictionaries({name: values.of(schema["properties"][name]), "stream": st.booleans()})
+    )
+
+    @settings(FUZZ, max_examples=300)
+    @given(bodies)
+    def fuzz(body: Any) -> None:
+        check(http, path, cut(prompts[path] | body))
+
+    fuzz()
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", "9" * 5000, '"\\ud800"', "[" * 1500, '{"a":' * 900])
+def test_texts_that_are_hardly_json(http: httpx.Client, text: str) -> None:
+    for body in (text, f'{{"prompt": "a", "max_tokens": {text}}}', f'{{"prompt": "a", "guided_json": {text}}}'):
+        answer = http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["message"], body[:60]
