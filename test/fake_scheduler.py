@@ -165,7 +165,7 @@ class FakeScheduler:
     def refusal(self, message: TokenizedGenerateReqInput) -> FinishReason | None:
         if len(self.running) >= self.max_requests:
             return FinishReason(type="abort", message="the queue is full", status_code=503)
-        constraint = constraint_of(message.sampling_params)
+        constraint = constraint_of(message.sampling_params, message.grammar_before)
         if constraint is None or self.grammars is None:
             return None
         grammar = self.grammars.open(constraint)

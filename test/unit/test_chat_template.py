@@ -75,6 +75,38 @@ def test_arguments_of_calls_are_objects(arguments: Any) -> None:
     assert render("{{ messages[0].tool_calls[0].function.arguments.items() | list }}", messages) == "[('cm', 3)]"
 
 
+CALLS = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "grow", "arguments": ""}}]}]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ 'x' + messages[0].content }}", "x"),
+        ("{% if '</think>' in messages[0].content %}a{% else %}b{% endif %}", "b"),
+        ("{{ 'content' in messages[0] }}", "False"),
+        ("{% if messages[0].content is none %}{{ messages[0].tool_calls[0].function.name }}{% endif %}", "grow"),
+        ("{{ messages[0].tool_calls[0].function.name + messages[0].tool_calls[0].function.arguments }}", "grow{}"),
+        ("{% if messages[0].content is defined %}a{% endif %}{{ messages[0].tool_calls | length }}", "1"),
+    ],
+)
+def test_calls_have_the_form_that_a_template_is_written_for(source: str, expected: str) -> None:
+    assert render(source, CALLS) == expected
+
+
+def test_calls_are_shown_beside_a_list_of_tools() -> None:
+    source = (
+        "{{ tools | tojson }}"
+        "{% if messages[0].content is none %}{{ messages[0].tool_calls[0].function.name }}{% endif %}"
+        "{% if messages[0].content is undefined %}{{ messages[0].content.x }}{% endif %}"
+    )
+    assert render(source, CALLS, tools=[{"name": "grow"}]).count("grow") == 2
+
+
+def test_the_reason_stays_where_an_empty_content_does_not_help() -> None:
+    with pytest.raises(RequestError, match="no calls, please"):
+        render("{{ raise_exception('no calls, please') }}", CALLS)
+
+
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3"])
 def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
     call = {"type": "function", "function": {"name": "grow", "arguments": arguments}}

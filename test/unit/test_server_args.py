@@ -89,3 +89,12 @@ def test_a_digest_is_64_hex_digits_or_that_of_the_files() -> None:
             ServerArgs(model_path="m", weights_digest=wrong)
     with pytest.raises(ValueError, match="--weights-digest and --load-format dummy"):
         ServerArgs(model_path="m", weights_digest=digest, load_format="dummy")
+
+
+def test_parsers_are_known_and_go_together() -> None:
+    args = ServerArgs(model_path="m", tool_call_parser="hermes")
+    assert (args.parser_config.tool_call_parser, args.parser_config.reasoning_parser) == ("hermes", "auto")
+    with pytest.raises(ValueError, match="--tool-call-parser must be one of auto, none"):
+        ServerArgs(model_path="m", tool_call_parser="qwen4")
+    with pytest.raises(ValueError, match="don't go together"):
+        ServerArgs(model_path="m", tool_call_parser="gpt-oss", reasoning_parser="qwen3")

@@ -9,6 +9,7 @@ from typing import TypeVar
 import pytest
 import zmq
 import zmq.asyncio
+from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import (
@@ -31,6 +32,7 @@ from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput
 from ramet.srt.managers.tokenizer_manager import MAX_MESSAGES_AT_ONCE, TokenizerManager
 from ramet.srt.sampling.sampling_params import parse_sampling_params
+from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
 
@@ -53,7 +55,14 @@ class Front:
         ports = PortArgs.in_directory(str(folder))
         self.context = zmq.asyncio.Context()
         self.metrics = Metrics("m")
-        self.manager = TokenizerManager(tokenizer, LIMITS, ports, self.metrics, method)
+        self.manager = TokenizerManager(
+            tokenizer,
+            LIMITS,
+            ports,
+            self.metrics,
+            method,
+            output_format=OutputFormat(tokenizer, ParserConfig()),
+        )
         self.detokenizer = self._bind(ports.detokenizer_ipc_name)
         self.addresses = [f"ipc://{folder}/scheduler-{replica}" for replica in range(num_replicas)]
         self.schedulers = [self._bind(address) for address in self.addresses]

@@ -13,6 +13,7 @@ from ramet.srt.configs.modelexpress_config import (
     parse_modelexpress_config,
     resolve_address,
 )
+from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.environ import default_profile_dir, envs
@@ -53,6 +54,7 @@ class ServerArgs(ServerFlags):
             parse_digest(str(self.weights_digest), "--weights-digest")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
+        self.parser_config.check()
 
     def _validate_passes(self) -> None:
         if self.target_itl_ms and self.chunked_prefill_size == -1:
@@ -340,6 +342,11 @@ class ServerArgs(ServerFlags):
             random_seed=self.random_seed,
             overlap=device_type == "cuda" and not self.disable_overlap_schedule,
         )
+
+    @property
+    def parser_config(self) -> ParserConfig:
+        """Which parsers read what the model writes."""
+        return ParserConfig(tool_call_parser=self.tool_call_parser, reasoning_parser=self.reasoning_parser)
 
     def load_config(self, *, dtype: str = "", quantization: str = "") -> LoadConfig:
         """What a rank's model loader must know.

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ramet.srt.configs.parser_config import REASONING_PARSERS, TOOL_CALL_PARSERS
+
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -90,6 +92,17 @@ class ServerFlags:
     chat_template: str | None = flag(None, "File with a Jinja chat template that replaces the model's.")
     trust_request_chat_template: bool = flag(
         False, "Let a request bring its own chat template (`chat_template`); the template's limits hold for it, too."
+    )
+    tool_call_parser: str = flag(
+        "auto",
+        "How the model writes tool calls: auto goes by its chat template, none leaves them in the answer's text.",
+        choices=TOOL_CALL_PARSERS,
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        "How the model writes what it thinks before it answers: auto goes by its chat template, none leaves it in the "
+        "answer's text.",
+        choices=REASONING_PARSERS,
     )
     sampling_defaults: str = flag(
         "model",

@@ -141,9 +141,10 @@ def test_default_chat_length_is_the_context(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("extra", "param", "code"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", None),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),  # how this model would call it
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+        ({"tool_choice": "required"}, "tool_choice", None),
         ({"temperature": 3}, "temperature", None),
         ({"n": 0}, "n", None),
         ({"max_tokens": -1}, "max_tokens", None),

@@ -91,7 +91,7 @@ def test_other_bodies_of_real_clients_are_taken(http: httpx.Client) -> None:
     [
         (CHAT, {"return_hidden_states": True}, "return_hidden_states is not supported (the model's insides"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities is not supported"),
-        (CHAT, {"tool_choice": "required"}, "tool_choice is not supported"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice: there are no tools to choose from"),
         (CHAT, {"thinking_token_budget": 0}, "thinking_token_budget is not supported"),
         (CHAT, {"unheard_of": 0}, "unheard_of is unknown or not supported"),
         (CHAT, {"messages": [USER | {"audio": {"id": "a"}}]}, "messages[0].audio is not supported"),

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.entrypoints.http.event_stream import ClientGone
 from ramet.srt.entrypoints.http.http_body import NUM_BODY_BYTES
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
+from ramet.srt.text.output_format import OutputFormat
 
 
 class Template:
@@ -19,6 +21,8 @@ class Template:
         self.may_end = threading.Event()
         self.num_begun = 0
 
+    whole_source = ""
+
     def render(self, messages: Any, **_options: Any) -> str:
         self.num_begun += 1
         if messages[0]["content"] == "wait":
@@ -27,7 +31,8 @@ class Template:
 
 
 def chat(template: Template, text: str, num_bytes: int, has_left: bool = False) -> "asyncio.Task[Any]":
-    manager: Any = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=template))
+    tokenizer: Any = SimpleNamespace(chat_template=template, special_ids_by_text={})
+    manager: Any = SimpleNamespace(tokenizer=tokenizer, output_format=OutputFormat(tokenizer, ParserConfig()))
     body = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": text}]})
 
     async def receive() -> Any:

@@ -173,7 +173,7 @@ LONG = "context_length_exceeded"
         (CHAT, chat("x" * 2_000_000), f"messages {LONG}"),
         (CHAT, chat("hi", metadata=dict.fromkeys(map(str, range(9000)), 1)), ""),
         (CHAT, chat("hi", chat_template_kwargs={"a": [[]] * 50_000}), "chat_template_kwargs None"),
-        (CHAT, chat("hi", tools=[{}] * 9000), "tools unsupported_parameter"),
+        (CHAT, chat("hi", functions=[{}] * 9000), "functions unsupported_parameter"),
     ],
 )  # fmt: skip
 def test_what_is_found_in_large_bodies(path: str, body: Any, words: str) -> None:

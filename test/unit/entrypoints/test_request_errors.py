@@ -35,7 +35,7 @@ def test_a_part_that_is_no_text_is_pointed_at() -> None:
     assert message == "messages[0].content[1].type must be text, not 'image_url'" and param == "messages"
 
 
-@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize("name", ["lora_path", "functions"])
 def test_what_is_not_supported_is_named(name: str) -> None:
     message, param, code = error_of(ChatCompletionRequest, messages=MESSAGES, **{name: [{"type": "function"}]})
     assert message.startswith(f"{name} is not supported")

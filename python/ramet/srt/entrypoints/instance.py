@@ -229,6 +229,7 @@ class Instance:
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.text.output_format import OutputFormat
         from ramet.srt.text.tokenizer import Tokenizer
 
         assert self._children is not None
@@ -237,6 +238,8 @@ class Instance:
         tokenizer = Tokenizer.from_path(path, args.chat_template)
         if tokenizer.chat_template is not None and args.chat_template is not None:
             tokenizer.chat_template.compile()
+        form = OutputFormat(tokenizer, args.parser_config)
+        logger.info("tool calls: %s, reasoning: %s", form.tool_call_parser, form.reasoning_parser)
         limits = Limits(
             vocab_size=self.model_config.vocab_size,
             max_req_len=self.model_config.context_len,
@@ -249,7 +252,12 @@ class Instance:
         self.metrics = Metrics(args.model_name)
         try:
             self.manager = TokenizerManager(
-                tokenizer, limits, self._children.port_args, self.metrics, args.load_balance_method
+                tokenizer,
+                limits,
+                self._children.port_args,
+                self.metrics,
+                args.load_balance_method,
+                output_format=form,
             )
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None

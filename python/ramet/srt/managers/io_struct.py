@@ -38,6 +38,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     top_logprobs_num: int = 0
     priority: int = 0
     bad_words_ids: list[list[int]] = []  # token sequences that the output must not have
+    grammar_before: str = ""  # see Constraint.before
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):

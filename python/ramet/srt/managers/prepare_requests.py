@@ -37,6 +37,7 @@ class SequenceInput:
     top_logprobs_num: int = 0
     stream: bool = False
     priority: int = 0
+    grammar_before: str = ""  # see Constraint.before
     param: str = "text"  # what the client calls the prompt, for errors
 
 
@@ -81,7 +82,7 @@ def prepare_requests(
 def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> TokenizedGenerateReqInput:
     input_ids = _encode(one, tokenizer, limits) if one.input_ids is None else one.input_ids
     _check_prompt(one, input_ids, limits)
-    _check_grammar(one.sampling_params, limits)
+    _check_grammar(one, limits)
     if one.priority and not limits.priorities:
         raise RequestError(
             "priority: requests have priorities only with --schedule-policy priority; otherwise it must be 0",
@@ -96,6 +97,7 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
         logprob_start_len=one.logprob_start_len,
         top_logprobs_num=one.top_logprobs_num,
         priority=one.priority,
+        grammar_before=one.grammar_before,
         bad_words_ids=_bad_words_ids(one.sampling_params, tokenizer, limits),
     )
 
@@ -168,15 +170,15 @@ def _too_long(one: SequenceInput, num_tokens: str, limits: Limits) -> RequestErr
     )
 
 
-def _check_grammar(params: SamplingParams, limits: Limits) -> None:
-    name = _grammar_field(params)
+def _check_grammar(one: SequenceInput, limits: Limits) -> None:
+    name = _grammar_field(one.sampling_params)
     if name is None:
         return
     if not limits.grammars:
         raise RequestError(f"{name}: constrained output is off (--grammar-backend none)", param=name)
     if not limits.has_eos:
         raise RequestError(f"{name}: the model has no end-of-sequence token to end with", param=name)
-    constraint_of(params)  # its length; whether it can be compiled, the scheduler finds out
+    constraint_of(one.sampling_params, one.grammar_before)  # its length; the scheduler finds out if it can be compiled
 
 
 def _grammar_field(params: SamplingParams) -> str | None:

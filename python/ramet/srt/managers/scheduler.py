@@ -231,7 +231,7 @@ class Scheduler:
         params = message.sampling_params
         group = self.admission.least_busy_group([*(req.group for req in self.running), *self.grammar_queue.groups()])
         try:
-            constraint = constraint_of(params)
+            constraint = constraint_of(params, message.grammar_before)
             if constraint is None:
                 self.admission.put(Req(message, seed, group))
             else:

@@ -41,6 +41,7 @@ from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
 from ramet.srt.text.incremental_decode import prompt_tail
+from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -69,8 +70,11 @@ class TokenizerManager:
         port_args: PortArgs,
         metrics: Metrics,
         load_balance_method: str = "round_robin",
+        *,
+        output_format: OutputFormat,
     ):
         self.tokenizer = tokenizer
+        self.output_format = output_format
         self.limits = limits
         self.metrics = metrics
         self._refusal: str | None = "the model is still loading"

@@ -16,10 +16,11 @@ class Constraint(NamedTuple):
 
     name: str  # the sampling parameter
     text: str
+    before: str = ""  # a grammar, in Lark, of the whole output, in which @answer is the rest of this
 
 
-def constraint_of(params: SamplingParams) -> Constraint | None:
-    """The request's constraint; None when its output is free.
+def constraint_of(params: SamplingParams, before: str = "") -> Constraint | None:
+    """The request's constraint, with what may come before; None when its output is free.
 
     Raises:
         RequestError: if it is longer than any may be; it names the parameter.
@@ -28,11 +29,15 @@ def constraint_of(params: SamplingParams) -> Constraint | None:
         text = getattr(params, name)
         if text is not None:
             limit = MAX_REGEX_BYTES if name == "regex" else MAX_CONSTRAINT_BYTES
-            num_bytes = len(text) if text.isascii() else len(text.encode())
+            num_bytes = _num_bytes(text) + _num_bytes(before)
             if num_bytes > limit:
                 raise RequestError(f"{name} has {num_bytes} bytes; at most {limit} can be used", param=name)
-            return Constraint(name, text)
+            return Constraint(name, text, before)
     return None
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def regex_of(texts: Iterable[str]) -> str:

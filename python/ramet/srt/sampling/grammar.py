@@ -4,15 +4,15 @@ It runs in the grammar processes only (managers/grammar_process.py): the library
 constraint wants. `llguidance` is imported when first needed.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ramet.srt.sampling.constraint import Constraint
 from ramet.srt.sampling.json_schema import adapt_schema
+from ramet.srt.text.output_format import ANSWER
 from ramet.srt.text.tokenizer import Tokenizer
-
-# Between the parts of a JSON text. Bounded, so that a model that likes white space still reaches the end.
-JSON_WHITESPACE = r"[ \n\t]{0,20}"
+from ramet.srt.text.tool_calls.lark import JSON_WHITESPACE
 
 MAX_REASON_CHARS = 200
 
@@ -141,9 +141,17 @@ def call_library(call: Callable[[], Result]) -> Result:
 
 
 def _to_llguidance(constraint: Constraint) -> str:
+    """The library's form of it: Lark, or a list of grammars as JSON, of which the first counts."""
+    rest = _rest_to_llguidance(constraint.name, constraint.text)
+    if not constraint.before:
+        return rest
+    answer = json.loads(rest)["grammars"][0] if rest.startswith("{") else {"lark_grammar": rest}
+    return json.dumps({"grammars": [{"lark_grammar": constraint.before}, {**answer, "name": ANSWER}]})
+
+
+def _rest_to_llguidance(name: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 
-    name, text = constraint
     if name == "json_schema":
         return LLMatcher.grammar_from_json_schema(adapt_schema(text), defaults={"whitespace_pattern": JSON_WHITESPACE})
     if name == "regex":

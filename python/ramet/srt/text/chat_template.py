@@ -25,6 +25,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self._origin = origin
 
+    @property
+    def whole_source(self) -> str:
+        """The texts of all of it, for who looks for marks."""
+        return "\n".join(filter(None, (self.source, self._tool_use)))
+
     def compile(self) -> None:
         """Find out now whether the template can be compiled.
 

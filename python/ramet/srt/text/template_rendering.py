@@ -4,7 +4,8 @@ Only the process that renders imports this: see template_worker.py.
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -41,11 +42,56 @@ class Template:
         """The prompt for `values["messages"]`; to `continue_final_message`, it ends in the last one's text.
 
         Contents that are lists of parts stay lists for templates that go through them, and become texts for others.
+        A message with calls and without a content has an empty one for templates that can't do without.
 
         Raises:
             Exception: whatever the template raises.
         """
         messages = [prepare_message(message) for message in values["messages"]]
+        text, error = None, None
+        try:
+            text = self._render_contents(values, messages, continue_final_message)
+        except (TemplateError, TypeError, AttributeError) as caught:
+            error = caught
+        if text is None or not _shows_calls(messages, text):
+            text = self._render_calls(values, messages, continue_final_message, text)
+        if text is not None:
+            return text
+        assert error is not None
+        raise error
+
+    def _render_calls(
+        self, values: Mapping[str, Any], messages: list[dict[str, Any]], continue_final_message: bool, text: str | None
+    ) -> str | None:
+        """The prompt with calls in other forms that templates are written for, the first that shows the calls.
+
+        That is without any content "" or None, and with the arguments as an object or as JSON.
+
+        Args:
+            text: the prompt to take if none does; without one it is the first that the template takes, if any.
+        """
+        without_calls = [{"content": "", **_without_calls(message)} for message in messages]
+        shown = self._try_contents(values, without_calls, continue_final_message) or ""  # names in the list of tools
+        for write in (lambda arguments: arguments, as_json):
+            for content in ("", None):
+                others = [_with_calls(message, content, write) for message in messages]
+                other = None if others == messages else self._try_contents(values, others, continue_final_message)
+                if other is not None and _shows_calls(messages, other, shown):
+                    return other
+                text = other if text is None else text
+        return text
+
+    def _try_contents(
+        self, values: Mapping[str, Any], messages: list[dict[str, Any]], continue_final_message: bool
+    ) -> str | None:
+        try:
+            return self._render_contents(values, messages, continue_final_message)
+        except (TemplateError, TypeError, AttributeError):
+            return None
+
+    def _render_contents(
+        self, values: Mapping[str, Any], messages: list[dict[str, Any]], continue_final_message: bool
+    ) -> str:
         if not any(isinstance(message.get("content"), list) for message in messages):
             return self._render(values, messages, continue_final_message)
         joined = [with_joined_content(message) for message in messages]
@@ -74,6 +120,39 @@ class Template:
         place = text.rindex(mark)
         # Where the space is gone the template strips messages: then the text ends without spaces, too.
         return text[:place] if text.startswith(END_MARK, place) else text[:place].rstrip()
+
+
+def _shows_calls(messages: list[dict[str, Any]], text: str, others: str = "") -> bool:
+    """Whether the prompt has the names of all functions that were called, as often as that and as they are in others.
+
+    Without `others` once is enough: the names may be those of the listed tools.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    functions = [call["function"] for call in calls if isinstance(call.get("function"), Mapping)]
+    times = Counter(str(function.get("name", "")) for function in functions)
+    return all(text.count(name) >= others.count(name) + (num if others else 1) for name, num in times.items())
+
+
+def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if name != "tool_calls"}
+
+
+def _with_calls(message: dict[str, Any], content: str | None, write: Callable[[Any], Any]) -> dict[str, Any]:
+    """The message with another content if it has calls and no content, and with arguments as `write` gives them."""
+    if not isinstance(message.get("tool_calls"), list):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": write(call["function"].get("arguments", {}))}}
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping)
+        else call
+        for call in message["tool_calls"]
+    ]
+    return {**message, "content": message.get("content") or content, "tool_calls": calls}
+
+
+def as_json(arguments: Any) -> str:
+    """The arguments of a call as OpenAI's API has them."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _shows_parts(messages: list[dict[str, Any]], text: str) -> bool:

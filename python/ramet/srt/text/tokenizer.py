@@ -166,6 +166,12 @@ class Tokenizer:
         """The token of a byte that no UTF-8 text has, where the vocabulary has one."""
         return self._backend.token_to_id("<0xFF>")
 
+    @cached_property
+    def special_ids_by_text(self) -> dict[str, int]:
+        """Text -> id of the tokens that are skipped where special tokens are."""
+        tokens = {token_id: self._backend.id_to_token(token_id) for token_id in sorted(self._special_ids)}
+        return {token: token_id for token_id, token in tokens.items() if token}
+
     def _with_bos(self, ids: list[int]) -> list[int]:
         """Apply add_bos_token, which stands above what tokenizer.json does by itself."""
         bos = self.special_token_id("bos_token")

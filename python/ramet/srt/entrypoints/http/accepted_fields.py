@@ -87,13 +87,8 @@ _OPENAI_ROUTES = (
 CHAT = _table(
     *_OPENAI_ROUTES,
     *_free("OpenAI", "how long an answer is to be; the model decides", "verbosity"),
-    *_free("OpenAI", "only matters with tools", "parallel_tool_calls"),
-    *_only("OpenAI", "tools", "tools"),
-    *_only("OpenAI", "tools", "tool_choice", values=("none", "auto")),
     *_only("OpenAI", "tools, by an older name", "functions"),
     *_only("OpenAI", "tools, by an older name", "function_call", values=("none", "auto")),
-    *_free("SGLang", "only matters with a reasoning parser", "separate_reasoning", "stream_reasoning"),
-    *_free("vLLM", "only matters with a reasoning parser", "include_reasoning"),
     *_only("vLLM", "a limit of the reasoning", "thinking_token_budget"),
     *_only("OpenAI", "what comes out beside text", "modalities", values=(["text"],)),
     *_only("OpenAI", "speech", "audio"),
@@ -153,6 +148,7 @@ TEXT_PART = _table(
     *_free("Anthropic, proxies", "up to where to cache; the prefix cache does so by itself", "cache_control"),
     *_free("OpenAI", "sources of an earlier answer", "annotations"),
 )
+TOOL = _table(*_free("Anthropic, proxies", "up to where to cache; the prefix cache does so by itself", "cache_control"))
 TOOL_CALL = _table(*_free("OpenAI", "place in the stream that the call came from", "index"))
 STRUCTURED_OUTPUTS = _table(
     *_free("vLLM", "there is one library for constrained output", "disable_fallback"),
@@ -169,6 +165,7 @@ TABLES: Mapping[str, Table] = {
     "`stream_options`": STREAM_OPTIONS,
     "A message": MESSAGE,
     "A part of a message's content": TEXT_PART,
+    "A tool in `tools`": TOOL,
     "A call in `tool_calls`": TOOL_CALL,
     "`structured_outputs`": STRUCTURED_OUTPUTS,
 }

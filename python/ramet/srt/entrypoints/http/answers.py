@@ -87,6 +87,12 @@ class PromptTokensDetails(Answer):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Answer):
+    """What output tokens were."""
+
+    reasoning_tokens: int
+
+
 class Usage(Answer):
     """Token counts of a request."""
 
@@ -94,6 +100,7 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(Answer):
@@ -149,12 +156,29 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class CalledFunctionAnswer(Answer):
+    """A function, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(Answer):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
 class ChatAnswerMessage(Answer):
-    """What the model says."""
+    """What the model says, and what it thinks and calls where it does; no content where it only calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""  # only where there is some
+    tool_calls: list[ToolCallAnswer] = []  # only where there are some
 
 
 class ChatChoice(Answer):
@@ -163,7 +187,7 @@ class ChatChoice(Answer):
     index: int
     message: ChatAnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: Literal["stop", "length", "tool_calls", "abort"]
     token_ids: list[int] | None = None
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -92,8 +92,33 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def event_stream(request: Request, events: AsyncGenerator[Any, None]) -> Response:
-    """Send `events` as JSON, then [DONE]. Returns when the first is there: an error before it is an ordinary answer.
+def encode_event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+def encode_named_event(content: Mapping[str, Any]) -> bytes:
+    """One server-sent event that is called by its type, as APIs with several kinds of events have it."""
+    return b"event: " + content["type"].encode() + b"\n" + encode_event(content)
+
+
+def _encode_error(error: Exception) -> bytes:
+    return encode_event(body_of(error)) + DONE
+
+
+async def event_stream(
+    request: Request,
+    events: AsyncGenerator[Any, None],
+    *,
+    encode: Callable[[Any], bytes] = encode_event,
+    encode_error: Callable[[Exception], bytes] = _encode_error,
+    last: bytes = DONE,
+) -> Response:
+    """Send `events`, then `last`. Returns when the first is there: an error before it is an ordinary answer.
+
+    Args:
+        encode: makes a server-sent event of what the generator yields.
+        encode_error: makes the end of the stream of what it raises.
 
     Raises:
         RequestError, ServiceError: what `events` raises before its first event.
@@ -107,25 +132,30 @@ async def event_stream(request: Request, events: AsyncGenerator[Any, None]) -> R
         listener.cancel()
         await events.aclose()
         raise
-    return EventStreamResponse(first, events, listener)
-
-
-def encode_event(content: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return EventStreamResponse(first, events, listener, encode, encode_error, last)
 
 
 class EventStreamResponse(Response):
     """Sends `first` and then `events` as they come. Closes the generator at once when the client goes away."""
 
-    def __init__(self, first: Any, events: AsyncGenerator[Any, None], listener: "asyncio.Task[None]") -> None:
+    def __init__(
+        self,
+        first: Any,
+        events: AsyncGenerator[Any, None],
+        listener: "asyncio.Task[None]",
+        encode: Callable[[Any], bytes],
+        encode_error: Callable[[Exception], bytes],
+        last: bytes,
+    ) -> None:
         self.status_code = 200
         self.raw_headers = list(EVENT_STREAM_HEADERS)
         self.background = None
         self._first = first
         self._events = events
         self._listener = listener
-        self._last = DONE
+        self._encode = encode
+        self._encode_error = encode_error
+        self._last = last
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         try:
@@ -138,7 +168,7 @@ class EventStreamResponse(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": encode_event(self._first), "more_body": True})
+        await send({"type": "http.response.body", "body": self._encode(self._first), "more_body": True})
         while (data := await self._next()) is not None:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": self._last, "more_body": False})
@@ -146,12 +176,12 @@ class EventStreamResponse(Response):
     async def _next(self) -> bytes | None:
         """The next event; None when `_last` is all that is left."""
         try:
-            return encode_event(await anext(self._events))
+            return self._encode(await anext(self._events))
         except StopAsyncIteration:
             pass
         except (RequestError, ServiceError) as error:
-            self._last = encode_event(body_of(error)) + DONE
+            self._last = self._encode_error(error)
         except Exception as error:
             logger.exception("a stream failed")
-            self._last = encode_event(body_of(error)) + DONE
+            self._last = self._encode_error(error)
         return None

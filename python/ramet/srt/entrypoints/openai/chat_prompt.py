@@ -30,9 +30,16 @@ def is_large_chat(request: Request) -> bool:
 
 
 async def render_chat(
-    manager: TokenizerManager, messages: Sequence[ChatMessage], options: ChatOptions, is_large: bool
+    manager: TokenizerManager,
+    messages: Sequence[ChatMessage],
+    options: ChatOptions,
+    is_large: bool,
+    with_tools: bool = True,
 ) -> str:
     """The prompt for `messages`, special tokens included.
+
+    Args:
+        with_tools: whether the template is shown the tools.
 
     Raises:
         RequestError: if the options contradict each other, or the template refuses the messages.
@@ -44,6 +51,11 @@ async def render_chat(
         raise RequestError(f"chat_template_kwargs can't set {sorted(taken)[0]!r}", param="chat_template_kwargs")
     if options.reasoning_effort is not None:
         extra.setdefault("reasoning_effort", options.reasoning_effort)
+        if options.reasoning_effort == "none":  # by the names that templates have for it
+            extra.setdefault("enable_thinking", False)
+            extra.setdefault("thinking", False)
+    if options.tools and with_tools:
+        extra["tools"] = [tool.model_dump(exclude_none=True) for tool in options.tools]
     continues = bool(options.continue_final_message)
     if continues and options.add_generation_prompt:
         raise RequestError(

@@ -32,6 +32,8 @@ from ramet.srt.sampling.sampling_params import (
 
 MAX_OPENAI_LOGPROBS = 20
 MAX_TOOL_CALLS = 256
+MAX_TOOLS = 1024
+TOOL_NAME = r"^[a-zA-Z0-9_.:/-]{1,256}$"
 MAX_CHOICES = 4096
 MAX_TEMPLATE_CHARS = 128 << 10
 MAX_PRIORITY = 2**31 - 1
@@ -309,6 +311,37 @@ class ToolMessage(Message):
     name: Text | None = None
 
 
+class FunctionSpec(RequestBody):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=TOOL_NAME)]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None  # JSON schema of its arguments
+    strict: bool | None = None  # the arguments fit the schema also where the model is free to call or not
+
+
+class ToolSpec(RequestBody):
+    """What the model may use: functions alone."""
+
+    foreign: ClassVar[Table] = accepted_fields.TOOL
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class FunctionName(RequestBody):
+    """One of the functions in `tools`."""
+
+    name: Text
+
+
+class NamedTool(RequestBody):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
@@ -316,6 +349,7 @@ ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMes
 class ChatOptions(RequestBody):
     """What is said about how a chat becomes a prompt."""
 
+    tools: Annotated[list[ToolSpec], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     reasoning_effort: ReasoningEffort | None = None  # for templates that know it
     chat_template: Annotated[Text, Field(max_length=MAX_TEMPLATE_CHARS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -341,6 +375,11 @@ class ChatCompletionRequest(SamplingBody, ChatOptions):
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None  # None: "auto" where there are tools
+    parallel_tool_calls: bool | None = True
+    separate_reasoning: bool | None = True  # False: it is part of the content, as the model writes it
+    stream_reasoning: bool | None = True  # False: a stream has it in one piece, when it has ended
+    include_reasoning: bool | None = True  # vLLM's; False: it is left out
 
 
 class TokenizeRequest(ChatOptions):

@@ -3,10 +3,10 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ramet.srt.entrypoints.openai.constraints import BodyConstraint, constraint_of_body
+from ramet.srt.entrypoints.openai.constraints import BodyConstraint
 from ramet.srt.entrypoints.openai.protocol import SamplingBody
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
@@ -45,8 +45,13 @@ class OpenAIServing:
         if body.rid and body.request_id and body.rid != body.request_id:
             raise RequestError("rid and request_id are two names of the same, but differ", param="request_id")
 
-    def sampling_params(self, body: SamplingBody, max_tokens: int | None) -> SamplingParams:
+    def sampling_params(
+        self, body: SamplingBody, max_tokens: int | None, constraint: BodyConstraint | None
+    ) -> SamplingParams:
         """The body's sampling parameters; without `max_tokens` the output may fill the context.
+
+        Args:
+            constraint: what the output must keep to.
 
         Raises:
             RequestError: that names the parameter as native ones are called.
@@ -58,7 +63,6 @@ class OpenAIServing:
         values["min_new_tokens"] = body.min_tokens
         values["sampling_seed"] = body.seed
         values["no_stop_trim"] = body.no_stop_trim or body.include_stop_str_in_output
-        constraint = constraint_of_body(body)
         if constraint is not None:
             values[constraint.kind] = constraint.value
         limits = self.manager.limits
@@ -70,12 +74,12 @@ class OpenAIServing:
 
 
 @contextlib.contextmanager
-def openai_names(body: SamplingBody) -> Iterator[None]:
-    """A block whose RequestErrors call parameters as the body does."""
+def openai_names(constraint: BodyConstraint | None) -> Iterator[None]:
+    """A block whose RequestErrors call parameters as the body does, with that by which it has its `constraint`."""
     try:
         yield
     except RequestError as error:
-        raise with_openai_names(error, constraint_of_body(body)) from None
+        raise with_openai_names(error, constraint) from None
 
 
 def with_openai_names(error: RequestError, constraint: BodyConstraint | None = None) -> RequestError:
@@ -109,7 +113,7 @@ def answer_head(kind: str, prefix: str, model: str) -> dict[str, Any]:
     return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage(sequences: Sequence[RunningSequence], n: int) -> dict[str, Any]:
+def usage(sequences: Sequence[RunningSequence], n: int, reasoning_tokens: int = 0) -> dict[str, Any]:
     """Token counts of one request whose prompts have `n` sequences each: a prompt counts once."""
     prompt_tokens = sum(sequence.prompt_tokens for sequence in sequences[::n])
     completion_tokens = sum(len(sequence.output_ids) for sequence in sequences)
@@ -119,30 +123,41 @@ def usage(sequences: Sequence[RunningSequence], n: int) -> dict[str, Any]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
 class StreamUsage:
     """What a stream's events say of its token counts: `stream_options`."""
 
-    def __init__(self, body: SamplingBody, sequences: Sequence[RunningSequence], n: int):
+    def __init__(
+        self,
+        body: SamplingBody,
+        sequences: Sequence[RunningSequence],
+        n: int,
+        num_reasoning_tokens: Callable[[], int] = lambda: 0,
+    ):
         options = body.stream_options
         self.is_last = options is not None and bool(options.include_usage)
         self._is_each = options is not None and bool(options.continuous_usage_stats)
         self._sequences = sequences
         self._n = n
+        self._num_reasoning_tokens = num_reasoning_tokens
 
     def on(self, event: dict[str, Any]) -> dict[str, Any]:
         """The event with the counts so far, or null where only the last event has them."""
         if self._is_each:
-            event["usage"] = usage(self._sequences, self._n)
+            event["usage"] = self._usage()
         elif self.is_last:
             event["usage"] = None
         return event
 
     def last(self, head: dict[str, Any]) -> dict[str, Any]:
         """The event that has nothing else."""
-        return {**head, "choices": [], "usage": usage(self._sequences, self._n)}
+        return {**head, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._sequences, self._n, self._num_reasoning_tokens())
 
 
 def prompt_logprobs(tokenizer: Tokenizer, logprobs: TokenLogprobs, num_top: int) -> list[dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -10,6 +11,9 @@ from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
 from ramet.srt.entrypoints.openai.chat_prompt import is_large_chat, render_chat
+from ramet.srt.entrypoints.openai.chat_run import ChatRun, FinishedChoice
+from ramet.srt.entrypoints.openai.chat_tools import ChatTools, constrain, tools_of
+from ramet.srt.entrypoints.openai.constraints import BodyConstraint, constraint_of_body
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.entrypoints.openai.serving_base import (
     OpenAIServing,
@@ -23,11 +27,19 @@ from ramet.srt.entrypoints.openai.serving_base import (
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import SequenceInput
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallStart
+from ramet.srt.text.output_format import PromptEnd
+from ramet.srt.text.output_parser import OutputParser
 from ramet.srt.text.tokenizer import Tokenizer
 
 
 class ChatServing(OpenAIServing):
     """The chat route of one instance."""
+
+    def __init__(self, manager: TokenizerManager, model_name: str):
+        super().__init__(manager, model_name)
+        self._format = manager.output_format
 
     async def create(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer `body`.
@@ -37,24 +49,75 @@ class ChatServing(OpenAIServing):
             ServiceError: if the instance can't serve it.
             ClientGone: if the client goes away first.
         """
+        chat = await self.prepare(body, request)
+        if body.stream:
+            head = answer_head("chat.completion.chunk", "chatcmpl", self.model_name)
+            return await event_stream(request, self._stream(chat, head))
+        head = answer_head("chat.completion", "chatcmpl", self.model_name)
+        return await until_disconnect(request, self._answer(chat, head))
+
+    async def prepare(self, body: ChatCompletionRequest, request: Request) -> "PreparedChat":
+        """Check a chat and render it.
+
+        Raises:
+            RequestError, ServiceError, ClientGone: as `create`.
+        """
         self.check_body(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
-        with openai_names(body):
-            prompt = await until_disconnect(request, self._input(body, is_large_chat(request)))
-        if body.stream:
-            head = answer_head("chat.completion.chunk", "chatcmpl", self.model_name)
-            return await event_stream(request, self._stream(body, prompt, head))
-        head = answer_head("chat.completion", "chatcmpl", self.model_name)
-        return await until_disconnect(request, self._answer(body, prompt, head))
+        tools, wanted = tools_of(body, self._format), constraint_of_body(body)
+        rendering = render_chat(self.manager, body.messages, body, is_large_chat(request), with_tools=bool(tools.tools))
+        text = await until_disconnect(request, rendering)
+        end = PromptEnd(prompt=text, continued=_continued(body))
+        constraint, before = constrain(tools, wanted, self._format, end)
+        with openai_names(constraint):
+            return PreparedChat(body, tools, end, constraint, self._input(body, tools, text, constraint, before))
 
-    async def _input(self, body: ChatCompletionRequest, is_large: bool) -> SequenceInput:
+    async def open(self, chat: "PreparedChat") -> ChatRun:
+        """Start the choices of a chat.
+
+        Raises:
+            RequestError, ServiceError: as TokenizerManager.generate.
+        """
+        body = chat.body
+        with openai_names(chat.constraint):
+            generation = await self.start(body, [chat.prompt])
+
+        def make_parser() -> OutputParser:
+            return self._format.parser(
+                chat.end,
+                chat.tools.tools,
+                max_calls=chat.tools.max_calls,
+                separate_reasoning=body.separate_reasoning is not False,
+                stream_reasoning=body.stream_reasoning is not False,
+                skip_special_tokens=body.skip_special_tokens is not False,
+            )
+
+        return ChatRun(body, generation, make_parser, self.manager.tokenizer)
+
+    def count_tokens(self, chat: "PreparedChat") -> int:
+        """Of the prompt."""
+        prompt = chat.prompt
+        return len(self.manager.tokenizer.encode(prompt.text or "", prompt.add_special_tokens))
+
+    def _input(
+        self,
+        body: ChatCompletionRequest,
+        tools: ChatTools,
+        text: str,
+        constraint: BodyConstraint | None,
+        before: str,
+    ) -> SequenceInput:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         has_prompt_logprobs = body.prompt_logprobs is not None
+        params = self.sampling_params(body, max_tokens, constraint)
+        if self._format.needs_special_tokens(bool(tools.tools)):
+            params.skip_special_tokens = False  # the parser takes them out
         return SequenceInput(
-            text=await render_chat(self.manager, body.messages, body, is_large),
+            text=text,
             add_special_tokens=bool(body.add_special_tokens),  # the template has written them
-            sampling_params=self.sampling_params(body, max_tokens),
+            sampling_params=params,
+            grammar_before=before,
             fit_max_new_tokens=max_tokens is None,
             return_logprob=bool(body.logprobs) or has_prompt_logprobs,
             logprob_start_len=0 if has_prompt_logprobs else -1,
@@ -64,15 +127,17 @@ class ChatServing(OpenAIServing):
             param="messages",
         )
 
-    async def _answer(self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]) -> Response:
-        with openai_names(body):
-            generation = await self.start(body, [prompt])
-            sequences = await generation.finish()
+    async def _answer(self, chat: "PreparedChat", head: dict[str, Any]) -> Response:
+        body, run = chat.body, await self.open(chat)
+        with openai_names(chat.constraint):
+            finished = await run.finish()
         choices = []
-        for index, sequence in enumerate(sequences):
+        for index, choice in enumerate(finished):
             await asyncio.sleep(0)  # others have the event loop, too
-            choices.append(self._choice(body, index, sequence))
-        answer = {**head, "choices": choices, "usage": usage(sequences, len(sequences))}
+            choices.append(self._choice(body, index, choice))
+        sequences = run.sequences
+        counts = usage(sequences, len(sequences), run.num_reasoning_tokens())
+        answer = {**head, "choices": choices, "usage": counts}
         if body.prompt_logprobs is not None:
             tokenizer, logprobs = self.manager.tokenizer, sequences[0].input_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(tokenizer, logprobs, body.prompt_logprobs)
@@ -80,28 +145,26 @@ class ChatServing(OpenAIServing):
             answer["prompt_token_ids"] = sequences[0].request.input_ids
         return json_response(answer)
 
-    def _choice(self, body: ChatCompletionRequest, index: int, sequence: RunningSequence) -> dict[str, Any]:
-        assert sequence.finish_reason is not None
+    def _choice(self, body: ChatCompletionRequest, index: int, finished: FinishedChoice) -> dict[str, Any]:
+        sequence = finished.sequence
         choice = {
             "index": index,
-            "message": {"role": "assistant", "content": sequence.text, "refusal": None},
+            "message": _message(finished),
             "logprobs": self._logprobs(body, sequence, 0, len(sequence.output_ids)),
-            "finish_reason": sequence.finish_reason.type,
+            "finish_reason": finished.finish_reason,
         }
         if body.return_token_ids:
             choice["token_ids"] = sequence.output_ids
         return choice
 
-    async def _stream(
-        self, body: ChatCompletionRequest, prompt: SequenceInput, head: dict[str, Any]
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        with openai_names(body):
-            generation = await self.start(body, [prompt])
-            sequences = generation.sequences
-            stream_usage = StreamUsage(body, sequences, len(sequences))
+    async def _stream(self, chat: "PreparedChat", head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        body, run = chat.body, await self.open(chat)
+        sequences = run.sequences
+        with openai_names(chat.constraint):
+            stream_usage = StreamUsage(body, sequences, len(sequences), run.num_reasoning_tokens)
             begun = [False] * len(sequences)
             has_ids = bool(body.return_token_ids)
-            async with aclosing(generation.updates()) as updates:
+            async with aclosing(run.updates()) as updates:
                 async for update in updates:
                     index, sequence = update.index, sequences[update.index]
                     logprobs = self._logprobs(body, sequence, update.first_token, update.end_token)
@@ -112,11 +175,14 @@ class ChatServing(OpenAIServing):
                         begun[index] = True
                         yield stream_usage.on(first)
                     new_ids = sequence.output_ids[update.first_token : update.end_token] if has_ids else None
-                    if update.text or logprobs or new_ids:
-                        chunk = _chunk(head, index, {"content": update.text}, logprobs=logprobs, token_ids=new_ids)
-                        yield stream_usage.on(chunk)
+                    deltas = [_delta(event) for event in update.events]
+                    if not deltas and (logprobs or new_ids):
+                        deltas = [{"content": ""}]
+                    for delta in deltas:
+                        yield stream_usage.on(_chunk(head, index, delta, logprobs=logprobs, token_ids=new_ids))
+                        logprobs = new_ids = None
                     if update.finish_reason is not None:
-                        yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason.type))
+                        yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason))
             if stream_usage.is_last:
                 yield stream_usage.last(head)
 
@@ -133,6 +199,50 @@ class ChatServing(OpenAIServing):
             entry = _token_entry(tokenizer, logprobs.token_ids[place], logprobs.logprobs[place])
             content.append({**entry, "top_logprobs": [_token_entry(tokenizer, *pair) for pair in top]})
         return {"content": content, "refusal": None}
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A chat that can be started."""
+
+    body: ChatCompletionRequest
+    tools: ChatTools
+    end: PromptEnd
+    constraint: BodyConstraint | None
+    prompt: SequenceInput
+
+
+def _continued(body: ChatCompletionRequest) -> str | None:
+    """The text that the output goes on with."""
+    if not body.continue_final_message:
+        return None
+    content = body.messages[-1].content
+    return content if isinstance(content, str) else "".join(part.text for part in content or [])
+
+
+def _message(finished: FinishedChoice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": finished.content, "refusal": None}
+    if finished.reasoning:
+        message["reasoning_content"] = finished.reasoning
+    if finished.tool_calls:
+        message["content"] = finished.content or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in finished.tool_calls
+        ]
+    return message
+
+
+def _delta(event: Event) -> dict[str, Any]:
+    """What a chunk of a stream says of an event."""
+    if isinstance(event, Content):
+        return {"content": event.text}
+    if isinstance(event, Reasoning):
+        return {"reasoning_content": event.text}
+    if isinstance(event, ToolCallStart):
+        function = {"name": event.name, "arguments": ""}
+        return {"tool_calls": [{"index": event.call_index, "id": event.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": event.call_index, "function": {"arguments": event.text}}]}
 
 
 def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.openai.constraints import BodyConstraint, constraint_of_body
 from ramet.srt.entrypoints.openai.protocol import CompletionRequest
 from ramet.srt.entrypoints.openai.serving_base import (
     OpenAIServing,
@@ -39,16 +40,17 @@ class CompletionServing(OpenAIServing):
             ClientGone: if the client goes away first.
         """
         self.check_body(body)
-        with openai_names(body):
-            inputs = self._inputs(body)
+        constraint = constraint_of_body(body)
+        with openai_names(constraint):
+            inputs = self._inputs(body, constraint)
         head = answer_head("text_completion", "cmpl", self.model_name)
         if body.stream:
-            return await event_stream(request, self._stream(body, inputs, head))
-        return await until_disconnect(request, self._answer(body, inputs, head))
+            return await event_stream(request, self._stream(body, inputs, constraint, head))
+        return await until_disconnect(request, self._answer(body, inputs, constraint, head))
 
-    def _inputs(self, body: CompletionRequest) -> list[SequenceInput]:
+    def _inputs(self, body: CompletionRequest, constraint: BodyConstraint | None) -> list[SequenceInput]:
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = self.sampling_params(body, max_tokens)
+        params = self.sampling_params(body, max_tokens, constraint)
         has_prompt_logprobs = body.prompt_logprobs is not None
         return [
             SequenceInput(
@@ -67,8 +69,14 @@ class CompletionServing(OpenAIServing):
             for prompt in _prompts(body)
         ]
 
-    async def _answer(self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]) -> Response:
-        with openai_names(body):
+    async def _answer(
+        self,
+        body: CompletionRequest,
+        inputs: list[SequenceInput],
+        constraint: BodyConstraint | None,
+        head: dict[str, Any],
+    ) -> Response:
+        with openai_names(constraint):
             generation = await self.start(body, inputs)
             sequences = await generation.finish()
         choices = []
@@ -83,9 +91,13 @@ class CompletionServing(OpenAIServing):
         return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})
 
     async def _stream(
-        self, body: CompletionRequest, inputs: list[SequenceInput], head: dict[str, Any]
+        self,
+        body: CompletionRequest,
+        inputs: list[SequenceInput],
+        constraint: BodyConstraint | None,
+        head: dict[str, Any],
     ) -> AsyncGenerator[dict[str, Any], None]:
-        with openai_names(body):
+        with openai_names(constraint):
             generation = await self.start(body, inputs)
             stream_usage = StreamUsage(body, generation.sequences, body.n or 1)
             writers = [
