@@ -52,6 +52,7 @@ FLOORS = {
     "srt.managers": "the processes behind the HTTP server: requests, tokens, passes",
     "srt.entrypoints.http": "what all HTTP routes share",
     "srt.entrypoints.openai": "OpenAI's routes",
+    "srt.entrypoints.anthropic": "Anthropic's routes",
     "srt.entrypoints": "an instance from its start to its end",
     "launch_server": "python -m ramet.launch_server",
     "modelexpress_server": "python -m ramet.modelexpress_server",

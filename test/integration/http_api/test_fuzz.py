@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/tokenize", "/detokenize",
-         "/v1/detokenize", "/abort_request", "/start_profile")  # fmt: skip
+         "/v1/detokenize", "/v1/messages", "/v1/messages/count_tokens", "/abort_request", "/start_profile")  # fmt: skip
 LENGTHS = {"max_tokens", "max_new_tokens", "max_completion_tokens", "n"}  # cut, so that the answers take no time
 # What a library of ours would say, and no API.
 FOREIGN_WORDS = ("Input should", "pydantic", "Value error", "msgspec", "Expected `", "got `", "validation error",
@@ -35,6 +35,9 @@ def check(http: httpx.Client, path: str, body: Any) -> int:
     answer = http.post(path, content=json.dumps(body).encode(), headers={"Content-Type": "application/json"})
     shown = json.dumps(body)[:1000]
     assert answer.status_code in (200, 400, 404), (answer.status_code, answer.text[:1000], shown)
+    if path.startswith("/v1/messages"):
+        check_messages(answer, shown)
+        return answer.status_code
     if answer.headers["content-type"].startswith("text/event-stream"):
         lines = [line for line in answer.text.split("\n\n") if line]
         assert lines[-1] == "data: [DONE]" and all(line.startswith("data: {") for line in lines[:-1]), shown
@@ -49,6 +52,16 @@ def check(http: httpx.Client, path: str, body: Any) -> int:
         assert error["param"] is not None or message in WITHOUT_PARAM, (message, shown)
         assert error["param"] is None or error["param"][:20] in message or error["param"] == "messages", (error, shown)
     return answer.status_code
+
+
+def check_messages(answer: httpx.Response, shown: str) -> None:
+    """Anthropic's routes have its events and its shape of errors."""
+    if answer.status_code == 200:
+        assert "internal error" not in answer.text and "event: error" not in answer.text, (answer.text, shown)
+        return
+    error = answer.json()["error"]
+    assert error["message"] and not [words for words in FOREIGN_WORDS if words in error["message"]], (error, shown)
+    assert error["type"] in ("invalid_request_error", "not_found_error")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +91,7 @@ def test_any_body_gets_an_answer_in_words_of_the_api(
         assert statuses.count(200) > len(statuses) / 20, "the description says what is taken"
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages"])
 def test_each_field_by_itself(http: httpx.Client, description: Any, path: str) -> None:
     """Each field with many values beside a prompt: what the whole bodies seldom come to."""
     schemas = description["components"]["schemas"]
@@ -87,13 +100,14 @@ def test_each_field_by_itself(http: httpx.Client, description: Any, path: str) -
         "/generate": {"text": "a", "sampling_params": {"max_new_tokens": 2}},
         "/v1/completions": {"prompt": "a", "max_tokens": 2},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+        "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     }
     values = Values(schemas, 4)
     bodies = st.sampled_from(sorted(schema["properties"])).flatmap(
         lambda name: st.fixed_dictionaries({name: values.of(schema["properties"][name]), "stream": st.booleans()})
     )
 
-    @settings(FUZZ, max_examples=300)
+    @settings(FUZZ, max_examples=500)
     @given(bodies)
     def fuzz(body: Any) -> None:
         check(http, path, cut(prompts[path] | body))

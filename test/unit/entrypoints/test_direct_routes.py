@@ -15,6 +15,8 @@ BODIES = {
     "/generate": {"input_ids": [5]},
     "/v1/completions": {"model": "m", "prompt": [5]},
     "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    "/v1/messages": {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
 }
 
 
@@ -48,6 +50,9 @@ async def test_an_unexpected_error_tells_nothing(path: str) -> None:
 async def test_who_may_not_ask_gets_no_further(path: str) -> None:
     status, message = await ask(make_instance(api_key="k"), path)
     assert status == 401 and "Authorization" in message
-    assert (await ask(make_instance(api_key="k"), path, Authorization="Bearer k"))[0] == 500
+    for headers in ({"Authorization": "Bearer k"}, {"X-Api-Key": "k"}, {"Authorization": "Bearer x", "X-Api-Key": "k"}):
+        assert (await ask(make_instance(api_key="k"), path, **headers))[0] == 500
+    for headers in ({"Authorization": "k"}, {"X-Api-Key": "Bearer k"}, {"X-Api-Key": ""}, {"X-Api-Key": "k2"}):
+        assert (await ask(make_instance(api_key="k"), path, **headers))[0] == 401
     assert (await ask(make_instance(), path, Origin="http://elsewhere.example"))[0] == 403
     assert await ask(make_instance(refusal="it is loading"), path) == (503, "it is loading")

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import msgspec
 from pydantic import BaseModel, ValidationError
 
+from ramet.srt.entrypoints.anthropic.conversion import chat_of, our_words
+from ramet.srt.entrypoints.anthropic.protocol import Conversation, CountTokensRequest, MessagesRequest
 from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
 from ramet.srt.entrypoints.http.http_validation import RequestBody
@@ -49,6 +51,8 @@ BODIES: dict[str, type[RequestBody]] = {
     "/v1/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
 }
 
 
@@ -93,10 +97,11 @@ def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
     try:
         content = json.loads(body)
         request = BODIES[question.path].model_validate(content)
-        limits = Limits(vocab_size=question.vocab_size, max_req_len=question.max_req_len, has_eos=True, grammars=True)
-        for param, prompt in _prompts(request, limits):
-            check_prompt_size(prompt, param, question.max_req_len)
-        _check_free_values(request)
+        if isinstance(request, Conversation):
+            with our_words():
+                _check(question, chat_of(request))
+        else:
+            _check(question, request)
     except ValidationError as error:
         message, name, code = describe_validation_errors(error.errors(include_url=False), content)
         return BodyVerdict(message=message, param=name, code=code)
@@ -107,6 +112,14 @@ def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
     except (ValueError, RecursionError, MemoryError) as error:
         return BodyVerdict(message=f"the body can't be parsed: {type(error).__name__}")
     return BodyVerdict()
+
+
+def _check(question: BodyQuestion, request: RequestBody) -> None:
+    """Raises RequestError."""
+    limits = Limits(vocab_size=question.vocab_size, max_req_len=question.max_req_len, has_eos=True, grammars=True)
+    for param, prompt in _prompts(request, limits):
+        check_prompt_size(prompt, param, question.max_req_len)
+    _check_free_values(request)
 
 
 def _check_free_values(request: RequestBody) -> None:

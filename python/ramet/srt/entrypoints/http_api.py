@@ -16,6 +16,8 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ramet
+from ramet.srt.entrypoints.anthropic.error_shape import AnthropicErrors
+from ramet.srt.entrypoints.anthropic_routes import make_anthropic_router
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
 from ramet.srt.entrypoints.http.answers import (
     ChatCompletion,
@@ -130,13 +132,16 @@ class DescribedApp(FastAPI):
         schema["components"]["schemas"].pop("HTTPValidationError", None)
         schema["components"]["schemas"].pop("ValidationError", None)
         if self.has_keys:
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["components"]["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            }
         for path, operations in schema["paths"].items():
             for method, operation in operations.items():
                 operation["operationId"] = f"{method}_{re.sub('[^a-z0-9]+', '_', path).strip('_')}"
                 operation["responses"].pop("422", None)
                 if self.has_keys and path not in OPEN_PATHS:
-                    operation["security"] = [{"key": []}]
+                    operation["security"] = [{"key": []}, {"x-api-key": []}]
 
 
 def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
@@ -152,6 +157,8 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
 
     routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
     routers = [make_router(instance) for make_router in routes]
+    if instance.is_head:
+        routers.append(make_anthropic_router(instance, ERRORS | NOT_FOUND))
     for router in routers:
         app.include_router(router)
     if instance.is_head:
@@ -178,7 +185,7 @@ def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None
         refusal=instance.refusal,
         authorities=args.authorities,
     )
-    return FrontMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins)
+    return AnthropicErrors(FrontMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins))
 
 
 def _node_routes(instance: Instance) -> APIRouter:

@@ -157,6 +157,48 @@ STRUCTURED_OUTPUTS = _table(
     *_only("vLLM", "a constraint that begins at a tag", "structural_tag"),
 )
 
+# ---- Anthropic's routes ----
+
+_CACHE = _free("Anthropic", "up to where to cache; the prefix cache does so by itself", "cache_control")
+
+MESSAGES = _table(
+    *_CACHE,
+    *_free("Anthropic", "who asks, for abuse reports", "metadata", "user_profile_id"),
+    *_free("Anthropic", "in which class of service, and who pays", "service_tier", "billing_policy"),
+    *_free("Anthropic", "other models for what this one declines; it declines nothing", "fallbacks",
+           "fallback_credit_token"),
+    *_only("Anthropic", "in which class of service", "speed", values=("standard",)),
+    *_only("Anthropic", "where in the world the answer is made", "inference_geo"),
+    *_only("Anthropic", "a machine of the server's for tools", "container"),
+    *_only("Anthropic", "tools of other servers", "mcp_servers"),
+    *_only("Anthropic", "a summary in place of an answer", "compaction"),
+    *_only("Anthropic", "parts of the conversation that the server leaves out", "context_management",
+           values=({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]})),
+    *_only("Anthropic", "why the cache had no more", "diagnostics", values=({"previous_message_id": None},)),
+)  # fmt: skip
+TURN = _table(
+    *_free("Anthropic", "what an answer has beside its content", "id", "type", "model", "stop_reason", "stop_sequence",
+           "stop_details", "usage", "container", "diagnostics"),
+    *_free("user interfaces", "what they know of a message", "timestamp", "created_at"),
+    *_CACHE,
+)  # fmt: skip
+BLOCK = _table(*_CACHE)
+TEXT_BLOCK = _table(
+    *_CACHE,
+    *_free("Anthropic", "sources of an earlier answer", "citations"),
+    *_free("Anthropic's client", "what it has read in an earlier answer", "parsed_output"),
+)
+THINKING_BLOCK = _table(*_CACHE, *_free("Anthropic", "what an earlier answer was signed with", "signature"))
+TOOL_USE_BLOCK = _table(*_CACHE, *_only("Anthropic", "who has called", "caller", values=({"type": "direct"},)))
+CUSTOM_TOOL = _table(
+    *_CACHE,
+    *_free("Anthropic", "arguments are always streamed as they come", "eager_input_streaming"),
+    *_only("Anthropic", "who may call", "allowed_callers", values=(["direct"],)),
+    *_only("Anthropic", "a tool that the model has to search for", "defer_loading"),
+    *_only("Anthropic", "examples of arguments", "input_examples"),
+)
+OUTPUT_CONFIG = _table(*_only("Anthropic", "a limit of tokens over several requests", "task_budget"))
+
 TABLES: Mapping[str, Table] = {
     "The body of `POST /v1/chat/completions`": CHAT,
     "The body of `POST /v1/completions`": COMPLETIONS,
@@ -168,6 +210,14 @@ TABLES: Mapping[str, Table] = {
     "A tool in `tools`": TOOL,
     "A call in `tool_calls`": TOOL_CALL,
     "`structured_outputs`": STRUCTURED_OUTPUTS,
+    "The bodies of `POST /v1/messages` and `POST /v1/messages/count_tokens`": MESSAGES,
+    "A message there": TURN,
+    "A block of text there": TEXT_BLOCK,
+    "A block of thinking there": THINKING_BLOCK,
+    "A block `tool_use` there": TOOL_USE_BLOCK,
+    "Other blocks there": BLOCK,
+    "A tool there": CUSTOM_TOOL,
+    "`output_config`": OUTPUT_CONFIG,
 }
 _BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)

@@ -68,7 +68,7 @@ class AccessMiddleware:
         if not may_call and not self._has_proof(scope, headers):
             return error_response(
                 401,
-                "the Authorization header must be 'Bearer' and a valid key",
+                "the Authorization header must be 'Bearer' and a valid key, or the X-Api-Key header one",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -110,6 +110,14 @@ class AccessMiddleware:
 
 
 def has_key(headers: Headers, key: str) -> bool:
-    """Whether the request carries `Authorization: Bearer <key>`. Takes the same time for every wrong key."""
+    """Whether the request carries `Authorization: Bearer <key>`, or, as Anthropic's clients do it, `X-Api-Key: <key>`.
+
+    Takes the same time for every wrong key.
+    """
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())
+    is_bearer = scheme.lower() == "bearer" and _is_same(given, key)
+    return _is_same(headers.get("x-api-key", ""), key) or is_bearer
+
+
+def _is_same(given: str, key: str) -> bool:
+    return hmac.compare_digest(given.strip().encode(), key.encode())

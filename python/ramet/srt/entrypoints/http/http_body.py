@@ -23,7 +23,9 @@ FREE_VALUES = 2000  # what so many values can be is parsed here at once
 FREE_BYTES = 1 << 20
 NUM_BODY_BYTES = "num_body_bytes"  # in the scope of a request: how long its body is
 
-GENERATE_PATHS = frozenset({"/generate", "/v1/completions", "/v1/chat/completions"})
+GENERATE_PATHS = frozenset(
+    {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"}
+)
 TOKENIZE_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"})
 CHECKED_PATHS = GENERATE_PATHS | TOKENIZE_PATHS
 MAX_BYTES = dict.fromkeys(CHECKED_PATHS, MAX_BODY_BYTES) | {
