@@ -17,6 +17,8 @@ BODIES = {
     "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
     "/v1/messages": {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
     "/v1/messages/count_tokens": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    "/v1/responses": {"model": "m", "input": "a"},
+    "/v1/responses/input_tokens": {"model": "m", "input": "a"},
 }
 
 

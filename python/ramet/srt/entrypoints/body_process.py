@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ramet.srt.entrypoints.anthropic.conversion import chat_of, our_words
 from ramet.srt.entrypoints.anthropic.protocol import Conversation, CountTokensRequest, MessagesRequest
@@ -28,6 +28,7 @@ from ramet.srt.entrypoints.openai.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from ramet.srt.entrypoints.openai.responses_protocol import InputTokensRequest, ResponsesRequest
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.prepare_requests import Limits, check_prompt_size
 
@@ -42,7 +43,9 @@ MAX_FREE_BYTES = {
     "guided_json": 1 << 20,
     "structured_outputs": 1 << 20,
     "chat_template_kwargs": 64 << 10,
+    "tools": 4 << 20,
 }
+MAX_TEXT_CONFIG_BYTES = 1 << 20  # of a response's `text`, which has a JSON schema
 BODIES: dict[str, type[RequestBody]] = {
     "/generate": GenerateReqInput,
     "/v1/completions": CompletionRequest,
@@ -53,6 +56,8 @@ BODIES: dict[str, type[RequestBody]] = {
     "/v1/detokenize": DetokenizeRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/responses/input_tokens": InputTokensRequest,
 }
 
 
@@ -124,10 +129,9 @@ def _check(question: BodyQuestion, request: RequestBody) -> None:
 
 def _check_free_values(request: RequestBody) -> None:
     """Values of any shape are bounded in bytes. Raises RequestError."""
-    for name, max_bytes in MAX_FREE_BYTES.items():
-        value = getattr(request, name, None)
-        if isinstance(value, BaseModel):
-            value = value.model_dump()
+    limits = MAX_FREE_BYTES | ({"text": MAX_TEXT_CONFIG_BYTES} if isinstance(request, InputTokensRequest) else {})
+    for name, max_bytes in limits.items():
+        value = request.model_dump(include={name}).get(name)
         if value is not None and len(json.dumps(value)) > max_bytes:
             raise RequestError(f"{name} has more than {max_bytes} bytes", param=name)
 
@@ -149,6 +153,9 @@ def _prompts(request: RequestBody, limits: Limits) -> Iterator[tuple[str, str | 
             for call in getattr(message, "tool_calls", None) or ():
                 arguments = call.function.arguments
                 yield "messages", arguments if isinstance(arguments, str) else json.dumps(arguments)
+    elif isinstance(request, InputTokensRequest):
+        for text in request.texts():
+            yield "input", text
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_base import check_model, unknown_model
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.entrypoints.responses_routes import make_responses_router
 from ramet.srt.entrypoints.tokenize_routes import make_tokenize_router
 from ramet.srt.entrypoints.weight_routes import make_weight_router
 from ramet.srt.errors import RequestError, ServiceError
@@ -155,7 +156,11 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
     async def on_client_gone(_request: Request, _error: ClientGone) -> Response:
         return client_gone_response()
 
-    routes = (_health_routes, _native_routes, _admin_routes, _openai_routes) if instance.is_head else (_node_routes,)
+    routes = (
+        (_health_routes, _native_routes, _admin_routes, _openai_routes, _responses_routes)
+        if instance.is_head
+        else (_node_routes,)
+    )
     routers = [make_router(instance) for make_router in routes]
     if instance.is_head:
         routers.append(make_anthropic_router(instance, ERRORS | NOT_FOUND))
@@ -379,6 +384,10 @@ def _profile_folder(instance: Instance, wanted: str | None) -> str:
             param="output_dir",
         )
     return os.path.join(root, wanted or "")
+
+
+def _responses_routes(instance: Instance) -> APIRouter:
+    return make_responses_router(instance, ERRORS | NOT_FOUND)
 
 
 def _openai_routes(instance: Instance) -> APIRouter:

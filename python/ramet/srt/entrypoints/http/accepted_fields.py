@@ -199,6 +199,45 @@ CUSTOM_TOOL = _table(
 )
 OUTPUT_CONFIG = _table(*_only("Anthropic", "a limit of tokens over several requests", "task_budget"))
 
+# ---- /v1/responses ----
+
+RESPONSES = _table(
+    *_free("OpenAI", "in which class of service", "service_tier"),
+    *_free("OpenAI", "how long a prefix is kept; the prefix cache keeps what it has room for",
+           "prompt_cache_retention", "prompt_cache_options"),
+    *_free("OpenAI", "a limit for tools that the server runs; it runs none", "max_tool_calls"),
+    *_only("OpenAI", "dropping the beginning of an input that is too long", "truncation", values=("disabled",)),
+    *_only("OpenAI", "an answer that nobody waits for", "background", "background_options"),
+    *_only("OpenAI", "conversations that the server keeps; it keeps responses: previous_response_id", "conversation"),
+    *_only("OpenAI", "prompts that the server keeps", "prompt"),
+    *_only("OpenAI", "shortening a long conversation", "context_management"),
+    *_only("OpenAI", "a check of what is said", "moderation"),
+    *_only("OpenAI", "pictures", "image"),
+)  # fmt: skip
+RESPONSES_REASONING = _table(
+    *_free("OpenAI", "a summary of the reasoning; none is made, the item has the reasoning itself", "summary",
+           "generate_summary"),
+    *_only("OpenAI", "which reasoning of earlier turns counts; the chat template decides", "context", values=("auto",)),
+    *_only("OpenAI", "another way to reason", "mode", values=("standard",)),
+)  # fmt: skip
+RESPONSES_ITEM = _table(
+    *_free("OpenAI", "how far the item had come, and who made it", "status", "created_by"),
+    *_free("OpenAI", "whether a message was the answer or a word between", "phase"),
+    *_only("OpenAI", "who calls", "caller", values=({"type": "direct"},)),
+    *_only("OpenAI", "groups of tools", "namespace"),
+    *_only("OpenAI", "calls that nobody waits for", "async"),
+)
+RESPONSES_PART = _table(
+    *_free("OpenAI", "what is known of an earlier answer", "annotations", "logprobs"),
+    *_free("OpenAI", "up to where to cache; the prefix cache does so by itself", "prompt_cache_breakpoint"),
+)
+RESPONSES_TOOL = _table(
+    *_free("OpenAI", "what the function answers", "output_schema"),
+    *_only("OpenAI", "who calls", "allowed_callers", values=(["direct"],)),
+    *_only("OpenAI", "tools that are looked for", "defer_loading"),
+    *_only("OpenAI", "calls that nobody waits for", "async"),
+)
+
 TABLES: Mapping[str, Table] = {
     "The body of `POST /v1/chat/completions`": CHAT,
     "The body of `POST /v1/completions`": COMPLETIONS,
@@ -218,8 +257,13 @@ TABLES: Mapping[str, Table] = {
     "Other blocks there": BLOCK,
     "A tool there": CUSTOM_TOOL,
     "`output_config`": OUTPUT_CONFIG,
+    "The body of `POST /v1/responses`": RESPONSES,
+    "`reasoning` of a response": RESPONSES_REASONING,
+    "An item of a response's `input`": RESPONSES_ITEM,
+    "A part of an item's content": RESPONSES_PART,
+    "A tool of a response": RESPONSES_TOOL,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING)
+_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, MESSAGES, RESPONSES)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

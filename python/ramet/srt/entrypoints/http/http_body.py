@@ -24,7 +24,15 @@ FREE_BYTES = 1 << 20
 NUM_BODY_BYTES = "num_body_bytes"  # in the scope of a request: how long its body is
 
 GENERATE_PATHS = frozenset(
-    {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"}
+    {
+        "/generate",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/responses/input_tokens",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+    }
 )
 TOKENIZE_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"})
 CHECKED_PATHS = GENERATE_PATHS | TOKENIZE_PATHS

@@ -66,7 +66,7 @@ class FrontMiddleware:
 
 def _preflight_headers(asked: dict[bytes, bytes]) -> Headers:
     return [
-        (b"access-control-allow-methods", b"GET, POST, HEAD"),
+        (b"access-control-allow-methods", b"GET, POST, DELETE, HEAD"),
         (b"access-control-allow-headers", asked.get(b"access-control-request-headers", b"Content-Type, Authorization")),
         (b"access-control-max-age", str(PREFLIGHT_AGE_S).encode()),
     ]

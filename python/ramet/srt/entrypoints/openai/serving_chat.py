@@ -150,7 +150,7 @@ class ChatServing(OpenAIServing):
         choice = {
             "index": index,
             "message": _message(finished),
-            "logprobs": self._logprobs(body, sequence, 0, len(sequence.output_ids)),
+            "logprobs": self.logprobs(body, sequence, 0, len(sequence.output_ids)),
             "finish_reason": finished.finish_reason,
         }
         if body.return_token_ids:
@@ -167,7 +167,7 @@ class ChatServing(OpenAIServing):
             async with aclosing(run.updates()) as updates:
                 async for update in updates:
                     index, sequence = update.index, sequences[update.index]
-                    logprobs = self._logprobs(body, sequence, update.first_token, update.end_token)
+                    logprobs = self.logprobs(body, sequence, update.first_token, update.end_token)
                     if not begun[index]:
                         first = _chunk(head, index, {"role": "assistant", "content": "", "refusal": None})
                         if has_ids and not any(begun):
@@ -186,7 +186,7 @@ class ChatServing(OpenAIServing):
             if stream_usage.is_last:
                 yield stream_usage.last(head)
 
-    def _logprobs(
+    def logprobs(
         self, body: ChatCompletionRequest, sequence: RunningSequence, first: int, end: int
     ) -> dict[str, Any] | None:
         """Of the output tokens [first, end); None when there is nothing to show."""
