@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.io_struct import (
+    BatchEmbeddingOutput,
     BatchTokenIDOutput,
     FinishReason,
     Message,
@@ -45,7 +48,10 @@ class DirectChannel:
         self.outputs += output.outputs
 
     def reply(self, message: Message) -> None:
-        self.replies.append(message)
+        if isinstance(message, BatchEmbeddingOutput):
+            self.outputs += message.outputs
+        else:
+            self.replies.append(message)
 
 
 class EngineHarness:
@@ -60,6 +66,7 @@ class EngineHarness:
             dtype=self.args.dtype,
             context_length=self.args.context_length,
             quantization=self.args.quantization,
+            is_embedding=self.args.is_embedding,
         )
         runner_config = self.args.runner_config(device.type, dtype=config.dtype, quantization=config.quantization)
         self.runner = ModelRunner(runner_config, config, ParallelConfig(), device, lambda phase: None, LoadContext())
@@ -83,6 +90,7 @@ class EngineHarness:
         stream: bool = False,
         priority: int = 0,
         bad_words_ids: Sequence[Sequence[int]] = (),
+        pooling: Pooling | None = None,
         **params: Any,
     ) -> None:
         """Queue one request; `logprob_start_len` asks for prompt log-probabilities too."""
@@ -98,6 +106,7 @@ class EngineHarness:
                 top_logprobs_num=top,
                 priority=priority,
                 bad_words_ids=[list(ids) for ids in bad_words_ids],
+                pooling=pooling,
             )
         )
 
@@ -151,11 +160,13 @@ class Result:
         self.input_logprobs: TokenLogprobs | None = None
         self.output_logprobs: list[float | None] = []
         self.top_logprobs: list[list[float]] = []
+        self.vector = np.zeros(0, dtype=np.float32)  # of a pooled request
 
     def add(self, output: RequestOutput) -> None:
         self.token_ids += output.token_ids
         self.finish_reason = output.finish_reason
         self.cached_tokens = output.cached_tokens
+        self.vector = np.frombuffer(output.vector, dtype="<f4")
         if output.input_logprobs is not None:
             self.input_logprobs = output.input_logprobs
         if output.output_logprobs is not None:

@@ -136,6 +136,55 @@ def make_model(
     return folder
 
 
+def make_embedding_model(folder: str | Path, *, normalize: bool = True, **options: Any) -> Path:
+    """Write a random model as Qwen3-Embedding is published: the decoder alone, its names without "model." in front.
+
+    Args:
+        normalize: whether the last token's hidden state is normalised.
+        options: see make_model.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = make_model(folder, "qwen3", tie_word_embeddings=True, **options)
+    weights = load_file(folder / "model.safetensors")
+    bare = {name.removeprefix("model."): value for name, value in weights.items() if name != "lm_head.weight"}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    write_pooling(folder, normalize=normalize)
+    return folder
+
+
+def write_pooling(folder: Path, *, mode: str = "lasttoken", normalize: bool = True) -> None:
+    """Write what sentence-transformers writes beside an embedding model."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
+    entries = [
+        {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for idx, (path, kind) in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    flags = {f"pooling_mode_{name}": name == mode for name in ("cls_token", "mean_tokens", "lasttoken")}
+    pooling = {"word_embedding_dimension": 80, "include_prompt": True, **flags}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def write_logit_score(folder: Path, true_token_id: int, false_token_id: int | None) -> None:
+    """Write what sentence-transformers writes beside a decoder that ranks by its next token."""
+    package = "sentence_transformers"
+    entries = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_LogitScore",
+            "type": f"{package}.cross_encoder.modules.logit_score.LogitScore",
+        },
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    config = {"true_token_id": true_token_id, "false_token_id": false_token_id}
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(config))
+
+
 def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **overrides: Any) -> Path:
     """Write the config.json of a model of `family` and nothing else, without importing transformers."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -236,6 +285,16 @@ def hf_greedy(folder: str | Path, prompts: Sequence[Sequence[int]], n: int) -> l
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             outputs.append(ids[len(prompt) :])
     return outputs
+
+
+def hf_hidden_states(folder: str | Path, prompts: Sequence[Sequence[int]]) -> list[Any]:
+    """float32 [hidden_size] of each prompt: the last token's hidden state behind the final norm, not normalised."""
+    import torch
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
+    with torch.inference_mode():
+        return [model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0, -1] for ids in prompts]
 
 
 def hf_logprobs(folder: str | Path, sequences: Sequence[Sequence[int]]) -> list[Any]:

@@ -215,7 +215,7 @@ class Simulation:
         )
         self.scheduler = Scheduler(
             SchedulerConfig(**defaults | config),
-            cast(ModelConfig, SimpleNamespace(eos_token_ids=())),
+            cast(ModelConfig, SimpleNamespace(eos_token_ids=(), embedding=None)),
             cast(ModelRunner, runner),
             cast(Any, _nothing),
             None,

@@ -5,6 +5,7 @@ import random_models as rm
 import torch
 from engine_harness import EngineHarness
 from fp8_models import write_fp8, write_plain
+from ramet.srt.batch.batch_plan import Pooling
 
 PROMPTS = rm.random_prompts([1, 5, 17, 33, 60])
 VARIANTS = {
@@ -28,6 +29,32 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, variant):
     engine = EngineHarness(folder, device="cuda", **VARIANTS[variant])
     for _ in range(2):
         assert [result.token_ids for result in engine.generate(PROMPTS, max_new_tokens=14)] == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embeddings_equal_transformers(tmp_path, variant):
+    folder = rm.make_embedding_model(tmp_path)
+    expected = torch.nn.functional.normalize(torch.stack(rm.hf_hidden_states(folder, PROMPTS)), dim=-1)
+    engine = EngineHarness(folder, device="cuda", chunked_prefill_size=16, **VARIANTS[variant])
+    for _ in range(2):
+        results = engine.generate(PROMPTS, pooling=Pooling(normalize=True))
+        vectors = torch.stack([torch.tensor(result.vector) for result in results])
+        torch.testing.assert_close(vectors, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_labels_beside_generation(tmp_path, variant):
+    folder = rm.make_model(tmp_path, "qwen3")
+    expected = [whole[-1, [7, 300]] for whole in rm.hf_logprobs(folder, PROMPTS)]
+    engine = EngineHarness(folder, device="cuda", **VARIANTS[variant])
+    engine.submit("generated", PROMPTS[2], max_new_tokens=14)
+    engine.step()
+    for index, prompt in enumerate(PROMPTS):
+        engine.submit(str(index), prompt, pooling=Pooling(label_token_ids=[7, 300]))
+    results = engine.run()
+    assert results["generated"].token_ids == rm.hf_greedy(folder, PROMPTS[2:3], 14)[0]
+    for index, logprobs in enumerate(expected):
+        torch.testing.assert_close(torch.tensor(results[str(index)].vector), logprobs, atol=1e-3, rtol=0)
 
 
 def test_logits_of_a_larger_model_agree_to_bfloat16_rounding(tmp_path):

@@ -68,11 +68,11 @@ def test_every_route_has_them() -> None:
     serving = OpenAIServing(manager, "m")
     chat = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
     for body in (CompletionRequest(model="m", prompt="x"), ChatCompletionRequest(**chat)):
-        params = serving.sampling_params(body, 5)
+        params = serving.sampling_params(body, 5, None)
         assert {name: getattr(params, name) for name in FILE} == FILE
     for body in (
         CompletionRequest(model="m", prompt="x", temperature=1.0),
         ChatCompletionRequest(**chat, temperature=1.0, top_p=None),
     ):
-        params = serving.sampling_params(body, 5)
+        params = serving.sampling_params(body, 5, None)
         assert (params.temperature, params.top_p) == (1.0, 0.95)

@@ -39,6 +39,7 @@ class ServerArgs(ServerFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._validate_files()
+        self._validate_task()
         self._validate_passes()
         self._validate_parallelism()
         self._validate_modelexpress()
@@ -55,6 +56,18 @@ class ServerArgs(ServerFlags):
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
         self.parser_config.check()
+
+    def _validate_task(self) -> None:
+        if self.classifier_from_token is None:
+            return
+        if self.is_embedding:
+            raise ValueError("--classifier-from-token and --is-embedding contradict each other")
+        labels = self.classifier_labels
+        if len(labels) != 2 or not all(labels) or labels[0] == labels[1]:
+            raise ValueError(
+                "--classifier-from-token must be two different tokens, joined by a comma; got "
+                f"{self.classifier_from_token!r}"
+            )
 
     def _validate_passes(self) -> None:
         if self.target_itl_ms and self.chunked_prefill_size == -1:
@@ -213,6 +226,11 @@ class ServerArgs(ServerFlags):
     def allowed_host_names(self) -> list[str]:
         """What --allowed-hosts lists."""
         return [name.strip() for name in (self.allowed_hosts or "").split(",") if name.strip()]
+
+    @property
+    def classifier_labels(self) -> list[str]:
+        """What --classifier-from-token lists: the answer to an irrelevant document, and that to a relevant one."""
+        return [] if self.classifier_from_token is None else self.classifier_from_token.split(",")
 
     @property
     def profile_root(self) -> str:

@@ -104,6 +104,15 @@ class ServerFlags:
         "answer's text.",
         choices=REASONING_PARSERS,
     )
+    is_embedding: bool = flag(
+        False,
+        "Make embeddings of prompts, and nothing else. A model whose modules.json pools its last token does so anyway.",
+    )
+    classifier_from_token: str | None = flag(
+        None,
+        "Rank texts by the token that the model would answer with: the one for an irrelevant document and that for a "
+        "relevant one, joined by a comma (no,yes). Not needed for a model whose modules.json names them.",
+    )
     sampling_defaults: str = flag(
         "model",
         "Where temperature, top_k, top_p, min_p and repetition_penalty of a request come from that doesn't give them: "

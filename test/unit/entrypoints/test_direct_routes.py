@@ -5,12 +5,13 @@ from typing import Any
 
 import httpx
 import pytest
+from ramet.srt.configs.sentence_transformers import EmbeddingConfig
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.managers.prepare_requests import Limits
 from ramet.srt.server_args import ServerArgs
 
-LIMITS = Limits(vocab_size=300, max_req_len=64, has_eos=True, grammars=False)
+LIMITS = Limits(vocab_size=300, max_req_len=64, has_eos=True, grammars=False, embedding=EmbeddingConfig())
 BODIES = {
     "/generate": {"input_ids": [5]},
     "/v1/completions": {"model": "m", "prompt": [5]},
@@ -19,6 +20,10 @@ BODIES = {
     "/v1/messages/count_tokens": {"model": "m", "messages": [{"role": "user", "content": "a"}]},
     "/v1/responses": {"model": "m", "input": "a"},
     "/v1/responses/input_tokens": {"model": "m", "input": "a"},
+    "/encode": {"input_ids": [5]},
+    "/v1/embeddings": {"input": [5]},
+    "/v1/score": {"query": "a", "items": "b", "label_token_ids": [1]},
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), {"query": "a", "documents": ["b"]}),
 }
 
 
@@ -29,7 +34,8 @@ async def fails(*_args: Any) -> None:
 def make_instance(refusal: str | None = None, **args: Any) -> Any:
     manager = SimpleNamespace(limits=LIMITS, generate=fails, tokenizer=SimpleNamespace(has_chat_template=False))
     server_args = ServerArgs(model_path="m", **args)
-    return SimpleNamespace(server_args=server_args, is_head=True, refusal=lambda: refusal, manager=manager)
+    fields = {"server_args": server_args, "is_head": True, "refusal": lambda: refusal, "manager": manager}
+    return SimpleNamespace(**fields, reranker=SimpleNamespace(prompts=lambda *args: {}["secret"]))
 
 
 async def ask(instance: Any, path: str, **headers: str) -> tuple[int, str]:

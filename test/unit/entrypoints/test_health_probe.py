@@ -8,6 +8,7 @@ import pytest
 from ramet.srt.entrypoints import http_api
 from ramet.srt.entrypoints.http_api import HealthProbe
 from ramet.srt.errors import ServiceError
+from ramet.srt.managers.prepare_requests import Limits
 
 
 class Manager:
@@ -15,6 +16,7 @@ class Manager:
 
     def __init__(self) -> None:
         self.num_begun = 0
+        self.limits = Limits(vocab_size=9, max_req_len=9, has_eos=True, grammars=False)
         self.may_end = asyncio.Event()
 
     async def generate(self, _inputs: list[Any]) -> Any:

@@ -15,6 +15,14 @@ class PageWrite(msgspec.Struct, array_like=True):
     pages: list[int]
 
 
+class Pooling(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
+    """What is wanted of a prompt's last token by a request that generates nothing: one vector of float32."""
+
+    label_token_ids: list[int] = []  # their log-probabilities behind the prompt; empty: the token's hidden state
+    dimensions: int | None = None  # of a hidden state: so many of its first numbers
+    normalize: bool = False  # to length 1, in the end
+
+
 class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     """One sequence's part of a pass: any number of new tokens."""
 
@@ -27,6 +35,7 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     logprob_offset: int = 0  # first new token whose logits give a prompt log-probability
     logprob_targets: list[int] = []  # the tokens behind it and those after it
     top_logprobs_num: int = 0
+    pooling: Pooling | None = None  # of the last new token, where it is the last of a prompt that only this is asked of
 
     @property
     def gains_a_token(self) -> bool:
@@ -81,3 +90,4 @@ class BatchResult(msgspec.Struct, kw_only=True):
     token_ids: list[int]  # of the sampled sequences, in the plan's order
     output_logprobs: dict[str, LogprobRows]  # rid -> one row, for the sequences that asked
     prompt_logprobs: dict[str, LogprobRows]  # rid -> a row for each of the sequence's logprob_targets
+    vectors: dict[str, bytes] = {}  # rid -> float32, of the sequences with a pooling; b"" where one isn't finite

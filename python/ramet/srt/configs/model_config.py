@@ -10,6 +10,7 @@ from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
 from ramet.srt.configs.quantization_config import MODELOPT_FILE, QuantizationConfig, read_quantization
 from ramet.srt.configs.rope_config import RopeConfig, read_rope, scaled_length
+from ramet.srt.configs.sentence_transformers import MATRYOSHKA_KEYS, EmbeddingConfig, read_embedding
 from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
 # By the names that torch has for them, and so transformers takes.
@@ -48,6 +49,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
     idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
+    embedding: EmbeddingConfig | None = None  # of a model that makes embeddings, and has no output head; else None
 
     @property
     def quantization(self) -> str:
@@ -77,6 +79,7 @@ class ModelConfig:
         context_length: int | None = None,
         quantization: str | None = None,
         tokenizer_path: str | None = None,
+        is_embedding: bool = False,
     ) -> "ModelConfig":
         """Read the config of the model in folder `path`.
 
@@ -85,6 +88,7 @@ class ModelConfig:
             context_length: tokens; at most what the model was made for.
             quantization: "fp8", or None for the checkpoint's.
             tokenizer_path: folder of the tokenizer, whose end token is one of the model's; `path` when not given.
+            is_embedding: whether the model is to make embeddings, even if its folder doesn't say that it does.
 
         Raises:
             ValueError: if the folder or its config is missing or broken; the message names the file and the field.
@@ -98,6 +102,7 @@ class ModelConfig:
         rope = read_rope(need)
         attention_bias = need.flag("attention_bias")
         layer_windows = _layer_windows(need, num_layers)
+        need.take(*MATRYOSHKA_KEYS)
         config = cls(
             path=path,
             model_name=model_name or path,
@@ -124,6 +129,7 @@ class ModelConfig:
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=read_moe_config(need, num_layers),
             idle_window_keys=_idle_window_keys(need, layer_windows),
+            embedding=read_embedding(path, hf_config, is_embedding),
         )
         need.refuse_the_unread()
         return config

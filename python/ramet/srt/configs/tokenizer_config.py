@@ -112,17 +112,35 @@ def read_optional_json(folder: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file holds no JSON object; the message names it.
     """
+    content = _read_if_there(folder, name)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.path.join(folder, name)} must hold a JSON object")
+    return content
+
+
+def read_optional_list(folder: str, name: str) -> list[Any]:
+    """As `read_optional_json`, for a file that holds a list."""
+    content = _read_if_there(folder, name)
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        raise ValueError(f"{os.path.join(folder, name)} must hold a JSON list")
+    return content
+
+
+def _read_if_there(folder: str, name: str) -> Any:
+    """The JSON in a file, which may not be null; None if there is no such file."""
     file = os.path.join(folder, name)
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
     except FileNotFoundError:
-        return {}
+        return None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return content
+    return False if content is None else content
 
 
 def _added_tokens(folder: str, config: dict[str, Any], extra: list[Any]) -> dict[int, dict[str, Any]]:

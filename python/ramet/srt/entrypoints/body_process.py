@@ -22,6 +22,13 @@ from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.openai.pooling_protocol import (
+    EmbeddingRequest,
+    EncodeReqInput,
+    PooledBody,
+    RerankRequest,
+    ScoreRequest,
+)
 from ramet.srt.entrypoints.openai.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -58,6 +65,10 @@ BODIES: dict[str, type[RequestBody]] = {
     "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/responses/input_tokens": InputTokensRequest,
+    "/encode": EncodeReqInput,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/score": ScoreRequest,
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankRequest),
 }
 
 
@@ -123,7 +134,7 @@ def _check(question: BodyQuestion, request: RequestBody) -> None:
     """Raises RequestError."""
     limits = Limits(vocab_size=question.vocab_size, max_req_len=question.max_req_len, has_eos=True, grammars=True)
     for param, prompt in _prompts(request, limits):
-        check_prompt_size(prompt, param, question.max_req_len)
+        check_prompt_size(prompt, param, question.max_req_len, has_answer=not isinstance(request, PooledBody))
     _check_free_values(request)
 
 
@@ -142,6 +153,8 @@ def _prompts(request: RequestBody, limits: Limits) -> Iterator[tuple[str, str | 
         for one in request.prompts():
             yield "text" if isinstance(one, str) else "input_ids", one
         request.sequence_inputs(limits)
+    elif isinstance(request, PooledBody):
+        yield from request.sized_prompts()
     elif isinstance(request, CompletionRequest):
         prompt: Any = request.prompt
         for one in [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt:

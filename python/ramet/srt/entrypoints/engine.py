@@ -17,8 +17,10 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
+from ramet.srt.entrypoints.encode_request import answer_encode
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, answer_request, stream_request
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
 from ramet.srt.errors import ServiceError
 from ramet.srt.server_args import ServerArgs
 
@@ -94,6 +96,29 @@ class Engine:
         if stream:
             return self._core.aiterate(request)
         return await self._core.acall(self._core.answer(request))
+
+    def encode(
+        self, prompt: Prompt | None = None, input_ids: Ids | None = None, **options: Any
+    ) -> Output | list[Output]:
+        """The embedding of one or several prompts, by a model that makes some.
+
+        Args:
+            prompt: text, or a list of texts; or else `input_ids`: token ids, or a list of lists.
+            options: the other fields of /encode: dimensions, rid.
+
+        Returns:
+            What /encode answers: an object with `embedding`, or a list for a list of prompts.
+
+        Raises what `generate` raises.
+        """
+        return self._core.call(self._core.encode(EncodeReqInput.make(text=prompt, input_ids=input_ids, **options)))
+
+    async def async_encode(
+        self, prompt: Prompt | None = None, input_ids: Ids | None = None, **options: Any
+    ) -> Output | list[Output]:
+        """As `encode`, for a running event loop: await it."""
+        request = EncodeReqInput.make(text=prompt, input_ids=input_ids, **options)
+        return await self._core.acall(self._core.encode(request))
 
     def get_server_info(self) -> Output:
         """What /get_server_info answers."""
@@ -282,6 +307,10 @@ class EngineCore:
     async def answer(self, request: GenerateReqInput) -> Output | list[Output]:
         """The outputs of a request that is not streamed."""
         return await answer_request(self.instance.manager, request)
+
+    async def encode(self, request: EncodeReqInput) -> Output | list[Output]:
+        """The embeddings of a request."""
+        return await answer_encode(self.instance.manager, request)
 
     async def server_info(self) -> Output:
         """What /get_server_info answers."""

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import ramet
+from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.entrypoints.anthropic.error_shape import AnthropicErrors
 from ramet.srt.entrypoints.anthropic_routes import make_anthropic_router
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
@@ -53,6 +54,7 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_base import check_model, unknown_model
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
+from ramet.srt.entrypoints.pooling_routes import make_pooling_router
 from ramet.srt.entrypoints.responses_routes import make_responses_router
 from ramet.srt.entrypoints.tokenize_routes import make_tokenize_router
 from ramet.srt.entrypoints.weight_routes import make_weight_router
@@ -164,6 +166,7 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
     routers = [make_router(instance) for make_router in routes]
     if instance.is_head:
         routers.append(make_anthropic_router(instance, ERRORS | NOT_FOUND))
+        routers.append(make_pooling_router(instance, ERRORS | NOT_FOUND))
     for router in routers:
         app.include_router(router)
     if instance.is_head:
@@ -228,7 +231,7 @@ def _health_routes(instance: Instance) -> APIRouter:
 
     @router.get("/health_generate", responses={200: {"model": Status}})
     async def health_generate(request: Request) -> Response:
-        """Whether the instance really generates: makes one token, for all who ask meanwhile."""
+        """Whether the instance really computes: makes one token or embedding, for all who ask meanwhile."""
         check()
         await until_disconnect(request, probe.wait())
         return json_response({"status": "ready"})
@@ -237,7 +240,10 @@ def _health_routes(instance: Instance) -> APIRouter:
 
 
 class HealthProbe:
-    """Makes a token for whoever asks, one at a time: no key is needed, so the queue must not fill with these."""
+    """Makes a token, or an embedding where the model makes those, for whoever asks.
+
+    One at a time: no key is needed, so the queue must not fill with these.
+    """
 
     def __init__(self, instance: Instance) -> None:
         self._instance = instance
@@ -252,7 +258,8 @@ class HealthProbe:
 
     async def _generate(self) -> None:
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
-        prompt = SequenceInput(input_ids=[0], sampling_params=params)
+        pooling = Pooling() if self._instance.manager.limits.embedding is not None else None
+        prompt = SequenceInput(input_ids=[0], sampling_params=params, pooling=pooling)
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 generation = await self._instance.manager.generate([prompt])

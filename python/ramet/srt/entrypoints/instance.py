@@ -37,6 +37,7 @@ from ramet.srt.weights.control_messages import (
 
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
+    from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.modelexpress.server.server import ModelExpressServer
@@ -64,6 +65,7 @@ class Instance:
         self.modelexpress: ModelExpressServer | None = None  # the metadata server, if it runs in this process
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
+        self.reranker: Reranker | NoReranker
         self.metrics: Metrics
         self.model_config: ModelConfig
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
@@ -104,6 +106,7 @@ class Instance:
             tokenizer_path=None
             if args.tokenizer_path is None
             else resolve_tokenizer_path(args.tokenizer_path, "", None),
+            is_embedding=args.is_embedding,
         )
         if args.sampling_defaults == "model":
             self.sampling_defaults = read_sampling_defaults(folder, self.model_config.vocab_size)
@@ -117,6 +120,13 @@ class Instance:
         if idle := self.model_config.idle_window_keys:
             architecture = self.model_config.architecture
             logger.warning("no effect in a %s, as in transformers: %s of config.json", architecture, ", ".join(idle))
+        embedding = self.model_config.embedding
+        if embedding is not None and embedding.default_prompt is not None:
+            logger.warning(
+                "config_sentence_transformers.json names a default prompt, %r, which sentence-transformers puts before "
+                "each text: here clients write it themselves",
+                embedding.default_prompt,
+            )
         rope = self.model_config.rope
         if rope.ignored_theta is not None:
             logger.warning(
@@ -226,6 +236,7 @@ class Instance:
     def _open_manager(self) -> None:
         import zmq
 
+        from ramet.srt.entrypoints.openai.reranker import find_reranker
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
@@ -240,14 +251,18 @@ class Instance:
             tokenizer.chat_template.compile()
         form = OutputFormat(tokenizer, args.parser_config)
         logger.info("tool calls: %s, reasoning: %s", form.tool_call_parser, form.reasoning_parser)
+        vocab_size = self.model_config.vocab_size
+        self.reranker = find_reranker(self.model_config.path, args.classifier_labels, tokenizer, vocab_size)
         limits = Limits(
-            vocab_size=self.model_config.vocab_size,
+            vocab_size=vocab_size,
             max_req_len=self.model_config.context_len,
             has_eos=bool(self.model_config.eos_token_ids),
             grammars=args.grammar_backend != "none",
             priorities=args.schedule_policy == "priority",
             request_templates=args.trust_request_chat_template,
             sampling_defaults=self.sampling_defaults,
+            embedding=self.model_config.embedding,
+            hidden_size=self.model_config.hidden_size,
         )
         self.metrics = Metrics(args.model_name)
         try:
@@ -415,7 +430,7 @@ class Instance:
             "model_path": self.server_args.model_path,
             "served_model_name": self.server_args.model_name,
             "tokenizer_path": self.server_args.tokenizer_path or self.server_args.model_path,
-            "is_generation": True,
+            "is_generation": self.model_config.embedding is None,
             "architecture": self.model_config.architecture,
             "dtype": self.model_config.dtype,
             "context_length": self.model_config.context_len,

@@ -126,8 +126,9 @@ class Admission:
         prompts = self._prompts()
         if not prompts:
             return []
+        is_decoding = any(one.req.pooling is None for one in running)
         adder = PrefillAdder(
-            self._rooms(running), self._budget.num_tokens(bool(running), num_others), max_share(self._policy)
+            self._rooms(running), self._budget.num_tokens(is_decoding, num_others), max_share(self._policy)
         )
         for prompt in prompts:
             if adder.budget <= 0:

@@ -82,8 +82,9 @@ def _chunk(running: RunningReq) -> SequencePlan:
         group=running.group,
         start=start,
         input_ids=req.token_ids(start, start + running.extend_len),
-        is_sampled=running.is_last_chunk,
+        is_sampled=running.is_last_chunk and req.pooling is None,
         logprob_offset=positions.start - start if positions else 0,
         logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
         top_logprobs_num=req.top_logprobs_num,
+        pooling=req.pooling if running.is_last_chunk else None,
     )

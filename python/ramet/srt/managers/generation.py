@@ -20,6 +20,7 @@ class RunningSequence:
     input_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
     output_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
     finish_reason: FinishReason | None = None
+    vector: bytes = b""  # float32: what a pooled request is for
     cached_tokens: int = 0
     last_output_s: float | None = None
 
@@ -44,6 +45,7 @@ class RunningSequence:
         ):
             if new is not None:
                 extend_logprobs(total, new.token_ids, new)
+        self.vector = output.vector
         self.finish_reason = output.finish_reason
         self.last_output_s = now
 

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -27,7 +28,7 @@ class TokenLogprobs(msgspec.Struct, kw_only=True, array_like=True):
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
-    """Tokenizer manager to scheduler: one sequence to generate."""
+    """Tokenizer manager to scheduler: one sequence to generate, or to pool."""
 
     rid: str
     input_ids: list[int]
@@ -39,6 +40,7 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     priority: int = 0
     bad_words_ids: list[list[int]] = []  # token sequences that the output must not have
     grammar_before: str = ""  # see Constraint.before
+    pooling: Pooling | None = None  # nothing is generated then, and the sampling parameters mean nothing
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
@@ -115,10 +117,18 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
     output_logprobs: TokenLogprobs | None = None  # of the new tokens
     ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's
+    is_pooled: bool = False  # of a request with a pooling: there is no text to come
+    vector: bytes = b""  # float32, of such a request when it has ended well
 
 
 class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
     """Scheduler to detokenizer."""
+
+    outputs: list[RequestOutput]
+
+
+class BatchEmbeddingOutput(msgspec.Struct, kw_only=True, tag=True):
+    """Scheduler to tokenizer manager: the outputs of pooled requests."""
 
     outputs: list[RequestOutput]
 
@@ -187,6 +197,7 @@ Message = (
     | GetInternalStateReq
     | GetInternalStateReqOutput
     | BatchTokenIDOutput
+    | BatchEmbeddingOutput
     | DetokenizerRequest
     | BatchStrOutput
     | SchedulerReady

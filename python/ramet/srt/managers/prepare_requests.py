@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+from ramet.srt.batch.batch_plan import Pooling
+from ramet.srt.configs.sentence_transformers import EmbeddingConfig
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
 from ramet.srt.sampling.constraint import constraint_of
@@ -30,7 +32,8 @@ class SequenceInput:
     text: str | None = None
     input_ids: list[int] | None = None
     add_special_tokens: bool = True
-    sampling_params: SamplingParams
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    pooling: Pooling | None = None  # in place of generating
     fit_max_new_tokens: bool = False  # max_new_tokens is a default: lower it to what the context has room for
     return_logprob: bool = False
     logprob_start_len: int = -1
@@ -52,6 +55,8 @@ class Limits:
     priorities: bool = True  # whether requests may have some
     request_templates: bool = False  # whether a request may bring its own chat template
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # the model's own
+    embedding: EmbeddingConfig | None = None  # of a model that makes embeddings and nothing else
+    hidden_size: int = 0  # numbers of a whole embedding
 
 
 def is_slow(inputs: Sequence[SequenceInput]) -> bool:
@@ -79,7 +84,24 @@ def prepare_requests(
     return requests
 
 
+def check_task(pooling: Pooling | None, limits: Limits) -> None:
+    """Raises RequestError where the model is not made for what is asked: for a text, an embedding or labels."""
+    wants_embedding = pooling is not None and not pooling.label_token_ids
+    if wants_embedding and limits.embedding is None:
+        raise RequestError(
+            "the model that is served generates text; an instance that makes embeddings is started with --is-embedding",
+            param="model",
+        )
+    if limits.embedding is not None and not wants_embedding:
+        raise RequestError(
+            "the model that is served makes embeddings (/v1/embeddings): it has no output head to generate text or "
+            "scores with",
+            param="model",
+        )
+
+
 def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> TokenizedGenerateReqInput:
+    check_task(one.pooling, limits)
     input_ids = _encode(one, tokenizer, limits) if one.input_ids is None else one.input_ids
     _check_prompt(one, input_ids, limits)
     _check_grammar(one, limits)
@@ -91,7 +113,7 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
     return TokenizedGenerateReqInput(
         rid="",
         input_ids=input_ids,
-        sampling_params=_with_room(one, len(input_ids), limits),
+        sampling_params=_with_room(one, len(input_ids), limits) if one.pooling is None else SamplingParams(),
         stream=one.stream,
         return_logprob=one.return_logprob,
         logprob_start_len=one.logprob_start_len,
@@ -99,6 +121,7 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
         priority=one.priority,
         grammar_before=one.grammar_before,
         bad_words_ids=_bad_words_ids(one.sampling_params, tokenizer, limits),
+        pooling=one.pooling,
     )
 
 
@@ -126,13 +149,14 @@ def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[in
     return tokenizer.encode(text, one.add_special_tokens)
 
 
-def check_prompt_size(prompt: str | list[int], param: str, max_req_len: int) -> None:
+def check_prompt_size(prompt: str | list[int], param: str, max_req_len: int, has_answer: bool = True) -> None:
     """Refuse without any tokenizing what can't fit. Raises RequestError, which calls the prompt `param`."""
     is_text = isinstance(prompt, str)
-    if len(prompt) >= max_req_len * (MAX_CHARS_PER_TOKEN if is_text else 1):
+    if len(prompt) >= (max_req_len * MAX_CHARS_PER_TOKEN if is_text else max_req_len + (not has_answer)):
         num_tokens = f"more than {max_req_len}" if is_text else str(len(prompt))
+        answer = " and an answer" if has_answer else ""
         raise RequestError(
-            f"{param} has {num_tokens} tokens; the context of {max_req_len} tokens has no room for them and an answer",
+            f"{param} has {num_tokens} tokens; the context of {max_req_len} tokens has no room for them{answer}",
             param=param,
             code="context_length_exceeded",
         )
@@ -149,7 +173,7 @@ def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> N
                 param=one.param,
             )
         raise RequestError(f"{one.param}: token ids must be in [0, {limits.vocab_size})", param=one.param)
-    if len(input_ids) >= limits.max_req_len:
+    if len(input_ids) > limits.max_req_len - (one.pooling is None):
         raise _too_long(one, str(len(input_ids)), limits)
     if one.return_logprob and one.logprob_start_len > len(input_ids):
         raise RequestError(
@@ -162,9 +186,9 @@ def _check_prompt(one: SequenceInput, input_ids: list[int], limits: Limits) -> N
 
 
 def _too_long(one: SequenceInput, num_tokens: str, limits: Limits) -> RequestError:
+    answer = "" if one.pooling is not None else " and an answer"
     return RequestError(
-        f"{one.param} has {num_tokens} tokens; the context of {limits.max_req_len} tokens has no room for them and an "
-        "answer",
+        f"{one.param} has {num_tokens} tokens; the context of {limits.max_req_len} tokens has no room for them{answer}",
         param=one.param,
         code="context_length_exceeded",
     )

@@ -70,6 +70,7 @@ class RankStart:
             tokenizer_path=None
             if args.tokenizer_path is None
             else resolve_tokenizer_path(args.tokenizer_path, "", None),
+            is_embedding=args.is_embedding,
         )
         scheduler_config = args.scheduler_config(self.device.type)
         sockets = self._meet(scheduler_config)

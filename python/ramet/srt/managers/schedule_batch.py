@@ -37,6 +37,7 @@ class Req:
         self.return_logprob = message.return_logprob
         self.logprob_start_len = message.logprob_start_len
         self.top_logprobs_num = message.top_logprobs_num
+        self.pooling = message.pooling
         self.wants_input_logprobs = message.return_logprob and message.logprob_start_len >= 0
         self.priority = message.priority
         self.bad_words_ids = message.bad_words_ids
@@ -46,6 +47,7 @@ class Req:
         self.num_retractions = 0  # how often its KV cache was taken away
         self.output_ids: list[int] = []
         self.finish_reason: FinishReason | None = None  # None while the request goes on
+        self.vector = b""  # what came of the pooling: float32
         self.ends_in_stop_token = False  # whether the last token is a stop token, whose text is no content
         self.cached_tokens = 0  # prompt tokens that came from the prefix cache when it first ran
 
@@ -97,7 +99,8 @@ class RunningReq:
         self.group = req.group
         self.extend_len = 0  # tokens that the pass in question computes
         self.prefix: CommonPrefix | None = None  # while it decodes: what the pass in question may read for several
-        self.num_pending = 0  # tokens that passes under way will give, or that the constraint has yet to take
+        # Tokens that passes under way will give, or that the constraint has yet to take; a vector counts as one.
+        self.num_pending = 0
         self.is_parked = False  # has given its KV cache back while its constraint takes a token
 
     @property
@@ -115,11 +118,13 @@ class RunningReq:
     def num_remaining_tokens(self) -> int:
         """Output tokens that may still come from further passes; below 0 where a pass under way gives one too many."""
         req = self.req
+        if req.pooling is not None:
+            return 0
         return req.sampling_params.max_new_tokens - len(req.output_ids) - self.num_pending
 
     @property
     def is_last_chunk(self) -> bool:
-        """Whether this pass computes the sequence to its end, so that a token comes out."""
+        """Whether this pass computes the sequence to its end, so that a token or a vector comes out."""
         return self.extend_len == self.missing_len
 
     def input_logprob_positions(self) -> range:
@@ -140,6 +145,7 @@ class ScheduleBatch:
     chunks: list[RunningReq]  # `extend_len` tokens of each prompt are
     reqs: list[RunningReq] = field(init=False)  # all, by attention group; in each, those that decode come first
     sampled_reqs: list[RunningReq] = field(init=False)  # those of `reqs` that get a token from this pass
+    pooled_reqs: list[RunningReq] = field(init=False)  # those that get a vector
     num_prompt_tokens: int = field(init=False)  # of all chunks
     num_tokens: int = field(init=False)  # and those beside them
 
@@ -148,6 +154,8 @@ class ScheduleBatch:
             running.extend_len = 1
         self.reqs = sorted([*self.decoding, *self.chunks], key=lambda running: running.group)
         cut = {running for running in self.chunks if not running.is_last_chunk}
-        self.sampled_reqs = [running for running in self.reqs if running not in cut]
+        whole = [running for running in self.reqs if running not in cut]
+        self.sampled_reqs = [running for running in whole if running.req.pooling is None]
+        self.pooled_reqs = [running for running in whole if running.req.pooling is not None]
         self.num_prompt_tokens = sum(running.extend_len for running in self.chunks)
         self.num_tokens = self.num_prompt_tokens + len(self.decoding)

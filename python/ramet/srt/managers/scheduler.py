@@ -3,8 +3,9 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
+from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.layers.sampler import INVALID_TOKEN
@@ -15,6 +16,7 @@ from ramet.srt.managers.grammar_queue import GrammarQueue
 from ramet.srt.managers.grammar_steps import ChosenToken, GrammarSteps, awaits_token
 from ramet.srt.managers.io_struct import (
     AbortReq,
+    BatchEmbeddingOutput,
     BatchTokenIDOutput,
     FinishReason,
     FlushCacheReqInput,
@@ -34,7 +36,14 @@ from ramet.srt.managers.rank_profiler import profile_reply
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.managers.schedule_policy import retraction_cost
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
-from ramet.srt.managers.scheduler_output import OutputProcessor, aborted_reason, failure_reason, make_output, refusal
+from ramet.srt.managers.scheduler_output import (
+    OutputProcessor,
+    aborted_reason,
+    failure_reason,
+    make_output,
+    pooled_reason,
+    refusal,
+)
 from ramet.srt.managers.throughput import Throughput
 from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.managers.tp_worker import TpModelWorker
@@ -88,6 +97,7 @@ class Scheduler:
         self.grammar_queue = GrammarQueue(grammar_pool)
         self.grammar_steps = GrammarSteps(grammar_pool)
         self._grammar_pool = grammar_pool
+        self._is_embedding = model_config.embedding is not None
         # In a pipeline a request gains one token while each stage computes a pass.
         target_s = config.target_itl_s / parallel.pp_size
         self.budget = TokenBudget(config.prefill_budget, target_s, model_runner.pass_sizes)
@@ -173,7 +183,11 @@ class Scheduler:
         params = SamplingParams(
             max_new_tokens=2, temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, ignore_eos=True, sampling_seed=0
         )
-        req = Req(TokenizedGenerateReqInput(rid="warm-up", input_ids=[0] * length, sampling_params=params), 0)
+        pooling = Pooling() if self._is_embedding else None
+        message = TokenizedGenerateReqInput(
+            rid="warm-up", input_ids=[0] * length, sampling_params=params, pooling=pooling
+        )
+        req = Req(message, 0)
         req.is_silent = True
         self.admission.put(req)
         while self.has_work:
@@ -218,13 +232,14 @@ class Scheduler:
         max_queued = self.config.max_queued_requests
         if prompt_len == 0:
             self._refuse(message, "the prompt is empty", 400)
-        elif prompt_len >= max_len:
-            text = f"the prompt has {prompt_len} tokens; at most {max_len - 1} fit with one of output"
+        elif prompt_len > max_len - (message.pooling is None):
+            text = f"the prompt has {prompt_len} tokens; the context of {max_len} has no room for it"
             self._refuse(message, text, 400)
         elif len(self.admission.waiting) + len(self.grammar_queue) >= max_queued:
             self._refuse(message, f"the queue is full ({max_queued} requests wait)", 503)
         else:
-            params.max_new_tokens = min(params.max_new_tokens, max_len - prompt_len)
+            if message.pooling is None:
+                params.max_new_tokens = min(params.max_new_tokens, max_len - prompt_len)
             self._enqueue(message, seed)
 
     def _enqueue(self, message: TokenizedGenerateReqInput, seed: int) -> None:
@@ -412,11 +427,11 @@ class Scheduler:
         for running in batch.chunks:
             self.caches[running.group].share(running.handle, running.req.fill_ids)
         self.running += [running for running in batch.chunks if running.missing_len == 0]
-        for running in batch.sampled_reqs:
+        for running in (*batch.sampled_reqs, *batch.pooled_reqs):
             running.num_pending += 1
 
     def _finish(self, finished: FinishedPass) -> None:
-        """Give the tokens and log-probabilities of a pass to their requests; end and send on those that are done.
+        """Give what a pass has made to its requests: tokens, log-probabilities, vectors. End those that are done.
 
         A request that has ended since the pass was queued drops its token.
         """
@@ -431,6 +446,8 @@ class Scheduler:
             for running, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True)
         ]
         self._take_tokens([one for one in chosen if not self._is_for_grammar(one)])
+        if batch.pooled_reqs:
+            self._take_vectors(batch.pooled_reqs, result.vectors)
 
     def _is_for_grammar(self, chosen: ChosenToken) -> bool:
         """Whether a constraint has to take the token first, which is told of it then."""
@@ -462,6 +479,20 @@ class Scheduler:
         self._drop_ended()
         self.throughput.add(len(gaining))
         self._send_news(gaining)
+
+    def _take_vectors(self, pooled: list[RunningReq], vectors: Mapping[str, bytes]) -> None:
+        """End the requests whose vectors a pass has given."""
+        ended: list[Req] = []
+        for running in pooled:
+            running.num_pending -= 1
+            req = running.req
+            if req.finish_reason is None:
+                req.vector = vectors[req.rid]
+                req.finish_reason = pooled_reason(req.vector)
+                self._end(running)
+                ended.append(req)
+        self._drop_ended()
+        self._send_news(ended)
 
     def _take_token(self, req: Req, chosen: ChosenToken) -> None:
         if req.sampling_params.max_new_tokens == 0:  # nobody wants a token: the prompt has been computed
@@ -496,5 +527,8 @@ class Scheduler:
         self._send([output for output in outputs if output is not None])
 
     def _send(self, outputs: list[RequestOutput]) -> None:
-        if outputs:
-            self.channel.send(BatchTokenIDOutput(outputs=outputs))
+        """To the detokenizer; those without text straight to the tokenizer manager."""
+        if tokens := [output for output in outputs if not output.is_pooled]:
+            self.channel.send(BatchTokenIDOutput(outputs=tokens))
+        if pooled := [output for output in outputs if output.is_pooled]:
+            self.channel.reply(BatchEmbeddingOutput(outputs=pooled))

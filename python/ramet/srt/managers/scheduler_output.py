@@ -93,7 +93,16 @@ def make_output(req: Req) -> RequestOutput:
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
         ends_in_stop_token=req.ends_in_stop_token,
+        is_pooled=req.pooling is not None,
+        vector=req.vector,
     )
+
+
+def pooled_reason(vector: bytes) -> FinishReason:
+    """Why a request with a pooling ends with its vector; see BatchResult."""
+    if vector:
+        return FinishReason(type="stop")
+    return FinishReason(type="abort", message="the model's numbers are not finite", status_code=500)
 
 
 def failure_reason(param: str, failure: GrammarFailure) -> FinishReason:
@@ -115,4 +124,5 @@ def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> Request
         prompt_tokens=len(message.input_ids),
         completion_tokens=0,
         cached_tokens=0,
+        is_pooled=message.pooling is not None,
     )

@@ -21,6 +21,7 @@ from ramet.srt.managers.data_parallel_controller import DataParallelController
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import (
     AbortReq,
+    BatchEmbeddingOutput,
     BatchStrOutput,
     DetokenizerRequest,
     FinishReason,
@@ -280,6 +281,11 @@ class TokenizerManager:
             for item in message.outputs:
                 self._take_output(item, now)
             asyncio.get_running_loop().call_soon(self._count_outputs)  # behind those who wait for the outputs
+        elif isinstance(message, BatchEmbeddingOutput):
+            now = time.monotonic()
+            for output in message.outputs:
+                self._take_output(RequestText(text="", output=output), now)
+            asyncio.get_running_loop().call_soon(self._count_outputs)
         elif isinstance(message, AnyReply):
             future = self._replies.get(message.request_id)
             if future is not None and not future.done():
@@ -296,6 +302,8 @@ class TokenizerManager:
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:
         """To the scheduler first, which has more to do; the detokenizer keeps what comes before its announcement."""
         self._controller.dispatch(request)
+        if request.pooling is not None:  # it has no text to come
+            return
         params = request.sampling_params
         announcement = DetokenizerRequest(
             rid=request.rid,

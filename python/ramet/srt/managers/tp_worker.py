@@ -10,6 +10,7 @@ from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.sampler import LogprobTensors, SamplingInfo, compute_logprobs, sample, uniforms_of
 from ramet.srt.managers.logprobs import split_rows
+from ramet.srt.managers.pooler import PooledTokens, queue_pooling, take_vectors
 from ramet.srt.managers.rank_profiler import RankProfiler, Wait, in_sight
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.penalties import SamplingRow, apply_logit_rules
@@ -59,26 +60,37 @@ class TpModelWorker:
         )
         if hidden_states is None:  # they go on to the next pipeline stage
             return None
+        copies, pooled = HostCopies(), PooledTokens()
         if not plan.is_decode:
             self._add_prompt_logprobs(plan, hidden_states, result)
+            pooled = queue_pooling(plan, hidden_states, self.model_runner.compute_logits, copies)
             hidden_states = hidden_states[to_device(_last_rows(plan), torch.int64, self.device)]
         sampled = [sequence for sequence in plan.sequences if sequence.is_sampled]
         if not sampled:
-            return self._end_of_pass(result)
+            return self._end_of_pass(result, copies, pooled)
         logits = self.model_runner.compute_logits(hidden_states)
-        return self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result)
+        finish = self._sample([s.rid for s in sampled], [s.row for s in sampled], logits, plan, result, copies)
+        if not pooled:
+            return finish
 
-    def _end_of_pass(self, result: BatchResult) -> Wait:
+        def wait() -> BatchResult:
+            finish()
+            result.vectors = take_vectors(pooled)
+            return result
+
+        return wait
+
+    def _end_of_pass(self, result: BatchResult, copies: HostCopies, pooled: PooledTokens) -> Wait:
         """For a pass that chooses no token: the leader is to see when it ends, and not to plan far beyond it.
 
         A pipeline's last stage has no overlap: it would launch nothing meanwhile.
         """
-        copies = HostCopies()
-        if self.model_runner.parallel.pp_size == 1:
+        if pooled or self.model_runner.parallel.pp_size == 1:
             copies.close(self.device)
 
         def wait() -> BatchResult:
             copies.wait()
+            result.vectors = take_vectors(pooled)
             return result
 
         return wait
@@ -104,9 +116,15 @@ class TpModelWorker:
             first_row += len(sequence.input_ids)
 
     def _sample(
-        self, rids: list[str], table_rows: list[int], logits: torch.Tensor, plan: BatchPlan, result: BatchResult
+        self,
+        rids: list[str],
+        table_rows: list[int],
+        logits: torch.Tensor,
+        plan: BatchPlan,
+        result: BatchResult,
+        copies: HostCopies,
     ) -> Wait:
-        """Choose one token for each row of `logits`; the function returned waits for them."""
+        """Choose one token for each row of `logits`; the function returned waits for them and all other copies."""
         rows = [self._rows[rid] for rid in rids]
         asked = [index for index, row in enumerate(rows) if row.state.return_logprob]
         places = to_device(asked, torch.int64, self.device) if asked else None
@@ -123,7 +141,6 @@ class TpModelWorker:
         for index, row in enumerate(rows):
             row.append(usable[index : index + 1])
 
-        copies = HostCopies()
         host_tokens = copies.add(tokens)
         logprobs = None
         if raw is not None:

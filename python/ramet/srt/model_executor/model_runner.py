@@ -124,12 +124,14 @@ class ModelRunner:
             role="target",
             parallel=self.parallel,
             dimensions=config.dimensions,
-            is_tied=config.tie_word_embeddings,
+            is_tied=None if config.embedding is not None else config.tie_word_embeddings,
         )
 
     def _has_own_head(self) -> bool:
         """Whether the output head is not the embedding's table, though the config says so: then files have both."""
         config = self.model_config
+        if config.embedding is not None:
+            return False
         return config.tie_word_embeddings and find_own_head(self.config.weights.load, self.manifest, config.path)
 
     def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:

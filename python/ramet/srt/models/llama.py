@@ -156,7 +156,7 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The dense decoder with its output head.
+    """The dense decoder with its output head, which one that makes embeddings doesn't have.
 
     Parameters are made on the meta device and bound to an arena later; before the first pass come `prepare`, which
     makes what is derived from the config alone, and `bind_attention`.
@@ -174,7 +174,7 @@ class LlamaForCausalLM(nn.Module):
         self.parallel = parallel
         self.layer_ids = parallel.layer_range(config.num_hidden_layers)
         self.model = LlamaModel(self)
-        if parallel.is_last_stage:
+        if parallel.is_last_stage and config.embedding is None:
             tied = config.tie_word_embeddings
             name = "model.embed_tokens" if tied else "lm_head"  # a stage of its own holds a copy of the tied table
             self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, name, dtype=dtype, parallel=parallel)

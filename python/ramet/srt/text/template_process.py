@@ -12,7 +12,9 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from typing import Any
 
 from ramet.srt.errors import ServiceError
@@ -140,24 +142,39 @@ class _Process:
 
 
 class _Pool:
-    """Up to `size` processes; whoever comes when all are busy waits."""
+    """Up to `size` processes. Whoever comes when all are busy waits, and who has waited longest is next."""
 
     def __init__(self, size: int) -> None:
         self._processes = [_Process() for _ in range(size)]
-        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
-        for process in self._processes:
-            self._idle.put(process)
+        self._lock = threading.Lock()
+        self._idle = list(self._processes)
+        self._waiting: deque[queue.SimpleQueue[_Process]] = deque()  # there are no idle processes while any wait
         self._num_ends = 0
 
     def render(self, source: str, request: bytes) -> str:
         num_ends = self._num_ends
-        process = self._idle.get()
+        process = self._take()
         try:
             if self._num_ends != num_ends:
                 raise ServiceError(ENDING)
             return process.render(source, request)
         finally:
-            self._idle.put(process)
+            self._give_back(process)
+
+    def _take(self) -> _Process:
+        turn: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            self._waiting.append(turn)
+        return turn.get()
+
+    def _give_back(self, process: _Process) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().put(process)
+            else:
+                self._idle.append(process)
 
     def end(self) -> None:
         """End the processes; whoever waits for one waits no longer."""

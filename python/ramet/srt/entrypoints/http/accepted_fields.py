@@ -128,6 +128,16 @@ GENERATE = _table(
     *_only("SGLang", "separate prefix caches", "extra_key"),
 )  # fmt: skip
 
+POOLING = _table(
+    *_free("OpenAI", "who asks, for abuse reports", "user", "safety_identifier"),
+    *_free("SGLang", "what the server logs and measures", "log_metrics", "no_logs"),
+    *_only("vLLM", "which requests come first", "priority", values=(0,)),
+    *_only("vLLM", "cutting a prompt that is too long", "truncate_prompt_tokens", "truncation_side"),
+    *_only("Cohere", "cutting a document that is too long", "max_tokens_per_doc", "max_chunks_per_doc"),
+    *_only("Jina", "embeddings of the parts of one text", "late_chunking"),
+    *_only("Jina", "another kind of embedding", "task", "embedding_type"),
+)
+
 SAMPLING = _table(
     *_only("SGLang", "stop strings that are patterns", "stop_regex"),
     *_only("SGLang", "a constraint that begins at a tag", "structural_tag"),
@@ -243,6 +253,7 @@ TABLES: Mapping[str, Table] = {
     "The body of `POST /v1/completions`": COMPLETIONS,
     "The body of `POST /generate`": GENERATE,
     "`sampling_params` of `POST /generate`": SAMPLING,
+    "The bodies of embeddings, scores and ranks": POOLING,
     "`stream_options`": STREAM_OPTIONS,
     "A message": MESSAGE,
     "A part of a message's content": TEXT_PART,
@@ -263,7 +274,7 @@ TABLES: Mapping[str, Table] = {
     "A part of an item's content": RESPONSES_PART,
     "A tool of a response": RESPONSES_TOOL,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, MESSAGES, RESPONSES)
+_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

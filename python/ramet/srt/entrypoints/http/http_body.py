@@ -23,6 +23,7 @@ FREE_VALUES = 2000  # what so many values can be is parsed here at once
 FREE_BYTES = 1 << 20
 NUM_BODY_BYTES = "num_body_bytes"  # in the scope of a request: how long its body is
 
+POOLING_PATHS = frozenset({"/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank"})
 GENERATE_PATHS = frozenset(
     {
         "/generate",
@@ -33,6 +34,7 @@ GENERATE_PATHS = frozenset(
         "/v1/messages",
         "/v1/messages/count_tokens",
     }
+    | POOLING_PATHS
 )
 TOKENIZE_PATHS = frozenset({"/tokenize", "/v1/tokenize", "/detokenize", "/v1/detokenize"})
 CHECKED_PATHS = GENERATE_PATHS | TOKENIZE_PATHS

@@ -91,7 +91,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
-        message, param, code = describe_validation_errors(error.errors(), error.body)
+        # FastAPI says first in which part of the request something is: the body, the query or the path.
+        errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]
+        message, param, code = describe_validation_errors(errors, error.body)
         return error_response(400, message, param=param, code=code)
 
     @app.exception_handler(HTTPException)

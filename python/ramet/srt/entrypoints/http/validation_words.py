@@ -61,8 +61,8 @@ class _Mistake(NamedTuple):
 def describe_validation_errors(errors: Sequence[Any], body: Any = None) -> tuple[str, str | None, str | None]:
     """Message, parameter and code for what pydantic has found.
 
-    A location is ("body", "messages", 0, "user", "content", "str"), or the same without "body" outside HTTP: besides
-    names and places it has the members of unions that were tried. `body`, what was looked at, tells which is which.
+    A location is ("messages", 0, "user", "content", "str"): besides names and places it has the members of unions that
+    were tried. `body`, what was looked at, tells which is which.
     """
     if errors[0]["type"] == "json_invalid":
         return f"the body is not valid JSON: {errors[0]['ctx']['error']}", None, None
@@ -81,11 +81,7 @@ def describe_validation_errors(errors: Sequence[Any], body: Any = None) -> tuple
 
 def _path(error: Any, body: Any) -> tuple[str | int, ...]:
     """The names and places in an error's location."""
-    location = list(error["loc"])
-    if location and location[0] in ("query", "path"):
-        return tuple(location[1:])
-    if location and location[0] == "body":
-        del location[0]
+    location = error["loc"]
     path: list[str | int] = []
     value = body
     for number, part in enumerate(location):

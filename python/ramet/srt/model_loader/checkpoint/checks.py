@@ -61,7 +61,8 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
         return  # the rest belongs to other ranks
     surplus = []
     for name, (path, _) in tensors.items():
-        is_known = name in whole.shapes and name not in absent or (whole.is_tied and name == HEAD)
+        is_idle_head = name == HEAD and (whole.is_tied or not whole.has_head)
+        is_known = name in whole.shapes and name not in absent or is_idle_head
         if not is_known and not is_harmless(name):
             surplus.append(f"{name} in {os.path.basename(path)}")
     if surplus:

@@ -1,5 +1,7 @@
 """Owns the description of a whole model by its config: it is built without memory, as one rank would hold it."""
 
+import dataclasses
+
 import torch
 
 from ramet.srt.configs.model_config import ModelConfig
@@ -16,6 +18,10 @@ def describe_whole_model(config: ModelConfig, manifest: WeightManifest) -> Whole
     Args:
         manifest: of one rank; if that is all there is, nothing is built.
     """
+    return dataclasses.replace(_collect(config, manifest), has_head=config.embedding is None)
+
+
+def _collect(config: ModelConfig, manifest: WeightManifest) -> WholeModel:
     quantization = config.quantization_config
     if is_whole(manifest):
         return collect_boxes(boxes_of(manifest.entries), quantization)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
 from ramet.srt.weights.manifest import element_size
 
 SINGLE_FILE = "model.safetensors"
@@ -80,7 +81,7 @@ def _read_index(folder: str, path: str) -> dict[str, set[str] | None]:
             raise ValueError(f"{path}: {tensor} is said to be in {name!r}, outside the model folder")
         promised = files.setdefault(os.path.join(folder, name), set())
         assert promised is not None
-        promised.add(tensor)
+        promised.add(whole_name(tensor))
     for file_path, promised in files.items():
         if not os.path.exists(file_path):
             example = min(promised or {"?"})
@@ -89,7 +90,7 @@ def _read_index(folder: str, path: str) -> dict[str, set[str] | None]:
 
 
 def read_header(path: str) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file, with every number checked against the file's size.
+    """The tensors of a safetensors file by their names in a whole model, all numbers checked against the file's size.
 
     Raises:
         ValueError: if the header is broken or a tensor reaches beyond the end of the file.
@@ -116,7 +117,11 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     data_start = 8 + header_nbytes
     tensors = {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
     _check_no_overlap(path, tensors)
-    return tensors
+    whole = {whole_name(name): info for name, info in tensors.items()}
+    if len(whole) < len(tensors):
+        twice = next(name for name in tensors if whole_name(name) != name and whole_name(name) in tensors)
+        raise ValueError(f"{path} has {twice} twice, with and without model. in front")
+    return whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

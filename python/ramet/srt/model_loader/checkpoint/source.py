@@ -83,7 +83,7 @@ class CheckpointSource:
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())
-        if whole.is_tied and has_own_head(found):
+        if whole.is_tied and whole.has_head and has_own_head(found):
             raise ValueError(
                 f"{self.folder} holds an output head of its own ({HEAD} differs from {EMBEDDING}), but the model was "
                 "built with the embedding's table in its place, as its config or another instance said"
