@@ -2,20 +2,21 @@
 # Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13;
 # the one that the environment has, or cpu for a new one),
 # MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run),
-# MARKS (make test: pytest's -m; empty runs the slow tests too), ARGS (more flags for run and bench).
+# MARKS (make test: pytest's -m; empty runs the slow tests too), CLIENTS (make test-clients: what to run), ARGS (more flags for run and bench).
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= $(or $(patsubst $(VENV)/.ramet-%,%,$(firstword $(shell ls -t $(VENV)/.ramet-* 2>/dev/null))),cpu)
 MODEL ?=
 TESTS ?= test/unit test/integration
 MARKS ?= not slow
+CLIENTS ?= test/clients
 ARGS ?=
 
 STAMP := $(VENV)/.ramet-$(EXTRA)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-lowest lint format docs proto bench demo-model clean
+.PHONY: help setup run test test-lowest test-clients lint format docs proto bench demo-model clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -34,6 +35,10 @@ test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... pick
 
 test-lowest: $(STAMP) ## run a part of the tests with the lowest versions that setup.py allows
 	@bash scripts/test_lowest_versions.sh $(VENV)
+
+test-clients: $(STAMP) ## run published clients against a server; CLIENTS=... picks; the first time fetches several GB
+	PYTHONPATH=test $(BIN)/python -m clients.environments
+	$(BIN)/python -m pytest $(CLIENTS)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -60,15 +60,20 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def run_script(command: list[Any], timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run_script(
+    command: list[Any], timeout_s: float, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """A command's output and exit status. Should the time not be enough, what it has started ends with it.
+
+    Args:
+        environment: instead of this process's own.
 
     Raises:
         subprocess.TimeoutExpired: then.
     """
     command = [str(part) for part in command]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
     )
     try:
         output, errors = process.communicate(timeout=timeout_s)
