@@ -144,7 +144,7 @@ def test_a_prompt_is_scored(http: httpx.Client, tokenizer: Tokenizer) -> None:
     assert choice["text"] == "grow a" and choice["finish_reason"] == "length"
     assert choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * (len(tokenizer.encode("grow a")) - 1)
     params = {"max_new_tokens": 0}
-    output = generate(http, text="grow a", sampling_params=params, return_logprob=True, logprob_start_len=0)
+    output = generate(http, text="grow a", sampling_params=params, return_logprob=True)
     assert output["output_ids"] == [] and output["meta_info"]["completion_tokens"] == 0
     assert [one[1] for one in output["meta_info"]["input_token_logprobs"]] == tokenizer.encode("grow a")
     assert chat(http, max_tokens=0).json()["choices"][0]["message"]["content"] == ""
@@ -241,3 +241,17 @@ def test_one_of_some_texts(http: httpx.Client) -> None:
                    {"structured_outputs": {"json_object": True}}, {"response_format": {"type": "json_object"}},
                    {"guided_json": {"type": "array", "uniqueItems": True}}):  # fmt: skip
         complete(http, **fields)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_where_cached_tokens_lay(http: httpx.Client, path: str, stream: bool) -> None:
+    prompt = {"messages": [{"role": "user", "content": "a"}]} if path == CHAT else {"prompt": "a"}
+    body = prompt | {"max_tokens": 2, "stream": stream, "return_cached_tokens_details": True}
+    answer = http.post(path, json=body)
+    if stream:
+        *_, last, done = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        assert done == "[DONE]"
+    content = json.loads(last) if stream else answer.json()
+    assert content["sglext"] == {"cached_tokens_details": {"device": 0, "host": 0}}
+    assert "sglext" not in http.post(path, json=prompt | {"max_tokens": 2}).json()

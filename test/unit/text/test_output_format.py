@@ -8,6 +8,7 @@ from ramet.srt.text.output_events import Content, Reasoning, ToolCallStart
 from ramet.srt.text.output_format import OutputFormat, PromptEnd
 from ramet.srt.text.reasoning.families import recognise_reasoning
 from ramet.srt.text.tool_calls.families import recognise_tool_calls
+from ramet.srt.text.tool_calls.tool import Tool
 from tool_call_texts import TOOLS, deepseekv31, hermes, kimi_k2, make_tokenizer, parse
 
 
@@ -129,3 +130,24 @@ def test_harmony_is_one_format_of_both() -> None:
     assert alone.starts == []
     assert alone.content.endswith('{"a": 1}')
     assert "Hm." in parse(make("gpt-oss", "none").parser(PromptEnd(), TOOLS), [text]).content
+
+
+def test_the_arguments_of_a_tool_are_those_that_it_lists() -> None:
+    inner = {"type": "object", "properties": {"b": {"type": "integer"}}}
+    shut = inner | {"additionalProperties": False}
+    many = {
+        "properties": {"a": inner, "c": {"type": "array", "items": inner}, "d": {"anyOf": [inner, {"type": "null"}]}}
+    }
+    assert Tool("f", many).schema == {
+        "type": "object",
+        "properties": {"a": shut, "c": {"type": "array", "items": shut}, "d": {"anyOf": [shut, {"type": "null"}]}},
+        "additionalProperties": False,
+    }
+    for open_one in (
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "string"}},
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"properties": {"b": {}}}]},
+        {"type": "object", "properties": {"a": {"allOf": [inner, {"properties": {"c": {}}}]}}},
+        {"type": "object"},
+    ):
+        assert Tool("f", open_one).schema == open_one
+    assert Tool("f").schema == {"type": "object"}

@@ -86,7 +86,7 @@ class GenerateReqInput(RequestBody):
     sampling_params: SamplingParamsBody = None
     stream: bool | None = False
     return_logprob: bool | None = False
-    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
+    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None  # where nothing is generated 0, or -1
     top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = 0
     return_text_in_logprobs: bool | None = False
     rid: Annotated[str, Field(max_length=256)] | None = None
@@ -135,6 +135,7 @@ class GenerateReqInput(RequestBody):
                 f"sampling_params has {len(given)} entries for {len(prompts)} prompts", param="sampling_params"
             )
         each = [_own_params(one) for one in given] if isinstance(given, list) else [_own_params(given)] * len(prompts)
+        start = self.logprob_start_len
         return [
             SequenceInput(
                 text=prompt if isinstance(prompt, str) else None,
@@ -142,7 +143,7 @@ class GenerateReqInput(RequestBody):
                 sampling_params=parse_sampling_params(params, limits.vocab_size, limits.sampling_defaults),
                 fit_max_new_tokens=params.get("max_new_tokens") is None,
                 return_logprob=bool(self.return_logprob),
-                logprob_start_len=-1 if self.logprob_start_len is None else self.logprob_start_len,
+                logprob_start_len=(0 if params.get("max_new_tokens") == 0 else -1) if start is None else start,
                 top_logprobs_num=self.top_logprobs_num or 0,
                 stream=bool(self.stream),
                 priority=self.priority or 0,

@@ -79,8 +79,7 @@ _OPENAI_ROUTES = (
     *_only("SGLang", "adapters", "lora_path", "lora_id"),
     *_only("SGLang", "sessions", "session_params"),
     *_only("SGLang", "stop strings that are patterns", "stop_regex"),
-    *_only("SGLang", "the model's insides in answers", "return_hidden_states", "return_routed_experts",
-           "return_cached_tokens_details"),
+    *_only("SGLang", "the model's insides in answers", "return_hidden_states", "return_routed_experts"),
     *_only("SGLang", "log-probabilities of a part of the prompt", "logprob_start_len", values=(-1,)),
 )  # fmt: skip
 

@@ -103,6 +103,19 @@ class Usage(Answer):
     completion_tokens_details: CompletionTokensDetails
 
 
+class CachedTokensDetails(Answer):
+    """Where the prefix cache's tokens lay."""
+
+    device: int
+    host: int
+
+
+class SglExt(Answer):
+    """SGLang's extension; only where `return_cached_tokens_details` asks for it."""
+
+    cached_tokens_details: CachedTokensDetails
+
+
 class CompletionLogprobs(Answer):
     """Columns with one entry for each token."""
 
@@ -133,6 +146,7 @@ class Completion(Answer):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    sglext: SglExt | None = None
 
 
 class ChatToken(Answer):
@@ -202,6 +216,7 @@ class ChatCompletion(Answer):
     usage: Usage
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    sglext: SglExt | None = None
 
 
 class ModelCard(Answer):

@@ -191,6 +191,7 @@ class SamplingBody(RequestBody):
     ebnf: Text | None = None
     rid: RequestId | None = None
     priority: Priority | None = None
+    return_cached_tokens_details: bool | None = False
 
     # vLLM's
     request_id: RequestId | None = None

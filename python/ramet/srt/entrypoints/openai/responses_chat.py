@@ -33,7 +33,7 @@ NAMES = {
 NAME = re.compile(rf"\b(?:{'|'.join(NAMES)})\b(?=[ .:\[]|$)")
 SAME_NAMES = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "stop",
-    "seed", "rid", "request_id", "priority",
+    "seed", "min_tokens", "ignore_eos", "rid", "request_id", "priority",
 )  # fmt: skip
 
 

@@ -305,6 +305,8 @@ class ResponsesRequest(InputTokensRequest):
         Annotated[str, Field(max_length=4096)] | Annotated[list[StopText], Field(max_length=64, fail_fast=True)] | None
     ) = None
     seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    ignore_eos: bool | None = None
     rid: RequestId | None = None
     request_id: RequestId | None = None
     priority: Priority | None = None

@@ -127,8 +127,13 @@ def usage(sequences: Sequence[RunningSequence], n: int, reasoning_tokens: int = 
     }
 
 
+def sglext(sequences: Sequence[RunningSequence]) -> dict[str, Any]:
+    """SGLang's extension of answers: where the prefix cache's tokens lay, of which there is one place."""
+    return {"cached_tokens_details": {"device": sequences[0].cached_tokens, "host": 0}}
+
+
 class StreamUsage:
-    """What a stream's events say of its token counts: `stream_options`."""
+    """What a stream's events say of its token counts: `stream_options`, `return_cached_tokens_details`."""
 
     def __init__(
         self,
@@ -138,7 +143,8 @@ class StreamUsage:
         num_reasoning_tokens: Callable[[], int] = lambda: 0,
     ):
         options = body.stream_options
-        self.is_last = options is not None and bool(options.include_usage)
+        self._has_sglext = bool(body.return_cached_tokens_details)
+        self._is_last = options is not None and bool(options.include_usage)
         self._is_each = options is not None and bool(options.continuous_usage_stats)
         self._sequences = sequences
         self._n = n
@@ -148,13 +154,16 @@ class StreamUsage:
         """The event with the counts so far, or null where only the last event has them."""
         if self._is_each:
             event["usage"] = self._usage()
-        elif self.is_last:
+        elif self._is_last:
             event["usage"] = None
         return event
 
-    def last(self, head: dict[str, Any]) -> dict[str, Any]:
-        """The event that has nothing else."""
-        return {**head, "choices": [], "usage": self._usage()}
+    def last(self, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events that have nothing else."""
+        if self._has_sglext:
+            yield self.on({**head, "choices": [], "sglext": sglext(self._sequences)})
+        if self._is_last:
+            yield {**head, "choices": [], "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
         return usage(self._sequences, self._n, self._num_reasoning_tokens())

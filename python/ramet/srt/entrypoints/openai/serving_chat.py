@@ -21,6 +21,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     answer_head,
     openai_names,
     prompt_logprobs,
+    sglext,
     token_text,
     usage,
 )
@@ -141,6 +142,8 @@ class ChatServing(OpenAIServing):
         if body.prompt_logprobs is not None:
             tokenizer, logprobs = self.manager.tokenizer, sequences[0].input_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(tokenizer, logprobs, body.prompt_logprobs)
+        if body.return_cached_tokens_details:
+            answer["sglext"] = sglext(sequences)
         if body.return_token_ids:
             answer["prompt_token_ids"] = sequences[0].request.input_ids
         return json_response(answer)
@@ -183,8 +186,8 @@ class ChatServing(OpenAIServing):
                         logprobs = new_ids = None
                     if update.finish_reason is not None:
                         yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason))
-            if stream_usage.is_last:
-                yield stream_usage.last(head)
+            for event in stream_usage.last(head):
+                yield event
 
     def logprobs(
         self, body: ChatCompletionRequest, sequence: RunningSequence, first: int, end: int

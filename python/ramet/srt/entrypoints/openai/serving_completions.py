@@ -17,6 +17,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     answer_head,
     openai_names,
     prompt_logprobs,
+    sglext,
     token_text,
     usage,
 )
@@ -88,7 +89,10 @@ class CompletionServing(OpenAIServing):
                 logprobs = sequence.input_logprobs
                 choice["prompt_logprobs"] = prompt_logprobs(self.manager.tokenizer, logprobs, body.prompt_logprobs)
             choices.append(choice)
-        return json_response({**head, "choices": choices, "usage": usage(sequences, body.n or 1)})
+        answer = {**head, "choices": choices, "usage": usage(sequences, body.n or 1)}
+        if body.return_cached_tokens_details:
+            answer["sglext"] = sglext(sequences)
+        return json_response(answer)
 
     async def _stream(
         self,
@@ -110,8 +114,8 @@ class CompletionServing(OpenAIServing):
                     if writer.has_news(update):
                         choice = writer.choice(update.index, update.text, update.first_token, update.end_token)
                         yield stream_usage.on({**head, "choices": [choice]})
-            if stream_usage.is_last:
-                yield stream_usage.last(head)
+            for event in stream_usage.last(head):
+                yield event
 
     def _echo(self, body: CompletionRequest, inputs: list[SequenceInput], index: int) -> str:
         """The prompt's text in front of output `index`; "" without echo."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# With these a schema says itself which members there may be beside `properties`.
+OPEN_WORDS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 ALPHANUMERIC = string.ascii_letters + string.digits
 
 
@@ -22,13 +24,47 @@ class Tool:
         """The schema of its arguments, which are an object in any case."""
         if not self.parameters:
             return {"type": "object"}
-        return {"type": "object", **self.parameters}
+        return {"type": "object", **closed(self.parameters)}
 
     @property
     def properties(self) -> Mapping[str, Any]:
         """Parameter -> schema, as far as the schema lists them."""
         found = self.parameters.get("properties")
         return found if isinstance(found, Mapping) else {}
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects have no other members than those that it lists, where it does not say otherwise.
+
+    One that puts objects together of several schemas (allOf) stays as it is: each lists only its own members.
+    """
+    return schema if "allOf" in _words(schema) else _closed(schema)
+
+
+def _words(schema: Any) -> set[str]:
+    """All names of members."""
+    if isinstance(schema, list):
+        return set().union(*map(_words, schema))
+    return set(schema).union(*map(_words, schema.values())) if isinstance(schema, Mapping) else set()
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(found.get(name), Mapping):
+            found[name] = {key: _closed(one) for key, one in found[name].items()}
+    for name in ("items", "prefixItems", "additionalProperties"):
+        if name in found:
+            found[name] = _closed(found[name])
+    if "properties" not in found:
+        return found | {name: _closed(found[name]) for name in ("anyOf", "oneOf") if name in found}
+    if not found.keys() & OPEN_WORDS:
+        found["additionalProperties"] = False
+    return found
 
 
 def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
