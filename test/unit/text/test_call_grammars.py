@@ -1,7 +1,9 @@
 """Grammars of calls and of answers behind reasoning: what they let through, and that parsers read what they make."""
 
+import contextlib
 import json
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +110,35 @@ def test_required_calls_are_held_to_format_and_schema(name: str, number: int, is
     assert not one.accepts(parallel, "")
     for reason, call in WRONG:
         assert not one.accepts(parallel, ended(write([call]))), reason
+
+
+# As pydantic writes a model with a set of another model's objects in it, but for the titles.
+PYDANTIC = Tool(
+    "plan",
+    {
+        "type": "object",
+        "properties": {
+            "stops": {"type": "array", "items": {"$ref": "#/$defs/Stop"}, "uniqueItems": True},
+            "cover": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}},
+        },
+        "required": ["stops"],
+        "additionalProperties": False,
+        "$defs": {
+            "Stop": {"type": "object", "properties": {"days": {"type": "integer", "maximum": 9}}, "required": ["days"]}
+        },
+    },
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(("name", "number"), WAYS)
+def test_schemas_are_taken_as_pydantic_writes_them(name: str, number: int) -> None:
+    one = setting(name, number, is_special=True)
+    write = WRITERS[name][number]
+    lark = one.output_format.required_grammar([PYDANTIC], PromptEnd())
+    assert one.accepts(lark, ended(write([("plan", {"stops": [{"days": 3}], "cover": {"file": "x"}})])))
+    assert not one.accepts(lark, ended(write([("plan", {"stops": [{"days": 30}]})])))
+    assert not one.accepts(lark, ended(write([("plan", {"stops": ["x"]})])))
 
 
 def ended(text: str) -> str:
@@ -291,6 +322,10 @@ def test_references_are_followed_between_tags() -> None:
         (tool_of({"type": "string", "not": {"const": "a"}}), r"tool 'f', parameter 'x'.*'not'"),
         (tool_of({"enum": ["a", 1]}), r"tool 'f', parameter 'x'.*'enum'"),
         (tool_of({"type": "string"}, minProperties=1), r"tool 'f'.*'minProperties'"),
+        (tool_of({"type": "string", "pattern": 5}), r"tool 'f', parameter 'x': 'pattern' of its schema can't be 5"),
+        (tool_of({"type": "string", "minLength": "1"}), r"tool 'f', parameter 'x': 'minLength' of its schema"),
+        (tool_of({"type": "array", "items": {"$ref": "#"}}), r"tool 'f': a \$ref"),
+        (tool_of({"type": "array", "items": {"$ref": "#/properties/y"}}), r"tool 'f': a \$ref"),
     ],
 )
 def test_what_cannot_be_held_is_refused(tool: Tool, words: str) -> None:
@@ -309,3 +344,42 @@ def test_any_schema_goes_where_arguments_are_json() -> None:
     lark = one.output_format.required_grammar([tool_of({"type": "string", "pattern": "^a|b$"})], PromptEnd())
     assert one.accepts(lark, hermes([("f", {"x": "ab"})]))
     assert one.accepts(one.output_format.required_grammar([Tool("f")], PromptEnd()), hermes([("f", {"any": [1]})]))
+
+
+SHARED = {"type": "array", "items": {"$ref": "#/$defs/A"}}
+
+
+def circle(num_branches: int) -> dict[str, Any]:
+    """A schema that leads to itself in many ways."""
+    return {"anyOf": [{"$ref": "#/$defs/Circle"}] * num_branches}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        tool_of({"$ref": "#/$defs/Circle"}, **{"$defs": {"Circle": circle(10)}}),
+        tool_of({"type": "string", "pattern": "[" * 100_000}),
+        tool_of({"type": "string", "pattern": "[" * 100_000 + "\\"}),
+        Tool(
+            "f",
+            {"properties": {f"p{number}": SHARED for number in range(999)}, "$defs": {"A": {"enum": ["x" * 100_000]}}},
+        ),
+    ],
+    ids=["circle", "classes", "open escape", "shared definitions"],
+)
+def test_a_schema_takes_no_longer_than_it_is_long(tool: Tool) -> None:
+    started = time.process_time()
+    with contextlib.suppress(ValueError):
+        Setting("qwen3_coder").output_format.required_grammar([tool], PromptEnd())
+    parse(FORMATS["qwen3_coder"]("").parser([tool]), [WRITERS["qwen3_coder"][0]([("f", {"x": 1})])])
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("schema", [{"type": {"a": 1}}, {"type": [{}]}, {"allOf": 5}, {"enum": 5}, {"anyOf": 1}, 3])
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "pythonic", "hermes"])
+def test_what_is_no_schema_breaks_no_parser(name: str, schema: Any) -> None:
+    tool = Tool("f", {"properties": {"x": schema}, "required": 5})
+    output = parse(FORMATS[name]("").parser([tool]), [WRITERS[name][0]([("f", {"x": "a"})])])
+    assert output.calls == [("f", {"x": "a"})]
+    with contextlib.suppress(ValueError):
+        Setting(name).output_format.required_grammar([tool], PromptEnd())

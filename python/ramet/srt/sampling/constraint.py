@@ -1,7 +1,5 @@
 """Owns what a request says about the form of its output: which parameter, its text, and how long that may be."""
 
-import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from ramet.srt.errors import RequestError
@@ -38,8 +36,3 @@ def constraint_of(params: SamplingParams, before: str = "") -> Constraint | None
 
 def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
-
-
-def regex_of(texts: Iterable[str]) -> str:
-    """A regex that these texts alone match."""
-    return "|".join(re.sub(r"[\\.+*?()|\[\]{}^$]", r"\\\g<0>", text) for text in texts)

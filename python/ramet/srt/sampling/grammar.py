@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from ramet.srt.sampling.constraint import Constraint
-from ramet.srt.sampling.json_schema import adapt_schema
+from ramet.srt.text.json_schema import adapt_schema
 from ramet.srt.text.output_format import ANSWER
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.text.tool_calls.lark import JSON_WHITESPACE

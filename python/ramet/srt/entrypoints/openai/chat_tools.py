@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ramet.srt.entrypoints.openai.constraints import BodyConstraint
-from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, NamedTool
+from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, NamedTool, ToolSpec
 from ramet.srt.errors import RequestError
 from ramet.srt.text.output_format import OutputFormat, PromptEnd
 from ramet.srt.text.tool_calls.tool import Tool
@@ -36,9 +36,7 @@ def tools_of(body: ChatCompletionRequest, form: OutputFormat) -> ChatTools:
         if choice in (None, "none", "auto"):
             return ChatTools()
         raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
-    names = [tool.function.name for tool in body.tools]
-    if twice := next((name for place, name in enumerate(names) if name in names[:place]), None):
-        raise RequestError(f"tools: there are two of the name {twice!r}", param="tools")
+    _check_tools(body.tools)
     if choice == "none":
         return ChatTools()
     if not form.parses_tool_calls:
@@ -59,6 +57,21 @@ def tools_of(body: ChatCompletionRequest, form: OutputFormat) -> ChatTools:
             )
         return ChatTools(named, must_call=True, is_parallel=is_parallel)
     return ChatTools(tools, must_call=choice == "required", is_parallel=is_parallel)
+
+
+def _check_tools(specs: Sequence[ToolSpec]) -> None:
+    names = set()
+    for spec in specs:
+        name, parameters = spec.function.name, spec.function.parameters or {}
+        if name in names:
+            raise RequestError(f"tools: there are two of the name {name!r}", param="tools")
+        names.add(name)
+        kind = parameters.get("type", "object")
+        if kind != "object":  # arguments are one
+            raise RequestError(
+                f'tools: the parameters of {name!r} must be a schema of the type "object", not {kind!r:.60}',
+                param="tools",
+            )
 
 
 def constrain(
@@ -84,4 +97,6 @@ def constrain(
             return (None if free is None else BodyConstraint("tools", "ebnf", free)), ""
     except ValueError as error:
         raise RequestError(f"tools: {error}", param="tools") from None
+    except RecursionError:
+        raise RequestError("tools: a schema is nested too deeply", param="tools") from None
     return None, ""

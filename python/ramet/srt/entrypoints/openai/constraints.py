@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from ramet.srt.entrypoints.openai.protocol import CompletionRequest, JsonSchemaFormat, ResponseFormat, SamplingBody
 from ramet.srt.errors import RequestError
-from ramet.srt.sampling.constraint import regex_of
+from ramet.srt.text import regex
 
 ANY_OBJECT = {"type": "object"}
 
@@ -58,4 +58,4 @@ def _schema(wanted: ResponseFormat | None) -> Any:
 
 
 def _one_of(choices: list[str] | None) -> str | None:
-    return regex_of(choices) if choices else None
+    return regex.one_of(choices) if choices else None

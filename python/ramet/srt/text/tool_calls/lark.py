@@ -4,12 +4,16 @@ Source of the dialect: docs/syntax.md of llguidance.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ramet.srt.text import regex
+from ramet.srt.text.json_schema import adapt_schema
+
 # Between the parts of a JSON text. Bounded, so that a model that likes white space still reaches the end.
 JSON_WHITESPACE = r"[ \n\t]{0,20}"
+
+MAX_SCHEMA_CHARS = 1 << 20  # of one grammar, whose schemas may share definitions that each of them has to repeat
 
 TokenId = Callable[[str], int | None]
 
@@ -24,6 +28,7 @@ class Lark:
     def __init__(self, special_id: TokenId):
         self._special_id = special_id
         self._rules: dict[str, str] = {}
+        self._num_schema_chars = 0
 
     def __str__(self) -> str:
         return "\n".join(["%llguidance {}", *(f"{name}: {body}" for name, body in self._rules.items())])
@@ -47,14 +52,22 @@ class Lark:
         return literal(mark) if token_id is None else f"<[{token_id}]>"
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """The expression of a JSON value that fits a schema."""
-        return f"%json {json.dumps(with_whitespace(schema))}"
+        """The expression of a JSON value that fits a schema, as far as one can be held to it (text/json_schema.py).
+
+        Raises:
+            ValueError: if that is too much of schemas.
+        """
+        text = json.dumps(with_whitespace(schema))
+        self._num_schema_chars += len(text)
+        if self._num_schema_chars > MAX_SCHEMA_CHARS:
+            raise ValueError(f"the schemas have more than {MAX_SCHEMA_CHARS} characters, with what they refer to")
+        return f"%json {adapt_schema(text)}"
 
     def through(self, mark: str, name: str) -> str:
         """The expression of any text up to the first such mark, and the mark."""
         if self.is_special(mark):
             return f"{self.text()} {self.mark(mark)}"
-        return self.rule(self.fresh(name), f"/(.|\\n)*{regex_escape(mark)}/", is_lazy=True)
+        return self.rule(self.fresh(name), f"/(.|\\n)*{regex.escape(mark)}/", is_lazy=True)
 
     def text(self) -> str:
         """The expression of any text, which has no special tokens."""
@@ -64,7 +77,7 @@ class Lark:
         """The expression of any text that has no such mark."""
         if self.is_special(mark):
             return self.text()
-        escaped = regex_escape(mark)
+        escaped = regex.escape(mark)
         return self.rule(self.fresh("TEXT_WITHOUT"), f"/(?s:.*)/ & ~/(?s:.*){escaped}(?s:.*)/")
 
     def line_break(self) -> str:
@@ -79,11 +92,6 @@ class Lark:
 def literal(text: str) -> str:
     """The expression of a text."""
     return json.dumps(text) if text else '""'
-
-
-def regex_escape(text: str) -> str:
-    """A text as a part of a regex between slashes."""
-    return re.sub(r"[\\.+*?()|\[\]{}^$/]", r"\\\g<0>", text)
 
 
 def with_whitespace(schema: Mapping[str, Any]) -> dict[str, Any]:

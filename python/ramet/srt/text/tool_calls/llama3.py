@@ -3,7 +3,9 @@
 Without the mark a call is one only at the beginning of the output, or behind another.
 """
 
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Mapping
+from typing import Any
 
 from ramet.srt.text.text_machine import Waiting
 from ramet.srt.text.tool_calls.format import ToolCallFormat
@@ -12,6 +14,7 @@ from ramet.srt.text.tool_calls.lark import Lark
 from ramet.srt.text.tool_calls.tool import Tool
 
 PYTHON_TAG = "<|python_tag|>"
+KEY = "parameters"
 
 
 class Llama3Parser(JsonCallParser):
@@ -41,10 +44,22 @@ class Llama3Format(ToolCallFormat):
 
     def call(self, lark: Lark, tool: Tool) -> str:
         """All of it as one JSON text: beside another one, which an answer may be, pieces of text begin no call."""
-        properties = {"name": {"const": tool.name}, "parameters": tool.schema}
+        properties = {"name": {"const": tool.name}, KEY: moved(tool.schema, f"#/properties/{KEY}")}
         return lark.json(
             {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         )
 
     def section(self, lark: Lark, calls: str) -> str:
         return f"({lark.mark(PYTHON_TAG)})? {calls}"
+
+
+def moved(schema: Mapping[str, Any], place: str) -> Any:
+    """A schema as it must be to stand in another one at `place`, a JSON pointer, where its references begin then."""
+
+    def move(node: dict[str, Any]) -> dict[str, Any]:
+        reference = node.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#"):
+            node["$ref"] = place + reference.removeprefix("#")
+        return node
+
+    return json.loads(json.dumps(schema), object_hook=move)

@@ -12,7 +12,7 @@ from ramet.srt.text.tool_calls.json_call import write_json
 from ramet.srt.text.tool_calls.lark import Lark, literal
 from ramet.srt.text.tool_calls.parser import ToolCallParser
 from ramet.srt.text.tool_calls.tool import Tool
-from ramet.srt.text.tool_calls.xml_grammar import all_parameters, check_object_keys, definitions, required_names
+from ramet.srt.text.tool_calls.xml_grammar import all_parameters, by_itself, check_object_keys, required_names
 from ramet.srt.text.tool_calls.xml_values import read_literal
 
 BEGIN, START, END = "[", "<|python_start|>", "<|python_end|>"
@@ -138,7 +138,7 @@ class PythonicFormat(ToolCallFormat):
         for name, schema in all_parameters(tool).items():
             if not name.isidentifier():
                 raise ValueError(f"tool {tool.name!r}: {name!r} can't be the name of a parameter in Python")
-            value = lark.json({**definitions(tool), **(schema if isinstance(schema, Mapping) else {})})
+            value = lark.json(by_itself(tool, schema if isinstance(schema, Mapping) else {}))
             members.append((f"{literal(f'{name}=')} {value}", name in required_names(tool)))
         return f'{literal(f"{tool.name}(")} {joined(members)} ")"'
 

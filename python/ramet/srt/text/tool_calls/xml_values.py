@@ -15,6 +15,7 @@ from ramet.srt.text.tool_calls.tool import Tool
 ALL_KINDS = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
 STRING_ONLY = frozenset({"string"})
 MAX_DEPTH = 16
+MAX_SCHEMAS = 256  # that are looked at for one parameter: references may lead to the same one again and again
 
 
 def parameter_kinds(tool: Tool, name: str) -> frozenset[str]:
@@ -23,28 +24,45 @@ def parameter_kinds(tool: Tool, name: str) -> frozenset[str]:
     return ALL_KINDS if schema is None else value_kinds(schema, tool.parameters)
 
 
-def value_kinds(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
-    """The JSON types that fit a schema.
+def value_kinds(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
+    """The JSON types that fit a schema; all, where it is too large to say.
 
     Args:
         root: the schema in which its references are.
     """
-    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return ALL_KINDS
-    kinds = ALL_KINDS
-    if (reference := schema.get("$ref")) is not None:
-        kinds &= value_kinds(resolve(reference, root), root, depth + 1)
-    if (declared := schema.get("type")) is not None:
-        kinds &= frozenset(declared if isinstance(declared, list) else [declared])
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list):
-        kinds &= frozenset(kind for value in values for kind in kinds_of(value))
-    for key in ("anyOf", "oneOf"):
-        if isinstance(branches := schema.get(key), list):
-            kinds &= frozenset().union(*(value_kinds(branch, root, depth + 1) for branch in branches))
-    for branch in schema.get("allOf") or ():
-        kinds &= value_kinds(branch, root, depth + 1)
-    return kinds
+    return _KindReader(root).read(schema)
+
+
+class _KindReader:
+    """Reads one schema, and what it refers to."""
+
+    def __init__(self, root: Mapping[str, Any]):
+        self._root = root
+        self._num_schemas = 0
+
+    def read(self, schema: Any, depth: int = 0) -> frozenset[str]:
+        self._num_schemas += 1
+        if not isinstance(schema, Mapping) or depth > MAX_DEPTH or self._num_schemas > MAX_SCHEMAS:
+            return ALL_KINDS
+        kinds = ALL_KINDS
+        if (reference := schema.get("$ref")) is not None:
+            kinds &= self.read(resolve(reference, self._root), depth + 1)
+        if (declared := schema.get("type")) is not None:
+            kinds &= frozenset(kind for kind in _list(declared) or [declared] if isinstance(kind, str))
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            kinds &= frozenset(kind for value in values for kind in kinds_of(value))
+        for key in ("anyOf", "oneOf"):
+            if branches := _list(schema.get(key)):
+                kinds &= frozenset().union(*(self.read(branch, depth + 1) for branch in branches))
+        for branch in _list(schema.get("allOf")):
+            kinds &= self.read(branch, depth + 1)
+        return kinds
+
+
+def _list(value: Any) -> list[Any]:
+    """The value, where it is a list, as the schema of schemas wants it; else an empty one."""
+    return value if isinstance(value, list) else []
 
 
 def resolve(reference: Any, root: Mapping[str, Any]) -> Any:

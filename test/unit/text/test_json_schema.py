@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field, SecretStr
-from ramet.srt.sampling.constraint import Constraint, regex_of
+from ramet.srt.sampling.constraint import Constraint
 from ramet.srt.sampling.grammar import GrammarCompiler, GrammarError
-from ramet.srt.sampling.json_schema import DECIMAL, adapt_schema
+from ramet.srt.text import regex
+from ramet.srt.text.json_schema import DECIMAL, adapt_schema
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import EOS, IM_END, write_tokenizer
 
@@ -135,8 +136,8 @@ def test_what_is_no_json_is_left_to_the_library(compiler: GrammarCompiler) -> No
 
 
 def test_a_regex_of_texts_matches_them_alone(takes: Any) -> None:
-    texts = ["a.b", "c|d", "(e)", "[f]{2}^$*+?", "back\\slash", "two\nlines", "-&~#"]
+    texts = ["a.b", "c|d", "(e)", "[f]{2}^$*+?", "back\\slash", "two\nlines", "-&~#", "g/h"]
     for text in texts:
-        assert takes(regex_of(texts), text, "regex")
+        assert takes(regex.one_of(texts), text, "regex")
     for text in ("axb", "c", "ff"):
-        assert not takes(regex_of(texts), text, "regex")
+        assert not takes(regex.one_of(texts), text, "regex")

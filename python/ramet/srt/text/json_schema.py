@@ -7,15 +7,13 @@ though it could enforce it. Three things are done, at each place where a schema 
 - left out: `uniqueItems`, `format`s that it does not know (JSON Schema calls them annotations), and `discriminator`,
   which tells apart what `anyOf` lists: an answer may break these;
 - all else is left to the library, which says what it can't do.
-
-Runs in the grammar processes: a schema is as large and deep as a client likes.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from ramet.srt.sampling.constraint import regex_of
+from ramet.srt.text import regex
 
 # Those that llguidance enforces.
 KNOWN_FORMATS = frozenset(
@@ -84,7 +82,7 @@ def _name_properties(schema: dict[str, Any], names: dict[str, Any]) -> None:
     keys = [names["const"]] if rest == {"const"} else names.get("enum")
     pattern = None
     if rest in ({"const"}, {"enum"}) and isinstance(keys, list) and all(isinstance(key, str) for key in keys):
-        pattern = f"^({regex_of(keys)})$"
+        pattern = f"^({regex.one_of(keys)})$"
     elif rest == {"pattern"}:
         pattern = names["pattern"]
     if isinstance(pattern, str):
