@@ -73,6 +73,27 @@ def test_refusals(tokenizer: Tokenizer, fields: dict[str, Any], param: str, word
     assert words in str(caught.value)
 
 
+def test_lists_of_tokens_are_bounded_for_all_sequences_together(tokenizer: Tokenizer) -> None:
+    one = sequence({"allowed_token_ids": [5] * 65_536, "max_new_tokens": 1, "n": 16}, input_ids=[5])
+    assert len(prepare_requests([one], "r", tokenizer, LIMITS)) == 16
+    with pytest.raises(RequestError, match="allowed_token_ids: the sequences of a request may have at most 1048576"):
+        prepare_requests([one, one], "r", tokenizer, LIMITS)
+
+
+def test_bad_words_of_many_prompts_are_read_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, *args, **kw: texts.append(text) or encode(self, text, *args, **kw)
+    )
+    one = sequence({"bad_words": ["a", "b"], "max_new_tokens": 1}, input_ids=[5])
+    other = sequence({"max_new_tokens": 1}, input_ids=[5])
+    requests = prepare_requests([one, one, other, one], "r", tokenizer, LIMITS)
+    assert [bool(request.bad_words_ids) for request in requests] == [True, True, False, True]
+    assert requests[0].bad_words_ids == requests[3].bad_words_ids and len(texts) == 8
+    assert is_slow([one]) and not is_slow([other])
+
+
 def test_grammars_need_a_backend_and_an_end(tokenizer: Tokenizer) -> None:
     prompt = sequence({"regex": "a"}, input_ids=[5], fit_max_new_tokens=True)
     for changes, words in (({"grammars": False}, "--grammar-backend"), ({"has_eos": False}, "end-of-sequence")):

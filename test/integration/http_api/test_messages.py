@@ -21,6 +21,7 @@ TEMPLATE = """{%- if false -%}
 {%- endif -%}
 {{ messages[-1]["content"] }}{% if tools %}|{{ tools | length }} tools{% endif %}"""
 END = "</s>"
+NO_FORM = {"type": "json_schema", "schema": {"not": {"type": "string"}}}  # that the scheduler finds out
 WEATHER = {"name": "weather", "description": "Knows it", "input_schema": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm", "days": [1, 25]}}\n</tool_call>'
 
@@ -210,6 +211,7 @@ HEADERS = {"Content-Type": "application/json"}
         (body_of("a", model="other"), 404, "not_found_error", "'other' does not exist"),
         (body_of("a", max_tokens=10_000), 400, "invalid_request_error", "max_tokens"),
         (body_of("a", tool_choice={"type": "any"}), 400, "invalid_request_error", "tool_choice"),
+        (body_of("a", output_config={"format": NO_FORM}), 400, "invalid_request_error", "output_config can't"),
     ],
 )
 def test_what_is_wrong_with_a_body(client: httpx.Client, body: Any, status: int, kind: str, words: str) -> None:

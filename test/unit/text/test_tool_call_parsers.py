@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -326,3 +327,18 @@ def test_nothing_is_made_up_or_told_twice(case: tuple[str, list[str]]) -> None:
 
 def text_of(event: Any) -> str:
     return "" if isinstance(event, ToolCallStart) else event.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        hermes([("get", {})])[:12] * 60_000,
+        '<tool_call>{"name": "get", "arguments": {"x": ' + "1" * 1_000_000 + "}}",
+        " " * 500_000 + "x",
+    ],
+    ids=["beginnings", "digits", "spaces"],
+)
+def test_what_comes_at_once_takes_time_by_its_length(text: str) -> None:
+    started = time.process_time()
+    parse(make("hermes"), [text])
+    assert time.process_time() - started < 2

@@ -18,6 +18,7 @@ from ramet.srt.sampling.sampling_params import GRAMMAR_FIELDS, MIN_SEED, Samplin
 from ramet.srt.text.tokenizer import Tokenizer
 
 MAX_SEQUENCES_OF_REQUEST = 4096
+MAX_LISTED_TOKENS_OF_REQUEST = 1 << 20  # allowed_token_ids, of all sequences together: each of them has its own
 MAX_TOP_LOGPROBS = 128
 SLOW_CHARS = 4096  # from here on the tokenizing is worth a thread
 SLOW_IDS = 200_000  # and the checks
@@ -63,7 +64,7 @@ def is_slow(inputs: Sequence[SequenceInput]) -> bool:
     """Whether preparing these takes so long that others on the event loop would notice."""
     num_chars = sum(len(one.text) for one in inputs if one.text is not None)
     num_ids = sum(len(one.input_ids) for one in inputs if one.input_ids is not None)
-    return num_chars > SLOW_CHARS or num_ids > SLOW_IDS
+    return num_chars > SLOW_CHARS or num_ids > SLOW_IDS or any(one.sampling_params.bad_words for one in inputs)
 
 
 def prepare_requests(
@@ -78,7 +79,15 @@ def prepare_requests(
     """
     if sum(one.sampling_params.n for one in inputs) > MAX_SEQUENCES_OF_REQUEST:
         raise RequestError(f"a request may have at most {MAX_SEQUENCES_OF_REQUEST} sequences", param="n")
-    requests = [copy for one in inputs for copy in _copies(_prepare(one, tokenizer, limits))]
+    num_listed = sum(one.sampling_params.n * len(one.sampling_params.allowed_token_ids) for one in inputs)
+    if num_listed > MAX_LISTED_TOKENS_OF_REQUEST:
+        raise RequestError(
+            f"allowed_token_ids: the sequences of a request may have at most {MAX_LISTED_TOKENS_OF_REQUEST} together, "
+            f"not {num_listed}",
+            param="allowed_token_ids",
+        )
+    bad_words = BadWordsReader(tokenizer, limits.vocab_size)
+    requests = [copy for one in inputs for copy in _copies(_prepare(one, tokenizer, limits, bad_words))]
     for number, request in enumerate(requests):
         request.rid = rid if len(requests) == 1 else f"{rid}_{number}"
     return requests
@@ -100,7 +109,9 @@ def check_task(pooling: Pooling | None, limits: Limits) -> None:
         )
 
 
-def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> TokenizedGenerateReqInput:
+def _prepare(
+    one: SequenceInput, tokenizer: Tokenizer, limits: Limits, bad_words: "BadWordsReader"
+) -> TokenizedGenerateReqInput:
     check_task(one.pooling, limits)
     input_ids = _encode(one, tokenizer, limits) if one.input_ids is None else one.input_ids
     _check_prompt(one, input_ids, limits)
@@ -120,21 +131,35 @@ def _prepare(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> Tokeni
         top_logprobs_num=one.top_logprobs_num,
         priority=one.priority,
         grammar_before=one.grammar_before,
-        bad_words_ids=_bad_words_ids(one.sampling_params, tokenizer, limits),
+        bad_words_ids=bad_words.token_ids(one.sampling_params.bad_words),
         pooling=one.pooling,
     )
 
 
-def _bad_words_ids(params: SamplingParams, tokenizer: Tokenizer, limits: Limits) -> list[list[int]]:
-    """The ways to write the bad words as tokens: each at the beginning of a text, and behind a space."""
-    found: dict[tuple[int, ...], None] = {}
-    for word in params.bad_words:
-        bare = word.lstrip() or word
-        for text in (bare, f" {bare}"):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if ids and max(ids) < limits.vocab_size:
-                found[ids] = None
-    return [list(ids) for ids in found]
+class BadWordsReader:
+    """Makes tokens of bad words, once for the prompts of a request that have the same."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._words: Sequence[str] = ()
+        self._token_ids: list[list[int]] = []  # of those
+
+    def token_ids(self, words: Sequence[str]) -> list[list[int]]:
+        """The ways to write the words: each at the beginning of a text, and behind a space."""
+        if words != self._words:
+            self._words, self._token_ids = words, self._read(words)
+        return self._token_ids
+
+    def _read(self, words: Sequence[str]) -> list[list[int]]:
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip() or word
+            for text in (bare, f" {bare}"):
+                ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+                if ids and max(ids) < self._vocab_size:
+                    found[ids] = None
+        return [list(ids) for ids in found]
 
 
 def _encode(one: SequenceInput, tokenizer: Tokenizer, limits: Limits) -> list[int]:

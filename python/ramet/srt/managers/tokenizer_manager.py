@@ -40,7 +40,7 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
-from ramet.srt.managers.prepare_requests import Limits, SequenceInput, is_slow, prepare_requests
+from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInput, is_slow, prepare_requests
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
@@ -175,6 +175,11 @@ class TokenizerManager:
             self._running[request.rid] = generation, index
             self._send_request(request)
         return generation
+
+    async def count_tokens(self, text: str, add_special_tokens: bool) -> int:
+        """How many tokens a text is."""
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens)
+        return len(await asyncio.to_thread(encode) if len(text) > SLOW_CHARS else encode())
 
     def abort(self, rid: str) -> int:
         """Ask the scheduler to end a request or one of its sequences; the number of sequences that this concerns."""

@@ -6,7 +6,7 @@ import re
 STRING_RUN = re.compile(r'[^"\\\x00-\x1f]+')
 SPACES = re.compile(r"[ \t\n\r]+")
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-NUMBER_CHARS = frozenset("+-.0123456789eE")
+NUMBER_RUN = re.compile(r"[-+.0-9eE]+")
 HEX = frozenset("0123456789abcdefABCDEF")
 WORDS = ("true", "false", "null")
 
@@ -72,7 +72,11 @@ class JsonText:
     def _take_in_lexeme(self, text: str, at: int, pieces: list[str]) -> int:
         sign = text[at]
         is_number = self._lexeme[0] in "-0123456789"
-        if is_number and sign not in NUMBER_CHARS:
+        if is_number and (found := NUMBER_RUN.match(text, at)):
+            self._lexeme += found.group()
+            pieces.append(found.group())
+            return found.end()
+        if is_number:
             if NUMBER.fullmatch(self._lexeme) is None:
                 self.is_bad = True
             else:
@@ -80,13 +84,12 @@ class JsonText:
                 self._end_value()
             return at
         self._lexeme += sign
-        if not is_number:
-            if not any(word.startswith(self._lexeme) for word in WORDS):
-                self.is_bad = True
-                return at
-            if self._lexeme in WORDS:
-                self._lexeme = ""
-                self._end_value()
+        if not any(word.startswith(self._lexeme) for word in WORDS):
+            self.is_bad = True
+            return at
+        if self._lexeme in WORDS:
+            self._lexeme = ""
+            self._end_value()
         pieces.append(sign)
         return at + 1
 

@@ -1,5 +1,7 @@
 """Owns what the parsers of model output tell: pieces of content, reasoning and tool calls, in the order of the text."""
 
+from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple
 
 
@@ -31,3 +33,18 @@ class ToolCallArguments(NamedTuple):
 
 
 Event = Content | Reasoning | ToolCallStart | ToolCallArguments
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """The events with neighbours of one kind as one: as few pieces as say the same."""
+    found: list[Event] = []
+    for _, group in groupby(events, type):
+        first, *others = group
+        if isinstance(first, ToolCallStart):
+            found += [first, *others]
+        elif others:  # arguments are of one call: another one has its beginning between
+            texts = [one.text for one in (first, *others) if not isinstance(one, ToolCallStart)]
+            found.append(first._replace(text="".join(texts)))
+        else:
+            found.append(first)
+    return found

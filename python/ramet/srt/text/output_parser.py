@@ -55,7 +55,7 @@ class OutputParser:
         self._filter = None if hidden is None else HiddenTokenFilter(hidden)
         self._separates = separate_reasoning
         self._streams = stream_reasoning
-        self._reasoning = ""  # that waits for its end
+        self._reasoning: list[str] = []  # that waits for its end
 
     @property
     def num_tool_calls(self) -> int:
@@ -102,9 +102,9 @@ class OutputParser:
             elif self._streams:
                 told.append(event)
             else:
-                self._reasoning += event.text
+                self._reasoning.append(event.text)
         return told + self._held() if is_last else told
 
     def _held(self) -> list[Event]:
-        text, self._reasoning = self._reasoning, ""
-        return [Reasoning(text)] if text else []
+        pieces, self._reasoning = self._reasoning, []
+        return [Reasoning("".join(pieces))] if pieces else []

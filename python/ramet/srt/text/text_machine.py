@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Generator, Sequence
 
 from ramet.srt.text.json_text import JsonText
-from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallArguments
+from ramet.srt.text.output_events import Content, Event, Reasoning, merged
 
 SPACE = re.compile(r"\s*")
 
@@ -79,7 +79,7 @@ class TextMachine:
     def _go_on(self) -> list[Event]:
         next(self._steps, None)
         events, self._events = self._events, []
-        return events
+        return merged(events)
 
     def _run(self) -> Waiting:
         raise NotImplementedError
@@ -87,15 +87,6 @@ class TextMachine:
     # ---- telling ----
 
     def _tell(self, event: Event) -> None:
-        """Add an event; a text joins the one before it."""
-        if self._events:
-            last = self._events[-1]
-            if isinstance(event, Content | Reasoning) and type(last) is type(event):
-                event = type(event)(last.text + event.text)
-                self._events.pop()
-            elif isinstance(event, ToolCallArguments) and isinstance(last, ToolCallArguments):
-                event = ToolCallArguments(event.call_index, last.text + event.text)
-                self._events.pop()
         self._events.append(event)
 
     def _content(self, text: str) -> None:

@@ -1,13 +1,11 @@
 """Owns POST /v1/messages and /v1/messages/count_tokens: a conversation to a chat, and its output to a message."""
 
-import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,11 +13,10 @@ from ramet.srt.entrypoints.anthropic.conversion import chat_of, our_words
 from ramet.srt.entrypoints.anthropic.error_shape import error_body_of
 from ramet.srt.entrypoints.anthropic.message_events import MessageEvent, MessageEvents, whole_message
 from ramet.srt.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest, ThinkingOn
-from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.http.event_stream import encode_named_event, event_stream, json_response, until_disconnect
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing, PreparedChat
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.prepare_requests import check_prompt_size, is_slow
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -42,18 +39,14 @@ class MessagesServing:
             chat = await self._chat.prepare(chat_of(body), request)
         events = self._events(body, chat)
         if body.stream:
-            return await event_stream(request, events, encode=encode, encode_error=encode_error, last=b"")
+            return await event_stream(request, events, encode=encode_named_event, encode_error=encode_error, last=b"")
         return await until_disconnect(request, _whole(events))
 
     async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
         """How many tokens the prompt of `body` has. Raises what `create` raises."""
         with our_words():
             chat = await self._chat.prepare(chat_of(body), request)
-        check_prompt_size(chat.prompt.text or "", "messages", self._chat.manager.limits.max_req_len)
-        if is_slow([chat.prompt]):
-            num_tokens = await until_disconnect(request, asyncio.to_thread(self._chat.count_tokens, chat))
-        else:
-            num_tokens = self._chat.count_tokens(chat)
+            num_tokens = await self._chat.count_tokens(chat, request)
         return json_response({"input_tokens": num_tokens})
 
     async def _events(self, body: MessagesRequest, chat: PreparedChat) -> AsyncGenerator[MessageEvent, None]:
@@ -119,11 +112,6 @@ def stop_of(finish_reason: str, sequence: RunningSequence) -> tuple[str, str | N
     if finish_reason == "stop" and isinstance(matched, str):
         return "stop_sequence", matched
     return STOP_REASONS[finish_reason], None
-
-
-def encode(event: MessageEvent) -> bytes:
-    """One server-sent event, named by its type."""
-    return b"event: " + event["type"].encode() + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
 
 
 def encode_error(error: Exception) -> bytes:

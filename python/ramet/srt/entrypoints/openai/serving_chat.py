@@ -27,7 +27,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
 )
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.prepare_requests import SequenceInput
+from ramet.srt.managers.prepare_requests import SequenceInput, check_prompt_size
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallStart
 from ramet.srt.text.output_format import PromptEnd
@@ -94,12 +94,19 @@ class ChatServing(OpenAIServing):
                 skip_special_tokens=body.skip_special_tokens is not False,
             )
 
-        return ChatRun(body, generation, make_parser, self.manager.tokenizer)
+        return ChatRun(body, chat.constraint, generation, make_parser, self.manager)
 
-    def count_tokens(self, chat: "PreparedChat") -> int:
-        """Of the prompt."""
+    async def count_tokens(self, chat: "PreparedChat", request: Request) -> int:
+        """Of the prompt.
+
+        Raises:
+            RequestError: if the context has no room for it.
+            ClientGone: if the client goes away first.
+        """
         prompt = chat.prompt
-        return len(self.manager.tokenizer.encode(prompt.text or "", prompt.add_special_tokens))
+        text = prompt.text or ""
+        check_prompt_size(text, prompt.param, self.manager.limits.max_req_len)
+        return await until_disconnect(request, self.manager.count_tokens(text, prompt.add_special_tokens))
 
     def _input(
         self,
@@ -130,10 +137,8 @@ class ChatServing(OpenAIServing):
 
     async def _answer(self, chat: "PreparedChat", head: dict[str, Any]) -> Response:
         body, run = chat.body, await self.open(chat)
-        with openai_names(chat.constraint):
-            finished = await run.finish()
         choices = []
-        for index, choice in enumerate(finished):
+        for index, choice in enumerate(await run.finish()):
             await asyncio.sleep(0)  # others have the event loop, too
             choices.append(self._choice(body, index, choice))
         sequences = run.sequences
@@ -163,31 +168,30 @@ class ChatServing(OpenAIServing):
     async def _stream(self, chat: "PreparedChat", head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         body, run = chat.body, await self.open(chat)
         sequences = run.sequences
-        with openai_names(chat.constraint):
-            stream_usage = StreamUsage(body, sequences, len(sequences), run.num_reasoning_tokens)
-            begun = [False] * len(sequences)
-            has_ids = bool(body.return_token_ids)
-            async with aclosing(run.updates()) as updates:
-                async for update in updates:
-                    index, sequence = update.index, sequences[update.index]
-                    logprobs = self.logprobs(body, sequence, update.first_token, update.end_token)
-                    if not begun[index]:
-                        first = _chunk(head, index, {"role": "assistant", "content": "", "refusal": None})
-                        if has_ids and not any(begun):
-                            first["prompt_token_ids"] = sequence.request.input_ids
-                        begun[index] = True
-                        yield stream_usage.on(first)
-                    new_ids = sequence.output_ids[update.first_token : update.end_token] if has_ids else None
-                    deltas = [_delta(event) for event in update.events]
-                    if not deltas and (logprobs or new_ids):
-                        deltas = [{"content": ""}]
-                    for delta in deltas:
-                        yield stream_usage.on(_chunk(head, index, delta, logprobs=logprobs, token_ids=new_ids))
-                        logprobs = new_ids = None
-                    if update.finish_reason is not None:
-                        yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason))
-            for event in stream_usage.last(head):
-                yield event
+        stream_usage = StreamUsage(body, sequences, len(sequences), run.num_reasoning_tokens)
+        begun = [False] * len(sequences)
+        has_ids = bool(body.return_token_ids)
+        async with aclosing(run.updates()) as updates:
+            async for update in updates:
+                index, sequence = update.index, sequences[update.index]
+                logprobs = self.logprobs(body, sequence, update.first_token, update.end_token)
+                if not begun[index]:
+                    first = _chunk(head, index, {"role": "assistant", "content": "", "refusal": None})
+                    if has_ids and not any(begun):
+                        first["prompt_token_ids"] = sequence.request.input_ids
+                    begun[index] = True
+                    yield stream_usage.on(first)
+                new_ids = sequence.output_ids[update.first_token : update.end_token] if has_ids else None
+                deltas = [_delta(event) for event in update.events]
+                if not deltas and (logprobs or new_ids):
+                    deltas = [{"content": ""}]
+                for delta in deltas:
+                    yield stream_usage.on(_chunk(head, index, delta, logprobs=logprobs, token_ids=new_ids))
+                    logprobs = new_ids = None
+                if update.finish_reason is not None:
+                    yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason))
+        for event in stream_usage.last(head):
+            yield event
 
     def logprobs(
         self, body: ChatCompletionRequest, sequence: RunningSequence, first: int, end: int

@@ -18,7 +18,6 @@ from ramet.srt.entrypoints.openai.responses_chat import chat_body, response_name
 from ramet.srt.entrypoints.openai.responses_events import ResponseEvents
 from ramet.srt.entrypoints.openai.responses_items import JsonItem, complete_item, new_id, user_message
 from ramet.srt.entrypoints.openai.responses_protocol import InputTokensRequest, ItemReference, ResponsesRequest
-from ramet.srt.entrypoints.openai.serving_base import openai_names
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing, PreparedChat
 from ramet.srt.errors import RequestError
 
@@ -80,7 +79,8 @@ class ResponsesServing:
     async def count_tokens(self, body: InputTokensRequest, request: Request) -> Response:
         """How many tokens the prompt has. Raises what `create` raises."""
         _, chat = await self._prepare(body, request)
-        num_tokens = self._chat.count_tokens(chat)
+        with response_names():
+            num_tokens = await self._chat.count_tokens(chat, request)
         return json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     # ---- what there is to answer ----
@@ -141,7 +141,7 @@ class ResponsesServing:
         body = turn.body
         with response_names():
             run = await self._chat.open(turn.chat)
-        with response_names(), openai_names(turn.chat.constraint):
+        with response_names():
             async with aclosing(run.updates()) as updates:
                 async for update in updates:
                     told: Events = []
