@@ -183,6 +183,13 @@ def test_what_is_too_long_is_not_even_looked_at() -> None:
         assert caught.value.param == name
 
 
+def test_tools_beside_a_constraint_do_not_count_as_its_own() -> None:
+    assert constraint_of(SamplingParams(regex="a"), "b" * 100_000) == Constraint("regex", "a", "b" * 100_000)
+    with pytest.raises(RequestError, match="regex has 1 bytes, and the tools .* make 524288 more") as caught:
+        constraint_of(SamplingParams(regex="a"), "b" * (512 * 1024))
+    assert caught.value.param == "regex"
+
+
 def test_a_panic_of_the_library_is_an_error_like_others() -> None:
     class Panic(BaseException):
         """As pyo3 derives its own."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 import msgspec
-from pydantic import ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from ramet.srt.entrypoints.http import accepted_fields
 from ramet.srt.entrypoints.http.accepted_fields import Table, describe_refused, foreign_schema, without_foreign
@@ -19,7 +19,7 @@ from ramet.srt.entrypoints.http.http_validation import (
     RequestBody,
     TokenIds,
 )
-from ramet.srt.entrypoints.http.validation_words import UNSUPPORTED, describe_validation_errors
+from ramet.srt.entrypoints.http.validation_words import UNSUPPORTED
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
@@ -92,15 +92,6 @@ class GenerateReqInput(RequestBody):
     rid: Annotated[str, Field(max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     model: str | None = None  # there is only one
-
-    @classmethod
-    def make(cls, **fields: Any) -> "GenerateReqInput":
-        """As the constructor, but a mistake is a RequestError that names the field."""
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            message, param, code = describe_validation_errors(error.errors(), fields)
-            raise RequestError(message, param=param, code=code) from None
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts as a list.

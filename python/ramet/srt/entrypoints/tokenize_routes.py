@@ -65,7 +65,8 @@ async def _tokenize(instance: Instance, body: TokenizeRequest, is_large: bool) -
     texts: list[str] = [prompt] if isinstance(prompt, str) else prompt
     num_chars = sum(map(len, texts))
     if num_chars > MAX_CHARS:
-        raise RequestError(f"the texts have {num_chars} characters; at most {MAX_CHARS} are taken", param="prompt")
+        name = "prompt" if body.messages is None else "messages"
+        raise RequestError(f"{name} has {num_chars} characters; at most {MAX_CHARS} are taken", param=name)
 
     def encode() -> tuple[list[list[int]], list[list[str]] | None]:
         ids = [manager.tokenizer.encode(text, adds_special_tokens) for text in texts]

@@ -27,9 +27,15 @@ def constraint_of(params: SamplingParams, before: str = "") -> Constraint | None
         text = getattr(params, name)
         if text is not None:
             limit = MAX_REGEX_BYTES if name == "regex" else MAX_CONSTRAINT_BYTES
-            num_bytes = _num_bytes(text) + _num_bytes(before)
+            num_bytes, num_before = _num_bytes(text), _num_bytes(before)
             if num_bytes > limit:
                 raise RequestError(f"{name} has {num_bytes} bytes; at most {limit} can be used", param=name)
+            if num_bytes + num_before > MAX_CONSTRAINT_BYTES:
+                raise RequestError(
+                    f"{name} has {num_bytes} bytes, and the tools that may be called in its place make {num_before} "
+                    f"more; at most {MAX_CONSTRAINT_BYTES} can be used together",
+                    param=name,
+                )
             return Constraint(name, text, before)
     return None
 

@@ -4,8 +4,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from ramet.srt.entrypoints.anthropic.protocol import (
     AnyBlock,
     AnyTurn,
@@ -21,7 +19,6 @@ from ramet.srt.entrypoints.anthropic.protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.errors import RequestError
 
@@ -72,11 +69,8 @@ def chat_of(body: Conversation) -> ChatCompletionRequest:
         names = ("max_tokens", "stream", "temperature", "top_p", "top_k")
         fields |= {name: getattr(body, name) for name in names}
         fields["stop"] = body.stop_sequences
-    try:
-        return ChatCompletionRequest.model_validate(fields)
-    except ValidationError as error:
-        message, param, code = describe_validation_errors(error.errors(include_url=False), fields)
-        raise in_our_words(RequestError(message, param=param, code=code)) from None
+    with our_words():
+        return ChatCompletionRequest.make(**fields)
 
 
 def _wanted_form(body: Conversation) -> JsonOutput | None:

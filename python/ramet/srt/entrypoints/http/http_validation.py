@@ -15,6 +15,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler
 from pydantic_core import CoreSchema
 
 from ramet.srt.entrypoints.http.accepted_fields import Table, foreign_schema, without_foreign
+from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.errors import RequestError
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, is_unicode, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
@@ -46,6 +48,15 @@ class RequestBody(BaseModel):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         cls._names = frozenset(field.alias or name for name, field in cls.model_fields.items())
+
+    @classmethod
+    def make(cls, **fields: Any) -> Self:
+        """As the constructor, by the names that a body has, but a mistake is a RequestError that names the field."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            message, param, code = describe_validation_errors(error.errors(include_url=False), fields)
+            raise RequestError(message, param=param, code=code) from None
 
     @model_validator(mode="wrap")
     @classmethod

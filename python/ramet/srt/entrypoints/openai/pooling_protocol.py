@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from ramet.srt.entrypoints.http import accepted_fields
 from ramet.srt.entrypoints.http.accepted_fields import Table
@@ -15,8 +15,6 @@ from ramet.srt.entrypoints.http.http_validation import (
     TokenId,
     TokenIds,
 )
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
-from ramet.srt.errors import RequestError
 
 MAX_INPUTS = 2048  # of one request for embeddings, as OpenAI has it: an answer is thousands of numbers for each
 MAX_DIMENSIONS = 2**31 - 1
@@ -68,15 +66,6 @@ class EncodeReqInput(PooledBody):
     input_ids: TokenIds | Inputs[TokenIds] | None = None
     dimensions: Dimensions | None = None
     rid: RequestId | None = None
-
-    @classmethod
-    def make(cls, **fields: Any) -> "EncodeReqInput":
-        """As the constructor, but a mistake is a RequestError that names the field."""
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            message, param, code = describe_validation_errors(error.errors(include_url=False), fields)
-            raise RequestError(message, param=param, code=code) from None
 
     def sized_prompts(self) -> Iterator[tuple[str, Prompt]]:
         for name, given in (("text", self.text), ("input_ids", self.input_ids)):

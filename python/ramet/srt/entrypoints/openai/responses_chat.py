@@ -5,9 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.entrypoints.openai.responses_items import JsonItem, chat_messages
 from ramet.srt.entrypoints.openai.responses_protocol import (
@@ -65,11 +62,8 @@ def chat_body(body: InputTokensRequest, items: Sequence[JsonItem]) -> ChatComple
         # What comes at once can't be told apart: which of the tokens are those of the message.
         fields["stream"] = bool(body.stream) or body.wants_logprobs
     fields = {name: value for name, value in fields.items() if value is not None}
-    try:
-        return ChatCompletionRequest.model_validate(fields)
-    except ValidationError as error:
-        message, param, code = describe_validation_errors(error.errors(include_url=False), fields)
-        raise with_response_names(RequestError(message, param=param, code=code)) from None
+    with response_names():
+        return ChatCompletionRequest.make(**fields)
 
 
 def _allowed(body: InputTokensRequest) -> list[FunctionTool]:
