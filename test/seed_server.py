@@ -19,7 +19,7 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.weight_routes import make_weight_router
+from ramet.srt.entrypoints.routes.weights import make_weight_router
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
@@ -58,7 +58,7 @@ def make_weight_app(bootstrap: EngineInfoBootstrapServer, asked: list[str], hidd
     sizes = SimpleNamespace(tp_size=parallel.get("tp_size", 1), pp_size=parallel.get("pp_size", 1))
     instance = SimpleNamespace(bootstrap=bootstrap, server_args=sizes)
     instance.ask_rank_about_weights = functools.partial(Instance.ask_rank_about_weights, instance)
-    app.include_router(make_weight_router(instance, {}))
+    app.include_router(make_weight_router(instance))
     return app
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ramet.srt.distributed import pair_group
 from ramet.srt.distributed.pair_group import PairGroup, connect
 from ramet.srt.distributed.rendezvous import Rendezvous
-from ramet.srt.entrypoints import weight_routes
+from ramet.srt.entrypoints.routes import weights as weight_routes
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client import collective, transfer
 from ramet.srt.model_loader.seed import send_groups

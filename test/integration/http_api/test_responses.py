@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from pydantic import BaseModel
-from ramet.srt.entrypoints.http.responses_answers import DeletedResponse, InputItems, InputTokens, ResponseObject
+from ramet.srt.entrypoints.openai.responses_answers import DeletedResponse, InputItems, InputTokens, ResponseObject
 from server_process import MODEL_NAME, ServerProcess, wait_until, write_weightless_model
 
 CONTEXT_LEN = 2048

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ramet.srt.entrypoints import http_api
-from ramet.srt.entrypoints.http_api import HealthProbe
+from ramet.srt.entrypoints.routes import health
+from ramet.srt.entrypoints.routes.health import HealthProbe
 from ramet.srt.errors import ServiceError
 from ramet.srt.managers.prepare_requests import Limits
 
@@ -41,7 +41,7 @@ async def test_those_who_ask_at_once_share_a_token() -> None:
 
 
 async def test_no_token_is_an_error_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "HEALTH_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(health, "HEALTH_TIMEOUT_S", 0.02)
     instance: Any = SimpleNamespace(manager=Manager())
     probe = HealthProbe(instance)
     for outcome in await asyncio.gather(probe.wait(), probe.wait(), return_exceptions=True):

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
-from ramet.srt.entrypoints.http_api import StartProfileBody
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.entrypoints.routes.admin import StartProfileBody
 
 MESSAGES = [{"role": "user", "content": "a"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}

@@ -9,7 +9,7 @@ from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
-from ramet.srt.entrypoints.tokenize_routes import make_tokenize_router
+from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
 from ramet.srt.managers.prepare_requests import Limits
 from ramet.srt.text.output_format import OutputFormat
 
@@ -39,7 +39,7 @@ async def test_special_tokens(given: bool | None, completion: bool, chat: bool) 
     request = ChatCompletionRequest.model_validate({"messages": MESSAGES, "add_special_tokens": given})
     prepared = await ChatServing(MANAGER, "m").prepare(request, cast(Any, SimpleNamespace(scope={}, receive=_never)))
     assert prepared.prompt.add_special_tokens is chat
-    route = next(route for route in make_tokenize_router(INSTANCE, {}).routes if route.path == "/tokenize")
+    route = next(route for route in make_tokenize_router(INSTANCE).routes if route.path == "/tokenize")
     for fields, adds in (({"prompt": "a"}, completion), ({"messages": MESSAGES}, chat)):
         tokenize_body = route.dependant.body_params[0].field_info.annotation.model_validate(
             fields | {"add_special_tokens": given}

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.weight_routes import make_weight_router
+from ramet.srt.entrypoints.routes.weights import make_weight_router
 from ramet.srt.weights.control_messages import DigestTableOutput, WeightChecksumsOutput
 from ramet.srt.weights.registration import ControlAddress
 
@@ -38,7 +38,7 @@ async def test_one_at_a_time(path: str, body: dict[str, Any], reply: Any) -> Non
 
     instance: Any = SimpleNamespace(ask_rank_about_weights=ask)
     app = FastAPI()
-    app.include_router(make_weight_router(instance, {}))
+    app.include_router(make_weight_router(instance))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://seed") as client:
         answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(12)))
     assert [answer.status_code for answer in answers] == [200] * 12
@@ -64,7 +64,7 @@ async def test_numbers_that_no_message_can_hold_are_the_clients_mistake(path: st
     instance.server_args = cast(Any, SimpleNamespace(tp_size=1, pp_size=1))
     app = FastAPI()
     install_error_handlers(app)
-    app.include_router(make_weight_router(instance, {}))
+    app.include_router(make_weight_router(instance))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://seed") as client:
         answer = await client.post(path, json=body)
     assert (answer.status_code, len(answer.content) < 1000) == (400, True), answer.text

@@ -28,7 +28,7 @@ BODY, REQUEST = "body", "request"
 
 
 class Endpoint(NamedTuple):
-    """What a route does with a body, as its function in http_api.py says it."""
+    """What a route does with a body, as its function in routes/ says it."""
 
     body_type: type[RequestBody]
     run: Callable[..., Awaitable[Response]]

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.answers import Detokenized, Tokenized
+from ramet.srt.entrypoints.http.error_descriptions import ERRORS, NOT_FOUND
 from ramet.srt.entrypoints.http.event_stream import json_response, until_disconnect
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.chat_prompt import is_large_chat, render_chat
@@ -25,13 +26,9 @@ THREADS = ThreadPoolExecutor(2, "tokenize")
 Result = TypeVar("Result")
 
 
-def make_tokenize_router(instance: Instance, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """The routes of `instance`.
-
-    Args:
-        responses: how errors look, for the description.
-    """
-    router = APIRouter(tags=["native"], responses=responses)
+def make_tokenize_router(instance: Instance) -> APIRouter:
+    """The routes of `instance`."""
+    router = APIRouter(tags=["native"], responses=ERRORS | NOT_FOUND)
 
     @router.post("/tokenize", responses={200: {"model": Tokenized}})
     @router.post("/v1/tokenize", responses={200: {"model": Tokenized}})

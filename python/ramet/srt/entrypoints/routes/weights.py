@@ -8,6 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ramet.srt.entrypoints.http.error_descriptions import ERRORS, NOT_FOUND
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
@@ -38,13 +39,9 @@ SEND_TIMEOUT_S = 3600.0  # the ranks have shorter ones for each step
 Body = Any
 
 
-def make_weight_router(instance: Instance, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """The routes of `instance`.
-
-    Args:
-        responses: how errors look, for the description.
-    """
-    router = APIRouter(tags=["weights"], responses=responses)
+def make_weight_router(instance: Instance) -> APIRouter:
+    """The routes of `instance`."""
+    router = APIRouter(tags=["weights"], responses=ERRORS | NOT_FOUND)
     checksums_turn, digest_turn = Turns(MAX_WAITING_CHECKSUMS), Turns(MAX_WAITING_DIGESTS)
 
     @router.post("/remote_instance_weight_checksums")

@@ -1,33 +1,28 @@
 """Owns the HTTP routes of requests that generate nothing: embeddings, scores, ranks."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.encode_request import answer_encode
+from ramet.srt.entrypoints.http.error_descriptions import ERRORS, NOT_FOUND
 from ramet.srt.entrypoints.http.event_stream import json_response, until_disconnect
-from ramet.srt.entrypoints.http.pooling_answers import (
+from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.openai.pooling_answers import (
     EmbeddingList,
     LabelScores,
     NativeEmbedding,
     Ranking,
     ScoreList,
 )
-from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.pooling_protocol import EmbeddingRequest, EncodeReqInput, RerankRequest, ScoreRequest
 from ramet.srt.entrypoints.openai.serving_embedding import EmbeddingServing
 from ramet.srt.entrypoints.openai.serving_rerank import RerankServing
 from ramet.srt.entrypoints.openai.serving_score import ScoreServing
 
 
-def make_pooling_router(instance: Instance, responses: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """The routes.
-
-    Args:
-        responses: what every one of them can answer besides its own.
-    """
-    router = APIRouter(tags=["embeddings"], responses=responses)
+def make_pooling_router(instance: Instance) -> APIRouter:
+    """The routes of `instance`."""
+    router = APIRouter(tags=["embeddings"], responses=ERRORS | NOT_FOUND)
 
     @router.post("/v1/embeddings", responses={200: {"model": EmbeddingList}})
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:

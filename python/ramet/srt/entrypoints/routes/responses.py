@@ -1,14 +1,15 @@
 """Owns the routes of OpenAI's Responses API."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.responses_answers import DeletedResponse, InputItems, InputTokens, ResponseObject
+from ramet.srt.entrypoints.http.error_descriptions import ERRORS, EVENTS, NOT_FOUND
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.response_store import ResponseStore
+from ramet.srt.entrypoints.openai.responses_answers import DeletedResponse, InputItems, InputTokens, ResponseObject
 from ramet.srt.entrypoints.openai.responses_protocol import InputTokensRequest, ResponsesRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_responses import DEFAULT_LISTED, MAX_LISTED, ResponsesServing
@@ -17,16 +18,16 @@ from ramet.srt.errors import RequestError
 PREFIX = "/v1/responses"
 
 
-def make_responses_router(instance: Instance, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """Create, retrieve, list what was asked, delete; `errors` describes what else a route may answer."""
-    router = APIRouter(tags=["openai"], responses=errors)
+def make_responses_router(instance: Instance) -> APIRouter:
+    """Create, retrieve, list what was asked, delete."""
+    router = APIRouter(tags=["openai"], responses=ERRORS | NOT_FOUND)
     store = ResponseStore()
 
     def serving() -> ResponsesServing:
         chat = ChatServing(instance.manager, instance.server_args.model_name)
         return ResponsesServing(chat, store)
 
-    @router.post(PREFIX, responses={200: {"model": ResponseObject, "content": {"text/event-stream": {}}}})
+    @router.post(PREFIX, responses={200: {"model": ResponseObject, "content": EVENTS}})
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Answer an input, or go on from an earlier response."""
         return await serving().create(body, request)

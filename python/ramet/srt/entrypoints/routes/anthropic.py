@@ -1,7 +1,5 @@
 """Owns Anthropic's routes of an instance and their description."""
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -9,19 +7,14 @@ from ramet.srt.entrypoints.anthropic.answers import MessageAnswer, TokenCount
 from ramet.srt.entrypoints.anthropic.error_shape import AnthropicError
 from ramet.srt.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from ramet.srt.entrypoints.anthropic.serving_messages import MessagesServing
+from ramet.srt.entrypoints.http.error_descriptions import ERRORS, EVENTS, NOT_FOUND
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 
-EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
-
-def make_anthropic_router(instance: Instance, errors: dict[int | str, dict[str, Any]]) -> APIRouter:
-    """The routes of `instance`.
-
-    Args:
-        errors: which errors there are, for the description.
-    """
-    responses = {status: {**error, "model": AnthropicError} for status, error in errors.items()}
+def make_anthropic_router(instance: Instance) -> APIRouter:
+    """The routes of `instance`."""
+    responses = {status: {**error, "model": AnthropicError} for status, error in (ERRORS | NOT_FOUND).items()}
     router = APIRouter(tags=["anthropic"], prefix="/v1/messages", responses=responses)
 
     def serving() -> MessagesServing:
