@@ -31,7 +31,7 @@ class ToolUseAnswer(Answer):
     input: dict[str, Any]
 
 
-class OutputTokensDetails(Answer):
+class MessageTokensDetails(Answer):
     """What the output's tokens were for."""
 
     thinking_tokens: int
@@ -44,7 +44,7 @@ class MessageUsage(Answer):
     cache_creation_input_tokens: Literal[0]
     cache_read_input_tokens: int
     output_tokens: int
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: MessageTokensDetails
 
 
 class MessageAnswer(Answer):
