@@ -127,9 +127,9 @@ def usage(sequences: Sequence[RunningSequence], n: int, reasoning_tokens: int = 
     }
 
 
-def sglext(sequences: Sequence[RunningSequence]) -> dict[str, Any]:
-    """SGLang's extension of answers: where the prefix cache's tokens lay, of which there is one place."""
-    return {"cached_tokens_details": {"device": sequences[0].cached_tokens, "host": 0}}
+def sglext(sequences: Sequence[RunningSequence], n: int) -> dict[str, Any]:
+    """SGLang's extension of answers: where the prefix cache's tokens lay, of which there is one place. See `usage`."""
+    return {"cached_tokens_details": {"device": sum(one.cached_tokens for one in sequences[::n]), "host": 0}}
 
 
 class StreamUsage:
@@ -161,7 +161,7 @@ class StreamUsage:
     def last(self, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events that have nothing else."""
         if self._has_sglext:
-            yield self.on({**head, "choices": [], "sglext": sglext(self._sequences)})
+            yield self.on({**head, "choices": [], "sglext": sglext(self._sequences, self._n)})
         if self._is_last:
             yield {**head, "choices": [], "usage": self._usage()}
 

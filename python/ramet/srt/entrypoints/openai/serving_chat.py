@@ -148,7 +148,7 @@ class ChatServing(OpenAIServing):
             tokenizer, logprobs = self.manager.tokenizer, sequences[0].input_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(tokenizer, logprobs, body.prompt_logprobs)
         if body.return_cached_tokens_details:
-            answer["sglext"] = sglext(sequences)
+            answer["sglext"] = sglext(sequences, len(sequences))
         if body.return_token_ids:
             answer["prompt_token_ids"] = sequences[0].request.input_ids
         return json_response(answer)

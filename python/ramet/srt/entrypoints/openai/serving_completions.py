@@ -91,7 +91,7 @@ class CompletionServing(OpenAIServing):
             choices.append(choice)
         answer = {**head, "choices": choices, "usage": usage(sequences, body.n or 1)}
         if body.return_cached_tokens_details:
-            answer["sglext"] = sglext(sequences)
+            answer["sglext"] = sglext(sequences, body.n or 1)
         return json_response(answer)
 
     async def _stream(
