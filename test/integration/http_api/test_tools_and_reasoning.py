@@ -130,6 +130,13 @@ def test_without_tools_a_call_is_content(echo: Echo) -> None:
         assert message.content == CALL and not message.tool_calls, fields
 
 
+def test_a_stop_string_in_a_call_cuts_it_off(echo: Echo) -> None:
+    (choice,) = echo.chat(CALL, stop=["Oslo"]).choices
+    assert calls_of(choice.message) == [["get_weather", '{"city": "']]
+    assert choice.finish_reason == "stop"
+    assert echo.streamed(CALL, stop=["Oslo"])[1] == "stop"
+
+
 def test_one_call_where_they_may_not_be_parallel(echo: Echo) -> None:
     message = echo.chat(CALL + PINGED, parallel_tool_calls=False).choices[0].message
     assert [name for name, _ in calls_of(message)] == ["get_weather"]

@@ -179,3 +179,12 @@ def test_log_probabilities_are_those_of_the_message(updates: list[tuple[list[Eve
     assert [one for event in deltas for one in event["logprobs"]] == logprobs
     done = next(event for event in stream if event["type"] == "response.output_text.done")
     assert done["logprobs"] == logprobs
+
+
+def test_a_call_that_a_stop_string_cuts_off_is_incomplete() -> None:
+    for reason, status in (("stop", "incomplete"), ("tool_calls", "completed")):
+        stream, response = run([[ToolCallStart(0, "c", "f"), ToolCallArguments(0, '{"a": ')]], reason)
+        assert [item["status"] for item in response["output"]] == [status]
+        assert response["status"] == "completed"
+        done = next(event for event in stream if event["type"] == "response.output_item.done")
+        assert done["item"]["status"] == status

@@ -7,9 +7,9 @@ from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.text.output_events import Content, Reasoning, ToolCallStart
 from ramet.srt.text.output_format import OutputFormat, PromptEnd
 from ramet.srt.text.reasoning.families import recognise_reasoning
-from ramet.srt.text.tool_calls.families import recognise_tool_calls
+from ramet.srt.text.tool_calls.families import FORMATS, recognise_tool_calls
 from ramet.srt.text.tool_calls.tool import Tool
-from tool_call_texts import TOOLS, deepseekv31, hermes, kimi_k2, make_tokenizer, parse
+from tool_call_texts import TOOLS, WRITERS, deepseekv31, hermes, kimi_k2, make_tokenizer, parse
 
 
 def make(tool_calls: str = "auto", reasoning: str = "auto", **tokenizer: Any) -> OutputFormat:
@@ -85,6 +85,21 @@ def test_finish_reason() -> None:
     parser.feed(hermes([("get", {})]))
     assert (parser.finish_reason("stop"), parser.finish_reason("length")) == ("tool_calls", "length")
     assert make("hermes").parser(PromptEnd(), TOOLS).finish_reason("stop") == "stop"
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"),
+    [(name, number) for name, writers in WRITERS.items() for number in range(len(writers))],
+)
+def test_a_call_that_is_cut_off_is_no_reason_to_run_it(name: str, writer: int) -> None:
+    special = FORMATS[name].marks if name == "gpt-oss" else ()
+    output_format = make(name, "none", special=special)
+    whole = WRITERS[name][writer]([("get", {}), ("get_weather", {"city": "Paris", "days": 30})])
+    for text, reason in ((whole, "tool_calls"), (whole[: whole.index("30") + 1], "stop")):
+        parser = output_format.parser(PromptEnd(), TOOLS)
+        assert parse(parser, [text]).starts
+        assert parser.finish_reason("stop") == reason, text
+        assert parser.finish_reason("length") == "length"
 
 
 def test_reasoning_can_wait_for_its_end() -> None:

@@ -57,14 +57,13 @@ class OutputParser:
         self._streams = stream_reasoning
         self._reasoning: list[str] = []  # that waits for its end
 
-    @property
-    def num_tool_calls(self) -> int:
-        """Calls that have begun."""
-        return sum(stage.num_calls for stage in self._stages if isinstance(stage, ToolCallParser))
-
     def finish_reason(self, reason: str) -> str:
-        """What a choice ends with whose tokens end with `reason`: "tool_calls" in place of "stop" behind a call."""
-        return TOOL_CALLS if reason == "stop" and self.num_tool_calls else reason
+        """What a choice ends with whose tokens end with `reason`: "tool_calls" in place of "stop" where it has calls.
+
+        Not if the last one is cut off, by a stop string for example: it can't be run.
+        """
+        parsers = [stage for stage in self._stages if isinstance(stage, ToolCallParser) and stage.num_calls]
+        return TOOL_CALLS if reason == "stop" and parsers and not parsers[-1].is_in_call else reason
 
     def feed(self, text: str) -> list[Event]:
         """What the next piece of text tells."""

@@ -209,7 +209,9 @@ class ResponseEvents:
             events += self._say("")  # tokens without a text, such as the one that ends the output
         if self._open is None or (is_complete and isinstance(self._open, _OpenReasoning)):
             events += self._begin(_OpenMessage())  # the model has chosen to say nothing
-        events += self._close(status)
+        # Behind a whole call the reason is tool_calls.
+        is_cut_off = finish_reason == "stop" and isinstance(self._open, _OpenCall)
+        events += self._close("incomplete" if is_cut_off else status)
         self.response |= {"status": status, "output": self._output, "usage": usage}
         if is_complete:
             self.response["completed_at"] = completed_at

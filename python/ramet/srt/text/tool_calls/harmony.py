@@ -80,6 +80,7 @@ class HarmonyParser(ToolCallParser):
         yield from self._expect_object()
         self._start(name)
         yield from self._json(self._arguments)
+        self._end()
         yield from self._skip_mark(END, CALL, RETURN)
         self._settle()
 

@@ -37,6 +37,7 @@ class JsonCallParser(ToolCallParser):
                     has_started = True
                     self._start(name)
                     yield from self._json(self._arguments)
+                    self._end()
                 else:
                     arguments = as_arguments((yield from self._json()))
             elif self.knows_keys_only is not None and key not in self.knows_keys_only and not has_started:
@@ -48,7 +49,7 @@ class JsonCallParser(ToolCallParser):
                 raise Malformed
             self._start(name)
             self._arguments(arguments or "{}")
-        self._settle()
+        self._end()
 
     def _ends_object(self, is_first: bool) -> Generator[None, None, bool]:
         """Read the end of the object, or what comes before its next key."""

@@ -24,6 +24,7 @@ class ToolCallParser(TextMachine):
     def __init__(self, tools: Sequence[Tool], *, new_id: NewId = new_call_id, max_calls: int = sys.maxsize):
         super().__init__()
         self.num_calls = 0
+        self.is_in_call = False  # whether the one that began last lacks its end
         self._max_calls = max_calls
         self._mark = ""  # with which what is read has begun; "" if without any
         self._tools = by_name(tools)
@@ -89,6 +90,12 @@ class ToolCallParser(TextMachine):
         """A call of a known function begins. What has been read is told by that."""
         self._tell(ToolCallStart(self.num_calls, call_id or self._new_id(), name))
         self.num_calls += 1
+        self.is_in_call = True
+        self._settle()
+
+    def _end(self) -> None:
+        """The call that began last has all its arguments. What has been read is told by that."""
+        self.is_in_call = False
         self._settle()
 
     def _arguments(self, text: str) -> None:
@@ -130,6 +137,7 @@ class ToolCallParser(TextMachine):
         yield from self._expect_object()
         self._start(name, call_id)
         yield from self._json(self._arguments)
+        self._end()
 
     def _expect_object(self) -> Waiting:
         """Go to the beginning of a JSON object. Raises Malformed if something else comes."""

@@ -50,6 +50,7 @@ class PythonicParser(ToolCallParser):
         if (yield from self._take(")")) is not None:
             self._start(name)
             self._arguments("{}")
+            self._end()
             return
         before = "{"
         while True:
@@ -66,7 +67,7 @@ class PythonicParser(ToolCallParser):
                 sign = (yield from self._take(")")) or sign
             if sign == ")":
                 self._arguments("}")
-                self._settle()
+                self._end()
                 return
             before = ", "
 

@@ -38,7 +38,7 @@ class XmlCallParser(ToolCallParser):
 
     def _end_call(self) -> None:
         self._arguments("}")
-        self._settle()
+        self._end()
 
 
 def in_quotes(text: str) -> str:
