@@ -4,9 +4,13 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ramet.srt.entrypoints.generate_request import GenerateReqInput
+from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.routes.admin import StartProfileBody
+from ramet.srt.errors import RequestError
 
 MESSAGES = [{"role": "user", "content": "a"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
@@ -111,3 +115,13 @@ def test_a_wrong_entry_of_a_list_is_called_by_its_place() -> None:
     assert (
         error_of(StartProfileBody, activities=["CPU", "TPU"])[0] == "activities[1] must be one of CPU, GPU, not 'TPU'"
     )
+
+
+@pytest.mark.parametrize("request_type", [GenerateReqInput, EncodeReqInput, ChatCompletionRequest])
+def test_a_request_id_is_a_text_or_nothing(request_type: type[RequestBody]) -> None:
+    prompt: dict[str, Any] = {"messages": MESSAGES} if request_type is ChatCompletionRequest else {"text": "a"}
+    assert request_type.make(rid="", **prompt).rid == ""
+    for rid, words in (("\ud800", "lone surrogate"), ("a" * 257, "at most 256")):
+        with pytest.raises(RequestError, match=words) as caught:
+            request_type.make(rid=rid, **prompt)
+        assert caught.value.param == "rid"

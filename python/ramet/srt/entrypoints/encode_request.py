@@ -20,7 +20,7 @@ async def answer_encode(manager: TokenizerManager, body: EncodeReqInput) -> Outp
     if (body.text is None) == (body.input_ids is None):
         raise RequestError("exactly one of text and input_ids must be given", param="text")
     pooling = embedding_pooling(manager.limits, body.dimensions, None)
-    generation = await manager.generate(pooled_inputs(body.sized_prompts(), pooling), body.rid)
+    generation = await manager.generate(pooled_inputs(body.sized_prompts(), pooling), body.rid or None)
     outputs = [_output(sequence) for sequence in finished_vectors(await generation.finish())]
     return outputs if body.is_batch else outputs[0]
 

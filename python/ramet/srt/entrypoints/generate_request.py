@@ -14,9 +14,11 @@ from pydantic import ConfigDict, Field, WithJsonSchema
 from ramet.srt.entrypoints.http import accepted_fields
 from ramet.srt.entrypoints.http.accepted_fields import Table, describe_refused, foreign_schema, without_foreign
 from ramet.srt.entrypoints.http.http_validation import (
+    Priority,
     Prompts,
     PromptText,
     RequestBody,
+    RequestId,
     TokenIds,
 )
 from ramet.srt.entrypoints.http.validation_words import UNSUPPORTED
@@ -89,8 +91,8 @@ class GenerateReqInput(RequestBody):
     logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None  # where nothing is generated 0, or -1
     top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = 0
     return_text_in_logprobs: bool | None = False
-    rid: Annotated[str, Field(max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    rid: RequestId | None = None
+    priority: Priority | None = None
     model: str | None = None  # there is only one
 
     def prompts(self) -> Sequence[str | list[int]]:

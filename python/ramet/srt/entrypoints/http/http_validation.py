@@ -20,6 +20,7 @@ from ramet.srt.errors import RequestError
 from ramet.srt.sampling.sampling_params import MAX_TOKENS, is_unicode, with_whole_numbers
 
 MAX_PROMPTS = 4096  # in one request
+MAX_PRIORITY = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
@@ -31,6 +32,8 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]  # a JSON string may be none
+RequestId = Annotated[Text, Field(max_length=256)]  # "" is none
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY - 1, le=MAX_PRIORITY)]
 PromptText = Annotated[str, Field(min_length=1)]
 Prompt = TypeVar("Prompt")
 Prompts = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]

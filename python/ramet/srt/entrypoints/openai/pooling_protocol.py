@@ -11,6 +11,7 @@ from ramet.srt.entrypoints.http.http_validation import (
     Prompts,
     PromptText,
     RequestBody,
+    RequestId,
     Text,
     TokenId,
     TokenIds,
@@ -22,7 +23,6 @@ MAX_LABELS = 4096
 Input = TypeVar("Input")
 Inputs = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Dimensions = Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
-RequestId = Annotated[str, Field(min_length=1, max_length=256)]
 Prompt = str | list[int]
 
 

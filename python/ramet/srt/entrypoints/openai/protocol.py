@@ -12,9 +12,11 @@ from ramet.srt.entrypoints.http import accepted_fields
 from ramet.srt.entrypoints.http.accepted_fields import Table, is_empty
 from ramet.srt.entrypoints.http.http_validation import (
     MAX_PROMPTS,
+    Priority,
     Prompts,
     PromptText,
     RequestBody,
+    RequestId,
     Text,
     TokenId,
     TokenIds,
@@ -36,7 +38,6 @@ MAX_TOOLS = 1024
 TOOL_NAME = r"^[a-zA-Z0-9_.:/-]{1,256}$"
 MAX_CHOICES = 4096
 MAX_TEMPLATE_CHARS = 128 << 10
-MAX_PRIORITY = 2**31 - 1
 
 
 def at_most(max_entries: int) -> Callable[[Any], Any]:
@@ -79,8 +80,6 @@ BadWords = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=256)]], Field(max_length=MAX_BAD_WORDS, fail_fast=True)
 ]
 Choices = Annotated[list[Text], Field(max_length=MAX_CHOICES, fail_fast=True)]
-RequestId = Annotated[Text, Field(max_length=256)]
-Priority = Annotated[int, Field(ge=-MAX_PRIORITY - 1, le=MAX_PRIORITY)]
 
 
 def only_with(switch: str, option: str, says_something: dict[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,14 @@ from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ramet.srt.entrypoints.http import accepted_fields
 from ramet.srt.entrypoints.http.accepted_fields import Table
-from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, RequestBody, Text
+from ramet.srt.entrypoints.http.http_validation import MAX_PROMPTS, Priority, RequestBody, RequestId, Text
 from ramet.srt.entrypoints.openai.protocol import (
     MAX_OPENAI_LOGPROBS,
     MAX_TOOLS,
     TOOL_NAME,
     JsonObjectFormat,
     Penalty,
-    Priority,
     ReasoningEffort,
-    RequestId,
     StopText,
     TextFormat,
     at_most,
