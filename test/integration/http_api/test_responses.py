@@ -391,6 +391,7 @@ def image(kind: str, **fields: str) -> list[Any]:
         ({"input": "a", "include": ["everything"]}, "include", r"include\[0\]"),
         ({"input": "a", "max_output_tokens": 0}, "max_output_tokens", "at least 1"),
         ({"input": "a", "max_output_tokens": 5000}, "max_output_tokens", "max_output_tokens is 5000"),
+        ({"input": "a", "max_output_tokens": 2, "min_tokens": 3}, "min_tokens", r"above max_output_tokens \(2\)"),
         ({"input": "a", "reasoning": {"effort": "much"}}, "reasoning", "reasoning.effort"),
         ({"input": "a", "text": {"format": {"type": "json"}}}, "text", "text.format.type"),
         (

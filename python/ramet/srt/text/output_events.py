@@ -1,6 +1,5 @@
 """Owns what the parsers of model output tell: pieces of content, reasoning and tool calls, in the order of the text."""
 
-from collections.abc import Iterable
 from itertools import groupby
 from typing import NamedTuple
 
@@ -35,8 +34,10 @@ class ToolCallArguments(NamedTuple):
 Event = Content | Reasoning | ToolCallStart | ToolCallArguments
 
 
-def merged(events: Iterable[Event]) -> list[Event]:
+def merged(events: list[Event]) -> list[Event]:
     """The events with neighbours of one kind as one: as few pieces as say the same."""
+    if len(events) < 2:
+        return events
     found: list[Event] = []
     for _, group in groupby(events, type):
         first, *others = group

@@ -112,8 +112,6 @@ def response_names() -> Iterator[None]:
 
 def with_response_names(error: RequestError) -> RequestError:
     """The error of a chat in words of the response."""
-    param = error.param
-    if param in NAMES:
-        message = NAME.sub(lambda found: NAMES[found[0]], str(error))
-        return RequestError(message, param=NAMES[param], code=error.code, status_code=error.status_code)
-    return error
+    message = NAME.sub(lambda found: NAMES[found[0]], str(error))
+    param = NAMES.get(error.param or "", error.param)
+    return RequestError(message, param=param, code=error.code, status_code=error.status_code)
