@@ -9,6 +9,7 @@ import pytest
 from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.entrypoints.http.event_stream import ClientGone
 from ramet.srt.entrypoints.http.http_body import NUM_BODY_BYTES
+from ramet.srt.entrypoints.openai import serving_chat
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.text.output_format import OutputFormat
@@ -30,10 +31,11 @@ class Template:
         raise ValueError("rendered")  # far enough
 
 
-def chat(template: Template, text: str, num_bytes: int, has_left: bool = False) -> "asyncio.Task[Any]":
+def chat(template: Template, text: str, num_bytes: int, has_left: bool = False, **fields: Any) -> "asyncio.Task[Any]":
     tokenizer: Any = SimpleNamespace(chat_template=template, special_ids_by_text={})
-    manager: Any = SimpleNamespace(tokenizer=tokenizer, output_format=OutputFormat(tokenizer, ParserConfig()))
-    body = ChatCompletionRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": text}]})
+    output_format = OutputFormat(tokenizer, ParserConfig(tool_call_parser="hermes"))
+    manager: Any = SimpleNamespace(tokenizer=tokenizer, output_format=output_format)
+    body = ChatCompletionRequest.make(model="m", messages=[{"role": "user", "content": text}], **fields)
 
     async def receive() -> Any:
         if not has_left:
@@ -59,3 +61,20 @@ async def test_small_chats_do_not_wait_for_large_ones_nor_for_who_has_left() -> 
         template.may_end.set()
     await asyncio.gather(*large, return_exceptions=True)
     assert num_begun < 70 and template.num_begun == 71
+
+
+@pytest.mark.parametrize("num_bytes", [100, 1 << 20])
+async def test_large_tools_are_read_in_a_thread(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def constrain(*_args: Any) -> Any:
+        threads.append(threading.current_thread())
+        raise ValueError("constrained")
+
+    monkeypatch.setattr(serving_chat, "constrain", constrain)
+    monkeypatch.setattr(Template, "render", lambda *_args, **_options: "prompt")
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(ValueError, match="constrained"):
+        await chat(Template(), "a", num_bytes, tools=[tool])
+    (thread,) = threads
+    assert (thread is threading.main_thread()) is (num_bytes == 100)

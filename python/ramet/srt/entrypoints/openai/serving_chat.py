@@ -1,6 +1,7 @@
 """Owns POST /v1/chat/completions: messages to a prompt, and its outputs to OpenAI's answer and stream."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class ChatServing(OpenAIServing):
         rendering = render_chat(self.manager, body.messages, body, is_large_chat(request), with_tools=bool(tools.tools))
         text = await until_disconnect(request, rendering)
         end = PromptEnd(prompt=text, continued=_continued(body))
-        constraint, before = constrain(tools, wanted, self._format, end)
+        write = functools.partial(constrain, tools, wanted, self._format, end)
+        constraint, before = await asyncio.to_thread(write) if tools.tools and is_large_chat(request) else write()
         with openai_names(constraint):
             return PreparedChat(body, tools, end, constraint, self._input(body, tools, text, constraint, before))
 
