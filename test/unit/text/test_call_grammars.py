@@ -209,6 +209,20 @@ def test_calls_come_behind_reasoning(special: tuple[str, ...]) -> None:
     assert not one.accepts(closed, f"<think>\n</think>{call}")
 
 
+@pytest.mark.parametrize("special", [(), ("<think>", "</think>")])
+def test_who_wants_no_reasoning_gets_none_unless_the_prompt_has_opened_it(special: tuple[str, ...]) -> None:
+    one = Setting("hermes", "qwen3", special)
+    free = one.output_format.required_grammar(TOOLS, PromptEnd(prompt="assistant\n", may_think=False))
+    opened = one.output_format.required_grammar(TOOLS, PromptEnd(prompt="assistant\n<think>\n", may_think=False))
+    call = hermes(GOOD)
+    assert one.accepts(free, call)
+    assert not one.accepts(free, f"<think>\nHm\n</think>\n\n{call}")
+    assert one.accepts(opened, f"Hm</think>\n\n{call}")
+    answer = Constraint("regex", "[0-9]")
+    assert one.behind(answer, PromptEnd(prompt="assistant\n", may_think=False)).before == ""
+    assert one.behind(answer, PromptEnd(prompt="assistant\n<think>\n", may_think=False)).before
+
+
 ANSWERS = [
     Constraint("json_schema", json.dumps({"type": "object", "properties": {"a": {"type": "integer"}},
                                           "required": ["a"], "additionalProperties": False})),

@@ -27,6 +27,7 @@ class PromptEnd:
 
     prompt: str = ""  # as text, or its end
     continued: str | None = None  # the final message's text, where the output is to continue it
+    may_think: bool = True  # False: the request wants no reasoning; grammars have none unless the prompt opens it
 
 
 class OutputFormat:
@@ -209,6 +210,8 @@ class OutputFormat:
             return lark.space()
         if state is PromptState.OPEN:
             return f"{lark.through(pair.end, 'thought')} {lark.space()}"
+        if not end.may_think:
+            return ""
         thoughts = [
             f"{lark.space()} {lark.mark(pair.begin)} {lark.through(pair.end, 'thought')} {lark.space()}"
             for pair in self._reasoning.pairs

@@ -18,6 +18,7 @@ from ramet.srt.text.template_process import SMALL_BYTES
 TEMPLATE_OWN_NAMES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self"}
 )
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # the names that templates have for it
 # They only wait for other processes: these for those of small chats, which must not wait for large ones. A chat is less
 # than six times as long on its way to a process as it is in the body.
 RENDER_THREADS = {is_large: ThreadPoolExecutor(64, f"chat template {is_large=}") for is_large in (False, True)}
@@ -27,6 +28,13 @@ MAX_SMALL_BODY_BYTES = SMALL_BYTES // 6
 def is_large_chat(request: Request) -> bool:
     """Whether the chat in this request's body is one of those that others don't wait for."""
     return request.scope.get(NUM_BODY_BYTES, 0) > MAX_SMALL_BODY_BYTES
+
+
+def may_think(options: ChatOptions) -> bool:
+    """Whether the request leaves it to the model to reason, or asks for it: neither a switch nor the effort is off."""
+    extra = options.chat_template_kwargs or {}
+    switches = [extra[name] for name in THINKING_SWITCHES if name in extra]
+    return any(one is not False for one in switches) if switches else options.reasoning_effort != "none"
 
 
 async def render_chat(
@@ -51,9 +59,9 @@ async def render_chat(
         raise RequestError(f"chat_template_kwargs can't set {sorted(taken)[0]!r}", param="chat_template_kwargs")
     if options.reasoning_effort is not None:
         extra.setdefault("reasoning_effort", options.reasoning_effort)
-        if options.reasoning_effort == "none":  # by the names that templates have for it
-            extra.setdefault("enable_thinking", False)
-            extra.setdefault("thinking", False)
+        if options.reasoning_effort == "none":
+            for name in THINKING_SWITCHES:
+                extra.setdefault(name, False)
     if options.tools and with_tools:
         extra["tools"] = [tool.model_dump(exclude_none=True) for tool in options.tools]
     continues = bool(options.continue_final_message)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
-from ramet.srt.entrypoints.openai.chat_prompt import is_large_chat, render_chat
+from ramet.srt.entrypoints.openai.chat_prompt import is_large_chat, may_think, render_chat
 from ramet.srt.entrypoints.openai.chat_run import ChatRun, FinishedChoice
 from ramet.srt.entrypoints.openai.chat_tools import ChatTools, constrain, tools_of
 from ramet.srt.entrypoints.openai.constraints import BodyConstraint, constraint_of_body
@@ -70,7 +70,7 @@ class ChatServing(OpenAIServing):
         tools, wanted = tools_of(body, self._format), constraint_of_body(body)
         rendering = render_chat(self.manager, body.messages, body, is_large_chat(request), with_tools=bool(tools.tools))
         text = await until_disconnect(request, rendering)
-        end = PromptEnd(prompt=text, continued=_continued(body))
+        end = PromptEnd(prompt=text, continued=_continued(body), may_think=may_think(body))
         write = functools.partial(constrain, tools, wanted, self._format, end)
         constraint, before = await asyncio.to_thread(write) if tools.tools and is_large_chat(request) else write()
         with openai_names(constraint):
