@@ -39,7 +39,7 @@ def helpers_of(server: ServerProcess) -> list[int]:
         ("/generate", f'{{"input_ids": {repeated("7", 1_000_000)}}}', 400, "context"),
         ("/generate", f'{{"text": {repeated(chr(34) + "x" + chr(34), 100_000)}}}', 400, "text"),
         ("/generate", '{"text": "' + "a" * 3_000_000 + '"}', 400, "context"),
-        ("/generate", "[" * 1_000_000, 400, "parsed"),
+        ("/generate", "[" * 1_000_000, 400, "nested"),
         ("/v1/chat/completions", '{"model": "fake", "messages": ' + repeated("{}", 100_000) + "}", 400, "messages"),
     ],
     ids=range(7),

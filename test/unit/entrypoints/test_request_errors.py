@@ -8,7 +8,7 @@ from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
 from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
-from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from ramet.srt.entrypoints.openai.protocol import TOOL_NAME, ChatCompletionRequest, CompletionRequest
 from ramet.srt.entrypoints.routes.admin import StartProfileBody
 from ramet.srt.errors import RequestError
 
@@ -20,7 +20,7 @@ def error_of(request: Any, **body: Any) -> tuple[str, str | None, str | None]:
     content = {"model": "m"} | body
     with pytest.raises(ValidationError) as caught:
         request.model_validate(content)
-    return describe_validation_errors(caught.value.errors(), content)
+    return describe_validation_errors(caught.value.errors(), content, request.foreign)
 
 
 @pytest.mark.parametrize("prompt", [["a"] * 4097, [[1]] * 4097])
@@ -87,6 +87,10 @@ TOOL_WITHOUT_ID = [{"role": "tool", "content": "x"}]
         ("completion", {"prompt": "a", "best_of": True},
          "best_of is not supported (the best of several outputs): it may be null or 1"),
         ("completion", {"prompt": "a", "unheard_of": 0}, "unheard_of is unknown or not supported"),
+        ("chat", {"messages": MESSAGES, "prompt": "a"}, "prompt is unknown or not supported"),
+        ("completion", {"prompt": "\ud800"}, "prompt holds a lone surrogate, which is no text"),
+        ("chat", {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "a b"}}]},
+         f"tools[0].function.name must match {TOOL_NAME}, not 'a b'"),
         ("completion", {"prompt": "a", "seed": 2**63}, f"seed must be at most {2**63 - 1}, not {2**63}"),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from ramet.srt.entrypoints.anthropic.protocol import Conversation, CountTokensRe
 from ramet.srt.entrypoints.generate_request import GenerateReqInput
 from ramet.srt.entrypoints.http.body_check import LENGTH, BodyQuestion, BodyVerdict
 from ramet.srt.entrypoints.http.http_validation import RequestBody
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.http.validation_words import describe_unreadable, describe_validation_errors
 from ramet.srt.entrypoints.openai.pooling_protocol import (
     EmbeddingRequest,
     EncodeReqInput,
@@ -109,24 +109,22 @@ def _as_text(quoted: str | None) -> str | None:
 
 def look_at(question: BodyQuestion, body: bytes) -> BodyVerdict:
     """What is wrong with a body. What is not told here the route itself will find: it looks again."""
-    content = None
+    content, body_type = None, BODIES[question.path]
     try:
         content = json.loads(body)
-        request = BODIES[question.path].model_validate(content)
+        request = body_type.model_validate(content)
         if isinstance(request, Conversation):
             with our_words():
                 _check(question, chat_of(request))
         else:
             _check(question, request)
     except ValidationError as error:
-        message, name, code = describe_validation_errors(error.errors(include_url=False), content)
+        message, name, code = describe_validation_errors(error.errors(include_url=False), content, body_type.foreign)
         return BodyVerdict(message=message, param=name, code=code)
     except RequestError as error:
         return BodyVerdict(message=str(error), param=error.param, code=error.code, status_code=error.status_code)
-    except json.JSONDecodeError as error:
-        return BodyVerdict(message=f"the body is not valid JSON: {error.msg}")
     except (ValueError, RecursionError, MemoryError) as error:
-        return BodyVerdict(message=f"the body can't be parsed: {type(error).__name__}")
+        return BodyVerdict(message=describe_unreadable(error))
     return BodyVerdict()
 
 

@@ -153,7 +153,9 @@ def _own_params(given: dict[str, Any]) -> dict[str, Any]:
     own = without_foreign(given, SAMPLING_NAMES, accepted_fields.SAMPLING)
     for name in own:
         if name in accepted_fields.SAMPLING:
-            raise RequestError(f"{name} {describe_refused(name)}", param=name, code=UNSUPPORTED)
+            raise RequestError(
+                f"{name} {describe_refused(name, accepted_fields.SAMPLING)}", param=name, code=UNSUPPORTED
+            )
     return own
 
 

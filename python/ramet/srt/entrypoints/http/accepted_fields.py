@@ -287,13 +287,13 @@ def _is_taken(name: str, value: Any, table: Table) -> bool:
     return is_empty(value) if field is None else field.takes(value)
 
 
-def describe_refused(name: str, is_part: bool = False) -> str:
+def describe_refused(name: str, table: Table | None) -> str:
     """What stands behind the name of a field that is refused.
 
     Args:
-        is_part: whether it stands in a part of a body, such as a message.
+        table: that of the body, or None for a field in a part of one, such as a message.
     """
-    field = next((table[name] for table in (_PARTS if is_part else _BODIES) if name in table), None)
+    field = next((one[name] for one in ((table,) if table is not None else _PARTS) if name in one), None)
     if field is None:
         return "is unknown or not supported"
     values = "".join(f" or {value!r}".replace("'", '"') for value in field.values or ())

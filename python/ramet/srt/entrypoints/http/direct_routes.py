@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ramet.srt.entrypoints.http.event_stream import ClientGone, client_gone_response
 from ramet.srt.entrypoints.http.http_errors import error_response, response_to
 from ramet.srt.entrypoints.http.http_validation import RequestBody
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.http.validation_words import describe_unreadable, describe_validation_errors
 from ramet.srt.errors import RequestError, ServiceError
 
 JSON_TYPE = (b"content-type", b"application/json")
@@ -89,12 +89,10 @@ async def _answer(endpoint: Endpoint, request: Request, data: bytes) -> Response
         content = parse_json(data)
         body = endpoint.body_type.model_validate(content, from_attributes=True)  # as FastAPI does it
     except ValidationError as error:
-        message, param, code = describe_validation_errors(error.errors(), content)
+        message, param, code = describe_validation_errors(error.errors(), content, endpoint.body_type.foreign)
         return error_response(400, message, param=param, code=code)
-    except json.JSONDecodeError as error:
-        return error_response(400, f"the body is not valid JSON: {error.msg}")
-    except (ValueError, RecursionError, MemoryError):
-        return error_response(400, "There was an error parsing the body")
+    except (ValueError, RecursionError, MemoryError) as error:
+        return error_response(400, describe_unreadable(error))
     try:
         return await endpoint.run(body=body, request=request)
     except (RequestError, ServiceError) as error:

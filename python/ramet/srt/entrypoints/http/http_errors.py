@@ -1,6 +1,7 @@
 """Owns how errors look on the wire: OpenAI's shape, for every route and every kind of failure."""
 
 import json
+import typing
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -8,7 +9,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.validation_words import describe_validation_errors
+from ramet.srt.entrypoints.http.accepted_fields import Table
+from ramet.srt.entrypoints.http.validation_words import NO_FIELDS, describe_unreadable, describe_validation_errors
 from ramet.srt.errors import RequestError, ServiceError
 
 MAX_MESSAGE_CHARS = 2000
@@ -78,6 +80,12 @@ async def on_unexpected(_request: Request, _error: Exception) -> Response:
     return error_response(500, "internal error")
 
 
+def _foreign_fields(request: Request) -> Table:
+    """The fields of other servers that are known in the body of the request's route."""
+    table: Table = getattr(typing.get_type_hints(request.scope["endpoint"]).get("body"), "foreign", NO_FIELDS)
+    return table
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every failure of `app` an answer in OpenAI's error shape."""
 
@@ -90,14 +98,22 @@ def install_error_handlers(app: FastAPI) -> None:
         return response_to(error)
 
     @app.exception_handler(RequestValidationError)
-    async def on_validation_error(_request: Request, error: RequestValidationError) -> Response:
+    async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
         # FastAPI says first in which part of the request something is: the body, the query or the path.
         errors = [{**one, "loc": one["loc"][1:]} for one in error.errors()]
-        message, param, code = describe_validation_errors(errors, error.body)
+        message, param, code = describe_validation_errors(errors, error.body, _foreign_fields(request))
         return error_response(400, message, param=param, code=code)
 
     @app.exception_handler(HTTPException)
-    async def on_http_exception(_request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def on_http_exception(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        message, path = str(error.detail), request.scope["path"]
+        if error.status_code == 400 and error.__cause__ is not None:  # FastAPI could not parse the body
+            message = describe_unreadable(error.__cause__)
+        elif error.status_code == 404:
+            message = f"there is no route {path}: /docs lists those that there are"
+        elif error.status_code == 405:
+            message = f"{path} takes {headers.get('Allow', 'another method')}, not {request.method}"
+        return error_response(error.status_code, message, headers=headers)
 
     app.add_exception_handler(Exception, on_unexpected)

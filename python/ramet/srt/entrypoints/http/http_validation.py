@@ -58,7 +58,7 @@ class RequestBody(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            message, param, code = describe_validation_errors(error.errors(include_url=False), fields)
+            message, param, code = describe_validation_errors(error.errors(include_url=False), fields, cls.foreign)
             raise RequestError(message, param=param, code=code) from None
 
     @model_validator(mode="wrap")

@@ -5,15 +5,15 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ramet.srt.entrypoints.http.accepted_fields import describe_refused
+from ramet.srt.entrypoints.http.accepted_fields import Table, describe_refused
 
 UNSUPPORTED = "unsupported_parameter"
+NO_FIELDS: Table = {}
 MAX_SHOWN_CHARS = 60
 # What a value of a type is called, by the library's word for the type's error.
 TYPES = {
     "string_type": "a string",
     "string_sub_type": "a string",
-    "string_unicode": "text",
     "int_type": "an integer",
     "int_parsing": "an integer",
     "int_from_float": "an integer",
@@ -58,11 +58,27 @@ class _Mistake(NamedTuple):
         return not self.is_of_type, len(self.path), [part for part in self.path if isinstance(part, int)]
 
 
-def describe_validation_errors(errors: Sequence[Any], body: Any = None) -> tuple[str, str | None, str | None]:
+def describe_unreadable(error: BaseException | None) -> str:
+    """Why a body could not be parsed, by what json.loads has raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"the body is not valid JSON: {error.msg}"
+    if isinstance(error, UnicodeDecodeError):
+        return "the body is not text in UTF-8"
+    if isinstance(error, RecursionError):
+        return "the body is nested too deeply"
+    return "the body can't be parsed"  # too large for the memory, or a number of thousands of digits
+
+
+def describe_validation_errors(
+    errors: Sequence[Any], body: Any = None, foreign: Table = NO_FIELDS
+) -> tuple[str, str | None, str | None]:
     """Message, parameter and code for what pydantic has found.
 
     A location is ("messages", 0, "user", "content", "str"): besides names and places it has the members of unions that
     were tried. `body`, what was looked at, tells which is which.
+
+    Args:
+        foreign: the fields that the body's route knows and does not read.
     """
     if errors[0]["type"] == "json_invalid":
         return f"the body is not valid JSON: {errors[0]['ctx']['error']}", None, None
@@ -74,7 +90,11 @@ def describe_validation_errors(errors: Sequence[Any], body: Any = None) -> tuple
     most = max((one for one in mistakes if one.path[:1] == (param,)), key=lambda one: one.weight)
     if most.error["type"] == "extra_forbidden":
         name = str(most.path[-1])
-        return f"{_write(most.path)} {describe_refused(name, len(most.path) > 1)}", name, UNSUPPORTED
+        return (
+            f"{_write(most.path)} {describe_refused(name, None if len(most.path) > 1 else foreign)}",
+            name,
+            UNSUPPORTED,
+        )
     alike = [one.error for one in mistakes if one.path == most.path and one.is_of_type == most.is_of_type]
     return f"{_write(most.path)}{_describe(most.error, alike)}", str(param), None
 
@@ -128,7 +148,10 @@ def _describe(error: Any, alike: Sequence[Any]) -> str:
         one_of = "one of " if len(values) > 1 else ""
         return f" must be {one_of}{', '.join(values) or context['expected']}, not {_show(given)}"
     if kind == "string_pattern_mismatch":
-        return ": the key is not a token id" if error["loc"][-1] == "[key]" else " has not the form that it must have"
+        is_key = error["loc"][-1] == "[key]"
+        return ": the key is not a token id" if is_key else f" must match {context['pattern']}, not {_show(given)}"
+    if kind == "string_unicode":
+        return " holds a lone surrogate, which is no text"
     if kind in ("value_error", "assertion_error"):
         return f": {context['error']}"
     return " must be given" if kind == "missing" else f" can't be {_show(given)}"
