@@ -109,8 +109,8 @@ def test_the_reason_stays_where_an_empty_content_does_not_help() -> None:
 
 @pytest.mark.parametrize("arguments", ["{", "[1]", "3"])
 def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
-    call = {"type": "function", "function": {"name": "grow", "arguments": arguments}}
-    with pytest.raises(RequestError, match="arguments of a tool call must be"):
+    call = {"id": "c1", "type": "function", "function": {"name": "grow", "arguments": arguments}}
+    with pytest.raises(RequestError, match="arguments of the tool call 'c1' of 'grow' must be"):
         render("{{ messages }}", [{"role": "assistant", "tool_calls": [call]}])
 
 

@@ -46,6 +46,15 @@ def test_a_missing_template_is_named(tmp_path) -> None:
         ServerArgs(model_path="m", chat_template=f"{tmp_path}/no.jinja")
 
 
+@pytest.mark.parametrize("name", ["https://ui.example", "ui.example:8080", "ui.example/", "*.example", "[::1]", "a b"])
+def test_a_host_that_no_request_can_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="^--allowed-hosts takes names and addresses, .*; got '") as error:
+        ServerArgs(model_path="m", allowed_hosts=f"ok.example,{name}")
+    assert str(error.value).endswith(f"{name!r}")
+    assert ServerArgs(model_path="m", allowed_hosts="ok.example, ::1,10.0.0.9").allowed_host_names[1] == "::1"
+    assert ServerArgs(model_path="m", allowed_hosts="*").allowed_host_names == ["*"]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -18,6 +18,7 @@ from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConf
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.environ import default_profile_dir, envs
 from ramet.srt.server_flags import DEVICE_DEFAULTS, QUANTIZATIONS, ServerFlags
+from ramet.srt.utils.http_origin import ANY_HOST, is_host_name
 from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
 from ramet.srt.utils.net import (
     SeedAddress,
@@ -45,6 +46,7 @@ class ServerArgs(ServerFlags):
         self._validate_modelexpress()
         self._validate_remote_instance()
         self._validate_certificates()
+        self._validate_allowed_hosts()
 
     def _validate_files(self) -> None:
         if not self.model_path:
@@ -162,6 +164,13 @@ class ServerArgs(ServerFlags):
         except OSError as error:
             reason = error.strerror or str(error)
             raise ValueError(f"--ssl-ca-certs: no certificates in {self.ssl_ca_certs}: {reason}") from None
+
+    def _validate_allowed_hosts(self) -> None:
+        for name in self.allowed_host_names:
+            if name != ANY_HOST and not is_host_name(name):
+                raise ValueError(
+                    f"--allowed-hosts takes names and addresses, as in ui.example,10.0.0.9, or *; got {name!r}"
+                )
 
     def _validate_group_ports(self) -> None:
         name = "--remote-instance-weight-loader-send-weights-group-ports"

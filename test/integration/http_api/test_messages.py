@@ -302,4 +302,6 @@ def test_keys(tmp_path: Path) -> None:
             for headers in ({}, {"X-Api-Key": "k2"}, {"X-Api-Key": ""}, {"Authorization": "k"}):
                 assert status(path, **headers) == 401
         assert status("/flush_cache", **{"X-Api-Key": "k"}) == 401
+        refusal = httpx.post(f"{url}/flush_cache", headers={"X-Api-Key": "k"}).json()["error"]
+        assert refusal["message"] == "/flush_cache needs the admin key (--admin-api-key)"
         assert status("/flush_cache", **{"X-Api-Key": "a"}) == 200

@@ -185,10 +185,15 @@ def _prepare_tool_call(call: Any) -> Any:
     try:
         arguments = json.loads(text) if text.strip() else {}
     except ValueError as error:
-        raise ValueError(f"the arguments of a tool call must be JSON: {error}") from None
+        raise ValueError(f"{_describe_arguments(call)} must be JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a tool call must be a JSON object")
+        raise ValueError(f"{_describe_arguments(call)} must be a JSON object")
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _describe_arguments(call: Mapping[str, Any]) -> str:
+    """The call by its id, which is the client's own word for it: messages may have other places in the request."""
+    return f"the arguments of the tool call {call.get('id')!r:.80} of {call['function'].get('name')!r:.80}"
 
 
 def with_joined_content(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Owns whether a request may be a web page's doing: a page in a browser can call servers that only it reaches."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
 
@@ -63,6 +64,15 @@ class OriginCheck:
         except ValueError:
             return False
         return True  # addresses can't be made to mean others
+
+
+def is_host_name(text: str) -> bool:
+    """Whether this is a name or an address alone, without scheme, port, path or brackets."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return re.fullmatch(r"[\w.-]+", text) is not None
+    return True
 
 
 def _hostname(netloc: str) -> str:

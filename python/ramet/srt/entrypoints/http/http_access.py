@@ -12,6 +12,7 @@ from ramet.srt.utils.key_proof import is_proof
 
 HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ping", "/ready"})
 OPEN_PATHS = HEALTH_PATHS | {"/docs"}  # answered to everybody, at any time
+NO_KEY = "the Authorization header must be 'Bearer' and a valid key, or the X-Api-Key header one"
 ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
 
 
@@ -66,9 +67,10 @@ class AccessMiddleware:
         scope["is_admin"] = self._is_admin(headers)
         may_call = self._may_call(scope["path"], headers, scope["is_admin"])
         if not may_call and not self._has_proof(scope, headers):
+            is_known = self._api_key is not None and has_key(headers, self._api_key)
             return error_response(
                 401,
-                "the Authorization header must be 'Bearer' and a valid key, or the X-Api-Key header one",
+                f"{scope['path']} needs the admin key (--admin-api-key)" if is_known else NO_KEY,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
