@@ -35,7 +35,7 @@ def test_completion_echo_and_logprobs(client: openai.OpenAI, tokenizer: Tokenize
     assert "".join(choice.logprobs.tokens) == choice.text
     assert choice.logprobs.text_offset[:2] == [0, len(choice.logprobs.tokens[0])]
     assert choice.logprobs.top_logprobs[0] is None
-    assert len(choice.logprobs.top_logprobs[1]) == 2
+    assert len(choice.logprobs.top_logprobs[1]) == 3, "the two likeliest, and the token itself"
 
 
 @pytest.mark.parametrize("echo", [False, True])

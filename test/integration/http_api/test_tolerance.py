@@ -170,7 +170,7 @@ def test_token_ids_and_prompt_logprobs(http: httpx.Client, tokenizer: Tokenizer)
     ids = tokenizer.encode("grow a")
     choice = complete(http, max_tokens=2, return_token_ids=True, prompt_logprobs=2, logprobs=1)
     assert choice["prompt_token_ids"] == ids and choice["token_ids"] == ids[:2]
-    assert [len(one) for one in choice["logprobs"]["top_logprobs"]] == [1, 1]
+    assert [len(one) for one in choice["logprobs"]["top_logprobs"]] == [2, 2]  # and the token itself
     assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == len(ids)
     entry = choice["prompt_logprobs"][1]
     assert entry[str(ids[1])] == {"logprob": -0.5, "rank": None, "decoded_token": tokenizer.decode([ids[1]])}

@@ -178,8 +178,11 @@ class ChoiceWriter:
                     logprobs.top_token_ids[place][:num_top], logprobs.top_logprobs[place][:num_top], strict=True
                 )
             }
+            logprob = logprobs.logprobs[place]
+            if num_top and logprob is not None:
+                top.setdefault(text, logprob)  # as one more: the API's lists always have the token that is there
             columns["tokens"].append(text)
-            columns["token_logprobs"].append(logprobs.logprobs[place])
+            columns["token_logprobs"].append(logprob)
             columns["top_logprobs"].append(top or None)
             columns["text_offset"].append(self._offset)
             self._offset += len(text)
