@@ -46,6 +46,14 @@ def test_a_missing_template_is_named(tmp_path) -> None:
         ServerArgs(model_path="m", chat_template=f"{tmp_path}/no.jinja")
 
 
+@pytest.mark.parametrize("name", ["api_key", "admin_api_key"])
+@pytest.mark.parametrize("key", ["", " ", "key\n", " key"])
+def test_a_key_that_all_or_none_could_show_is_refused(name: str, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{flag_name(name)} must not be empty, nor begin or end with white space$"):
+        ServerArgs(**{"model_path": "m", name: key})
+    assert getattr(ServerArgs(**{"model_path": "m", name: "a key"}), name) == "a key"
+
+
 @pytest.mark.parametrize("name", ["https://ui.example", "ui.example:8080", "ui.example/", "*.example", "[::1]", "a b"])
 def test_a_host_that_no_request_can_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="^--allowed-hosts takes names and addresses, .*; got '") as error:

@@ -46,6 +46,7 @@ class ServerArgs(ServerFlags):
         self._validate_modelexpress()
         self._validate_remote_instance()
         self._validate_certificates()
+        self._validate_keys()
         self._validate_allowed_hosts()
 
     def _validate_files(self) -> None:
@@ -164,6 +165,11 @@ class ServerArgs(ServerFlags):
         except OSError as error:
             reason = error.strerror or str(error)
             raise ValueError(f"--ssl-ca-certs: no certificates in {self.ssl_ca_certs}: {reason}") from None
+
+    def _validate_keys(self) -> None:
+        for flag, key in (("--api-key", self.api_key), ("--admin-api-key", self.admin_api_key)):
+            if key is not None and (key != key.strip() or not key):  # "" would be every caller's
+                raise ValueError(f"{flag} must not be empty, nor begin or end with white space")
 
     def _validate_allowed_hosts(self) -> None:
         for name in self.allowed_host_names:
