@@ -12,14 +12,12 @@ from typing import Any
 from ramet.srt.entrypoints.openai.responses_protocol import (
     FunctionCallItem,
     FunctionCallOutputItem,
-    ItemReference,
     MessageItem,
     ReasoningItem,
 )
 from ramet.srt.errors import RequestError
 
 JsonItem = dict[str, Any]
-GivenItem = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ItemReference
 ID_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 ENCODED_PREFIX = "ramet:"  # of reasoning as it stands in `encrypted_content`
 
