@@ -127,9 +127,9 @@ class Admission:
         if not prompts:
             return []
         is_decoding = any(one.req.pooling is None for one in running)
-        adder = PrefillAdder(
-            self._rooms(running), self._budget.num_tokens(is_decoding, num_others), max_share(self._policy)
-        )
+        num_waiting = sum(prompt.missing_len for prompt in prompts)
+        budget = self._budget.num_tokens(is_decoding, num_others, num_waiting)
+        adder = PrefillAdder(self._rooms(running), budget, max_share(self._policy))
         for prompt in prompts:
             if adder.budget <= 0:
                 break
