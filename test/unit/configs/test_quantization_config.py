@@ -5,7 +5,8 @@ import json
 import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.configs.quantization_config import WHOLE_ROW, read_quantization
+from ramet.srt.configs.quantization_readers import read_quantization
+from ramet.srt.configs.weight_format import WHOLE, fp8_blocks, fp8_rows
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
@@ -40,26 +41,28 @@ def ct_with(group=None, weights=None, **section):
 
 
 @pytest.mark.parametrize(
-    ("section", "modelopt", "strategy", "block_size", "scheme"),
+    ("section", "modelopt", "expected"),
     [
-        (FP8, None, "block", (128, 128), "dynamic"),
-        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": None}, None, "block", (128, 128), "dynamic"),
-        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None,
-         "tensor", None, "static"),
-        (CT, None, "channel", None, "dynamic"),
-        (ct_with({"input_activations": None}), None, "block", (1, WHOLE_ROW), "none"),
-        (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, "block", (128, 128), "dynamic"),
-        (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, "block", (128, 64), "dynamic"),
-        (ct_with(weights={"strategy": "tensor"}), None, "tensor", None, "dynamic"),
-        (None, MODELOPT, "tensor", None, "static"),
-        (NEWER_MODELOPT, MODELOPT, "tensor", None, "static"),
-        (NEWER_MODELOPT, None, "tensor", None, "static"),
+        (FP8, None, fp8_blocks(128, 128)),
+        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": None}, None, fp8_blocks(128, 128)),
+        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None, fp8_rows()),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}, None,
+         fp8_rows()),
+        ({"quant_method": "mxfp8", "activation_scheme": "dynamic"}, None, fp8_blocks(1, 32)),
+        (CT, None, fp8_rows()),
+        (ct_with({"input_activations": None}), None, fp8_blocks(1, WHOLE)),
+        (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, fp8_blocks(128, 128)),
+        (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, fp8_blocks(128, 64)),
+        (ct_with(weights={"strategy": "group", "group_size": 32}), None, fp8_blocks(1, 32)),
+        (ct_with(weights={"strategy": "tensor"}), None, fp8_rows()),
+        (None, MODELOPT, fp8_rows()),
+        (NEWER_MODELOPT, MODELOPT, fp8_rows()),
+        (NEWER_MODELOPT, None, fp8_rows()),
     ],
 )  # fmt: skip
-def test_what_is_served_is_read(section, modelopt, strategy, block_size, scheme):
+def test_what_is_served_is_read(section, modelopt, expected):
     config = read(section, modelopt, wanted="fp8")  # which changes nothing
-    assert (config.strategy, config.block_size, config.activation_scheme) == (strategy, block_size, scheme)
-    assert config.name == "fp8" and not config.is_online
+    assert config.format == expected and config.name == "fp8" and not config.is_online
 
 
 def test_plain_models_are_quantised_where_that_is_wanted():
@@ -71,8 +74,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
     ("section", "word"),
     [(method, repr(method["quant_method"])) for method in (
         {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4, "desc_act": True},
-        {"quant_method": "mxfp4"}, {"quant_method": "mxfp8"}, {"quant_method": "bitsandbytes"},
-        {"quant_method": "fbgemm_fp8"}, {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
+        {"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes"},
+        {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
         {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
     )]
     + [
@@ -95,7 +98,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (ct_with(weights={"num_bits": 4}), "num_bits 4"),
         (ct_with(weights={"type": "int"}), "type 'int'"),
         (ct_with(weights={"symmetric": False}), "symmetric False"),
-        (ct_with(weights={"strategy": "group", "group_size": 32}), "strategy 'group'"),
+        (ct_with(weights={"strategy": "group", "group_size": 0}), "group_size must be a positive integer"),
+        (ct_with(weights={"strategy": "tensor_group"}), "strategy 'tensor_group'"),
         (ct_with(weights={"actorder": "group"}), "'actorder'"),
         (ct_with(weights={"block_structure": [128, 128]}), "makes no sense"),
         (ct_with({"targets": ["re:.*mlp.*"]}), "targets"),
@@ -150,7 +154,9 @@ def test_modelopts_file_alone_is_enough_to_be_refused(tmp_path, quantization, wo
 
 
 def test_files_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"config.json says block scales, hf_quant_config.json says tensor scales"):
+    with pytest.raises(
+        ValueError, match=r"config.json says fp8 by blocks of 128 x 128, hf_quant_config.json says fp8 by rows"
+    ):
         read(FP8, MODELOPT)
     with pytest.raises(ValueError, match="hf_quant_config.json says no quantised weights"):
         read(FP8, {"quantization": {"quant_algo": None}})

@@ -34,13 +34,14 @@ def check(folder, plain, *ranks):
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama3", kind) for kind in ("rows", "weights_only", "modelopt", "blocks", "ct_blocks")]
-    + [("qwen3_moe", kind) for kind in ("tensor", "blocks")],
+    [("llama3", kind) for kind in ("rows", "weights_only", "fbgemm_fp8", "modelopt", "ct_tensor", "ct_blocks")]
+    + [("qwen3_moe", kind) for kind in ("tensor", "blocks", "mxfp8")],
 )
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
-    folder = fp8.write_fp8(folders[family], tmp_path / "fp8", kind, block=CUT)
-    check(folder, fp8.write_plain(folder, tmp_path / "plain", CUT))
+    block = (1, 32) if kind == "mxfp8" else CUT
+    folder = fp8.write_fp8(folders[family], tmp_path / "fp8", kind, block=block)
+    check(folder, fp8.write_plain(folder, tmp_path / "plain", block), *sm.all_ranks(2, 1))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e8m0fnu])

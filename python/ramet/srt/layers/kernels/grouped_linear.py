@@ -39,6 +39,7 @@ def _grouped_linear_kernel(
     block_columns,
     first_column,
     SCALES: tl.constexpr,
+    HAS_ROW_BLOCKS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -70,7 +71,10 @@ def _grouped_linear_kernel(
     x_ptrs = x_ptr + rows[:, None] * num_columns + columns[None, :]
     weight_ptrs = weight_ptr + weight_rows[None, :] * num_columns + columns[:, None]
     if SCALES == "blocks":
-        grid_rows = group.to(tl.int64) * num_grid_rows + tl.load(row_blocks_ptr + outputs, mask=output_mask, other=0)
+        row_blocks = outputs
+        if HAS_ROW_BLOCKS:
+            row_blocks = tl.load(row_blocks_ptr + outputs, mask=output_mask, other=0)
+        grid_rows = group.to(tl.int64) * num_grid_rows + row_blocks
         grid_ptrs = scales_ptr + grid_rows[None, :] * num_grid_columns
     acc = tl.zeros([BLOCK_ROWS, BLOCK_OUTPUTS], tl.float32)
     for first in range(0, num_columns, BLOCK_COLUMNS):
@@ -96,14 +100,14 @@ def grouped_linear(
     weight: torch.Tensor,
     ends: torch.Tensor,
     scales: torch.Tensor | None = None,
-    blocks: tuple[torch.Tensor, int, int] | None = None,
+    blocks: tuple[torch.Tensor | None, int, int] | None = None,
 ) -> torch.Tensor:
     """See ramet.srt.layers.grouped_linear; fp8 weights are multiplied with x as it is.
 
     Args:
         scales: float32 of an fp8 weight: [num_groups, output_size, 1], or with `blocks` one grid for each group.
-        blocks: int32 [output_size], the grid's row of each output; the columns of x that share a scale; and the first
-            column of x, counted from the first one of the grid's first block.
+        blocks: int32 [output_size], the grid's row of each output, or None for its own; the columns of x that share a
+            scale; and the first column of x, counted from the first one of the grid's first block.
     """
     (num_rows, num_columns), (num_groups, output_size, _) = x.shape, weight.shape
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape[2] == num_columns
@@ -115,7 +119,7 @@ def grouped_linear(
     block_rows, block_outputs, block_columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
     # The most there can be: a group fills whole tiles but for its last one, and at most num_rows groups have any row.
     num_tiles = (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
-    row_blocks, block_width, first_column = blocks or (ends, 1, 0)
+    row_blocks, block_width, first_column = blocks or (None, 1, 0)
     grid = (1, 1) if scales is None else (scales.shape[1], scales.shape[2])
     _grouped_linear_kernel[(num_tiles, triton.cdiv(output_size, block_outputs))](
         x,
@@ -123,7 +127,7 @@ def grouped_linear(
         x if scales is None else scales,
         ends,
         out,
-        row_blocks,
+        ends if row_blocks is None else row_blocks,
         num_groups,
         num_columns,
         output_size,
@@ -131,6 +135,7 @@ def grouped_linear(
         block_width,
         first_column,
         SCALES="" if scales is None else "rows" if blocks is None else "blocks",
+        HAS_ROW_BLOCKS=row_blocks is not None,
         BLOCK_GROUPS=max(32, next_power_of_2(num_groups)),
         BLOCK_ROWS=block_rows,
         BLOCK_OUTPUTS=block_outputs,

@@ -73,7 +73,7 @@ def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, arena: WeightAren
     buffer = arena.host_buffer(nbytes)
     read_range([fd], 0, info.offset + offset, buffer.numpy().data)
     raw = buffer.to(arena.byte_tensor().device, non_blocking=True)
-    return powers_of_two(raw) if info.dtype == EXPONENTS else raw.view(getattr(torch, info.dtype)).float()
+    return powers_of_two(raw) if info.dtype in EXPONENTS else raw.view(getattr(torch, info.dtype)).float()
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:

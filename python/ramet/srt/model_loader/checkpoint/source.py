@@ -76,9 +76,9 @@ class CheckpointSource:
         """Bring the tensors under the names that boxes have, and check that they are those of the model."""
         if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
             raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
-        size = None if whole.quantization is None else whole.quantization.block_size
+        block_rows = None if whole.quantization is None else whole.quantization.block_rows
         for path, tensors in self.files.items():
-            unstacked = split_stacked_experts(path, tensors, whole.shapes, size[0] if size else None)
+            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
             self.files[path] = settle_scales(unstacked, whole)
         self._reject_duplicates()
         found = self._tensors()

@@ -1,0 +1,72 @@
+"""Owns reading compressed-tensors' part of a config: one group of all linear layers, in one of its formats."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ramet.srt.configs.left_out_modules import checked_patterns
+from ramet.srt.configs.quantization_config import QuantizationConfig
+from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
+from ramet.srt.configs.weight_format import WHOLE, WeightFormat, fp8_blocks, fp8_rows
+
+FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+
+
+def read_compressed_tensors(section: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """Raises ValueError for what is not served or not known."""
+    keys = Section(section, where)
+    keys.ignore("quant_method", "quantization_status", "global_compression_ratio", "version")
+    spelling = keys.expect("format", *FLOAT_FORMATS, default=FLOAT_FORMATS[0])
+    if sparsity := keys.section("sparsity_config"):
+        sparsity.expect("format", "dense", default="dense")
+    groups = keys.section("config_groups")
+    ignored = checked_patterns(keys.names("ignore"), where, "re:")
+    expect_known_cache(keys)
+    keys.finish()  # transform_config and what comes later
+    names = groups.left if groups is not None else []
+    group = groups.section(names[0]) if groups is not None and len(names) == 1 else None
+    if group is None:
+        raise ValueError(f"{where}: config_groups must hold one group; it holds {', '.join(names) or 'none'}")
+    group.expect("format", *FLOAT_FORMATS, default=spelling)
+    targets = group.names("targets")
+    if targets != ("Linear",):
+        raise ValueError(f"{group.where}: targets {list(targets)} is not supported; ['Linear'] is")
+    weights, activations = group.section("weights"), group.section("input_activations")
+    group.finish()
+    if weights is None:
+        raise ValueError(f"{group.where}: it does not say how weights are quantised")
+    weight_format = _read_float(weights, activations)
+    weights.finish()
+    return QuantizationConfig(method="compressed-tensors", file=where, format=weight_format, ignored=ignored)
+
+
+def _read_float(weights: Section, activations: Section | None) -> WeightFormat:
+    _ignore_search(weights)
+    weights.expect("num_bits", 8)
+    weights.expect("type", "float")
+    weights.expect("symmetric", True, default=True)
+    weights.expect("dynamic", False, default=False)
+    strategy = weights.expect("strategy", "channel", "tensor", "block", "group", default="tensor")
+    size = block_size(weights.take("block_structure"), weights.where)
+    if (strategy == "block") != (size is not None):
+        raise ValueError(f"{weights.where}: strategy {strategy!r} with block_structure {size} makes no sense")
+    if strategy == "group":
+        size = (1, _group_size(weights))
+    if activations is not None:  # they keep the model's type, which is more exact: see docs/formats.md
+        activations.expect("num_bits", 8)
+        activations.expect("type", "float")
+    if size is not None:
+        return fp8_blocks(*size)
+    # As blocks, rows are multiplied with activations as they are, on a GPU too.
+    return fp8_rows() if activations is not None else fp8_blocks(1, WHOLE)
+
+
+def _ignore_search(weights: Section) -> None:
+    """How scales were found, and types that the tensors have themselves."""
+    weights.ignore("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+
+
+def _group_size(weights: Section) -> int:
+    size = weights.take("group_size")
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{weights.where}: group_size must be a positive integer; got {size!r}")
+    return size
