@@ -58,7 +58,8 @@ def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def fp8_weight(matrix: torch.Tensor) -> QuantizedWeight:
     """A matrix, or a stack of them, quantised by row."""
     values, scales = quantize_rows(matrix.flatten(0, -2))
-    layout = WeightLayout(fp8_rows(), *matrix.shape[-2:], {"scales": GridIndex(None, WHOLE, 0)})
+    indices = {"values": GridIndex(None, 1, 0), "scales": GridIndex(None, WHOLE, 0)}
+    layout = WeightLayout(fp8_rows(), *matrix.shape[-2:], indices)
     shape = (*matrix.shape[:-1], 1)
     return QuantizedWeight(layout, {"values": values.view(matrix.shape), "scales": scales.view(shape)})
 

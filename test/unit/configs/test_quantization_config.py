@@ -6,7 +6,7 @@ import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.quantization_readers import read_quantization
-from ramet.srt.configs.weight_format import WHOLE, fp8_blocks, fp8_rows
+from ramet.srt.configs.weight_format import FORMATS, WHOLE, awq, fp8_blocks, fp8_rows, gptq, int8, packed_int
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
@@ -65,6 +65,76 @@ def test_what_is_served_is_read(section, modelopt, expected):
     assert config.format == expected and config.name == "fp8" and not config.is_online
 
 
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
+        "checkpoint_format": "gptq", "damp_percent": 0.1, "static_groups": False, "meta": {"a": 1},
+        "model_name_or_path": None, "pack_dtype": "int32"}  # fmt: skip
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "zero_point": True, "backend": "autoawq"}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (ct_with(weights=INT4, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=False)),
+        (ct_with({"format": "pack-quantized"}, INT4 | {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+         packed_int(8, WHOLE, has_zeros=True, has_column_groups=False)),
+        (ct_with(weights=INT4 | {"actorder": "weight"}, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=False)),
+        (ct_with(weights=INT4 | {"actorder": "group"}, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=True)),
+        (ct_with({"input_activations": TOKENS | {"type": "int"}}, {"type": "int"}, format="int-quantized"),
+         int8(WHOLE)),
+        (ct_with({"input_activations": None}, {"type": "int"}, format="naive-quantized"), int8(WHOLE)),
+        (GPTQ, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
+        (GPTQ | {"checkpoint_format": None}, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1, "desc_act": True},
+         gptq(8, WHOLE, zeros_less_one=False, has_column_groups=True)),
+        (AWQ, awq(64)),
+    ],
+)  # fmt: skip
+def test_packed_formats_are_read(section, expected):
+    config = read(section)
+    assert config.format == expected
+    with pytest.raises(ValueError, match=f"--quantization fp8 is for plain weights; .*says {expected.name}"):
+        read(section, wanted="fp8")
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        (ct_with(weights=INT4 | {"actorder": "other"}, format="pack-quantized"), "actorder 'other'"),
+        (ct_with(weights=INT4 | {"num_bits": 3}, format="pack-quantized"), "num_bits 3"),
+        (ct_with(weights=INT4 | {"strategy": "token"}, format="pack-quantized"), "strategy 'token'"),
+        (ct_with({"input_activations": TOKENS | {"num_bits": 16}}, INT4, format="pack-quantized"), "num_bits 16"),
+        (ct_with(weights={"type": "int", "symmetric": False}, format="int-quantized"), "symmetric False"),
+        (GPTQ | {"bits": 3}, "bits 3"),
+        (GPTQ | {"group_size": 0}, "group_size must be"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (GPTQ | {"lm_head": True}, "lm_head True"),
+        (GPTQ | {"is_marlin_format": True}, "'is_marlin_format'"),
+        (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "'+:.*down.*' has settings of its own"),
+        (GPTQ | {"modules_in_block_to_quantize": ["q_proj"]}, "must be a list of lists"),
+        (AWQ | {"bits": 8}, "bits 8"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+    ],
+)  # fmt: skip
+def test_packed_formats_that_are_not_served_are_refused(section, word):
+    with pytest.raises(ValueError) as error:
+        read(section)
+    assert word in str(error.value) and "/models/m/config.json" in str(error.value)
+
+
+def test_formats_have_names_and_sizes_of_their_own():
+    """What instances compare before weights move."""
+    sections = [FP8, CT, ct_with(weights=INT4, format="pack-quantized"), GPTQ, GPTQ | {"desc_act": True},
+                GPTQ | {"group_size": 32}, GPTQ | {"bits": 8}, AWQ]  # fmt: skip
+    configs = [read(section) for section in sections]
+    assert len({(config.name, *sorted(config.dimensions.items())) for config in configs}) == len(sections)
+    assert {config.name for config in configs} < set(FORMATS)
+
+
 def test_plain_models_are_quantised_where_that_is_wanted():
     assert read() is None and read({}) is None and read(None, {"quantization": {"quant_algo": None}}) is None
     assert read(wanted="fp8").is_online
@@ -73,7 +143,6 @@ def test_plain_models_are_quantised_where_that_is_wanted():
 @pytest.mark.parametrize(
     ("section", "word"),
     [(method, repr(method["quant_method"])) for method in (
-        {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4, "desc_act": True},
         {"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes"},
         {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
         {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
@@ -91,8 +160,9 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, "type None"),
         (FP8 | {"kv_cache_scheme": "int8"}, "kv_cache_scheme must be an object"),
         (FP8 | {"activation_scheme": "blockwise"}, "activation_scheme 'blockwise'"),
-        (ct_with(format="pack-quantized"), "format 'pack-quantized'"),
-        (ct_with(format="int-quantized"), "format 'int-quantized'"),
+        (ct_with(format="pack-quantized"), "type 'float'"),
+        (ct_with(format="int-quantized"), "type 'float'"),
+        (ct_with(format="marlin-24"), "format 'marlin-24'"),
         (ct_with(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
         (ct_with({"format": "mxfp4-pack-quantized"}), "format 'mxfp4-pack-quantized'"),
         (ct_with(weights={"num_bits": 4}), "num_bits 4"),
@@ -188,3 +258,10 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
     assert read(ct_with(ignore=[pattern])).is_ignored(NAME) == by_ct
     file = {"quantization": {"quant_algo": "FP8", "exclude_modules": [pattern]}}
     assert read(None, file).is_ignored(NAME) == by_modelopt
+
+
+def test_modules_that_gptqs_tools_leave_out():
+    left_out = read(GPTQ | {"dynamic": {r"-:.*\.mlp\.gate_.*": {}}})
+    assert left_out.is_ignored(NAME) and not left_out.is_ignored("model.layers.1.mlp.up_proj")
+    listed = read(GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.gate_proj"]]})
+    assert not listed.is_ignored(NAME) and listed.is_ignored("model.layers.1.mlp.up_proj")

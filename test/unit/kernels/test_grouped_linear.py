@@ -79,7 +79,7 @@ def test_scales_of_blocks(device, dtype, first_column):
     rows = (torch.arange(50, dtype=torch.int32, device=device) + 7) // 24
     grids = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
     index = GridIndex(rows, 24, first_column)
-    layout = WeightLayout(fp8_blocks(24, 24), 50, 72, {"scales": index})
+    layout = WeightLayout(fp8_blocks(24, 24), 50, 72, {"values": GridIndex(None, 1, 0), "scales": index})
     actual, start = grouped_linear(x, values, ends, grids, index), 0
     for matrix, grid, end in zip(values, grids, ends.tolist(), strict=True):
         plain = dequantize(QuantizedWeight(layout, {"values": matrix, "scales": grid}), dtype)

@@ -68,5 +68,7 @@ MODULES: dict[str, Callable[[tuple[str, ...]], Modules]] = {
     "fbgemm_fp8": _modules_of_transformers,
     "mxfp8": _modules_of_transformers,
     "compressed-tensors": _modules_of_compressed_tensors,
+    "awq": _modules_of_transformers,
+    "gptq": lambda ignored: Modules(patterns=tuple(map(re.compile, ignored))),
     "modelopt": _modules_of_modelopt,
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ramet.srt.configs.compressed_tensors_config import read_compressed_tensors
+from ramet.srt.configs.gptq_config import read_awq, read_gptq
 from ramet.srt.configs.left_out_modules import checked_patterns
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
@@ -148,6 +149,8 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], QuantizationConfig | None
     "fbgemm_fp8": _read_fbgemm,
     "mxfp8": _read_mxfp8,
     "compressed-tensors": read_compressed_tensors,
+    "awq": read_awq,
+    "gptq": read_gptq,
     "modelopt": _read_modelopt,
     "modelopt_fp8": _read_modelopt,
 }

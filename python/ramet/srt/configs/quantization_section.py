@@ -47,6 +47,11 @@ class Section:
         return tuple(value)
 
     @property
+    def all_names(self) -> list[str]:
+        """The keys that nobody has read."""
+        return sorted(self._left)
+
+    @property
     def left(self) -> list[str]:
         """The keys that nobody has read and that say something."""
         return sorted(name for name, value in self._left.items() if value not in (None, {}, [], False, ""))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 WHOLE = 1 << 30  # rows or columns: more than any matrix has
 FP8 = "float8_e4m3fn"
+FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manifests call them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,15 @@ class Grid:
     columns: int = 1
     is_packed: bool = False  # an element holds a number for each place that it covers, rather than one for all
     is_transposed: bool = False  # [columns, rows] in files and memory
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether the numbers in an element are those of neighbouring rows."""
+        return self.is_packed and self.rows > 1
+
+    @property
+    def packs_columns(self) -> bool:
+        return self.is_packed and self.rows == 1
 
     @property
     def is_of_columns(self) -> bool:

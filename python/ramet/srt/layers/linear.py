@@ -128,7 +128,8 @@ class RowParallelLinear(nn.Module):
         shard = divide(input_size, parallel.tp_size, name)
         start = parallel.tp_rank * shard
         box = shard_box(f"{name}.weight", (output_size, input_size), 1, start, start + shard)
-        self.weight = declare_weight((output_size, shard), dtype, [box])  # [output_size, columns of this rank]
+        # [output_size, columns of this rank]
+        self.weight = declare_weight((output_size, shard), dtype, [box], all_columns=input_size)
         self.bias = None
         if bias:
             self.bias = declare_weight(

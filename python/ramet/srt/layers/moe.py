@@ -121,7 +121,9 @@ class FusedMoE(nn.Module):
         # [num_local_experts, gate rows then up rows of this rank, hidden_size]
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
         # [num_local_experts, hidden_size, columns of this rank]
-        self.w2_weight = declare_weight((self.num_local_experts, hidden_size, size), dtype, w2_boxes)
+        self.w2_weight = declare_weight(
+            (self.num_local_experts, hidden_size, size), dtype, w2_boxes, all_columns=moe.intermediate_size
+        )
 
     def needs_host(self, dtype: torch.dtype) -> bool:
         """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""

@@ -50,21 +50,22 @@ def declare_format(module: nn.Module, name: str, weight_format: WeightFormat, de
     weight = getattr(module, name)
     indices = {}
     for role, grid in weight_format:
-        shape, boxes, indices[role] = _lay_out(tuple(weight.shape), weight.boxes, grid, device)
+        has_all_columns = weight_format.column_groups is not None and role in ("scales", "zeros")
+        columns = (0, vars(weight)["all_columns"]) if has_all_columns else weight.boxes[0].source[-1]
+        shape, boxes, indices[role] = _lay_out(tuple(weight.shape), weight.boxes, columns, grid, device)
         setattr(module, name + grid.attribute, declare_weight(shape, getattr(torch, grid.dtype), boxes))
     setattr(module, layout_attribute(name), WeightLayout(weight_format, weight.shape[-2], weight.shape[-1], indices))
 
 
 def _lay_out(
-    shape: tuple[int, ...], boxes: Sequence[WeightBox], grid: Grid, device: torch.device | str
+    shape: tuple[int, ...], boxes: Sequence[WeightBox], part: Range, grid: Grid, device: torch.device | str
 ) -> tuple[tuple[int, ...], list[WeightBox], GridIndex]:
-    """A rank's tensor of a grid, from the shape and boxes of its matrix or stack of them.
+    """A rank's tensor of a grid, from the shape and boxes of its matrix or stack of them, and the columns that it has.
 
     A rank whose rows or columns begin or end within what an element covers has all of that element, as its neighbour.
     """
-    (first, last), *others = {box.source[-1] for box in boxes}
-    assert not others, "the parts of a matrix have the same columns"
-    columns = _cover(first, last, grid.columns, grid, boxes[0].checkpoint_name)
+    assert len({box.source[-1] for box in boxes}) == 1, "the parts of a matrix have the same columns"
+    columns = _cover(*part, grid.columns, grid.packs_columns, boxes[0].checkpoint_name)
     parts: dict[Region, list[WeightBox]] = {}  # of each matrix of a stack
     for box in boxes:
         parts.setdefault(box.target[:-2], []).append(box)
@@ -78,7 +79,7 @@ def _lay_out(
         num_grid_rows = 0
         for box in matrix:
             (start, stop), (target_start, target_stop) = box.source[-2], box.target[-2]
-            source = _cover(start, stop, grid.rows, grid, box.checkpoint_name)
+            source = _cover(start, stop, grid.rows, grid.packs_rows, box.checkpoint_name)
             target = (num_grid_rows, num_grid_rows + source[1] - source[0])
             if index is not None and len(result) < len(matrix):
                 rows = torch.arange(start, stop, dtype=torch.int32) // grid.rows
@@ -95,15 +96,15 @@ def _lay_out(
     extents = (num_grid_rows, columns[1] - columns[0])
     tensor_shape = (*shape[:-2], *(extents[::-1] if grid.is_transposed else extents))
     placed = None if index is None else index.to(device)
-    return tensor_shape, result, GridIndex(placed, grid.columns, first % grid.columns)
+    return tensor_shape, result, GridIndex(placed, grid.columns, part[0] % grid.columns)
 
 
-def _cover(start: int, stop: int, size: int, grid: Grid, name: str) -> Range:
+def _cover(start: int, stop: int, size: int, is_packed: bool, name: str) -> Range:
     """The elements of `size` rows or columns that have all from `start` to `stop`."""
-    if grid.is_packed and (start % size or stop % size):
+    if is_packed and (start % size or stop % size):
         raise ValueError(
-            f"{name}: a rank's part from {start} to {stop} cuts a word of {size} packed numbers ({grid.suffix}); "
-            "choose a tp_size that does not"
+            f"{name}: a rank's part, from {start} to {stop}, would cut a word of {size} packed numbers; choose another "
+            "tp_size"
         )
     return start // size, -(-stop // size)
 

@@ -15,6 +15,8 @@ Tensors = Mapping[str, tuple[str, TensorInfo]]  # name -> (file, where in it)
 PLAIN_FLOATS = ("float32", "bfloat16", "float16")
 EXPONENTS = ("float8_e8m0fnu", "uint8")  # of a scale that is a power of two; of the same bits
 
+PACKED_SUFFIXES = (".qweight", ".weight_packed")
+
 # Tensors that no model has a place for, and why they may be left out.
 HARMLESS_SURPLUS = {
     "tables that older checkpoints carry although every engine computes them": re.compile(
@@ -57,7 +59,8 @@ def is_quantised_here(tensors: Tensors, whole: WholeModel) -> bool:
 def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
     absent = set(whole.grids) if is_quantised_here(tensors, whole) else set()
     if lost := [name for name in whole.shapes if name not in tensors and name not in absent]:
-        raise ValueError(f"{where} lacks {name_some([_with_purpose(name, whole) for name in lost])}")
+        words = name_some([_with_purpose(name, whole) for name in lost])
+        raise ValueError(f"{where} lacks {words}{_packed_hint(lost, tensors, whole)}")
     if not whole.is_complete:
         return  # the rest belongs to other ranks
     surplus = []
@@ -68,6 +71,16 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
             surplus.append(f"{name} in {os.path.basename(path)}")
     if surplus:
         raise ValueError(f"{where} has tensors that the model does not have: {name_some(surplus)}")
+
+
+def _packed_hint(lost: list[str], tensors: Tensors, whole: WholeModel) -> str:
+    """What the files hold instead, if that is packed."""
+    packed = [name.removesuffix(".weight") + end for name in lost for end in PACKED_SUFFIXES]
+    found = next((name for name in packed if name in tensors), None)
+    if found is None:
+        return ""
+    source = whole.quantization.file if whole.quantization is not None else "the model's config"
+    return f"; it has {found}, a quantised weight of which {source} says nothing"
 
 
 def _with_purpose(name: str, whole: WholeModel) -> str:

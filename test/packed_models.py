@@ -1,0 +1,181 @@
+"""Makes checkpoints of integers and of four-bit floats, and plain ones of what their numbers stand for.
+
+Numbers are known before they are packed: nothing here unpacks, so that no mistake can be on both sides.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import random_models as rm
+import torch
+from fp8_models import change_config
+from safetensors.torch import load_file, save_file
+
+QUANTISED = re.compile(r"(_proj|\.w[123])\.weight$")
+GROUP = 16  # columns that share a scale
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+Parts = dict[str, torch.Tensor]  # the tensors of a matrix, by the ends of their names
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format: how a matrix becomes tensors and what those stand for, and what the config says."""
+
+    quantise: Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
+    section: dict[str, Any]  # quantization_config
+    left_out: str  # the key of modules that are not quantised
+    file: dict[str, Any] | None = None  # hf_quant_config.json instead
+
+
+def write(
+    source: Path, folder: Path, kind: Kind, is_plain: Callable[[str], bool] = lambda name: False, **changes: Any
+) -> tuple[Path, Path]:
+    """The model in `source` in a format, in `folder`, and what it stands for in float32, in a folder beside it.
+
+    Args:
+        is_plain: which matrices stay as they are.
+        changes: entries of what says how weights are quantised.
+    """
+    plain_folder = folder.with_name(f"{folder.name}-plain")
+    tensors, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        plain[name] = tensor.float()
+        if not QUANTISED.search(name) or is_plain(name):
+            tensors[name] = tensor
+            continue
+        parts, plain[name] = kind.quantise(tensor.float())
+        tensors |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+    for target, content in ((folder, tensors), (plain_folder, plain)):
+        rm.without_weights(source, target)
+        save_file(content, target / "model.safetensors")
+    change_config(plain_folder, dtype="float32")
+    if kind.file is None:
+        change_config(folder, quantization_config=kind.section | changes)
+    else:
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": kind.file | changes}))
+    return folder, plain_folder
+
+
+def pack(numbers: torch.Tensor, bits: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """int32 words of unsigned numbers [n, m]; the one at `order[i]` of a word is the i-th from the lowest bits on."""
+    per_word = 32 // bits
+    words = torch.zeros(numbers.shape[0], numbers.shape[1] // per_word, dtype=torch.int64)
+    for place in range(per_word):
+        words |= numbers[:, order[place] :: per_word].long() << (bits * place)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+
+
+def in_order(num_columns: int, group: int | None) -> torch.Tensor:
+    """The group of each column; None: one for all of them."""
+    return torch.arange(num_columns) // (group or num_columns)
+
+
+def in_any_order(num_columns: int, group: int | None) -> torch.Tensor:
+    """Groups whose columns are anywhere."""
+    return in_order(num_columns, group)[torch.randperm(num_columns, generator=torch.Generator().manual_seed(7))]
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A matrix as unsigned numbers with scales and zeros for groups of columns."""
+
+    numbers: torch.Tensor  # [rows, columns]
+    scales: torch.Tensor  # [rows, groups]
+    zeros: torch.Tensor  # the same
+    groups: torch.Tensor  # [columns]
+
+    @property
+    def plain(self) -> torch.Tensor:
+        return (self.numbers - self.zeros[:, self.groups]).float() * self.scales.float()[:, self.groups]
+
+
+def to_integers(
+    matrix: torch.Tensor, bits: int, groups: torch.Tensor, *, has_zeros: bool, dtype: torch.dtype = torch.float16
+) -> Integers:
+    """The matrix, rounded; zeros of any value, or in the middle."""
+    num_groups, middle = int(groups.max()) + 1, 1 << (bits - 1)
+    zeros = torch.full((len(matrix), num_groups), middle)
+    if has_zeros:
+        generator = torch.Generator().manual_seed(matrix.numel())
+        zeros = torch.randint(1, 2 * middle, zeros.shape, generator=generator)
+    largest = torch.stack([matrix[:, groups == group].abs().amax(dim=1) for group in range(num_groups)], dim=1)
+    scales = (largest / (middle - 1)).to(dtype)
+    numbers = (matrix / scales.float()[:, groups]).round().int() + zeros[:, groups]
+    return Integers(numbers.clamp(0, 2 * middle - 1), scales, zeros, groups)
+
+
+def ct_packed(
+    bits: int = 4, *, has_zeros: bool = False, group: int | None = GROUP, actorder: str | None = None
+) -> Kind:
+    """compressed-tensors' pack-quantized, with bfloat16 scales."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        groups = (in_any_order if actorder == "group" else in_order)(matrix.shape[1], group)
+        made = to_integers(matrix, bits, groups, has_zeros=has_zeros, dtype=torch.bfloat16)
+        parts = {".weight_packed": pack(made.numbers, bits), ".weight_scale": made.scales,
+                 ".weight_shape": torch.tensor(matrix.shape)}  # fmt: skip
+        if has_zeros:
+            parts[".weight_zero_point"] = pack(made.zeros.T, bits).T
+        if actorder == "group":
+            parts[".weight_g_idx"] = groups.int()
+        return parts, made.plain
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": not has_zeros, "group_size": group, "actorder": actorder}
+    strategy = "group" if group else "channel"
+    return Kind(quantise, compressed_tensors("pack-quantized", weights | {"strategy": strategy}), "ignore")
+
+
+def ct_int8(strategy: str = "channel") -> Kind:
+    """compressed-tensors' int-quantized; with activations of eight bits, which are not quantised here."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        largest = matrix.abs().amax(dim=1, keepdim=True) if strategy == "channel" else matrix.abs().max().view(1)
+        scale = largest / 127
+        values = (matrix / scale).round()
+        return {".weight": values.to(torch.int8), ".weight_scale": scale}, values * scale
+
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
+    activations = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+    return Kind(quantise, compressed_tensors("int-quantized", weights, activations), "ignore")
+
+
+def compressed_tensors(
+    spelling: str, weights: dict[str, Any], activations: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Its part of a config."""
+    group = {"targets": ["Linear"], "weights": {"dynamic": False} | weights, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "format": spelling, "ignore": ["lm_head"],
+            "config_groups": {"group_0": group}}  # fmt: skip
+
+
+def gptq(bits: int = 4, *, group: int | None = GROUP, desc_act: bool = False, version: str = "gptq") -> Kind:
+    """GPTQ's tools' format: the first version stores zeros less one."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        groups = (in_any_order if desc_act else in_order)(matrix.shape[1], group)
+        made = to_integers(matrix, bits, groups, has_zeros=True)
+        zeros = made.zeros - 1 if version == "gptq" else made.zeros
+        parts = {".qweight": pack(made.numbers, bits).T, ".qzeros": pack(zeros.T, bits), ".scales": made.scales.T,
+                 ".g_idx": groups.int(), ".bias": torch.zeros(len(matrix), dtype=torch.float16)}  # fmt: skip
+        return parts, made.plain
+
+    section = {"quant_method": "gptq", "bits": bits, "group_size": group or -1, "desc_act": desc_act, "sym": False,
+               "checkpoint_format": version, "damp_percent": 0.01, "lm_head": False}  # fmt: skip
+    return Kind(quantise, section, "dynamic")
+
+
+def awq(group: int | None = GROUP) -> Kind:
+    """AutoAWQ's gemm format."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        made = to_integers(matrix, 4, in_order(matrix.shape[1], group), has_zeros=True)
+        parts = {".qweight": pack(made.numbers.T, 4, AWQ_ORDER), ".qzeros": pack(made.zeros.T, 4, AWQ_ORDER),
+                 ".scales": made.scales.T}  # fmt: skip
+        return parts, made.plain
+
+    section = {"quant_method": "awq", "bits": 4, "group_size": group or -1, "version": "gemm", "zero_point": True}
+    return Kind(quantise, section, "modules_to_not_convert")

@@ -1,0 +1,158 @@
+"""Owns the tests of checkpoints of integers and four-bit floats: what ranks hold, and what the engine answers."""
+
+import fp8_models as fp8
+import packed_models as pm
+import pytest
+import random_models as rm
+import sharded_models as sm
+import torch
+from engine_harness import EngineHarness
+from ramet.srt.configs.parallel_config import ParallelConfig
+from safetensors.torch import load_file, save_file
+
+FAMILIES = {  # a rank's columns of down projections end within a group
+    "llama3": {"vocab_size": 331},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 48},
+}
+KINDS = {
+    "int4": pm.ct_packed(),
+    "int4 by row": pm.ct_packed(group=None),
+    "int4 with zeros": pm.ct_packed(has_zeros=True),
+    "int4 with zeros in any order": pm.ct_packed(has_zeros=True, actorder="group"),
+    "int8 packed": pm.ct_packed(8, has_zeros=True, actorder="weight"),
+    "int8": pm.ct_int8(),
+    "int8 by matrix": pm.ct_int8("tensor"),
+    "gptq": pm.gptq(),
+    "gptq by row": pm.gptq(group=None),
+    "gptq of 8 bits": pm.gptq(8),
+    "gptq in any order": pm.gptq(desc_act=True),
+    "gptq_v2 in any order": pm.gptq(desc_act=True, version="gptq_v2"),
+    "awq": pm.awq(),
+    "awq by row": pm.awq(None),
+}
+ONE_OF_A_KIND = ("int4 with zeros", "int4 with zeros in any order", "int8", "gptq", "gptq in any order", "awq")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {name: rm.make_model(root / name, name, dtype="bfloat16", **FAMILIES[name]) for name in FAMILIES}
+
+
+def check(folder, plain, ranks):
+    for parallel in ranks:
+        expected, actual = (fp8.effective(fp8.load_model(path, parallel)) for path in (plain, folder))
+        assert expected.keys() == actual.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, actual[name]), (parallel, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_holds_what_the_numbers_stand_for(folders, tmp_path, kind):
+    check(*pm.write(folders["llama3"], tmp_path / "packed", KINDS[kind]), [*sm.all_ranks(1), *sm.all_ranks(2)])
+
+
+@pytest.mark.parametrize("kind", ONE_OF_A_KIND)
+def test_experts_are_held_as_they_are(folders, tmp_path, kind):
+    ranks = [*sm.all_ranks(1), *sm.all_ranks(2), *sm.all_ranks(2, 2)]
+    check(*pm.write(folders["qwen3_moe"], tmp_path / "packed", KINDS[kind]), ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama3", kind) for kind in KINDS] + [("qwen3_moe", kind) for kind in ONE_OF_A_KIND]
+)
+def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):
+    folder, plain = pm.write(folders[family], tmp_path / "packed", KINDS[kind])
+    prompts = rm.random_prompts([5, 40])
+    engine = EngineHarness(folder, device="cpu", dtype="float32")
+    results = engine.generate(prompts, max_new_tokens=4, logprob_start_len=0)
+    sequences = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
+    for prompt, result, logprobs in zip(prompts, results, rm.hf_logprobs(plain, sequences), strict=True):
+        places = range(len(prompt) - 1, len(prompt) + 3)
+        assert result.token_ids == [int(logprobs[place].argmax()) for place in places]
+        expected = [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
+        assert result.input_logprobs.logprobs[1:] == pytest.approx(expected, abs=2e-4)
+
+
+def is_plain(name):
+    return "layers.1." in name or "o_proj" in name
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("awq", ["model.layers.1", "o_proj"]),
+        ("gptq", {"-:model.layers.1": {}, r"-:.*\.o_proj": {}}),
+        ("int4", ["re:model.layers.1.*", "re:.*o_proj$", "lm_head"]),
+    ],
+)
+def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, names):
+    left_out = {KINDS[kind].left_out: names}
+    folder, plain = pm.write(folders["llama3"], tmp_path / "packed", KINDS[kind], is_plain, **left_out)
+    check(folder, plain, sm.all_ranks(1))
+    layers = fp8.load_model(folder).model.layers
+    assert layers["1"].self_attn.qkv_proj.weight.dtype == torch.bfloat16
+    assert layers["0"].self_attn.qkv_proj.weight.dtype == torch.int32
+
+
+def test_a_rank_that_would_cut_a_word_is_refused(tmp_path):
+    source = rm.make_model(tmp_path / "model", "llama3", dtype="bfloat16", intermediate_size=200, tokenizer=False)
+    for kind in ("int4", "awq"):
+        folder, _ = pm.write(source, tmp_path / kind, KINDS[kind])
+        with pytest.raises(ValueError, match=r"from 0 to 100, would cut a word of 8 packed numbers"):
+            fp8.load_model(folder, ParallelConfig(tp_size=2))
+
+
+def changed(folder, target, change):
+    rm.without_weights(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("gptq", ".g_idx", torch.arange(128, dtype=torch.int32) // 16 % 7, "the config says no desc_act"),
+        ("gptq", ".bias", torch.ones(208).half(), "is a bias that the model has no place for"),
+        (
+            "gptq",
+            ".qzeros",
+            torch.zeros(8, 13, dtype=torch.int32),
+            r"has the shape \(8, 13\), the model needs \(8, 26\)",
+        ),
+        ("awq", ".qweight", torch.zeros(128, 26), "is float32, but .* says that it is int32"),
+        ("awq", ".scales", torch.zeros(8, 208, dtype=torch.int32), "is int32, but belongs to a quantised matrix as"),
+        ("int4", ".weight_zero_point", torch.zeros(26, 8, dtype=torch.int32), "tensors that the model does not have"),
+        ("int4", ".weight_scale", torch.zeros(208, 4), r"says blocks of 1 x 16"),
+    ],
+)
+def test_files_that_contradict_the_config_are_refused(folders, tmp_path, kind, name, value, message):
+    folder, _ = pm.write(folders["llama3"], tmp_path / "packed", KINDS[kind])
+    other = changed(folder, tmp_path / "other", lambda tensors: tensors.update({LAYER + name: value}))
+    with pytest.raises(ValueError, match=message):
+        fp8.load_model(other)
+
+
+def test_files_in_another_format_than_the_config_says_are_refused(folders, tmp_path):
+    folder, _ = pm.write(folders["llama3"], tmp_path / "packed", KINDS["awq"])
+    fp8.change_config(folder, quantization_config=KINDS["int4"].section)
+    with pytest.raises(ValueError, match=r"says that weights are int4, but .* holds none"):
+        fp8.load_model(folder)
+    fp8.change_config(folder, quantization_config=None)
+    with pytest.raises(
+        ValueError, match=r"lacks .*; it has model.*qweight, a quantised weight of which the model's conf"
+    ):
+        fp8.load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["int4 with zeros in any order", "int8", "gptq", "awq"])
+def test_dummy_weights_answer(folders, tmp_path, kind):
+    folder, _ = pm.write(folders["llama3"], tmp_path / "packed", KINDS[kind])
+    engine = EngineHarness(rm.without_weights(folder, tmp_path / "config"), device="cpu", load_format="dummy")
+    result = engine.generate(rm.random_prompts([5]), max_new_tokens=2, return_logprob=True)[0]
+    assert len(result.token_ids) == 2 and torch.tensor(result.output_logprobs).isfinite().all()
