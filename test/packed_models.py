@@ -179,3 +179,57 @@ def awq(group: int | None = GROUP) -> Kind:
 
     section = {"quant_method": "awq", "bits": 4, "group_size": group or -1, "version": "gemm", "zero_point": True}
     return Kind(quantise, section, "modules_to_not_convert")
+
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # by their bits
+
+
+def to_fp4(matrix: torch.Tensor, scales: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [rows, columns / 2], a pair of neighbours in each byte, and what they stand for with such scales."""
+    spread = scales.repeat_interleave(group, 1)[:, : matrix.shape[1]]
+    nearest = ((matrix / spread).abs().unsqueeze(-1) - E2M1).abs().argmin(-1)
+    is_negative = matrix < 0
+    bits = (nearest + 8 * is_negative).to(torch.uint8)
+    return bits[:, ::2] | bits[:, 1::2] << 4, E2M1[nearest] * spread * torch.where(is_negative, -1.0, 1.0)
+
+
+def largest_of_groups(matrix: torch.Tensor, group: int) -> torch.Tensor:
+    """[rows, groups], of which the last one may be smaller."""
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % group))
+    return padded.abs().unflatten(1, (-1, group)).amax(dim=2)
+
+
+def mxfp4() -> Kind:
+    """compressed-tensors' format of a power of two for 32 columns."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        exponents = (largest_of_groups(matrix, 32) / 6).log2().ceil().clamp(min=-127)
+        values, plain = to_fp4(matrix, torch.exp2(exponents), 32)
+        return {".weight_packed": values, ".weight_scale": (exponents + 127).to(torch.uint8)}, plain
+
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
+               "scale_dtype": "torch.uint8"}  # fmt: skip
+    return Kind(quantise, compressed_tensors("mxfp4-pack-quantized", weights), "ignore")
+
+
+def nvfp4(tool: str) -> Kind:
+    """Scales in e4m3 for 16 columns, times one for the matrix (modelopt), or divided by it (compressed-tensors)."""
+
+    def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+        largest = largest_of_groups(matrix, 16)
+        outer = 448 * 6 / largest.max() if tool == "compressed-tensors" else largest.max() / (448 * 6)
+        inner = (largest / 6 * outer if tool == "compressed-tensors" else largest / 6 / outer).to(torch.float8_e4m3fn)
+        scales = inner.float() / outer if tool == "compressed-tensors" else inner.float() * outer
+        values, plain = to_fp4(matrix, scales, 16)
+        if tool == "compressed-tensors":
+            return {".weight_packed": values, ".weight_scale": inner, ".weight_global_scale": outer.view(1),
+                    ".input_global_scale": torch.ones(1)}, plain  # fmt: skip
+        return {".weight": values, ".weight_scale": inner, ".weight_scale_2": outer,
+                ".input_scale": torch.tensor(1.0)}, plain  # fmt: skip
+
+    if tool == "modelopt":
+        file = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]}
+        return Kind(quantise, {}, "exclude_modules", file)
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    activations = weights | {"dynamic": "local"}
+    return Kind(quantise, compressed_tensors("nvfp4-pack-quantized", weights, activations), "ignore")

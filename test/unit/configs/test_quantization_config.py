@@ -6,7 +6,18 @@ import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.quantization_readers import read_quantization
-from ramet.srt.configs.weight_format import FORMATS, WHOLE, awq, fp8_blocks, fp8_rows, gptq, int8, packed_int
+from ramet.srt.configs.weight_format import (
+    FORMATS,
+    WHOLE,
+    awq,
+    fp8_blocks,
+    fp8_rows,
+    gptq,
+    int8,
+    mxfp4,
+    nvfp4,
+    packed_int,
+)
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
@@ -29,6 +40,10 @@ NEWER_MODELOPT = {
     "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
     "producer": {},
 }
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+NVFP4 = MXFP4 | {"strategy": "tensor_group", "group_size": 16}
+MODELOPT_FP4 = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"}}
 
 
 def read(section=None, modelopt=None, wanted=None):
@@ -65,7 +80,6 @@ def test_what_is_served_is_read(section, modelopt, expected):
     assert config.format == expected and config.name == "fp8" and not config.is_online
 
 
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
         "checkpoint_format": "gptq", "damp_percent": 0.1, "static_groups": False, "meta": {"a": 1},
         "model_name_or_path": None, "pack_dtype": "int32"}  # fmt: skip
@@ -91,6 +105,11 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "z
         (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1, "desc_act": True},
          gptq(8, WHOLE, zeros_less_one=False, has_column_groups=True)),
         (AWQ, awq(64)),
+        (ct_with({"input_activations": None}, MXFP4, format="mxfp4-pack-quantized"), mxfp4()),
+        (ct_with({"input_activations": TOKENS | {"num_bits": 4}}, NVFP4, format="nvfp4-pack-quantized"),
+         nvfp4(".weight_packed", ".weight_global_scale", divides=True)),
+        (NEWER_MODELOPT | {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"},
+         nvfp4(".weight", ".weight_scale_2", divides=False)),
     ],
 )  # fmt: skip
 def test_packed_formats_are_read(section, expected):
@@ -128,8 +147,10 @@ def test_packed_formats_that_are_not_served_are_refused(section, word):
 
 def test_formats_have_names_and_sizes_of_their_own():
     """What instances compare before weights move."""
-    sections = [FP8, CT, ct_with(weights=INT4, format="pack-quantized"), GPTQ, GPTQ | {"desc_act": True},
-                GPTQ | {"group_size": 32}, GPTQ | {"bits": 8}, AWQ]  # fmt: skip
+    assert read(None, MODELOPT_FP4).format == read(NEWER_MODELOPT | {"quant_algo": "NVFP4"}, MODELOPT_FP4).format
+    sections = [FP8, CT, ct_with(weights=MXFP4, format="mxfp4-pack-quantized"),
+                NEWER_MODELOPT | {"quant_algo": "NVFP4"}, ct_with(weights=INT4, format="pack-quantized"), GPTQ,
+                GPTQ | {"desc_act": True}, GPTQ | {"group_size": 32}, GPTQ | {"bits": 8}, AWQ]  # fmt: skip
     configs = [read(section) for section in sections]
     assert len({(config.name, *sorted(config.dimensions.items())) for config in configs}) == len(sections)
     assert {config.name for config in configs} < set(FORMATS)
@@ -144,7 +165,7 @@ def test_plain_models_are_quantised_where_that_is_wanted():
     ("section", "word"),
     [(method, repr(method["quant_method"])) for method in (
         {"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes"},
-        {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
+        {"quant_method": "gguf"}, 
         {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
     )]
     + [
@@ -163,8 +184,9 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (ct_with(format="pack-quantized"), "type 'float'"),
         (ct_with(format="int-quantized"), "type 'float'"),
         (ct_with(format="marlin-24"), "format 'marlin-24'"),
-        (ct_with(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
-        (ct_with({"format": "mxfp4-pack-quantized"}), "format 'mxfp4-pack-quantized'"),
+        (ct_with(format="nvfp4-pack-quantized"), "num_bits 8"),
+        (ct_with(weights=MXFP4 | {"group_size": 16}, format="mxfp4-pack-quantized"), "group_size 16"),
+        (ct_with(weights=MXFP4 | {"strategy": "channel"}, format="mxfp4-pack-quantized"), "strategy 'channel'"),
         (ct_with(weights={"num_bits": 4}), "num_bits 4"),
         (ct_with(weights={"type": "int"}), "type 'int'"),
         (ct_with(weights={"symmetric": False}), "symmetric False"),
@@ -181,7 +203,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (ct_with(transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
         (ct_with(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask'"),
         (ct_with(ignore=["re:("]), "no regular expression"),
-        (NEWER_MODELOPT | {"quant_algo": "NVFP4"}, "'NVFP4'"),
+        (NEWER_MODELOPT | {"quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
+        (NEWER_MODELOPT | {"quant_algo": "NVFP4_AWQ"}, "'NVFP4_AWQ'"),
         (NEWER_MODELOPT | {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "num_bits 4"),
     ],
 )  # fmt: skip
@@ -206,7 +229,8 @@ def test_a_cache_of_fp8_may_be_wished_for(section, plain):
 @pytest.mark.parametrize(
     ("quantization", "word"),
     [
-        ({"quant_algo": "NVFP4", "group_size": 16}, "'NVFP4'"),
+        ({"quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
+        ({"quant_algo": "MXFP8"}, "'MXFP8'"),
         ({"quant_algo": "W4A16_AWQ"}, "'W4A16_AWQ'"),
         ({"quant_algo": "FP8_PB_WO"}, "'FP8_PB_WO'"),
         ({"quant_algo": "MIXED_PRECISION"}, "'MIXED_PRECISION'"),

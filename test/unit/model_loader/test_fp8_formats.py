@@ -8,7 +8,7 @@ import random_models as rm
 import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
-from ramet.srt.model_loader.checkpoint.quantizing_reader import powers_of_two
+from ramet.srt.layers.quantization.dequantize import powers_of_two
 from safetensors.torch import load_file, save_file
 
 CUT = (24, 40)  # rows and columns of blocks that no shard of these models ends with

@@ -29,8 +29,12 @@ KINDS = {
     "gptq_v2 in any order": pm.gptq(desc_act=True, version="gptq_v2"),
     "awq": pm.awq(),
     "awq by row": pm.awq(None),
+    "mxfp4": pm.mxfp4(),
+    "nvfp4 of modelopt": pm.nvfp4("modelopt"),
+    "nvfp4 of compressed-tensors": pm.nvfp4("compressed-tensors"),
 }
-ONE_OF_A_KIND = ("int4 with zeros", "int4 with zeros in any order", "int8", "gptq", "gptq in any order", "awq")
+ONE_OF_A_KIND = ("int4 with zeros", "int4 with zeros in any order", "int8", "gptq", "gptq in any order", "awq",
+                 "mxfp4", "nvfp4 of modelopt", "nvfp4 of compressed-tensors")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,7 @@ def is_plain(name):
         ("awq", ["model.layers.1", "o_proj"]),
         ("gptq", {"-:model.layers.1": {}, r"-:.*\.o_proj": {}}),
         ("int4", ["re:model.layers.1.*", "re:.*o_proj$", "lm_head"]),
+        ("nvfp4 of modelopt", ["model.layers.1.*", "*o_proj", "lm_head"]),
     ],
 )
 def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, names):
@@ -92,7 +97,7 @@ def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, names
     check(folder, plain, sm.all_ranks(1))
     layers = fp8.load_model(folder).model.layers
     assert layers["1"].self_attn.qkv_proj.weight.dtype == torch.bfloat16
-    assert layers["0"].self_attn.qkv_proj.weight.dtype == torch.int32
+    assert layers["0"].self_attn.qkv_proj.weight.dtype in (torch.int32, torch.uint8)
 
 
 def test_a_rank_that_would_cut_a_word_is_refused(tmp_path):
@@ -150,7 +155,7 @@ def test_files_in_another_format_than_the_config_says_are_refused(folders, tmp_p
         fp8.load_model(folder)
 
 
-@pytest.mark.parametrize("kind", ["int4 with zeros in any order", "int8", "gptq", "awq"])
+@pytest.mark.parametrize("kind", ["int4 with zeros in any order", "int8", "gptq", "awq", "mxfp4", "nvfp4 of modelopt"])
 def test_dummy_weights_answer(folders, tmp_path, kind):
     folder, _ = pm.write(folders["llama3"], tmp_path / "packed", KINDS[kind])
     engine = EngineHarness(rm.without_weights(folder, tmp_path / "config"), device="cpu", load_format="dummy")

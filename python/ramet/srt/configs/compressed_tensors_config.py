@@ -6,7 +6,7 @@ from typing import Any
 from ramet.srt.configs.left_out_modules import checked_patterns
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
-from ramet.srt.configs.weight_format import WHOLE, WeightFormat, fp8_blocks, fp8_rows, int8, packed_int
+from ramet.srt.configs.weight_format import WHOLE, WeightFormat, fp8_blocks, fp8_rows, int8, mxfp4, nvfp4, packed_int
 
 
 def read_compressed_tensors(section: Mapping[str, Any], where: str) -> QuantizationConfig:
@@ -80,6 +80,27 @@ def _read_packed(weights: Section, activations: Section | None) -> WeightFormat:
     return packed_int(bits, columns, has_zeros=not is_symmetric, has_column_groups=has_column_groups)
 
 
+def _read_mxfp4(weights: Section, activations: Section | None) -> WeightFormat:
+    _expect_float4(weights, "group", 32)
+    _expect_plain_activations(activations)
+    return mxfp4()
+
+
+def _read_nvfp4(weights: Section, activations: Section | None) -> WeightFormat:
+    """Its outer scale is what to divide by."""
+    _expect_float4(weights, "tensor_group", 16)
+    _expect_plain_activations(activations)
+    return nvfp4(".weight_packed", ".weight_global_scale", divides=True)
+
+
+def _expect_float4(weights: Section, strategy: str, group_size: int) -> None:
+    weights.expect("num_bits", 4)
+    weights.expect("type", "float")
+    weights.expect("symmetric", True, default=True)
+    weights.expect("strategy", strategy, default=strategy)
+    weights.expect("group_size", group_size, default=group_size)
+
+
 def _expect_plain_activations(activations: Section | None) -> None:
     """Activations keep the model's type, which is more exact than any of these: see docs/formats.md."""
     if activations is not None:
@@ -110,4 +131,6 @@ _READERS = {
     "float-quantized": _read_float,
     "int-quantized": _read_int,
     "pack-quantized": _read_packed,
+    "mxfp4-pack-quantized": _read_mxfp4,
+    "nvfp4-pack-quantized": _read_nvfp4,
 }

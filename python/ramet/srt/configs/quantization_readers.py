@@ -11,7 +11,7 @@ from ramet.srt.configs.gptq_config import read_awq, read_gptq
 from ramet.srt.configs.left_out_modules import checked_patterns
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
-from ramet.srt.configs.weight_format import WeightFormat, fp8_blocks, fp8_rows
+from ramet.srt.configs.weight_format import WeightFormat, fp8_blocks, fp8_rows, nvfp4
 
 CONFIG_FILE = "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -105,7 +105,8 @@ def _read_mxfp8(section: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 
 def _modelopt_formats() -> dict[str, WeightFormat]:
-    return {"FP8": fp8_rows(), "FP8_PER_CHANNEL_PER_TOKEN": fp8_rows()}
+    fp4 = nvfp4(".weight", ".weight_scale_2", divides=False)
+    return {"FP8": fp8_rows(), "FP8_PER_CHANNEL_PER_TOKEN": fp8_rows(), "NVFP4": fp4}
 
 
 def _read_modelopt(section: Mapping[str, Any], where: str) -> QuantizationConfig | None:
@@ -135,6 +136,8 @@ def _modelopt_config(keys: Section) -> QuantizationConfig | None:
     keys.expect("kv_cache_quant_algo", None, "FP8")
     expect_known_cache(keys)
     ignored = dict.fromkeys(keys.names("exclude_modules") + keys.names("ignore"))
+    if algorithm == "NVFP4":
+        keys.expect("group_size", 16, default=16)
     keys.finish()
     if algorithm is None:
         return None
@@ -153,4 +156,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], QuantizationConfig | None
     "gptq": read_gptq,
     "modelopt": _read_modelopt,
     "modelopt_fp8": _read_modelopt,
+    "modelopt_fp4": _read_modelopt,
 }

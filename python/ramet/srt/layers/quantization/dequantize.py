@@ -12,6 +12,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at a time: 1 MB and 64 MB 
 ROW_MULTIPLE = 8  # words of rows hold so many at most
 # AutoAWQ packs the rows 0, 2, 4, 6, 1, 3, 5, 7 of a word from its lowest bits on; so row i is at this place.
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # and the same below zero
 ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
 
 
@@ -37,12 +38,14 @@ class _Rows:
     def dequantize(self) -> torch.Tensor:
         """float32 [num_rows, num_columns]."""
         numbers = self._numbers()
-        scales = self._read("scales", self._format.scales).float()
-        return numbers.mul_(self._spread("scales", scales))
+        return numbers.mul_(self._spread("scales", self._scales()))
 
     def _numbers(self) -> torch.Tensor:
         """What the bits of values say, less zeros."""
         grid = self._format.values
+        if self._format.numbers == "e2m1":
+            table = torch.tensor(E2M1 + [-number for number in E2M1], device=self._weight.device)
+            return table[self._read("values", grid).int()]
         numbers = self._read("values", grid).float()
         if self._format.numbers == "uint":
             if self._format.zeros is None:
@@ -50,6 +53,14 @@ class _Rows:
             else:
                 numbers -= self._spread("zeros", self._read("zeros", self._format.zeros).float())
         return numbers
+
+    def _scales(self) -> torch.Tensor:
+        scales = self._read("scales", self._format.scales)
+        scales = powers_of_two(scales) if self._format.scale_numbers == "exponent" else scales.float()
+        if self._format.outer_scales is None:
+            return scales
+        outer = self._read("outer_scales", self._format.outer_scales)
+        return scales / outer if self._format.divides else scales * outer
 
     def _read(self, name: str, grid: Grid) -> torch.Tensor:
         """A grid's numbers for these rows, unpacked: [num_rows, columns of the grid, unpacked]."""
@@ -84,3 +95,14 @@ class _Rows:
         if self._format.column_groups is None:
             return numbers[:, index.columns_of(self._weight.layout.num_columns, numbers.device)]
         return numbers.gather(1, self._read("column_groups", self._format.column_groups).long())
+
+
+def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """2 ** (e - 127) of bytes e, which are float8_e8m0fnu's, in float32; NaN for 255.
+
+    Older versions of torch lack that type. A float32 has the same exponent, in its bits 23 to 30.
+    """
+    bits = exponents.to(torch.int32) << 23
+    bits[exponents == 0] = 1 << 22  # 2 ** -127 is a subnormal number
+    bits[exponents == 255] = 0x7FC00000
+    return bits.view(torch.float32)

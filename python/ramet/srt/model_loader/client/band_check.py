@@ -58,7 +58,7 @@ class _Target(NamedTuple):
     @property
     def is_repeated(self) -> bool:
         """Whether the table has one number for all that the boxes fill: the scale of a whole matrix."""
-        is_scale = self.tensor.name.endswith(SCALE_SUFFIXES)
+        is_scale = self.tensor.name.endswith((*SCALE_SUFFIXES, "_scale_2"))
         return is_scale and self.matrix is None and math.prod(self.tensor.shape) == 1
 
     def place(self, holding: Holding) -> Holding:
