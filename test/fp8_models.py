@@ -14,6 +14,7 @@ from ramet.srt.configs.weight_format import WHOLE, fp8_rows
 from ramet.srt.layers.quantization.dequantize import dequantize
 from ramet.srt.layers.quantization.fp8 import FP8, quantize_rows
 from ramet.srt.layers.quantization.weight import GridIndex, QuantizedWeight, Weight, WeightLayout, weight_of
+from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.checkpoint.whole_model import GRID_ATTRIBUTES
@@ -27,10 +28,15 @@ _ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": Tr
 def load_model(folder: Path, parallel: ParallelConfig | None = None, quantization: str | None = None) -> Any:
     """One rank's model with its weights, as the engine loads them: checked against all of the model."""
     model = sm.build_model(folder, parallel or ParallelConfig(), quantization)
+    load_arena(folder, model).bind(model)
+    return model
+
+
+def load_arena(folder: Path, model: Any) -> WeightArena:
+    """The weights of one rank's model."""
     manifest = sm.make_manifest(model)
     whole = describe_whole_model(model.config, manifest)
-    sm.load_from_disk(folder, manifest, lambda path: CheckpointSource(path, whole)).bind(model)
-    return model
+    return sm.load_from_disk(folder, manifest, lambda path: CheckpointSource(path, whole))
 
 
 def load(folder: Path, parallel: ParallelConfig | None = None) -> dict[str, torch.nn.Parameter]:

@@ -8,6 +8,9 @@ import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.model_loader.checkpoint.digest_store import compute_table
+from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.weights.planner import ArenaSource, plan
 from safetensors.torch import load_file, save_file
 
 FAMILIES = {  # a rank's columns of down projections end within a group
@@ -76,6 +79,34 @@ def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_
         assert result.token_ids == [int(logprobs[place].argmax()) for place in places]
         expected = [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
         assert result.input_logprobs.logprobs[1:] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_A_KIND)
+def test_clones_of_another_topology_hold_the_same_bytes_and_are_compared_with_the_digest(
+    folders, tmp_path, monkeypatch, kind
+):
+    """From tp 2 to tp 1, from tp 1 to ep 2, from ep 2 to tp 2; a changed byte of any grid is noticed."""
+    monkeypatch.setenv("RAMET_DIGEST_DIR", str(tmp_path / "digests"))
+    folder, _ = pm.write(folders["qwen3_moe"], tmp_path / "packed", KINDS[kind])
+    table = compute_table(str(folder))
+    arenas = {
+        sizes: [fp8.load_arena(folder, sm.build_model(folder, parallel)) for parallel in sm.all_ranks(*sizes)]
+        for sizes in ((1, 1), (2, 1), (2, 2))
+    }
+    for seed, client in (((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1))):
+        sources = [ArenaSource(f"rank {rank}", arena.manifest) for rank, arena in enumerate(arenas[seed])]
+        for expected in arenas[client]:
+            memory = bytearray(expected.manifest.arena_nbytes)
+            ops = plan(expected.manifest, sources).ops
+            sm.execute(ops, [arena.memory for arena in arenas[seed]], memoryview(memory))
+            assert memory == expected.memory[: len(memory)]
+    for arena in arenas[2, 1]:
+        check = check_bands(arena, table)
+        assert (check.wrong, check.unchecked) == (set(), {})
+    arena, entries = arenas[2, 1][1], [e for e in arenas[2, 1][1].manifest.entries if "layers.0" in e.name]
+    for entry in entries:
+        arena.memory[entry.offset + entry.nbytes - 1] ^= 1
+    assert check_bands(arena, table).wrong == {entry.name for entry in entries}
 
 
 def is_plain(name):
