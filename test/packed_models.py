@@ -13,6 +13,11 @@ from typing import Any
 import random_models as rm
 import torch
 from fp8_models import change_config
+from ramet.srt.configs.quantization_readers import read_quantization
+from ramet.srt.layers.parameter import declare_weight
+from ramet.srt.layers.quantization.declare import declare_format
+from ramet.srt.layers.quantization.weight import QuantizedWeight, weight_of
+from ramet.srt.weights.manifest import WeightBox
 from safetensors.torch import load_file, save_file
 
 QUANTISED = re.compile(r"(_proj|\.w[123])\.weight$")
@@ -233,3 +238,40 @@ def nvfp4(tool: str) -> Kind:
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
     activations = weights | {"dynamic": "local"}
     return Kind(quantise, compressed_tensors("nvfp4-pack-quantized", weights, activations), "ignore")
+
+
+def make_weight(
+    kind: Kind, matrices: list[torch.Tensor], columns: tuple[int, int] | None = None
+) -> tuple[QuantizedWeight, torch.Tensor]:
+    """A stack of matrices as a layer holds it, and what it stands for, [num_matrices, rows, columns], in float32.
+
+    Args:
+        columns: those that the rank has; all of them if None.
+    """
+    hf_config = {"quantization_config": kind.section} if kind.file is None else {}
+    file = None if kind.file is None else {"quantization": kind.file}
+    config = read_quantization(hf_config, file, "/models/m", None)
+    assert config is not None
+    num_rows, num_columns = matrices[0].shape
+    start, stop = columns or (0, num_columns)
+    boxes, tensors, plain = [], {}, []
+    for place, matrix in enumerate(matrices):
+        target = ((place, place + 1), (0, num_rows), (0, stop - start))
+        boxes.append(WeightBox(f"{place}.weight", ((0, num_rows), (start, stop)), target))
+        parts, whole = kind.quantise(matrix)
+        tensors |= {f"{place}{end}": part for end, part in parts.items()}
+        plain.append(whole[:, start:stop])
+    layer = torch.nn.Module()
+    shape = (len(matrices), num_rows, stop - start)
+    layer.weight = declare_weight(shape, torch.float32, boxes, all_columns=num_columns)
+    declare_format(layer, "weight", config.format, "cpu")
+    for name, parameter in list(layer.named_parameters()):
+        filled = torch.empty(parameter.shape, dtype=parameter.dtype)
+        for box in parameter.boxes:
+            target = filled[tuple(slice(*extent) for extent in box.target)]
+            source = tensors[box.checkpoint_name]
+            if source.numel() > 1:  # else one number for all rows
+                source = source[tuple(slice(*extent) for extent in box.source)].reshape(target.shape)
+            target.copy_(source.reshape(()) if source.numel() == 1 else source)
+        setattr(layer, name, torch.nn.Parameter(filled, requires_grad=False))
+    return weight_of(layer, "weight"), torch.stack(plain)

@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ramet.srt.configs.weight_format import WHOLE
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
@@ -12,7 +13,7 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 def can_group(dtype: torch.dtype, weight: Weight) -> bool:
     """Whether `grouped_linear` takes such a `weight` with rows of `dtype`: there is no such product on a CPU."""
     if isinstance(weight, QuantizedWeight):
-        return use_kernels(weight.values) and weight.format.numbers == "e4m3"
+        return use_kernels(weight.values) and (weight.format.numbers == "e4m3" or fits_packed_kernel(weight))
     return use_kernels(weight) or _torch_takes(dtype, weight)
 
 
@@ -27,6 +28,8 @@ def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
+    if isinstance(weight, QuantizedWeight) and weight.format.numbers != "e4m3":
+        return packed_linear(x, weight, ends)
     from ramet.srt.layers.kernels import grouped_linear as kernel
 
     if isinstance(weight, QuantizedWeight):
@@ -38,6 +41,23 @@ def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch
     if _torch_takes(x.dtype, values):
         return multiply_by_torch(x, values, ends, scales)
     return kernel.grouped_linear(x, values, ends, scales)
+
+
+def fits_packed_kernel(weight: QuantizedWeight) -> bool:
+    """Whether the kernel for words of numbers takes a matrix or stack: the columns of a word must share a scale."""
+    index, num = weight.layout.indices["scales"], 32 // weight.format.bits
+    if weight.format.column_groups is not None or weight.layout.num_columns % num or index.first_column % num:
+        return False
+    return index.columns == WHOLE or index.columns % num == 0
+
+
+def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor | None) -> torch.Tensor:
+    """x W^T by that kernel; see `grouped_linear`. Without `ends`, all rows are in one group."""
+    from ramet.srt.layers.kernels.packed_linear import packed_linear
+
+    layout = weight.layout
+    first_column = layout.indices["scales"].first_column
+    return packed_linear(x, weight.tensors, weight.format, ends, layout.num_rows, first_column)
 
 
 def multiply_by_torch(

@@ -13,7 +13,19 @@ FEW_ROWS = 16  # of a group, on average
 
 
 @triton.jit
-def _e4m3_to_float(raw, DTYPE: tl.constexpr):
+def find_tile(ends_ptr, num_groups, BLOCK_GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The group of a program's tile of rows, num_groups if there is none, and the tile's number in it."""
+    tile = tl.program_id(0)
+    groups = tl.arange(0, BLOCK_GROUPS)
+    ends = tl.load(ends_ptr + groups, mask=groups < num_groups, other=0)
+    starts = tl.load(ends_ptr + groups - 1, mask=(groups > 0) & (groups < num_groups), other=0)
+    tile_ends = tl.cumsum((ends - starts + BLOCK_ROWS - 1) // BLOCK_ROWS, axis=0)
+    group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    return group, tile - tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)
+
+
+@triton.jit
+def e4m3_to_float(raw, DTYPE: tl.constexpr):
     """The values of fp8 bytes: their exponent and mantissa in a float16's places, and the bias between the two.
 
     So it needs no conversion that older GPUs don't have. NaN becomes 480; a quantised weight is never NaN.
@@ -51,15 +63,9 @@ def _grouped_linear_kernel(
     SCALES is "" for a weight that is not fp8, "rows" or "blocks". Those of rows multiply the sums; those of blocks the
     weights, which are rounded to the type of x then, as they are where they are dequantised.
     """
-    tile = tl.program_id(0)
-    groups = tl.arange(0, BLOCK_GROUPS)
-    ends = tl.load(ends_ptr + groups, mask=groups < num_groups, other=0)
-    starts = tl.load(ends_ptr + groups - 1, mask=(groups > 0) & (groups < num_groups), other=0)
-    tile_ends = tl.cumsum((ends - starts + BLOCK_ROWS - 1) // BLOCK_ROWS, axis=0)
-    group = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    group, tile = find_tile(ends_ptr, num_groups, BLOCK_GROUPS, BLOCK_ROWS)
     if group >= num_groups:
         return
-    tile -= tl.max(tl.where(tile_ends <= tile, tile_ends, 0), axis=0)  # from the group's first on
     start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
     rows = start + tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < tl.load(ends_ptr + group)
@@ -82,12 +88,12 @@ def _grouped_linear_kernel(
         x = tl.load(x_ptrs + first, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
         weight = tl.load(weight_ptrs + first, mask=output_mask[None, :] & column_mask[:, None], other=0)
         if SCALES == "rows":
-            weight = _e4m3_to_float(weight, x.dtype)
+            weight = e4m3_to_float(weight, x.dtype)
         if SCALES == "blocks":
             grid_columns = (first_column + first + columns) // block_columns
             mask = output_mask[None, :] & column_mask[:, None]
             scales = tl.load(grid_ptrs + grid_columns[:, None], mask=mask, other=0.0)
-            weight = (_e4m3_to_float(weight, tl.float32) * scales).to(x.dtype)
+            weight = (e4m3_to_float(weight, tl.float32) * scales).to(x.dtype)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
     if SCALES == "rows":
         acc *= tl.load(scales_ptr + weight_rows, mask=output_mask, other=0.0)[None, :]
@@ -117,8 +123,7 @@ def grouped_linear(
     if num_rows == 0:
         return out
     block_rows, block_outputs, block_columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
-    # The most there can be: a group fills whole tiles but for its last one, and at most num_rows groups have any row.
-    num_tiles = (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
+    num_tiles = max_tiles(num_rows, num_groups, block_rows)
     row_blocks, block_width, first_column = blocks or (None, 1, 0)
     grid = (1, 1) if scales is None else (scales.shape[1], scales.shape[2])
     _grouped_linear_kernel[(num_tiles, triton.cdiv(output_size, block_outputs))](
@@ -145,6 +150,11 @@ def grouped_linear(
         num_stages=num_stages,
     )
     return out
+
+
+def max_tiles(num_rows: int, num_groups: int, block_rows: int) -> int:
+    """The most there can be: a group fills whole tiles but for its last, and at most num_rows groups have any row."""
+    return (num_rows + min(num_rows, num_groups) * (block_rows - 1)) // block_rows
 
 
 def _tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> tuple[int, int, int, int, int]:

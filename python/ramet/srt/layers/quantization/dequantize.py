@@ -10,9 +10,6 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at a time: 1 MB and 64 MB in float32
 ROW_MULTIPLE = 8  # words of rows hold so many at most
-# AutoAWQ packs the rows 0, 2, 4, 6, 1, 3, 5, 7 of a word from its lowest bits on; so row i is at this place.
-AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # and the same below zero
 ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
 
 
@@ -44,8 +41,7 @@ class _Rows:
         """What the bits of values say, less zeros."""
         grid = self._format.values
         if self._format.numbers == "e2m1":
-            table = torch.tensor(E2M1 + [-number for number in E2M1], device=self._weight.device)
-            return table[self._read("values", grid).int()]
+            return _e2m1(self._read("values", grid))
         numbers = self._read("values", grid).float()
         if self._format.numbers == "uint":
             if self._format.zeros is None:
@@ -84,7 +80,8 @@ class _Rows:
         if bits == 4:
             numbers = torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
         if self._format.has_awq_order:
-            numbers = numbers.unflatten(1, (-1, len(AWQ_PLACES)))[..., AWQ_PLACES].flatten(1)
+            # From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5, 7.
+            numbers = numbers.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
         return numbers
 
     def _spread(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
@@ -95,6 +92,15 @@ class _Rows:
         if self._format.column_groups is None:
             return numbers[:, index.columns_of(self._weight.layout.num_columns, numbers.device)]
         return numbers.gather(1, self._read("column_groups", self._format.column_groups).long())
+
+
+def _e2m1(bits: torch.Tensor) -> torch.Tensor:
+    """What four bits say, in float32: their exponent and mantissa in a float16's places, and the bias between the two.
+
+    Nothing comes from the host, so that a CUDA graph can hold it.
+    """
+    bits = bits.short()
+    return ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16).float() * 16384.0
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
