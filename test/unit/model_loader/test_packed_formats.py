@@ -8,6 +8,9 @@ import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.weight_format import mxfp4
+from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.weight import GridIndex, QuantizedWeight, WeightLayout
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.weights.planner import ArenaSource, plan
@@ -192,3 +195,17 @@ def test_dummy_weights_answer(folders, tmp_path, kind):
     engine = EngineHarness(rm.without_weights(folder, tmp_path / "config"), device="cpu", load_format="dummy")
     result = engine.generate(rm.random_prompts([5]), max_new_tokens=2, return_logprob=True)[0]
     assert len(result.token_ids) == 2 and torch.tensor(result.output_logprobs).isfinite().all()
+
+
+def test_every_mxfp4_byte_is_what_transformers_says():
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (1, 64, 8, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(90, 160, (1, 64, 8), dtype=torch.uint8, generator=generator)
+    assert len(blocks.unique()) == 256
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)[0].T
+    index = {"values": GridIndex(None, 2, 0), "scales": GridIndex(None, 32, 0)}
+    tensors = {"values": blocks[0].flatten(1), "scales": scales[0]}
+    weight = QuantizedWeight(WeightLayout(mxfp4(), 64, 256, index), tensors)
+    assert torch.equal(dequantize(weight, torch.float32), expected)

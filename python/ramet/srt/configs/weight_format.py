@@ -138,11 +138,11 @@ def awq(columns: int) -> WeightFormat:
     )  # fmt: skip
 
 
-def mxfp4(values: str = ".weight_packed", scales: str = ".weight_scale") -> WeightFormat:
-    """OCP's: 32 columns share a power of two."""
+def mxfp4() -> WeightFormat:
+    """OCP's, as compressed-tensors stores it: 32 columns share a power of two."""
     return WeightFormat(
-        name="mxfp4", numbers="e2m1", values=_fp4(values), bits=4, scale_numbers="exponent",
-        scales=Grid(suffix=scales, attribute="_scale", dtype="uint8", columns=32),
+        name="mxfp4", numbers="e2m1", values=_fp4(".weight_packed"), bits=4, scale_numbers="exponent",
+        scales=Grid(suffix=".weight_scale", attribute="_scale", dtype="uint8", columns=32),
     )  # fmt: skip
 
 
