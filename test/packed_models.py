@@ -74,14 +74,13 @@ def pack(numbers: torch.Tensor, bits: int, order: tuple[int, ...] = tuple(range(
     return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
 
 
-def in_order(num_columns: int, group: int | None) -> torch.Tensor:
-    """The group of each column; None: one for all of them."""
-    return torch.arange(num_columns) // (group or num_columns)
-
-
-def in_any_order(num_columns: int, group: int | None) -> torch.Tensor:
-    """Groups whose columns are anywhere."""
-    return in_order(num_columns, group)[torch.randperm(num_columns, generator=torch.Generator().manual_seed(7))]
+def groups_of(matrix: torch.Tensor, group: int | None, *, in_any_order: bool = False) -> torch.Tensor:
+    """The group of each column, None: one for all of them; each matrix has an order of its own, if any."""
+    groups = torch.arange(matrix.shape[1]) // (group or matrix.shape[1])
+    if not in_any_order:
+        return groups
+    generator = torch.Generator().manual_seed(int(matrix[0, 0].abs() * 1e6))
+    return groups[torch.randperm(len(groups), generator=generator)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def ct_packed(
     """compressed-tensors' pack-quantized, with bfloat16 scales."""
 
     def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        groups = (in_any_order if actorder == "group" else in_order)(matrix.shape[1], group)
+        groups = groups_of(matrix, group, in_any_order=actorder == "group")
         made = to_integers(matrix, bits, groups, has_zeros=has_zeros, dtype=torch.bfloat16)
         parts = {".weight_packed": pack(made.numbers, bits), ".weight_scale": made.scales,
                  ".weight_shape": torch.tensor(matrix.shape)}  # fmt: skip
@@ -161,7 +160,7 @@ def gptq(bits: int = 4, *, group: int | None = GROUP, desc_act: bool = False, ve
     """GPTQ's tools' format: the first version stores zeros less one."""
 
     def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        groups = (in_any_order if desc_act else in_order)(matrix.shape[1], group)
+        groups = groups_of(matrix, group, in_any_order=desc_act)
         made = to_integers(matrix, bits, groups, has_zeros=True)
         zeros = made.zeros - 1 if version == "gptq" else made.zeros
         parts = {".qweight": pack(made.numbers, bits).T, ".qzeros": pack(zeros.T, bits), ".scales": made.scales.T,
@@ -177,7 +176,7 @@ def awq(group: int | None = GROUP) -> Kind:
     """AutoAWQ's gemm format."""
 
     def quantise(matrix: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-        made = to_integers(matrix, 4, in_order(matrix.shape[1], group), has_zeros=True)
+        made = to_integers(matrix, 4, groups_of(matrix, group), has_zeros=True)
         parts = {".qweight": pack(made.numbers.T, 4, AWQ_ORDER), ".qzeros": pack(made.zeros.T, 4, AWQ_ORDER),
                  ".scales": made.scales.T}  # fmt: skip
         return parts, made.plain
@@ -245,6 +244,8 @@ def make_weight(
 ) -> tuple[QuantizedWeight, torch.Tensor]:
     """A stack of matrices as a layer holds it, and what it stands for, [num_matrices, rows, columns], in float32.
 
+    The halves of each are matrices of their own in the checkpoint, as gate and up are.
+
     Args:
         columns: those that the rank has; all of them if None.
     """
@@ -256,11 +257,15 @@ def make_weight(
     start, stop = columns or (0, num_columns)
     boxes, tensors, plain = [], {}, []
     for place, matrix in enumerate(matrices):
-        target = ((place, place + 1), (0, num_rows), (0, stop - start))
-        boxes.append(WeightBox(f"{place}.weight", ((0, num_rows), (start, stop)), target))
-        parts, whole = kind.quantise(matrix)
-        tensors |= {f"{place}{end}": part for end, part in parts.items()}
-        plain.append(whole[:, start:stop])
+        halves = []
+        for half, part in enumerate(matrix.chunk(2)):
+            name, rows = f"{place}.{half}", (half * len(part), (half + 1) * len(part))
+            target = ((place, place + 1), rows, (0, stop - start))
+            boxes.append(WeightBox(f"{name}.weight", ((0, len(part)), (start, stop)), target))
+            parts, whole = kind.quantise(part)
+            tensors |= {name + end: tensor for end, tensor in parts.items()}
+            halves.append(whole[:, start:stop])
+        plain.append(torch.cat(halves))
     layer = torch.nn.Module()
     shape = (len(matrices), num_rows, stop - start)
     layer.weight = declare_weight(shape, torch.float32, boxes, all_columns=num_columns)

@@ -266,6 +266,7 @@ NAME = "model.layers.1.mlp.gate_proj"
         ("model.layers.1", True, False, True),
         ("model.layers.1.mlp.gate", False, False, False),
         ("gate_proj", True, False, False),
+        ("gate", False, False, False),
         ("model.layers.11", False, False, False),
         (r"model.layers.\d+.mlp.gate_proj", True, False, False),
         ("model.layers.1.*", True, False, True),
@@ -280,6 +281,8 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
     if by_fp8 is not None:  # else it is no regular expression
         assert read(FP8 | {"modules_to_not_convert": [pattern]}).is_ignored(NAME) == by_fp8
     assert read(ct_with(ignore=[pattern])).is_ignored(NAME) == by_ct
+    by_awq = read(AWQ | {"modules_to_not_convert": [pattern]}).is_ignored(NAME) if by_fp8 is not None else True
+    assert by_awq == (by_fp8 is not False)
     file = {"quantization": {"quant_algo": "FP8", "exclude_modules": [pattern]}}
     assert read(None, file).is_ignored(NAME) == by_modelopt
 
@@ -289,3 +292,13 @@ def test_modules_that_gptqs_tools_leave_out():
     assert left_out.is_ignored(NAME) and not left_out.is_ignored("model.layers.1.mlp.up_proj")
     listed = read(GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.gate_proj"]]})
     assert not listed.is_ignored(NAME) and listed.is_ignored("model.layers.1.mlp.up_proj")
+
+
+def test_awqs_lists_may_name_modules_in_the_middle():
+    config = read(AWQ | {"modules_to_not_convert": ["mlp", "visual"]})
+    assert config.is_ignored(NAME) and config.is_ignored("mlp.x") and not config.is_ignored("model.layers.1.mlps.x")
+
+
+def test_weights_alone_may_be_nvfp4():
+    config = read(None, {"quantization": {"quant_algo": "W4A16_NVFP4", "group_size": 16}})
+    assert config.format == read(None, MODELOPT_FP4).format

@@ -19,6 +19,8 @@ KINDS = {
     "int8": pm.ct_int8(),
     "gptq": pm.gptq(),
     "gptq of 8 bits": pm.gptq(8),
+    "gptq in any order": pm.gptq(desc_act=True),
+    "int4 in any order": pm.ct_packed(has_zeros=True, actorder="group"),
     "awq": pm.awq(),
     "mxfp4": pm.mxfp4(),
     "nvfp4 of modelopt": pm.nvfp4("modelopt"),
@@ -70,14 +72,14 @@ def test_half_precision(device, kind, dtype, sizes):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", ["int4 with zeros", "gptq", "awq", "mxfp4", "nvfp4 of modelopt"])
+@pytest.mark.parametrize("kind", ["int4 with zeros", "gptq", "gptq in any order", "awq", "mxfp4", "nvfp4 of modelopt"])
 def test_a_rank_that_begins_within_a_group(device, kind, num_rows):
     weight, plain = make_weight(KINDS[kind], [matrix(0)], columns=(56, 112))
     check(device, weight, plain, [num_rows], torch.float32)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("kind", ["int8", "awq", "nvfp4 of modelopt"])
+@pytest.mark.parametrize("kind", ["int8", "gptq in any order", "nvfp4 of modelopt"])
 def test_layers_take_the_kernel_on_a_gpu(device, monkeypatch, kind, num_rows):
     """Linear ones and experts; a weight that it does not fit is dequantised."""
     monkeypatch.setattr(gl, "use_kernels", lambda x: True)
@@ -96,8 +98,6 @@ def test_layers_take_the_kernel_on_a_gpu(device, monkeypatch, kind, num_rows):
 
 
 def test_what_the_kernel_does_not_take():
-    weight, _ = make_weight(pm.gptq(desc_act=True), [matrix(0)])
-    assert not fits_packed_kernel(weight)
     weight, _ = make_weight(pm.mxfp4(), [matrix(0)], columns=(36, 112))
     assert not fits_packed_kernel(weight)
     weight, _ = make_weight(pm.awq(20), [matrix(0)])

@@ -1,5 +1,6 @@
 """Owns which modules a config leaves as they are: the patterns of each method, and what they match."""
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
@@ -47,6 +48,13 @@ def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
     )
 
 
+def _modules_of_awq(ignored: tuple[str, ...]) -> Modules:
+    """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here."""
+    by_rule = _modules_of_transformers(ignored)
+    parts = tuple(re.compile(rf"(?:.*\.)?{re.escape(name)}(?:\.|$)") for name in ignored)
+    return dataclasses.replace(by_rule, patterns=by_rule.patterns + parts)
+
+
 def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
     """Whole names, the class of all these layers, or regular expressions for the beginning of names."""
     patterns = [pattern.removeprefix("re:") for pattern in ignored if pattern.startswith("re:")]
@@ -68,7 +76,7 @@ MODULES: dict[str, Callable[[tuple[str, ...]], Modules]] = {
     "fbgemm_fp8": _modules_of_transformers,
     "mxfp8": _modules_of_transformers,
     "compressed-tensors": _modules_of_compressed_tensors,
-    "awq": _modules_of_transformers,
+    "awq": _modules_of_awq,
     "gptq": lambda ignored: Modules(patterns=tuple(map(re.compile, ignored))),
     "modelopt": _modules_of_modelopt,
 }

@@ -106,7 +106,8 @@ def _read_mxfp8(section: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 def _modelopt_formats() -> dict[str, WeightFormat]:
     fp4 = nvfp4(".weight", ".weight_scale_2", divides=False)
-    return {"FP8": fp8_rows(), "FP8_PER_CHANNEL_PER_TOKEN": fp8_rows(), "NVFP4": fp4}
+    fp8 = fp8_rows()
+    return {"FP8": fp8, "FP8_PER_CHANNEL_PER_TOKEN": fp8, "NVFP4": fp4, "W4A16_NVFP4": fp4}
 
 
 def _read_modelopt(section: Mapping[str, Any], where: str) -> QuantizationConfig | None:
@@ -136,7 +137,7 @@ def _modelopt_config(keys: Section) -> QuantizationConfig | None:
     keys.expect("kv_cache_quant_algo", None, "FP8")
     expect_known_cache(keys)
     ignored = dict.fromkeys(keys.names("exclude_modules") + keys.names("ignore"))
-    if algorithm == "NVFP4":
+    if algorithm is not None and formats[algorithm].name == "nvfp4":
         keys.expect("group_size", 16, default=16)
     keys.finish()
     if algorithm is None:

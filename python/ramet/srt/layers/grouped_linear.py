@@ -44,11 +44,16 @@ def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch
 
 
 def fits_packed_kernel(weight: QuantizedWeight) -> bool:
-    """Whether the kernel for words of numbers takes a matrix or stack: the columns of a word must share a scale."""
+    """Whether the kernel for words of numbers takes a matrix or stack.
+
+    The columns of a word must share a scale, or say each which one they have.
+    """
     index, num = weight.layout.indices["scales"], 32 // weight.format.bits
-    if weight.format.column_groups is not None or weight.layout.num_columns % num or index.first_column % num:
+    if weight.layout.num_columns % num:
         return False
-    return index.columns == WHOLE or index.columns % num == 0
+    if weight.format.column_groups is not None or index.columns == WHOLE:
+        return True
+    return index.columns % num == index.first_column % num == 0
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor | None) -> torch.Tensor:
@@ -57,7 +62,8 @@ def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor |
 
     layout = weight.layout
     first_column = layout.indices["scales"].first_column
-    return packed_linear(x, weight.tensors, weight.format, ends, layout.num_rows, first_column)
+    parts = None if weight.format.column_groups is None else layout.indices["column_groups"].rows
+    return packed_linear(x, weight.tensors, weight.format, ends, layout.num_rows, first_column, parts)
 
 
 def multiply_by_torch(

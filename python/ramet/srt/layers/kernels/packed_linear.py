@@ -21,6 +21,7 @@ INTERPRETED_TILE = (16, 32, 32, 4, 1)
 FEW_ROWS_TILE = (16, 64, 128, 4, 4)
 MANY_ROWS_TILE = (64, 128, 64, 4, 3)
 FLOAT32_TILE = (16, 32, 64, 4, 2)
+COLUMN_GROUPS_STAGES = 2  # where each column says its group: a stage holds a scale for each number
 ONE_ROW_TILE = (8, 512, 4)  # (outputs, columns, warps)
 INTERPRETED_ROW_TILE = (8, 64, 4)
 ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
@@ -41,6 +42,8 @@ def _weights(
     scales_ptr,
     outer_ptr,
     zeros_ptr,
+    parts_ptr,
+    column_groups_ptr,
     first_row,
     first,
     num_rows,
@@ -60,6 +63,7 @@ def _weights(
     SCALES: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    HAS_COLUMN_GROUPS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -88,8 +92,15 @@ def _weights(
         words = tl.load(word_ptrs + (word_columns // NUM)[None, :] * value_column_stride, mask=mask, other=0)
         bits = words[:, :, None] >> (numbers_in_word * BITS)[None, None, :]
     bits = bits & ((1 << BITS) - 1)
-    groups = (first_column + word_columns) // group_columns
-    scale_ptrs = scales_ptr + rows.to(tl.int64)[:, None] * scale_row_stride + groups[None, :] * scale_column_stride
+    mask = mask[:, :, None]
+    if HAS_COLUMN_GROUPS:
+        parts = tl.load(parts_ptr + rows, mask=rows < num_rows, other=0).to(tl.int64)
+        columns_of_words = word_columns[None, :, None] + numbers_in_word[None, None, :]
+        group_ptrs = column_groups_ptr + (parts * num_columns)[:, None, None] + columns_of_words
+        groups = tl.load(group_ptrs, mask=mask, other=0)
+    else:
+        groups = ((first_column + word_columns) // group_columns)[None, :, None]
+    scale_ptrs = scales_ptr + (rows.to(tl.int64) * scale_row_stride)[:, None, None] + groups * scale_column_stride
     scales = tl.load(scale_ptrs, mask=mask, other=0)
     if SCALES == "exponent":
         exponents = scales.to(tl.int32)
@@ -97,7 +108,7 @@ def _weights(
     elif SCALES == "e4m3":
         scales = e4m3_to_float(scales, tl.float32)
     if OUTER != "":
-        outer = tl.load(outer_ptr + rows, mask=rows < num_rows, other=1.0)[:, None]
+        outer = tl.load(outer_ptr + rows, mask=rows < num_rows, other=1.0)[:, None, None]
         scales = scales * outer if OUTER == "times" else scales / outer
     if NUMBERS == "e2m1":
         # Exponent and mantissa in a float16's places, and the bias between the two.
@@ -106,13 +117,13 @@ def _weights(
     elif NUMBERS == "int":
         numbers = ((bits ^ (1 << (BITS - 1))) - (1 << (BITS - 1))).to(tl.float32)
     elif HAS_ZEROS:
-        zero_ptrs = zeros_ptr + (rows // NUM).to(tl.int64)[:, None] * zero_row_stride
-        zeros = tl.load(zero_ptrs + groups[None, :] * zero_column_stride, mask=mask, other=0) + ZERO_ONES
-        zeros = (zeros >> (_place(rows % NUM, AWQ) * BITS)[:, None]) & ((1 << BITS) - 1)
-        numbers = (bits - zeros[:, :, None]).to(tl.float32)
+        zero_ptrs = zeros_ptr + ((rows // NUM).to(tl.int64) * zero_row_stride)[:, None, None]
+        zeros = tl.load(zero_ptrs + groups * zero_column_stride, mask=mask, other=0) + ZERO_ONES
+        zeros = (zeros >> (_place(rows % NUM, AWQ) * BITS)[:, None, None]) & ((1 << BITS) - 1)
+        numbers = (bits - zeros).to(tl.float32)
     else:
         numbers = (bits - (1 << (BITS - 1))).to(tl.float32)
-    return numbers * scales[:, :, None]
+    return numbers * scales
 
 
 @triton.jit
@@ -124,6 +135,8 @@ def _grouped_kernel(
     scales_ptr,
     outer_ptr,
     zeros_ptr,
+    parts_ptr,
+    column_groups_ptr,
     num_x_rows,
     num_groups,
     num_rows,
@@ -139,6 +152,7 @@ def _grouped_kernel(
     zero_stride,
     zero_row_stride,
     zero_column_stride,
+    column_group_stride,
     NUMBERS: tl.constexpr,
     BITS: tl.constexpr,
     PACKS_ROWS: tl.constexpr,
@@ -146,6 +160,7 @@ def _grouped_kernel(
     SCALES: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    HAS_COLUMN_GROUPS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -177,6 +192,8 @@ def _grouped_kernel(
             scales_ptr + group * scale_stride,
             outer_ptr + group * num_rows,
             zeros_ptr + group * zero_stride,
+            parts_ptr,
+            column_groups_ptr + group * column_group_stride,
             first_row,
             first,
             num_rows,
@@ -196,6 +213,7 @@ def _grouped_kernel(
             SCALES,
             OUTER,
             HAS_ZEROS,
+            HAS_COLUMN_GROUPS,
             ZERO_ONES,
             BLOCK_OUTPUTS,
             BLOCK_COLUMNS,
@@ -215,6 +233,8 @@ def _row_kernel(
     scales_ptr,
     outer_ptr,
     zeros_ptr,
+    parts_ptr,
+    column_groups_ptr,
     num_rows,
     num_columns,
     first_column,
@@ -232,6 +252,7 @@ def _row_kernel(
     SCALES: tl.constexpr,
     OUTER: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
+    HAS_COLUMN_GROUPS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -252,6 +273,8 @@ def _row_kernel(
             scales_ptr,
             outer_ptr,
             zeros_ptr,
+            parts_ptr,
+            column_groups_ptr,
             first_row,
             first,
             num_rows,
@@ -271,6 +294,7 @@ def _row_kernel(
             SCALES,
             OUTER,
             HAS_ZEROS,
+            HAS_COLUMN_GROUPS,
             ZERO_ONES,
             BLOCK_OUTPUTS,
             BLOCK_COLUMNS,
@@ -287,6 +311,7 @@ def packed_linear(
     ends: torch.Tensor | None,
     output_size: int,
     first_column: int,
+    parts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T with the W of each row's group; see ramet.srt.layers.grouped_linear, which says what is taken.
 
@@ -295,6 +320,7 @@ def packed_linear(
         tensors: contiguous, [num_groups, ...], by the format's fields.
         ends: int32 [num_groups], where each group's rows end; None where all rows belong to the only one.
         first_column: of x, counted from the first one of its first group of columns.
+        parts: int32 [output_size], the row of the column groups for each output, if there are those.
     """
     (num_rows, num_columns), num_groups = x.shape, len(tensors["values"])
     assert x.is_contiguous() and all(tensor.is_contiguous() for tensor in tensors.values())
@@ -303,7 +329,11 @@ def packed_linear(
         return out
     values, scales = tensors["values"].view(torch.int32), tensors["scales"]
     outer, zeros = tensors.get("outer_scales", x), tensors.get("zeros", values)
-    pointers = (values, scales.view(torch.uint8) if scales.element_size() == 1 else scales, outer, zeros)
+    column_groups = tensors.get("column_groups", values)
+    pointers = (
+        values, scales.view(torch.uint8) if scales.element_size() == 1 else scales, outer, zeros,
+        values if parts is None else parts, column_groups,
+    )  # fmt: skip
     sizes = (output_size, num_columns, first_column, weight_format.scales.columns)
     strides = [
         _strides(values, weight_format.values.is_transposed),
@@ -318,6 +348,7 @@ def packed_linear(
         "SCALES": weight_format.scale_numbers,
         "OUTER": "" if weight_format.outer_scales is None else "over" if weight_format.divides else "times",
         "HAS_ZEROS": weight_format.zeros is not None,
+        "HAS_COLUMN_GROUPS": weight_format.column_groups is not None,
         "ZERO_ONES": ONES[weight_format.bits] if weight_format.zeros_less_one else 0,
     }
     if ends is None and num_rows == 1:
@@ -330,11 +361,14 @@ def packed_linear(
         )  # fmt: skip
         return out
     rows, outputs, columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
+    if parts is not None:
+        num_stages = min(num_stages, COLUMN_GROUPS_STAGES)
     _grouped_kernel[(max_tiles(num_rows, num_groups, rows), triton.cdiv(output_size, outputs))](
         x, values if ends is None else ends, out, *pointers, num_rows, num_groups, *sizes,
-        *(stride for group in strides for stride in group), **constants, HAS_GROUPS=ends is not None,
-        BLOCK_GROUPS=max(32, next_power_of_2(num_groups)), BLOCK_ROWS=rows, BLOCK_OUTPUTS=outputs,
-        BLOCK_COLUMNS=columns, PRECISION=dot_precision(x.dtype), num_warps=num_warps, num_stages=num_stages,
+        *(stride for group in strides for stride in group), column_groups.stride(0), **constants,
+        HAS_GROUPS=ends is not None, BLOCK_GROUPS=max(32, next_power_of_2(num_groups)), BLOCK_ROWS=rows,
+        BLOCK_OUTPUTS=outputs, BLOCK_COLUMNS=columns, PRECISION=dot_precision(x.dtype), num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
     return out
 
