@@ -50,8 +50,9 @@ def check(device, weight, plain, sizes, dtype):
         start = end
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 40])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "num_rows"), [(kind, num_rows) for kind in KINDS for num_rows in (1, 3)] + [("gptq", 40), ("mxfp4", 40)]
+)
 def test_linear(device, kind, num_rows):
     weight, plain = make_weight(KINDS[kind], [matrix(0)])
     check(device, weight, plain, [num_rows], torch.float32)

@@ -68,9 +68,8 @@ def test_experts_are_held_as_they_are(folders, tmp_path, kind):
     check(*pm.write(folders["qwen3_moe"], tmp_path / "packed", KINDS[kind]), ranks)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [("llama3", kind) for kind in KINDS] + [("qwen3_moe", kind) for kind in ONE_OF_A_KIND]
-)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ONE_OF_A_KIND)
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):
     folder, plain = pm.write(folders[family], tmp_path / "packed", KINDS[kind])
     prompts = rm.random_prompts([5, 40])

@@ -12,9 +12,9 @@ from ramet.srt.configs.weight_format import WHOLE, awq, gptq
 # How the numbers were found, by which kernels others multiply with them, and where the file comes from.
 IDLE_KEYS = (
     "quant_method", "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "damp_auto_increment", "damp_percent", "dataset", "exllama_config", "max_input_length", "meta", "model_seqlen",
-    "model_file_base_name", "model_name_or_path", "module_name_preceding_first_block", "mse", "pad_token_id", "sym",
-    "static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
+    "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "exllama_config", "max_input_length", "meta",
+    "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse",
+    "pad_token_id", "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
 )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 See WeightFormat for the formulas.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE, Grid
@@ -35,19 +37,19 @@ class _Rows:
     def dequantize(self) -> torch.Tensor:
         """float32 [num_rows, num_columns]."""
         numbers = self._numbers()
-        return numbers.mul_(self._spread("scales", self._scales()))
+        self._apply(torch.Tensor.mul_, numbers, "scales", self._scales())
+        return numbers
 
     def _numbers(self) -> torch.Tensor:
         """What the bits of values say, less zeros."""
-        grid = self._format.values
         if self._format.numbers == "e2m1":
-            return _e2m1(self._read("values", grid))
-        numbers = self._read("values", grid).float()
-        if self._format.numbers == "uint":
-            if self._format.zeros is None:
-                numbers -= 1 << (self._format.bits - 1)
-            else:
-                numbers -= self._spread("zeros", self._read("zeros", self._format.zeros).float())
+            return _e2m1(self._weight.values[self._start : self._stop])
+        numbers = self._read("values", self._format.values).float()
+        if self._format.zeros is not None:
+            zeros = self._read("zeros", self._format.zeros).float()
+            self._apply(torch.Tensor.sub_, numbers, "zeros", zeros)
+        elif self._format.numbers == "uint":
+            numbers -= 1 << (self._format.bits - 1)
         return numbers
 
     def _scales(self) -> torch.Tensor:
@@ -62,45 +64,63 @@ class _Rows:
         """A grid's numbers for these rows, unpacked: [num_rows, columns of the grid, unpacked]."""
         tensor, index = self._weight.tensors[name], self._weight.layout.indices[name]
         if grid.packs_rows:
-            words = slice(self._start // grid.rows, self._stop // grid.rows)
-            by_column = tensor[:, words] if grid.is_transposed else tensor[words].t()
-            return self._unpack(by_column, name).t()
+            rows = slice(self._start // grid.rows, self._stop // grid.rows)
+            words = tensor[:, rows].t() if grid.is_transposed else tensor[rows]
+            if name == "zeros" and self._format.zeros_less_one:
+                words = words + ONES[self._format.bits]
+            return _unpack_rows(words.contiguous(), self._format.bits, self._format.has_awq_order)
         rows = slice(self._start, self._stop)
         if index.rows is not None:
             return tensor[index.rows[rows]]
         by_row = tensor[:, rows].t() if grid.is_transposed else tensor[rows]
-        return self._unpack(by_row, name) if grid.is_packed else by_row
+        return _unpack_columns(by_row.contiguous(), self._format.bits) if grid.is_packed else by_row
 
-    def _unpack(self, words: torch.Tensor, name: str) -> torch.Tensor:
-        """uint8 [n, numbers] of words [n, words], the lowest bits first."""
-        bits = self._format.bits
-        if name == "zeros" and self._format.zeros_less_one:
-            words = words + ONES[bits]
-        numbers = words.contiguous().view(torch.uint8)
-        if bits == 4:
-            numbers = torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
-        if self._format.has_awq_order:
-            # From the lowest bits on, a word has the rows 0, 2, 4, 6, 1, 3, 5, 7.
-            numbers = numbers.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)
-        return numbers
-
-    def _spread(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
-        """A grid's numbers for each column of the matrix; [num_rows, 1] where a row has one for all of them."""
-        index = self._weight.layout.indices[name]
+    def _apply(self, operation: Callable[..., object], numbers: torch.Tensor, name: str, grid: torch.Tensor) -> None:
+        """Run an operation in place on [num_rows, num_columns] with what a grid has for each number."""
+        index, num_columns = self._weight.layout.indices[name], numbers.shape[1]
         if index.columns == WHOLE:
-            return numbers
-        if self._format.column_groups is None:
-            return numbers[:, index.columns_of(self._weight.layout.num_columns, numbers.device)]
-        return numbers.gather(1, self._read("column_groups", self._format.column_groups).long())
+            operation(numbers, grid)
+        elif self._format.column_groups is not None:
+            operation(numbers, grid.gather(1, self._read("column_groups", self._format.column_groups).long()))
+        elif index.first_column % index.columns == num_columns % index.columns == 0:
+            # Much faster than to copy a scale for each number.
+            operation(numbers.unflatten(1, (-1, index.columns)), grid.unsqueeze(2))
+        else:
+            operation(numbers, grid[:, index.columns_of(num_columns, numbers.device)])
 
 
-def _e2m1(bits: torch.Tensor) -> torch.Tensor:
-    """What four bits say, in float32: their exponent and mantissa in a float16's places, and the bias between the two.
+def _unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [n, numbers] of words [n, words], the lowest bits first."""
+    numbers = words.view(torch.uint8)
+    return numbers if bits == 8 else torch.stack((numbers & 15, numbers >> 4), dim=-1).flatten(1)
 
-    Nothing comes from the host, so that a CUDA graph can hold it.
+
+def _unpack_rows(words: torch.Tensor, bits: int, has_awq_order: bool) -> torch.Tensor:
+    """uint8 [numbers, n] of words [words, n], the lowest bits first: in AutoAWQ's order rows 0, 2, 4, 6, 1, 3, 5, 7."""
+    num = 32 // bits
+    numbers = torch.empty((len(words), num, words.shape[1]), dtype=torch.uint8, device=words.device)
+    for row in range(num):
+        place = row // 2 + row % 2 * 4 if has_awq_order else row
+        numbers[:, row] = words >> (place * bits) & ((1 << bits) - 1)
+    return numbers.flatten(0, 1)
+
+
+def _e2m1(pairs: torch.Tensor) -> torch.Tensor:
+    """float32 [n, 2 * m] of uint8 [n, m], each of which has a number in its lower four bits and one in its upper.
+
+    By a table, which is made on the device: nothing comes from the host, so that a CUDA graph can hold it.
     """
-    bits = bits.short()
-    return ((bits & 7) << 9 | (bits & 8) << 12).view(torch.float16).float() * 16384.0
+    bits = torch.arange(256, dtype=torch.int32, device=pairs.device)
+    twice = (_twice_e2m1(bits & 15) & 255) | (_twice_e2m1(bits >> 4) << 8)
+    twice = twice.to(torch.int16).index_select(0, pairs.flatten().int())
+    return twice.view(torch.int8).view(pairs.shape[0], -1).float().mul_(0.5)
+
+
+def _twice_e2m1(bits: torch.Tensor) -> torch.Tensor:
+    """Of 0 to 7: 0, 1, 2, 3, 4, 6, 8, 12; the same below zero from 8 on."""
+    size = bits & 7
+    twice = size + (size - 4).clamp(min=0) + 2 * (size == 7)
+    return torch.where(bits > 7, -twice, twice)
 
 
 def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
