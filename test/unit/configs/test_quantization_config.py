@@ -69,6 +69,7 @@ def ct_with(group=None, weights=None, **section):
         (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, fp8_blocks(128, 128)),
         (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, fp8_blocks(128, 64)),
         (ct_with(weights={"strategy": "group", "group_size": 32}), None, fp8_blocks(1, 32)),
+        (ct_with(weights={"strategy": "group", "group_size": 32}, format="mxfp8-quantized"), None, fp8_blocks(1, 32)),
         (ct_with(weights={"strategy": "tensor"}), None, fp8_rows()),
         (None, MODELOPT, fp8_rows()),
         (NEWER_MODELOPT, MODELOPT, fp8_rows()),

@@ -129,6 +129,7 @@ def _read_naive(weights: Section, activations: Section | None) -> WeightFormat:
 _READERS = {
     "naive-quantized": _read_naive,
     "float-quantized": _read_float,
+    "mxfp8-quantized": _read_float,
     "int-quantized": _read_int,
     "pack-quantized": _read_packed,
     "mxfp4-pack-quantized": _read_mxfp4,
