@@ -109,6 +109,8 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "z
         (ct_with({"input_activations": None}, MXFP4, format="mxfp4-pack-quantized"), mxfp4()),
         (ct_with({"input_activations": TOKENS | {"num_bits": 4}}, NVFP4, format="nvfp4-pack-quantized"),
          nvfp4(".weight_packed", ".weight_global_scale", divides=True)),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+         mxfp4("_blocks", "_scales")),
         (NEWER_MODELOPT | {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"},
          nvfp4(".weight", ".weight_scale_2", divides=False)),
     ],
@@ -165,7 +167,7 @@ def test_plain_models_are_quantised_where_that_is_wanted():
 @pytest.mark.parametrize(
     ("section", "word"),
     [(method, repr(method["quant_method"])) for method in (
-        {"quant_method": "mxfp4"}, {"quant_method": "bitsandbytes"},
+        {"quant_method": "bitsandbytes"},
         {"quant_method": "gguf"}, 
         {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
     )]

@@ -8,11 +8,15 @@ import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.quantization_readers import read_quantization
 from ramet.srt.configs.weight_format import mxfp4
+from ramet.srt.layers.parameter import declare_weight
+from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.weight import GridIndex, QuantizedWeight, WeightLayout
+from ramet.srt.layers.quantization.weight import GridIndex, QuantizedWeight, WeightLayout, weight_of
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table
 from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.weights.manifest import WeightBox, build_weight_manifest
 from ramet.srt.weights.planner import ArenaSource, plan
 from safetensors.torch import load_file, save_file
 
@@ -208,3 +212,45 @@ def test_every_mxfp4_byte_is_what_transformers_says():
     tensors = {"values": blocks[0].flatten(1), "scales": scales[0]}
     weight = QuantizedWeight(WeightLayout(mxfp4(), 64, 256, index), tensors)
     assert torch.equal(dequantize(weight, torch.float32), expected)
+
+
+def stacked_experts(rows, columns):
+    """A rank's part of four matrices of 48 rows and 128 columns that a checkpoint has in one tensor."""
+    layer = torch.nn.Module()
+    shape = (4, rows[1] - rows[0], columns[1] - columns[0])
+    box = WeightBox("mlp.experts.up_proj", ((0, 4), rows, columns), tuple((0, extent) for extent in shape))
+    layer.weight = declare_weight(shape, torch.bfloat16, [box], all_columns=128)
+    layer.quantisable_weights = ("weight",)
+    return layer
+
+
+@pytest.mark.parametrize("cut", [((0, 48), (0, 128)), ((16, 48), (0, 128)), ((0, 48), (80, 128))])
+def test_stacked_experts_in_blocks_are_what_transformers_makes_of_them(tmp_path, cut):
+    """As gpt-oss's files have them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (4, 48, 4, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(110, 140, (4, 48, 4), dtype=torch.uint8, generator=generator)
+    name = "mlp.experts.up_proj"
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, tmp_path / "model.safetensors")
+    config = read_quantization({"quantization_config": {"quant_method": "mxfp4"}}, None, "/models/m", None)
+    layer = stacked_experts(*cut)
+    declare_quantised(layer, config)
+    manifest = build_weight_manifest(
+        layer.named_parameters(), model_name="m", revision="", dtype="bfloat16", quantization="mxfp4", role="target",
+        parallel=ParallelConfig(tp_size=2),
+    )  # fmt: skip
+    sm.load_from_disk(tmp_path, manifest).bind(layer)
+    weight = weight_of(layer, "weight")
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+    for expert in range(4):
+        rows, columns = (slice(*extent) for extent in cut)
+        assert torch.equal(dequantize(weight[expert], torch.float32), expected[expert, rows, columns])
+
+
+def test_blocks_of_what_is_not_stacked_are_refused_before_memory_is_taken(folders, tmp_path):
+    folder = rm.without_weights(folders["qwen3_moe"], tmp_path / "config")
+    fp8.change_config(folder, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ValueError, match=r"mxfp4 is known for stacked experts alone, and does not leave out model"):
+        sm.build_model(folder, ParallelConfig())

@@ -74,6 +74,7 @@ MODULES: dict[str, Callable[[tuple[str, ...]], Modules]] = {
     "online": lambda _ignored: Modules(),
     "fp8": _modules_of_transformers,
     "fbgemm_fp8": _modules_of_transformers,
+    "mxfp4": _modules_of_transformers,
     "mxfp8": _modules_of_transformers,
     "compressed-tensors": _modules_of_compressed_tensors,
     "awq": _modules_of_awq,

@@ -11,7 +11,7 @@ from ramet.srt.configs.gptq_config import read_awq, read_gptq
 from ramet.srt.configs.left_out_modules import checked_patterns
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
-from ramet.srt.configs.weight_format import WeightFormat, fp8_blocks, fp8_rows, nvfp4
+from ramet.srt.configs.weight_format import BLOCKS, WeightFormat, fp8_blocks, fp8_rows, mxfp4, nvfp4
 
 CONFIG_FILE = "config.json"
 MODELOPT_FILE = "hf_quant_config.json"
@@ -91,6 +91,15 @@ def _read_fbgemm(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     return QuantizationConfig(method="fbgemm_fp8", file=where, format=fp8_rows(), ignored=ignored)
 
 
+def _read_mxfp4(section: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """gpt-oss's: stacked experts alone, of which the files hold blocks of 32 columns and their scales."""
+    keys = Section(section, where)
+    keys.ignore("quant_method", "dequantize")
+    ignored = _left_out(keys, where)
+    keys.finish()
+    return QuantizationConfig(method="mxfp4", file=where, format=mxfp4(BLOCKS, "_scales"), ignored=ignored)
+
+
 def _read_mxfp8(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     """SGLang's spelling: fp8 with a power of two for 32 columns."""
     keys = Section(section, where)
@@ -151,6 +160,7 @@ def _modelopt_config(keys: Section) -> QuantizationConfig | None:
 _READERS: dict[str, Callable[[Mapping[str, Any], str], QuantizationConfig | None]] = {
     "fp8": _read_fp8,
     "fbgemm_fp8": _read_fbgemm,
+    "mxfp4": _read_mxfp4,
     "mxfp8": _read_mxfp8,
     "compressed-tensors": read_compressed_tensors,
     "awq": read_awq,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 WHOLE = 1 << 30  # rows or columns: more than any matrix has
 FP8 = "float8_e4m3fn"
+BLOCKS = "_blocks"  # gpt-oss's name of the values of stacked experts
 FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manifests call them
 
 
@@ -16,7 +17,7 @@ FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manif
 class Grid:
     """One tensor of a quantised matrix."""
 
-    suffix: str  # of its name in checkpoints, in place of ".weight"
+    suffix: str  # of its name in checkpoints, in place of ".weight", which stacked experts have not
     attribute: str  # of its name in a layer, after the matrix' own
     dtype: str  # as a rank holds it
     rows: int = 1  # of the matrix that an element covers
@@ -138,11 +139,11 @@ def awq(columns: int) -> WeightFormat:
     )  # fmt: skip
 
 
-def mxfp4() -> WeightFormat:
-    """OCP's, as compressed-tensors stores it: 32 columns share a power of two."""
+def mxfp4(values: str = ".weight_packed", scales: str = ".weight_scale") -> WeightFormat:
+    """OCP's: 32 columns share a power of two. By default as compressed-tensors stores it."""
     return WeightFormat(
-        name="mxfp4", numbers="e2m1", values=_fp4(".weight_packed"), bits=4, scale_numbers="exponent",
-        scales=Grid(suffix=".weight_scale", attribute="_scale", dtype="uint8", columns=32),
+        name="mxfp4", numbers="e2m1", values=_fp4(values), bits=4, scale_numbers="exponent",
+        scales=Grid(suffix=scales, attribute="_scale", dtype="uint8", columns=32),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ramet.srt.configs.quantization_config import WEIGHT_SUFFIX, QuantizationConfig
-from ramet.srt.configs.weight_format import Grid, WeightFormat
+from ramet.srt.configs.weight_format import BLOCKS, Grid, WeightFormat
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.layers.quantization.weight import GridIndex, WeightLayout, layout_attribute
 from ramet.srt.weights.boxes import Region
@@ -24,12 +24,18 @@ def declare_quantised(model: nn.Module, config: QuantizationConfig, device: torc
         device: where the weights will be; what tells a number's place in a rank's matrix is made there.
 
     Raises:
-        ValueError: if only some of the checkpoint matrices that one weight is made of are quantised, or a rank's part
-            begins or ends within a word of packed numbers.
+        ValueError: if only some of the checkpoint matrices that one weight is made of are quantised, if the format does
+            not know them, or if a rank's part begins or ends within a word of packed numbers.
     """
     for path, module in model.named_modules():
         for name in getattr(module, "quantisable_weights", ()):
-            if _is_quantised(getattr(module, name).boxes, config, f"{path}.{name}"):
+            boxes = getattr(module, name).boxes
+            if _is_quantised(boxes, config, f"{path}.{name}"):
+                if config.format.values.suffix == BLOCKS and boxes[0].checkpoint_name.endswith(WEIGHT_SUFFIX):
+                    raise ValueError(
+                        f"{config.file}: {config.method} is known for stacked experts alone, and does not leave out "
+                        f"{boxes[0].checkpoint_name}, which is none"
+                    )
                 declare_format(module, name, config.format, device)
 
 

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from ramet.srt.configs.weight_format import WHOLE
+from ramet.srt.configs.weight_format import BLOCKS, WHOLE
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
 from ramet.srt.weights.errors import name_some
@@ -177,6 +177,8 @@ def settle_scales(tensors: Mapping[str, TensorInfo], whole: WholeModel) -> dict[
     """
     result = {}
     for name, info in tensors.items():
+        if name.endswith(BLOCKS) and len(info.shape) == 4:  # a row's blocks, which follow each other
+            info = TensorInfo(info.dtype, (*info.shape[:2], info.shape[2] * info.shape[3]), info.offset, info.nbytes)
         settled = _settled_name(name, tensors, whole)
         shape = whole.shapes[settled] if settled in whole.grids else ()
         if len(info.shape) == 1 and not is_one_number(info) and shape[-1:] == (1,):
