@@ -8,8 +8,8 @@ from packed_models import make_weight
 from ramet.srt.layers import grouped_linear as gl
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts, needs_host
-from ramet.srt.layers.grouped_linear import fits_packed_kernel, packed_linear
 from ramet.srt.layers.matmul import project
+from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_dequantize, packed_linear
 
 KINDS = {
     "int4": pm.ct_packed(),
@@ -96,6 +96,14 @@ def test_layers_take_the_kernel_on_a_gpu(device, monkeypatch, kind, num_rows):
     monkeypatch.undo()
     expected = fused_experts(x, plain, plain_down, *routing, get_activation("silu"))
     torch.testing.assert_close(y, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_is_written_out_as_it_is_dequantised_on_a_cpu(device, kind):
+    weight, plain = make_weight(KINDS[kind], [matrix(0)])
+    weight, plain = on_device(weight[0], device), plain.to(device)
+    assert torch.equal(packed_dequantize(weight, torch.float32), plain[0])
+    assert torch.equal(packed_dequantize(weight, torch.float16), plain[0].half())
 
 
 def test_what_the_kernel_does_not_take():

@@ -5,8 +5,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ramet.srt.configs.weight_format import WHOLE
 from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 
@@ -41,29 +41,6 @@ def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch
     if _torch_takes(x.dtype, values):
         return multiply_by_torch(x, values, ends, scales)
     return kernel.grouped_linear(x, values, ends, scales)
-
-
-def fits_packed_kernel(weight: QuantizedWeight) -> bool:
-    """Whether the kernel for words of numbers takes a matrix or stack.
-
-    The columns of a word must share a scale, or say each which one they have.
-    """
-    index, num = weight.layout.indices["scales"], 32 // weight.format.bits
-    if weight.layout.num_columns % num:
-        return False
-    if weight.format.column_groups is not None or index.columns == WHOLE:
-        return True
-    return index.columns % num == index.first_column % num == 0
-
-
-def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor | None) -> torch.Tensor:
-    """x W^T by that kernel; see `grouped_linear`. Without `ends`, all rows are in one group."""
-    from ramet.srt.layers.kernels.packed_linear import packed_linear
-
-    layout = weight.layout
-    first_column = layout.indices["scales"].first_column
-    parts = None if weight.format.column_groups is None else layout.indices["column_groups"].rows
-    return packed_linear(x, weight.tensors, weight.format, ends, layout.num_rows, first_column, parts)
 
 
 def multiply_by_torch(

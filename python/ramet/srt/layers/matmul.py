@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
-from ramet.srt.layers.grouped_linear import can_group, grouped_linear, packed_linear
+from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
@@ -47,14 +48,15 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     """
     if takes_fp8_units(x, weight):
         return fp8_linear(x, weight.values, weight.scales, bias)
-    if weight.format.multiplies_fp8 or not can_group(x.dtype, weight):
+    is_packed = weight.format.numbers != "e4m3"
+    if weight.format.multiplies_fp8 or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > MOST_ROWS):
         # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
         return project(x, dequantize(weight, x.dtype), bias)
-    if weight.format.numbers == "e4m3":
+    if is_packed:
+        y = packed_linear(x.contiguous(), weight.as_stack(), None)
+    else:
         ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
         y = grouped_linear(x.contiguous(), weight.as_stack(), ends)
-    else:
-        y = packed_linear(x.contiguous(), weight.as_stack(), None)
     return y if bias is None else y + bias
 
 

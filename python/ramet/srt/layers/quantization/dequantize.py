@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE, Grid
+from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_dequantize
 from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at a time: 1 MB and 64 MB in float32
@@ -17,6 +19,8 @@ ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     """A matrix [num_rows, num_columns] in `dtype`, computed in float32 and rounded once."""
+    if use_kernels(weight.values) and fits_packed_kernel(weight):
+        return packed_dequantize(weight, dtype)
     num_rows, num_columns = weight.shape
     result = torch.empty((num_rows, num_columns), dtype=dtype, device=weight.device)
     step = BLOCK_ELEMENTS[weight.device.type] // max(1, num_columns)
