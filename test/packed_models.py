@@ -46,14 +46,15 @@ def write(
         changes: entries of what says how weights are quantised.
     """
     plain_folder = folder.with_name(f"{folder.name}-plain")
-    tensors, plain = {}, {}
-    for name, tensor in load_file(source / "model.safetensors").items():
+    tensors, plain, own = {}, {}, load_file(source / "model.safetensors")
+    for name, tensor in own.items():
         plain[name] = tensor.float()
         if not QUANTISED.search(name) or is_plain(name):
             tensors[name] = tensor
             continue
         parts, plain[name] = kind.quantise(tensor.float())
-        tensors |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+        made = {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+        tensors |= {one: part for one, part in made.items() if one == name or one not in own}
     for target, content in ((folder, tensors), (plain_folder, plain)):
         rm.without_weights(source, target)
         save_file(content, target / "model.safetensors")

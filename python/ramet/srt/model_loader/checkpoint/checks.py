@@ -84,7 +84,7 @@ def _packed_hint(lost: list[str], tensors: Tensors, whole: WholeModel) -> str:
 
 
 def _with_purpose(name: str, whole: WholeModel) -> str:
-    return f"{name} (the scales of fp8 weights)" if name in whole.grids and whole.dtypes[name] == "float32" else name
+    return f"{name} (the scales of quantised weights)" if name in whole.grids and "scale" in name else name
 
 
 def _check_types(tensors: Tensors, whole: WholeModel, where: str) -> None:
