@@ -9,6 +9,7 @@ from typing import Any
 import random_models as rm
 import sharded_models as sm
 import torch
+from engine_harness import EngineHarness
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.weight_format import WHOLE, fp8_rows
 from ramet.srt.layers.quantization.dequantize import dequantize
@@ -81,6 +82,21 @@ def on_device(weight: Weight, device: str) -> Weight:
     }
     tensors = {role: tensor.to(device) for role, tensor in weight.tensors.items()}
     return QuantizedWeight(layout._replace(indices=indices), tensors)
+
+
+def check_answers(folder: Path, plain: Path) -> None:
+    """The engine's tokens and log-probabilities over a quantised model are transformers' over what it stands for."""
+    prompts = rm.random_prompts([5, 40])
+    results = EngineHarness(folder, device="cpu", dtype="float32").generate(
+        prompts, max_new_tokens=4, logprob_start_len=0
+    )
+    sequences = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
+    for prompt, result, logprobs in zip(prompts, results, rm.hf_logprobs(plain, sequences), strict=True):
+        places = range(len(prompt) - 1, len(prompt) + 3)
+        assert result.token_ids == [int(logprobs[place].argmax()) for place in places]
+        expected = [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
+        assert result.input_logprobs is not None
+        torch.testing.assert_close(result.input_logprobs.logprobs[1:], expected, atol=2e-4, rtol=0)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

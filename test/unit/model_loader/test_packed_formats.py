@@ -76,15 +76,7 @@ def test_experts_are_held_as_they_are(folders, tmp_path, kind):
 @pytest.mark.parametrize("kind", ONE_OF_A_KIND)
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):
     folder, plain = pm.write(folders[family], tmp_path / "packed", KINDS[kind])
-    prompts = rm.random_prompts([5, 40])
-    engine = EngineHarness(folder, device="cpu", dtype="float32")
-    results = engine.generate(prompts, max_new_tokens=4, logprob_start_len=0)
-    sequences = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
-    for prompt, result, logprobs in zip(prompts, results, rm.hf_logprobs(plain, sequences), strict=True):
-        places = range(len(prompt) - 1, len(prompt) + 3)
-        assert result.token_ids == [int(logprobs[place].argmax()) for place in places]
-        expected = [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
-        assert result.input_logprobs.logprobs[1:] == pytest.approx(expected, abs=2e-4)
+    fp8.check_answers(folder, plain)
 
 
 @pytest.mark.parametrize("kind", ONE_OF_A_KIND)
