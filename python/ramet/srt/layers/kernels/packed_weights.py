@@ -100,7 +100,7 @@ def weights_tile(
         scales = e4m3_to_float(scales, tl.float32)
     if OUTER != "":
         outer = tl.load(outer_ptr + rows, mask=rows < num_rows, other=1.0)[:, None, None]
-        scales = scales * outer if OUTER == "times" else scales / outer
+        scales = scales * outer if OUTER == "times" else tl.math.div_rn(scales, outer)  # rounded as on a CPU
     if NUMBERS == "e2m1":
         # Exponent and mantissa in a float16's places, and the bias between the two.
         halves = ((bits & 7) << 9 | (bits & 8) << 12).to(tl.uint16).to(tl.float16, bitcast=True)
