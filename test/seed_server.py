@@ -15,6 +15,7 @@ import sharded_models as sm
 import toy_model as toy
 import uvicorn
 from fastapi import FastAPI, Request
+from fp8_models import load_arena
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
@@ -128,7 +129,7 @@ def write_random_model(path: Path, family: str, **overrides: Any) -> Path:
 def load_all(folder: Path, sizes: dict[str, int], quantization: str | None = None) -> list[WeightArena]:
     """The arena of every rank of a topology, from disk."""
     models = (sm.build_model(folder, parallel, quantization) for parallel in sm.ranks_of(**sizes))
-    return [sm.load_from_disk(folder, sm.make_manifest(model)) for model in models]
+    return [load_arena(folder, model) for model in models]
 
 
 def take(

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from fp8_models import fp8_weight, on_device
 from ramet.srt.layers import grouped_linear as gl
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts
-from ramet.srt.layers.quantization.fp8 import quantize_rows
+from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,8 +18,8 @@ KINDS = ["bfloat16", "float16", "float32", "fp8 bfloat16", "fp8 float16", "fp8 f
 SHAPES = {"aligned": (256, 128), "not aligned": (248, 44)}  # to what torch's product takes: (hidden size, size)
 
 
-def make_inputs(num_tokens: int, kind: str, shape=SHAPES["aligned"], seed: int = 0) -> list[torch.Tensor | None]:
-    """x, w13, w2, weights, ids, scales of both on the CPU; a part of the ids belongs to other ranks."""
+def make_inputs(num_tokens: int, kind: str, shape=SHAPES["aligned"], seed: int = 0) -> list[Weight]:
+    """x, w13, w2, weights and ids on the CPU; a part of the ids belongs to other ranks."""
     hidden_size, size = shape
     dtype = getattr(torch, kind.split()[-1])
     generator = torch.Generator().manual_seed(seed)
@@ -26,32 +28,25 @@ def make_inputs(num_tokens: int, kind: str, shape=SHAPES["aligned"], seed: int =
     w2 = (torch.randn(NUM_EXPERTS, hidden_size, size, generator=generator) / size**0.5).to(dtype)
     weights = torch.rand(num_tokens, TOP_K, generator=generator)
     ids = torch.randint(-4, NUM_EXPERTS + 4, (num_tokens, TOP_K), generator=generator)
-    if not kind.startswith("fp8"):
-        return [x, w13, w2, weights, ids, None, None]
-    (w13, w13_scale), (w2, w2_scale) = quantize_stack(w13), quantize_stack(w2)
-    return [x, w13, w2, weights, ids, w13_scale, w2_scale]
+    if kind.startswith("fp8"):
+        w13, w2 = fp8_weight(w13), fp8_weight(w2)
+    return [x, w13, w2, weights, ids]
 
 
-def quantize_stack(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values, scales = zip(*(quantize_rows(matrix) for matrix in stack), strict=True)
-    return torch.stack(values), torch.stack(scales)
+def on_gpu(inputs: list[Weight]) -> list[Weight]:
+    return [on_device(one, "cuda") for one in inputs]
 
 
-def on_gpu(inputs: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.cuda() for tensor in inputs]
+def run(inputs: list[Weight]) -> torch.Tensor:
+    return fused_experts(*inputs, get_activation("silu"))
 
 
-def run(inputs: list[torch.Tensor | None]) -> torch.Tensor:
-    x, w13, w2, weights, ids, *scales = inputs
-    return fused_experts(x, w13, w2, weights, ids, get_activation("silu"), *scales)
-
-
-def exact(inputs: list[torch.Tensor | None]) -> torch.Tensor:
+def exact(inputs: list[Weight]) -> torch.Tensor:
     """On the CPU, in float32, with the values that the weights have."""
-    x, w13, w2, weights, ids, *scales = inputs
-    if scales[0] is not None:
-        w13, w2 = w13.float() * scales[0], w2.float() * scales[1]
-    return run([x.float(), w13.float(), w2.float(), weights, ids, None, None])
+    x, w13, w2, weights, ids = inputs
+    if isinstance(w13, QuantizedWeight):
+        w13, w2 = (torch.stack([dequantize(w[e], torch.float32) for e in range(NUM_EXPERTS)]) for w in (w13, w2))
+    return run([x.float(), w13.float(), w2.float(), weights, ids])
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 64, 1000])
@@ -97,13 +92,14 @@ def test_torchs_product_is_taken_and_equals_the_kernel(kind, monkeypatch):
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("torch's grouped product of both types needs a Hopper GPU")
-    x, w13, *_, scales, _ = on_gpu(make_inputs(75, kind))
+    x, w13, *_ = on_gpu(make_inputs(75, kind))
     sizes = torch.tensor([1, 0, 3, 17, 0, 0, 5, 1, 1, 2, 0, 9, 30, 0, 2, 1])
     ends = sizes.cumsum(0).int().cuda()
     taken = []
     by_torch = gl.multiply_by_torch
     monkeypatch.setattr(gl, "multiply_by_torch", lambda *args: taken.append(1) or by_torch(*args))
-    y, expected = gl.grouped_linear(x, w13, ends, scales), by_kernel(x, w13, ends, scales)
+    parts = (w13.values, ends, w13.scales) if isinstance(w13, QuantizedWeight) else (w13, ends)
+    y, expected = gl.grouped_linear(x, w13, ends), by_kernel(x, *parts)
     assert taken
     stop = int(ends[-1])
     assert stop < len(x)

@@ -1,5 +1,6 @@
 """The engine on a GPU against transformers on the same GPU, and its attention backends against each other."""
 
+import packed_models as pm
 import pytest
 import random_models as rm
 import torch
@@ -18,6 +19,16 @@ SIZES = {
     "llama3": {"intermediate_size": 80},
     "mixtral": {"intermediate_size": 80},
     "qwen3_moe": {"intermediate_size": 80, "moe_intermediate_size": 48},
+}
+
+PACKED = {
+    "int4": pm.ct_packed(has_zeros=True),
+    "int8": pm.ct_int8(),
+    "gptq": pm.gptq(),
+    "gptq in any order": pm.gptq(desc_act=True),
+    "awq": pm.awq(),
+    "mxfp4": pm.mxfp4(),
+    "nvfp4": pm.nvfp4("modelopt"),
 }
 
 
@@ -135,7 +146,19 @@ def test_fp8_blocks_are_multiplied_as_the_plain_weights(tmp_path, family, dtype,
     source = rm.make_model(tmp_path / "source", family, dtype=dtype, **SIZES[family])
     scale_dtype = torch.float8_e8m0fnu if kind == "ue8m0" else torch.float32
     folder = write_fp8(source, tmp_path / "fp8", "blocks", block=(24, 40), scale_dtype=scale_dtype)
-    plain = write_plain(folder, tmp_path / "plain", (24, 40))
+    check_as_plain(folder, write_plain(folder, tmp_path / "plain", (24, 40)), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_weights_are_multiplied_as_the_plain_ones(tmp_path, family, dtype, kind):
+    source = rm.make_model(tmp_path / "source", family, dtype=dtype, **SIZES[family])
+    folder, plain = pm.write(source, tmp_path / "packed", PACKED[kind])
+    check_as_plain(folder, plain, dtype)
+
+
+def check_as_plain(folder, plain, dtype):
     values = []
     for path, variant in ((plain, "without graphs"), (folder, "without graphs"), (folder, "graphs and overlap")):
         engine = EngineHarness(path, device="cuda", dtype=dtype, **VARIANTS[variant])

@@ -4,6 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import msgspec
+import packed_models as pm
 import pytest
 import random_models as rm
 import sharded_models as sm
@@ -87,6 +88,17 @@ def test_fp8_blocks_of_another_topology(dense_folder, tmp_path, pair):
 @pytest.mark.parametrize(("pair", "kind"), [("tp4ep2-tp2", "blocks"), ("ep2-ep1", "tensor")])
 def test_fp8_experts_of_a_checkpoint_of_another_topology(experts_folder, tmp_path, pair, kind):
     check_pair(write_fp8(experts_folder, tmp_path, kind, block=(24, 40)), *EXPERTS[pair], "off")
+
+
+@pytest.mark.parametrize(
+    ("pair", "kind"),
+    [("tp2-tp1", pm.gptq(desc_act=True)), ("tp2-tp1", pm.nvfp4("modelopt")), ("tp2-dp2tp2", pm.awq())],
+    ids=["gptq", "nvfp4", "awq"],
+)
+def test_packed_weights_of_another_topology(dense_folder, tmp_path, pair, kind):
+    """Ranks cut groups: two hold the scales and zeros of one."""
+    folder, _ = pm.write(dense_folder, tmp_path / "packed", kind)
+    check_pair(folder, *DENSE[pair], "copy")
 
 
 def test_fp8_blocks_are_mapped(dense_folder, tmp_path):

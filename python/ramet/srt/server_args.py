@@ -16,8 +16,9 @@ from ramet.srt.configs.modelexpress_config import (
 from ramet.srt.configs.parser_config import ParserConfig
 from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConfig, WeightsConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.configs.weight_format import FORMATS
 from ramet.srt.environ import default_profile_dir, envs
-from ramet.srt.server_flags import DEVICE_DEFAULTS, QUANTIZATIONS, ServerFlags
+from ramet.srt.server_flags import DEVICE_DEFAULTS, ServerFlags
 from ramet.srt.utils.http_origin import ANY_HOST, is_host_name
 from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
 from ramet.srt.utils.net import (
@@ -114,9 +115,9 @@ class ServerArgs(ServerFlags):
         config = self.modelexpress
         if config is None:
             return
-        if config.quantization not in (None, "", *QUANTIZATIONS):
+        if config.quantization not in (None, "", *FORMATS):
             raise ValueError(
-                f'--modelexpress-config quantization must be one of {", ".join(QUANTIZATIONS)}, or "" for none; '
+                f'--modelexpress-config quantization must be one of {", ".join(FORMATS)}, or "" for none; '
                 f"got {config.quantization!r}"
             )
         if not config.is_embedded:

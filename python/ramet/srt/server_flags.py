@@ -10,7 +10,7 @@ from ramet.srt.configs.parser_config import REASONING_PARSERS, TOOL_CALL_PARSERS
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("fp8",)
+QUANTIZATIONS = ("fp8",)  # while plain weights are read
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch_varlen", "torch_native")
 REMOTE_BACKENDS = ("transfer_engine", "nccl", "modelexpress")
 LOCAL_MODES = ("auto", "map", "copy", "off")

@@ -5,7 +5,19 @@ import json
 import pytest
 import random_models as rm
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.configs.quantization_config import WHOLE_ROW, read_quantization
+from ramet.srt.configs.quantization_readers import read_quantization
+from ramet.srt.configs.weight_format import (
+    FORMATS,
+    WHOLE,
+    awq,
+    fp8_blocks,
+    fp8_rows,
+    gptq,
+    int8,
+    mxfp4,
+    nvfp4,
+    packed_int,
+)
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel",
@@ -28,6 +40,10 @@ NEWER_MODELOPT = {
     "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
     "producer": {},
 }
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+NVFP4 = MXFP4 | {"strategy": "tensor_group", "group_size": 16}
+MODELOPT_FP4 = {"quantization": {"quant_algo": "NVFP4", "group_size": 16, "kv_cache_quant_algo": "FP8"}}
 
 
 def read(section=None, modelopt=None, wanted=None):
@@ -40,26 +56,107 @@ def ct_with(group=None, weights=None, **section):
 
 
 @pytest.mark.parametrize(
-    ("section", "modelopt", "strategy", "block_size", "scheme"),
+    ("section", "modelopt", "expected"),
     [
-        (FP8, None, "block", (128, 128), "dynamic"),
-        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": None}, None, "block", (128, 128), "dynamic"),
-        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None,
-         "tensor", None, "static"),
-        (CT, None, "channel", None, "dynamic"),
-        (ct_with({"input_activations": None}), None, "block", (1, WHOLE_ROW), "none"),
-        (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, "block", (128, 128), "dynamic"),
-        (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, "block", (128, 64), "dynamic"),
-        (ct_with(weights={"strategy": "tensor"}), None, "tensor", None, "dynamic"),
-        (None, MODELOPT, "tensor", None, "static"),
-        (NEWER_MODELOPT, MODELOPT, "tensor", None, "static"),
-        (NEWER_MODELOPT, None, "tensor", None, "static"),
+        (FP8, None, fp8_blocks(128, 128)),
+        (FP8 | {"scale_fmt": "ue8m0", "modules_to_not_convert": None}, None, fp8_blocks(128, 128)),
+        ({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}, None, fp8_rows()),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}, None,
+         fp8_rows()),
+        ({"quant_method": "mxfp8", "activation_scheme": "dynamic"}, None, fp8_blocks(1, 32)),
+        (CT, None, fp8_rows()),
+        (ct_with({"input_activations": None}), None, fp8_blocks(1, WHOLE)),
+        (ct_with(weights={"strategy": "block", "block_structure": [128, 128]}), None, fp8_blocks(128, 128)),
+        (ct_with(weights={"strategy": "block", "block_structure": "128x64"}), None, fp8_blocks(128, 64)),
+        (ct_with(weights={"strategy": "group", "group_size": 32}), None, fp8_blocks(1, 32)),
+        (ct_with(weights={"strategy": "group", "group_size": 32}, format="mxfp8-quantized"), None, fp8_blocks(1, 32)),
+        (ct_with(weights={"strategy": "tensor"}), None, fp8_rows()),
+        (None, MODELOPT, fp8_rows()),
+        (NEWER_MODELOPT, MODELOPT, fp8_rows()),
+        (NEWER_MODELOPT, None, fp8_rows()),
     ],
 )  # fmt: skip
-def test_what_is_served_is_read(section, modelopt, strategy, block_size, scheme):
+def test_what_is_served_is_read(section, modelopt, expected):
     config = read(section, modelopt, wanted="fp8")  # which changes nothing
-    assert (config.strategy, config.block_size, config.activation_scheme) == (strategy, block_size, scheme)
-    assert config.name == "fp8" and not config.is_online
+    assert config.format == expected and config.name == "fp8" and not config.is_online
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "lm_head": False,
+        "checkpoint_format": "gptq", "damp_percent": 0.1, "static_groups": False, "meta": {"a": 1},
+        "model_name_or_path": None, "pack_dtype": "int32"}  # fmt: skip
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "zero_point": True, "backend": "autoawq"}
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (ct_with(weights=INT4, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=False)),
+        (ct_with({"format": "pack-quantized"}, INT4 | {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+         packed_int(8, WHOLE, has_zeros=True, has_column_groups=False)),
+        (ct_with(weights=INT4 | {"actorder": "weight"}, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=False)),
+        (ct_with(weights=INT4 | {"actorder": "group"}, format="pack-quantized"),
+         packed_int(4, 128, has_zeros=False, has_column_groups=True)),
+        (ct_with({"input_activations": TOKENS | {"type": "int"}}, {"type": "int"}, format="int-quantized"),
+         int8(WHOLE)),
+        (ct_with({"input_activations": None}, {"type": "int"}, format="naive-quantized"), int8(WHOLE)),
+        (GPTQ, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
+        (GPTQ | {"checkpoint_format": None}, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1, "desc_act": True},
+         gptq(8, WHOLE, zeros_less_one=False, has_column_groups=True)),
+        (AWQ, awq(64)),
+        (ct_with({"input_activations": None}, MXFP4, format="mxfp4-pack-quantized"), mxfp4()),
+        (ct_with({"input_activations": TOKENS | {"num_bits": 4}}, NVFP4, format="nvfp4-pack-quantized"),
+         nvfp4(".weight_packed", ".weight_global_scale", divides=True)),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]},
+         mxfp4("_blocks", "_scales")),
+        (NEWER_MODELOPT | {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4"},
+         nvfp4(".weight", ".weight_scale_2", divides=False)),
+    ],
+)  # fmt: skip
+def test_packed_formats_are_read(section, expected):
+    config = read(section)
+    assert config.format == expected
+    with pytest.raises(ValueError, match=f"--quantization fp8 is for plain weights; .*says {expected.name}"):
+        read(section, wanted="fp8")
+
+
+@pytest.mark.parametrize(
+    ("section", "word"),
+    [
+        (ct_with(weights=INT4 | {"actorder": "other"}, format="pack-quantized"), "actorder 'other'"),
+        (ct_with(weights=INT4 | {"num_bits": 3}, format="pack-quantized"), "num_bits 3"),
+        (ct_with(weights=INT4 | {"strategy": "token"}, format="pack-quantized"), "strategy 'token'"),
+        (ct_with({"input_activations": TOKENS | {"num_bits": 16}}, INT4, format="pack-quantized"), "num_bits 16"),
+        (ct_with(weights={"type": "int", "symmetric": False}, format="int-quantized"), "symmetric False"),
+        (GPTQ | {"bits": 3}, "bits 3"),
+        (GPTQ | {"group_size": 0}, "group_size must be"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (GPTQ | {"lm_head": True}, "lm_head True"),
+        (GPTQ | {"is_marlin_format": True}, "'is_marlin_format'"),
+        (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "'+:.*down.*' has settings of its own"),
+        (GPTQ | {"modules_in_block_to_quantize": ["q_proj"]}, "must be a list of lists"),
+        (AWQ | {"bits": 8}, "bits 8"),
+        (AWQ | {"zero_point": False}, "zero_point False"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+    ],
+)  # fmt: skip
+def test_packed_formats_that_are_not_served_are_refused(section, word):
+    with pytest.raises(ValueError) as error:
+        read(section)
+    assert word in str(error.value) and "/models/m/config.json" in str(error.value)
+
+
+def test_formats_have_names_and_sizes_of_their_own():
+    """What instances compare before weights move."""
+    assert read(None, MODELOPT_FP4).format == read(NEWER_MODELOPT | {"quant_algo": "NVFP4"}, MODELOPT_FP4).format
+    sections = [FP8, CT, ct_with(weights=MXFP4, format="mxfp4-pack-quantized"),
+                NEWER_MODELOPT | {"quant_algo": "NVFP4"}, ct_with(weights=INT4, format="pack-quantized"), GPTQ,
+                GPTQ | {"desc_act": True}, GPTQ | {"group_size": 32}, GPTQ | {"bits": 8}, AWQ]  # fmt: skip
+    configs = [read(section) for section in sections]
+    assert len({(config.name, *sorted(config.dimensions.items())) for config in configs}) == len(sections)
+    assert {config.name for config in configs} < set(FORMATS)
 
 
 def test_plain_models_are_quantised_where_that_is_wanted():
@@ -70,9 +167,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
 @pytest.mark.parametrize(
     ("section", "word"),
     [(method, repr(method["quant_method"])) for method in (
-        {"quant_method": "awq", "bits": 4}, {"quant_method": "gptq", "bits": 4, "desc_act": True},
-        {"quant_method": "mxfp4"}, {"quant_method": "mxfp8"}, {"quant_method": "bitsandbytes"},
-        {"quant_method": "fbgemm_fp8"}, {"quant_method": "gguf"}, {"quant_method": "modelopt_fp4"},
+        {"quant_method": "bitsandbytes"},
+        {"quant_method": "gguf"}, 
         {"quant_method": "quark"}, {"quant_method": None, "bits": 4},
     )]
     + [
@@ -88,14 +184,17 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (FP8 | {"kv_cache_scheme": {"num_bits": 8}}, "type None"),
         (FP8 | {"kv_cache_scheme": "int8"}, "kv_cache_scheme must be an object"),
         (FP8 | {"activation_scheme": "blockwise"}, "activation_scheme 'blockwise'"),
-        (ct_with(format="pack-quantized"), "format 'pack-quantized'"),
-        (ct_with(format="int-quantized"), "format 'int-quantized'"),
-        (ct_with(format="nvfp4-pack-quantized"), "format 'nvfp4-pack-quantized'"),
-        (ct_with({"format": "mxfp4-pack-quantized"}), "format 'mxfp4-pack-quantized'"),
+        (ct_with(format="pack-quantized"), "type 'float'"),
+        (ct_with(format="int-quantized"), "type 'float'"),
+        (ct_with(format="marlin-24"), "format 'marlin-24'"),
+        (ct_with(format="nvfp4-pack-quantized"), "num_bits 8"),
+        (ct_with(weights=MXFP4 | {"group_size": 16}, format="mxfp4-pack-quantized"), "group_size 16"),
+        (ct_with(weights=MXFP4 | {"strategy": "channel"}, format="mxfp4-pack-quantized"), "strategy 'channel'"),
         (ct_with(weights={"num_bits": 4}), "num_bits 4"),
         (ct_with(weights={"type": "int"}), "type 'int'"),
         (ct_with(weights={"symmetric": False}), "symmetric False"),
-        (ct_with(weights={"strategy": "group", "group_size": 32}), "strategy 'group'"),
+        (ct_with(weights={"strategy": "group", "group_size": 0}), "group_size must be a positive integer"),
+        (ct_with(weights={"strategy": "tensor_group"}), "strategy 'tensor_group'"),
         (ct_with(weights={"actorder": "group"}), "'actorder'"),
         (ct_with(weights={"block_structure": [128, 128]}), "makes no sense"),
         (ct_with({"targets": ["re:.*mlp.*"]}), "targets"),
@@ -107,7 +206,8 @@ def test_plain_models_are_quantised_where_that_is_wanted():
         (ct_with(transform_config={"config_groups": {"u": {}}}), "'transform_config'"),
         (ct_with(sparsity_config={"format": "sparse-24-bitmask"}), "format 'sparse-24-bitmask'"),
         (ct_with(ignore=["re:("]), "no regular expression"),
-        (NEWER_MODELOPT | {"quant_algo": "NVFP4"}, "'NVFP4'"),
+        (NEWER_MODELOPT | {"quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
+        (NEWER_MODELOPT | {"quant_algo": "NVFP4_AWQ"}, "'NVFP4_AWQ'"),
         (NEWER_MODELOPT | {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}, "num_bits 4"),
     ],
 )  # fmt: skip
@@ -132,7 +232,8 @@ def test_a_cache_of_fp8_may_be_wished_for(section, plain):
 @pytest.mark.parametrize(
     ("quantization", "word"),
     [
-        ({"quant_algo": "NVFP4", "group_size": 16}, "'NVFP4'"),
+        ({"quant_algo": "NVFP4", "group_size": 32}, "group_size 32"),
+        ({"quant_algo": "MXFP8"}, "'MXFP8'"),
         ({"quant_algo": "W4A16_AWQ"}, "'W4A16_AWQ'"),
         ({"quant_algo": "FP8_PB_WO"}, "'FP8_PB_WO'"),
         ({"quant_algo": "MIXED_PRECISION"}, "'MIXED_PRECISION'"),
@@ -150,7 +251,9 @@ def test_modelopts_file_alone_is_enough_to_be_refused(tmp_path, quantization, wo
 
 
 def test_files_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match=r"config.json says block scales, hf_quant_config.json says tensor scales"):
+    with pytest.raises(
+        ValueError, match=r"config.json says fp8 by blocks of 128 x 128, hf_quant_config.json says fp8 by rows"
+    ):
         read(FP8, MODELOPT)
     with pytest.raises(ValueError, match="hf_quant_config.json says no quantised weights"):
         read(FP8, {"quantization": {"quant_algo": None}})
@@ -166,6 +269,7 @@ NAME = "model.layers.1.mlp.gate_proj"
         ("model.layers.1", True, False, True),
         ("model.layers.1.mlp.gate", False, False, False),
         ("gate_proj", True, False, False),
+        ("gate", False, False, False),
         ("model.layers.11", False, False, False),
         (r"model.layers.\d+.mlp.gate_proj", True, False, False),
         ("model.layers.1.*", True, False, True),
@@ -180,5 +284,24 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
     if by_fp8 is not None:  # else it is no regular expression
         assert read(FP8 | {"modules_to_not_convert": [pattern]}).is_ignored(NAME) == by_fp8
     assert read(ct_with(ignore=[pattern])).is_ignored(NAME) == by_ct
+    by_awq = read(AWQ | {"modules_to_not_convert": [pattern]}).is_ignored(NAME) if by_fp8 is not None else True
+    assert by_awq == (by_fp8 is not False)
     file = {"quantization": {"quant_algo": "FP8", "exclude_modules": [pattern]}}
     assert read(None, file).is_ignored(NAME) == by_modelopt
+
+
+def test_modules_that_gptqs_tools_leave_out():
+    left_out = read(GPTQ | {"dynamic": {r"-:.*\.mlp\.gate_.*": {}}})
+    assert left_out.is_ignored(NAME) and not left_out.is_ignored("model.layers.1.mlp.up_proj")
+    listed = read(GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.gate_proj"]]})
+    assert not listed.is_ignored(NAME) and listed.is_ignored("model.layers.1.mlp.up_proj")
+
+
+def test_awqs_lists_may_name_modules_in_the_middle():
+    config = read(AWQ | {"modules_to_not_convert": ["mlp", "visual"]})
+    assert config.is_ignored(NAME) and config.is_ignored("mlp.x") and not config.is_ignored("model.layers.1.mlps.x")
+
+
+def test_weights_alone_may_be_nvfp4():
+    config = read(None, {"quantization": {"quant_algo": "W4A16_NVFP4", "group_size": 16}})
+    assert config.format == read(None, MODELOPT_FP4).format

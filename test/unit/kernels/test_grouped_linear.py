@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from ramet.srt.layers.quantization.fp8 import dequantize, quantize_rows
-from ramet.srt.layers.quantization.scales import BlockIndex, BlockScales
+from ramet.srt.configs.weight_format import fp8_blocks
+from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.fp8 import quantize_rows
+from ramet.srt.layers.quantization.weight import GridIndex, QuantizedWeight, WeightLayout
 
 SIZES = {  # rows of each group; the last number belongs to no group
     "one row": [0, 1, 0, 0],
@@ -76,10 +78,11 @@ def test_scales_of_blocks(device, dtype, first_column):
     values = (weight * 3).to(torch.float8_e4m3fn)
     rows = (torch.arange(50, dtype=torch.int32, device=device) + 7) // 24
     grids = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
-    index = BlockIndex(rows, 24, first_column)
+    index = GridIndex(rows, 24, first_column)
+    layout = WeightLayout(fp8_blocks(24, 24), 50, 72, {"values": GridIndex(None, 1, 0), "scales": index})
     actual, start = grouped_linear(x, values, ends, grids, index), 0
     for matrix, grid, end in zip(values, grids, ends.tolist(), strict=True):
-        plain = dequantize(matrix, BlockScales(grid, index), dtype)
+        plain = dequantize(QuantizedWeight(layout, {"values": matrix, "scales": grid}), dtype)
         expected = x[start:end].float() @ plain.float().T
         torch.testing.assert_close(actual[start:end].float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         start = end

@@ -8,13 +8,16 @@ import torch.nn.functional as F
 import toy_model as toy
 from engine_harness import EngineHarness
 from fake_gpu import RecordOutputs, fake_gpu
+from fp8_models import fp8_weight
 from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.weight_format import fp8_rows
 from ramet.srt.layers import grouped_linear as gl
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts
 from ramet.srt.layers.moe import FusedMoE, TopKRouter
-from ramet.srt.layers.quantization.fp8 import quantize_rows
+from ramet.srt.layers.quantization.declare import declare_format
+from ramet.srt.layers.quantization.weight import layout_attribute
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 HIDDEN, SIZE, EXPERTS, TOP_K = 32, 48, 8, 3
@@ -57,6 +60,15 @@ def filled(layer: FusedMoE, tensors: dict[str, torch.Tensor]) -> FusedMoE:
     for name, value in toy.expected_tensors(layer, tensors).items():
         setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
     return layer
+
+
+def quantise(layer: FusedMoE) -> None:
+    """To fp8 by row."""
+    for name in ("w13_weight", "w2_weight"):
+        weight = fp8_weight(getattr(layer, name))
+        setattr(layer, layout_attribute(name), weight.layout)
+        setattr(layer, name, torch.nn.Parameter(weight.values, requires_grad=False))
+        setattr(layer, f"{name}_scale", torch.nn.Parameter(weight.scales, requires_grad=False))
 
 
 def reference(
@@ -133,10 +145,7 @@ def test_fp8_experts_are_near_the_exact_ones(dtype):
     tensors = checkpoint()
     x, weights, ids = routing(60, list(range(EXPERTS)))
     layer = filled(make_experts(ParallelConfig(), dtype), tensors)
-    for name in ("w13_weight", "w2_weight"):
-        values, scales = zip(*(quantize_rows(matrix) for matrix in getattr(layer, name)), strict=True)
-        setattr(layer, name, torch.nn.Parameter(torch.stack(values), requires_grad=False))
-        setattr(layer, f"{name}_scale", torch.stack(scales))
+    quantise(layer)
     y, exact = layer(x.to(dtype), weights, ids), reference(tensors, x, weights, ids)
     assert y.dtype == dtype
     assert 0.01 < (y.float() - exact).norm() / exact.norm() < 0.06
@@ -148,10 +157,7 @@ def test_fp8_experts_in_float16_hold_an_outlier_channel():
     x[:, 3] = 600
     layer = filled(make_experts(ParallelConfig()), checkpoint())
     exact = layer(x, weights, ids)
-    for name in ("w13_weight", "w2_weight"):
-        values, scales = zip(*(quantize_rows(matrix) for matrix in getattr(layer, name)), strict=True)
-        setattr(layer, name, torch.nn.Parameter(torch.stack(values), requires_grad=False))
-        setattr(layer, f"{name}_scale", torch.stack(scales))
+    quantise(layer)
     y = layer(x.half(), weights, ids)
     assert (y.float() - exact).norm() / exact.norm() < 0.06
 
@@ -179,11 +185,14 @@ def test_a_cpu_gathers_the_rows_of_one_expert_at_a_time():
     ],
 )
 def test_which_experts_a_graph_can_hold(monkeypatch, capability, triton, kinds):
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.float8_e4m3fn}
     with fake_gpu(monkeypatch, capability, has_triton=triton):
-        for kind, dtype in dtypes.items():
-            layer = placed(make_experts(ParallelConfig(), dtype), "cuda")
-            needs_host = layer.needs_host(torch.float16 if kind == "float16" else torch.bfloat16)
+        for kind in ("bfloat16", "float16", "fp8"):
+            dtype = torch.float16 if kind == "float16" else torch.bfloat16
+            layer = make_experts(ParallelConfig(), dtype)
+            if kind == "fp8":
+                for name in layer.quantisable_weights:
+                    declare_format(layer, name, fp8_rows(), "cpu")
+            needs_host = placed(layer, "cuda").needs_host(dtype)
             assert needs_host == (kind not in kinds)
 
 

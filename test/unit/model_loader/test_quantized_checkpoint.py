@@ -4,11 +4,11 @@ import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
-from fp8_models import load, same, write_dequantised, write_fp8
+from fp8_models import fp8_weight, load, same, write_dequantised, write_fp8
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.matmul import fp8_linear
-from ramet.srt.layers.quantization import fp8
-from ramet.srt.layers.quantization.fp8 import FP8, dequantize_rows, quantize_rows
+from ramet.srt.layers.matmul import project
+from ramet.srt.layers.quantization.dequantize import BLOCK_ELEMENTS, dequantize
+from ramet.srt.layers.quantization.fp8 import FP8, quantize_rows
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_rows_keep_their_relative_size():
 
 def test_linear_is_near_the_exact_one():
     x, weight, bias = torch.randn(3, 64), torch.randn(48, 64), torch.randn(48)
-    y = fp8_linear(x, *quantize_rows(weight), bias)
+    y = project(x, fp8_weight(weight), bias)
     exact = torch.nn.functional.linear(x, weight, bias)
     assert (y - exact).norm() / exact.norm() < 0.05
 
@@ -37,16 +37,17 @@ def test_float16_holds_an_outlier_channel(num_rows):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(num_rows, 4096, generator=generator), torch.randn(128, 4096, generator=generator) * 0.02
     x[:, 7] = 600
-    y = fp8_linear(x.half(), *quantize_rows(weight), None).float()
+    y = project(x.half(), fp8_weight(weight)).float()
     exact = torch.nn.functional.linear(x, weight)
     assert (y - exact).norm() / exact.norm() < 0.05
 
 
 def test_rows_are_dequantised_block_by_block_with_one_rounding(monkeypatch):
-    monkeypatch.setitem(fp8.BLOCK_ELEMENTS, "cpu", 100)
-    values, scales = quantize_rows(torch.randn(17, 48))
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 100)
+    matrix = torch.randn(17, 48)
+    values, scales = quantize_rows(matrix)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(dequantize_rows(values, scales, dtype), (values.float() * scales).to(dtype))
+        assert torch.equal(dequantize(fp8_weight(matrix), dtype), (values.float() * scales).to(dtype))
 
 
 def test_every_sharding_holds_the_same_numbers(folder):

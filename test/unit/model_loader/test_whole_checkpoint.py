@@ -148,9 +148,9 @@ WRONG = {  # tensors and config that contradict each other, and what is said of 
     "one plain layer": (
         "blocks", {}, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(208, 128)}), None,
         r"model.layers.1.mlp.up_proj.weight is float32, but .* says that it is float8_e4m3fn"),
-    "bare exponents": (
-        "blocks", {}, lambda t: t.update({n: s.to(torch.uint8) for n, s in t.items() if n.endswith("scale_inv")}), None,
-        r"the scales .*weight_scale_inv are uint8; .*mxfp8"),
+    "scales of integers": (
+        "blocks", {}, lambda t: t.update({n: s.to(torch.int8) for n, s in t.items() if n.endswith("scale_inv")}), None,
+        r"weight_scale_inv is int8, but belongs to a quantised matrix as float32, .* or uint8"),
     "integers": ("plain", {}, lambda t: t.update({"model.norm.weight": torch.ones(128, dtype=torch.int32)}), None,
                  "model.norm.weight is int32; a weight must be"),
     "integers in a part": ("plain", {}, lambda t: t.update({"model.layers.2.self_attn.q_proj.weight":

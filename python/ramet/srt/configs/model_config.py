@@ -8,7 +8,8 @@ from typing import Any
 from ramet.srt.configs.config_reader import ConfigReader
 from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
-from ramet.srt.configs.quantization_config import MODELOPT_FILE, QuantizationConfig, read_quantization
+from ramet.srt.configs.quantization_config import QuantizationConfig
+from ramet.srt.configs.quantization_readers import MODELOPT_FILE, read_quantization
 from ramet.srt.configs.rope_config import RopeConfig, read_rope, scaled_length
 from ramet.srt.configs.sentence_transformers import MATRYOSHKA_KEYS, EmbeddingConfig, read_embedding
 from ramet.srt.configs.tokenizer_config import read_eos_token_id
@@ -53,7 +54,7 @@ class ModelConfig:
 
     @property
     def quantization(self) -> str:
-        """ "" or "fp8": what the quantisation is called between instances."""
+        """ "" or a format's name, such as "fp8": what the quantisation is called between instances."""
         return "" if self.quantization_config is None else self.quantization_config.name
 
     @property

@@ -5,23 +5,21 @@ import torch
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.matmul import project
-from ramet.srt.layers.quantization.scales import Scales, scales_of_matrix
+from ramet.srt.layers.quantization.weight import Weight
 
 
-def needs_host(dtype: torch.dtype, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+def needs_host(dtype: torch.dtype, w13: Weight, w2: Weight) -> bool:
     """Whether `fused_experts` of x in `dtype` waits for the experts' counts, so that no CUDA graph can hold it."""
     return not (can_group(dtype, w13) and can_group(dtype, w2))
 
 
 def fused_experts(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
     activation: Activation,
-    w13_scales: Scales = None,
-    w2_scales: Scales = None,
 ) -> torch.Tensor:
     """Sum over each token's experts of weight * W2 (act(W1 x) * W3 x); the sum is taken in float32.
 
@@ -31,7 +29,6 @@ def fused_experts(
         w2: [num_experts, hidden_size, size].
         weights: float32 [num_tokens, top_k].
         expert_ids: int64 [num_tokens, top_k]; those outside [0, num_experts) belong to another rank and add nothing.
-        w13_scales, w2_scales: of fp8 matrices.
 
     Returns:
         [num_tokens, hidden_size] in the type of x.
@@ -44,7 +41,7 @@ def fused_experts(
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
     ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
     run = _run_in_turn if needs_host(x.dtype, w13, w2) else _run_grouped
-    parts = run(x, w13, w2, order, ends, top_k, activation, w13_scales, w2_scales).view(num_tokens, top_k, -1)
+    parts = run(x, w13, w2, order, ends, top_k, activation).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
@@ -53,14 +50,12 @@ def fused_experts(
 
 def _run_in_turn(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
     order: torch.Tensor,
     ends: torch.Tensor,
     top_k: int,
     activation: Activation,
-    w13_scales: Scales,
-    w2_scales: Scales,
 ) -> torch.Tensor:
     """Each assignment's output, zeros for those of other ranks: expert by expert, with the rows of one in memory.
 
@@ -76,27 +71,24 @@ def _run_in_turn(
     for expert, end in enumerate(ends.tolist()):
         if start < end:
             places = order[start:end]
-            scales = [scales_of_matrix(stack, expert) for stack in (w13_scales, w2_scales)]
-            hidden = act_and_mul(project(x[places // top_k], w13[expert], scales=scales[0]), activation)
-            parts[places] = project(hidden, w2[expert], scales=scales[1])
+            hidden = act_and_mul(project(x[places // top_k], w13[expert]), activation)
+            parts[places] = project(hidden, w2[expert])
             start = end
     return parts
 
 
 def _run_grouped(
     x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
     order: torch.Tensor,
     ends: torch.Tensor,
     top_k: int,
     activation: Activation,
-    w13_scales: Scales,
-    w2_scales: Scales,
 ) -> torch.Tensor:
     """The same with all experts in one product, whatever their counts; takes more memory on the way."""
-    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends, w13_scales), activation)
-    y = grouped_linear(hidden, w2, ends, w2_scales)
+    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends), activation)
+    y = grouped_linear(hidden, w2, ends)
     is_computed = torch.arange(len(order), device=x.device) < ends[-1]
     y.masked_fill_(~is_computed.unsqueeze(-1), 0)
     return torch.empty_like(y).index_copy_(0, order, y)

@@ -6,33 +6,41 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.kernels.runtime import use_kernels
-from ramet.srt.layers.quantization.scales import BlockScales, Scales
+from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_linear
+from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 
-def can_group(dtype: torch.dtype, weight: torch.Tensor) -> bool:
+def can_group(dtype: torch.dtype, weight: Weight) -> bool:
     """Whether `grouped_linear` takes such a `weight` with rows of `dtype`: there is no such product on a CPU."""
+    if isinstance(weight, QuantizedWeight):
+        return use_kernels(weight.values) and (weight.format.numbers == "e4m3" or fits_packed_kernel(weight))
     return use_kernels(weight) or _torch_takes(dtype, weight)
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, scales: Scales = None) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
     """x W^T with the W of each row's group. Nothing waits for the groups' sizes: a CUDA graph can hold it.
 
     Args:
         x: contiguous [num_rows, n], sorted by group.
-        weight: contiguous [num_groups, output_size, n], in the type of x, or fp8.
+        weight: contiguous [num_groups, output_size, n], in the type of x, or quantised.
         ends: int32 [num_groups], where each group's rows end. What follows the last belongs to none.
-        scales: of an fp8 `weight`.
 
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
-    if not isinstance(scales, BlockScales) and _torch_takes(x.dtype, weight):
-        return multiply_by_torch(x, weight, ends, scales)
+    if isinstance(weight, QuantizedWeight) and weight.format.numbers != "e4m3":
+        return packed_linear(x, weight, ends)
     from ramet.srt.layers.kernels import grouped_linear as kernel
 
-    if isinstance(scales, BlockScales):
-        return kernel.grouped_linear(x, weight, ends, scales.values, scales.blocks)
-    return kernel.grouped_linear(x, weight, ends, scales)
+    if isinstance(weight, QuantizedWeight):
+        values, scales, blocks = weight.values, weight.scales, weight.layout.indices["scales"]
+        if not weight.format.multiplies_fp8:
+            return kernel.grouped_linear(x, values, ends, scales, blocks)
+    else:
+        values, scales = weight, None
+    if _torch_takes(x.dtype, values):
+        return multiply_by_torch(x, values, ends, scales)
+    return kernel.grouped_linear(x, values, ends, scales)
 
 
 def multiply_by_torch(

@@ -8,9 +8,9 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
-from ramet.srt.layers.matmul import project, takes_gemv
+from ramet.srt.layers.matmul import multiply_row, project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
-from ramet.srt.layers.quantization.scales import BlockScales, scales_of
+from ramet.srt.layers.quantization.weight import weight_of
 from ramet.srt.weights.manifest import WeightBox
 
 
@@ -61,15 +61,13 @@ class MergedColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return project(x, self.weight, self.bias, scales_of(self, "weight"))
+        return project(x, weight_of(self, "weight"), self.bias)
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
-        scales = scales_of(self, "weight")
-        if not isinstance(scales, BlockScales) and takes_gemv(x, scales):
-            from ramet.srt.layers.kernels.gemv import gemv
-
-            return gemv(x, self.weight, self.bias, scales, activation.name)
+        weight = weight_of(self, "weight")
+        if takes_gemv(x, weight):
+            return multiply_row(x, weight, self.bias, activation.name)
         return act_and_mul(self.forward(x), activation)
 
 
@@ -130,7 +128,8 @@ class RowParallelLinear(nn.Module):
         shard = divide(input_size, parallel.tp_size, name)
         start = parallel.tp_rank * shard
         box = shard_box(f"{name}.weight", (output_size, input_size), 1, start, start + shard)
-        self.weight = declare_weight((output_size, shard), dtype, [box])  # [output_size, columns of this rank]
+        # [output_size, columns of this rank]
+        self.weight = declare_weight((output_size, shard), dtype, [box], all_columns=input_size)
         self.bias = None
         if bias:
             self.bias = declare_weight(
@@ -140,11 +139,11 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
-        return project(x, self.weight, self.bias if self.tp_rank == 0 else None, scales_of(self, "weight"))
+        return project(x, weight_of(self, "weight"), self.bias if self.tp_rank == 0 else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
-            return project(x, self.weight, self.bias, scales_of(self, "weight"))
-        y = tensor_model_parallel_all_reduce(project(x, self.weight, scales=scales_of(self, "weight")))
+            return project(x, weight_of(self, "weight"), self.bias)
+        y = tensor_model_parallel_all_reduce(project(x, weight_of(self, "weight")))
         return y if self.bias is None else y + self.bias

@@ -13,7 +13,7 @@ from ramet.srt.distributed.communication_op import tensor_model_parallel_all_red
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts, needs_host
 from ramet.srt.layers.parameter import declare_weight, shard_box
-from ramet.srt.layers.quantization.scales import scales_of
+from ramet.srt.layers.quantization.weight import weight_of
 from ramet.srt.weights.manifest import WeightBox
 
 GATE, UP, DOWN = range(3)  # places in the names of an expert's matrices
@@ -121,11 +121,13 @@ class FusedMoE(nn.Module):
         # [num_local_experts, gate rows then up rows of this rank, hidden_size]
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
         # [num_local_experts, hidden_size, columns of this rank]
-        self.w2_weight = declare_weight((self.num_local_experts, hidden_size, size), dtype, w2_boxes)
+        self.w2_weight = declare_weight(
+            (self.num_local_experts, hidden_size, size), dtype, w2_boxes, all_columns=moe.intermediate_size
+        )
 
     def needs_host(self, dtype: torch.dtype) -> bool:
         """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""
-        return needs_host(dtype, self.w13_weight, self.w2_weight)
+        return needs_host(dtype, weight_of(self, "w13_weight"), weight_of(self, "w2_weight"))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank.
@@ -135,13 +137,11 @@ class FusedMoE(nn.Module):
         """
         y = fused_experts(
             x,
-            self.w13_weight,
-            self.w2_weight,
+            weight_of(self, "w13_weight"),
+            weight_of(self, "w2_weight"),
             weights,
             expert_ids - self.first_expert,
             self.activation,
-            scales_of(self, "w13_weight"),
-            scales_of(self, "w2_weight"),
         )
         return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 

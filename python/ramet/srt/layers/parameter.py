@@ -8,10 +8,17 @@ from torch import nn
 from ramet.srt.weights.manifest import WeightBox
 
 
-def declare_weight(shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[WeightBox]) -> nn.Parameter:
-    """A parameter without memory; `boxes` say which checkpoint slices fill it, zeros fill the rest."""
+def declare_weight(
+    shape: Sequence[int], dtype: torch.dtype, boxes: Sequence[WeightBox], *, all_columns: int | None = None
+) -> nn.Parameter:
+    """A parameter without memory; `boxes` say which checkpoint slices fill it, zeros fill the rest.
+
+    Args:
+        all_columns: of the checkpoint's matrix, where those are split over ranks.
+    """
     weight = nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
     vars(weight)["boxes"] = tuple(boxes)  # a subclass with such a field would make every operation look it up
+    vars(weight)["all_columns"] = shape[-1] if all_columns is None else all_columns
     return weight
 
 

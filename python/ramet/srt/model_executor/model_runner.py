@@ -85,8 +85,8 @@ class ModelRunner:
         if self._has_own_head():
             self.model_config = dataclasses.replace(model_config, tie_word_embeddings=False)
             self._build_model()
-        if model_config.quantization_config is not None:
-            logger.info("fp8 weights %s", model_config.quantization_config.summary)
+        if (quantization := model_config.quantization_config) is not None:
+            logger.info("%s weights %s", quantization.name, quantization.summary)
         open_checkpoint = CheckpointOpener(functools.partial(describe_whole_model, self.model_config, self.manifest))
         if config.weights.load.reads_files:
             open_checkpoint(model_config.path)  # what is wrong with the files is said before they take memory

@@ -25,8 +25,8 @@ PREFIX = b"ramet-weights-1\n"
 PIECE_BYTES = 16  # of a band's hash
 SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # of tensor parallelism
 VOCAB_PADDING = 64  # rows; tables are padded to a multiple of it before they are cut
-SCALES = ("_scale", "_scale_inv")  # ends of the names of scales
-MAX_GRID = 1024  # rows and columns of a grid of scales that is cut at each of them
+GRIDS = ("_scale", "_scale_inv", ".scales", "_zero_point", ".qzeros")  # ends of the names of scales and zeros
+MAX_GRID = 1024  # rows of a grid of scales that is cut at each of them; columns too
 MAX_PART_BYTES = 8 << 20  # of one answer
 MAX_TENSORS = 1_000_000
 MAX_BANDS = 1 << 24  # of one tensor
@@ -101,15 +101,17 @@ def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:
 def bands_of(name: str, shape: Sequence[int]) -> tuple[list[Band], list[Band]]:
     """The bands of rows and of columns of each matrix of a tensor.
 
-    Each scale of a grid, one for each block of a matrix, is in a row and a column of its own: a rank whose part ends
-    within a block has that block's scale, so that its part of the grid ends where no part of the matrix does.
+    Each scale of a grid, one for each block or group of a matrix, is in a row or a column of its own: a rank whose part
+    ends within a block has that block's scale, so that its part of the grid ends where no part of the matrix does.
     """
     _, num_rows, num_columns = as_matrices(shape)
-    is_grid = len(shape) > 1 and num_columns > 1 and name.endswith(SCALES)
-    if is_grid and max(num_rows, num_columns) <= MAX_GRID:
-        rows, columns = ([(index, index + 1) for index in range(extent)] for extent in (num_rows, num_columns))
-        return rows, columns
-    return row_bands(num_rows), column_bands(shape)
+    rows, columns = row_bands(num_rows), column_bands(shape)
+    if len(shape) > 1 and num_columns > 1 and name.endswith(GRIDS):
+        if num_rows <= MAX_GRID:
+            rows = [(index, index + 1) for index in range(num_rows)]
+        if num_columns <= MAX_GRID:
+            columns = [(index, index + 1) for index in range(num_columns)]
+    return rows, columns
 
 
 def row_bands(num_rows: int) -> list[Band]:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from ramet.srt.configs.quantization_config import WHOLE_ROW
+from ramet.srt.configs.weight_format import BLOCKS, WHOLE
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
 from ramet.srt.weights.errors import name_some
@@ -13,7 +13,9 @@ from ramet.srt.weights.planner import CASTABLE_DTYPES
 Tensors = Mapping[str, tuple[str, TensorInfo]]  # name -> (file, where in it)
 
 PLAIN_FLOATS = ("float32", "bfloat16", "float16")
-EXPONENTS = "float8_e8m0fnu"  # a scale that is a power of two
+EXPONENTS = ("float8_e8m0fnu", "uint8")  # of a scale that is a power of two; of the same bits
+
+PACKED_SUFFIXES = (".qweight", ".weight_packed")
 
 # Tensors that no model has a place for, and why they may be left out.
 HARMLESS_SURPLUS = {
@@ -21,8 +23,9 @@ HARMLESS_SURPLUS = {
         r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
     ),
     "scales of activations and caches in quantised checkpoints: here those keep the model's type": re.compile(
-        r"\.((input|output|activation)_scale|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
+        r"\.((input|output|activation)(_global)?_scale|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
     ),
+    "shapes of matrices before they were packed: the config says them": re.compile(r"\.weight_shape$"),
 }
 
 
@@ -49,14 +52,15 @@ def is_quantised_here(tensors: Tensors, whole: WholeModel) -> bool:
     """Whether the files hold plain weights that are quantised while they are read."""
     if whole.knows_config:
         return whole.quantization is not None and whole.quantization.is_online
-    return not any(name in tensors and tensors[name][1].dtype == FP8 for name in whole.quantised)
+    fp8 = [name for name in whole.quantised if whole.dtypes[name] == FP8]
+    return bool(fp8) and not any(name in tensors and tensors[name][1].dtype == FP8 for name in fp8)
 
 
 def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
-    scales = whole.scales
-    absent = set(scales) if is_quantised_here(tensors, whole) else set()
+    absent = set(whole.grids) if is_quantised_here(tensors, whole) else set()
     if lost := [name for name in whole.shapes if name not in tensors and name not in absent]:
-        raise ValueError(f"{where} lacks {name_some([_with_purpose(name, scales) for name in lost])}")
+        words = name_some([_with_purpose(name, whole) for name in lost])
+        raise ValueError(f"{where} lacks {words}{_packed_hint(lost, tensors, whole)}")
     if not whole.is_complete:
         return  # the rest belongs to other ranks
     surplus = []
@@ -69,32 +73,46 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
         raise ValueError(f"{where} has tensors that the model does not have: {name_some(surplus)}")
 
 
-def _with_purpose(name: str, scales: frozenset[str]) -> str:
-    return f"{name} (the scales of fp8 weights)" if name in scales else name
+def _packed_hint(lost: list[str], tensors: Tensors, whole: WholeModel) -> str:
+    """What the files hold instead, if that is packed."""
+    packed = [name.removesuffix(".weight") + end for name in lost for end in PACKED_SUFFIXES]
+    found = next((name for name in packed if name in tensors), None)
+    if found is None:
+        return ""
+    source = whole.quantization.file if whole.quantization is not None else "the model's config"
+    return f"; it has {found}, a quantised weight of which {source} says nothing"
+
+
+def _with_purpose(name: str, whole: WholeModel) -> str:
+    return f"{name} (the scales of quantised weights)" if name in whole.grids and "scale" in name else name
 
 
 def _check_types(tensors: Tensors, whole: WholeModel, where: str) -> None:
     quantization = whole.quantization
     weights = [name for name in whole.quantised if name in tensors]
-    plain = [name for name in weights if tensors[name][1].dtype != FP8]
+    others = [name for name in weights if tensors[name][1].dtype != whole.dtypes[name]]
     source = quantization.file if quantization is not None else "the model's config"
     if is_quantised_here(tensors, whole):
-        for name in sorted(set(weights) - set(plain)):
+        for name in sorted(set(weights) - set(others)):
             raise ValueError(
                 f"{tensors[name][0]}: {name} is {FP8}, but {where} has no quantization_config that says so: weights "
                 "that are quantised already can't be quantised while they are read"
             )
-    elif plain:
-        name = min(plain)
-        if len(plain) == len(weights):
-            raise ValueError(f"{source} says that weights are fp8, but {where} holds none: {_typed(tensors, name)}")
+    elif others or (whole.quantised and not weights):
+        kind = quantization.name if quantization is not None else "quantised"
+        if len(others) == len(weights):
+            example = _typed(tensors, min(others)) if others else f"there is no {min(whole.quantised)}"
+            raise ValueError(f"{source} says that weights are {kind}, but {where} holds none: {example}")
+        name = min(others)
         raise ValueError(
-            f"{_typed(tensors, name)}, but {source} says that it is {FP8}: name it among the modules that are not "
-            "quantised"
+            f"{_typed(tensors, name)}, but {source} says that it is {whole.dtypes[name]}: name it among the modules "
+            "that are not quantised"
         )
     for name, (path, info) in tensors.items():
-        if name in whole.shapes and name not in whole.quantised:
-            _check_type(name, path, info, name in whole.scales, source)
+        if name in whole.grids:
+            _check_grid_type(name, path, info, whole)
+        elif name in whole.shapes and name not in whole.quantised:
+            _check_type(name, path, info, source)
 
 
 def _typed(tensors: Tensors, name: str) -> str:
@@ -102,16 +120,18 @@ def _typed(tensors: Tensors, name: str) -> str:
     return f"{path}: {name} is {info.dtype}"
 
 
-def _check_type(name: str, path: str, info: TensorInfo, is_scale: bool, source: str) -> None:
-    if is_scale:
-        if info.dtype not in (*PLAIN_FLOATS, EXPONENTS):
-            raise ValueError(
-                f"{path}: the scales {name} are {info.dtype}; float32, bfloat16, float16 or {EXPONENTS} are supported "
-                "(bare exponents, as in mxfp8 checkpoints, are not)"
-            )
-    elif info.dtype.startswith("float8"):
+def _check_grid_type(name: str, path: str, info: TensorInfo, whole: WholeModel) -> None:
+    held = whole.dtypes[name]
+    allowed = (*PLAIN_FLOATS, *EXPONENTS) if held == "float32" else (held,)
+    if info.dtype not in allowed:
+        words = ", ".join(allowed[:-1]) + (" or " if allowed[1:] else "") + allowed[-1]
+        raise ValueError(f"{path}: {name} is {info.dtype}, but belongs to a quantised matrix as {words}")
+
+
+def _check_type(name: str, path: str, info: TensorInfo, source: str) -> None:
+    if info.dtype.startswith("float8"):
         raise ValueError(f"{path}: {name} is {info.dtype}, but {source} does not say that it is quantised")
-    elif info.dtype not in CASTABLE_DTYPES:
+    if info.dtype not in CASTABLE_DTYPES:
         raise ValueError(f"{path}: {name} is {info.dtype}; a weight must be one of {', '.join(CASTABLE_DTYPES)}")
 
 
@@ -121,20 +141,19 @@ def _check_shapes(tensors: Tensors, whole: WholeModel) -> None:
         if name not in tensors:
             continue
         path, info = tensors[name]
-        if name in whole.scales and is_one_number(info) and (_is_of_rows(name, whole) or set(shape) == {1}):
+        if name in whole.grids and is_one_number(info) and (_is_of_rows(name, whole) or set(shape) == {1}):
             continue
         has_room = len(info.shape) == len(shape) and all(a >= b for a, b in zip(info.shape, shape, strict=True))
         if not has_room or (whole.is_complete and info.shape != shape):
-            hint = _grid_hint(whole) if name in whole.scales else ""
+            hint = _grid_hint(whole) if name in whole.grids else ""
             raise ValueError(f"{path}: {name} has the shape {info.shape}, the model needs {shape}{hint}")
 
 
 def _is_of_rows(name: str, whole: WholeModel) -> bool:
     """Whether a scale is one for each row, or may be for all of them, rather than one for each block."""
-    quantization = whole.quantization
-    if quantization is not None and quantization.block_size is not None:
-        return quantization.block_size[1] == WHOLE_ROW
-    return name.endswith(SCALE_SUFFIXES[0])
+    if whole.quantization is None:
+        return whole.dtypes[name] == "float32" and not name.endswith(SCALE_SUFFIXES[1])
+    return any(name.endswith(grid.suffix) and grid.columns == WHOLE for _, grid in whole.quantization.format)
 
 
 def is_one_number(info: TensorInfo) -> bool:
@@ -145,10 +164,8 @@ def is_one_number(info: TensorInfo) -> bool:
 def _grid_hint(whole: WholeModel) -> str:
     if whole.quantization is None:
         return ""
-    size = whole.quantization.block_size
-    said = (
-        f"blocks of {size[0]} x {size[1]}" if size else "no blocks (weight_block_size): a scale for a row or a matrix"
-    )
+    summary = whole.quantization.format.summary
+    said = summary if summary != "rows" else "no blocks (weight_block_size): a scale for a row or a matrix"
     return f": {whole.quantization.file} says {said}"
 
 
@@ -160,8 +177,10 @@ def settle_scales(tensors: Mapping[str, TensorInfo], whole: WholeModel) -> dict[
     """
     result = {}
     for name, info in tensors.items():
+        if name.endswith(BLOCKS) and len(info.shape) == 4:  # a row's blocks, which follow each other
+            info = TensorInfo(info.dtype, (*info.shape[:2], info.shape[2] * info.shape[3]), info.offset, info.nbytes)
         settled = _settled_name(name, tensors, whole)
-        shape = whole.shapes[settled] if settled in whole.scales else ()
+        shape = whole.shapes[settled] if settled in whole.grids else ()
         if len(info.shape) == 1 and not is_one_number(info) and shape[-1:] == (1,):
             info = TensorInfo(info.dtype, (*info.shape, 1), info.offset, info.nbytes)
         result[settled] = info

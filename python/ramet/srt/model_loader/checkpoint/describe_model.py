@@ -28,5 +28,6 @@ def _collect(config: ModelConfig, manifest: WeightManifest) -> WholeModel:
     model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), ParallelConfig())
     if quantization is not None:
         declare_quantised(model, quantization)
-    boxes = ((box, dtype_name(parameter.dtype)) for parameter in model.parameters() for box in vars(parameter)["boxes"])
+    parameters = [(name, parameter, dtype_name(parameter.dtype)) for name, parameter in model.named_parameters()]
+    boxes = [(name, dtype, box) for name, parameter, dtype in parameters for box in vars(parameter)["boxes"]]
     return collect_boxes(boxes, quantization)

@@ -1,9 +1,9 @@
 """Owns what of a checkpoint is not copied as it is: weights that are quantised while they load, and some scales.
 
-An arena's fp8 entry `X.weight`, one matrix or a stack of them, has a sibling `X.weight_scale` with one scale for each
-row, or `X.weight_scale_inv` with one for each block. The values of a checkpoint of fp8 weights are copied, and so are
-its scales where they have the arena's shape and a type that can be cast on the way; others are spread or decoded.
-Plain weights are quantised by row. Reads nothing.
+An arena's quantised entry `X.weight`, one matrix or a stack of them, has siblings: `X.weight_scale` with one scale for
+each row, say. The values of a checkpoint of quantised weights are copied, and so are the others where they have the
+arena's shape and a type that can be cast on the way; scales that don't are spread or decoded. Plain weights are
+quantised to fp8 by row. Reads nothing.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import msgspec
 
 from ramet.srt.model_loader.checkpoint.checks import PLAIN_FLOATS, Tensors
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
-from ramet.srt.model_loader.checkpoint.whole_model import FP8, SCALE_SUFFIXES
+from ramet.srt.model_loader.checkpoint.whole_model import grids_of
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest
 
 BLOCK_BYTES = 8 << 20
@@ -60,17 +60,17 @@ def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: boo
     entries = {entry.name: entry for entry in manifest.entries}
     jobs: list[Job] = []
     done: set[str] = set()
-    for entry in manifest.entries:
-        scale = next((entries[name] for s in SCALE_SUFFIXES if (name := entry.name + s) in entries), None)
-        if entry.dtype != FP8 or scale is None:
-            continue
+    for name, grids in grids_of(entries).items():
         if is_online:
-            done |= {entry.name, scale.name}
-            for box in entry.boxes:
-                jobs.extend(_quantize_jobs(box, entry, scale, tensors))
-        elif any(not _is_copied(box, tensors) for box in scale.boxes):
-            done.add(scale.name)
-            jobs.extend(ScaleJob(*tensors[box.checkpoint_name], box, scale) for box in scale.boxes)
+            weight, scale = entries[name], entries[grids[0]]
+            done |= {weight.name, scale.name}
+            for box in weight.boxes:
+                jobs.extend(_quantize_jobs(box, weight, scale, tensors))
+            continue
+        for grid in (entries[grid] for grid in grids):
+            if grid.dtype == "float32" and any(not _is_copied(box, tensors) for box in grid.boxes):
+                done.add(grid.name)
+                jobs.extend(ScaleJob(*tensors[box.checkpoint_name], box, grid) for box in grid.boxes)
     rest = tuple(entry for entry in manifest.entries if entry.name not in done)
     return msgspec.structs.replace(manifest, entries=rest), jobs
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
@@ -73,15 +74,4 @@ def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, arena: WeightAren
     buffer = arena.host_buffer(nbytes)
     read_range([fd], 0, info.offset + offset, buffer.numpy().data)
     raw = buffer.to(arena.byte_tensor().device, non_blocking=True)
-    return powers_of_two(raw) if info.dtype == EXPONENTS else raw.view(getattr(torch, info.dtype)).float()
-
-
-def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
-    """2 ** (e - 127) of bytes e, which are float8_e8m0fnu's, in float32; NaN for 255.
-
-    Older versions of torch lack that type. A float32 has the same exponent, in its bits 23 to 30.
-    """
-    bits = exponents.to(torch.int32) << 23
-    bits[exponents == 0] = 1 << 22  # 2 ** -127 is a subnormal number
-    bits[exponents == 255] = 0x7FC00000
-    return bits.view(torch.float32)
+    return powers_of_two(raw) if info.dtype in EXPONENTS else raw.view(getattr(torch, info.dtype)).float()

@@ -14,6 +14,7 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.checks import check_checkpoint, is_harmless, is_quantised_here, settle_scales
+from ramet.srt.model_loader.checkpoint.idle_tensors import without_idle
 from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_experts
@@ -76,10 +77,10 @@ class CheckpointSource:
         """Bring the tensors under the names that boxes have, and check that they are those of the model."""
         if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
             raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
-        size = None if whole.quantization is None else whole.quantization.block_size
+        block_rows = None if whole.quantization is None else whole.quantization.block_rows
         for path, tensors in self.files.items():
-            unstacked = split_stacked_experts(path, tensors, whole.shapes, size[0] if size else None)
-            self.files[path] = settle_scales(unstacked, whole)
+            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
+            self.files[path] = without_idle(path, settle_scales(unstacked, whole), whole)
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())

@@ -1,8 +1,7 @@
 """Owns which checkpoint tensors a whole model is made of, over all its stages and ranks, as plain data."""
 
 import dataclasses
-import functools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from ramet.srt.configs.quantization_config import QuantizationConfig
@@ -11,24 +10,22 @@ from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, s
 FP8 = "float8_e4m3fn"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 SCALE_SUFFIXES = ("_scale", "_scale_inv")
+GRID_ATTRIBUTES = (*SCALE_SUFFIXES, "_scale_2", "_zeros", "_column_groups")  # ends of entries beside a quantised one
 
 
 @dataclass(frozen=True)
 class WholeModel:
     """What a checkpoint must hold, and what the model's config says of its types."""
 
-    shapes: dict[str, tuple[int, ...]]  # of all checkpoint tensors, scales too
-    quantised: frozenset[str]  # the fp8 matrices among them
+    shapes: dict[str, tuple[int, ...]]  # of all checkpoint tensors, those of all grids too
+    dtypes: dict[str, str]  # as ranks hold them
+    quantised: frozenset[str]  # the values of quantised matrices among them
+    grids: frozenset[str]  # their scales, zeros and so on
     is_tied: bool  # whether the output head is the embedding's table
     quantization: QuantizationConfig | None = None
     is_complete: bool = True  # False: only what one of several ranks needs is known
     knows_config: bool = True  # False: there is nothing but a manifest to go by
     has_head: bool = True  # False: an output head that the files may hold is of no use
-
-    @functools.cached_property
-    def scales(self) -> frozenset[str]:
-        """The names of scales."""
-        return frozenset(name + suffix for name in self.quantised for suffix in SCALE_SUFFIXES) & self.shapes.keys()
 
 
 def describe_rank(manifest: WeightManifest) -> WholeModel:
@@ -47,19 +44,33 @@ def is_whole(manifest: WeightManifest) -> bool:
     return parallel.tp_size == parallel.pp_size == parallel.ep_size == 1
 
 
-def boxes_of(entries: Iterable[WeightEntry]) -> Iterable[tuple[WeightBox, str]]:
-    """All boxes, each with the dtype of its entry."""
-    return ((box, entry.dtype) for entry in entries for box in entry.boxes)
+def boxes_of(entries: Iterable[WeightEntry]) -> list[tuple[str, str, WeightBox]]:
+    """All boxes, each with the name and the dtype of its entry."""
+    return [(entry.name, entry.dtype, box) for entry in entries for box in entry.boxes]
 
 
-def collect_boxes(boxes: Iterable[tuple[WeightBox, str]], quantization: QuantizationConfig | None = None) -> WholeModel:
-    """The model that boxes, each with its target's dtype, take everything of."""
+def grids_of(names: Collection[str]) -> dict[str, list[str]]:
+    """The quantised ones among entries of these names, each with the entries of its scales, zeros and so on."""
+    known = set(names)
+    grids = {name: [name + end for end in GRID_ATTRIBUTES if name + end in known] for name in names}
+    return {name: found for name, found in grids.items() if any(grid.endswith(SCALE_SUFFIXES) for grid in found)}
+
+
+def collect_boxes(
+    boxes: Sequence[tuple[str, str, WeightBox]], quantization: QuantizationConfig | None = None
+) -> WholeModel:
+    """The model that boxes, each with its entry's name and dtype, take everything of."""
+    found = grids_of({entry for entry, _, _ in boxes})
+    beside = {grid for grids in found.values() for grid in grids}
     shapes: dict[str, tuple[int, ...]] = {}
-    quantised = set()
-    for box, dtype in boxes:
+    dtypes, quantised, grids = {}, set(), set()
+    for entry, dtype, box in boxes:
         name, reach = box.checkpoint_name, tuple(stop for _, stop in box.source)
         known = shapes.get(name)
         shapes[name] = reach if known is None else tuple(map(max, reach, known))
-        if dtype == FP8:
+        dtypes[name] = dtype
+        if entry in found:
             quantised.add(name)
-    return WholeModel(shapes, frozenset(quantised), HEAD not in shapes, quantization)
+        elif entry in beside:
+            grids.add(name)
+    return WholeModel(shapes, dtypes, frozenset(quantised), frozenset(grids), HEAD not in shapes, quantization)

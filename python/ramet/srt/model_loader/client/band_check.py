@@ -11,6 +11,7 @@ import numpy as np
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
+from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
@@ -22,7 +23,7 @@ from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, e
 from ramet.srt.weights.planner import Holding, region_offset
 
 NARROWER = {
-    "float32": ("bfloat16", "float16", "float8_e8m0fnu")
+    "float32": ("bfloat16", "float16", *EXPONENTS)
 }  # what is widened to a type without loss, so that it can be undone
 
 
@@ -57,7 +58,7 @@ class _Target(NamedTuple):
     @property
     def is_repeated(self) -> bool:
         """Whether the table has one number for all that the boxes fill: the scale of a whole matrix."""
-        is_scale = self.tensor.name.endswith(SCALE_SUFFIXES)
+        is_scale = self.tensor.name.endswith((*SCALE_SUFFIXES, "_scale_2"))
         return is_scale and self.matrix is None and math.prod(self.tensor.shape) == 1
 
     def place(self, holding: Holding) -> Holding:
@@ -224,7 +225,7 @@ def narrowed(content: np.ndarray, dtype: str) -> np.ndarray | None:
     if dtype == "bfloat16":
         half = (wide >> 16).astype(np.uint16)
         back = half.astype(np.uint32) << 16
-    elif dtype == "float8_e8m0fnu":
+    elif dtype in EXPONENTS:
         half = (wide >> 23).astype(np.uint8)
         back = np.where(half == 0, 1 << 22, half.astype(np.uint32) << 23)
     else:

@@ -1,0 +1,49 @@
+"""Owns the use of the kernels for words of numbers: which weights they take, and what they are given of them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ramet.srt.configs.weight_format import WHOLE
+from ramet.srt.layers.quantization.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.kernels.packed_weights import PackedArguments
+
+MOST_ROWS = 256  # multiplied from words; for more of them a matrix is dequantised once. Not measured yet
+
+
+def fits_packed_kernel(weight: QuantizedWeight) -> bool:
+    """Whether the kernels take a matrix or stack.
+
+    The columns of a word must share a scale, or say each which one they have.
+    """
+    index, num = weight.layout.indices["scales"], 32 // weight.format.bits
+    if weight.format.numbers == "e4m3" or weight.layout.num_columns % num:
+        return False
+    if weight.format.column_groups is not None or index.columns == WHOLE:
+        return True
+    return index.columns % num == index.first_column % num == 0
+
+
+def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor | None) -> torch.Tensor:
+    """x W^T with the W of each row's group, of a stack; see `grouped_linear`. Without `ends`, all rows are in one."""
+    from ramet.srt.layers.kernels.packed_linear import packed_linear
+
+    return packed_linear(x, _arguments(weight), ends)
+
+
+def packed_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix in `dtype`."""
+    from ramet.srt.layers.kernels.packed_weights import dequantize_packed
+
+    return dequantize_packed(_arguments(weight.as_stack()), dtype)
+
+
+def _arguments(weight: QuantizedWeight) -> "PackedArguments":
+    from ramet.srt.layers.kernels.packed_weights import packed_arguments
+
+    layout = weight.layout
+    parts = None if weight.format.column_groups is None else layout.indices["column_groups"].rows
+    shape = (layout.num_rows, layout.num_columns)
+    return packed_arguments(weight.tensors, weight.format, shape, layout.indices["scales"].first_column, parts)
