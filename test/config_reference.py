@@ -69,7 +69,8 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "layer_windows": _windows(hf),
         "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
-        "norm_topk_prob": hf.norm_topk_prob if _has_experts(shapes) and hf.model_type == "qwen3_moe" else None,
+        "norm_topk_prob": hf.norm_topk_prob if _has_experts(shapes) and hf.model_type != "mixtral" else None,
+        "shared_size": (getattr(hf, "shared_expert_intermediate_size", 0) or 0) if _has_experts(shapes) else None,
     }
 
 
@@ -77,7 +78,7 @@ def _windows(hf: Any) -> list[int | None]:
     """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
     if hf.model_type == "llama":
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3"):
+    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
@@ -112,23 +113,22 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "query_columns": config.num_attention_heads * config.head_dim,
         "key_columns": config.num_key_value_heads * config.head_dim,
         "head_dim": config.head_dim,
-        "qkv_bias": config.qkv_bias,
-        "o_bias": config.o_bias,
-        "mlp_bias": config.mlp_bias,
-        "has_qk_norm": config.architecture.startswith("Qwen3"),
-        "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": config.hidden_act,
+        "qkv_bias": config.traits.qkv_bias,
+        "o_bias": config.traits.o_bias,
+        "mlp_bias": config.traits.mlp_bias,
+        "has_qk_norm": bool(config.traits.qk_norm),
+        "rms_norm_eps": config.traits.rms_norm_eps,
+        "hidden_act": config.traits.hidden_act,
         "tie_word_embeddings": config.tie_word_embeddings,
         "is_causal": True,
         "inverse_frequencies": inverse_frequencies(config.rope, config.head_dim).tolist(),
         "attention_scaling": config.rope.attention_factor,
         "max_position_embeddings": None if stretched else config.context_len,
-        "layer_windows": list(config.layer_windows),
+        "layer_windows": [layer.window for layer in config.layers],
         "mlps": mlps,
         "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
-        "norm_topk_prob": moe.norm_topk_prob
-        if moe and sparse and config.architecture == "Qwen3MoeForCausalLM"
-        else None,
+        "norm_topk_prob": moe.norm_topk_prob if moe and sparse and not moe.traits.always_normalised else None,
+        "shared_size": moe.shared_intermediate_size if moe and sparse else None,
     }
 
 

@@ -75,6 +75,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3, "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0, "rope_scaling": None,
     },
+    "qwen2_moe": {  # a gated shared expert, biases on q, k and v, a window in the first layer
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [2], "tie_word_embeddings": False,
+        "qkv_bias": True, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
     "mixtral": {  # experts in every layer, a sliding window shorter than the test prompts
         "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 72,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
@@ -204,15 +212,19 @@ def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spellin
 
 
 def _randomize(model: Any, seed: int) -> None:
-    """Fill every parameter so that each of them shows in the logits, and greedy decoding does not repeat itself."""
+    """Fill every weight so that each of them shows in the logits, and greedy decoding does not repeat itself.
+
+    Norms are around what they are made with, 1 or 0. Biases of routers are buffers, which are made as zeros.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    biases = [pair for pair in model.named_buffers() if pair[0].endswith("correction_bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # a tied head is not listed twice
+        for name, parameter in (*model.named_parameters(), *biases):  # a tied head is not listed twice
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(0.3 * noise + (1.0 if "norm" in name else 0.0))
+                parameter.copy_(0.3 * noise + (parameter if "norm" in name else 0.0))
             elif "embed_tokens" in name:
                 parameter.copy_(0.3 * noise)
             else:

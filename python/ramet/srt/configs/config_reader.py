@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ramet.srt.configs.harmless_keys import HARMLESS_KEYS, objections, short
-from ramet.srt.configs.model_families import ModelFamily
+from ramet.srt.configs.model_family import ModelFamily
 
 LARGEST_SIZE = 2**31 - 1
 

@@ -11,6 +11,7 @@ from ramet.srt.configs.harmless_keys import short
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
@@ -31,12 +32,17 @@ class RopeConfig:
 
     theta: float
     rope_type: str = "default"
+    rotary_factor: float = 1.0  # the share of a head's columns that rotate, the first ones
     scaling: dict[str, Any] = field(default_factory=dict)
     attention_factor: float = 1.0  # of all cosines and sines
     ignored_theta: float | None = None  # of a rope_parameters that doesn't count, where it is another one
 
+    def rotary_dim(self, head_dim: int) -> int:
+        """How many of a head's columns rotate."""
+        return int(head_dim * self.rotary_factor)
 
-def read_rope(reader: ConfigReader) -> RopeConfig:
+
+def read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before it).
 
     The rules are those of transformers 5: a `rope_scaling` that isn't empty is taken in place of the whole
@@ -67,7 +73,27 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
     else:
         rope = _yarn(reader, source, parameters, theta, scaling)
-    return dataclasses.replace(rope, ignored_theta=_ignored_theta(reader, source, theta))
+    return dataclasses.replace(
+        rope,
+        rotary_factor=_rotary_factor(reader, parameters, head_dim),
+        ignored_theta=_ignored_theta(reader, source, theta),
+    )
+
+
+def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: int) -> float:
+    """The share of a head that rotates: one inside the object goes before one beside it."""
+    name = "partial_rotary_factor"
+    if not reader.has(name):
+        return 1.0
+    value = reader.value(name)
+    if reader.has("rotary_dim") and value is None:
+        columns = reader.optional_integer("rotary_dim")
+        value = 1.0 if columns is None else columns / head_dim
+    value = parameters.get(name, value)
+    if not is_finite(value) or not 0 < value <= 1 or int(head_dim * value) % 2 or int(head_dim * value) < 2:
+        what = f"must have an even number of a head's {head_dim} columns rotate"
+        raise ValueError(f"{reader.file}: {name!r} {what}; got {short(value)}")
+    return float(value)
 
 
 def _ignored_theta(reader: ConfigReader, source: str, theta: float) -> float | None:
@@ -112,7 +138,7 @@ def scaled_length(reader: ConfigReader, rope: RopeConfig) -> int:
     """
     length = reader.integer("max_position_embeddings")
     if rope.rope_type not in ("linear", "yarn"):
-        return length
+        return length  # up to which dynamic scaling changes nothing
     _, parameters = _parameters(reader)
     original = parameters.get(ORIGINAL_LENGTH) or reader.config.get(ORIGINAL_LENGTH)
     if rope.rope_type == "linear" and original is not None:
@@ -160,6 +186,8 @@ def _positive(reader: ConfigReader, name: str, value: Any, sentence: str | None 
 def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, parameters: dict[str, Any]) -> None:
     """Raise ValueError for what asks for another rotation than the type's: a part of each head, other factors."""
     used = {"rope_type", "type", "rope_theta", ORIGINAL_LENGTH, *ROPE_FIELDS[rope_type]}
+    if reader.has("partial_rotary_factor"):
+        used.add("partial_rotary_factor")
     if rope_type == "yarn":
         used |= {*YARN_OPTIONS, "truncate", "finetuned"}  # the last tells how the model was made
     for name, value in parameters.items():

@@ -6,19 +6,23 @@ import torch
 
 from ramet.srt.configs.rope_config import RopeConfig
 
-CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, head_dim / 2] each
+CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, rotary_dim / 2] each
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
-    """float32 [head_dim / 2]: theta^(-2i / head_dim) (Su et al., 2021), rescaled by the config's rope type."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    """float32 [rotary_dim / 2]: theta^(-2i / rotary_dim) (Su et al., 2021), rescaled by the config's rope type.
+
+    Dynamic scaling begins beyond the model's length, where no position is.
+    """
+    rotary_dim = config.rotary_dim(head_dim)
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     frequencies = 1.0 / (config.theta**exponents)
     if config.rope_type == "linear":
         return frequencies / config.scaling["factor"]
     if config.rope_type == "llama3":
         return _llama3_frequencies(frequencies, config)
     if config.rope_type == "yarn":
-        return _yarn_frequencies(config, config.theta**exponents, head_dim)
+        return _yarn_frequencies(config, config.theta**exponents, rotary_dim)
     return frequencies
 
 
@@ -39,27 +43,27 @@ def _llama3_frequencies(frequencies: torch.Tensor, config: RopeConfig) -> torch.
     return torch.where(wavelengths < length / high, frequencies, long)
 
 
-def _yarn_frequencies(config: RopeConfig, powers: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _yarn_frequencies(config: RopeConfig, powers: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     """YaRN (Peng et al., 2023): pairs that turn often over the original length are kept, slow ones divided by `factor`.
 
     Between `beta_fast` and `beta_slow` turns the share of the kept ones falls linearly with the pair's number.
 
     Args:
-        powers: theta^(2i / head_dim), float32 [head_dim / 2].
+        powers: theta^(2i / rotary_dim), float32 [rotary_dim / 2].
     """
     scaling = config.scaling
 
     def pair_of(turns: float) -> float:
         length = scaling["original_max_position_embeddings"]
-        return head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        return rotary_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
 
     first, last = pair_of(scaling["beta_fast"]), pair_of(scaling["beta_slow"])
     if scaling["truncate"]:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
     if first == last:
         last += 0.001
-    kept = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
+    kept = 1 - ((torch.arange(rotary_dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
     # In the order in which transformers computes it: at far positions the last bit of a frequency shows.
     return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
 
@@ -73,7 +77,7 @@ class RotaryEmbedding:
         self.dtype = dtype
 
     def cos_sin(self, positions: torch.Tensor) -> CosSin:
-        """int64 [num_tokens] -> cosines and sines [num_tokens, 1, head_dim / 2] in the model's dtype."""
+        """int64 [num_tokens] -> cosines and sines [num_tokens, 1, rotary_dim / 2] in the model's dtype."""
         angles = positions.float().unsqueeze(-1) * self.inv_freq
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1:
@@ -82,6 +86,7 @@ class RotaryEmbedding:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate [num_tokens, num_heads, head_dim], whose first and second halves hold the two coordinates."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Rotate [num_tokens, num_heads, head_dim]: the first columns, whose halves hold the two coordinates."""
+    half = cos.shape[-1]
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -26,16 +26,26 @@ class RadixAttention(nn.Module):
     backend: AttentionBackend
     kv_pool: MHATokenToKVPool
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, layer_id: int, sliding_window: int | None):
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        layer_id: int,
+        sliding_window: int | None,
+    ):
         """
         Args:
+            scale: of the products of queries and keys.
             layer_id, sliding_window: see AttentionLayer.
         """
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.scale = head_dim**-0.5
+        self.scale = scale
         self.layer = AttentionLayer(layer_id, sliding_window)
 
     def bind(self, backend: AttentionBackend) -> None:
@@ -48,12 +58,14 @@ class RadixAttention(nn.Module):
         return self.backend.forward(q, self.layer, forward_batch)
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, rotary: CosSin, norms: HeadNorms | None, forward_batch: ForwardBatch
+        self, qkv: torch.Tensor, rotary: CosSin | None, norms: HeadNorms | None, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Norm and rotate q and k, and write k and v to the cache.
 
         Args:
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; may be overwritten.
+            rotary: None for a layer without positions.
+            norms: of each head; None for none.
 
         Returns:
             q for `forward`: [num_tokens, num_heads, head_dim].
@@ -65,17 +77,20 @@ class RadixAttention(nn.Module):
 
             kernel.rotate_and_store(
                 qkv,
-                *rotary,
+                rotary,
                 slots,
                 *self.kv_pool.get_kv_buffer(layer_id),
                 num_q_heads=self.num_heads,
                 q_norm=norms.q.weight if norms is not None else None,
                 k_norm=norms.k.weight if norms is not None else None,
                 eps=norms.q.eps if norms is not None else 0.0,
+                norm_offset=norms.q.offset if norms is not None else 0.0,
             )
             return heads[:, : self.num_heads]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
-        self.kv_pool.set_kv_buffer(layer_id, slots, apply_rotary(k, *rotary), v)
-        return apply_rotary(q, *rotary)
+        if rotary is not None:
+            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        self.kv_pool.set_kv_buffer(layer_id, slots, k, v)
+        return q

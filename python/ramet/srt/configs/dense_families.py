@@ -1,0 +1,77 @@
+"""Owns the registry entries of dense families."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ramet.srt.configs.harmless_keys import ANY
+from ramet.srt.configs.model_family import ModelFamily
+
+LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+# What every family has, whatever else: the keys are Llama's but for its biases.
+PLAIN = {name: value for name, value in LLAMA.items() if name not in ("attention_bias", "mlp_bias")}
+MISTRAL = {
+    **PLAIN,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+QWEN2 = {
+    **PLAIN,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+QWEN3 = {**QWEN2, "head_dim": 128, "attention_bias": False}
+
+DENSE_FAMILIES = (
+    ModelFamily(
+        architecture="LlamaForCausalLM",
+        model_type="llama",
+        defaults=LLAMA,
+        null_means={"num_key_value_heads": None, "head_dim": None},
+    ),
+    ModelFamily(
+        architecture="MistralForCausalLM",
+        model_type="mistral",
+        defaults=MISTRAL,
+        null_means={"head_dim": None, "sliding_window": None, "layer_types": None},
+    ),
+    ModelFamily(
+        architecture="Qwen2ForCausalLM",
+        model_type="qwen2",
+        defaults=QWEN2,
+        null_means={"num_key_value_heads": None, "sliding_window": None, "layer_types": None},
+        always_qkv_bias=True,
+        harmless={"attention_bias": ANY, "qkv_bias": (True, None)},
+    ),
+    ModelFamily(
+        architecture="Qwen3ForCausalLM",
+        model_type="qwen3",
+        defaults=QWEN3,
+        null_means={"num_key_value_heads": None, "sliding_window": None, "layer_types": None},
+        harmless={"use_qk_norm": (True, None)},
+        qk_norm="head",
+    ),
+)

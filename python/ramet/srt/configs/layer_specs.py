@@ -1,0 +1,125 @@
+"""Owns what a config says of each decoder layer, and of all of them together. No torch."""
+
+from dataclasses import dataclass
+
+from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.model_family import NormPlacement, QkNorm
+from ramet.srt.configs.moe_config import MoeConfig
+from ramet.srt.configs.rope_config import RopeConfig
+
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+KINDS = {
+    "full_attention": "full_attention",
+    "attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    window: int | None  # sliding window in tokens; None for full attention
+    rope: RopeConfig
+    has_experts: bool  # in place of the MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderTraits:
+    """What the layers have in common, beside their sizes."""
+
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    rms_norm_eps: float
+    norms: NormPlacement  # of attention and MLP
+    norm_offset: float  # added to each norm's weight
+    qk_norm: QkNorm  # "" for none
+    attention_scale: float  # of the products of queries and keys
+
+
+def read_layers(need: ConfigReader, num_layers: int, rope: RopeConfig, moe: MoeConfig | None) -> tuple[LayerSpec, ...]:
+    """Each layer's own.
+
+    Raises:
+        ValueError: if a value is wrong; the message names it.
+    """
+    windows = _windows(need, num_layers)
+    return tuple(
+        LayerSpec(window=window, rope=rope, has_experts=moe is not None and moe.sparse_layers[index])
+        for index, window in enumerate(windows)
+    )
+
+
+def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int) -> DecoderTraits:
+    """What all layers have.
+
+    Args:
+        hidden_acts: the names of the activations that there are.
+
+    Raises:
+        ValueError: if a value is wrong; the message names it.
+    """
+    family = need.family
+    attention_bias = need.flag("attention_bias")
+    return DecoderTraits(
+        qkv_bias=attention_bias or need.flag("qkv_bias") or family.always_qkv_bias,
+        o_bias=need.flag(family.o_bias_key),
+        mlp_bias=need.flag("mlp_bias"),
+        hidden_act=need.choice(family.hidden_act_key, hidden_acts),
+        rms_norm_eps=need.number("rms_norm_eps", zero=True),
+        norms=family.norms,
+        norm_offset=family.norm_offset,
+        qk_norm=family.qk_norm,
+        attention_scale=head_dim**-0.5,
+    )
+
+
+def _windows(need: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, by the keys that the family has: others have no effect, as in transformers."""
+    kinds = _layer_types(need, num_layers)
+    if not need.has("sliding_window"):
+        return (None,) * num_layers
+    window = need.optional_integer("sliding_window", minimum=0)
+    first = need.integer("max_window_layers", minimum=0) if need.has("max_window_layers") else 0
+    if need.has("use_sliding_window") and not need.flag("use_sliding_window"):
+        window = None
+    if window == 0:
+        raise need.wrong("sliding_window", "must be a positive integer", 0)
+    if kinds is None or not need.has("layer_types"):
+        if need.family.window_rule == "every other below":
+            if need.flag("use_sliding_window") and window is None:
+                raise need.wrong("sliding_window", "must be a positive integer", None)
+            return tuple(window if index % 2 == 0 and index < first else None for index in range(num_layers))
+        return tuple(window if index >= first else None for index in range(num_layers))
+    if window is None and "sliding_attention" in kinds:
+        raise ValueError(f"{need.file}: 'layer_types' has sliding_attention, but no 'sliding_window' is in use")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def idle_window_keys(need: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple[str, ...]:
+    """The keys that ask for other windows than there are, and have no effect as the family doesn't have them."""
+    slides = [layer.window is not None for layer in layers]
+    given = {name: need.config.get(name) for name in WINDOW_KEYS if not need.has(name)}
+    kinds = given.get("layer_types")
+    asks = {
+        "sliding_window": given.get("sliding_window") not in (None, 0),
+        "use_sliding_window": given.get("use_sliding_window") is False and any(slides),
+        "max_window_layers": given.get("max_window_layers") not in (None, 0) and any(slides),
+        "layer_types": kinds is not None and [kind == "sliding_attention" for kind in kinds] != slides,
+    }
+    return tuple(name for name in WINDOW_KEYS if asks[name])
+
+
+def _layer_types(need: ConfigReader, num_layers: int) -> list[str] | None:
+    kinds = need.value("layer_types")
+    if kinds is None:
+        return None
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != num_layers
+        or not all(isinstance(kind, str) and kind in KINDS for kind in kinds)
+    ):
+        raise ValueError(f"{need.file}: 'layer_types' must give full_attention or sliding_attention for each layer")
+    return [KINDS[kind] for kind in kinds]
