@@ -10,7 +10,9 @@ import torch
 from ramet.srt.configs.harmless_keys import ANY, HARMLESS_KEYS
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.layers.rotary_embedding import inverse_frequencies
+from ramet.srt.models.decoder import NORM_NAMES
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 SMALL = 2_000_000  # parameters: such models run once, as some configs fail only then
 
 
@@ -37,6 +39,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     if getattr(hf, "quantization_config", None) is not None:
         del hf.quantization_config  # the shapes are asked for, and no quantiser's package
     dtype, hf.dtype = hf.dtype, torch.float32
+    hf.pad_token_id = None  # a default of the class may be beyond the vocabulary
     hf._experts_implementation = "eager"  # the others want sizes that are multiples of 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
@@ -58,7 +61,6 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
         "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
-        "has_qk_norm": "model.layers.0.self_attn.q_norm.weight" in shapes,
         "rms_norm_eps": model.model.norm.variance_epsilon,
         "hidden_act": hf.hidden_act,
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
@@ -70,6 +72,13 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
         "norm_topk_prob": hf.norm_topk_prob if _has_experts(shapes) and hf.model_type != "mixtral" else None,
+        "rotates": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.model.layers],
+        "attention_scale": layer.self_attn.scaling,
+        "multipliers": [getattr(hf, name) if hf.model_type == "granite" else 1.0 for name in MULTIPLIERS],
+        "qk_norm": shapes.get("model.layers.0.self_attn.q_norm.weight"),
+        "layer_norms": sorted(
+            name for name in shapes if name.startswith("model.layers.0.") and name.endswith("layernorm.weight")
+        ),
         "shared_size": (getattr(hf, "shared_expert_intermediate_size", 0) or 0) if _has_experts(shapes) else None,
     }
 
@@ -78,7 +87,9 @@ def _windows(hf: Any) -> list[int | None]:
     """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
     if hf.model_type == "llama":
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe"):
+    if hf.model_type in ("granite", "olmo2", "seed_oss"):
+        return [None] * hf.num_hidden_layers
+    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
@@ -116,7 +127,6 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "qkv_bias": config.traits.qkv_bias,
         "o_bias": config.traits.o_bias,
         "mlp_bias": config.traits.mlp_bias,
-        "has_qk_norm": bool(config.traits.qk_norm),
         "rms_norm_eps": config.traits.rms_norm_eps,
         "hidden_act": config.traits.hidden_act,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -128,6 +138,19 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "mlps": mlps,
         "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
         "norm_topk_prob": moe.norm_topk_prob if moe and sparse and not moe.traits.always_normalised else None,
+        "rotates": [layer.rope is not None for layer in config.layers],
+        "attention_scale": config.traits.attention_scale,
+        "multipliers": [
+            config.traits.embedding_multiplier,
+            config.traits.residual_multiplier,
+            config.traits.logits_divisor,
+        ],
+        "qk_norm": {
+            "": None,
+            "head": (config.head_dim,),
+            "all": (config.num_attention_heads * config.head_dim,),
+        }[config.traits.qk_norm],
+        "layer_norms": sorted(f"model.layers.0.{name}.weight" for name in NORM_NAMES[config.traits.norms] if name),
         "shared_size": moe.shared_intermediate_size if moe and sparse else None,
     }
 

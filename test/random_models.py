@@ -89,6 +89,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
         "rope_scaling": None,
     },
+    "granite": {  # multipliers of embedding, residual, attention and logits
+        "model_type": "granite", "architectures": ["GraniteForCausalLM"], "hidden_size": 64, "intermediate_size": 144,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+        "mlp_bias": True, "rope_theta": 10000.0, "rope_scaling": None, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4, "attention_multiplier": 0.11, "logits_scaling": 1.7,
+    },
+    "olmo2": {  # norms behind attention and MLP, and over all heads of q and of k
+        "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": False,
+        "rope_theta": 500000.0, "rope_scaling": None,
+    },
+    "smollm3": {  # a layer without positions, which has a window
+        "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": False,
+        "mlp_bias": False, "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True, "sliding_window": 12, "pad_token_id": None,
+    },
+    "seed_oss": {  # biases on q, k and v, and one of its own on the output
+        "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": False,
+        "attention_bias": True, "attention_out_bias": True, "mlp_bias": False, "rope_theta": 10000000.0,
+        "rope_scaling": None,
+    },
 }  # fmt: skip
 
 

@@ -44,6 +44,42 @@ QWEN2 = {
     "layer_types": None,
 }
 QWEN3 = {**QWEN2, "head_dim": 128, "attention_bias": False}
+_GRANITE = {
+    **LLAMA,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_OLMO2 = {**PLAIN, "vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
+_SMOLLM3 = {
+    **LLAMA,
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "rope_theta": 2000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+}
+_SEED_OSS = {
+    **LLAMA,
+    "vocab_size": 155136,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 80,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 524288,
+    "attention_bias": True,
+    "attention_out_bias": False,
+}
 
 DENSE_FAMILIES = (
     ModelFamily(
@@ -73,5 +109,33 @@ DENSE_FAMILIES = (
         null_means={"num_key_value_heads": None, "sliding_window": None, "layer_types": None},
         harmless={"use_qk_norm": (True, None)},
         qk_norm="head",
+    ),
+    ModelFamily(
+        architecture="GraniteForCausalLM",
+        model_type="granite",
+        defaults=_GRANITE,
+        null_means={"num_key_value_heads": None},
+    ),
+    ModelFamily(
+        architecture="Olmo2ForCausalLM",
+        model_type="olmo2",
+        defaults=_OLMO2,
+        null_means={"num_key_value_heads": None},
+        qk_norm="all",
+        norms="after",
+    ),
+    ModelFamily(
+        architecture="SmolLM3ForCausalLM",
+        model_type="smollm3",
+        defaults=_SMOLLM3,
+        null_means={"num_key_value_heads": None, "sliding_window": None, "layer_types": None, "no_rope_layers": None},
+        window_rule="without rotation",
+    ),
+    ModelFamily(
+        architecture="SeedOssForCausalLM",
+        model_type="seed_oss",
+        defaults=_SEED_OSS,
+        null_means={"num_key_value_heads": None, "head_dim": None},
+        o_bias_key="attention_out_bias",
     ),
 )

@@ -20,7 +20,7 @@ class LayerSpec:
     """One decoder layer."""
 
     window: int | None  # sliding window in tokens; None for full attention
-    rope: RopeConfig
+    rope: RopeConfig | None  # None: no positions
     has_experts: bool  # in place of the MLP
 
 
@@ -37,6 +37,9 @@ class DecoderTraits:
     norm_offset: float  # added to each norm's weight
     qk_norm: QkNorm  # "" for none
     attention_scale: float  # of the products of queries and keys
+    embedding_multiplier: float
+    residual_multiplier: float  # of what attention and MLP give
+    logits_divisor: float
 
 
 def read_layers(need: ConfigReader, num_layers: int, rope: RopeConfig, moe: MoeConfig | None) -> tuple[LayerSpec, ...]:
@@ -45,10 +48,15 @@ def read_layers(need: ConfigReader, num_layers: int, rope: RopeConfig, moe: MoeC
     Raises:
         ValueError: if a value is wrong; the message names it.
     """
-    windows = _windows(need, num_layers)
+    rotates = _rotates(need, num_layers)
+    windows = _windows(need, num_layers, rotates)
     return tuple(
-        LayerSpec(window=window, rope=rope, has_experts=moe is not None and moe.sparse_layers[index])
-        for index, window in enumerate(windows)
+        LayerSpec(
+            window=windows[index],
+            rope=rope if rotates[index] else None,
+            has_experts=moe is not None and moe.sparse_layers[index],
+        )
+        for index in range(num_layers)
     )
 
 
@@ -72,11 +80,32 @@ def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int)
         norms=family.norms,
         norm_offset=family.norm_offset,
         qk_norm=family.qk_norm,
-        attention_scale=head_dim**-0.5,
+        attention_scale=_factor(need, "attention_multiplier", head_dim**-0.5),
+        embedding_multiplier=_factor(need, "embedding_multiplier"),
+        residual_multiplier=_factor(need, "residual_multiplier"),
+        logits_divisor=_factor(need, "logits_scaling"),
     )
 
 
-def _windows(need: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+def _factor(need: ConfigReader, name: str, other: float = 1.0) -> float:
+    """The number that key `name` has, or `other` for a family without it."""
+    return need.number(name) if need.has(name) else other
+
+
+def _rotates(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have positions: `no_rope_layers` has a 1 for each that has."""
+    if not need.has("no_rope_layers"):
+        return (True,) * num_layers
+    interval = need.integer("no_rope_layer_interval")
+    given = need.value("no_rope_layers")
+    if given is None:
+        return tuple((index + 1) % interval != 0 for index in range(num_layers))
+    if not isinstance(given, list) or len(given) < num_layers or not all(type(one) is int for one in given):
+        raise need.wrong("no_rope_layers", "must have a 0 or a 1 for each layer", given)
+    return tuple(one != 0 for one in given[:num_layers])
+
+
+def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
     """The sliding window of each layer, by the keys that the family has: others have no effect, as in transformers."""
     kinds = _layer_types(need, num_layers)
     if not need.has("sliding_window"):
@@ -88,6 +117,8 @@ def _windows(need: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     if window == 0:
         raise need.wrong("sliding_window", "must be a positive integer", 0)
     if kinds is None or not need.has("layer_types"):
+        if need.family.window_rule == "without rotation":
+            return tuple(None if rotates[index] else window for index in range(num_layers))
         if need.family.window_rule == "every other below":
             if need.flag("use_sliding_window") and window is None:
                 raise need.wrong("sliding_window", "must be a positive integer", None)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 QkNorm = Literal["", "head", "all"]
 NormPlacement = Literal["before", "after", "both"]
 # Which layers have the window where `layer_types` doesn't say.
-WindowRule = Literal["from max_window_layers", "every other below"]
+WindowRule = Literal["from max_window_layers", "every other below", "without rotation"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, shard_box
 
@@ -39,3 +40,35 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
         residual = x + residual
         return self.forward(residual), residual
+
+
+class ShardedRMSNorm(RMSNorm):
+    """The same over the columns of all ranks, of which each has a part: some heads of the queries, or of the keys.
+
+    Args:
+        columns: of this rank, of the `total` that the checkpoint has. Others may have them, too, if all have as many.
+    """
+
+    def __init__(
+        self, total: int, columns: tuple[int, int], name: str, *, eps: float, offset: float, dtype: torch.dtype
+    ):
+        super().__init__(total, name, eps=eps, offset=offset, dtype=dtype)
+        box = shard_box(f"{name}.weight", (total,), 0, *columns)
+        self.weight = declare_weight((columns[1] - columns[0],), dtype, [box])
+
+    def scaled(self, x: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, columns of this rank], and [num_tokens, 1] over all ranks' columns -> the norm of x."""
+        weight = self.weight.float() + self.offset
+        return (x.float() * torch.rsqrt(mean_square + self.eps) * weight).to(x.dtype)
+
+
+def norm_in_place(parts: list[torch.Tensor], norms: list[ShardedRMSNorm], tp_size: int) -> None:
+    """Norm each part, [num_tokens, columns of this rank], over its columns on all ranks, which exchange one tensor."""
+    if tp_size == 1:
+        for part, norm in zip(parts, norms, strict=True):
+            part.copy_(norm(part))
+        return
+    sums = torch.cat([part.float().square().mean(-1, keepdim=True) for part in parts], dim=-1)
+    means = tensor_model_parallel_all_reduce(sums) / tp_size
+    for part, norm, mean in zip(parts, norms, means.split(1, dim=-1), strict=True):
+        part.copy_(norm.scaled(part, mean))

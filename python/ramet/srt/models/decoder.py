@@ -10,12 +10,22 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.rope_config import RopeConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.attention.radix_attention import HeadNorms, RadixAttention
-from ramet.srt.layers.layernorm import RMSNorm
+from ramet.srt.layers.layernorm import RMSNorm, ShardedRMSNorm, norm_in_place
 from ramet.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.moe import SparseMoeBlock
 from ramet.srt.layers.rotary_embedding import CosSin, RotaryEmbedding
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+# Of a layer: the norms before and after attention, before and after the MLP. Not every checkpoint that has a name means
+# the same by it.
+NORM_NAMES = {
+    "before": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -42,11 +52,27 @@ class Attention(nn.Module):
             dtype=dtype,
             parallel=parallel.attention,
         )
-        self.norms: HeadNorms | None = None
+        self.norms: HeadNorms | None = None  # of each head
+        self.wide_norms: list[ShardedRMSNorm] | None = None  # of all heads together
+        self.attn_tp_size = parallel.attention.tp_size
         if traits.qk_norm == "head":
             self.q_norm = model.make_norm(f"{prefix}.q_norm", config.head_dim)
             self.k_norm = model.make_norm(f"{prefix}.k_norm", config.head_dim)
             self.norms = HeadNorms(self.q_norm, self.k_norm)
+        elif traits.qk_norm == "all":
+            ranges = {"q": (config.num_attention_heads, self.qkv_proj.q_range),
+                      "k": (config.num_key_value_heads, self.qkv_proj.kv_range)}  # fmt: skip
+            self.q_norm, self.k_norm = self.wide_norms = [
+                ShardedRMSNorm(
+                    num_heads * config.head_dim,
+                    columns,
+                    f"{prefix}.{part}_norm",
+                    eps=traits.rms_norm_eps,
+                    offset=traits.norm_offset,
+                    dtype=dtype,
+                )
+                for part, (num_heads, columns) in ranges.items()
+            ]
         self.attn = RadixAttention(
             num_heads=self.qkv_proj.num_heads,
             num_kv_heads=self.qkv_proj.num_kv_heads,
@@ -69,22 +95,30 @@ class Attention(nn.Module):
 
     def _attend(self, x: torch.Tensor, rotary: CosSin | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
-        q = self.attn.rotate_and_store(self.qkv_proj(x), rotary, self.norms, forward_batch)
+        qkv = self.qkv_proj(x)
+        if self.wide_norms is not None:
+            q_size, kv_size = self.qkv_proj.q_size, self.qkv_proj.kv_size
+            q_and_k = list(qkv[:, : q_size + kv_size].split([q_size, kv_size], dim=-1))
+            norm_in_place(q_and_k, self.wide_norms, self.attn_tp_size)
+        q = self.attn.rotate_and_store(qkv, rotary, self.norms, forward_batch)
         return self.attn(q, forward_batch).flatten(1)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, with the residual carried beside the hidden states."""
+    """Attention and MLP with their norms, and the residual carried beside the hidden states."""
 
     def __init__(self, model: "DecoderForCausalLM", layer_id: int):
         super().__init__()
         config, spec, prefix = model.config, model.config.layers[layer_id], f"model.layers.{layer_id}"
-        self.rotary_id = model.ropes.index(spec.rope)
+        self.rotary_id = None if spec.rope is None else model.ropes.index(spec.rope)
         self.self_attn = Attention(model, spec, layer_id, f"{prefix}.self_attn")
         self.mlp_name = config.moe.traits.block if config.moe is not None else "mlp"
         self.add_module(self.mlp_name, self._make_mlp(model, spec, f"{prefix}.{self.mlp_name}"))
-        self.input_layernorm = model.make_norm(f"{prefix}.input_layernorm")
-        self.post_attention_layernorm = model.make_norm(f"{prefix}.post_attention_layernorm")
+        # (before attention, after it, before the MLP, after it)
+        self.norm_names = NORM_NAMES[config.traits.norms]
+        for name in filter(None, self.norm_names):
+            self.add_module(name, model.make_norm(f"{prefix}.{name}"))
+        self.multiplier = config.traits.residual_multiplier
 
     def _make_mlp(self, model: "DecoderForCausalLM", spec: LayerSpec, prefix: str) -> nn.Module:
         """The second half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
@@ -109,13 +143,28 @@ class DecoderLayer(nn.Module):
         forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden states, residual), both [num_tokens, hidden_size]; a stage's first layer is given no residual."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm.add_and_norm(x, residual)
-        x = self.self_attn(x, rotaries[self.rotary_id], forward_batch)
-        x, residual = self.post_attention_layernorm.add_and_norm(x, residual)
-        return getattr(self, self.mlp_name)(x), residual
+        before_attention, after_attention, before_mlp, after_mlp = self.norm_names
+        rotary = None if self.rotary_id is None else rotaries[self.rotary_id]
+        x, residual = self._enter(before_attention, x, residual)
+        x = self._leave(after_attention, self.self_attn(x, rotary, forward_batch))
+        x, residual = self._enter(before_mlp, x, residual)
+        return self._leave(after_mlp, getattr(self, self.mlp_name)(x)), residual
+
+    def _enter(
+        self, norm_name: str, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what goes into a half, the residual beside it): their sum, and its norm where there is one."""
+        if not norm_name:
+            x = x if residual is None else x + residual
+            return x, x
+        norm = getattr(self, norm_name)
+        return (norm(x), x) if residual is None else norm.add_and_norm(x, residual)
+
+    def _leave(self, norm_name: str, x: torch.Tensor) -> torch.Tensor:
+        """What a half adds to the residual."""
+        if norm_name:
+            x = getattr(self, norm_name)(x)
+        return x if self.multiplier == 1 else x * self.multiplier
 
 
 class DecoderModel(nn.Module):
@@ -132,6 +181,7 @@ class DecoderModel(nn.Module):
         self.layers = nn.ModuleDict({str(layer_id): DecoderLayer(model, layer_id) for layer_id in model.layer_ids})
         if parallel.is_last_stage:
             self.norm = model.make_norm("model.norm")
+        self.embedding_multiplier = config.traits.embedding_multiplier
         self.parallel = parallel
 
     def forward(self, inputs: torch.Tensor, rotaries: list[CosSin], forward_batch: ForwardBatch) -> torch.Tensor:
@@ -139,7 +189,11 @@ class DecoderModel(nn.Module):
 
         Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size].
         """
-        x = self.embed_tokens(inputs) if self.parallel.is_first_stage else inputs
+        x = inputs
+        if self.parallel.is_first_stage:
+            x = self.embed_tokens(inputs)
+            if self.embedding_multiplier != 1:
+                x = x * self.embedding_multiplier
         first, *others = self.layers.values()
         x, residual = first(x, None, rotaries, forward_batch)
         for layer in others:
@@ -165,7 +219,7 @@ class DecoderForCausalLM(nn.Module):
         self.ropes: list[RopeConfig] = []  # those of this stage's layers, each once
         for layer_id in self.layer_ids:
             rope = config.layers[layer_id].rope
-            if rope not in self.ropes:
+            if rope is not None and rope not in self.ropes:
                 self.ropes.append(rope)
         self.model = DecoderModel(self)
         if parallel.is_last_stage and config.embedding is None:
@@ -197,4 +251,6 @@ class DecoderForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
-        return self.lm_head.logits(hidden_states)
+        logits = self.lm_head.logits(hidden_states)
+        divisor = self.config.traits.logits_divisor
+        return logits if divisor == 1 else logits / divisor
