@@ -112,6 +112,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True, "attention_out_bias": True, "mlp_bias": False, "rope_theta": 10000000.0,
         "rope_scaling": None,
     },
+    "gemma3": {  # norms on both sides with an offset, rope and windows by layer type, a soft cap, a scaled embedding
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "tie_word_embeddings": True, "attention_bias": False, "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 20, "sliding_window": 12,
+        "sliding_window_pattern": 2, "rope_theta": 1000000.0,
+        "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "final_logit_softcapping": 5.0,
+    },
+    "glm4_moe": {  # a part of each head rotates; sigmoid scores in groups, a shared expert; the first layer has none
+        "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 40, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
+    "minimax_m2": {  # a part of each head rotates; norms over all heads; sigmoid scores
+        "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "rotary_dim": 16,
+        "num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": False, "rope_theta": 5000000.0,
+        "rope_scaling": None,
+    },
 }  # fmt: skip
 
 
@@ -225,7 +248,15 @@ def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **ov
 
 def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:
     config = dict(config)
-    if rope_spelling == "new":
+    if rope_spelling == "new" and "rope_local_base_freq" in config:
+        full = {
+            "rope_theta": config.pop("rope_theta"),
+            **(config.pop("rope_scaling", None) or {"rope_type": "default"}),
+        }
+        sliding = {"rope_theta": config.pop("rope_local_base_freq"), "rope_type": "default"}
+        config["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+        config["dtype"] = dtype
+    elif rope_spelling == "new":
         rope = config.pop("rope_scaling", None) or {"rope_type": "default"}
         config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **rope}
         config["dtype"] = dtype

@@ -65,6 +65,12 @@ class ConfigReader:
             raise self.wrong(name, "must be a number of at least 0" if zero else "must be a positive number", value)
         return float(value)
 
+    def optional_number(self, name: str) -> float | None:
+        """Like `number`, for a key that may have no value; None for one that the family doesn't have, as of `flag`."""
+        if not self.has(name):
+            return None
+        return None if self.value(name) is None and self.may_be_none(name) else self.number(name)
+
     def flag(self, name: str) -> bool:
         """True or false; false for a key that the family doesn't have, whose value is left to `refuse_the_unread`."""
         if not self.has(name):

@@ -80,6 +80,27 @@ _SEED_OSS = {
     "attention_bias": True,
     "attention_out_bias": False,
 }
+_GEMMA3 = {
+    **{name: value for name, value in PLAIN.items() if name != "hidden_act"},
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "layer_types": None,
+    "final_logit_softcapping": None,
+}
 
 DENSE_FAMILIES = (
     ModelFamily(
@@ -137,5 +158,23 @@ DENSE_FAMILIES = (
         defaults=_SEED_OSS,
         null_means={"num_key_value_heads": None, "head_dim": None},
         o_bias_key="attention_out_bias",
+    ),
+    ModelFamily(
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        defaults=_GEMMA3,
+        null_means={"layer_types": None, "final_logit_softcapping": None},
+        harmless={
+            "hidden_act": ("gelu_pytorch_tanh", None),
+            "use_bidirectional_attention": (False, None),
+            "_sliding_window_pattern": ANY,
+            "cache_implementation": ANY,
+        },
+        hidden_act_key="hidden_activation",
+        qk_norm="head",
+        norms="both",
+        norm_offset=1.0,
+        window_rule="but every so many",
+        scales_embedding=True,
     ),
 )

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from ramet.srt.configs.config_reader import ConfigReader
 from ramet.srt.configs.model_family import NormPlacement, QkNorm
 from ramet.srt.configs.moe_config import MoeConfig
-from ramet.srt.configs.rope_config import RopeConfig
+from ramet.srt.configs.rope_config import FULL, SLIDING, RopeConfig
 
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-KINDS = {
-    "full_attention": "full_attention",
-    "attention": "full_attention",
-    "sliding_attention": "sliding_attention",
-}
+KINDS = {FULL: FULL, "attention": FULL, SLIDING: SLIDING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +34,30 @@ class DecoderTraits:
     qk_norm: QkNorm  # "" for none
     attention_scale: float  # of the products of queries and keys
     embedding_multiplier: float
+    rounds_embedding_multiplier: bool  # to the model's type
     residual_multiplier: float  # of what attention and MLP give
     logits_divisor: float
+    logits_soft_cap: float | None  # their bound, which tanh keeps
 
 
-def read_layers(need: ConfigReader, num_layers: int, rope: RopeConfig, moe: MoeConfig | None) -> tuple[LayerSpec, ...]:
+def read_layers(
+    need: ConfigReader, num_layers: int, ropes: dict[str, RopeConfig], moe: MoeConfig | None
+) -> tuple[LayerSpec, ...]:
     """Each layer's own.
+
+    Args:
+        ropes: by layer type.
 
     Raises:
         ValueError: if a value is wrong; the message names it.
     """
     rotates = _rotates(need, num_layers)
     windows = _windows(need, num_layers, rotates)
+    kinds = [FULL if window is None else SLIDING for window in windows]
     return tuple(
         LayerSpec(
             window=windows[index],
-            rope=rope if rotates[index] else None,
+            rope=ropes[kinds[index]] if rotates[index] else None,
             has_experts=moe is not None and moe.sparse_layers[index],
         )
         for index in range(num_layers)
@@ -71,6 +75,7 @@ def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int)
     """
     family = need.family
     attention_bias = need.flag("attention_bias")
+    hidden_size, scales = need.integer("hidden_size"), family.scales_embedding
     return DecoderTraits(
         qkv_bias=attention_bias or need.flag("qkv_bias") or family.always_qkv_bias,
         o_bias=need.flag(family.o_bias_key),
@@ -79,17 +84,27 @@ def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int)
         rms_norm_eps=need.number("rms_norm_eps", zero=True),
         norms=family.norms,
         norm_offset=family.norm_offset,
-        qk_norm=family.qk_norm,
-        attention_scale=_factor(need, "attention_multiplier", head_dim**-0.5),
-        embedding_multiplier=_factor(need, "embedding_multiplier"),
+        qk_norm="head" if need.flag("use_qk_norm") else family.qk_norm,
+        attention_scale=_attention_scale(need, head_dim),
+        embedding_multiplier=_factor(need, "embedding_multiplier") * (hidden_size**0.5 if scales else 1),
+        rounds_embedding_multiplier=scales,
         residual_multiplier=_factor(need, "residual_multiplier"),
         logits_divisor=_factor(need, "logits_scaling"),
+        logits_soft_cap=need.optional_number("final_logit_softcapping"),
     )
 
 
-def _factor(need: ConfigReader, name: str, other: float = 1.0) -> float:
-    """The number that key `name` has, or `other` for a family without it."""
-    return need.number(name) if need.has(name) else other
+def _factor(need: ConfigReader, name: str) -> float:
+    """The number that key `name` has, or 1 for a family without it."""
+    return need.number(name) if need.has(name) else 1.0
+
+
+def _attention_scale(need: ConfigReader, head_dim: int) -> float:
+    """1 / sqrt(head_dim), where no key says otherwise."""
+    if need.has("attention_multiplier"):
+        return need.number("attention_multiplier")
+    scalar: float = need.number("query_pre_attn_scalar") if need.has("query_pre_attn_scalar") else head_dim
+    return scalar**-0.5
 
 
 def _rotates(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
@@ -108,6 +123,7 @@ def _rotates(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
 def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
     """The sliding window of each layer, by the keys that the family has: others have no effect, as in transformers."""
     kinds = _layer_types(need, num_layers)
+    need.take("sliding_window_pattern")  # without effect beside `layer_types`
     if not need.has("sliding_window"):
         return (None,) * num_layers
     window = need.optional_integer("sliding_window", minimum=0)
@@ -117,6 +133,9 @@ def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> 
     if window == 0:
         raise need.wrong("sliding_window", "must be a positive integer", 0)
     if kinds is None or not need.has("layer_types"):
+        if need.family.window_rule == "but every so many":
+            pattern = need.integer("sliding_window_pattern")
+            return tuple(window if (index + 1) % pattern else None for index in range(num_layers))
         if need.family.window_rule == "without rotation":
             return tuple(None if rotates[index] else window for index in range(num_layers))
         if need.family.window_rule == "every other below":
@@ -124,9 +143,9 @@ def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> 
                 raise need.wrong("sliding_window", "must be a positive integer", None)
             return tuple(window if index % 2 == 0 and index < first else None for index in range(num_layers))
         return tuple(window if index >= first else None for index in range(num_layers))
-    if window is None and "sliding_attention" in kinds:
+    if window is None and SLIDING in kinds:
         raise ValueError(f"{need.file}: 'layer_types' has sliding_attention, but no 'sliding_window' is in use")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def idle_window_keys(need: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple[str, ...]:
@@ -138,7 +157,7 @@ def idle_window_keys(need: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple
         "sliding_window": given.get("sliding_window") not in (None, 0),
         "use_sliding_window": given.get("use_sliding_window") is False and any(slides),
         "max_window_layers": given.get("max_window_layers") not in (None, 0) and any(slides),
-        "layer_types": kinds is not None and [kind == "sliding_attention" for kind in kinds] != slides,
+        "layer_types": kinds is not None and [kind == SLIDING for kind in kinds] != slides,
     }
     return tuple(name for name in WINDOW_KEYS if asks[name])
 

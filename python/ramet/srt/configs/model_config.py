@@ -10,7 +10,7 @@ from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_
 from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
 from ramet.srt.configs.quantization_config import MODELOPT_FILE, QuantizationConfig, read_quantization
-from ramet.srt.configs.rope_config import RopeConfig, read_rope, scaled_length
+from ramet.srt.configs.rope_config import FULL, RopeConfig, read_ropes, scaled_length
 from ramet.srt.configs.sentence_transformers import MATRYOSHKA_KEYS, EmbeddingConfig, read_embedding
 from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
@@ -38,12 +38,13 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     tie_word_embeddings: bool
-    rope: RopeConfig
+    rope: RopeConfig  # of layers with full attention
     quantization_config: QuantizationConfig | None  # of the weights of linear layers and experts
     layers: tuple[LayerSpec, ...]
     traits: DecoderTraits
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
+    surplus_tensors: str  # a regular expression: what the files may hold beside the model
     idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
     embedding: EmbeddingConfig | None = None  # of a model that makes embeddings, and has no output head; else None
 
@@ -96,9 +97,9 @@ class ModelConfig:
         num_heads = need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers", maximum=MOST_LAYERS)
         head_dim = _head_dim(need, num_heads)
-        rope = read_rope(need, head_dim)
+        ropes = read_ropes(need, head_dim)
         moe = read_moe_config(need, num_layers)
-        layers = read_layers(need, num_layers, rope, moe)
+        layers = read_layers(need, num_layers, ropes, moe)
         need.take(*MATRYOSHKA_KEYS)
         config = cls(
             path=path,
@@ -106,7 +107,7 @@ class ModelConfig:
             revision=revision or "",
             architecture=family.architecture,
             dtype=_dtype(need, dtype),
-            context_len=_context_len(need, rope, context_length),
+            context_len=_context_len(need, ropes[FULL], context_length),
             vocab_size=need.integer("vocab_size"),
             hidden_size=need.integer("hidden_size"),
             intermediate_size=need.integer("intermediate_size"),
@@ -115,12 +116,13 @@ class ModelConfig:
             num_key_value_heads=_num_kv_heads(need, num_heads),
             head_dim=head_dim,
             tie_word_embeddings=need.flag("tie_word_embeddings"),
-            rope=rope,
+            rope=ropes[FULL],
             quantization_config=_quantization(path, hf_config, quantization),
             layers=layers,
             traits=read_traits(need, HIDDEN_ACTS, head_dim),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
+            surplus_tensors=_surplus_tensors(need, num_layers),
             idle_window_keys=idle_window_keys(need, layers),
             embedding=read_embedding(path, hf_config, is_embedding),
         )
@@ -200,6 +202,14 @@ def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> Q
     """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it."""
     modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
     return read_quantization(hf_config, modelopt, path, wanted)
+
+
+def _surplus_tensors(need: ConfigReader, num_layers: int) -> str:
+    """The layers that draft tokens: they lie behind the model's own."""
+    key = need.family.mtp_layers_key
+    num_drafting = need.integer(key, minimum=0, maximum=MOST_LAYERS) if key else 0
+    numbers = "|".join(str(num_layers + index) for index in range(num_drafting))
+    return rf"model\.layers\.({numbers})\." if numbers else ""
 
 
 def _context_len(need: ConfigReader, rope: RopeConfig, wanted: int | None) -> int:

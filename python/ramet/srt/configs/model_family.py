@@ -7,7 +7,7 @@ from typing import Any, Literal
 QkNorm = Literal["", "head", "all"]
 NormPlacement = Literal["before", "after", "both"]
 # Which layers have the window where `layer_types` doesn't say.
-WindowRule = Literal["from max_window_layers", "every other below", "without rotation"]
+WindowRule = Literal["from max_window_layers", "every other below", "without rotation", "but every so many"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +44,6 @@ class ModelFamily:
     norms: NormPlacement = "before"  # of attention and MLP
     norm_offset: float = 0.0  # added to each norm's weight
     window_rule: WindowRule = "from max_window_layers"
+    scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
+    mtp_layers_key: str = ""  # how many layers the files may have beyond the model's, to draft tokens with
     experts: ExpertTraits = ExpertTraits()

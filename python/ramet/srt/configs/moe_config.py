@@ -53,6 +53,12 @@ def read_moe_config(need: ConfigReader, num_layers: int) -> MoeConfig | None:
     num_experts, per_token = need.integer(spelling), need.integer("num_experts_per_tok")
     if per_token > num_experts:
         raise ValueError(f"{need.file}: 'num_experts_per_tok' ({per_token}) is more than {spelling!r} ({num_experts})")
+    num_groups = need.integer("n_group") if need.has("n_group") else 1
+    if num_experts % num_groups or (need.has("n_group") and num_experts // num_groups < 2):
+        raise need.wrong("n_group", f"must divide the {num_experts} experts into groups of at least 2", num_groups)
+    num_kept_groups = need.integer("topk_group", maximum=num_groups) if need.has("topk_group") else 1
+    if per_token > num_experts // num_groups * num_kept_groups:
+        raise ValueError(f"{need.file}: 'num_experts_per_tok' ({per_token}) is more than 'topk_group' groups have")
     # Without a key of its own an expert's size is the MLP's, and all layers have experts.
     has_own_size = need.has("moe_intermediate_size")
     return MoeConfig(
@@ -62,17 +68,22 @@ def read_moe_config(need: ConfigReader, num_layers: int) -> MoeConfig | None:
         norm_topk_prob=traits.always_normalised or need.flag("norm_topk_prob"),
         sparse_layers=_sparse_layers(need, num_layers) if has_own_size else (True,) * num_layers,
         traits=traits,
+        scaling_factor=need.number("routed_scaling_factor") if need.has("routed_scaling_factor") else 1.0,
+        num_groups=num_groups,
+        num_kept_groups=num_kept_groups,
         shared_intermediate_size=_shared_size(need),
     )
 
 
 def _shared_size(need: ConfigReader) -> int:
+    if need.has("n_shared_experts"):
+        return need.integer("n_shared_experts") * need.integer("moe_intermediate_size")
     return need.integer("shared_expert_intermediate_size") if need.has("shared_expert_intermediate_size") else 0
 
 
 def _spelling(need: ConfigReader) -> str | None:
-    """Which key has the number of experts: Qwen3-MoE's or Mixtral's, under whose name transformers 5 writes both."""
-    names = ("num_experts", "num_local_experts")
+    """Which key has the number of experts: the family's, or Mixtral's, which transformers 5 takes for several."""
+    names = ("n_routed_experts" if need.has("n_routed_experts") else "num_experts", "num_local_experts")
     if not any(need.has(name) for name in names):
         return None
     need.take(*names)
@@ -84,7 +95,10 @@ def _spelling(need: ConfigReader) -> str | None:
 
 
 def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
-    """Every `decoder_sparse_step`-th layer has experts, but for the `mlp_only_layers`."""
+    """All but the first, or every `decoder_sparse_step`-th layer has experts, but for the `mlp_only_layers`."""
+    if need.has("first_k_dense_replace"):
+        first = need.integer("first_k_dense_replace", minimum=0)
+        return tuple(index >= first for index in range(num_layers))
     step = need.integer("decoder_sparse_step")
     plain = need.value("mlp_only_layers")
     if plain is None:

@@ -1,6 +1,7 @@
 """Owns the registry entries of families with experts."""
 
-from ramet.srt.configs.dense_families import MISTRAL, QWEN2, QWEN3
+from ramet.srt.configs.dense_families import MISTRAL, PLAIN, QWEN2, QWEN3
+from ramet.srt.configs.harmless_keys import ANY
 from ramet.srt.configs.model_family import ExpertTraits, ModelFamily
 
 _MIXTRAL = {
@@ -41,6 +42,46 @@ _QWEN3_MOE = {
     "norm_topk_prob": False,
     "mlp_only_layers": None,
 }
+_GLM4_MOE = {
+    **PLAIN,
+    "vocab_size": 151552,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}
+_MINIMAX_M2 = {
+    **PLAIN,
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 196608,
+    "rope_theta": 5000000.0,
+    "partial_rotary_factor": None,
+    "rotary_dim": None,
+    "num_experts_per_tok": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 0,
+}
 
 MOE_FAMILIES = (
     ModelFamily(
@@ -71,5 +112,43 @@ MOE_FAMILIES = (
         },
         harmless={"use_qk_norm": (True, None)},
         qk_norm="head",
+    ),
+    ModelFamily(
+        architecture="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        defaults=_GLM4_MOE,
+        null_means={"partial_rotary_factor": 1.0},
+        o_bias_key="",
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=ExpertTraits(
+            scoring="sigmoid",
+            correction_bias="gate.e_score_correction_bias",
+            is_router_float32=True,
+            shared="shared_experts",
+        ),
+    ),
+    ModelFamily(
+        architecture="MiniMaxM2ForCausalLM",
+        model_type="minimax_m2",
+        defaults=_MINIMAX_M2,
+        null_means={"partial_rotary_factor": 1.0, "rotary_dim": None},
+        harmless={
+            "scoring_func": ("sigmoid",),
+            "use_routing_bias": (True,),
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+            "shared_intermediate_size": (0,),
+            "use_mtp": ANY,
+            "mtp_transformer_layers": ANY,
+        },
+        qk_norm="all",
+        mtp_layers_key="num_mtp_modules",
+        experts=ExpertTraits(
+            block="block_sparse_moe",
+            names=("w1", "w3", "w2"),
+            scoring="sigmoid",
+            always_normalised=True,
+            correction_bias="e_score_correction_bias",
+        ),
     ),
 )

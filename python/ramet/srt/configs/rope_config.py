@@ -15,6 +15,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+FULL, SLIDING = "full_attention", "sliding_attention"  # layer types
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 # What YaRN's object may have beside its fields, and what stands for it where it doesn't.
 YARN_OPTIONS = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
@@ -42,8 +43,8 @@ class RopeConfig:
         return int(head_dim * self.rotary_factor)
 
 
-def read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (before it).
+def read_ropes(reader: ConfigReader, head_dim: int) -> dict[str, RopeConfig]:
+    """The positions of each layer type, in both spellings: `rope_parameters` (transformers 5) and those before it.
 
     The rules are those of transformers 5: a `rope_scaling` that isn't empty is taken in place of the whole
     `rope_parameters`, whose `rope_theta` is gone with it; a `rope_theta` beside them counts if the object has none.
@@ -51,14 +52,49 @@ def read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
     Raises:
         ValueError: if a value is wrong, or scales positions in a way that is not supported; the message names it.
     """
+    if reader.has("rope_local_base_freq"):
+        return _ropes_by_layer_type(reader, head_dim)
     source, parameters = _parameters(reader)
+    theta = parameters.get("rope_theta") if "rope_theta" in parameters else reader.value("rope_theta")
+    rope = _read_rope(reader, source, parameters, theta, head_dim)
+    rope = dataclasses.replace(rope, ignored_theta=_ignored_theta(reader, source, rope.theta))
+    return {FULL: rope, SLIDING: rope}
+
+
+def _ropes_by_layer_type(reader: ConfigReader, head_dim: int) -> dict[str, RopeConfig]:
+    """Gemma's rule: `rope_parameters` has an object for each type, and `rope_scaling` is added to the full one's."""
+    keys = ("rope_parameters", "rope_scaling")
+    reader.take(*keys)
+    given, scaling = ({} if reader.config.get(key) is None else reader.config[key] for key in keys)
+    if not isinstance(scaling, dict):
+        raise reader.wrong("rope_scaling", "must be an object or null", scaling)
+    if not isinstance(given, dict) or not given.keys() <= {FULL, SLIDING}:
+        raise reader.wrong("rope_parameters", f"must be null or have an object for {FULL} and for {SLIDING}", given)
+    ropes = {}
+    for kind, theta_key in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
+        part = {"rope_type": "default"} if given.get(kind) is None else given[kind]
+        if not isinstance(part, dict):
+            raise reader.wrong("rope_parameters", f"must have an object for {kind}", part)
+        added = scaling if kind == FULL else {}
+        source = "rope_scaling" if added else f"rope_parameters.{kind}"
+        theta = reader.value(theta_key)
+        if theta_key in reader.config and "rope_theta" not in {**part, **added}:
+            theta = _positive(reader, theta_key, theta)
+        parameters = {"rope_theta": theta, **part, **added}
+        ropes[kind] = rope = _read_rope(reader, source, parameters, parameters["rope_theta"], head_dim)
+        if rope.rope_type not in ("default", "linear"):
+            raise ValueError(f"{reader.file}: rope type {rope.rope_type!r} by layer type is not supported")
+    return ropes
+
+
+def _read_rope(reader: ConfigReader, source: str, parameters: dict[str, Any], theta: Any, head_dim: int) -> RopeConfig:
+    """What one object says, which messages call `source`."""
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
         known = ", ".join(ROPE_FIELDS)
         raise ValueError(
             f"{reader.file}: rope type {short(rope_type)} of {source!r} is not supported; known are {known}"
         )
-    theta = parameters.get("rope_theta") if "rope_theta" in parameters else reader.value("rope_theta")
     scaling = {name: _scaling_value(reader, rope_type, parameters, name) for name in ROPE_FIELDS[rope_type]}
     _refuse_other_parameters(reader, source, rope_type, parameters)
     if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
@@ -73,26 +109,22 @@ def read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
         raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
     else:
         rope = _yarn(reader, source, parameters, theta, scaling)
-    return dataclasses.replace(
-        rope,
-        rotary_factor=_rotary_factor(reader, parameters, head_dim),
-        ignored_theta=_ignored_theta(reader, source, theta),
-    )
+    return dataclasses.replace(rope, rotary_factor=_rotary_factor(reader, parameters, head_dim))
 
 
 def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: int) -> float:
     """The share of a head that rotates: one inside the object goes before one beside it."""
-    name = "partial_rotary_factor"
+    name = source = "partial_rotary_factor"
     if not reader.has(name):
         return 1.0
     value = reader.value(name)
-    if reader.has("rotary_dim") and value is None:
-        columns = reader.optional_integer("rotary_dim")
-        value = 1.0 if columns is None else columns / head_dim
-    value = parameters.get(name, value)
+    columns = reader.optional_integer("rotary_dim") if reader.has("rotary_dim") else None
+    if columns is not None and name not in reader.config and name not in parameters:
+        source, value = "rotary_dim", columns / head_dim
+    value = parameters.get(name, 1.0 if value is None else value)
     if not is_finite(value) or not 0 < value <= 1 or int(head_dim * value) % 2 or int(head_dim * value) < 2:
         what = f"must have an even number of a head's {head_dim} columns rotate"
-        raise ValueError(f"{reader.file}: {name!r} {what}; got {short(value)}")
+        raise ValueError(f"{reader.file}: {source!r} {what}; got {short(value)}")
     return float(value)
 
 
@@ -137,7 +169,7 @@ def scaled_length(reader: ConfigReader, rope: RopeConfig) -> int:
     stretches the length before it, which may give more than `max_position_embeddings`: many configs leave that alone.
     """
     length = reader.integer("max_position_embeddings")
-    if rope.rope_type not in ("linear", "yarn"):
+    if rope.rope_type not in ("linear", "yarn") or reader.has("rope_local_base_freq"):
         return length  # up to which dynamic scaling changes nothing
     _, parameters = _parameters(reader)
     original = parameters.get(ORIGINAL_LENGTH) or reader.config.get(ORIGINAL_LENGTH)

@@ -182,6 +182,8 @@ class DecoderModel(nn.Module):
         if parallel.is_last_stage:
             self.norm = model.make_norm("model.norm")
         self.embedding_multiplier = config.traits.embedding_multiplier
+        if config.traits.rounds_embedding_multiplier:
+            self.embedding_multiplier = torch.tensor(self.embedding_multiplier, device="cpu").to(dtype).item()
         self.parallel = parallel
 
     def forward(self, inputs: torch.Tensor, rotaries: list[CosSin], forward_batch: ForwardBatch) -> torch.Tensor:
@@ -251,6 +253,8 @@ class DecoderForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
-        logits = self.lm_head.logits(hidden_states)
-        divisor = self.config.traits.logits_divisor
-        return logits if divisor == 1 else logits / divisor
+        logits, traits = self.lm_head.logits(hidden_states), self.config.traits
+        if traits.logits_divisor != 1:
+            logits = logits / traits.logits_divisor
+        cap = traits.logits_soft_cap
+        return logits if cap is None else (logits / cap).tanh() * cap

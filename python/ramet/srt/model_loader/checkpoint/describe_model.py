@@ -18,7 +18,8 @@ def describe_whole_model(config: ModelConfig, manifest: WeightManifest) -> Whole
     Args:
         manifest: of one rank; if that is all there is, nothing is built.
     """
-    return dataclasses.replace(_collect(config, manifest), has_head=config.embedding is None)
+    whole = _collect(config, manifest)
+    return dataclasses.replace(whole, has_head=config.embedding is None, surplus=config.surplus_tensors)
 
 
 def _collect(config: ModelConfig, manifest: WeightManifest) -> WholeModel:
