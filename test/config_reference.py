@@ -53,6 +53,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     experts = next((one for one in model.modules() if hasattr(one, "e_score_correction_bias")), None)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     layer = model.model.layers[0]
+    shapes |= _split_shapes(shapes, hf, layer)
     return {
         "architecture": type(model).__name__.replace("Ministral", "Mistral"),
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
@@ -111,6 +112,18 @@ def _windows(hf: Any) -> list[int | None]:
 
 def _has_experts(shapes: dict[str, tuple[int, ...]]) -> bool:
     return any(".experts." in name for name in shapes)
+
+
+def _split_shapes(shapes: dict[str, tuple[int, ...]], hf: Any, layer: Any) -> dict[str, tuple[int, ...]]:
+    """Those of q, k, gate and up of a class that has them in fused matrices."""
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if ".qkv_proj." in name:
+            for part, heads in (("q_proj", hf.num_attention_heads), ("k_proj", hf.num_key_value_heads)):
+                parts[name.replace("qkv_proj", part)] = (heads * layer.self_attn.head_dim, *shape[1:])
+        if ".mlp.gate_up_proj." in name:
+            parts[name.replace("gate_up_proj", "up_proj")] = (shape[0] // 2, *shape[1:])
+    return parts
 
 
 def _shared_size(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -89,6 +89,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
         "rope_scaling": None,
     },
+    "phi3": {  # fused tensors, a part of each head rotates, by other frequencies beyond 40 tokens
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 40, "rope_theta": 10000.0, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.5, 3.0, 5.0, 8.0, 13.0],
+        }, "sliding_window": 200, "pad_token_id": None,
+    },
     "granite": {  # multipliers of embedding, residual, attention and logits
         "model_type": "granite", "architectures": ["GraniteForCausalLM"], "hidden_size": 64, "intermediate_size": 144,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,

@@ -82,7 +82,9 @@ class RankThreads:
             results = []
             for ids in sequences:
                 pages = list(range(1, 1 + -(-len(ids) // PAGE_SIZE)))
-                runner.req_pool.write([PageWrite(row=0, start=0, pages=pages)])
+                switch_len = runner.model_config.rope.switch_len
+                is_long = switch_len is not None and len(ids) > switch_len
+                runner.req_pool.write([PageWrite(row=0, start=0, pages=pages, is_long=is_long)])
                 parts = []
                 for start in range(0, len(ids), chunk):
                     part = list(ids[start : start + chunk])

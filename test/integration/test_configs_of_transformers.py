@@ -65,7 +65,9 @@ def test_all_that_transformers_itself_writes_is_read(tmp_path, family):
 
 def names_another(key: str, message: str) -> bool:
     """Whether what is wrong shows in another key, which then doesn't fit."""
-    others = {
+    others = {  # and how many columns of a head rotate shows in LongRoPE's list of factors
+        **dict.fromkeys(("hidden_size", "num_attention_heads", "head_dim"), ("short_factor", "partial_rotary_factor")),
+        "partial_rotary_factor": ("short_factor",),
         "num_hidden_layers": ("mlp_only_layers", "layer_types", "no_rope_layers"),
         "n_routed_experts": ("n_group",),
         "n_group": ("topk_group",),

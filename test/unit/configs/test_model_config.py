@@ -216,6 +216,28 @@ def test_yarn(read, options, attention_factor):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "attention_factor"),
+    [
+        ({}, math.sqrt(1 + math.log(4) / math.log(64))),
+        ({"factor": 2}, math.sqrt(1 + math.log(2) / math.log(64))),
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 2, "attention_factor": 0.7}, 0.7),
+    ],
+)
+def test_longrope(read, options, attention_factor):
+    factors = {"short_factor": [1] * 4, "long_factor": [1, 2, 3, 4]}
+    for inside, beside in (
+        ({"original_max_position_embeddings": 64}, {}),
+        ({}, {"original_max_position_embeddings": 64}),
+    ):
+        scaling = {"type": "longrope"} | factors | inside | options
+        config = read("llama", max_position_embeddings=256, rope_scaling=scaling, **beside)
+        assert (config.rope.switch_len, config.context_len) == (64, 256)
+        assert config.rope.attention_factor == pytest.approx(attention_factor, abs=1e-12)
+        assert config.rope.scaling["long_factor"] == [1, 2, 3, 4]
+
+
 def test_a_theta_that_is_gone_is_known(read):
     both = {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     assert (read("llama", **both).rope.theta, read("llama", **both).rope.ignored_theta) == (1e4, 1e6)
@@ -365,7 +387,7 @@ def test_a_wrong_value_is_named(read, model_type, keys, message):
         ),
         (
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "rope_scaling": {"rope_type": "longrope"}},
-            "rope type 'longrope' of 'rope_scaling' is not supported; known are default, linear, dynamic, llama3, yarn",
+            "'short_factor' of 'rope_scaling' must have a positive number for each of the 4 pairs of columns",
         ),
         ({"rope_scaling": YARN | {"attn_factor": 0.88}}, r"'attn_factor' \(0.88\) of 'rope_scaling' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' needs a positive number 'factor'; got None"),

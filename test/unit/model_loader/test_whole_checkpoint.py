@@ -100,7 +100,9 @@ def test_sound_and_harmless_files_are_read_by_every_rank(folders, tmp_path, topo
 
 def test_layers_that_draft_tokens_are_left_out(folders, tmp_path):
     """GLM's files have one behind the model's own, and its config says how many there are."""
-    drafting = fp8.change_config(rm.without_weights(folders["glm4_moe"], tmp_path / "whole"), num_nextn_predict_layers=1)
+    drafting = fp8.change_config(
+        rm.without_weights(folders["glm4_moe"], tmp_path / "whole"), num_nextn_predict_layers=1
+    )
     tensors = load_file(folders["glm4_moe"] / "model.safetensors")
     for number, is_read in ((3, True), (4, False)):
         extra = {f"model.layers.{number}.enorm.weight": torch.zeros(64)}

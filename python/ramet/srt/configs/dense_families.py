@@ -44,6 +44,17 @@ QWEN2 = {
     "layer_types": None,
 }
 QWEN3 = {**QWEN2, "head_dim": 128, "attention_bias": False}
+_PHI3 = {
+    **PLAIN,
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}
 _GRANITE = {
     **LLAMA,
     "embedding_multiplier": 1.0,
@@ -130,6 +141,14 @@ DENSE_FAMILIES = (
         null_means={"num_key_value_heads": None, "sliding_window": None, "layer_types": None},
         harmless={"use_qk_norm": (True, None)},
         qk_norm="head",
+    ),
+    ModelFamily(
+        architecture="Phi3ForCausalLM",
+        model_type="phi3",
+        defaults=_PHI3,
+        null_means={"num_key_value_heads": None, "sliding_window": None},
+        harmless={"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)},  # Phi-4-mini has them
+        rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     ),
     ModelFamily(
         architecture="GraniteForCausalLM",

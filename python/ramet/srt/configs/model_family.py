@@ -44,6 +44,7 @@ class ModelFamily:
     norms: NormPlacement = "before"  # of attention and MLP
     norm_offset: float = 0.0  # added to each norm's weight
     window_rule: WindowRule = "from max_window_layers"
+    rope_types: Mapping[str, str] | None = None  # those that its class takes, and what they mean; None: all, themselves
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     mtp_layers_key: str = ""  # how many layers the files may have beyond the model's, to draft tokens with
     experts: ExpertTraits = ExpertTraits()

@@ -14,11 +14,13 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
 }
 FULL, SLIDING = "full_attention", "sliding_attention"  # layer types
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 # What YaRN's object may have beside its fields, and what stands for it where it doesn't.
 YARN_OPTIONS = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "mscale": None, "mscale_all_dim": None}
+LONGROPE_FACTORS = ("short_factor", "long_factor")
 
 # Parameters that change nothing at 1. The last two are other engines'; transformers doesn't look at them.
 NEUTRAL_AT_ONE = ("factor", "partial_rotary_factor", "attn_factor", "extrapolation_factor")
@@ -28,7 +30,9 @@ NEUTRAL_AT_ONE = ("factor", "partial_rotary_factor", "attn_factor", "extrapolati
 class RopeConfig:
     """Rotary embedding parameters; `scaling` holds the fields of a rope type other than "default".
 
-    YaRN's are factor, original_max_position_embeddings, beta_fast, beta_slow and truncate.
+    YaRN's are factor, original_max_position_embeddings, beta_fast, beta_slow and truncate. LongRoPE's are short_factor
+    and long_factor, a divisor for each pair of columns, and original_max_position_embeddings, up to which the first
+    counts.
     """
 
     theta: float
@@ -37,6 +41,11 @@ class RopeConfig:
     scaling: dict[str, Any] = field(default_factory=dict)
     attention_factor: float = 1.0  # of all cosines and sines
     ignored_theta: float | None = None  # of a rope_parameters that doesn't count, where it is another one
+
+    @property
+    def switch_len(self) -> int | None:
+        """Tokens that a sequence has at most for the first of two sets of frequencies; None where there is one set."""
+        return int(self.scaling[ORIGINAL_LENGTH]) if self.rope_type == "longrope" else None
 
     def rotary_dim(self, head_dim: int) -> int:
         """How many of a head's columns rotate."""
@@ -90,11 +99,13 @@ def _ropes_by_layer_type(reader: ConfigReader, head_dim: int) -> dict[str, RopeC
 def _read_rope(reader: ConfigReader, source: str, parameters: dict[str, Any], theta: Any, head_dim: int) -> RopeConfig:
     """What one object says, which messages call `source`."""
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
-        known = ", ".join(ROPE_FIELDS)
+    types = reader.family.rope_types or dict(zip(ROPE_FIELDS, ROPE_FIELDS, strict=True))
+    if not isinstance(rope_type, str) or rope_type not in types:
+        known = ", ".join(types)
         raise ValueError(
             f"{reader.file}: rope type {short(rope_type)} of {source!r} is not supported; known are {known}"
         )
+    rope_type = types[rope_type]
     scaling = {name: _scaling_value(reader, rope_type, parameters, name) for name in ROPE_FIELDS[rope_type]}
     _refuse_other_parameters(reader, source, rope_type, parameters)
     if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
@@ -103,13 +114,16 @@ def _read_rope(reader: ConfigReader, source: str, parameters: dict[str, Any], th
             f"'low_freq_factor' ({scaling['low_freq_factor']})"
         )
     theta = _positive(reader, "rope_theta", theta)
-    if rope_type != "yarn":
+    rotary_factor = _rotary_factor(reader, parameters, head_dim)
+    if rope_type == "longrope":
+        rope = _longrope(reader, source, parameters, theta, scaling, int(head_dim * rotary_factor) // 2)
+    elif rope_type != "yarn":
         rope = RopeConfig(theta=theta, rope_type=rope_type, scaling=scaling)
     elif theta == 1:
         raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
     else:
         rope = _yarn(reader, source, parameters, theta, scaling)
-    return dataclasses.replace(rope, rotary_factor=_rotary_factor(reader, parameters, head_dim))
+    return dataclasses.replace(rope, rotary_factor=rotary_factor)
 
 
 def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: int) -> float:
@@ -121,7 +135,9 @@ def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: i
     columns = reader.optional_integer("rotary_dim") if reader.has("rotary_dim") else None
     if columns is not None and name not in reader.config and name not in parameters:
         source, value = "rotary_dim", columns / head_dim
-    value = parameters.get(name, 1.0 if value is None else value)
+    if value is None and reader.may_be_none(name):
+        value = 1.0
+    value = parameters.get(name, value)
     if not is_finite(value) or not 0 < value <= 1 or int(head_dim * value) % 2 or int(head_dim * value) < 2:
         what = f"must have an even number of a head's {head_dim} columns rotate"
         raise ValueError(f"{reader.file}: {source!r} {what}; got {short(value)}")
@@ -156,6 +172,41 @@ def _yarn(
             attention_factor = _mscale(scaling["factor"], mscale) / _mscale(scaling["factor"], all_dim)
     scaling |= {name: options[name] for name in ("beta_fast", "beta_slow")} | {"truncate": truncate}
     return RopeConfig(theta=theta, rope_type="yarn", scaling=scaling, attention_factor=attention_factor)
+
+
+def _longrope(
+    reader: ConfigReader, source: str, parameters: dict[str, Any], theta: float, scaling: dict[str, Any], num_pairs: int
+) -> RopeConfig:
+    """LongRoPE (Ding et al., 2024). Its attention factor is sqrt(1 + ln(factor) / ln(original length)).
+
+    Without a `factor` that is the ratio of the two lengths.
+    """
+    original = scaling[ORIGINAL_LENGTH]
+    if original != int(original):
+        raise reader.wrong(ORIGINAL_LENGTH, "must be a whole number", original)
+    for name in LONGROPE_FACTORS:
+        factors = parameters.get(name)
+        if not isinstance(factors, list) or len(factors) != num_pairs or not all(map(_is_positive, factors)):
+            raise ValueError(
+                f"{reader.file}: {name!r} of {source!r} must have a positive number for each of the {num_pairs} pairs "
+                f"of columns that rotate; got {short(factors)}"
+            )
+        scaling[name] = [float(factor) for factor in factors]
+    options = {
+        name: _positive(reader, name, parameters[name], f"{name!r} of {source!r} must be a positive number")
+        for name in ("factor", "attention_factor")
+        if parameters.get(name) is not None
+    }
+    factor = options.get("factor", reader.integer("max_position_embeddings") / original)
+    if factor > 1 and original <= 1:
+        raise reader.wrong(ORIGINAL_LENGTH, "must be more than 1", original)
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeConfig(
+        theta=theta,
+        rope_type="longrope",
+        scaling=scaling,
+        attention_factor=options.get("attention_factor", attention_factor),
+    )
 
 
 def _mscale(factor: float, weight: float) -> float:
@@ -200,15 +251,19 @@ def _scaling_value(reader: ConfigReader, rope_type: str, parameters: dict[str, A
     value = parameters.get(name)
     if name == ORIGINAL_LENGTH and (name not in parameters or value is not None):
         # One beside the object goes before one inside; without both, the length is the model's.
-        if name in reader.config:
-            value = reader.config[name]
+        if name in reader.config or reader.has(name):
+            value = reader.value(name)
         elif name not in parameters:
             value = reader.integer("max_position_embeddings")
     return _positive(reader, name, value, f"rope type {rope_type!r} needs a positive number {name!r}")
 
 
+def _is_positive(value: Any) -> bool:
+    return is_finite(value) and value > 0
+
+
 def _positive(reader: ConfigReader, name: str, value: Any, sentence: str | None = None) -> float:
-    if not is_finite(value) or value <= 0:
+    if not _is_positive(value):
         if sentence is None:
             raise reader.wrong(name, "must be a positive number", value)
         raise ValueError(f"{reader.file}: {sentence}; got {short(value)}")
@@ -222,6 +277,8 @@ def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, 
         used.add("partial_rotary_factor")
     if rope_type == "yarn":
         used |= {*YARN_OPTIONS, "truncate", "finetuned"}  # the last tells how the model was made
+    if rope_type == "longrope":
+        used |= {*LONGROPE_FACTORS, "factor", "attention_factor"}
     for name, value in parameters.items():
         neutral = name in NEUTRAL_AT_ONE and is_finite(value) and value == 1
         if name not in used and not neutral:

@@ -9,14 +9,20 @@ from ramet.srt.configs.rope_config import RopeConfig
 CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, rotary_dim / 2] each
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
+def inverse_frequencies(config: RopeConfig, head_dim: int, *, is_long: bool = False) -> torch.Tensor:
     """float32 [rotary_dim / 2]: theta^(-2i / rotary_dim) (Su et al., 2021), rescaled by the config's rope type.
 
     Dynamic scaling begins beyond the model's length, where no position is.
+
+    Args:
+        is_long: of LongRoPE's two sets, the one for sequences beyond the original length.
     """
     rotary_dim = config.rotary_dim(head_dim)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     frequencies = 1.0 / (config.theta**exponents)
+    if config.rope_type == "longrope":
+        divisors = torch.tensor(config.scaling["long_factor" if is_long else "short_factor"], device="cpu")
+        return 1.0 / (divisors * config.theta**exponents)
     if config.rope_type == "linear":
         return frequencies / config.scaling["factor"]
     if config.rope_type == "llama3":
@@ -73,12 +79,22 @@ class RotaryEmbedding:
 
     def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device):
         self.inv_freq = inverse_frequencies(config, head_dim).to(device)
+        self.long_inv_freq: torch.Tensor | None = None
+        if config.switch_len is not None:
+            self.long_inv_freq = inverse_frequencies(config, head_dim, is_long=True).to(device)
         self.scale = config.attention_factor
         self.dtype = dtype
 
-    def cos_sin(self, positions: torch.Tensor) -> CosSin:
-        """int64 [num_tokens] -> cosines and sines [num_tokens, 1, rotary_dim / 2] in the model's dtype."""
-        angles = positions.float().unsqueeze(-1) * self.inv_freq
+    def cos_sin(self, positions: torch.Tensor, is_long: torch.Tensor | None = None) -> CosSin:
+        """int64 [num_tokens] -> cosines and sines [num_tokens, 1, rotary_dim / 2] in the model's dtype.
+
+        Args:
+            is_long: bool [num_tokens]; see ForwardBatch.
+        """
+        frequencies = self.inv_freq
+        if self.long_inv_freq is not None and is_long is not None:
+            frequencies = torch.where(is_long.unsqueeze(-1), self.long_inv_freq, self.inv_freq)
+        angles = positions.float().unsqueeze(-1) * frequencies
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale

@@ -178,7 +178,10 @@ class ModelRunner:
             device=self.device,
         )
         max_pages = -(-self.max_req_len // self.page_size)
-        self.req_pool = ReqToPagePool(self.config.max_running_requests, max_pages, self.device)
+        has_two_ropes = self.model_config.rope.switch_len is not None
+        self.req_pool = ReqToPagePool(
+            self.config.max_running_requests, max_pages, self.device, has_two_ropes=has_two_ropes
+        )
         logger.info(
             "KV cache: %d tokens in pages of %d, %.2f GB",
             self.max_total_num_tokens,

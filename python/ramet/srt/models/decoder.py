@@ -248,7 +248,7 @@ class DecoderForCausalLM(nn.Module):
 
     def forward(self, inputs: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """Inputs of this stage and int64 positions [num_tokens] -> its output [num_tokens, hidden_size]."""
-        rotaries = [rotary.cos_sin(positions) for rotary in self.rotary]
+        rotaries = [rotary.cos_sin(positions, forward_batch.is_long) for rotary in self.rotary]
         return self.model(inputs, rotaries, forward_batch)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
