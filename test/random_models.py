@@ -89,6 +89,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
         "rope_scaling": None,
     },
+    "ministral3": {  # queries that grow with their position, YaRN with mscale
+        "model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 144, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "tie_word_embeddings": False, "sliding_window": None, "rope_theta": 10000.0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20, "beta_fast": 8.0,
+            "mscale": 2.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4,
+        },
+    },
     "phi3": {  # fused tensors, a part of each head rotates, by other frequencies beyond 40 tokens
         "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
@@ -144,6 +152,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
     },
 }  # fmt: skip
+_PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "head_dim": 8, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+# Models with a part for pictures: the keys of the whole, and the text model's family with what is changed there.
+COMPOSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": False,
+         "vision_config": {"model_type": "qwen3_vl_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+                           "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "patch_size": 4,
+                           "num_position_embeddings": 16}},
+        "qwen3",
+        {"model_type": "qwen3_vl_text", "hidden_size": 64, "use_sliding_window": None, "sliding_window": None,
+         "max_window_layers": None, "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5],
+                                                     "mrope_interleaved": True}},
+    ),
+    "mistral3": (
+        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True,
+         "vision_config": _PIXTRAL, "image_token_index": 10},
+        "mistral",
+        {},
+    ),
+    "devstral": (
+        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": False,
+         "vision_config": _PIXTRAL},
+        "ministral3",
+        {},
+    ),
+    "gemma3_vl": (
+        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "tie_word_embeddings": True,
+         "mm_tokens_per_image": 4, "vision_config": {
+             "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
+        "gemma3",
+        {"final_logit_softcapping": None},
+    ),
+}  # fmt: skip
 
 
 def make_model(
@@ -176,18 +221,19 @@ def make_model(
         `folder`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if family not in FAMILIES and family not in COMPOSED:
+        raise ValueError(f"family must be one of {', '.join((*FAMILIES, *COMPOSED))}; got {family!r}")
     if rope_spelling not in ("new", "old"):
         raise ValueError(f"rope_spelling must be new or old; got {rope_spelling!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _COMMON | FAMILIES[family] | overrides
+    config = _whole_config(family, overrides)
     _write_config(folder, config, dtype, rope_spelling)
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        hf_config = AutoConfig.from_pretrained(folder)
+        model = _auto_class(hf_config).from_config(hf_config)
     _randomize(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
@@ -250,12 +296,35 @@ def write_logit_score(folder: Path, true_token_id: int, false_token_id: int | No
 def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **overrides: Any) -> Path:
     """Write the config.json of a model of `family` and nothing else, without importing transformers."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_config(Path(folder), _COMMON | FAMILIES[family] | overrides, dtype, "old")
+    _write_config(Path(folder), _whole_config(family, overrides), dtype, "old")
     return Path(folder)
 
 
+def _whole_config(family: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config of a family; of a composed one `overrides` change the text model's."""
+    if family not in COMPOSED:
+        return _COMMON | FAMILIES[family] | overrides
+    whole, text, changes = COMPOSED[family]
+    config = _COMMON | FAMILIES[text] | changes | overrides
+    return whole | {"text_config": {key: value for key, value in config.items() if key != "architectures"}}
+
+
+def _auto_class(config: Any) -> Any:
+    """transformers' class that makes a model of a config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:
-    config = dict(config)
+    config = _spelled(dict(config), dtype, rope_spelling)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _spelled(config: dict[str, Any], dtype: str, rope_spelling: str) -> dict[str, Any]:
+    if "text_config" in config:
+        text = _spelled(dict(config["text_config"]), dtype, rope_spelling)
+        return config | {"text_config": text, "dtype": dtype}
     if rope_spelling == "new" and "rope_local_base_freq" in config:
         full = {
             "rope_theta": config.pop("rope_theta"),
@@ -270,7 +339,7 @@ def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spellin
         config["dtype"] = dtype
     else:
         config["torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return config
 
 
 def _randomize(model: Any, seed: int) -> None:
@@ -338,9 +407,10 @@ def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = 3
 def load_hf(folder: str | Path) -> Any:
     """The transformers model of `folder`, in float32 with plain (eager) attention."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
+    auto_class = _auto_class(AutoConfig.from_pretrained(folder))
+    return auto_class.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
 
 
 def hf_greedy(folder: str | Path, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:

@@ -122,6 +122,7 @@ def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
         ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "use_qk_norm": False}),
         ("minimax_m2", {"rotary_dim": None, "num_experts_per_tok": 1}),
         ("llama2", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+        *((family, {}) for family in rm.COMPOSED),
         ("mixtral", {"num_local_experts": 9, "num_experts_per_tok": 4, "sliding_window": None, "hidden_act": "gelu"}),
     ],
 )

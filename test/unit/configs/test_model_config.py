@@ -5,6 +5,7 @@ import math
 
 import pytest
 import random_models as rm
+from ramet.srt.configs.composed_families import ComposedFamily
 from ramet.srt.configs.model_config import HIDDEN_ACTS, ModelConfig
 from ramet.srt.configs.model_families import FAMILIES
 from ramet.srt.layers import activation
@@ -37,7 +38,9 @@ def read(tmp_path):
 
 def test_what_families_say_holds_together():
     assert set(HIDDEN_ACTS) == set(activation._ACTIVATIONS)
-    for family in FAMILIES.values():
+    composed = [family for family in FAMILIES.values() if isinstance(family, ComposedFamily)]
+    texts = [text for family in composed for text in family.texts.values()]
+    for family in (*(one for one in FAMILIES.values() if one not in composed), *texts):
         assert set(family.null_means) <= set(family.defaults)
 
 
@@ -483,6 +486,32 @@ def test_what_generation_config_says_of_lengths_is_not_the_models(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(generation))
     config = ModelConfig.from_path(str(folder))
     assert (config.context_len, [layer.window for layer in config.layers]) == (512, [None] * 3)
+
+
+@pytest.mark.parametrize("family", rm.COMPOSED)
+def test_a_composed_models_text_model_is_read(tmp_path, family):
+    whole, text, _ = rm.COMPOSED[family]
+    folder = rm.make_config(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+
+    def read(**keys):
+        (folder / "config.json").write_text(json.dumps(config | keys))
+        return ModelConfig.from_path(str(folder))
+
+    read_config = read(eos_token_id=[7], text_config=config["text_config"] | {"eos_token_id": 9})
+    assert read_config.architecture == whole["architectures"][0]
+    assert (read_config.dtype, read_config.eos_token_ids) == ("float32", (7, 9))
+    assert read_config.tie_word_embeddings == whole["tie_word_embeddings"]  # whatever the text model's config says
+    assert read(dtype="bfloat16").dtype == "bfloat16"
+    for keys, message in (
+        ({"text_config": None}, "'text_config' of architecture '.*' must be an object; got None"),
+        ({"text_config": {"model_type": "bert"}}, "'model_type' in 'text_config' of architecture .* must be '"),
+        ({"new_projector": 1}, r"'new_projector' \(1\): not known for this architecture"),
+        ({"text_config": config["text_config"] | {"clip": 1.0}}, r"'clip' \(1.0\): not known for this architecture"),
+        ({"model_type": "llama"}, f"'model_type' of architecture '.*' must be '{whole['model_type']}'; got 'llama'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(**keys)
 
 
 def test_the_test_models_are_read(tmp_path):

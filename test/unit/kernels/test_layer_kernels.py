@@ -50,7 +50,7 @@ def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, h
     if rotary_factor:
         rope = RopeConfig(theta=10000.0, rotary_factor=rotary_factor)
         positions = torch.tensor([0, 3, 17, 511, 40000], device=device)
-        rotary = RotaryEmbedding(rope, head_dim, dtype, device).cos_sin(positions)
+        rotary = RotaryEmbedding(rope, head_dim, dtype, device).cos_sin(positions)[:2]
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     qkv = torch.randn(num_tokens, sum(sizes), device=device, dtype=dtype)
     norms = torch.randn(2, head_dim, device=device, dtype=dtype) if norm_offset is not None else (None, None)

@@ -16,7 +16,7 @@ SEQUENCES = rm.random_prompts([5, 40, 150])
 CHUNK = 64
 
 
-@pytest.fixture(scope="module", params=sorted(rm.FAMILIES))
+@pytest.fixture(scope="module", params=[*rm.FAMILIES, *rm.COMPOSED])
 def model(request, tmp_path_factory):
     folder = rm.make_model(tmp_path_factory.mktemp(request.param), request.param)
     return folder, rm.hf_logprobs(folder, SEQUENCES)
@@ -43,4 +43,4 @@ def test_a_clone_by_one_rank_of_two_has_the_bytes_of_a_load_from_disk(model):
     opener = CheckpointOpener(functools.partial(describe_whole_model, config, seeds[0]))
     arenas = [sm.load_from_disk(folder, manifest, opener).memory for manifest in seeds]
     sm.execute(result.ops, arenas, memoryview(memory))
-    assert memory == sm.load_from_disk(folder, client).memory[: client.arena_nbytes]
+    assert memory == sm.load_from_disk(folder, client, opener).memory[: client.arena_nbytes]

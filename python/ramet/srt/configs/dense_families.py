@@ -32,6 +32,24 @@ MISTRAL = {
     "sliding_window": 4096,
     "layer_types": None,
 }
+_MINISTRAL3 = {
+    **{name: value for name, value in MISTRAL.items() if name != "layer_types"},
+    "vocab_size": 131072,
+    "num_hidden_layers": 34,
+    "head_dim": 128,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 QWEN2 = {
     **PLAIN,
     "vocab_size": 151936,
@@ -125,6 +143,14 @@ DENSE_FAMILIES = (
         model_type="mistral",
         defaults=MISTRAL,
         null_means={"head_dim": None, "sliding_window": None, "layer_types": None},
+    ),
+    ModelFamily(
+        architecture="Ministral3ForCausalLM",
+        model_type="ministral3",
+        defaults=_MINISTRAL3,
+        null_means={"num_key_value_heads": None, "head_dim": None, "sliding_window": None},
+        scales_queries=True,
+        rope_extras=("llama_4_scaling_beta", "max_position_embeddings"),
     ),
     ModelFamily(
         architecture="Qwen2ForCausalLM",

@@ -92,7 +92,7 @@ class ModelConfig:
         """
         hf_config = read_json(path, "config.json")
         file = os.path.join(path, "config.json")
-        family = find_family(hf_config, file)
+        family, hf_config = find_family(hf_config, file)
         need = ConfigReader(hf_config, file, family)
         num_heads = need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers", maximum=MOST_LAYERS)
@@ -205,11 +205,11 @@ def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> Q
 
 
 def _surplus_tensors(need: ConfigReader, num_layers: int) -> str:
-    """The layers that draft tokens: they lie behind the model's own."""
+    """What the family's files may hold, and the layers that draft tokens: they lie behind the model's own."""
     key = need.family.mtp_layers_key
     num_drafting = need.integer(key, minimum=0, maximum=MOST_LAYERS) if key else 0
     numbers = "|".join(str(num_layers + index) for index in range(num_drafting))
-    return rf"model\.layers\.({numbers})\." if numbers else ""
+    return "|".join(filter(None, (need.family.surplus, rf"model\.layers\.({numbers})\." if numbers else "")))
 
 
 def _context_len(need: ConfigReader, rope: RopeConfig, wanted: int | None) -> int:

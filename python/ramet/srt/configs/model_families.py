@@ -7,19 +7,25 @@ are what transformers' config class of the `model_type` takes for a key that the
 from collections.abc import Mapping
 from typing import Any
 
+from ramet.srt.configs.composed_families import COMPOSED_FAMILIES, ComposedFamily
 from ramet.srt.configs.dense_families import DENSE_FAMILIES
 from ramet.srt.configs.model_family import ModelFamily
 from ramet.srt.configs.moe_families import MOE_FAMILIES
 
-FAMILIES: dict[str, ModelFamily] = {family.architecture: family for family in (*DENSE_FAMILIES, *MOE_FAMILIES)}
+FAMILIES: dict[str, ModelFamily | ComposedFamily] = {
+    family.architecture: family for family in (*DENSE_FAMILIES, *MOE_FAMILIES, *COMPOSED_FAMILIES)
+}
 
 # Keys under which multimodal and other composed configs hold the configs of their parts.
 _PARTS = ("text_config", "llm_config", "language_config", "thinker_config", "vision_config", "audio_config")
 _PARTS_WITH_TEXT = frozenset({"text_config", "llm_config", "language_config"})
 
 
-def find_family(config: Mapping[str, Any], file: str) -> ModelFamily:
+def find_family(config: dict[str, Any], file: str) -> tuple[ModelFamily, dict[str, Any]]:
     """The family of the architecture that `config` names. Asked first: nothing else means anything without it.
+
+    Returns:
+        The family, and its config: of a composed model, those of the text model.
 
     Raises:
         ValueError: if no architecture is named, or several, or one that isn't supported, or another's model type.
@@ -45,7 +51,7 @@ def find_family(config: Mapping[str, Any], file: str) -> ModelFamily:
             f"{file}: 'model_type' of architecture {family.architecture!r} must be {family.model_type!r}; "
             f"got {config.get('model_type')!r}"
         )
-    return family
+    return family.text(config, file) if isinstance(family, ComposedFamily) else (family, config)
 
 
 def _composition(config: Mapping[str, Any], architecture: str = "") -> str:

@@ -46,5 +46,8 @@ class ModelFamily:
     window_rule: WindowRule = "from max_window_layers"
     rope_types: Mapping[str, str] | None = None  # those that its class takes, and what they mean; None: all, themselves
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
+    scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)
+    rope_extras: tuple[str, ...] = ()  # parameters of positions that change nothing here
+    surplus: str = ""  # a regular expression: tensors that its files may hold beside the model's
     mtp_layers_key: str = ""  # how many layers the files may have beyond the model's, to draft tokens with
     experts: ExpertTraits = ExpertTraits()

@@ -40,6 +40,7 @@ class RopeConfig:
     rotary_factor: float = 1.0  # the share of a head's columns that rotate, the first ones
     scaling: dict[str, Any] = field(default_factory=dict)
     attention_factor: float = 1.0  # of all cosines and sines
+    query_beta: float = 0.0  # queries grow by 1 + beta * ln(1 + how often the original length fits before them)
     ignored_theta: float | None = None  # of a rope_parameters that doesn't count, where it is another one
 
     @property
@@ -123,7 +124,18 @@ def _read_rope(reader: ConfigReader, source: str, parameters: dict[str, Any], th
         raise reader.wrong("rope_theta", "must not be 1 with rope type 'yarn'", theta)
     else:
         rope = _yarn(reader, source, parameters, theta, scaling)
-    return dataclasses.replace(rope, rotary_factor=rotary_factor)
+    return dataclasses.replace(
+        rope, rotary_factor=rotary_factor, query_beta=_query_beta(reader, source, rope_type, parameters)
+    )
+
+
+def _query_beta(reader: ConfigReader, source: str, rope_type: str, parameters: dict[str, Any]) -> float:
+    name = "llama_4_scaling_beta"
+    if not reader.family.scales_queries:
+        return 0.0
+    if rope_type != "yarn":
+        raise ValueError(f"{reader.file}: rope type {rope_type!r} of {source!r} is not supported; known is yarn")
+    return _positive(reader, name, parameters.get(name), f"{name!r} of {source!r} must be a positive number")
 
 
 def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: int) -> float:
@@ -238,7 +250,7 @@ def _parameters(reader: ConfigReader) -> tuple[str, dict[str, Any]]:
     source = "rope_scaling" if reader.config.get("rope_scaling") else "rope_parameters"
     parameters = reader.config.get(source)
     if parameters is None:
-        return source, {}
+        return source, reader.family.defaults.get("rope_parameters", {})
     if not isinstance(parameters, dict):
         raise reader.wrong(source, "must be an object or null", parameters)
     layer_types = [name for name, value in parameters.items() if isinstance(value, dict)]
@@ -272,7 +284,7 @@ def _positive(reader: ConfigReader, name: str, value: Any, sentence: str | None 
 
 def _refuse_other_parameters(reader: ConfigReader, source: str, rope_type: str, parameters: dict[str, Any]) -> None:
     """Raise ValueError for what asks for another rotation than the type's: a part of each head, other factors."""
-    used = {"rope_type", "type", "rope_theta", ORIGINAL_LENGTH, *ROPE_FIELDS[rope_type]}
+    used = {"rope_type", "type", "rope_theta", ORIGINAL_LENGTH, *ROPE_FIELDS[rope_type], *reader.family.rope_extras}
     if reader.has("partial_rotary_factor"):
         used.add("partial_rotary_factor")
     if rope_type == "yarn":

@@ -1,12 +1,19 @@
 """Owns rotary position embeddings: the angles of a batch's positions and their application to queries and keys."""
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from ramet.srt.configs.rope_config import RopeConfig
+from ramet.srt.configs.rope_config import ORIGINAL_LENGTH, RopeConfig
 
-CosSin = tuple[torch.Tensor, torch.Tensor]  # of a pass's positions: [num_tokens, 1, rotary_dim / 2] each
+
+class Rotation(NamedTuple):
+    """What a pass's positions do to queries and keys."""
+
+    cos: torch.Tensor  # [num_tokens, 1, rotary_dim / 2]
+    sin: torch.Tensor  # like cos
+    query_scale: torch.Tensor | None = None  # [num_tokens, 1, 1]
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int, *, is_long: bool = False) -> torch.Tensor:
@@ -83,10 +90,12 @@ class RotaryEmbedding:
         if config.switch_len is not None:
             self.long_inv_freq = inverse_frequencies(config, head_dim, is_long=True).to(device)
         self.scale = config.attention_factor
+        self.query_beta = config.query_beta
+        self.original_length = config.scaling.get(ORIGINAL_LENGTH, 0.0)
         self.dtype = dtype
 
-    def cos_sin(self, positions: torch.Tensor, is_long: torch.Tensor | None = None) -> CosSin:
-        """int64 [num_tokens] -> cosines and sines [num_tokens, 1, rotary_dim / 2] in the model's dtype.
+    def cos_sin(self, positions: torch.Tensor, is_long: torch.Tensor | None = None) -> Rotation:
+        """int64 [num_tokens] -> the positions' rotation, in the model's dtype.
 
         Args:
             is_long: bool [num_tokens]; see ForwardBatch.
@@ -98,7 +107,11 @@ class RotaryEmbedding:
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale
-        return cos.to(self.dtype).unsqueeze(1), sin.to(self.dtype).unsqueeze(1)
+        query_scale = None
+        if self.query_beta:
+            growth = torch.log(1 + torch.floor(positions / self.original_length))
+            query_scale = (1 + self.query_beta * growth).to(self.dtype).view(-1, 1, 1)
+        return Rotation(cos.to(self.dtype).unsqueeze(1), sin.to(self.dtype).unsqueeze(1), query_scale)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ramet.srt.layers.layernorm import RMSNorm, ShardedRMSNorm, norm_in_place
 from ramet.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.moe import SparseMoeBlock
-from ramet.srt.layers.rotary_embedding import CosSin, RotaryEmbedding
+from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 # Of a layer: the norms before and after attention, before and after the MLP. Not every checkpoint that has a name means
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             sliding_window=spec.window,
         )
 
-    def forward(self, x: torch.Tensor, rotary: CosSin | None, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
         if forward_batch.attn_tokens is None:
             return self.o_proj(self._attend(x, rotary, forward_batch))
@@ -93,7 +93,7 @@ class Attention(nn.Module):
             output[own] = self.o_proj.partial(self._attend(x[own], rotary, forward_batch))
         return tensor_model_parallel_all_reduce(output)
 
-    def _attend(self, x: torch.Tensor, rotary: CosSin | None, forward_batch: ForwardBatch) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
         qkv = self.qkv_proj(x)
         if self.wide_norms is not None:
@@ -139,7 +139,7 @@ class DecoderLayer(nn.Module):
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
-        rotaries: list[CosSin],
+        rotaries: list[Rotation],
         forward_batch: ForwardBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden states, residual), both [num_tokens, hidden_size]; a stage's first layer is given no residual."""
@@ -186,7 +186,7 @@ class DecoderModel(nn.Module):
             self.embedding_multiplier = torch.tensor(self.embedding_multiplier, device="cpu").to(dtype).item()
         self.parallel = parallel
 
-    def forward(self, inputs: torch.Tensor, rotaries: list[CosSin], forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, rotaries: list[Rotation], forward_batch: ForwardBatch) -> torch.Tensor:
         """Token ids, or the stage before's output -> this stage's output, normalised in the last stage.
 
         Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size].

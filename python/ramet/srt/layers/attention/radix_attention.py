@@ -9,7 +9,7 @@ from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
-from ramet.srt.layers.rotary_embedding import CosSin, apply_rotary
+from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -58,7 +58,7 @@ class RadixAttention(nn.Module):
         return self.backend.forward(q, self.layer, forward_batch)
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, rotary: CosSin | None, norms: HeadNorms | None, forward_batch: ForwardBatch
+        self, qkv: torch.Tensor, rotary: Rotation | None, norms: HeadNorms | None, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Norm and rotate q and k, and write k and v to the cache.
 
@@ -77,7 +77,7 @@ class RadixAttention(nn.Module):
 
             kernel.rotate_and_store(
                 qkv,
-                rotary,
+                None if rotary is None else rotary[:2],
                 slots,
                 *self.kv_pool.get_kv_buffer(layer_id),
                 num_q_heads=self.num_heads,
@@ -86,11 +86,13 @@ class RadixAttention(nn.Module):
                 eps=norms.q.eps if norms is not None else 0.0,
                 norm_offset=norms.q.offset if norms is not None else 0.0,
             )
-            return heads[:, : self.num_heads]
+            q = heads[:, : self.num_heads]
+            return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            q, k = apply_rotary(q, rotary.cos, rotary.sin), apply_rotary(k, rotary.cos, rotary.sin)
+            q = q if rotary.query_scale is None else q * rotary.query_scale
         self.kv_pool.set_kv_buffer(layer_id, slots, k, v)
         return q
