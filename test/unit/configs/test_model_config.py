@@ -6,8 +6,9 @@ import math
 import pytest
 import random_models as rm
 from ramet.srt.configs.composed_families import ComposedFamily
-from ramet.srt.configs.model_config import HIDDEN_ACTS, ModelConfig
+from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.model_families import FAMILIES
+from ramet.srt.configs.model_family import HIDDEN_ACTS
 from ramet.srt.layers import activation
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -467,6 +468,24 @@ def test_a_wrong_rope_is_named(read, keys, message):
 def test_the_architecture_is_judged_first(read, keys, message):
     with pytest.raises(ValueError, match=f"config.json: {message}"):
         read("llama", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kv_lora_rank": 512, "q_lora_rank": None}, r"Ramet lacks latent attention \('kv_lora_rank'\)$"),
+        ({"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 16},
+         r"lacks linear attention \('linear_num_key_heads'\); layers of type 'linear_attention'$"),
+        ({"hidden_act": "relu2", "norm_eps": 1e-5}, r"lacks layer norms \('norm_eps'\); the activation 'relu2'$"),
+        ({"swiglu_limit": 7.0, "a": 1, "b": None, "c": False},
+         r"lacks clamped gates of experts \('swiglu_limit'\); no family here has the keys 'a'$"),
+        ({"text_config": {"index_topk": 2048, "hidden_size": 8}, "no_key_of_text": 1}, r"chooses \('index_topk'\)$"),
+        ({"partial_rotary_factor": 0.5, "n_shared_experts": 1}, "all keys of its config are known, so an entry may be"),
+    ],
+)  # fmt: skip
+def test_an_unknown_architecture_is_told_what_is_missing(read, keys, message):
+    with pytest.raises(ValueError, match=f"'XForCausalLM'.* is not supported; supported are .*; .*{message}"):
+        read("llama", architectures=["XForCausalLM"], **keys)
 
 
 def test_the_same_architecture_twice_is_one(read):

@@ -28,7 +28,17 @@ def test_names_of_a_part(name: str, whole: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["language_model.norm.weight", "model.visual.norm.weight", "vision_tower.layers.0.a", "lm_head.weight", "normal.weight", "layers.a.b", "model.layers.0.norm.weight", "norm"]
+    "name",
+    [
+        "language_model.norm.weight",
+        "model.visual.norm.weight",
+        "vision_tower.layers.0.a",
+        "lm_head.weight",
+        "normal.weight",
+        "layers.a.b",
+        "model.layers.0.norm.weight",
+        "norm",
+    ],
 )
 def test_other_names_stay(name: str) -> None:
     assert whole_name(name) == name

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.config_reader import ConfigReader
-from ramet.srt.configs.model_family import NormPlacement, QkNorm
+from ramet.srt.configs.model_family import HIDDEN_ACTS, NormPlacement, QkNorm
 from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.rope_config import FULL, SLIDING, RopeConfig
 
@@ -51,6 +51,10 @@ def read_layers(
     Raises:
         ValueError: if a value is wrong; the message names it.
     """
+    if need.has("attn_type_list") and need.value("attn_type_list") not in (None, [1] * num_layers):
+        raise need.wrong(
+            "attn_type_list", "must have a 1, for full attention, for each layer", need.value("attn_type_list")
+        )
     rotates = _rotates(need, num_layers)
     windows = _windows(need, num_layers, rotates)
     kinds = [FULL if window is None else SLIDING for window in windows]
@@ -64,11 +68,8 @@ def read_layers(
     )
 
 
-def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int) -> DecoderTraits:
+def read_traits(need: ConfigReader, head_dim: int) -> DecoderTraits:
     """What all layers have.
-
-    Args:
-        hidden_acts: the names of the activations that there are.
 
     Raises:
         ValueError: if a value is wrong; the message names it.
@@ -80,7 +81,7 @@ def read_traits(need: ConfigReader, hidden_acts: tuple[str, ...], head_dim: int)
         qkv_bias=attention_bias or need.flag("qkv_bias") or family.always_qkv_bias,
         o_bias=need.flag(family.o_bias_key),
         mlp_bias=need.flag("mlp_bias"),
-        hidden_act=need.choice(family.hidden_act_key, hidden_acts),
+        hidden_act=need.choice(family.hidden_act_key, HIDDEN_ACTS),
         rms_norm_eps=need.number("rms_norm_eps", zero=True),
         norms=family.norms,
         norm_offset=family.norm_offset,

@@ -16,7 +16,6 @@ from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
 # By the names that torch has for them, and so transformers takes.
 DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16"}
-HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # those of layers/activation.py
 MOST_LAYERS = 4096
 
 
@@ -119,7 +118,7 @@ class ModelConfig:
             rope=ropes[FULL],
             quantization_config=_quantization(path, hf_config, quantization),
             layers=layers,
-            traits=read_traits(need, HIDDEN_ACTS, head_dim),
+            traits=read_traits(need, head_dim),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
             surplus_tensors=_surplus_tensors(need, num_layers),

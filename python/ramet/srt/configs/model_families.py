@@ -9,6 +9,7 @@ from typing import Any
 
 from ramet.srt.configs.composed_families import COMPOSED_FAMILIES, ComposedFamily
 from ramet.srt.configs.dense_families import DENSE_FAMILIES
+from ramet.srt.configs.missing_traits import missing_traits
 from ramet.srt.configs.model_family import ModelFamily
 from ramet.srt.configs.moe_families import MOE_FAMILIES
 
@@ -44,7 +45,7 @@ def find_family(config: dict[str, Any], file: str) -> tuple[ModelFamily, dict[st
     if family is None:
         raise ValueError(
             f"{file}: architecture {names[0]!r}{_composition(config, names[0])} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
+            f"supported are {', '.join(sorted(FAMILIES))}; {_missing(config)}"
         )
     if config.get("model_type") != family.model_type:
         raise ValueError(
@@ -52,6 +53,14 @@ def find_family(config: dict[str, Any], file: str) -> tuple[ModelFamily, dict[st
             f"got {config.get('model_type')!r}"
         )
     return family.text(config, file) if isinstance(family, ComposedFamily) else (family, config)
+
+
+def _missing(config: Mapping[str, Any]) -> str:
+    """What Ramet lacks for it: of one that is composed, for its text model."""
+    text = next(
+        (config[key] for key in _PARTS if key in _PARTS_WITH_TEXT and isinstance(config.get(key), dict)), config
+    )
+    return missing_traits(text, (family for family in FAMILIES.values() if isinstance(family, ModelFamily)))
 
 
 def _composition(config: Mapping[str, Any], architecture: str = "") -> str:

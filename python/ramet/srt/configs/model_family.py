@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # those of layers/activation.py
 QkNorm = Literal["", "head", "all"]
 NormPlacement = Literal["before", "after", "both"]
 # Which layers have the window where `layer_types` doesn't say.

@@ -81,6 +81,7 @@ _MINIMAX_M2 = {
     "num_experts_per_tok": 8,
     "num_local_experts": 256,
     "num_mtp_modules": 0,
+    "attn_type_list": None,
 }
 
 MOE_FAMILIES = (
@@ -131,13 +132,18 @@ MOE_FAMILIES = (
         architecture="MiniMaxM2ForCausalLM",
         model_type="minimax_m2",
         defaults=_MINIMAX_M2,
-        null_means={"partial_rotary_factor": 1.0, "rotary_dim": None},
+        null_means={"partial_rotary_factor": 1.0, "rotary_dim": None, "attn_type_list": None},
         harmless={
             "scoring_func": ("sigmoid",),
             "use_routing_bias": (True,),
             "use_qk_norm": (True,),
             "qk_norm_type": ("per_layer",),
             "shared_intermediate_size": (0,),
+            **dict.fromkeys(
+                ("layernorm_full_attention_beta", "layernorm_linear_attention_beta", "layernorm_mlp_beta"), (1,)
+            ),
+            "mlp_intermediate_size": ANY,  # of parts that MiniMax-M1 has, as is the next
+            "shared_moe_mode": ANY,
             "use_mtp": ANY,
             "mtp_transformer_layers": ANY,
         },

@@ -135,7 +135,10 @@ def _query_beta(reader: ConfigReader, source: str, rope_type: str, parameters: d
         return 0.0
     if rope_type != "yarn":
         raise ValueError(f"{reader.file}: rope type {rope_type!r} of {source!r} is not supported; known is yarn")
-    return _positive(reader, name, parameters.get(name), f"{name!r} of {source!r} must be a positive number")
+    value: Any = parameters.get(name)
+    if not is_finite(value) or value < 0:
+        raise ValueError(f"{reader.file}: {name!r} of {source!r} must be a number of at least 0; got {short(value)}")
+    return float(value)
 
 
 def _rotary_factor(reader: ConfigReader, parameters: dict[str, Any], head_dim: int) -> float:
@@ -169,7 +172,8 @@ def _yarn(
     """YaRN (Peng et al., 2023). Its attention factor is 0.1 ln(factor) + 1, unless the object says otherwise."""
     options = dict(YARN_OPTIONS)
     for name in YARN_OPTIONS:
-        if parameters.get(name) is not None:
+        is_off = name in ("mscale", "mscale_all_dim") and parameters.get(name) == 0  # as if it weren't there
+        if parameters.get(name) is not None and not is_off:
             options[name] = _positive(
                 reader, name, parameters[name], f"{name!r} of {source!r} must be a positive number"
             )
