@@ -60,6 +60,8 @@ class ModelConfig:
         dimensions = {name: getattr(self, name) for name in names}
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+            if self.moe.shared_intermediate_size:
+                dimensions["shared_expert_intermediate_size"] = self.moe.shared_intermediate_size
         if self.quantization_config is not None:
             dimensions |= self.quantization_config.dimensions
         return dimensions

@@ -10,11 +10,11 @@ HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
-def _weight_of(q_weight_ptr, k_weight_ptr, columns, is_q, is_k, in_part, OFFSET: tl.constexpr):
+def _weight_of(q_weight_ptr, k_weight_ptr, heads, columns, is_q, is_k, in_part, OFFSET: tl.constexpr):
     """float32 [heads, columns]: the norm's weight for each head, zeros for heads of v."""
     q_mask = is_q[:, None] & in_part
     k_mask = is_k[:, None] & in_part
-    columns = columns[None, :] + tl.zeros_like(q_mask).to(tl.int32)
+    columns = heads[:, None] * 0 + columns[None, :]
     weight = tl.load(q_weight_ptr + columns, mask=q_mask, other=0.0).to(tl.float32)
     return weight + tl.load(k_weight_ptr + columns, mask=k_mask, other=0.0).to(tl.float32) + OFFSET
 
@@ -77,12 +77,12 @@ def _rotate_and_store_kernel(
         square += tl.sum(rest * rest, axis=1)
     if HAS_NORM:
         scale = tl.rsqrt(square / HEAD_DIM + eps)[:, None]
-        weight = _weight_of(q_weight_ptr, k_weight_ptr, columns, is_q, is_k, in_half, OFFSET)
+        weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, columns, is_q, is_k, in_half, OFFSET)
         first = tl.where(rotated, first * scale * weight, first)
-        weight = _weight_of(q_weight_ptr, k_weight_ptr, columns + HALF_DIM, is_q, is_k, in_half, OFFSET)
+        weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, columns + HALF_DIM, is_q, is_k, in_half, OFFSET)
         second = tl.where(rotated, second * scale * weight, second)
         if REST > 0:
-            weight = _weight_of(q_weight_ptr, k_weight_ptr, rest_columns, is_q, is_k, in_rest, OFFSET)
+            weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, rest_columns, is_q, is_k, in_rest, OFFSET)
             rest = tl.where(rotated, rest * scale * weight, rest)
     if HAS_ROTATION:
         angle = token * HALF_DIM + columns
