@@ -15,6 +15,7 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.distributed import communication_op
+from ramet.srt.model_executor import model_runner
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.server_args import ServerArgs
 
@@ -96,6 +97,25 @@ class RankThreads:
         first, *others = self.run(compute)
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
         return first
+
+
+def stage_logprobs(
+    monkeypatch: pytest.MonkeyPatch, folder: str | Path, pp_size: int, ids: Sequence[int]
+) -> torch.Tensor:
+    """float32 [len, vocab_size]: of one sequence through pipeline stages of one rank each, one behind the other."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(model_runner, "send_to_next_stage", lambda tensor: sent.append(tensor))
+    monkeypatch.setattr(model_runner, "receive_from_previous_stage", lambda tensor: tensor.copy_(sent.pop()))
+    args = ServerArgs(model_path=str(folder), max_total_tokens=2048, page_size=PAGE_SIZE, pp_size=pp_size)
+    config = ModelConfig.from_path(str(folder))
+    runner_config = args.runner_config("cpu", dtype=config.dtype, quantization=config.quantization)
+    for parallel in sm.ranks_of(pp_size=pp_size):
+        runner = ModelRunner(runner_config, config, parallel, pick_device("cpu", 0), lambda phase: None, LoadContext())
+        runner.req_pool.write([PageWrite(row=0, start=0, pages=list(range(1, 1 + -(-len(ids) // PAGE_SIZE))))])
+        hidden = runner.run_pass(_tokens(0, list(ids)), slice(0, 1))
+        runner._sending = None  # nothing is waited for
+    torch.set_num_threads(1)
+    return runner.compute_logits(hidden).log_softmax(-1)
 
 
 def _tokens(start: int, ids: list[int]) -> PassTokens:

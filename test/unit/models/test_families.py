@@ -10,7 +10,7 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.weights.planner import ArenaSource, plan, zero_ranges
-from rank_threads import RankThreads
+from rank_threads import RankThreads, stage_logprobs
 
 SEQUENCES = rm.random_prompts([5, 40, 150])
 CHUNK = 64
@@ -29,6 +29,12 @@ def test_two_ranks_give_the_log_probabilities_of_transformers(monkeypatch, model
         ranks = RankThreads(monkeypatch, folder, 2, ep_size)
         for got, wanted in zip(ranks.logprobs(SEQUENCES, CHUNK), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_a_stage_for_each_layer_gives_the_log_probabilities_of_transformers(monkeypatch, model):
+    folder, expected = model
+    got = stage_logprobs(monkeypatch, folder, 3, SEQUENCES[1])
+    torch.testing.assert_close(got, expected[1], atol=1e-4, rtol=1e-5)
 
 
 def test_a_clone_by_one_rank_of_two_has_the_bytes_of_a_load_from_disk(model):

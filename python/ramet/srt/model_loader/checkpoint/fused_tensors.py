@@ -32,11 +32,16 @@ def split_fused(
     return result
 
 
-def _split(name: str, info: TensorInfo, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+def fused_parts(name: str) -> list[str]:
+    """The names of the parts of a fused tensor, in the order in which their rows stand; empty for any other."""
     match = FUSED.fullmatch(name)
-    if match is None or name in wanted:
+    return [f"{match['prefix']}.{part}.{match['kind']}" for part in PARTS[match["name"]]] if match is not None else []
+
+
+def _split(name: str, info: TensorInfo, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    names = fused_parts(name)
+    if not names or name in wanted:
         return {name: info}
-    names = [f"{match['prefix']}.{part}.{match['kind']}" for part in PARTS[match["name"]]]
     rows = [wanted[part][0] for part in names if part in wanted]
     if len(rows) < len(names) or not info.shape or sum(rows) != info.shape[0]:
         return {name: info}
