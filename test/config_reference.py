@@ -67,7 +67,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
         "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
         "rms_norm_eps": getattr(model.model.norm, "variance_epsilon", None) or getattr(model.model.norm, "eps", 0),
-        "hidden_act": hf.hidden_activation if hf.model_type == "gemma3_text" else hf.hidden_act,
+        "hidden_act": hf.hidden_activation if hf.model_type.startswith("gemma") else hf.hidden_act,
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
         "is_causal": bool(getattr(hf, "is_causal", True)),
         "inverse_frequencies": [
@@ -77,7 +77,10 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": hf.max_position_embeddings,
         "layer_windows": _windows(hf),
         "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
-        "soft_cap": getattr(hf, "final_logit_softcapping", None) if hf.model_type == "gemma3_text" else None,
+        "soft_caps": [
+            hf.final_logit_softcapping if hf.model_type.startswith("gemma") else None,
+            hf.attn_logit_softcapping if hf.model_type == "gemma2" else None,
+        ],
         "router": [float(getattr(experts, name, 1)) for name in ROUTER]
         if hf.model_type == "glm4_moe" and experts
         else None,
@@ -105,7 +108,7 @@ def _windows(hf: Any) -> list[int | None]:
         return [None] * hf.num_hidden_layers
     if hf.model_type in ("granite", "olmo2", "seed_oss", "glm4_moe", "minimax_m2"):
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "gemma3_text"):
+    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "gemma2", "gemma3_text"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
@@ -168,7 +171,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": None if stretched else config.context_len,
         "layer_windows": [layer.window for layer in config.layers],
         "mlps": mlps,
-        "soft_cap": config.traits.logits_soft_cap,
+        "soft_caps": [config.traits.logits_soft_cap, config.traits.attention_soft_cap],
         "router": [moe.num_groups, moe.num_kept_groups, moe.scaling_factor]
         if moe and sparse and config.architecture == "Glm4MoeForCausalLM"
         else None,
@@ -229,7 +232,7 @@ def compare(config: dict[str, Any]) -> str | None:
 def _without_pedantry(config: dict[str, Any]) -> dict[str, Any]:
     """Without what transformers refuses for its type alone: keys that change nothing, whole numbers for floats."""
     kept = {name: value for name, value in config.items() if HARMLESS_KEYS.get(name) is not ANY or name in WINDOW_KEYS}
-    for name in ("rms_norm_eps", "routed_scaling_factor", "final_logit_softcapping"):
+    for name in ("rms_norm_eps", "routed_scaling_factor", "final_logit_softcapping", "attn_logit_softcapping"):
         if type(kept.get(name)) is int:
             kept[name] = float(kept[name])
     return kept

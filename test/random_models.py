@@ -128,6 +128,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True, "attention_out_bias": True, "mlp_bias": False, "rope_theta": 10000000.0,
         "rope_scaling": None,
     },
+    "gemma2": {  # soft caps on attention and logits, windows in every other layer
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True,
+        "attention_bias": False, "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20, "sliding_window": 12, "rope_theta": 10000.0, "rope_scaling": None,
+        "final_logit_softcapping": 6.0, "attn_logit_softcapping": 1.5,
+    },
     "gemma3": {  # norms on both sides with an offset, rope and windows by layer type, a soft cap, a scaled embedding
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 64,
         "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,

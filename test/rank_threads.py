@@ -27,8 +27,11 @@ PAGE_SIZE = 4
 class RankThreads:
     """The ranks of one model, each with its weights from disk."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: str | Path, tp_size: int, ep_size: int = 1):
-        args = ServerArgs(model_path=str(folder), max_total_tokens=2048, page_size=PAGE_SIZE, tp_size=tp_size)
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: str | Path, tp_size: int, ep_size: int = 1, **server_args: Any
+    ):
+        sizes = {"max_total_tokens": 2048, "page_size": PAGE_SIZE, "tp_size": tp_size}
+        args = ServerArgs(model_path=str(folder), **(sizes | server_args))
         config = ModelConfig.from_path(str(folder))
         runner_config = args.runner_config("cpu", dtype=config.dtype, quantization=config.quantization)
         device = pick_device("cpu", 0)

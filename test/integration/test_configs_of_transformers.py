@@ -18,6 +18,7 @@ NUM_TOKENS = 6
 # how wide a head is and whose hidden size is no multiple of its heads.
 TOLERATED = {
     "qwen3_moe": {("norm_topk_prob", "null"), ("decoder_sparse_step", "null")},
+    "gemma2": {("hidden_size", "1"), ("hidden_size", "7"), ("query_pre_attn_scalar", "2.5")},
     "gemma3": {("hidden_size", "1"), ("hidden_size", "7"), ("query_pre_attn_scalar", "2.5")},
     "llama3": {("hidden_size", "1"), ("hidden_size", "7")},
 }

@@ -9,6 +9,7 @@ from rank_threads import RankThreads
 
 # Each with what of it matters to few tokens.
 FAMILIES = {
+    "gemma2": {"sliding_window": 3},
     "gemma3": {"sliding_window": 3},
     "glm4_moe": {},
     "minimax_m2": {},
@@ -26,6 +27,7 @@ def test_kernels_give_what_torch_gives(monkeypatch, tmp_path, device, family):
     folder = rm.make_model(tmp_path, family, num_hidden_layers=2, **FAMILIES[family])
     ranks = RankThreads(monkeypatch, folder, 1)
     expected = ranks.logprobs(SEQUENCES, 64)
+    ranks = RankThreads(monkeypatch, folder, 1, attention_backend="triton")
     used = []
     for module in (activation, layernorm, radix_attention):
         monkeypatch.setattr(module, "use_kernels", lambda x: used.append(x) is None)

@@ -130,6 +130,16 @@ _GEMMA3 = {
     "layer_types": None,
     "final_logit_softcapping": None,
 }
+_GEMMA2 = {
+    **{
+        name: value for name, value in _GEMMA3.items() if name not in ("rope_local_base_freq", "sliding_window_pattern")
+    },
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "rope_theta": 10000.0,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
 
 DENSE_FAMILIES = (
     ModelFamily(
@@ -203,6 +213,22 @@ DENSE_FAMILIES = (
         defaults=_SEED_OSS,
         null_means={"num_key_value_heads": None, "head_dim": None},
         o_bias_key="attention_out_bias",
+    ),
+    ModelFamily(
+        architecture="Gemma2ForCausalLM",
+        model_type="gemma2",
+        defaults=_GEMMA2,
+        null_means={"layer_types": None, "final_logit_softcapping": None, "attn_logit_softcapping": None},
+        harmless={
+            "hidden_act": ("gelu_pytorch_tanh", None),
+            "use_bidirectional_attention": (False, None),
+            "cache_implementation": ANY,
+        },
+        hidden_act_key="hidden_activation",
+        norms="both",
+        norm_offset=1.0,
+        window_rule="every other",
+        scales_embedding=True,
     ),
     ModelFamily(
         architecture="Gemma3ForCausalLM",

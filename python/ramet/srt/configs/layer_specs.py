@@ -33,6 +33,7 @@ class DecoderTraits:
     norm_offset: float  # added to each norm's weight
     qk_norm: QkNorm  # "" for none
     attention_scale: float  # of the products of queries and keys
+    attention_soft_cap: float | None  # the bound of those products, which tanh keeps
     embedding_multiplier: float
     rounds_embedding_multiplier: bool  # to the model's type
     residual_multiplier: float  # of what attention and MLP give
@@ -87,6 +88,7 @@ def read_traits(need: ConfigReader, head_dim: int) -> DecoderTraits:
         norm_offset=family.norm_offset,
         qk_norm="head" if need.flag("use_qk_norm") else family.qk_norm,
         attention_scale=_attention_scale(need, head_dim),
+        attention_soft_cap=need.optional_number("attn_logit_softcapping"),
         embedding_multiplier=_factor(need, "embedding_multiplier") * (hidden_size**0.5 if scales else 1),
         rounds_embedding_multiplier=scales,
         residual_multiplier=_factor(need, "residual_multiplier"),
@@ -137,6 +139,8 @@ def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> 
         if need.family.window_rule == "but every so many":
             pattern = need.integer("sliding_window_pattern")
             return tuple(window if (index + 1) % pattern else None for index in range(num_layers))
+        if need.family.window_rule == "every other":
+            return tuple(None if index % 2 else window for index in range(num_layers))
         if need.family.window_rule == "without rotation":
             return tuple(None if rotates[index] else window for index in range(num_layers))
         if need.family.window_rule == "every other below":

@@ -24,7 +24,6 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "conv_kernel",
     ),
     "attention in chunks": ("attention_chunk_size",),
-    "a soft cap on attention": ("attn_logit_softcapping",),
     "a gate on the output of attention": ("attn_output_gate",),
     "clamped gates of experts": ("swiglu_limit",),
     "keys shared between layers": ("num_kv_shared_layers",),

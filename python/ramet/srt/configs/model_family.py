@@ -8,7 +8,9 @@ HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # those of
 QkNorm = Literal["", "head", "all"]
 NormPlacement = Literal["before", "after", "both"]
 # Which layers have the window where `layer_types` doesn't say.
-WindowRule = Literal["from max_window_layers", "every other below", "without rotation", "but every so many"]
+WindowRule = Literal[
+    "from max_window_layers", "every other", "every other below", "without rotation", "but every so many"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

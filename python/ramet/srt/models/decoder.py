@@ -80,6 +80,7 @@ class Attention(nn.Module):
             scale=traits.attention_scale,
             layer_id=layer_id - model.layer_ids.start,
             sliding_window=spec.window,
+            soft_cap=traits.attention_soft_cap,
         )
 
     def forward(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:

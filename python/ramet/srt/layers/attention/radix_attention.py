@@ -35,10 +35,12 @@ class RadixAttention(nn.Module):
         scale: float,
         layer_id: int,
         sliding_window: int | None,
+        soft_cap: float | None = None,
     ):
         """
         Args:
             scale: of the products of queries and keys.
+            soft_cap: see AttentionSpec.
             layer_id, sliding_window: see AttentionLayer.
         """
         super().__init__()
@@ -46,6 +48,7 @@ class RadixAttention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = scale
+        self.soft_cap = soft_cap
         self.layer = AttentionLayer(layer_id, sliding_window)
 
     def bind(self, backend: AttentionBackend) -> None:
