@@ -55,7 +55,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     layer = model.model.layers[0]
     shapes |= _split_shapes(shapes, hf, layer)
     return {
-        "architecture": type(model).__name__.replace("Ministral", "Mistral"),
+        "architecture": type(model).__name__.replace("MinistralFor", "MistralFor"),
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
         "num_hidden_layers": len(model.model.layers),
         "vocab_size": shapes["model.embed_tokens.weight"][0],
@@ -73,7 +73,9 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "inverse_frequencies": [
             getattr(rotary, name).tolist() for name in INVERSE_FREQUENCIES if getattr(rotary, name, None) is not None
         ],
-        "attention_scaling": getattr(rotary, "attention_scaling", 1.0),
+        "attention_scaling": getattr(
+            rotary, "attention_scaling", getattr(rotary, "full_attention_attention_scaling", 1.0)
+        ),
         "max_position_embeddings": hf.max_position_embeddings,
         "layer_windows": _windows(hf),
         "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
@@ -108,7 +110,7 @@ def _windows(hf: Any) -> list[int | None]:
         return [None] * hf.num_hidden_layers
     if hf.model_type in ("granite", "olmo2", "seed_oss", "glm4_moe", "minimax_m2"):
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "gemma2", "gemma3_text"):
+    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
@@ -167,7 +169,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "is_causal": True,
         "inverse_frequencies": [inverse_frequencies(rope, config.head_dim).tolist() for rope in _ropes(config)],
-        "attention_scaling": config.rope.attention_factor,
+        "attention_scaling": _ropes(config)[0].attention_factor,
         "max_position_embeddings": None if stretched else config.context_len,
         "layer_windows": [layer.window for layer in config.layers],
         "mlps": mlps,

@@ -116,6 +116,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": False,
         "rope_theta": 500000.0, "rope_scaling": None,
     },
+    "olmo3": {  # OLMo-2 with windows in all layers but one, whose positions alone are scaled
+        "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": False,
+        "rope_theta": 400000.0, "sliding_window": 12, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention",
+        ], "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.2,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
     "smollm3": {  # a layer without positions, which has a window
         "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": False,
@@ -332,12 +342,12 @@ def _spelled(config: dict[str, Any], dtype: str, rope_spelling: str) -> dict[str
     if "text_config" in config:
         text = _spelled(dict(config["text_config"]), dtype, rope_spelling)
         return config | {"text_config": text, "dtype": dtype}
-    if rope_spelling == "new" and "rope_local_base_freq" in config:
+    if rope_spelling == "new" and config["model_type"] in ("gemma3_text", "olmo3"):
         full = {
             "rope_theta": config.pop("rope_theta"),
             **(config.pop("rope_scaling", None) or {"rope_type": "default"}),
         }
-        sliding = {"rope_theta": config.pop("rope_local_base_freq"), "rope_type": "default"}
+        sliding = {"rope_theta": config.pop("rope_local_base_freq", 500000.0), "rope_type": "default"}
         config["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
         config["dtype"] = dtype
     elif rope_spelling == "new":

@@ -81,6 +81,7 @@ _GRANITE = {
     "logits_scaling": 1.0,
 }
 _OLMO2 = {**PLAIN, "vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False}
+_OLMO3 = {**_OLMO2, "rope_theta": 500000.0, "sliding_window": 4096, "layer_types": None}
 _SMOLLM3 = {
     **LLAMA,
     "vocab_size": 128256,
@@ -158,7 +159,7 @@ DENSE_FAMILIES = (
         architecture="Ministral3ForCausalLM",
         model_type="ministral3",
         defaults=_MINISTRAL3,
-        null_means={"num_key_value_heads": None, "head_dim": None, "sliding_window": None},
+        null_means={"sliding_window": None},
         scales_queries=True,
         rope_extras=("llama_4_scaling_beta", "max_position_embeddings"),
     ),
@@ -199,6 +200,16 @@ DENSE_FAMILIES = (
         null_means={"num_key_value_heads": None},
         qk_norm="all",
         norms="after",
+    ),
+    ModelFamily(
+        architecture="Olmo3ForCausalLM",
+        model_type="olmo3",
+        defaults=_OLMO3,
+        null_means={"num_key_value_heads": None, "layer_types": None},
+        qk_norm="all",
+        norms="after",
+        window_rule="but every fourth",
+        has_rope_by_layer_type=True,
     ),
     ModelFamily(
         architecture="SmolLM3ForCausalLM",
@@ -246,6 +257,7 @@ DENSE_FAMILIES = (
         norms="both",
         norm_offset=1.0,
         window_rule="but every so many",
+        has_rope_by_layer_type=True,
         scales_embedding=True,
     ),
 )

@@ -136,8 +136,8 @@ def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> 
     if window == 0:
         raise need.wrong("sliding_window", "must be a positive integer", 0)
     if kinds is None or not need.has("layer_types"):
-        if need.family.window_rule == "but every so many":
-            pattern = need.integer("sliding_window_pattern")
+        if need.family.window_rule in ("but every fourth", "but every so many"):
+            pattern = need.integer("sliding_window_pattern") if need.has("sliding_window_pattern") else 4
             return tuple(window if (index + 1) % pattern else None for index in range(num_layers))
         if need.family.window_rule == "every other":
             return tuple(None if index % 2 else window for index in range(num_layers))

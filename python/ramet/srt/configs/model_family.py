@@ -9,7 +9,12 @@ QkNorm = Literal["", "head", "all"]
 NormPlacement = Literal["before", "after", "both"]
 # Which layers have the window where `layer_types` doesn't say.
 WindowRule = Literal[
-    "from max_window_layers", "every other", "every other below", "without rotation", "but every so many"
+    "from max_window_layers",
+    "every other",
+    "every other below",
+    "without rotation",
+    "but every fourth",
+    "but every so many",
 ]
 
 
@@ -47,6 +52,7 @@ class ModelFamily:
     norms: NormPlacement = "before"  # of attention and MLP
     norm_offset: float = 0.0  # added to each norm's weight
     window_rule: WindowRule = "from max_window_layers"
+    has_rope_by_layer_type: bool = False  # Gemma's rule: an object for layers with, and one for those without a window
     rope_types: Mapping[str, str] | None = None  # those that its class takes, and what they mean; None: all, themselves
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)

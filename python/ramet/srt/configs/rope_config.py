@@ -62,7 +62,7 @@ def read_ropes(reader: ConfigReader, head_dim: int) -> dict[str, RopeConfig]:
     Raises:
         ValueError: if a value is wrong, or scales positions in a way that is not supported; the message names it.
     """
-    if reader.has("rope_local_base_freq"):
+    if reader.family.has_rope_by_layer_type:
         return _ropes_by_layer_type(reader, head_dim)
     source, parameters = _parameters(reader)
     theta = parameters.get("rope_theta") if "rope_theta" in parameters else reader.value("rope_theta")
@@ -80,6 +80,8 @@ def _ropes_by_layer_type(reader: ConfigReader, head_dim: int) -> dict[str, RopeC
         raise reader.wrong("rope_scaling", "must be an object or null", scaling)
     if not isinstance(given, dict) or not given.keys() <= {FULL, SLIDING}:
         raise reader.wrong("rope_parameters", f"must be null or have an object for {FULL} and for {SLIDING}", given)
+    if ORIGINAL_LENGTH in reader.config:  # counts for nothing in transformers, where others read it
+        raise reader.wrong(ORIGINAL_LENGTH, "must be in the object of a layer type", reader.config[ORIGINAL_LENGTH])
     ropes = {}
     for kind, theta_key in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
         part = {"rope_type": "default"} if given.get(kind) is None else given[kind]
@@ -87,13 +89,14 @@ def _ropes_by_layer_type(reader: ConfigReader, head_dim: int) -> dict[str, RopeC
             raise reader.wrong("rope_parameters", f"must have an object for {kind}", part)
         added = scaling if kind == FULL else {}
         source = "rope_scaling" if added else f"rope_parameters.{kind}"
-        theta = reader.value(theta_key)
-        if theta_key in reader.config and "rope_theta" not in {**part, **added}:
+        # A family without a key for layers with a window has its own default there, whatever `rope_theta` says.
+        theta = reader.value(theta_key) if reader.has(theta_key) else reader.family.defaults["rope_theta"]
+        if reader.has(theta_key) and theta_key in reader.config and "rope_theta" not in {**part, **added}:
             theta = _positive(reader, theta_key, theta)
         parameters = {"rope_theta": theta, **part, **added}
         ropes[kind] = rope = _read_rope(reader, source, parameters, parameters["rope_theta"], head_dim)
-        if rope.rope_type not in ("default", "linear"):
-            raise ValueError(f"{reader.file}: rope type {rope.rope_type!r} by layer type is not supported")
+        if rope.rope_type not in ("default", "linear", "yarn") or not rope.scaling.get("truncate", True):
+            raise ValueError(f"{reader.file}: rope type {rope.rope_type!r} by layer type is not supported so")
     return ropes
 
 
@@ -236,7 +239,7 @@ def scaled_length(reader: ConfigReader, rope: RopeConfig) -> int:
     stretches the length before it, which may give more than `max_position_embeddings`: many configs leave that alone.
     """
     length = reader.integer("max_position_embeddings")
-    if rope.rope_type not in ("linear", "yarn") or reader.has("rope_local_base_freq"):
+    if rope.rope_type not in ("linear", "yarn") or reader.family.has_rope_by_layer_type:
         return length  # up to which dynamic scaling changes nothing
     _, parameters = _parameters(reader)
     original = parameters.get(ORIGINAL_LENGTH) or reader.config.get(ORIGINAL_LENGTH)
