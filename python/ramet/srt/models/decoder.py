@@ -17,8 +17,7 @@ from ramet.srt.layers.moe import SparseMoeBlock
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-# Of a layer: the norms before and after attention, before and after the MLP. Not every checkpoint that has a name means
-# the same by it.
+# A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
 NORM_NAMES = {
     "before": ("input_layernorm", "", "post_attention_layernorm", ""),
     "after": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
