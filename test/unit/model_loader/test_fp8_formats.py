@@ -15,6 +15,8 @@ CUT = (24, 40)  # rows and columns of blocks that no shard of these models ends 
 FAMILIES = {
     "llama3": {"vocab_size": 331},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 48},
+    "glm4_moe": {},
+    "phi3": {},
 }
 
 
@@ -35,12 +37,27 @@ def check(folder, plain, *ranks):
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama3", kind) for kind in ("rows", "weights_only", "modelopt", "blocks", "ct_blocks")]
-    + [("qwen3_moe", kind) for kind in ("tensor", "blocks")],
+    + [("qwen3_moe", kind) for kind in ("tensor", "blocks")]
+    + [("glm4_moe", "blocks"), ("phi3", "rows")],
 )
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", kind, block=CUT)
     check(folder, fp8.write_plain(folder, tmp_path / "plain", CUT))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "ct_blocks", "modelopt"])
+def test_scales_of_fused_matrices_are_their_parts(folders, tmp_path, kind):
+    folder = fp8.write_fp8(folders["phi3"], tmp_path / "fp8", kind)
+    check(folder, fp8.write_plain(folder, tmp_path / "plain"), *sm.all_ranks(1), *sm.all_ranks(2))
+
+
+def test_a_block_that_reaches_from_one_part_into_the_next_is_refused(folders, tmp_path):
+    folder = fp8.write_fp8(folders["phi3"], tmp_path / "fp8", "blocks", block=CUT)
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj.weight_scale_inv has the scales of .*a block of 24 rows has some"
+    ):
+        fp8.load_model(folder)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e8m0fnu])
@@ -72,9 +89,10 @@ def logprobs(folder, prompts):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_engine_answers_as_over_the_plain_weights(folders, tmp_path, family):
-    folder = fp8.write_fp8(folders[family], tmp_path / "fp8", "blocks", block=CUT)
+    block = (16, 16) if family == "phi3" else CUT  # each part of its fused matrices has whole blocks
+    folder = fp8.write_fp8(folders[family], tmp_path / "fp8", "blocks", block=block)
     prompts = rm.random_prompts([5, 40])
-    assert logprobs(folder, prompts) == logprobs(fp8.write_plain(folder, tmp_path / "plain", CUT), prompts)
+    assert logprobs(folder, prompts) == logprobs(fp8.write_plain(folder, tmp_path / "plain", block), prompts)
 
 
 def is_plain(name):

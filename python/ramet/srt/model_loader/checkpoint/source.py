@@ -80,7 +80,9 @@ class CheckpointSource:
         size = None if whole.quantization is None else whole.quantization.block_size
         for path, tensors in self.files.items():
             unstacked = split_stacked_experts(path, tensors, whole.shapes, size[0] if size else None)
-            self.files[path] = settle_scales(split_fused(path, unstacked, whole.shapes), whole)
+            self.files[path] = settle_scales(
+                split_fused(path, unstacked, whole.shapes, size[0] if size else None), whole
+            )
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())
