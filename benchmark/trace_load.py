@@ -85,7 +85,7 @@ class Rank:
         from ramet.srt.configs.load_config import LoadConfig
 
         config = sm.ModelConfig.from_path(str(model))
-        built = sm.get_model_class(config.architecture)(config, getattr(torch, config.dtype), sm.ranks_of()[0])
+        built = sm.DecoderForCausalLM(config, getattr(torch, config.dtype), sm.ranks_of()[0])
         built.prepare(torch.device("cpu"))
         self.manifest = sm.build_weight_manifest(
             built.named_parameters(remove_duplicate=False),

@@ -37,7 +37,12 @@ class Case:
         )  # fmt: skip
         self.pool.buffer.normal_()
         self.layer = RadixAttention(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, layer_id=0, sliding_window=window
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            layer_id=0,
+            sliding_window=window,
         )
         ends = [prefix + new for prefix, new in sequences]
         pages = list(range(1, num_pages + 1))  # a pool of another case may have more

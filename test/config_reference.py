@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from ramet.srt.configs.harmless_keys import ANY, HARMLESS_KEYS
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.configs.rope_config import RopeConfig
 from ramet.srt.layers.rotary_embedding import inverse_frequencies
+from ramet.srt.models.decoder import NORM_NAMES
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+INVERSE_FREQUENCIES = ("inv_freq", "full_attention_inv_freq", "sliding_attention_inv_freq")
+ROUTER = ("num_group", "topk_group", "routed_scaling_factor")
 SMALL = 2_000_000  # parameters: such models run once, as some configs fail only then
 
 
@@ -37,6 +42,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     if getattr(hf, "quantization_config", None) is not None:
         del hf.quantization_config  # the shapes are asked for, and no quantiser's package
     dtype, hf.dtype = hf.dtype, torch.float32
+    hf.pad_token_id = None  # a default of the class may be beyond the vocabulary
     hf._experts_implementation = "eager"  # the others want sizes that are multiples of 4
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
@@ -44,10 +50,12 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
         small = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
         small(torch.arange(20)[None] % hf.vocab_size, use_cache=False)
+    experts = next((one for one in model.modules() if hasattr(one, "e_score_correction_bias")), None)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     layer = model.model.layers[0]
+    shapes |= _split_shapes(shapes, hf, layer)
     return {
-        "architecture": type(model).__name__.replace("Ministral", "Mistral"),
+        "architecture": type(model).__name__.replace("MinistralFor", "MistralFor"),
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
         "num_hidden_layers": len(model.model.layers),
         "vocab_size": shapes["model.embed_tokens.weight"][0],
@@ -58,18 +66,41 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
         "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
-        "has_qk_norm": "model.layers.0.self_attn.q_norm.weight" in shapes,
-        "rms_norm_eps": model.model.norm.variance_epsilon,
-        "hidden_act": hf.hidden_act,
+        "rms_norm_eps": getattr(model.model.norm, "variance_epsilon", None) or getattr(model.model.norm, "eps", 0),
+        "hidden_act": hf.hidden_activation if hf.model_type.startswith("gemma") else hf.hidden_act,
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
         "is_causal": bool(getattr(hf, "is_causal", True)),
-        "inverse_frequencies": rotary.inv_freq.tolist(),
-        "attention_scaling": rotary.attention_scaling,
+        "inverse_frequencies": [
+            getattr(rotary, name).tolist() for name in INVERSE_FREQUENCIES if getattr(rotary, name, None) is not None
+        ],
+        "attention_scaling": getattr(
+            rotary, "attention_scaling", getattr(rotary, "full_attention_attention_scaling", 1.0)
+        ),
         "max_position_embeddings": hf.max_position_embeddings,
         "layer_windows": _windows(hf),
         "mlps": [_mlp(shapes, f"model.layers.{index}.mlp") for index in range(len(model.model.layers))],
+        "soft_caps": [
+            hf.final_logit_softcapping if hf.model_type.startswith("gemma") else None,
+            hf.attn_logit_softcapping if hf.model_type == "gemma2" else None,
+        ],
+        "router": [float(getattr(experts, name, 1)) for name in ROUTER]
+        if hf.model_type == "glm4_moe" and experts
+        else None,
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
-        "norm_topk_prob": hf.norm_topk_prob if _has_experts(shapes) and hf.model_type == "qwen3_moe" else None,
+        "norm_topk_prob": hf.norm_topk_prob
+        if _has_experts(shapes) and hf.model_type not in ("mixtral", "minimax_m2")
+        else None,
+        "rotates": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.model.layers],
+        "attention_scale": layer.self_attn.scaling,
+        "multipliers": [
+            getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0),
+            *(getattr(hf, name) if hf.model_type == "granite" else 1.0 for name in MULTIPLIERS),
+        ],
+        "qk_norm": shapes.get("model.layers.0.self_attn.q_norm.weight"),
+        "layer_norms": sorted(
+            name for name in shapes if name.startswith("model.layers.0.") and name.endswith("layernorm.weight")
+        ),
+        "shared_size": _shared_size(shapes) if _has_experts(shapes) else None,
     }
 
 
@@ -77,13 +108,31 @@ def _windows(hf: Any) -> list[int | None]:
     """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
     if hf.model_type == "llama":
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3"):
+    if hf.model_type in ("granite", "olmo2", "seed_oss", "glm4_moe", "minimax_m2"):
+        return [None] * hf.num_hidden_layers
+    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
 
 def _has_experts(shapes: dict[str, tuple[int, ...]]) -> bool:
     return any(".experts." in name for name in shapes)
+
+
+def _split_shapes(shapes: dict[str, tuple[int, ...]], hf: Any, layer: Any) -> dict[str, tuple[int, ...]]:
+    """Those of q, k, gate and up of a class that has them in fused matrices."""
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if ".qkv_proj." in name:
+            for part, heads in (("q_proj", hf.num_attention_heads), ("k_proj", hf.num_key_value_heads)):
+                parts[name.replace("qkv_proj", part)] = (heads * layer.self_attn.head_dim, *shape[1:])
+        if ".mlp.gate_up_proj." in name:
+            parts[name.replace("gate_up_proj", "up_proj")] = (shape[0] // 2, *shape[1:])
+    return parts
+
+
+def _shared_size(shapes: dict[str, tuple[int, ...]]) -> int:
+    return next((size[0] for name, size in shapes.items() if ".shared_expert" in name and "up_proj" in name), 0)
 
 
 def _mlp(shapes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
@@ -112,24 +161,49 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "query_columns": config.num_attention_heads * config.head_dim,
         "key_columns": config.num_key_value_heads * config.head_dim,
         "head_dim": config.head_dim,
-        "qkv_bias": config.qkv_bias,
-        "o_bias": config.o_bias,
-        "mlp_bias": config.mlp_bias,
-        "has_qk_norm": config.architecture.startswith("Qwen3"),
-        "rms_norm_eps": config.rms_norm_eps,
-        "hidden_act": config.hidden_act,
+        "qkv_bias": config.traits.qkv_bias,
+        "o_bias": config.traits.o_bias,
+        "mlp_bias": config.traits.mlp_bias,
+        "rms_norm_eps": config.traits.rms_norm_eps,
+        "hidden_act": config.traits.hidden_act,
         "tie_word_embeddings": config.tie_word_embeddings,
         "is_causal": True,
-        "inverse_frequencies": inverse_frequencies(config.rope, config.head_dim).tolist(),
-        "attention_scaling": config.rope.attention_factor,
+        "inverse_frequencies": [inverse_frequencies(rope, config.head_dim).tolist() for rope in _ropes(config)],
+        "attention_scaling": _ropes(config)[0].attention_factor,
         "max_position_embeddings": None if stretched else config.context_len,
-        "layer_windows": list(config.layer_windows),
+        "layer_windows": [layer.window for layer in config.layers],
         "mlps": mlps,
-        "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
-        "norm_topk_prob": moe.norm_topk_prob
-        if moe and sparse and config.architecture == "Qwen3MoeForCausalLM"
+        "soft_caps": [config.traits.logits_soft_cap, config.traits.attention_soft_cap],
+        "router": [moe.num_groups, moe.num_kept_groups, moe.scaling_factor]
+        if moe and sparse and config.architecture == "Glm4MoeForCausalLM"
         else None,
+        "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
+        "norm_topk_prob": moe.norm_topk_prob if moe and sparse and not moe.traits.always_normalised else None,
+        "rotates": [layer.rope is not None for layer in config.layers],
+        "attention_scale": config.traits.attention_scale,
+        "multipliers": [
+            config.traits.embedding_multiplier if config.traits.rounds_embedding_multiplier else 1.0,
+            1.0 if config.traits.rounds_embedding_multiplier else config.traits.embedding_multiplier,
+            config.traits.residual_multiplier,
+            config.traits.logits_divisor,
+        ],
+        "qk_norm": {
+            "": None,
+            "head": (config.head_dim,),
+            "all": (config.num_attention_heads * config.head_dim,),
+        }[config.traits.qk_norm],
+        "layer_norms": sorted(f"model.layers.0.{name}.weight" for name in NORM_NAMES[config.traits.norms] if name),
+        "shared_size": moe.shared_intermediate_size if moe and sparse else None,
     }
+
+
+def _ropes(config: ModelConfig) -> list[RopeConfig]:
+    """Those of layers with and without full attention, where they are not the same."""
+    sliding = [
+        layer.rope for layer in config.layers if layer.window is not None and layer.rope not in (None, config.rope)
+    ]
+    has_full = not sliding or any(layer.rope == config.rope for layer in config.layers)
+    return [config.rope] * has_full + sliding[:1]
 
 
 def compare(config: dict[str, Any]) -> str | None:
@@ -160,8 +234,9 @@ def compare(config: dict[str, Any]) -> str | None:
 def _without_pedantry(config: dict[str, Any]) -> dict[str, Any]:
     """Without what transformers refuses for its type alone: keys that change nothing, whole numbers for floats."""
     kept = {name: value for name, value in config.items() if HARMLESS_KEYS.get(name) is not ANY or name in WINDOW_KEYS}
-    if type(kept.get("rms_norm_eps")) is int:
-        kept["rms_norm_eps"] = float(kept["rms_norm_eps"])
+    for name in ("rms_norm_eps", "routed_scaling_factor", "final_logit_softcapping", "attn_logit_softcapping"):
+        if type(kept.get(name)) is int:
+            kept[name] = float(kept[name])
     return kept
 
 

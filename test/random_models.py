@@ -75,12 +75,136 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3, "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0, "rope_scaling": None,
     },
+    "qwen2_moe": {  # a gated shared expert, biases on q, k and v, a window in the first layer
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [2], "tie_word_embeddings": False,
+        "qkv_bias": True, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
     "mixtral": {  # experts in every layer, a sliding window shorter than the test prompts
         "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "intermediate_size": 72,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
         "num_experts_per_tok": 2, "tie_word_embeddings": False, "sliding_window": 12, "rope_theta": 10000.0,
         "rope_scaling": None,
     },
+    "ministral3": {  # queries that grow with their position, YaRN with mscale
+        "model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 144, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "tie_word_embeddings": False, "sliding_window": None, "rope_theta": 10000.0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20, "beta_fast": 8.0,
+            "mscale": 2.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4,
+        },
+    },
+    "phi3": {  # fused tensors, a part of each head rotates, by other frequencies beyond 40 tokens
+        "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 40, "rope_theta": 10000.0, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.5, 3.0, 5.0, 8.0, 13.0],
+        }, "sliding_window": 200, "pad_token_id": None,
+    },
+    "granite": {  # multipliers of embedding, residual, attention and logits
+        "model_type": "granite", "architectures": ["GraniteForCausalLM"], "hidden_size": 64, "intermediate_size": 144,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True,
+        "mlp_bias": True, "rope_theta": 10000.0, "rope_scaling": None, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4, "attention_multiplier": 0.11, "logits_scaling": 1.7,
+    },
+    "olmo2": {  # norms behind attention and MLP, and over all heads of q and of k
+        "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": False,
+        "rope_theta": 500000.0, "rope_scaling": None,
+    },
+    "olmo3": {  # OLMo-2 with windows in all layers but one, whose positions alone are scaled
+        "model_type": "olmo3", "architectures": ["Olmo3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False, "attention_bias": False,
+        "rope_theta": 400000.0, "sliding_window": 12, "layer_types": [
+            "sliding_attention", "full_attention", "sliding_attention",
+        ], "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "attention_factor": 1.2,
+            "beta_fast": 32.0, "beta_slow": 1.0,
+        },
+    },
+    "smollm3": {  # a layer without positions, which has a window
+        "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": False,
+        "mlp_bias": False, "rope_theta": 5000000.0, "rope_scaling": None, "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True, "sliding_window": 12, "pad_token_id": None,
+    },
+    "seed_oss": {  # biases on q, k and v, and one of its own on the output
+        "model_type": "seed_oss", "architectures": ["SeedOssForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": False,
+        "attention_bias": True, "attention_out_bias": True, "mlp_bias": False, "rope_theta": 10000000.0,
+        "rope_scaling": None,
+    },
+    "gemma2": {  # soft caps on attention and logits, windows in every other layer
+        "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_size": 64, "intermediate_size": 112,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "tie_word_embeddings": True,
+        "attention_bias": False, "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20, "sliding_window": 12, "rope_theta": 10000.0, "rope_scaling": None,
+        "final_logit_softcapping": 6.0, "attn_logit_softcapping": 1.5,
+    },
+    "gemma3": {  # norms on both sides with an offset, rope and windows by layer type, a soft cap, a scaled embedding
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "tie_word_embeddings": True, "attention_bias": False, "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 20, "sliding_window": 12,
+        "sliding_window_pattern": 2, "rope_theta": 1000000.0,
+        "rope_local_base_freq": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "final_logit_softcapping": 5.0,
+    },
+    "glm4_moe": {  # a part of each head rotates; sigmoid scores in groups, a shared expert; the first layer has none
+        "model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "attention_bias": True, "use_qk_norm": True, "partial_rotary_factor": 0.5, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 40, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
+    "minimax_m2": {  # a part of each head rotates; norms over all heads; sigmoid scores
+        "model_type": "minimax_m2", "architectures": ["MiniMaxM2ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "rotary_dim": 16,
+        "num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": False, "rope_theta": 5000000.0,
+        "rope_scaling": None,
+    },
+}  # fmt: skip
+_PIXTRAL = {
+    "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "head_dim": 8, "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+# Models with a part for pictures: the keys of the whole, and the text model's family with what is changed there.
+COMPOSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"], "tie_word_embeddings": False,
+         "vision_config": {"model_type": "qwen3_vl_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+                           "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "patch_size": 4,
+                           "num_position_embeddings": 16}},
+        "qwen3",
+        {"model_type": "qwen3_vl_text", "hidden_size": 64, "use_sliding_window": None, "sliding_window": None,
+         "max_window_layers": None, "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5],
+                                                     "mrope_interleaved": True}},
+    ),
+    "mistral3": (
+        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True,
+         "vision_config": _PIXTRAL, "image_token_index": 10},
+        "mistral",
+        {},
+    ),
+    "devstral": (
+        {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": False,
+         "vision_config": _PIXTRAL},
+        "ministral3",
+        {},
+    ),
+    "gemma3_vl": (
+        {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "tie_word_embeddings": True,
+         "mm_tokens_per_image": 4, "vision_config": {
+             "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 16, "patch_size": 4}},
+        "gemma3",
+        {"final_logit_softcapping": None},
+    ),
 }  # fmt: skip
 
 
@@ -114,18 +238,19 @@ def make_model(
         `folder`.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    if family not in FAMILIES and family not in COMPOSED:
+        raise ValueError(f"family must be one of {', '.join((*FAMILIES, *COMPOSED))}; got {family!r}")
     if rope_spelling not in ("new", "old"):
         raise ValueError(f"rope_spelling must be new or old; got {rope_spelling!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _COMMON | FAMILIES[family] | overrides
+    config = _whole_config(family, overrides)
     _write_config(folder, config, dtype, rope_spelling)
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        hf_config = AutoConfig.from_pretrained(folder)
+        model = _auto_class(hf_config).from_config(hf_config)
     _randomize(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
@@ -188,31 +313,66 @@ def write_logit_score(folder: Path, true_token_id: int, false_token_id: int | No
 def make_config(folder: str | Path, family: str, *, dtype: str = "float32", **overrides: Any) -> Path:
     """Write the config.json of a model of `family` and nothing else, without importing transformers."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_config(Path(folder), _COMMON | FAMILIES[family] | overrides, dtype, "old")
+    _write_config(Path(folder), _whole_config(family, overrides), dtype, "old")
     return Path(folder)
 
 
+def _whole_config(family: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The config of a family; of a composed one `overrides` change the text model's."""
+    if family not in COMPOSED:
+        return _COMMON | FAMILIES[family] | overrides
+    whole, text, changes = COMPOSED[family]
+    config = _COMMON | FAMILIES[text] | changes | overrides
+    return whole | {"text_config": {key: value for key, value in config.items() if key != "architectures"}}
+
+
+def _auto_class(config: Any) -> Any:
+    """transformers' class that makes a model of a config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _write_config(folder: Path, config: dict[str, Any], dtype: str, rope_spelling: str) -> None:
-    config = dict(config)
-    if rope_spelling == "new":
+    config = _spelled(dict(config), dtype, rope_spelling)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _spelled(config: dict[str, Any], dtype: str, rope_spelling: str) -> dict[str, Any]:
+    if "text_config" in config:
+        text = _spelled(dict(config["text_config"]), dtype, rope_spelling)
+        return config | {"text_config": text, "dtype": dtype}
+    if rope_spelling == "new" and config["model_type"] in ("gemma3_text", "olmo3"):
+        full = {
+            "rope_theta": config.pop("rope_theta"),
+            **(config.pop("rope_scaling", None) or {"rope_type": "default"}),
+        }
+        sliding = {"rope_theta": config.pop("rope_local_base_freq", 500000.0), "rope_type": "default"}
+        config["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+        config["dtype"] = dtype
+    elif rope_spelling == "new":
         rope = config.pop("rope_scaling", None) or {"rope_type": "default"}
         config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), **rope}
         config["dtype"] = dtype
     else:
         config["torch_dtype"] = dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return config
 
 
 def _randomize(model: Any, seed: int) -> None:
-    """Fill every parameter so that each of them shows in the logits, and greedy decoding does not repeat itself."""
+    """Fill every weight so that each of them shows in the logits, and greedy decoding does not repeat itself.
+
+    Norms are around what they are made with, 1 or 0. Biases of routers are buffers, which are made as zeros.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    biases = [pair for pair in model.named_buffers() if pair[0].endswith("correction_bias")]
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # a tied head is not listed twice
+        for name, parameter in (*model.named_parameters(), *biases):  # a tied head is not listed twice
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(0.3 * noise + (1.0 if "norm" in name else 0.0))
+                parameter.copy_(0.3 * noise + (parameter if "norm" in name else 0.0))
             elif "embed_tokens" in name:
                 parameter.copy_(0.3 * noise)
             else:
@@ -264,9 +424,10 @@ def random_prompts(lengths: Sequence[int], *, seed: int = 0, vocab_size: int = 3
 def load_hf(folder: str | Path) -> Any:
     """The transformers model of `folder`, in float32 with plain (eager) attention."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
+    auto_class = _auto_class(AutoConfig.from_pretrained(folder))
+    return auto_class.from_pretrained(folder, attn_implementation="eager").to(torch.float32).eval()
 
 
 def hf_greedy(folder: str | Path, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.models.registry import get_model_class
+from ramet.srt.models.decoder import DecoderForCausalLM
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.manifest import WeightManifest, build_weight_manifest
 from torch import nn
@@ -39,7 +39,7 @@ def topology_name(topology: tuple[int, int]) -> str:
 def build_model(folder: str | Path, parallel: ParallelConfig, quantization: str | None = None) -> nn.Module:
     """One rank's model on the meta device."""
     config = ModelConfig.from_path(str(folder), quantization=quantization)
-    model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), parallel)
+    model = DecoderForCausalLM(config, getattr(torch, config.dtype), parallel)
     if config.quantization_config is not None:
         declare_quantised(model, config.quantization_config)
     return model

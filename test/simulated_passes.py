@@ -16,6 +16,7 @@ import torch
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.configs.rope_config import RopeConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.io_struct import BatchTokenIDOutput, Message, TokenizedGenerateReqInput
 from ramet.srt.managers.passes import make_passes
@@ -216,7 +217,7 @@ class Simulation:
         )
         self.scheduler = Scheduler(
             SchedulerConfig(**defaults | config),
-            cast(ModelConfig, SimpleNamespace(eos_token_ids=(), embedding=None)),
+            cast(ModelConfig, SimpleNamespace(eos_token_ids=(), embedding=None, rope=RopeConfig(theta=1e4))),
             cast(ModelRunner, runner),
             cast(Any, _nothing),
             None,

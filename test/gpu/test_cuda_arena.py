@@ -11,14 +11,14 @@ from ramet.srt.model_loader.checksums.entries import with_checksums as add_check
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.client.verification import expected_checksums, find_mismatches
 from ramet.srt.model_loader.loader import DefaultModelLoader, DummyModelLoader
-from ramet.srt.models.registry import get_model_class
+from ramet.srt.models.decoder import DecoderForCausalLM
 from ramet.srt.weights.manifest import build_weight_manifest
 
 
 def make_arena(folder, device, dtype, parallel=None):
     parallel = parallel or ParallelConfig()
     config = ModelConfig.from_path(str(folder))
-    model = get_model_class(config.architecture)(config, getattr(torch, dtype), parallel)
+    model = DecoderForCausalLM(config, getattr(torch, dtype), parallel)
     manifest = build_weight_manifest(
         model.named_parameters(remove_duplicate=False), model_name="m", revision="", dtype=dtype, quantization="",
         role="target", parallel=parallel,

@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_transformers(model, variant):
     again = engine.generate(PROMPTS, max_new_tokens=NUM_TOKENS)
     assert [result.token_ids for result in again] == expected
     if variant == "retraction":
-        assert engine.scheduler.num_retracted > 0
+        assert engine.scheduler.num_retracted > 0 or folder.name.startswith("phi3")  # whose long sequences start over
     elif variant == "no prefix cache":
         assert all(result.cached_tokens == 0 for result in again)
     else:
@@ -57,6 +57,26 @@ def test_logprobs_equal_transformers(model, chunk):
             assert result.top_logprobs[-1] == pytest.approx(best, abs=1e-4)
 
 
+@pytest.mark.parametrize("variant", [{}, {"overlap": True}, {"max_total_tokens": 100}])
+def test_a_sequence_that_grows_beyond_the_first_frequencies_starts_over(tmp_path, variant):
+    """Of a sequence up to 40 tokens long all keys are others than of a longer one, which transformers computes anew."""
+    folder = rm.make_model(tmp_path, "phi3")
+    prompts = rm.random_prompts([38, 39, 40, 41])
+    prompts.append(prompts[0][:32] + prompts[3][:4])
+    prompts += [prompt[:30] for prompt in prompts]  # end before they would cross
+    lengths = [9] * 5 + [8] * 5
+    expected = [rm.hf_greedy(folder, [prompt], n)[0] for prompt, n in zip(prompts, lengths, strict=True)]
+    engine = EngineHarness(folder, **variant)
+    for _ in range(2):
+        engine.channel.outputs.clear()
+        for index, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
+            engine.submit(str(index), prompt, max_new_tokens=n)
+        results = engine.run()
+        assert [results[str(index)].token_ids for index in range(10)] == expected
+    if "max_total_tokens" not in variant:
+        assert results["3"].cached_tokens == 40 and results["9"].cached_tokens == 28
+
+
 def test_prompt_logprobs_from_a_later_position(model):
     folder, _ = model
     prompt = PROMPTS[-1]
@@ -68,7 +88,7 @@ def test_prompt_logprobs_from_a_later_position(model):
     assert part.cached_tokens == 40
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["llama3", "qwen2", "qwen3_moe", "mixtral", "olmo2", "gemma3", "glm4_moe"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
     folder = rm.make_model(tmp_path, family, dtype=dtype)
@@ -95,6 +115,14 @@ def test_half_precision_runs_and_follows_float32(tmp_path, family, dtype):
         ("qwen3_moe", {"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False, "attention_bias": True}),
         ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 6}),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 9, "tie_word_embeddings": True}),
+        ("olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2, "use_sliding_window": False}),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention"] + ["full_attention"], "rope_scaling": None}),
+        ("gemma3", {"attention_bias": True, "final_logit_softcapping": None, "tie_word_embeddings": False}),
+        ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "use_qk_norm": False}),
+        ("minimax_m2", {"rotary_dim": None, "num_experts_per_tok": 1}),
+        ("llama2", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+        *((family, {}) for family in rm.COMPOSED),
         ("mixtral", {"num_local_experts": 9, "num_experts_per_tok": 4, "sliding_window": None, "hidden_act": "gelu"}),
     ],
 )
@@ -106,7 +134,7 @@ def test_configs_of_each_architecture(tmp_path, family, overrides, rope_spelling
     assert [result.token_ids for result in results] == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "minimax_m2"])
 def test_experts_that_the_checkpoint_holds_in_one_tensor(tmp_path, family):
     folder = rm.make_model(tmp_path, family, stacked_experts=True, max_shard_size="100KB")
     expected = rm.hf_greedy(folder, PROMPTS[2:], 8)

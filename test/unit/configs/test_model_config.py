@@ -5,10 +5,11 @@ import math
 
 import pytest
 import random_models as rm
-from ramet.srt.configs.model_config import HIDDEN_ACTS, ModelConfig
+from ramet.srt.configs.composed_families import ComposedFamily
+from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.model_families import FAMILIES
+from ramet.srt.configs.model_family import HIDDEN_ACTS
 from ramet.srt.layers import activation
-from ramet.srt.models import registry
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8}
 NAMES = {
@@ -36,10 +37,11 @@ def read(tmp_path):
     return read_config
 
 
-def test_families_activations_and_models_are_the_same_in_all_tables():
-    assert set(FAMILIES) == set(registry._MODELS)
+def test_what_families_say_holds_together():
     assert set(HIDDEN_ACTS) == set(activation._ACTIVATIONS)
-    for family in FAMILIES.values():
+    composed = [family for family in FAMILIES.values() if isinstance(family, ComposedFamily)]
+    texts = [text for family in composed for text in family.texts.values()]
+    for family in (*(one for one in FAMILIES.values() if one not in composed), *texts):
         assert set(family.null_means) <= set(family.defaults)
 
 
@@ -59,10 +61,14 @@ def test_a_missing_key_has_the_familys_default(read, model_type, kv_heads, head_
     given = {"num_key_value_heads": 8} if model_type in ("qwen2", "qwen3") else {}
     config = read(model_type, **given)
     assert (config.num_key_value_heads, config.head_dim) == (kv_heads, head_dim)
-    assert (config.rope.theta, config.rope.rope_type, config.rms_norm_eps) == (theta, "default", eps)
-    assert (config.context_len, list(config.layer_windows)) == (length, windows)
-    assert (config.hidden_act, config.tie_word_embeddings, config.dtype) == ("silu", False, "float32")
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (model_type == "qwen2", False, False)
+    assert (config.rope.theta, config.rope.rope_type, config.traits.rms_norm_eps) == (theta, "default", eps)
+    assert (config.context_len, [layer.window for layer in config.layers]) == (length, windows)
+    assert (config.traits.hidden_act, config.tie_word_embeddings, config.dtype) == ("silu", False, "float32")
+    assert (config.traits.qkv_bias, config.traits.o_bias, config.traits.mlp_bias) == (
+        model_type == "qwen2",
+        False,
+        False,
+    )
 
 
 def test_sizes_and_experts_have_defaults_too(read):
@@ -113,7 +119,7 @@ def test_sizes_and_experts_have_defaults_too(read):
     ],
 )
 def test_windows_are_those_that_the_familys_class_uses(read, model_type, keys, windows):
-    assert list(read(model_type, num_key_value_heads=4, **keys).layer_windows) == windows
+    assert [layer.window for layer in read(model_type, num_key_value_heads=4, **keys).layers] == windows
 
 
 @pytest.mark.parametrize(
@@ -214,6 +220,28 @@ def test_yarn(read, options, attention_factor):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "attention_factor"),
+    [
+        ({}, math.sqrt(1 + math.log(4) / math.log(64))),
+        ({"factor": 2}, math.sqrt(1 + math.log(2) / math.log(64))),
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 2, "attention_factor": 0.7}, 0.7),
+    ],
+)
+def test_longrope(read, options, attention_factor):
+    factors = {"short_factor": [1] * 4, "long_factor": [1, 2, 3, 4]}
+    for inside, beside in (
+        ({"original_max_position_embeddings": 64}, {}),
+        ({}, {"original_max_position_embeddings": 64}),
+    ):
+        scaling = {"type": "longrope"} | factors | inside | options
+        config = read("llama", max_position_embeddings=256, rope_scaling=scaling, **beside)
+        assert (config.rope.switch_len, config.context_len) == (64, 256)
+        assert config.rope.attention_factor == pytest.approx(attention_factor, abs=1e-12)
+        assert config.rope.scaling["long_factor"] == [1, 2, 3, 4]
+
+
 def test_a_theta_that_is_gone_is_known(read):
     both = {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     assert (read("llama", **both).rope.theta, read("llama", **both).rope.ignored_theta) == (1e4, 1e6)
@@ -231,11 +259,11 @@ def test_yarn_stretches_the_length_before_it(read):
 def test_biases(read):
     for model_type in ("llama", "qwen3", "qwen3_moe"):
         config = read(model_type, attention_bias=True, num_key_value_heads=4)
-        assert config.qkv_bias and config.o_bias
-    assert read("llama", mlp_bias=True).mlp_bias
+        assert config.traits.qkv_bias and config.traits.o_bias
+    assert read("llama", mlp_bias=True).traits.mlp_bias
     for value in (True, False):
         config = read("qwen2", attention_bias=value, num_key_value_heads=4)
-        assert config.qkv_bias and not config.o_bias
+        assert config.traits.qkv_bias and not config.traits.o_bias
 
 
 @pytest.mark.parametrize(
@@ -358,12 +386,12 @@ def test_a_wrong_value_is_named(read, model_type, keys, message):
     ("keys", "message"),
     [
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-            "rope type 'dynamic' of 'rope_scaling' is not supported",
+            {"rope_scaling": {"type": "ntk", "factor": 4.0}},
+            "rope type 'ntk' of 'rope_scaling' is not supported",
         ),
         (
             {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "rope_scaling": {"rope_type": "longrope"}},
-            "rope type 'longrope' of 'rope_scaling' is not supported; known are default, linear, llama3, yarn",
+            "'short_factor' of 'rope_scaling' must have a positive number for each of the 4 pairs of columns",
         ),
         ({"rope_scaling": YARN | {"attn_factor": 0.88}}, r"'attn_factor' \(0.88\) of 'rope_scaling' is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' needs a positive number 'factor'; got None"),
@@ -428,7 +456,7 @@ def test_a_wrong_rope_is_named(read, keys, message):
         ({"architectures": ["LlamaForCausalLM", "LlamaModel"]},
          "'architectures' names several classes .LlamaForCausalLM, LlamaModel., which compute different things"),
         ({"architectures": ["GptOssForCausalLM"], "rope_scaling": {"rope_type": "yarn"}, "hidden_size": None},
-         "architecture 'GptOssForCausalLM' is not supported; supported are LlamaForCausalLM, .*Qwen3MoeForCausalLM"),
+         "architecture 'GptOssForCausalLM' is not supported; supported are .*LlamaForCausalLM, .*Qwen3MoeForCausalLM"),
         ({"architectures": ["XForConditionalGeneration"], "text_config": {}, "num_attention_heads": None},
          r"architecture 'XForConditionalGeneration' \(a multimodal config, whose parts lie in 'text_config'\) is not"),
         ({"architectures": ["XForCausalLM"], "text_config": {}}, r"architecture 'XForCausalLM' \(a nested config"),
@@ -440,6 +468,24 @@ def test_a_wrong_rope_is_named(read, keys, message):
 def test_the_architecture_is_judged_first(read, keys, message):
     with pytest.raises(ValueError, match=f"config.json: {message}"):
         read("llama", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kv_lora_rank": 512, "q_lora_rank": None}, r"Ramet lacks latent attention \('kv_lora_rank'\)$"),
+        ({"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 16},
+         r"lacks linear attention \('linear_num_key_heads'\); layers of type 'linear_attention'$"),
+        ({"hidden_act": "relu2", "norm_eps": 1e-5}, r"lacks layer norms \('norm_eps'\); the activation 'relu2'$"),
+        ({"swiglu_limit": 7.0, "a": 1, "b": None, "c": False},
+         r"lacks clamped gates of experts \('swiglu_limit'\); no family here has the keys 'a'$"),
+        ({"text_config": {"index_topk": 2048, "hidden_size": 8}, "no_key_of_text": 1}, r"chooses \('index_topk'\)$"),
+        ({"partial_rotary_factor": 0.5, "n_shared_experts": 1}, "all keys of its config are known, so an entry may be"),
+    ],
+)  # fmt: skip
+def test_an_unknown_architecture_is_told_what_is_missing(read, keys, message):
+    with pytest.raises(ValueError, match=f"'XForCausalLM'.* is not supported; supported are .*; .*{message}"):
+        read("llama", architectures=["XForCausalLM"], **keys)
 
 
 def test_the_same_architecture_twice_is_one(read):
@@ -458,7 +504,33 @@ def test_what_generation_config_says_of_lengths_is_not_the_models(tmp_path):
     generation = {"max_length": 20, "max_new_tokens": 7, "temperature": 0.6, "sliding_window": 4, "is_causal": False}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     config = ModelConfig.from_path(str(folder))
-    assert (config.context_len, config.layer_windows) == (512, (None,) * 3)
+    assert (config.context_len, [layer.window for layer in config.layers]) == (512, [None] * 3)
+
+
+@pytest.mark.parametrize("family", rm.COMPOSED)
+def test_a_composed_models_text_model_is_read(tmp_path, family):
+    whole, text, _ = rm.COMPOSED[family]
+    folder = rm.make_config(tmp_path, family)
+    config = json.loads((folder / "config.json").read_text())
+
+    def read(**keys):
+        (folder / "config.json").write_text(json.dumps(config | keys))
+        return ModelConfig.from_path(str(folder))
+
+    read_config = read(eos_token_id=[7], text_config=config["text_config"] | {"eos_token_id": 9})
+    assert read_config.architecture == whole["architectures"][0]
+    assert (read_config.dtype, read_config.eos_token_ids) == ("float32", (7, 9))
+    assert read_config.tie_word_embeddings == whole["tie_word_embeddings"]  # whatever the text model's config says
+    assert read(dtype="bfloat16").dtype == "bfloat16"
+    for keys, message in (
+        ({"text_config": None}, "'text_config' of architecture '.*' must be an object; got None"),
+        ({"text_config": {"model_type": "bert"}}, "'model_type' in 'text_config' of architecture .* must be '"),
+        ({"new_projector": 1}, r"'new_projector' \(1\): not known for this architecture"),
+        ({"text_config": config["text_config"] | {"clip": 1.0}}, r"'clip' \(1.0\): not known for this architecture"),
+        ({"model_type": "llama"}, f"'model_type' of architecture '.*' must be '{whole['model_type']}'; got 'llama'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(**keys)
 
 
 def test_the_test_models_are_read(tmp_path):

@@ -46,7 +46,7 @@ def test_mixtral(tmp_path):
     config = read(tmp_path, "mixtral")
     assert (config.moe.num_experts, config.moe.num_experts_per_tok, config.moe.intermediate_size) == (4, 2, 72)
     assert config.moe.norm_topk_prob and all(config.moe.sparse_layers)
-    assert config.layer_windows == (12, 12, 12)
+    assert [layer.window for layer in config.layers] == [12, 12, 12]
 
 
 def test_dense_models_have_none(tmp_path):

@@ -24,6 +24,8 @@ def test_rms_norm(device, dtype, num_rows, size):
     total = x + residual
     close(rms_norm(x, weight, 1e-5, residual), torch.nn.functional.rms_norm(total, (size,), weight, 1e-5))
     close(residual, total)
+    offset_norm = torch.nn.functional.rms_norm(x.float(), (size,), weight.float() + 1, 1e-5).to(dtype)
+    close(rms_norm(x, weight, 1e-5, offset=1.0), offset_norm)
 
 
 @pytest.mark.parametrize("name", ["silu", "swish", "gelu", "gelu_pytorch_tanh", "relu"])
@@ -36,27 +38,35 @@ def test_gated_activation(device, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim, has_norm", [(4, 2, 16, True), (6, 3, 24, False)])
-def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, head_dim, has_norm):
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 2, 16), (6, 3, 24)])
+@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("rotary_factor", [0, 0.25, 0.75, 1.0])
+def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, head_dim, norm_offset, rotary_factor):
+    """All heads of each layer against torch; a factor of 0 stands for a layer without positions."""
     from ramet.srt.layers.kernels.rotary import rotate_and_store
 
     num_tokens, num_slots = 5, 12
-    rotary = RotaryEmbedding(RopeConfig(theta=10000.0), head_dim, dtype, device)
-    positions = torch.tensor([0, 3, 17, 511, 40000], device=device)
-    cos, sin = rotary.cos_sin(positions)
+    rotary = None
+    if rotary_factor:
+        rope = RopeConfig(theta=10000.0, rotary_factor=rotary_factor)
+        positions = torch.tensor([0, 3, 17, 511, 40000], device=device)
+        rotary = RotaryEmbedding(rope, head_dim, dtype, device).cos_sin(positions)[:2]
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
     qkv = torch.randn(num_tokens, sum(sizes), device=device, dtype=dtype)
-    norms = torch.randn(2, head_dim, device=device, dtype=dtype) if has_norm else (None, None)
+    norms = torch.randn(2, head_dim, device=device, dtype=dtype) if norm_offset is not None else (None, None)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.clone().split(sizes, dim=-1))
-    if has_norm:
-        q, k = (torch.nn.functional.rms_norm(x, (head_dim,), w, 1e-6) for x, w in zip((q, k), norms, strict=True))
-    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    if norm_offset is not None:
+        weights = (w.float() + norm_offset for w in norms)
+        norm = torch.nn.functional.rms_norm
+        q, k = (norm(x.float(), (head_dim,), w, 1e-6).to(dtype) for x, w in zip((q, k), weights, strict=True))
+    if rotary is not None:
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
 
     cache = torch.full((2, num_slots, num_kv_heads, head_dim), 7.0, device=device, dtype=dtype)
     slots = torch.tensor([3, 1, 11, 0, 6], device=device)
     rotate_and_store(
-        qkv, cos, sin, slots, cache[0], cache[1],
-        num_q_heads=num_heads, q_norm=norms[0], k_norm=norms[1], eps=1e-6,
+        qkv, rotary, slots, cache[0], cache[1],
+        num_q_heads=num_heads, q_norm=norms[0], k_norm=norms[1], eps=1e-6, norm_offset=norm_offset or 0.0,
     )  # fmt: skip
     new_q, new_k, new_v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.split(sizes, dim=-1))
     close(new_q, q)

@@ -28,7 +28,7 @@ MOE = MoeConfig(
     norm_topk_prob=True,
     sparse_layers=(True,),
 )
-NAMES = ("gate_proj", "up_proj", "down_proj")
+NAMES = MOE.traits.names
 SHARDED = [topology for topology in sm.TOPOLOGIES if topology != (1, 1)]
 
 
@@ -41,7 +41,7 @@ def algorithm(request, monkeypatch):
 
 
 def make_experts(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> FusedMoE:
-    return FusedMoE(HIDDEN, MOE, "experts", NAMES, activation="silu", dtype=dtype, parallel=parallel)
+    return FusedMoE(HIDDEN, MOE, "experts", activation="silu", dtype=dtype, parallel=parallel)
 
 
 def placed(layer: FusedMoE, device: str) -> FusedMoE:
@@ -223,8 +223,8 @@ def test_the_runner_captures_no_experts_that_need_the_host(monkeypatch, tmp_path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_router(norm_topk_prob, dtype):
     moe = MoeConfig(**(vars(MOE) | {"norm_topk_prob": norm_topk_prob}))
-    router = TopKRouter(HIDDEN, moe, "gate", dtype=dtype)
-    assert router.weight.boxes[0].checkpoint_name == "gate.weight"
+    router = TopKRouter(HIDDEN, moe, "mlp", dtype=dtype)
+    assert router.weight.boxes[0].checkpoint_name == "mlp.gate.weight"
     weight = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)
     router.weight = torch.nn.Parameter(weight, requires_grad=False)
     x = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -252,7 +252,6 @@ def test_a_split_that_does_not_divide_is_refused(tp_size, ep_size, moe, message)
             HIDDEN,
             moe,
             "experts",
-            NAMES,
             activation="silu",
             dtype=torch.float32,
             parallel=sm.all_ranks(tp_size, ep_size)[0],

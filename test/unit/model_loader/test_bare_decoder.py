@@ -1,4 +1,4 @@
-"""Checkpoints of a decoder without its output head, whose names lack the "model." in front."""
+"""Names in checkpoints of a decoder without its output head, and of one that is a part of a model."""
 
 from pathlib import Path
 
@@ -16,7 +16,29 @@ def test_bare_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_head.weight", "normal.weight", "layers.a.b", "model.layers.0.norm.weight", "norm"]
+    ("name", "whole"),
+    [
+        ("model.language_model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("language_model.model.norm.weight", "model.norm.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_names_of_a_part(name: str, whole: str) -> None:
+    assert whole_name(name) == whole
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.norm.weight",
+        "model.visual.norm.weight",
+        "vision_tower.layers.0.a",
+        "lm_head.weight",
+        "normal.weight",
+        "layers.a.b",
+        "model.layers.0.norm.weight",
+        "norm",
+    ],
 )
 def test_other_names_stay(name: str) -> None:
     assert whole_name(name) == name
@@ -30,8 +52,9 @@ def test_headers_and_index_have_whole_names(tmp_path: Path) -> None:
     assert list(read_header(path)) == ["model.norm.weight"] == list(promised)
 
 
-def test_a_tensor_in_both_spellings_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["norm.weight", "language_model.model.norm.weight"])
+def test_a_tensor_in_both_spellings_is_refused(tmp_path: Path, other: str) -> None:
     path = tmp_path / "model.safetensors"
-    save_file({"norm.weight": torch.ones(3), "model.norm.weight": torch.zeros(3)}, path)
+    save_file({other: torch.ones(3), "model.norm.weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"norm\.weight twice"):
         read_header(str(path))

@@ -1,5 +1,6 @@
 """The digest of a checkpoint: one for all topologies, each of whose shards can be checked against it; none can lie."""
 
+import functools
 import hashlib
 import os
 import re
@@ -13,7 +14,9 @@ import random_models as rm
 import sharded_models as sm
 import torch
 import toy_model as toy
+from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.model_loader.checkpoint import digest_store
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table, find_table, load_table
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
@@ -102,6 +105,24 @@ def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -
         expert = next(entry for entry in arena.manifest.entries if "experts" in entry.name)
         arena.memory[expert.offset] ^= 1
         assert check_bands(arena, table).wrong == {expert.name}
+
+
+@pytest.mark.parametrize("family", ["phi3", "qwen3_vl"])
+def test_fused_tensors_and_those_of_a_part_are_found(tmp_path: Path, family: str) -> None:
+    folder = rm.make_model(tmp_path, family)
+    table, config = compute_table(str(folder)), ModelConfig.from_path(str(folder))
+    for parallel in (sm.all_ranks(1)[0], *sm.all_ranks(2)):
+        manifest = sm.make_manifest(sm.build_model(folder, parallel))
+        opener = CheckpointOpener(functools.partial(describe_whole_model, config, manifest))
+        arena = sm.load_from_disk(folder, manifest, opener)
+        check = check_bands(arena, table)
+        assert (check.wrong, check.unchecked) == (set(), {})
+        for entry in arena.manifest.entries:
+            if entry.name.endswith(("qkv_proj.weight", "down_proj.weight")):
+                for place in (entry.offset, entry.offset + entry.nbytes - 1):
+                    arena.memory[place] ^= 1
+                    assert check_bands(arena, table).wrong == {entry.name}
+                    arena.memory[place] ^= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,6 +15,8 @@ CUT = (24, 40)  # rows and columns of blocks that no shard of these models ends 
 FAMILIES = {
     "llama3": {"vocab_size": 331},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 48},
+    "glm4_moe": {},
+    "phi3": {},  # q, k and v in one tensor, and so are gate and up
 }
 
 
@@ -35,13 +37,28 @@ def check(folder, plain, *ranks):
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama3", kind) for kind in ("rows", "weights_only", "fbgemm_fp8", "modelopt", "ct_tensor", "ct_blocks")]
-    + [("qwen3_moe", kind) for kind in ("tensor", "blocks", "mxfp8")],
+    + [("qwen3_moe", kind) for kind in ("tensor", "blocks", "mxfp8")]
+    + [("glm4_moe", "blocks"), ("phi3", "rows")],
 )
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
     block = (1, 32) if kind == "mxfp8" else CUT
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", kind, block=block)
     check(folder, fp8.write_plain(folder, tmp_path / "plain", block), *sm.all_ranks(2, 1))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "ct_blocks", "modelopt"])
+def test_scales_of_fused_matrices_are_their_parts(folders, tmp_path, kind):
+    folder = fp8.write_fp8(folders["phi3"], tmp_path / "fp8", kind)
+    check(folder, fp8.write_plain(folder, tmp_path / "plain"), *sm.all_ranks(1), *sm.all_ranks(2))
+
+
+def test_a_block_that_reaches_from_one_part_into_the_next_is_refused(folders, tmp_path):
+    folder = fp8.write_fp8(folders["phi3"], tmp_path / "fp8", "blocks", block=CUT)
+    with pytest.raises(
+        ValueError, match=r"gate_up_proj.weight_scale_inv has the scales of .*a block of 24 rows has some"
+    ):
+        fp8.load_model(folder)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float8_e8m0fnu])
@@ -65,7 +82,7 @@ def test_ranks_that_cut_blocks_compute_with_the_same_numbers(folders, tmp_path, 
     check(folder, fp8.write_plain(folder, tmp_path / "plain", CUT), *sm.all_ranks(*topology))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "glm4_moe"])
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family):
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", "blocks", block=CUT)
     fp8.check_answers(folder, fp8.write_plain(folder, tmp_path / "plain", CUT))

@@ -22,7 +22,7 @@ TOPOLOGIES = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    families = {"llama3": {}, "qwen3_moe": {}, "mixtral": {}}
+    families = {"llama3": {}, "qwen3_moe": {}, "mixtral": {}, "glm4_moe": {}}
     return {name: rm.make_model(root / name, name, dtype="bfloat16", **families[name]) for name in families}
 
 
@@ -65,6 +65,7 @@ SURPLUS = {
     "an expert too many": ("qwen3_moe", "model.layers.0.mlp.experts.6.up_proj.weight", 40),
     "an expert's bias": ("qwen3_moe", "model.layers.0.mlp.experts.5.up_proj.bias", 40),
     "a router's correction": ("mixtral", "model.layers.0.block_sparse_moe.gate.e_score_correction_bias", 4),
+    "a layer that drafts, of a model without": ("glm4_moe", "model.layers.3.enorm.weight", 64),
     "a scale of a plain weight": ("llama3", "model.layers.0.mlp.up_proj.weight_scale", 1),
 }
 
@@ -95,6 +96,21 @@ def test_sound_and_harmless_files_are_read_by_every_rank(folders, tmp_path, topo
             continue
         other = changed(folder, tmp_path / family, add("model.layers.1.self_attn.rotary_emb.inv_freq", 8))
         assert_equal_models(folder, other, topology)
+
+
+def test_layers_that_draft_tokens_are_left_out(folders, tmp_path):
+    """GLM's files have one behind the model's own, and its config says how many there are."""
+    drafting = fp8.change_config(
+        rm.without_weights(folders["glm4_moe"], tmp_path / "whole"), num_nextn_predict_layers=1
+    )
+    tensors = load_file(folders["glm4_moe"] / "model.safetensors")
+    for number, is_read in ((3, True), (4, False)):
+        extra = {f"model.layers.{number}.enorm.weight": torch.zeros(64)}
+        save_file(tensors | extra, drafting / "model.safetensors")
+        if is_read:
+            assert_equal_models(folders["glm4_moe"], drafting, "ep2")
+        else:
+            assert all("model.layers.4.enorm.weight" in message for message in refusals(drafting, "ep2"))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

@@ -4,16 +4,14 @@ import pytest
 import random_models as rm
 import sharded_models as sm
 import torch
+from ramet.srt.configs.model_config import ModelConfig
 
 # Changes that let every topology divide the model. Some have fewer key/value heads than ranks.
 CASES = {
-    "llama2": {},
-    "llama3": {},
-    "mistral": {},
     "qwen2": {"num_attention_heads": 8, "hidden_size": 64},
-    "qwen3": {},
     "qwen3_moe": {"num_experts": 8},
-    "mixtral": {},
+    "qwen2_moe": {"num_key_value_heads": 4},
+    "seed_oss": {"num_attention_heads": 8},
 }
 
 
@@ -28,13 +26,15 @@ def count_coverage(models: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     return counts
 
 
-def expected_copies(name: str, tp_size: int, num_kv_heads: int) -> int:
+def expected_copies(name: str, tp_size: int, config: ModelConfig) -> int:
     """How many ranks hold a checkpoint tensor: sharded ones are on one each."""
-    replicated = ("norm.weight", ".gate.weight", "o_proj.bias", "down_proj.bias")
+    if config.traits.qk_norm == "all" and "q_norm" in name:
+        return 1
+    if "k_proj" in name or "v_proj" in name or (config.traits.qk_norm == "all" and "k_norm" in name):
+        return max(1, tp_size // config.num_key_value_heads)
+    replicated = ("norm.weight", "gate.weight", "correction_bias", "o_proj.bias", "down_proj.bias")
     if name.endswith(replicated):
         return tp_size
-    if "k_proj" in name or "v_proj" in name:
-        return max(1, tp_size // num_kv_heads)
     return 1
 
 
@@ -42,13 +42,12 @@ def expected_copies(name: str, tp_size: int, num_kv_heads: int) -> int:
 @pytest.mark.parametrize("family", rm.FAMILIES)
 def test_every_element_is_held(tmp_path, family, topology):
     tp_size, ep_size = topology
-    folder = rm.make_config(tmp_path, family, **CASES[family])
+    folder = rm.make_config(tmp_path, family, **CASES.get(family, {}))
     ranks = [sm.build_model(folder, parallel) for parallel in sm.all_ranks(tp_size, ep_size)]
     whole = sm.build_model(folder, sm.all_ranks(1)[0])
     assert sm.checkpoint_shapes(ranks) == sm.checkpoint_shapes([whole])
-    num_kv_heads = whole.config.num_key_value_heads
     for name, count in count_coverage(ranks).items():
-        assert torch.all(count == expected_copies(name, tp_size, num_kv_heads)), name
+        assert torch.all(count == expected_copies(name, tp_size, whole.config)), name
     for model in ranks:
         for name, count in count_coverage([model]).items():
             assert count.max() <= 1, name
@@ -57,7 +56,7 @@ def test_every_element_is_held(tmp_path, family, topology):
 @pytest.mark.parametrize("topology", sm.TOPOLOGIES, ids=sm.topology_name)
 @pytest.mark.parametrize("family", rm.FAMILIES)
 def test_every_parameter_is_filled_once(tmp_path, family, topology):
-    folder = rm.make_config(tmp_path, family, **CASES[family])
+    folder = rm.make_config(tmp_path, family, **CASES.get(family, {}))
     for parallel in sm.all_ranks(*topology):
         model = sm.build_model(folder, parallel)
         sm.make_manifest(model)  # checks that boxes fit shapes
@@ -74,7 +73,7 @@ def test_biases_of_row_parallel_layers_are_on_every_rank(tmp_path):
     folder = rm.make_config(tmp_path, "llama2", attention_bias=True, mlp_bias=True)
     ranks = [sm.build_model(folder, parallel) for parallel in sm.all_ranks(2)]
     for name, count in count_coverage(ranks).items():
-        assert torch.all(count == expected_copies(name, 2, 4)), name
+        assert torch.all(count == expected_copies(name, 2, ranks[0].config)), name
 
 
 def test_moe_parameters_have_upstreams_names_and_shapes(tmp_path):

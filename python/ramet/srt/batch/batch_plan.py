@@ -13,6 +13,7 @@ class PageWrite(msgspec.Struct, array_like=True):
     row: int
     start: int
     pages: list[int]
+    is_long: bool = False  # whether the sequence is beyond the length up to which the first set of frequencies counts
 
 
 class Pooling(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):

@@ -31,6 +31,7 @@ class ForwardBatch:
     rows: torch.Tensor  # int64 [batch_size]: the row of each sequence there
     seq_lens: torch.Tensor  # int32 [batch_size]: tokens in the cache after this pass
     tokens: PassTokens  # the same on the host; in a captured pass, as long as a replay may have them
+    is_long: torch.Tensor | None = None  # bool [num_tokens]: whose positions turn by the second set of frequencies
     attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
     is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ramet.srt.configs.harmless_keys import HARMLESS_KEYS, objections, short
-from ramet.srt.configs.model_families import ModelFamily
+from ramet.srt.configs.model_family import ModelFamily
 
 LARGEST_SIZE = 2**31 - 1
 
@@ -64,6 +64,12 @@ class ConfigReader:
         if not is_finite(value) or value < 0 or (value == 0 and not zero):
             raise self.wrong(name, "must be a number of at least 0" if zero else "must be a positive number", value)
         return float(value)
+
+    def optional_number(self, name: str) -> float | None:
+        """Like `number`, for a key that may have no value; None for one that the family doesn't have, as of `flag`."""
+        if not self.has(name):
+            return None
+        return None if self.value(name) is None and self.may_be_none(name) else self.number(name)
 
     def flag(self, name: str) -> bool:
         """True or false; false for a key that the family doesn't have, whose value is left to `refuse_the_unread`."""

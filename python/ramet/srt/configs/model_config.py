@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_keys, read_layers, read_traits
 from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_readers import MODELOPT_FILE, read_quantization
-from ramet.srt.configs.rope_config import RopeConfig, read_rope, scaled_length
+from ramet.srt.configs.rope_config import FULL, RopeConfig, read_ropes, scaled_length
 from ramet.srt.configs.sentence_transformers import MATRYOSHKA_KEYS, EmbeddingConfig, read_embedding
 from ramet.srt.configs.tokenizer_config import read_eos_token_id
 
 # By the names that torch has for them, and so transformers takes.
 DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16"}
-HIDDEN_ACTS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # those of layers/activation.py
 MOST_LAYERS = 4096
-WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +37,14 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    hidden_act: str
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
     tie_word_embeddings: bool
-    rope: RopeConfig
+    rope: RopeConfig  # of layers with full attention
     quantization_config: QuantizationConfig | None  # of the weights of linear layers and experts
-    layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, or None for full attention
+    layers: tuple[LayerSpec, ...]
+    traits: DecoderTraits
     eos_token_ids: tuple[int, ...]
     moe: MoeConfig | None  # None for a dense model
+    surplus_tensors: str  # a regular expression: what the files may hold beside the model
     idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
     embedding: EmbeddingConfig | None = None  # of a model that makes embeddings, and has no output head; else None
 
@@ -65,6 +61,8 @@ class ModelConfig:
         dimensions = {name: getattr(self, name) for name in names}
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
+            if self.moe.shared_intermediate_size:
+                dimensions["shared_expert_intermediate_size"] = self.moe.shared_intermediate_size
         if self.quantization_config is not None:
             dimensions |= self.quantization_config.dimensions
         return dimensions
@@ -96,13 +94,14 @@ class ModelConfig:
         """
         hf_config = read_json(path, "config.json")
         file = os.path.join(path, "config.json")
-        family = find_family(hf_config, file)
+        family, hf_config = find_family(hf_config, file)
         need = ConfigReader(hf_config, file, family)
         num_heads = need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers", maximum=MOST_LAYERS)
-        rope = read_rope(need)
-        attention_bias = need.flag("attention_bias")
-        layer_windows = _layer_windows(need, num_layers)
+        head_dim = _head_dim(need, num_heads)
+        ropes = read_ropes(need, head_dim)
+        moe = read_moe_config(need, num_layers)
+        layers = read_layers(need, num_layers, ropes, moe)
         need.take(*MATRYOSHKA_KEYS)
         config = cls(
             path=path,
@@ -110,26 +109,23 @@ class ModelConfig:
             revision=revision or "",
             architecture=family.architecture,
             dtype=_dtype(need, dtype),
-            context_len=_context_len(need, rope, context_length),
+            context_len=_context_len(need, ropes[FULL], context_length),
             vocab_size=need.integer("vocab_size"),
             hidden_size=need.integer("hidden_size"),
             intermediate_size=need.integer("intermediate_size"),
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             num_key_value_heads=_num_kv_heads(need, num_heads),
-            head_dim=_head_dim(need, num_heads),
-            rms_norm_eps=need.number("rms_norm_eps", zero=True),
-            hidden_act=need.choice("hidden_act", HIDDEN_ACTS),
-            qkv_bias=attention_bias or family.always_qkv_bias,
-            o_bias=attention_bias,
-            mlp_bias=need.flag("mlp_bias"),
+            head_dim=head_dim,
             tie_word_embeddings=need.flag("tie_word_embeddings"),
-            rope=rope,
+            rope=ropes[FULL],
             quantization_config=_quantization(path, hf_config, quantization),
-            layer_windows=layer_windows,
+            layers=layers,
+            traits=read_traits(need, head_dim),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
-            moe=read_moe_config(need, num_layers),
-            idle_window_keys=_idle_window_keys(need, layer_windows),
+            moe=moe,
+            surplus_tensors=_surplus_tensors(need, num_layers),
+            idle_window_keys=idle_window_keys(need, layers),
             embedding=read_embedding(path, hf_config, is_embedding),
         )
         need.refuse_the_unread()
@@ -210,61 +206,19 @@ def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> Q
     return read_quantization(hf_config, modelopt, path, wanted)
 
 
+def _surplus_tensors(need: ConfigReader, num_layers: int) -> str:
+    """What the family's files may hold, and the layers that draft tokens: they lie behind the model's own."""
+    key = need.family.mtp_layers_key
+    num_drafting = need.integer(key, minimum=0, maximum=MOST_LAYERS) if key else 0
+    numbers = "|".join(str(num_layers + index) for index in range(num_drafting))
+    return "|".join(filter(None, (need.family.surplus, rf"model\.layers\.({numbers})\." if numbers else "")))
+
+
 def _context_len(need: ConfigReader, rope: RopeConfig, wanted: int | None) -> int:
     derived = scaled_length(need, rope)
     if wanted is not None and wanted > derived:
         raise ValueError(f"--context-length {wanted} is beyond the model's {derived} tokens ({need.file})")
     return wanted or derived
-
-
-def _layer_windows(need: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, by the keys that the family has: others have no effect, as in transformers."""
-    kinds = _layer_types(need, num_layers)
-    if not need.has("sliding_window"):
-        return (None,) * num_layers
-    window = need.optional_integer("sliding_window", minimum=0)
-    first = need.integer("max_window_layers", minimum=0) if need.has("max_window_layers") else 0
-    if need.has("use_sliding_window") and not need.flag("use_sliding_window"):
-        window = None
-    if window == 0:
-        raise need.wrong("sliding_window", "must be a positive integer", 0)
-    if kinds is None or not need.has("layer_types"):
-        return tuple(window if index >= first else None for index in range(num_layers))
-    if window is None and "sliding_attention" in kinds:
-        raise ValueError(f"{need.file}: 'layer_types' has sliding_attention, but no 'sliding_window' is in use")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _idle_window_keys(need: ConfigReader, windows: tuple[int | None, ...]) -> tuple[str, ...]:
-    """The keys that ask for other windows than there are, and have no effect as the family doesn't have them."""
-    slides = [window is not None for window in windows]
-    given = {name: need.config.get(name) for name in WINDOW_KEYS if not need.has(name)}
-    kinds = given.get("layer_types")
-    asks = {
-        "sliding_window": given.get("sliding_window") not in (None, 0),
-        "use_sliding_window": given.get("use_sliding_window") is False and any(slides),
-        "max_window_layers": given.get("max_window_layers") not in (None, 0) and any(slides),
-        "layer_types": kinds is not None and [kind == "sliding_attention" for kind in kinds] != slides,
-    }
-    return tuple(name for name in WINDOW_KEYS if asks[name])
-
-
-def _layer_types(need: ConfigReader, num_layers: int) -> list[str] | None:
-    kinds = need.value("layer_types")
-    if kinds is None:
-        return None
-    known = {
-        "full_attention": "full_attention",
-        "attention": "full_attention",
-        "sliding_attention": "sliding_attention",
-    }
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != num_layers
-        or not all(isinstance(kind, str) and kind in known for kind in kinds)
-    ):
-        raise ValueError(f"{need.file}: 'layer_types' must give full_attention or sliding_attention for each layer")
-    return [known[kind] for kind in kinds]
 
 
 def _eos_token_ids(path: str, tokenizer_path: str, hf_config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:

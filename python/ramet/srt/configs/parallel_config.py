@@ -154,6 +154,11 @@ def check_parallel_sizes(
         raise ValueError(f"{what} does not divide the model's {heads} attention heads")
     if kv_heads % attn_tp_size and attn_tp_size % kv_heads:
         raise ValueError(f"{what} is neither a divisor nor a multiple of {kv_heads} key/value heads")
+    if config.traits.qk_norm == "all" and 1 < attn_tp_size < tp_size:
+        raise ValueError(
+            f"{config.architecture} norms all heads together: with --enable-dp-attention each rank must have all of "
+            f"them, so --dp-size must be {tp_size}, as --tp-size is"
+        )
     has_mlp = config.moe is None or not all(config.moe.sparse_layers)
     if has_mlp and config.intermediate_size % tp_size:
         raise ValueError(f"--tp-size {tp_size} does not divide the intermediate size {config.intermediate_size}")

@@ -97,8 +97,9 @@ class QKVParallelLinear(MergedColumnParallelLinear):
             kv_start = tp_rank // divide(tp_size, num_kv_heads, f"{prefix}: ranks per key/value head")
         self.q_size = self.num_heads * head_dim
         self.kv_size = self.num_kv_heads * head_dim
-        q_range = (tp_rank * self.q_size, (tp_rank + 1) * self.q_size)
-        kv_range = (kv_start * head_dim, kv_start * head_dim + self.kv_size)
+        # Columns of this rank among those of all queries, and of all keys or values.
+        self.q_range = q_range = (tp_rank * self.q_size, (tp_rank + 1) * self.q_size)
+        self.kv_range = kv_range = (kv_start * head_dim, kv_start * head_dim + self.kv_size)
         self._declare(
             hidden_size,
             [f"{prefix}.{part}_proj" for part in "qkv"],

@@ -1,7 +1,5 @@
 """Owns the mixture-of-experts layer: the router, the stacked expert weights and how they are sharded over ranks."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,78 +10,138 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts, needs_host
+from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.quantization.weight import weight_of
 from ramet.srt.weights.manifest import WeightBox
 
-GATE, UP, DOWN = range(3)  # places in the names of an expert's matrices
+GATE, UP, DOWN = range(3)  # places in ExpertTraits.names
 
 
 class SparseMoeBlock(nn.Module):
     """In place of a decoder layer's MLP: each token goes through the few experts that the router chooses.
 
+    With a shared expert, through that one, too.
+
     Args:
         prefix: of the block in the checkpoint.
-        expert_names: what the checkpoint calls an expert's gate, up and down matrices.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        prefix: str,
-        expert_names: Sequence[str],
-        dtype: torch.dtype,
-        parallel: ParallelConfig,
-    ):
+    def __init__(self, config: ModelConfig, prefix: str, dtype: torch.dtype, parallel: ParallelConfig):
         super().__init__()
-        assert config.moe is not None, "the config of an architecture with experts describes them"
-        self.gate = TopKRouter(config.hidden_size, config.moe, f"{prefix}.gate", dtype=dtype)
+        moe = config.moe
+        assert moe is not None, "the config of an architecture with experts describes them"
+        self.gate = TopKRouter(config.hidden_size, moe, prefix, dtype=dtype)
         self.experts = FusedMoE(
             config.hidden_size,
-            config.moe,
+            moe,
             f"{prefix}.experts",
-            expert_names,
-            activation=config.hidden_act,
+            activation=config.traits.hidden_act,
             dtype=dtype,
             parallel=parallel,
         )
+        self.traits = moe.traits
+        self.has_shared = moe.shared_intermediate_size > 0
+        if self.has_shared:
+            shared = GatedMLP(
+                config.hidden_size,
+                moe.shared_intermediate_size,
+                f"{prefix}.{self.traits.shared}",
+                bias=False,
+                activation=config.traits.hidden_act,
+                dtype=dtype,
+                parallel=parallel,
+            )
+            self.add_module(self.traits.shared, shared)
+        if self.has_shared and self.traits.shared_gate:
+            name = self.traits.shared_gate
+            self.add_module(name, SharedExpertGate(config.hidden_size, f"{prefix}.{name}", dtype))
+        self.tp_size = parallel.tp_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        return self.experts(x, *self.gate(x))
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank."""
+        y = self.experts(x, *self.gate(x))
+        if self.has_shared:
+            shared = getattr(self, self.traits.shared).partial(x)
+            y = y + (getattr(self, self.traits.shared_gate)(x) * shared if self.traits.shared_gate else shared)
+        return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
+
+
+class SharedExpertGate(nn.Module):
+    """How much of the shared expert's output a token takes. The same on every rank."""
+
+    def __init__(self, hidden_size: int, name: str, dtype: torch.dtype):
+        super().__init__()
+        shape = (1, hidden_size)
+        self.weight = declare_weight(shape, dtype, [shard_box(f"{name}.weight", shape, 0, 0, 1)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, 1], between 0 and 1."""
+        return F.linear(x, self.weight).sigmoid()
 
 
 class TopKRouter(nn.Module):
-    """Chooses each token's experts and their weights. The same on every rank."""
+    """Chooses each token's experts and their weights. The same on every rank.
 
-    def __init__(self, hidden_size: int, moe: MoeConfig, name: str, *, dtype: torch.dtype):
+    Args:
+        prefix: of the block in the checkpoint.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoeConfig, prefix: str, *, dtype: torch.dtype):
         super().__init__()
+        traits = moe.traits
         shape = (moe.num_experts, hidden_size)
-        self.weight = declare_weight(shape, dtype, [shard_box(f"{name}.weight", shape, 0, 0, moe.num_experts)])
-        self.top_k = moe.num_experts_per_tok
-        self.norm_topk_prob = moe.norm_topk_prob
+        box = shard_box(f"{prefix}.gate.weight", shape, 0, 0, moe.num_experts)
+        self.weight = declare_weight(shape, torch.float32 if traits.is_router_float32 else dtype, [box])
+        # Of the scores by which experts are chosen; not of their weights.
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if traits.correction_bias:
+            box = shard_box(f"{prefix}.{traits.correction_bias}", shape[:1], 0, 0, moe.num_experts)
+            self.e_score_correction_bias = declare_weight(shape[:1], torch.float32, [box])
+        self.moe = moe
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden_size] -> weights float32 and expert ids int64, both [num_tokens, top_k].
 
-        The softmax is over all experts, in float32.
+        Scores are over all experts, in float32.
         """
-        probs = F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
-        weights, expert_ids = probs.topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
+        moe = self.moe
+        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        if moe.traits.scoring == "softmax":
+            scores = logits.softmax(dim=-1, dtype=torch.float32)
+        else:
+            scores = logits.float().sigmoid()
+        bias = self.e_score_correction_bias
+        if bias is None and moe.num_groups == 1:
+            weights, expert_ids = scores.topk(moe.num_experts_per_tok, dim=-1)
+        else:
+            expert_ids = self._choose(scores if bias is None else scores + bias)
+            weights = scores.gather(1, expert_ids)
+        if moe.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        if moe.scaling_factor != 1:
+            weights = weights * moe.scaling_factor
         return weights, expert_ids
+
+    def _choose(self, ranks: torch.Tensor) -> torch.Tensor:
+        """The experts that rank highest, in the groups whose two highest sum to the most (DeepSeek-V3, 2024)."""
+        moe = self.moe
+        if moe.num_groups > 1:
+            groups = ranks.unflatten(-1, (moe.num_groups, -1))
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(moe.num_kept_groups, dim=-1).indices
+            is_dropped = torch.ones(groups.shape[:-1], dtype=torch.bool, device=ranks.device).scatter_(1, best, False)
+            ranks = groups.masked_fill(is_dropped.unsqueeze(-1), float("-inf")).flatten(1)
+        return ranks.topk(moe.num_experts_per_tok, dim=-1).indices
 
 
 class FusedMoE(nn.Module):
     """All experts of a layer that this rank has, stacked: sum over a token's experts of weight * down(act(gate) * up).
 
     Whole experts are split over the expert-parallel ranks, and an expert's intermediate dimension over the ranks
-    that share it (with ep_size 1, the whole tensor-parallel group). The partial results are summed over that group.
+    that share it (with ep_size 1, the whole tensor-parallel group). Each rank gives its part of the sum.
 
     Args:
         prefix: of the experts in the checkpoint, which has a matrix of its own for each of them.
-        expert_names: what the checkpoint calls an expert's gate, up and down matrices.
     """
 
     quantisable_weights = ("w13_weight", "w2_weight")
@@ -93,7 +151,6 @@ class FusedMoE(nn.Module):
         hidden_size: int,
         moe: MoeConfig,
         prefix: str,
-        expert_names: Sequence[str],
         *,
         activation: str,
         dtype: torch.dtype,
@@ -103,7 +160,6 @@ class FusedMoE(nn.Module):
         moe.check_split(parallel.tp_size, parallel.ep_size)
         self.num_local_experts = moe.num_experts // parallel.ep_size
         self.first_expert = parallel.ep_rank * self.num_local_experts
-        self.tp_size = parallel.tp_size
         self.activation = get_activation(activation)
         size = moe.intermediate_size // parallel.moe_tp_size  # of this rank
         start = parallel.moe_tp_rank * size
@@ -113,10 +169,10 @@ class FusedMoE(nn.Module):
             expert = f"{prefix}.{self.first_expert + place}"
             rows = (moe.intermediate_size, hidden_size)
             for part, row in ((GATE, 0), (UP, size)):
-                box = shard_box(f"{expert}.{expert_names[part]}.weight", rows, 0, start, start + size, row)
+                box = shard_box(f"{expert}.{moe.traits.names[part]}.weight", rows, 0, start, start + size, row)
                 w13_boxes.append(_stack(box, place))
             columns = (hidden_size, moe.intermediate_size)
-            box = shard_box(f"{expert}.{expert_names[DOWN]}.weight", columns, 1, start, start + size)
+            box = shard_box(f"{expert}.{moe.traits.names[DOWN]}.weight", columns, 1, start, start + size)
             w2_boxes.append(_stack(box, place))
         # [num_local_experts, gate rows then up rows of this rank, hidden_size]
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
@@ -130,12 +186,12 @@ class FusedMoE(nn.Module):
         return needs_host(dtype, weight_of(self, "w13_weight"), weight_of(self, "w2_weight"))
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank.
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]: what this rank adds to the sum.
 
         Args:
             weights, expert_ids: [num_tokens, top_k], of all experts and equal on every rank.
         """
-        y = fused_experts(
+        return fused_experts(
             x,
             weight_of(self, "w13_weight"),
             weight_of(self, "w2_weight"),
@@ -143,7 +199,6 @@ class FusedMoE(nn.Module):
             expert_ids - self.first_expert,
             self.activation,
         )
-        return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 
 
 def _stack(box: WeightBox, place: int) -> WeightBox:

@@ -85,12 +85,17 @@ class Admission:
         else:
             self.waiting.append(req)
 
-    def put_back(self, running: RunningReq) -> None:
-        """Let a request wait whose cache was taken away."""
+    def put_back(self, running: RunningReq, *, for_room: bool = True) -> None:
+        """Let a request wait whose cache was taken away.
+
+        Args:
+            for_room: whether that was because others needed it.
+        """
         self.drop(running)
         running.req.num_retractions += 1
         self.put(running.req)
-        self.reserve.grow()
+        if for_room:
+            self.reserve.grow()
 
     def take_out(self, is_meant: Callable[[str], bool]) -> list[Req]:
         """Remove and return the waiting requests whose ids are meant."""

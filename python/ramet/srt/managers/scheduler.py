@@ -93,7 +93,7 @@ class Scheduler:
         self.worker = TpModelWorker(model_runner)
         self.rows = RowAllocator(config.max_running_requests)
         # One for each attention group: its ranks alone hold the keys and values of its requests.
-        self.caches = [self._make_cache() for _ in range(parallel.attn_dp_size)]
+        self.caches = [self._make_cache(model_config.rope.switch_len) for _ in range(parallel.attn_dp_size)]
         self.grammar_queue = GrammarQueue(grammar_pool)
         self.grammar_steps = GrammarSteps(grammar_pool)
         self._grammar_pool = grammar_pool
@@ -111,11 +111,11 @@ class Scheduler:
         self._seeds = random.Random(config.random_seed)
         self._aborted: list[RunningReq] = []  # to be ended before the next pass is planned
 
-    def _make_cache(self) -> RequestCache:
+    def _make_cache(self, switch_len: int | None) -> RequestCache:
         page_size = self.config.page_size
         allocator = PageAllocator(self.model_runner.max_total_num_tokens // page_size)
         tree = RadixCache(allocator, page_size, self.config.disable_radix_cache)
-        return RequestCache(self.rows, allocator, tree, page_size)
+        return RequestCache(self.rows, allocator, tree, page_size, switch_len)
 
     # -- The loop
 
@@ -371,12 +371,21 @@ class Scheduler:
     def _next_decoding(self) -> list[RunningReq]:
         """The running requests that can gain a token now, with room for it."""
         reqs = self.passes.decodable(self.running)
+        if any(self._must_start_over(running) for running in reqs):
+            self._settle()  # the tokens may end requests; if not, they must be known
+            for running in [one for one in self.running if one.num_pending == 0 and self._must_start_over(one)]:
+                self._put_back(running, for_room=False)
+            reqs = [one for one in self.passes.decodable(self.running) if not self._must_start_over(one)]
         if not all(self._extend(running) for running in reqs):
             self._settle()  # the tokens may end requests; if not, they must be known where one is to start over
             reqs = self._retract_for(self.passes.decodable(self.running))
         if reqs:
             self.admission.reserve.decay()
         return place_by_prefix(reqs, self.caches)
+
+    def _must_start_over(self, running: RunningReq) -> bool:
+        """Whether the request's next token is of a sequence whose keys are others than it has."""
+        return self.caches[running.group].must_start_over(running.handle, running.seq_len)
 
     def _extend(self, running: RunningReq) -> bool:
         """Give a request room for its next token; False if there is none."""
@@ -405,14 +414,18 @@ class Scheduler:
 
     def _retract(self, running: RunningReq) -> None:
         """Take a request's cache away; it starts over from its tokens when there is room."""
-        self._release(running)
-        if running in self.running:
-            self.running.remove(running)
-        self.admission.put_back(running)
+        self._put_back(running, for_room=True)
         self.num_retracted += 1
         logger.info(
             "KV cache full: retracted request %s after %d output tokens", running.req.rid, len(running.req.output_ids)
         )
+
+    def _put_back(self, running: RunningReq, *, for_room: bool) -> None:
+        """Have a request start over from its tokens."""
+        self._release(running)
+        if running in self.running:
+            self.running.remove(running)
+        self.admission.put_back(running, for_room=for_room)
 
     # -- A pass and its results
 

@@ -54,10 +54,10 @@ class RowAllocator:
     def free(self, row: int) -> None:
         self._free.append(row)
 
-    def write(self, row: int, start: int, pages: list[int]) -> None:
-        """Set the pages of `row` from its page index `start` on."""
+    def write(self, row: int, start: int, pages: list[int], *, is_long: bool = False) -> None:
+        """Set the pages of `row` from its page index `start` on; see PageWrite."""
         if pages:
-            self._writes.append(PageWrite(row, start, list(pages)))
+            self._writes.append(PageWrite(row, start, list(pages), is_long))
 
     def take_writes(self) -> list[PageWrite]:
         """The changes of the page table since the last call, in order."""

@@ -16,10 +16,15 @@ class ReqToPagePool:
     Row `size` belongs to nobody: its pages are page 0, and what pads a batch stands there.
     """
 
-    def __init__(self, size: int, max_pages_per_req: int, device: torch.device):
+    def __init__(self, size: int, max_pages_per_req: int, device: torch.device, *, has_two_ropes: bool = False):
+        """
+        Args:
+            has_two_ropes: whether a sequence's length decides between two sets of rotary frequencies.
+        """
         self.padding_row = size
         self.req_to_page = torch.zeros((size + 1, max_pages_per_req), dtype=torch.int64, device=device)
         self.last_tokens = torch.zeros(size + 1, dtype=torch.int64, device=device)
+        self.is_long = torch.zeros(size + 1, dtype=torch.bool, device=device) if has_two_ropes else None
 
     def write(self, writes: Sequence[PageWrite]) -> None:
         """Change the table, in order, as one step of the current stream."""
@@ -31,6 +36,10 @@ class ReqToPagePool:
         if changes:
             places, pages = to_device([list(changes), list(changes.values())], torch.int64, self.req_to_page.device)
             self.req_to_page.view(-1).index_copy_(0, places, pages)
+        if self.is_long is not None and writes:
+            lengths = {write.row: write.is_long for write in writes}
+            rows, is_long = to_device([list(lengths), list(lengths.values())], torch.int64, self.is_long.device)
+            self.is_long.index_copy_(0, rows, is_long.bool())
 
 
 class MHATokenToKVPool:

@@ -15,6 +15,7 @@ class PrefixMatch:
     pages: list[int]
     node: TreeNode  # where the prefix ends
     num_evictions: int  # of the cache when it was found
+    is_long: bool  # see CacheHandle
 
 
 @dataclass(slots=True)
@@ -26,6 +27,7 @@ class CacheHandle:
     pages: list[int]
     num_tree_pages: int  # the first pages belong to the prefix tree, the others to the request
     kv_len: int  # tokens whose keys and values are in the pages
+    is_long: bool  # whether the keys are rotated by the second of two sets of frequencies
 
 
 class CommonPrefix(NamedTuple):
@@ -36,13 +38,26 @@ class CommonPrefix(NamedTuple):
 
 
 class RequestCache:
-    """Gives requests pages, evicting cached prefixes when none are free, and takes them back."""
+    """Gives requests pages, evicting cached prefixes when none are free, and takes them back.
 
-    def __init__(self, rows: RowAllocator, allocator: PageAllocator, tree: RadixCache, page_size: int):
+    Args:
+        switch_len: see RopeConfig. The keys of longer sequences are others, so such a one has nothing in common with
+            shorter ones, and starts over when it grows beyond.
+    """
+
+    def __init__(
+        self,
+        rows: RowAllocator,
+        allocator: PageAllocator,
+        tree: RadixCache,
+        page_size: int,
+        switch_len: int | None = None,
+    ):
         self.rows = rows
         self.allocator = allocator
         self.tree = tree
         self.page_size = page_size
+        self.switch_len = switch_len
         self._num_evictions = 0
 
     @property
@@ -59,8 +74,13 @@ class RequestCache:
 
     def match(self, token_ids: Sequence[int], limit: int | None = None) -> PrefixMatch:
         """The longest cached prefix of `token_ids`, or of the first `limit` of them."""
-        pages, node = self.tree.match_prefix(token_ids, limit)
-        return PrefixMatch(pages, node, self._num_evictions)
+        is_long = self.switch_len is not None and len(token_ids) > self.switch_len
+        pages, node = self.tree.match_prefix(_tree_ids(token_ids, is_long), limit)
+        return PrefixMatch(pages, node, self._num_evictions, is_long)
+
+    def must_start_over(self, handle: CacheHandle, num_tokens: int) -> bool:
+        """Whether the keys that the handle has are not those of a sequence of so many tokens."""
+        return self.switch_len is not None and not handle.is_long and num_tokens > self.switch_len
 
     def is_current(self, match: PrefixMatch) -> bool:
         """Whether nothing has been evicted since, so that the match may still be taken."""
@@ -84,8 +104,10 @@ class RequestCache:
             return None
         num_cached = len(match.pages)
         pages = match.pages + self._take_pages(num_missing)
-        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, num_cached * self.page_size)
-        self.rows.write(handle.row, 0, pages)
+        handle = CacheHandle(
+            self.rows.alloc(), match.node, pages, num_cached, num_cached * self.page_size, match.is_long
+        )
+        self.rows.write(handle.row, 0, pages, is_long=handle.is_long)
         return handle
 
     def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
@@ -96,7 +118,7 @@ class RequestCache:
         if missing > self.num_available_pages:
             return False
         pages = self._take_pages(missing)
-        self.rows.write(handle.row, len(handle.pages), pages)
+        self.rows.write(handle.row, len(handle.pages), pages, is_long=handle.is_long)
         handle.pages.extend(pages)
         return True
 
@@ -118,7 +140,7 @@ class RequestCache:
         num_full = min(handle.kv_len, len(token_ids)) // self.page_size
         if self.tree.disabled or num_full <= handle.num_tree_pages:
             return
-        token_ids = token_ids[: num_full * self.page_size]
+        token_ids = _tree_ids(token_ids[: num_full * self.page_size], handle.is_long)
         num_held = self.tree.insert(token_ids, handle.pages)
         self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
         pages, node = self.tree.match_prefix(token_ids)
@@ -126,7 +148,8 @@ class RequestCache:
         self.tree.unlock(handle.node)
         handle.node = node
         if num_held > handle.num_tree_pages:
-            self.rows.write(handle.row, handle.num_tree_pages, pages[handle.num_tree_pages : num_held])
+            new_pages = pages[handle.num_tree_pages : num_held]
+            self.rows.write(handle.row, handle.num_tree_pages, new_pages, is_long=handle.is_long)
         handle.pages[:num_full] = pages
         handle.num_tree_pages = num_full
 
@@ -160,3 +183,8 @@ class RequestCache:
             assert not held.intersection(own), "a KV page has two owners"
             held.update(own)
         self.allocator.check(held)
+
+
+def _tree_ids(token_ids: Sequence[int], is_long: bool) -> Sequence[int]:
+    """What stands for the tokens in the prefix tree: other numbers where their keys are others, too."""
+    return [~token_id for token_id in token_ids] if is_long else token_ids

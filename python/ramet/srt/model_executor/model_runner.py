@@ -32,7 +32,7 @@ from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights,
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
-from ramet.srt.models.registry import get_model_class
+from ramet.srt.models.decoder import DecoderForCausalLM
 from ramet.srt.weights.manifest import build_weight_manifest
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -114,7 +114,7 @@ class ModelRunner:
     def _build_model(self) -> None:
         """Make the model without memory, and lay its weights out."""
         config = self.model_config
-        self.model = get_model_class(config.architecture)(config, self.dtype, self.parallel)
+        self.model = DecoderForCausalLM(config, self.dtype, self.parallel)
         if config.quantization_config is not None:
             declare_quantised(self.model, config.quantization_config, self.device)
         self.model.prepare(self.device)
@@ -181,7 +181,10 @@ class ModelRunner:
             device=self.device,
         )
         max_pages = -(-self.max_req_len // self.page_size)
-        self.req_pool = ReqToPagePool(self.config.max_running_requests, max_pages, self.device)
+        has_two_ropes = self.model_config.rope.switch_len is not None
+        self.req_pool = ReqToPagePool(
+            self.config.max_running_requests, max_pages, self.device, has_two_ropes=has_two_ropes
+        )
         logger.info(
             "KV cache: %d tokens in pages of %d, %.2f GB",
             self.max_total_num_tokens,

@@ -43,6 +43,7 @@ def make_forward_batch(
         rows=sequence_rows,
         seq_lens=seq_lens.to(torch.int32),
         tokens=tokens,
+        is_long=_is_long(req_pool, rows),
         attn_tokens=attn_tokens,
     )
 
@@ -67,6 +68,7 @@ def make_captured_batch(
         rows=rows,
         seq_lens=(positions + 1).to(torch.int32),
         tokens=PassTokens(zeros, zeros + (width * page_size - 1), zeros + 1, zeros),
+        is_long=_is_long(req_pool, rows),
         is_captured=True,
     )
 
@@ -74,6 +76,10 @@ def make_captured_batch(
 def _known_ids(req_pool: ReqToPagePool, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The ids, with that of the row's last token for LAST_TOKEN."""
     return torch.where(ids == LAST_TOKEN, req_pool.last_tokens.index_select(0, rows), ids)
+
+
+def _is_long(req_pool: ReqToPagePool, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if req_pool.is_long is None else req_pool.is_long.index_select(0, rows)
 
 
 def _cache_slots(req_pool: ReqToPagePool, page_size: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,9 @@ class AttentionSpec:
     head_dim: int
     scale: float
     windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see AttentionLayer
+    soft_cap: float | None = (
+        None  # bound of the scores s, which become soft_cap * tanh(s / soft_cap) before the softmax
+    )
 
 
 @dataclass(frozen=True)

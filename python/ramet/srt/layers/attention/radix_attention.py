@@ -9,7 +9,7 @@ from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
-from ramet.srt.layers.rotary_embedding import CosSin, apply_rotary
+from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 
@@ -26,16 +26,29 @@ class RadixAttention(nn.Module):
     backend: AttentionBackend
     kv_pool: MHATokenToKVPool
 
-    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, layer_id: int, sliding_window: int | None):
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        layer_id: int,
+        sliding_window: int | None,
+        soft_cap: float | None = None,
+    ):
         """
         Args:
+            scale: of the products of queries and keys.
+            soft_cap: see AttentionSpec.
             layer_id, sliding_window: see AttentionLayer.
         """
         super().__init__()
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.scale = head_dim**-0.5
+        self.scale = scale
+        self.soft_cap = soft_cap
         self.layer = AttentionLayer(layer_id, sliding_window)
 
     def bind(self, backend: AttentionBackend) -> None:
@@ -48,12 +61,14 @@ class RadixAttention(nn.Module):
         return self.backend.forward(q, self.layer, forward_batch)
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, rotary: CosSin, norms: HeadNorms | None, forward_batch: ForwardBatch
+        self, qkv: torch.Tensor, rotary: Rotation | None, norms: HeadNorms | None, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Norm and rotate q and k, and write k and v to the cache.
 
         Args:
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; may be overwritten.
+            rotary: None for a layer without positions.
+            norms: of each head; None for none.
 
         Returns:
             q for `forward`: [num_tokens, num_heads, head_dim].
@@ -65,17 +80,22 @@ class RadixAttention(nn.Module):
 
             kernel.rotate_and_store(
                 qkv,
-                *rotary,
+                None if rotary is None else rotary[:2],
                 slots,
                 *self.kv_pool.get_kv_buffer(layer_id),
                 num_q_heads=self.num_heads,
                 q_norm=norms.q.weight if norms is not None else None,
                 k_norm=norms.k.weight if norms is not None else None,
                 eps=norms.q.eps if norms is not None else 0.0,
+                norm_offset=norms.q.offset if norms is not None else 0.0,
             )
-            return heads[:, : self.num_heads]
+            q = heads[:, : self.num_heads]
+            return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
-        self.kv_pool.set_kv_buffer(layer_id, slots, apply_rotary(k, *rotary), v)
-        return apply_rotary(q, *rotary)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary.cos, rotary.sin), apply_rotary(k, rotary.cos, rotary.sin)
+            q = q if rotary.query_scale is None else q * rotary.query_scale
+        self.kv_pool.set_kv_buffer(layer_id, slots, k, v)
+        return q

@@ -14,10 +14,13 @@ PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
     """What the attention layers of this rank's part of a model have in common."""
     layers = _attention_layers(model)
-    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale) for layer in layers}
+    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale, layer.soft_cap) for layer in layers}
     assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
     windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
-    return AttentionSpec(device, dtype, page_size, len(layers), *shapes.pop(), windows)
+    num_heads, num_kv_heads, head_dim, scale, soft_cap = shapes.pop()
+    return AttentionSpec(
+        device, dtype, page_size, len(layers), num_heads, num_kv_heads, head_dim, scale, windows, soft_cap
+    )
 
 
 def bind_attention(model: nn.Module, backend: AttentionBackend) -> None:

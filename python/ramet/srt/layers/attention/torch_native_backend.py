@@ -93,7 +93,8 @@ class TorchNativeAttnBackend(AttentionBackend):
                 singles[index] = _Single(index, firsts[index], row, begin, end)
             else:
                 plan.append(self._plan_chunk(batch, slice(firsts[index], firsts[index + 1]), row, begin, end, window))
-        if self.spec.device.type == "cpu":  # elsewhere no function gives what results are combined by
+        if self.spec.device.type == "cpu" and self.spec.soft_cap is None:
+            # Otherwise no function gives what results are combined by.
             plan += self._take_families(batch, singles)
         return plan + self._plan_together(batch, list(singles.values()))
 
@@ -170,9 +171,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
         k, v = (part.index_select(0, chunk.slots).transpose(0, 1).unsqueeze(1) for part in (keys, values))
         k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=self.spec.scale
-        )
+        out = self._attend(q, k, v, chunk.mask, is_causal=chunk.mask is None)
         return out.permute(2, 0, 1, 3).flatten(1, 2)
 
     def _attend_together(
@@ -184,7 +183,23 @@ class TorchNativeAttnBackend(AttentionBackend):
         """
         k, v = _gather(keys, part.slots, len(q)), _gather(values, part.slots, len(q))
         q = q.unflatten(1, (self.spec.num_kv_heads, -1))  # [num_queries, kv_heads, group, head_dim]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=part.mask, scale=self.spec.scale).flatten(1, 2)
+        return self._attend(q, k, v, part.mask).flatten(1, 2)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, is_causal: bool = False
+    ) -> torch.Tensor:
+        """scaled_dot_product_attention, with the soft cap that it doesn't have."""
+        cap, scale = self.spec.soft_cap, self.spec.scale
+        if cap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+        scores = (q @ k.transpose(-1, -2)).float() * (scale / cap)
+        scores = scores.tanh_() * cap
+        if is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+            scores = scores.masked_fill_(hidden, float("-inf"))
+        elif mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1).to(q.dtype) @ v
 
     def _attend_family(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Family) -> torch.Tensor:
         """Like `_attend_together`: the prefix with the queries of all, each one's own keys, and both results combined.

@@ -32,6 +32,8 @@ class TorchVarlenAttnBackend(AttentionBackend):
     def obstacle(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda":
             return "a GPU"
+        if spec.soft_cap is not None:
+            return "a model without a soft cap on attention"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"bfloat16 or float16; the model has {str(spec.dtype).removeprefix('torch.')}"
         if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:

@@ -127,6 +127,7 @@ class TritonAttnBackend(AttentionBackend):
             page_size=self.spec.page_size,
             scale=self.spec.scale,
             sliding_window=window,
+            soft_cap=self.spec.soft_cap,
         )
 
     def prefers_launches(self, tokens: PassTokens) -> bool:
@@ -135,7 +136,7 @@ class TritonAttnBackend(AttentionBackend):
         return int((tokens.lens * (tokens.starts + tokens.ends)).sum()) // 2 >= LAUNCHED_PAIRS
 
     def use_quiet_moment(self, limits: PassLimits) -> None:
-        if self._choice is None:
+        if self._choice is None and self.spec.soft_cap is None:  # which no other has
             # It has a backend of its own: its thread must not touch the pass that this one is at.
             self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).plan_prompts)
 

@@ -17,6 +17,7 @@ def _rms_norm_kernel(
     out_stride,
     size,
     eps,
+    OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
@@ -25,7 +26,7 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < size
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) + OFFSET
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -39,12 +40,14 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * out_stride + columns, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
     """norm(x) or norm(x + residual), over rows.
 
     Args:
         x: [num_rows, size]; rows may be apart.
-        weight: [size].
+        weight: [size]; `offset` is added to it, in float32.
         residual: contiguous [num_rows, size] of x's dtype; becomes x + residual.
 
     Returns:
@@ -66,6 +69,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
         out.stride(0),
         size,
         eps,
+        OFFSET=offset,
         HAS_RESIDUAL=residual is not None,
         BLOCK=block,
         EARLY=early,

@@ -73,6 +73,7 @@ def _attend(
     BLOCK_KEYS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
 ):
     """Fold the keys [start, stop) into the running softmax; without MASKED, whole blocks that every query sees."""
     dims = tl.arange(0, BLOCK_DIM)
@@ -84,6 +85,8 @@ def _attend(
         k_mask = valid[None, :] & dim_mask[:, None] if MASKED else dim_mask[:, None]
         k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=k_mask, other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
+        if SOFT_CAP > 0:
+            scores = SOFT_CAP * (2 * tl.sigmoid(2 * scores / SOFT_CAP) - 1)  # SOFT_CAP * tanh(scores / SOFT_CAP)
         if MASKED:
             visible = valid[None, :] & (positions[None, :] <= q_positions[:, None])
             if HAS_WINDOW:
@@ -123,6 +126,7 @@ def _piece_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_OPEN_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes one piece, for the query heads of one KV head: row i is head i % GROUP of token i // GROUP.
@@ -164,12 +168,12 @@ def _piece_kernel(
         open_stop = start + tl.maximum(0, seen_by_all - start) // BLOCK_KEYS * BLOCK_KEYS
         acc, total, maximum = _attend(
             acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, cache_stride, start, open_stop, scale,
-            window, False, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION,
+            window, False, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP,
         )  # fmt: skip
         start = open_stop
     acc, total, maximum = _attend(
         acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, cache_stride, start, stop, scale,
-        window, True, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION,
+        window, True, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # of a row that sees none of these keys: its maximum is -inf
@@ -263,6 +267,7 @@ def paged_attention(
     page_size: int,
     scale: float,
     sliding_window: int | None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of the new tokens of a pass, whose keys and values are in the cache, to all that they see.
 
@@ -271,6 +276,7 @@ def paged_attention(
         k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous.
         table: int64 [num_rows, max_pages], pages of each row.
         positions: int64 [num_tokens], of each token in its sequence.
+        soft_cap: see AttentionSpec.
 
     Returns:
         Contiguous [num_tokens, num_heads, head_dim].
@@ -316,6 +322,7 @@ def paged_attention(
             HAS_WINDOW=sliding_window is not None,
             HAS_OPEN_KEYS=has_open_keys,
             PRECISION=dot_precision(q.dtype),
+            SOFT_CAP=(soft_cap or 0.0) * LOG2_E,
             EARLY=early,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

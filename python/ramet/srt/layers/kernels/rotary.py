@@ -10,6 +10,16 @@ HEADS_PER_PROGRAM = 4
 
 
 @triton.jit
+def _weight_of(q_weight_ptr, k_weight_ptr, heads, columns, is_q, is_k, in_part, OFFSET: tl.constexpr):
+    """float32 [heads, columns]: the norm's weight for each head, zeros for heads of v."""
+    q_mask = is_q[:, None] & in_part
+    k_mask = is_k[:, None] & in_part
+    columns = heads[:, None] * 0 + columns[None, :]
+    weight = tl.load(q_weight_ptr + columns, mask=q_mask, other=0.0).to(tl.float32)
+    return weight + tl.load(k_weight_ptr + columns, mask=k_mask, other=0.0).to(tl.float32) + OFFSET
+
+
+@triton.jit
 def _rotate_and_store_kernel(
     qkv_ptr,
     cos_ptr,
@@ -25,63 +35,80 @@ def _rotate_and_store_kernel(
     num_kv_heads,
     eps,
     HEAD_DIM: tl.constexpr,
+    HALF_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    REST: tl.constexpr,
+    OFFSET: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_ROTATION: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes a few heads of one token. Heads count through q, k and v; v is only copied to the cache."""
+    """One program takes a few heads of one token. Heads count through q, k and v; v is only copied to the cache.
+
+    Of each head, 2 * HALF_DIM columns rotate; behind them are REST (a power of two, or 0) and fewer that do not.
+    """
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     is_q = heads < num_q_heads
     is_k = (heads >= num_q_heads) & (heads < num_q_heads + num_kv_heads)
     is_v = (heads >= num_q_heads + num_kv_heads) & (heads < num_q_heads + 2 * num_kv_heads)
+    is_any = (is_q | is_k | is_v)[:, None]
+    rotated = (is_q | is_k)[:, None]
     columns = tl.arange(0, HALF)
-    in_half = (columns < HEAD_DIM // 2)[None, :]
-    mask = (is_q | is_k | is_v)[:, None] & in_half
+    in_half = (columns < HALF_DIM)[None, :]
+    mask = is_any & in_half
     offsets = heads[:, None] * HEAD_DIM + columns[None, :]
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row_ptr = qkv_ptr + token * qkv_stride
-    first = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(row_ptr + offsets + HEAD_DIM // 2, mask=mask, other=0.0).to(tl.float32)
-    rotated = (is_q | is_k)[:, None]
-    if HAS_NORM:
-        square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-        scale = tl.rsqrt(square / HEAD_DIM + eps)[:, None]
-        columns_row = columns[None, :] + tl.zeros([BLOCK_HEADS, HALF], dtype=tl.int32)
-        q_mask = is_q[:, None] & in_half
-        k_mask = is_k[:, None] & in_half
-        weight = tl.load(q_weight_ptr + columns_row, mask=q_mask, other=0.0).to(tl.float32)
-        weight += tl.load(k_weight_ptr + columns_row, mask=k_mask, other=0.0).to(tl.float32)
-        first = tl.where(rotated, first * scale * weight, first)
-        weight = tl.load(q_weight_ptr + columns_row + HEAD_DIM // 2, mask=q_mask, other=0.0).to(tl.float32)
-        weight += tl.load(k_weight_ptr + columns_row + HEAD_DIM // 2, mask=k_mask, other=0.0).to(tl.float32)
-        second = tl.where(rotated, second * scale * weight, second)
-    angle = token * (HEAD_DIM // 2) + columns
-    cos = tl.load(cos_ptr + angle, mask=columns < HEAD_DIM // 2, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + angle, mask=columns < HEAD_DIM // 2, other=0.0).to(tl.float32)[None, :]
-    out_first = tl.where(rotated, first * cos - second * sin, first).to(qkv_ptr.dtype.element_ty)
-    out_second = tl.where(rotated, second * cos + first * sin, second).to(qkv_ptr.dtype.element_ty)
-    in_place = rotated & in_half
-    tl.store(row_ptr + offsets, out_first, mask=in_place)
-    tl.store(row_ptr + offsets + HEAD_DIM // 2, out_second, mask=in_place)
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    k_offsets = slot * cache_stride + offsets - num_q_heads * HEAD_DIM
-    v_offsets = k_offsets - num_kv_heads * HEAD_DIM
-    k_mask = is_k[:, None] & in_half
-    v_mask = is_v[:, None] & in_half
-    tl.store(k_cache_ptr + k_offsets, out_first, mask=k_mask)
-    tl.store(k_cache_ptr + k_offsets + HEAD_DIM // 2, out_second, mask=k_mask)
-    tl.store(v_cache_ptr + v_offsets, out_first, mask=v_mask)
-    tl.store(v_cache_ptr + v_offsets + HEAD_DIM // 2, out_second, mask=v_mask)
+    k_cache_ptr += slot * cache_stride - num_q_heads * HEAD_DIM
+    v_cache_ptr += slot * cache_stride - (num_q_heads + num_kv_heads) * HEAD_DIM
+    first = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(row_ptr + offsets + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
+    square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+    if REST > 0:
+        rest_columns = 2 * HALF_DIM + tl.arange(0, REST)
+        in_rest = (rest_columns < HEAD_DIM)[None, :]
+        rest_offsets = heads[:, None] * HEAD_DIM + rest_columns[None, :]
+        rest = tl.load(row_ptr + rest_offsets, mask=is_any & in_rest, other=0.0).to(tl.float32)
+        square += tl.sum(rest * rest, axis=1)
+    if HAS_NORM:
+        scale = tl.rsqrt(square / HEAD_DIM + eps)[:, None]
+        weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, columns, is_q, is_k, in_half, OFFSET)
+        first = tl.where(rotated, first * scale * weight, first)
+        weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, columns + HALF_DIM, is_q, is_k, in_half, OFFSET)
+        second = tl.where(rotated, second * scale * weight, second)
+        if REST > 0:
+            weight = _weight_of(q_weight_ptr, k_weight_ptr, heads, rest_columns, is_q, is_k, in_rest, OFFSET)
+            rest = tl.where(rotated, rest * scale * weight, rest)
+    if HAS_ROTATION:
+        angle = token * HALF_DIM + columns
+        cos = tl.load(cos_ptr + angle, mask=columns < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + angle, mask=columns < HALF_DIM, other=0.0).to(tl.float32)[None, :]
+        turned = tl.where(rotated, first * cos - second * sin, first)
+        second = tl.where(rotated, second * cos + first * sin, second)
+        first = turned
+    first = first.to(qkv_ptr.dtype.element_ty)
+    second = second.to(qkv_ptr.dtype.element_ty)
+    tl.store(row_ptr + offsets, first, mask=rotated & in_half)
+    tl.store(row_ptr + offsets + HALF_DIM, second, mask=rotated & in_half)
+    tl.store(k_cache_ptr + offsets, first, mask=is_k[:, None] & in_half)
+    tl.store(k_cache_ptr + offsets + HALF_DIM, second, mask=is_k[:, None] & in_half)
+    tl.store(v_cache_ptr + offsets, first, mask=is_v[:, None] & in_half)
+    tl.store(v_cache_ptr + offsets + HALF_DIM, second, mask=is_v[:, None] & in_half)
+    if REST > 0:
+        rest = rest.to(qkv_ptr.dtype.element_ty)
+        tl.store(row_ptr + rest_offsets, rest, mask=rotated & in_rest)
+        tl.store(k_cache_ptr + rest_offsets, rest, mask=is_k[:, None] & in_rest)
+        tl.store(v_cache_ptr + rest_offsets, rest, mask=is_v[:, None] & in_rest)
 
 
 def rotate_and_store(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None,
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -90,23 +117,26 @@ def rotate_and_store(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
+    norm_offset: float = 0.0,
 ) -> None:
     """Norm the heads of q and k (with norms given), rotate them in place, and write k and v to their cache slots.
 
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]; rows may be apart.
-        cos, sin: contiguous [num_tokens, 1, head_dim / 2].
+        rotary: cosines and sines, contiguous [num_tokens, 1, columns of a head that rotate / 2]; None rotates nothing.
         slots: int64 [num_tokens].
         k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous.
-        q_norm, k_norm: [head_dim], both or none.
+        q_norm, k_norm: [head_dim], both or none; `norm_offset` is added to them, in float32.
     """
     num_kv_heads, head_dim = k_cache.shape[1:]
-    assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    cos, sin = (qkv, qkv) if rotary is None else rotary
+    half_dim = head_dim // 2 if rotary is None else cos.shape[-1]
+    assert qkv.stride(1) == 1 and (rotary is None or (cos.is_contiguous() and sin.is_contiguous()))
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1)
     if qkv.shape[0] == 0:
         return
     early = can_launch_early(qkv.device)
-    half = next_power_of_2(head_dim // 2)
+    half, num_rest = next_power_of_2(half_dim), head_dim - 2 * half_dim
     _rotate_and_store_kernel[(qkv.shape[0], triton.cdiv(num_q_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))](
         qkv,
         cos,
@@ -122,8 +152,12 @@ def rotate_and_store(
         num_kv_heads,
         eps,
         HEAD_DIM=head_dim,
+        HALF_DIM=half_dim,
         HALF=half,
+        REST=next_power_of_2(num_rest) if num_rest else 0,
+        OFFSET=norm_offset,
         HAS_NORM=q_norm is not None,
+        HAS_ROTATION=rotary is not None,
         BLOCK_HEADS=HEADS_PER_PROGRAM,
         EARLY=early,
         num_warps=min(4, max(1, HEADS_PER_PROGRAM * half // 64)),

@@ -67,6 +67,7 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
     for name, (path, _) in tensors.items():
         is_idle_head = name == HEAD and (whole.is_tied or not whole.has_head)
         is_known = name in whole.shapes and name not in absent or is_idle_head
+        is_known = is_known or bool(whole.surplus and re.match(whole.surplus, name))
         if not is_known and not is_harmless(name):
             surplus.append(f"{name} in {os.path.basename(path)}")
     if surplus:

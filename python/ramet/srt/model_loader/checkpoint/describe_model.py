@@ -8,7 +8,7 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.model_loader.checkpoint.whole_model import WholeModel, boxes_of, collect_boxes, is_whole
-from ramet.srt.models.registry import get_model_class
+from ramet.srt.models.decoder import DecoderForCausalLM
 from ramet.srt.weights.manifest import WeightManifest, dtype_name
 
 
@@ -18,14 +18,15 @@ def describe_whole_model(config: ModelConfig, manifest: WeightManifest) -> Whole
     Args:
         manifest: of one rank; if that is all there is, nothing is built.
     """
-    return dataclasses.replace(_collect(config, manifest), has_head=config.embedding is None)
+    whole = _collect(config, manifest)
+    return dataclasses.replace(whole, has_head=config.embedding is None, surplus=config.surplus_tensors)
 
 
 def _collect(config: ModelConfig, manifest: WeightManifest) -> WholeModel:
     quantization = config.quantization_config
     if is_whole(manifest):
         return collect_boxes(boxes_of(manifest.entries), quantization)
-    model = get_model_class(config.architecture)(config, getattr(torch, config.dtype), ParallelConfig())
+    model = DecoderForCausalLM(config, getattr(torch, config.dtype), ParallelConfig())
     if quantization is not None:
         declare_quantised(model, quantization)
     parameters = [(name, parameter, dtype_name(parameter.dtype)) for name, parameter in model.named_parameters()]

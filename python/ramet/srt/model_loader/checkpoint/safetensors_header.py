@@ -119,8 +119,9 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     _check_no_overlap(path, tensors)
     whole = {whole_name(name): info for name, info in tensors.items()}
     if len(whole) < len(tensors):
-        twice = next(name for name in tensors if whole_name(name) != name and whole_name(name) in tensors)
-        raise ValueError(f"{path} has {twice} twice, with and without model. in front")
+        wholes = [whole_name(name) for name in tensors]
+        twice = next(name for name in tensors if wholes.count(whole_name(name)) > 1)
+        raise ValueError(f"{path} has {twice} twice, with and without model. or language_model. in front")
     return whole
 
 

@@ -14,6 +14,7 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.checks import check_checkpoint, is_harmless, is_quantised_here, settle_scales
+from ramet.srt.model_loader.checkpoint.fused_tensors import split_fused
 from ramet.srt.model_loader.checkpoint.idle_tensors import without_idle
 from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
@@ -80,7 +81,8 @@ class CheckpointSource:
         block_rows = None if whole.quantization is None else whole.quantization.block_rows
         for path, tensors in self.files.items():
             unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
-            self.files[path] = without_idle(path, settle_scales(unstacked, whole), whole)
+            unfused = split_fused(path, unstacked, whole.shapes, block_rows)
+            self.files[path] = without_idle(path, settle_scales(unfused, whole), whole)
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 
 STACKED = re.compile(
-    r"(?P<layer>.+)\.mlp\.(?P<part>gate\.weight|experts\.gate_up_proj|experts\.down_proj)(?P<scale>_scale(_inv)?)?"
+    r"(?P<layer>.+)\.mlp\.(?P<part>gate\.weight|e_score_correction_bias|experts\.gate_up_proj|experts\.down_proj)(?P<scale>_scale(_inv)?)?"
 )
 FP8 = "float8_e4m3fn"
 EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
@@ -50,7 +50,7 @@ def _split(
     assert match is not None
     layer, part, scale = match["layer"], match["part"], match["scale"] or ""
     block = "block_sparse_moe" if f"{layer}.block_sparse_moe.gate.weight" in wanted else "mlp"
-    if part == "gate.weight":
+    if not part.startswith("experts"):
         if scale:
             return [(name, info)]
         return [(f"{layer}.{block}.{part}", info)]

@@ -25,6 +25,7 @@ class WholeModel:
     quantization: QuantizationConfig | None = None
     is_complete: bool = True  # False: only what one of several ranks needs is known
     knows_config: bool = True  # False: there is nothing but a manifest to go by
+    surplus: str = ""  # a regular expression of names that the files may hold beside, if it isn't empty
     has_head: bool = True  # False: an output head that the files may hold is of no use
 
 

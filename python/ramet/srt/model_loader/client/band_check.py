@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import numpy as np
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
+from ramet.srt.model_loader.checkpoint.fused_tensors import fused_parts
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
@@ -67,6 +68,10 @@ class _Target(NamedTuple):
             first = tuple((0, 1) for _ in self.tensor.shape)
             return Holding(first, holding.offset, (0,) * len(first), holding.dtype)
         if self.matrix is None:
+            rows = holding.region[0] if holding.region else (0, 0)
+            if self.first_row:
+                region = ((rows[0] + self.first_row, rows[1] + self.first_row), *holding.region[1:])
+                holding = Holding(region, holding.offset, holding.strides, holding.dtype)
             if len(self.tensor.shape) == 1 and holding.region[1:] == ((0, 1),):  # scales of rows, as a vector
                 return Holding(holding.region[:1], holding.offset, holding.strides[:1], holding.dtype)
             return holding
@@ -96,7 +101,8 @@ def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
 
 def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, list[_Held]], dict[str, str]]:
     """What an arena has of each tensor of the table; and which entries can't be compared, and why."""
-    targets = find_targets(table, {box.checkpoint_name for entry in manifest.entries for box in entry.boxes})
+    names = {box.checkpoint_name for entry in manifest.entries for box in entry.boxes}
+    targets = {**_find_fused(table, names, manifest.dimensions), **find_targets(table, names)}
     held: dict[str, list[_Held]] = {}  # by the table's tensors: a band may lie in several entries
     unchecked = {}
     for entry, box in ((one, box) for one in manifest.entries for box in one.boxes):
@@ -137,6 +143,25 @@ def find_targets(table: DigestTable, names: Set[str]) -> dict[str, _Target]:
                 continue
             matrix, rest = divmod(part.offset, num_rows * num_columns * size)
             found[new_name] = _Target(tensor, matrix, rest // (num_columns * size))
+    return found
+
+
+def _find_fused(table: DigestTable, names: Set[str], dimensions: Mapping[str, int]) -> dict[str, _Target]:
+    """The tensors that boxes name and that the checkpoint holds one above the other, as rows of what it has."""
+    found: dict[str, _Target] = {}
+    sizes = [dimensions.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")]
+    heads = [size * dimensions.get("head_dim", 0) for size in sizes]
+    for name, tensor in table.tensors.items():
+        parts = [] if name in names else fused_parts(name)
+        if not names & set(parts):
+            continue
+        if math.prod(tensor.shape) == 1:  # a scale of the whole
+            found.update({part: _Target(tensor) for part in parts})
+            continue
+        rows = heads if len(parts) == len(heads) else [tensor.shape[0] // len(parts)] * len(parts)
+        if sum(rows) == tensor.shape[0]:
+            starts = itertools.accumulate(rows, initial=0)
+            found.update({part: _Target(tensor, None, start) for part, start in zip(parts, starts, strict=False)})
     return found
 
 

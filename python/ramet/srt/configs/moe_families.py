@@ -1,0 +1,160 @@
+"""Owns the registry entries of families with experts."""
+
+from ramet.srt.configs.dense_families import MISTRAL, PLAIN, QWEN2, QWEN3
+from ramet.srt.configs.harmless_keys import ANY
+from ramet.srt.configs.model_family import ExpertTraits, ModelFamily
+
+_MIXTRAL = {
+    **{name: value for name, value in MISTRAL.items() if name != "layer_types"},
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "num_experts_per_tok": 2,
+    "num_experts": 8,
+}
+_QWEN2_MOE = {
+    **QWEN2,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "qkv_bias": True,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "norm_topk_prob": False,
+    "mlp_only_layers": None,
+}
+_QWEN3_MOE = {
+    **{name: value for name, value in QWEN3.items() if name not in ("max_window_layers", "layer_types")},
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+    "norm_topk_prob": False,
+    "mlp_only_layers": None,
+}
+_GLM4_MOE = {
+    **PLAIN,
+    "vocab_size": 151552,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}
+_MINIMAX_M2 = {
+    **PLAIN,
+    "vocab_size": 200064,
+    "hidden_size": 3072,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 196608,
+    "rope_theta": 5000000.0,
+    "partial_rotary_factor": None,
+    "rotary_dim": None,
+    "num_experts_per_tok": 8,
+    "num_local_experts": 256,
+    "num_mtp_modules": 0,
+    "attn_type_list": None,
+}
+
+MOE_FAMILIES = (
+    ModelFamily(
+        architecture="MixtralForCausalLM",
+        model_type="mixtral",
+        defaults=_MIXTRAL,
+        null_means={"head_dim": None, "sliding_window": None},
+        harmless={"norm_topk_prob": (True, None)},
+        experts=ExpertTraits(block="block_sparse_moe", names=("w1", "w3", "w2"), always_normalised=True),
+    ),
+    ModelFamily(
+        architecture="Qwen2MoeForCausalLM",
+        model_type="qwen2_moe",
+        defaults=_QWEN2_MOE,
+        null_means={"sliding_window": None, "layer_types": None, "mlp_only_layers": None},
+        window_rule="every other below",
+        experts=ExpertTraits(shared="shared_expert", shared_gate="shared_expert_gate"),
+    ),
+    ModelFamily(
+        architecture="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
+        defaults=_QWEN3_MOE,
+        null_means={
+            "sliding_window": None,
+            "mlp_only_layers": None,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": False,
+        },
+        harmless={"use_qk_norm": (True, None)},
+        qk_norm="head",
+    ),
+    ModelFamily(
+        architecture="Glm4MoeForCausalLM",
+        model_type="glm4_moe",
+        defaults=_GLM4_MOE,
+        null_means={"partial_rotary_factor": 1.0},
+        o_bias_key="",
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=ExpertTraits(
+            scoring="sigmoid",
+            correction_bias="gate.e_score_correction_bias",
+            is_router_float32=True,
+            shared="shared_experts",
+        ),
+    ),
+    ModelFamily(
+        architecture="MiniMaxM2ForCausalLM",
+        model_type="minimax_m2",
+        defaults=_MINIMAX_M2,
+        null_means={"partial_rotary_factor": 1.0, "rotary_dim": None, "attn_type_list": None},
+        harmless={
+            "scoring_func": ("sigmoid",),
+            "use_routing_bias": (True,),
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+            "shared_intermediate_size": (0,),
+            **dict.fromkeys(
+                ("layernorm_full_attention_beta", "layernorm_linear_attention_beta", "layernorm_mlp_beta"), (1,)
+            ),
+            "mlp_intermediate_size": ANY,  # of parts that MiniMax-M1 has, as is the next
+            "shared_moe_mode": ANY,
+            "use_mtp": ANY,
+            "mtp_transformer_layers": ANY,
+        },
+        qk_norm="all",
+        mtp_layers_key="num_mtp_modules",
+        experts=ExpertTraits(
+            block="block_sparse_moe",
+            names=("w1", "w3", "w2"),
+            scoring="sigmoid",
+            always_normalised=True,
+            correction_bias="e_score_correction_bias",
+        ),
+    ),
+)

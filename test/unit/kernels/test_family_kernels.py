@@ -1,0 +1,36 @@
+"""Each family's traits by the layers' kernels, which a model takes on a GPU, against its own torch code."""
+
+import pytest
+import random_models as rm
+import torch
+from ramet.srt.layers import activation, layernorm
+from ramet.srt.layers.attention import radix_attention
+from rank_threads import RankThreads
+
+# Each with what of it matters to few tokens.
+FAMILIES = {
+    "gemma2": {"sliding_window": 3},
+    "gemma3": {"sliding_window": 3},
+    "glm4_moe": {},
+    "minimax_m2": {},
+    "ministral3": {},
+    "phi3": {"original_max_position_embeddings": 5},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
+}
+SEQUENCES = rm.random_prompts([3, 7])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_give_what_torch_gives(monkeypatch, tmp_path, device, family):
+    if device.type == "cuda":
+        pytest.skip("test/gpu runs whole models there")
+    folder = rm.make_model(tmp_path, family, num_hidden_layers=2, **FAMILIES[family])
+    ranks = RankThreads(monkeypatch, folder, 1)
+    expected = ranks.logprobs(SEQUENCES, 64)
+    ranks = RankThreads(monkeypatch, folder, 1, attention_backend="triton")
+    used = []
+    for module in (activation, layernorm, radix_attention):
+        monkeypatch.setattr(module, "use_kernels", lambda x: used.append(x) is None)
+    for got, wanted in zip(ranks.logprobs(SEQUENCES, 64), expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)
+    assert used
