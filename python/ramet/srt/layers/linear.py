@@ -8,6 +8,7 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.lora import LoraSlots
 from ramet.srt.layers.matmul import project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.layers.quantization.scales import BlockScales, scales_of
@@ -23,6 +24,7 @@ class MergedColumnParallelLinear(nn.Module):
     """
 
     quantisable_weights = ("weight",)
+    lora: LoraSlots | None = None  # of adapters, where there can be some
 
     def __init__(
         self,
@@ -56,17 +58,19 @@ class MergedColumnParallelLinear(nn.Module):
             weight_boxes.append(shard_box(f"{name}.weight", (size, input_size), 0, start, stop, rows))
             bias_boxes.append(shard_box(f"{name}.bias", (size,), 0, start, stop, rows))
             rows += stop - start
+        self.matrices = tuple(weight_boxes)  # of which the weight is made, however it is quantised
         self.weight = declare_weight((rows, input_size), dtype, weight_boxes)  # [rows of this rank, input_size]
         self.bias = declare_weight((rows,), dtype, bias_boxes) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return project(x, self.weight, self.bias, scales_of(self, "weight"))
+        y = project(x, self.weight, self.bias, scales_of(self, "weight"))
+        return y if self.lora is None else self.lora.add(x, y)
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
         scales = scales_of(self, "weight")
-        if not isinstance(scales, BlockScales) and takes_gemv(x, scales):
+        if self.lora is None and not isinstance(scales, BlockScales) and takes_gemv(x, scales):
             from ramet.srt.layers.kernels.gemv import gemv
 
             return gemv(x, self.weight, self.bias, scales, activation.name)
@@ -115,6 +119,7 @@ class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input columns split over the ranks; the partial results are summed."""
 
     quantisable_weights = ("weight",)
+    lora: LoraSlots | None = None  # of adapters, where there can be some
 
     def __init__(
         self,
@@ -130,6 +135,7 @@ class RowParallelLinear(nn.Module):
         shard = divide(input_size, parallel.tp_size, name)
         start = parallel.tp_rank * shard
         box = shard_box(f"{name}.weight", (output_size, input_size), 1, start, start + shard)
+        self.matrices = (box,)
         self.weight = declare_weight((output_size, shard), dtype, [box])  # [output_size, columns of this rank]
         self.bias = None
         if bias:
@@ -144,7 +150,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
-        if self.tp_size == 1:
-            return project(x, self.weight, self.bias, scales_of(self, "weight"))
-        y = tensor_model_parallel_all_reduce(project(x, self.weight, scales=scales_of(self, "weight")))
+        is_whole = self.tp_size == 1
+        y = project(x, self.weight, self.bias if is_whole else None, scales_of(self, "weight"))
+        if self.lora is not None:
+            y = self.lora.add(x, y)
+        if is_whole:
+            return y
+        y = tensor_model_parallel_all_reduce(y)
         return y if self.bias is None else y + self.bias
