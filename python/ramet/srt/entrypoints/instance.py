@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import ramet
+from ramet.srt.configs.lora_config import DEFAULT_MAX_RANK
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
 from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
+from ramet.srt.lora.adapter import lora_role
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
 from ramet.srt.model_loader.seed.control import ask_rank
 from ramet.srt.modelexpress.settings import check_environment, check_installed
@@ -38,6 +40,8 @@ from ramet.srt.weights.control_messages import (
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
+    from ramet.srt.lora.adapter_paths import LoraPath
+    from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.modelexpress.server.server import ModelExpressServer
@@ -69,6 +73,8 @@ class Instance:
         self.metrics: Metrics
         self.model_config: ModelConfig
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
+        self.lora: LoraControl
+        self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -135,6 +141,9 @@ class Instance:
                 rope.theta,
                 rope.ignored_theta,
             )
+        if args.has_lora:
+            self._read_lora_paths()
+            args = self.server_args
         bootstrap_url = None
         if args.modelexpress is not None:
             self._prepare_modelexpress(args.modelexpress)
@@ -146,6 +155,29 @@ class Instance:
         self._children = ChildProcesses(self._scheduler_module)
         self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
+
+    def _read_lora_paths(self) -> None:
+        """Find out what is wrong with adapters before anything takes memory, and how large their ranks are.
+
+        Raises:
+            ValueError: if a folder holds none, or one that is not supported.
+        """
+        from ramet.srt.lora.adapter_paths import instance_address, parse_lora_path, read_folder
+
+        args = self.server_args
+        ranks = [DEFAULT_MAX_RANK]
+        self._lora_paths = [parse_lora_path(text) for text in args.lora_paths]
+        names = [path.name for path in self._lora_paths if path.name]
+        if len(set(names)) < len(names) or args.model_name in names:
+            raise ValueError("--lora-paths: each adapter needs a name of its own, which is not the model's")
+        for path in self._lora_paths:
+            if instance_address(path.path) is None:
+                try:
+                    ranks.append(read_folder(path)[0].max_rank)
+                except ValueError as error:
+                    raise ValueError(f"--lora-paths {path.name}: {error}") from error
+        if args.max_lora_rank is None:
+            self.server_args = dataclasses.replace(args, max_lora_rank=max(ranks))
 
     def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
         """Start the metadata server if this instance has one, and pass on what the ranks need to know of it.
@@ -237,6 +269,7 @@ class Instance:
         import zmq
 
         from ramet.srt.entrypoints.openai.reranker import find_reranker
+        from ramet.srt.managers.lora_control import LoraControl
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
@@ -276,6 +309,7 @@ class Instance:
             )
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
+        self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -296,8 +330,32 @@ class Instance:
             with contextlib.suppress(LaunchError):
                 await ready
             return False
-        self._start_serving(await ready)
+        schedulers = await ready
+        if self.is_head:
+            self.manager.connect(schedulers[0].scheduler_addresses)
+            await self._load_adapters()
+        self._start_serving(schedulers)
         return True
+
+    def _forget_adapter(self, name: str) -> None:
+        """No instance shall come for an adapter any more."""
+        if self.bootstrap is not None:
+            self.bootstrap.forget(lora_role(name))
+
+    async def _load_adapters(self) -> None:
+        """Those that the flags name, and those of the instances that the weights are from.
+
+        Raises:
+            LaunchError: if one can't be loaded.
+        """
+        args = self.server_args
+        try:
+            for path in self._lora_paths:
+                await self.lora.load_path(path)
+            if args.has_lora and args.seeds and args.modelexpress is None:
+                await self.lora.load_from(*args.seeds)
+        except (RequestError, ServiceError) as error:
+            raise LaunchError(str(error)) from None
 
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
         assert self._children is not None
@@ -310,7 +368,7 @@ class Instance:
                 self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
-            self.manager.start_accepting(max_req_len, schedulers[0].scheduler_addresses)
+            self.manager.start_accepting(max_req_len)
         self._children.watch(self._on_death, None if self.is_head else self._on_end)
         self._tell_ranks(InstanceReady())
 

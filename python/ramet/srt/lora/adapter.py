@@ -9,10 +9,10 @@ import re
 import msgspec
 
 from ramet.srt.utils.outside_json import Natural
+from ramet.srt.weights.manifest import LORA_ROLE
 
 NO_ADAPTER = 0  # in place of an adapter's number: the model as it is
 MAX_NAME_LEN = 256
-ROLE_PREFIX = "lora:"
 PEFT_PREFIX = "base_model.model."  # of all tensors
 ALL_LINEAR = "all-linear"  # in place of a pattern: all matrices but the output head
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -91,7 +91,7 @@ LoraSource = LoraFile | LoraSeed
 
 def lora_role(name: str) -> str:
     """The model role by which ranks offer their parts of an adapter: see weights/manifest.py."""
-    return ROLE_PREFIX + name
+    return LORA_ROLE + name
 
 
 def check_lora_name(name: str) -> str:

@@ -23,12 +23,16 @@ from ramet.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    LoadLoraReqInput,
     Message,
     RequestOutput,
     StartProfileReqInput,
     StopProfileReqInput,
     TokenizedGenerateReqInput,
+    UnloadLoraReqInput,
 )
+from ramet.srt.managers.lora_desk import LoraDesk
+from ramet.srt.managers.lora_slots import LoraSlots
 from ramet.srt.managers.passes import FinishedPass, make_passes
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.prefix_groups import place_by_prefix
@@ -101,10 +105,12 @@ class Scheduler:
         # In a pipeline a request gains one token while each stage computes a pass.
         target_s = config.target_itl_s / parallel.pp_size
         self.budget = TokenBudget(config.prefill_budget, target_s, model_runner.pass_sizes)
-        self.admission = Admission(config, self.caches, self.rows, self.budget, clock)
+        self.lora_slots = LoraSlots(config.num_lora_slots)
+        self.admission = Admission(config, self.caches, self.rows, self.budget, clock, self.lora_slots)
         self.running: list[RunningReq] = []  # those that decode
-        self.planner = BatchPlanner(self.rows)
+        self.planner = BatchPlanner(self.rows, self.lora_slots)
         self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap, clock)
+        self.lora = LoraDesk(model_runner.lora, self.lora_slots, self.caches, self.passes.tell, channel.reply)
         self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self.throughput = Throughput()
         self.num_retracted = 0
@@ -142,6 +148,7 @@ class Scheduler:
 
     def step(self) -> ScheduleBatch | None:
         """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
+        self.lora.poll()
         if self.grammar_queue or self.grammar_steps:
             self.grammar_steps.poll(0.0)
             self._collect_grammars()
@@ -162,7 +169,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs, or a pass is under way."""
-        return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
+        has_reqs = bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
+        return has_reqs or bool(self.lora)
 
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
@@ -213,6 +221,8 @@ class Scheduler:
                 self._accept(message)
             case AbortReq():
                 self._abort(message)
+            case LoadLoraReqInput() | UnloadLoraReqInput():
+                self.lora.handle(message)
             case FlushCacheReqInput():
                 self.channel.reply(self._flush_cache(message))
             case GetInternalStateReq():
@@ -516,6 +526,7 @@ class Scheduler:
     def _release(self, running: RunningReq) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""
         self.caches[running.group].release(running.handle, running.req.fill_ids)
+        self.lora_slots.give_back(running.req.lora_id)
         self.planner.forget(running.req.rid)
 
     def _drop_ended(self) -> None:

@@ -14,6 +14,7 @@ class PrefixMatch:
 
     pages: list[int]
     node: TreeNode  # where the prefix ends
+    lora_id: int  # the adapter that has computed them; 0: none
     num_evictions: int  # of the cache when it was found
 
 
@@ -26,6 +27,7 @@ class CacheHandle:
     pages: list[int]
     num_tree_pages: int  # the first pages belong to the prefix tree, the others to the request
     kv_len: int  # tokens whose keys and values are in the pages
+    lora_id: int  # the adapter that computes them; 0: none
 
 
 class CommonPrefix(NamedTuple):
@@ -57,10 +59,10 @@ class RequestCache:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, token_ids: Sequence[int], limit: int | None = None) -> PrefixMatch:
-        """The longest cached prefix of `token_ids`, or of the first `limit` of them."""
-        pages, node = self.tree.match_prefix(token_ids, limit)
-        return PrefixMatch(pages, node, self._num_evictions)
+    def match(self, token_ids: Sequence[int], limit: int | None = None, lora_id: int = 0) -> PrefixMatch:
+        """The longest prefix of `token_ids`, or of the first `limit` of them, that is cached of an adapter."""
+        pages, node = self.tree.match_prefix(token_ids, limit, lora_id)
+        return PrefixMatch(pages, node, lora_id, self._num_evictions)
 
     def is_current(self, match: PrefixMatch) -> bool:
         """Whether nothing has been evicted since, so that the match may still be taken."""
@@ -84,7 +86,8 @@ class RequestCache:
             return None
         num_cached = len(match.pages)
         pages = match.pages + self._take_pages(num_missing)
-        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, num_cached * self.page_size)
+        kv_len = num_cached * self.page_size
+        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, kv_len, match.lora_id)
         self.rows.write(handle.row, 0, pages)
         return handle
 
@@ -119,9 +122,9 @@ class RequestCache:
         if self.tree.disabled or num_full <= handle.num_tree_pages:
             return
         token_ids = token_ids[: num_full * self.page_size]
-        num_held = self.tree.insert(token_ids, handle.pages)
+        num_held = self.tree.insert(token_ids, handle.pages, handle.lora_id)
         self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
-        pages, node = self.tree.match_prefix(token_ids)
+        pages, node = self.tree.match_prefix(token_ids, None, handle.lora_id)
         self.tree.lock(node)
         self.tree.unlock(handle.node)
         handle.node = node
@@ -145,6 +148,11 @@ class RequestCache:
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
         self.rows.free(handle.row)
+
+    def drop(self, lora_id: int) -> None:
+        """Forget what is cached of an adapter. No handle of it may be alive."""
+        if self.tree.drop(lora_id):
+            self._num_evictions += 1
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""
