@@ -1,12 +1,14 @@
 """Adapters of real servers: loaded, named in requests and answers, unloaded while in use, cloned with their model."""
 
+import socket
 import threading
 
 import httpx
 import pytest
+import ramet
 import random_models as rm
 from lora_adapters import make_adapter, merge_adapter
-from server_process import Background, ServerProcess, wait_until
+from server_process import Background, ServerProcess, is_running, wait_until
 
 PROMPT = rm.random_prompts([23])[0]
 NUM_TOKENS = 8
@@ -199,3 +201,32 @@ def test_who_may_load_adapters(case, tmp_path):
                 assert httpx.post(url, json=body, headers={"Authorization": "Bearer k"}).status_code == 401
                 answer = httpx.post(url, json=body, headers={"Authorization": "Bearer admin"})
                 assert answer.status_code == 400 and "start it with --enable-lora" in answer.text
+
+
+def test_the_engine_without_http(case):
+    with ramet.Engine(model_path=str(case.model), lora_paths=(f"one={case.adapters['one']}",), max_lora_rank=20,
+                      max_total_tokens=2048, served_model_name="base") as engine:  # fmt: skip
+        engine.load_lora_adapter("two", str(case.adapters["two"]), pinned=True)
+        for options in ({"lora_path": "two"}, {"model": "base:two"}, {"model": "two"}):
+            assert (
+                engine.generate(input_ids=PROMPT, sampling_params=GREEDY, **options)["output_ids"] == case.tokens["two"]
+            )
+        engine.unload_lora_adapter("two")
+        with pytest.raises(ValueError, match="serves 'base' and the adapters one"):
+            list(engine.generate(input_ids=PROMPT, model="two", stream=True))
+        found = engine.generate(input_ids=[PROMPT] * 2, sampling_params=GREEDY, lora_path=[None, "one"])
+        assert [one["output_ids"] for one in found] == [case.tokens[None], case.tokens["one"]]
+
+
+def test_a_start_that_is_given_up_while_its_adapters_are_awaited(case, tmp_path):
+    """Nobody answers at the address; SIGTERM ends the start at once, and with exit status 0 as any other start."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        path = f"one=instance://127.0.0.1:{silent.getsockname()[1]}"
+        with ServerProcess(case.model, tmp_path / "log", "--lora-paths", path, *SMALL, fake=False) as server:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                children = server.children()
+                server.signal()
+                assert server.wait_exit(20) == 0
+                assert not any(is_running(pid) for pid in children)

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import random_models as rm
 import torch
-from ramet.srt.layers.lora import NO_SLOT, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes
+from engine_harness import EngineHarness
+from lora_adapters import make_adapter, merge_adapter
+from ramet.srt.layers.lora import BLOCK_OUTPUTS, NO_SLOT, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes
 from ramet.srt.weights.manifest import WeightBox
 
 NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 20, 40
@@ -65,7 +68,7 @@ def test_kernels(device, token_slots, monkeypatch):
     expected = expect(x, y, token_slots, products)
     indices = torch.tensor(token_slots, dtype=torch.int32, device=device)
     x, y = x.to(device), y.to(device)
-    lora.add_adapters(x, y, indices, slots.a, slots.b, slots.scales, slots._blocks)
+    lora.add_adapters(x, y, indices, slots.a, slots.b, slots.scales, slots.blocks, BLOCK_OUTPUTS)
     torch.testing.assert_close(y.cpu(), expected, atol=1e-4, rtol=1e-5)
 
 
@@ -74,6 +77,25 @@ def test_kernels_of_long_passes(device, monkeypatch):
 
     monkeypatch.setattr(lora, "FEW_TOKENS", 8)
     test_kernels(device, CASES["several blocks"], monkeypatch)
+
+
+def test_an_engine_whose_layers_take_the_kernels(device, tmp_path, monkeypatch):
+    """Fused layers with their parts, prompts in chunks beside tokens, and two adapters for one slot."""
+    from ramet.srt.layers import lora
+
+    monkeypatch.setattr(lora, "use_kernels", lambda x: True)
+    model = rm.make_model(tmp_path / "model", "llama3", num_hidden_layers=1)
+    prompts = rm.random_prompts([5, 21])
+    engine = EngineHarness(model, enable_lora=True, max_loras_per_batch=1, chunked_prefill_size=8, device=device.type)
+    expected = {}
+    for number in (1, 2):
+        folder = make_adapter(tmp_path / str(number), model, seed=number, rank=2 + number)
+        assert engine.load_adapter(number, folder) == ""
+        merged = merge_adapter(model, folder, tmp_path / f"merged{number}")
+        expected |= {f"{number} {i}": tokens for i, tokens in enumerate(rm.hf_greedy(merged, prompts, 3))}
+        for i, prompt in enumerate(prompts):
+            engine.submit(f"{number} {i}", prompt, lora_id=number, max_new_tokens=3)
+    assert {rid: result.token_ids for rid, result in engine.run().items()} == expected
 
 
 @pytest.mark.parametrize("token_slots", CASES.values(), ids=CASES)

@@ -4,6 +4,7 @@ import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
+from fp8_models import write_fp8, write_plain
 from lora_adapters import ALL, ATTENTION, make_adapter, merge_adapter
 from ramet.srt.managers.io_struct import AbortReq, UnloadLoraReqInput
 
@@ -156,6 +157,19 @@ def test_an_adapter_of_another_type(tmp_path):
     """Its bytes stay what they are; the products are made in the model's type."""
     family = Family(tmp_path, "llama2", {1: {"dtype": torch.bfloat16}})
     family.check(family.engine(), [NONE, 1])
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks"])
+def test_beside_a_quantised_model(tmp_path, kind):
+    """The products with the adapter are those of the whole sums; the model's own matrices stay in fp8."""
+    model = write_fp8(rm.make_model(tmp_path / "model", "qwen3"), tmp_path / "fp8", kind)
+    plain = write_plain(model, tmp_path / "plain")
+    adapter = make_adapter(tmp_path / "a", plain)
+    expected = rm.hf_greedy(merge_adapter(plain, adapter, tmp_path / "merged"), PROMPTS, NUM_TOKENS)
+    engine = EngineHarness(model, enable_lora=True)
+    assert engine.load_adapter(1, adapter) == ""
+    results = engine.generate(PROMPTS, lora_id=1, max_new_tokens=NUM_TOKENS)
+    assert [result.token_ids for result in results] == expected
 
 
 def test_what_peft_writes_and_answers(llama, tmp_path):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 import ramet
-from ramet.srt.configs.lora_config import DEFAULT_MAX_RANK
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
 from ramet.srt.configs.parallel_config import check_parallel_sizes
@@ -142,7 +141,9 @@ class Instance:
                 rope.ignored_theta,
             )
         if args.has_lora:
-            self._read_lora_paths()
+            from ramet.srt.entrypoints.start_adapters import read_lora_paths
+
+            self._lora_paths, self.server_args = read_lora_paths(args)
             args = self.server_args
         bootstrap_url = None
         if args.modelexpress is not None:
@@ -155,29 +156,6 @@ class Instance:
         self._children = ChildProcesses(self._scheduler_module)
         self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
-
-    def _read_lora_paths(self) -> None:
-        """Find out what is wrong with adapters before anything takes memory, and how large their ranks are.
-
-        Raises:
-            ValueError: if a folder holds none, or one that is not supported.
-        """
-        from ramet.srt.lora.adapter_paths import instance_address, parse_lora_path, read_folder
-
-        args = self.server_args
-        ranks = [DEFAULT_MAX_RANK]
-        self._lora_paths = [parse_lora_path(text) for text in args.lora_paths]
-        names = [path.name for path in self._lora_paths if path.name]
-        if len(set(names)) < len(names) or args.model_name in names:
-            raise ValueError("--lora-paths: each adapter needs a name of its own, which is not the model's")
-        for path in self._lora_paths:
-            if instance_address(path.path) is None:
-                try:
-                    ranks.append(read_folder(path)[0].max_rank)
-                except ValueError as error:
-                    raise ValueError(f"--lora-paths {path.name}: {error}") from error
-        if args.max_lora_rank is None:
-            self.server_args = dataclasses.replace(args, max_lora_rank=max(ranks))
 
     def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
         """Start the metadata server if this instance has one, and pass on what the ranks need to know of it.
@@ -318,47 +296,43 @@ class Instance:
         """Wait until the children can serve, then take requests; False, and no more children, if `give_up` comes first.
 
         Raises:
-            LaunchError: if a child can't serve.
+            LaunchError: if a child can't serve, or an adapter can't be loaded.
         """
         assert self._children is not None
         ready = asyncio.create_task(asyncio.to_thread(self._children.wait_ready))
-        given_up = asyncio.create_task(give_up.wait())
-        await asyncio.wait((ready, given_up), return_when=asyncio.FIRST_COMPLETED)
-        given_up.cancel()
-        if not ready.done():
+        if not await _ends_before(ready, give_up):
             await asyncio.to_thread(self.stop_processes)
             with contextlib.suppress(LaunchError):
                 await ready
             return False
         schedulers = await ready
+        self._children.watch(self._on_death, None if self.is_head else self._on_end)
         if self.is_head:
             self.manager.connect(schedulers[0].scheduler_addresses)
-            await self._load_adapters()
+            loading = asyncio.create_task(self._load_adapters())
+            if not await _ends_before(loading, give_up):
+                loading.cancel()
+                await asyncio.to_thread(self.stop_processes)
+                return False
+            await loading
         self._start_serving(schedulers)
         return True
+
+    async def _load_adapters(self) -> None:
+        """Those that are there from the start on. Raises LaunchError if one can't be loaded."""
+        from ramet.srt.entrypoints.start_adapters import load_first_adapters
+
+        try:
+            await load_first_adapters(self.lora, self._lora_paths, self.server_args)
+        except (RequestError, ServiceError) as error:
+            raise LaunchError(str(error)) from None
 
     def _forget_adapter(self, name: str) -> None:
         """No instance shall come for an adapter any more."""
         if self.bootstrap is not None:
             self.bootstrap.forget(lora_role(name))
 
-    async def _load_adapters(self) -> None:
-        """Those that the flags name, and those of the instances that the weights are from.
-
-        Raises:
-            LaunchError: if one can't be loaded.
-        """
-        args = self.server_args
-        try:
-            for path in self._lora_paths:
-                await self.lora.load_path(path)
-            if args.has_lora and args.seeds and args.modelexpress is None:
-                await self.lora.load_from(*args.seeds)
-        except (RequestError, ServiceError) as error:
-            raise LaunchError(str(error)) from None
-
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
-        assert self._children is not None
         for scheduler in schedulers:
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
         self.schedulers = schedulers
@@ -369,7 +343,6 @@ class Instance:
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
             self.manager.start_accepting(max_req_len)
-        self._children.watch(self._on_death, None if self.is_head else self._on_end)
         self._tell_ranks(InstanceReady())
 
     def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
@@ -510,6 +483,14 @@ class Instance:
         if not task.cancelled() and task.exception() is not None:
             logger.error("the tokenizer manager failed", exc_info=task.exception())
             self._on_death(f"the tokenizer manager failed: {task.exception()!r}")
+
+
+async def _ends_before(task: "asyncio.Task[Any]", event: asyncio.Event) -> bool:
+    """Wait until one of them has come; whether it is the task that has ended, well or not."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return task.done()
 
 
 def _without(message: msgspec.Struct, *names: str) -> dict[str, Any]:

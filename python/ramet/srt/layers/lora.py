@@ -18,7 +18,7 @@ from ramet.srt.weights.manifest import WeightBox
 
 NO_SLOT = -1  # of a token whose request has no adapter
 WEIGHT_SUFFIX = ".weight"
-BLOCK_OUTPUTS = 64  # outputs of one part that a kernel's program makes
+BLOCK_OUTPUTS = 128  # outputs of one part that a kernel's program makes
 
 
 class LoraTokens:
@@ -130,7 +130,7 @@ class LoraSlots:
             for first, stop in part.outputs
             for start in range(first, stop, BLOCK_OUTPUTS)
         ]
-        self._blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [num_blocks, part, first, stop]
+        self.blocks = torch.tensor(blocks, dtype=torch.int32, device=device)  # [num_blocks, part, first, stop]
 
     def clear(self, slot: int) -> None:
         """Let a slot add nothing."""
@@ -167,7 +167,7 @@ class LoraSlots:
             from ramet.srt.layers.kernels.lora import add_adapters
 
             slots = self._tokens.slots[: x.shape[0]]
-            add_adapters(x.contiguous(), y, slots, self.a, self.b, self.scales, self._blocks)
+            add_adapters(x.contiguous(), y, slots, self.a, self.b, self.scales, self.blocks, BLOCK_OUTPUTS)
             return y
         for slot, tokens in self._tokens.groups:
             self._add_slot(slot, x if tokens is None else x[tokens], y, tokens)

@@ -5,7 +5,7 @@ Which adapter is in which slot, and when one is loaded or dropped, the scheduler
 
 import dataclasses
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.models.registry import get_model_class
 from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.threads import run_beside
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import summarize
@@ -84,7 +85,6 @@ class LoraManager:
         self._parts = {part.name: part for parts in self._layers.values() for part in parts}
         self._shapes = self._whole_shapes(model)
         self._bootstrap_url: str | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load-lora")
         self._loading: dict[int, Future[RankAdapter]] = {}
         self._loaded: dict[int, RankAdapter] = {}
         self.tokens: LoraTokens
@@ -155,7 +155,7 @@ class LoraManager:
 
     def begin_load(self, lora_id: int, adapter: LoraAdapter, source: LoraSource) -> None:
         """Load an adapter beside the passes."""
-        self._loading[lora_id] = self._pool.submit(self._load, adapter, source)
+        self._loading[lora_id] = run_beside(lambda: self._load(adapter, source), "load-lora")
 
     def is_loading(self, lora_id: int) -> bool:
         """Whether this rank still is."""
@@ -187,9 +187,7 @@ class LoraManager:
 
     def close(self) -> None:
         """Withdraw all offers."""
-        self._pool.shutdown()
-        loading = [future.result() for future in self._loading.values() if future.exception() is None]
-        for loaded in (*self._loaded.values(), *loading):
+        for loaded in self._loaded.values():
             loaded.close()
 
     def _load(self, adapter: LoraAdapter, source: LoraSource) -> RankAdapter:

@@ -3,7 +3,8 @@
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.errors import RequestError, ServiceError
@@ -23,11 +24,14 @@ from ramet.srt.managers.lora_registry import LoadedAdapter, LoraRegistry
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer
 from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.threads import run_beside
 
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0
 UNLOAD_TIMEOUT_S = 60.0  # once no request has the adapter
+
+Result = TypeVar("Result")
 
 
 class LoraControl:
@@ -77,7 +81,7 @@ class LoraControl:
             check_lora_name(path.name)
             async with self._turn:
                 self._check_is_free(path.name)
-                adapter, source = await asyncio.to_thread(self._find, path)
+                adapter, source = await _beside(lambda: self._find(path))
                 return await self._load(adapter, source, path)
         except ValueError as error:
             if isinstance(error, RequestError):
@@ -89,28 +93,28 @@ class LoraControl:
         found = None if path.name else instance_address(path.path)
         if found is None:
             await self.load(path)
-        else:
-            await self.load_from(found[0])
+            return
+        listed = await self.ask_first([found[0]])
+        if isinstance(listed, str):
+            raise RequestError(listed)
+        await self.load_listed(*listed)
 
-    async def load_from(self, *addresses: SeedAddress) -> None:
-        """Load all adapters of the first instance that tells its own, but for those whose names are taken.
-
-        Raises:
-            RequestError: if none tells, or one of its adapters can't be loaded.
-            ServiceError: if a replica does not answer.
-        """
+    async def ask_first(self, addresses: Sequence[SeedAddress]) -> tuple[SeedAddress, list[ListedAdapter]] | str:
+        """The adapters of the first instance that tells them; why none does."""
         failures = []
         for address in addresses:
             try:
-                listed = await asyncio.to_thread(ask_instance, self._server(address), self._load_config.timeout_s)
+                ask = functools.partial(ask_instance, self._server(address), self._load_config.timeout_s)
+                return address, await _beside(ask)
             except ValueError as error:
                 failures.append(str(error))
-                continue
-            for one in listed:
-                if self.registry.get(one.adapter.name) is None:
-                    await self.load(LoraPath(one.adapter.name, instance_path(address), one.pinned))
-            return
-        raise RequestError("; ".join(failures))
+        return "; ".join(failures)
+
+    async def load_listed(self, address: SeedAddress, listed: Sequence[ListedAdapter]) -> None:
+        """Load an instance's adapters, but for those whose names are taken. Raises what `load` raises."""
+        for one in listed:
+            if self.registry.get(one.adapter.name) is None:
+                await self.load(LoraPath(one.adapter.name, instance_path(address), one.pinned))
 
     async def unload(self, name: str) -> None:
         """Give an adapter to no further request at once, and drop it when those that have it have ended.
@@ -179,3 +183,8 @@ class LoraControl:
         self.registry.add(loaded)
         logger.info("loaded the adapter %s from %s", path.name, path.path)
         return loaded
+
+
+async def _beside(work: Callable[[], Result]) -> Result:
+    """Work in a thread for which an end of the instance does not wait: other instances may take their time."""
+    return await asyncio.wrap_future(run_beside(work, "find-lora"))

@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
+LOAD_POLL_S = 0.01  # while an adapter is being loaded
 MAX_WAIT_S = 0.02  # at a time, so that the end of the process waits no longer
 WARM_UP_TOKENS = 8
 
@@ -128,7 +129,8 @@ class Scheduler:
     def run_once(self) -> None:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
         is_idle, spare_s = not self.has_work, self._spare_s()
-        messages = self.channel.receive(IDLE_POLL_S if is_idle else spare_s)
+        idle_s = LOAD_POLL_S if self.lora else IDLE_POLL_S
+        messages = self.channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)
         if spare_s:
@@ -169,8 +171,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs, or a pass is under way."""
-        has_reqs = bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
-        return has_reqs or bool(self.lora)
+        return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
 
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
@@ -386,7 +387,9 @@ class Scheduler:
             reqs = self._retract_for(self.passes.decodable(self.running))
         if reqs:
             self.admission.reserve.decay()
-        return place_by_prefix(reqs, self.caches)
+        placed = place_by_prefix(reqs, self.caches)
+        # Side by side the tokens of an adapter read its matrices once.
+        return sorted(placed, key=lambda running: running.lora_slot) if self.lora_slots.num_slots else placed
 
     def _extend(self, running: RunningReq) -> bool:
         """Give a request room for its next token; False if there is none."""

@@ -116,6 +116,7 @@ def add_adapters(
     b: torch.Tensor,
     scales: torch.Tensor,
     blocks: torch.Tensor,
+    block_outputs: int,
 ) -> None:
     """y += scale * x A^T B^T in place, with the matrices of each token's slot, for each part of the outputs.
 
@@ -126,7 +127,8 @@ def add_adapters(
         a: [num_slots, num_parts, rank, num_columns], contiguous.
         b: [num_slots, num_outputs, rank], contiguous.
         scales: float32 [num_slots, num_parts]; where it is 0 nothing is added.
-        blocks: int32 [num_blocks, 3]: a part, its first output and the end of outputs, at most 64 of them.
+        blocks: int32 [num_blocks, 3]: a part, an output of it, and the end of at most `block_outputs` from there on.
+        block_outputs: a power of 2.
     """
     (num_tokens, num_columns), (num_slots, num_parts, rank, _) = x.shape, a.shape
     assert x.is_contiguous() and y.is_contiguous() and a.is_contiguous() and b.is_contiguous()
@@ -172,6 +174,6 @@ def add_adapters(
         SPLITS=num_splits,
         BLOCK_TOKENS=block_tokens,
         BLOCK_RANK=block_rank,
-        BLOCK_OUTPUTS=64,
+        BLOCK_OUTPUTS=block_outputs,
         PRECISION=precision,
     )
