@@ -9,13 +9,13 @@ from lora_adapters import make_adapter, merge_adapter
 from ramet.srt.layers.lora import BLOCK_OUTPUTS, NO_SLOT, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes
 from ramet.srt.weights.manifest import WeightBox
 
-NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 20, 40
+NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 70, 40
 # A fused layer: its second part is a rank's share of a matrix, and its first stands in two pieces around it.
 PARTS = [
     LoraPart("first", (0, NUM_COLUMNS), ((0, 70), (70, 80)), ((0, 70), (85, 95))),
     LoraPart("second", (0, NUM_COLUMNS), ((30, 45),), ((70, 85),)),
 ]
-ADAPTERS = {0: {"first": (7, 2.0), "second": (20, 0.5)}, 2: {"second": (1, 3.0)}}  # rank and scale; slot 1 is empty
+ADAPTERS = {0: {"first": (7, 2.0), "second": (70, 0.5)}, 2: {"second": (1, 3.0)}}  # rank and scale; slot 1 is empty
 CASES = {
     "one token": [0],
     "one adapter": [2] * 5,

@@ -68,6 +68,13 @@ def test_targets(targets, excluded, layers, chosen):
     assert {short for short, name in names.items() if found.has(name)} == chosen
 
 
+def test_layers_by_what_they_are_in():
+    names = ["model.layers.1.blocks.2.q_proj", "model.layers.2.blocks.1.q_proj"]
+    for layers_in, chosen in (([], 0), (["layers"], 0), (["blocks"], 1), (["x", "blocks"], 1)):
+        targets = LoraTargets(chosen=["q_proj"], layers=[1], layers_in=layers_in)
+        assert [targets.has(name) for name in names] == [place == chosen for place in range(2)]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

@@ -6,7 +6,9 @@ import torch
 from engine_harness import EngineHarness
 from fp8_models import write_fp8, write_plain
 from lora_adapters import ALL, ATTENTION, make_adapter, merge_adapter
+from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.managers.io_struct import AbortReq, UnloadLoraReqInput
+from safetensors.torch import load_file
 
 PROMPTS = rm.random_prompts([5, 40, 17])
 NUM_TOKENS = 6
@@ -157,6 +159,21 @@ def test_an_adapter_of_another_type(tmp_path):
     """Its bytes stay what they are; the products are made in the model's type."""
     family = Family(tmp_path, "llama2", {1: {"dtype": torch.bfloat16}})
     family.check(family.engine(), [NONE, 1])
+
+
+def test_embeddings(tmp_path):
+    """A decoder without its output head, whose adapter's tensors have no "model." in their names, as its own."""
+    model = rm.make_embedding_model(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "a", model)
+    assert not any("model.model.model." in name for name in load_file(adapter / "adapter_model.safetensors"))
+    expected = rm.hf_hidden_states(merge_adapter(model, adapter, tmp_path / "merged"), PROMPTS)
+    engine = EngineHarness(model, enable_lora=True)
+    assert engine.load_adapter(1, adapter) == ""
+    results = engine.generate(PROMPTS, lora_id=1, pooling=Pooling())
+    for result, vector in zip(results, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(result.vector), vector, atol=1e-4, rtol=1e-4)
+    lost = make_adapter(tmp_path / "b", model, targets=("up_proj",), target_modules=["up_proj", "q_proj"])
+    assert "names model.layers.0.self_attn.q_proj" in engine.load_adapter(2, lost)
 
 
 @pytest.mark.parametrize("kind", ["rows", "blocks"])

@@ -13,7 +13,7 @@ from ramet.srt.utils.net import SeedAddress
 def make_registry(*names):
     registry = LoraRegistry()
     for name in names:
-        module = LoraModule(name="model.layers.0.mlp.up_proj", rank=1, scale=1.0)
+        module = LoraModule(name="model.layers.0.mlp.up_proj", rank=1, scale=1.0, file_name="")
         adapter = LoraAdapter(
             name=name, dtype="float32", digest="", modules=(module,), targets=LoraTargets(chosen="all-linear")
         )

@@ -24,16 +24,17 @@ class LoraModule(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # the matrix' own without ".weight", as "model.layers.0.self_attn.q_proj"
     rank: Natural
     scale: float
+    file_name: str  # the same as the adapter's file has it: decoders without an output head have no "model." in front
 
     @property
     def a_name(self) -> str:
         """The tensor [rank, input_size]."""
-        return f"{PEFT_PREFIX}{self.name}{A_SUFFIX}"
+        return f"{PEFT_PREFIX}{self.file_name}{A_SUFFIX}"
 
     @property
     def b_name(self) -> str:
         """The tensor [output_size, rank]."""
-        return f"{PEFT_PREFIX}{self.name}{B_SUFFIX}"
+        return f"{PEFT_PREFIX}{self.file_name}{B_SUFFIX}"
 
 
 class LoraTargets(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,9 +43,10 @@ class LoraTargets(msgspec.Struct, frozen=True, kw_only=True):
     chosen: str | list[str]  # a pattern of whole names, or the ends of names; ALL_LINEAR is for all
     excluded: str | list[str] = []  # in the same ways
     layers: list[int] = []  # of those whose names were listed; empty: all
+    layers_in: list[str] = []  # patterns of what the layers are in; empty: anything
 
     def has(self, name: str) -> bool:
-        """Raises ValueError if a pattern is none."""
+        """Whether a module is meant, by its name in the adapter's file. Raises ValueError if a pattern is none."""
         if self.excluded and _is_named(name, self.excluded):
             return False
         if self.chosen == ALL_LINEAR:
@@ -53,7 +55,8 @@ class LoraTargets(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if isinstance(self.chosen, str) or not self.layers:
             return True
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        patterns = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in self.layers_in] or [r".*?\.[^.]*\.(\d+)\."]
+        match = next(filter(None, (match_start(pattern, name) for pattern in patterns)), None)
         return match is not None and int(match[1]) in self.layers
 
 
@@ -113,13 +116,13 @@ def split_tensor_name(name: str) -> tuple[str, bool] | None:
 def _is_named(name: str, names: str | list[str]) -> bool:
     """Whether a pattern fits the whole of a module's name, or one of several names the end of it."""
     if isinstance(names, str):
-        return matches(rf"(?:{names})\Z", name)
+        return match_start(rf"(?:{names})\Z", name) is not None
     return any(name == one or name.endswith(f".{one}") for one in names)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a name begins as a pattern says. Raises ValueError if that is no regular expression."""
+def match_start(pattern: str, name: str) -> re.Match[str] | None:
+    """How a name begins as a pattern says. Raises ValueError if that is no regular expression."""
     try:
-        return re.match(pattern, name) is not None
+        return re.match(pattern, name)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error

@@ -16,9 +16,10 @@ from ramet.srt.lora.adapter import (
     LoraModule,
     LoraTargets,
     check_lora_name,
-    matches,
+    match_start,
     split_tensor_name,
 )
+from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
 from ramet.srt.model_loader.checkpoint.checks import PLAIN_FLOATS
 from ramet.srt.model_loader.checkpoint.digest_store import load_table
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, read_header
@@ -29,8 +30,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 READ_KEYS = frozenset(
     {
-        "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "use_rslora",
-        "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+        "peft_type", "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+        "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
     }
 )  # fmt: skip
 # How the adapter was trained, or made before that; where it came from; how it is kept in memory.
@@ -70,7 +71,7 @@ def read_adapter(name: str, folder: str) -> LoraAdapter:
     header = read_header(path)
     modules = _read_modules(config, config_path, header, path)
     targets = _read_targets(config, config_path)
-    if idle := [module.name for module in modules if not targets.has(module.name)]:
+    if idle := [module.file_name for module in modules if not targets.has(module.file_name)]:
         raise ValueError(f"{path} has matrices for {name_some(idle)}, which {config_path} does not name as targets")
     dtypes = sorted({info.dtype for info in header.values()})
     if len(dtypes) > 1 or dtypes[0] not in PLAIN_FLOATS:
@@ -115,17 +116,18 @@ def _check_config(config: dict[str, Any], path: str) -> None:
 
 
 def _read_targets(config: dict[str, Any], path: str) -> LoraTargets:
-    layers = config.get("layers_to_transform")
+    layers, layers_in = config.get("layers_to_transform"), config.get("layers_pattern") or []
     values = {
         "chosen": config.get("target_modules"),
         "excluded": config.get("exclude_modules") or [],
         "layers": [] if layers is None else layers if isinstance(layers, list) else [layers],
+        "layers_in": layers_in if isinstance(layers_in, list) else [layers_in],
     }
     try:
         return msgspec.convert(values, LoraTargets)
     except msgspec.ValidationError as error:
         raise ValueError(f"{path}: target_modules and exclude_modules must be lists of names or patterns, "
-                         f"layers_to_transform numbers: {error}") from error  # fmt: skip
+                         f"layers_to_transform numbers, layers_pattern names: {error}") from error  # fmt: skip
 
 
 def _read_modules(
@@ -150,14 +152,14 @@ def _read_modules(
                              f"gives it the rank {rank}")  # fmt: skip
         alpha = _by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        modules.append(LoraModule(name=name, rank=rank, scale=scale))
+        modules.append(LoraModule(name=whole_name(name), rank=rank, scale=scale, file_name=name))
     return tuple(sorted(modules, key=lambda module: module.name))
 
 
 def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module's name."""
     for pattern, value in (config.get(key) or {}).items():
-        if matches(rf"(.*\.)?({pattern})$", module):
+        if match_start(rf"(.*\.)?({pattern})$", module):
             if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
                 raise ValueError(f"{key} {pattern!r} must be a number above 0; got {value!r}")
             return value

@@ -15,6 +15,7 @@ from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
 Shape = tuple[int, int]
+DECODER_PREFIX = "model."  # of names in a model with an output head
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, Shape], max_rank: i
             f"the adapter adds to {name_some(unknown)}, which the model does not have, or not as a linear layer that "
             "adapters can add to: experts, routers, the embedding and the output head are not supported"
         )
-    if lost := [name for name in shapes if name not in names and adapter.targets.has(name)]:
+    prefix = "" if any(module.name == module.file_name for module in adapter.modules) else DECODER_PREFIX
+    if lost := [name for name in shapes if name not in names and adapter.targets.has(name.removeprefix(prefix))]:
         raise ValueError(f"the adapter's config names {name_some(lost)} as targets, of which its file has nothing")
     if adapter.max_rank > max_rank:
         raise ValueError(f"the adapter has the rank {adapter.max_rank}; --max-lora-rank is {max_rank}")

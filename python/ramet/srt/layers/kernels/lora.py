@@ -13,7 +13,8 @@ from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next
 FEW_TOKENS = 512
 MIN_SPLIT_COLUMNS = 1024  # of the input, that one program sums up
 MAX_SPLITS = 8
-MIN_DOT = 16  # rows and columns of the smallest product
+MIN_DOT, MAX_RANKS = 16, 64  # rows of A that one program takes: at least what a product needs
+MAX_TILE_BYTES = 8192  # of A
 
 
 @triton.jit
@@ -27,23 +28,25 @@ def _shrink_kernel(
     num_columns,
     num_parts,
     rank,
+    num_splits,
     split_columns,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """inner[split, token, part] = scale * x A^T, summed over the split's columns of x."""
+    """inner[split, token, part] = scale * x A^T for a block of ranks, summed over the split's columns of x."""
     slot = tl.program_id(2)
     part = tl.program_id(1) % num_parts
-    split = tl.program_id(1) // num_parts
+    split = tl.program_id(1) // num_parts % num_splits
+    first_rank = tl.program_id(1) // num_parts // num_splits * BLOCK_RANK
     tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     is_mine = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1) == slot
     scale = tl.load(scales_ptr + slot * num_parts + part)
     if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
         return
     tokens = tokens.to(tl.int64)
-    ranks = tl.arange(0, BLOCK_RANK)
+    ranks = first_rank + tl.arange(0, BLOCK_RANK)
     rank_mask = ranks < rank
     columns = tl.arange(0, BLOCK_COLUMNS)
     a_rows = (slot * num_parts + part).to(tl.int64) * rank + ranks
@@ -89,19 +92,21 @@ def _expand_kernel(
     if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
         return
     tokens = tokens.to(tl.int64)
-    ranks = tl.arange(0, BLOCK_RANK)
-    rank_mask = ranks < rank
-    inner_mask = is_mine[:, None] & rank_mask[None, :]
-    inner = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        inner_rows = (split * num_tokens + tokens) * num_parts + part
-        inner += tl.load(inner_ptr + inner_rows[:, None] * rank + ranks[None, :], mask=inner_mask, other=0.0)
     outputs = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_OUTPUTS)
     output_mask = outputs < tl.load(block_ptr + 2)
     b_rows = slot.to(tl.int64) * num_outputs + outputs
-    b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
-    b = tl.load(b_ptrs, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
-    more = tl.dot(inner.to(b.dtype), b, input_precision=PRECISION)
+    more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
+    for first_rank in range(0, rank, BLOCK_RANK):
+        ranks = first_rank + tl.arange(0, BLOCK_RANK)
+        rank_mask = ranks < rank
+        inner_mask = is_mine[:, None] & rank_mask[None, :]
+        inner = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            inner_rows = (split * num_tokens + tokens) * num_parts + part
+            inner += tl.load(inner_ptr + inner_rows[:, None] * rank + ranks[None, :], mask=inner_mask, other=0.0)
+        b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
+        b = tl.load(b_ptrs, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
+        more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
     y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
     mask = is_mine[:, None] & output_mask[None, :]
     y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -137,14 +142,14 @@ def add_adapters(
         return
     has_few_tokens = num_tokens <= FEW_TOKENS
     block_tokens = 16 if has_few_tokens else 64
-    block_rank = max(MIN_DOT, next_power_of_2(rank))
-    block_columns = 32 if is_interpreted() or x.dtype == torch.float32 else 128
+    block_rank = min(MAX_RANKS, max(MIN_DOT, next_power_of_2(rank)))
+    block_columns = 32 if is_interpreted() else min(256, MAX_TILE_BYTES // block_rank) // x.element_size()
     num_splits = min(MAX_SPLITS, triton.cdiv(num_columns, MIN_SPLIT_COLUMNS)) if has_few_tokens else 1
     split_columns = triton.cdiv(triton.cdiv(num_columns, num_splits), block_columns) * block_columns
     inner = torch.empty((num_splits, num_tokens, num_parts, rank), dtype=torch.float32, device=x.device)
     num_blocks = triton.cdiv(num_tokens, block_tokens)
     precision = dot_precision(x.dtype)
-    _shrink_kernel[(num_blocks, num_parts * num_splits, num_slots)](
+    _shrink_kernel[(num_blocks, num_parts * num_splits * triton.cdiv(rank, block_rank), num_slots)](
         x,
         slots,
         a,
@@ -154,6 +159,7 @@ def add_adapters(
         num_columns,
         num_parts,
         rank,
+        num_splits,
         split_columns,
         BLOCK_TOKENS=block_tokens,
         BLOCK_RANK=block_rank,
