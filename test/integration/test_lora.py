@@ -109,6 +109,8 @@ def test_models_that_requests_can_name(case, seed):
 def test_what_is_refused(seed, path, body, status, words):
     answer = post(seed, path, **body)
     assert answer.status_code == status and words in answer.json()["error"]["message"]
+    if path in ("/load_lora_adapter", "/unload_lora_adapter"):  # as SGLang's clients read it
+        assert answer.json()["success"] is False and words in answer.json()["error_message"]
     assert model_names(seed) == ["fake", "one", "two"]
 
 

@@ -19,6 +19,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import UNUSED, WeightsConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
+from ramet.srt.layers.kernels.runtime import has_triton
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from ramet.srt.layers.lora import LoraSlots, LoraTokens, parts_of, slots_nbytes
 from ramet.srt.lora.adapter import LoraAdapter, LoraFile, LoraSource
@@ -66,6 +67,7 @@ class LoraManager:
         model: nn.Module,
         model_config: ModelConfig,
         parallel: ParallelConfig,
+        device: torch.device,
         weights: WeightsConfig,
         started_at: float,
     ):
@@ -74,10 +76,16 @@ class LoraManager:
             model: this rank's, on the meta device.
             weights: where adapters come from, if it is an instance, and to whom they are offered.
             started_at: when the instance was launched, in unix seconds.
+
+        Raises:
+            ValueError: if adapters can't be computed on the device.
         """
+        if device.type == "cuda" and not has_triton():
+            raise ValueError("--enable-lora on a GPU needs the package triton")
         self._config = config
         self._model_config = model_config
         self._parallel = parallel
+        self._device = device
         self._weights = weights
         self._started_at = started_at
         self._dtype: torch.dtype = getattr(torch, model_config.dtype)
@@ -104,13 +112,13 @@ class LoraManager:
         sizes = (config.max_loras_per_batch, config.max_lora_rank, itemsize)
         return sum(slots_nbytes(parts, *sizes) for parts in self._layers.values())
 
-    def allocate(self, device: torch.device, num_captured: int) -> None:
+    def allocate(self, num_captured: int) -> None:
         """Give the layers their slots.
 
         Args:
             num_captured: see LoraTokens.
         """
-        config = self._config
+        config, device = self._config, self._device
         self.tokens = LoraTokens(num_captured, device)
         for layer, parts in self._layers.items():
             layer.lora = LoraSlots(

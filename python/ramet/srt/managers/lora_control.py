@@ -79,6 +79,9 @@ class LoraControl:
         self._check_is_on()
         try:
             check_lora_name(path.name)
+        except ValueError as error:
+            raise RequestError(f"lora_name: {error}", param="lora_name") from None
+        try:
             async with self._turn:
                 self._check_is_free(path.name)
                 adapter, source = await _beside(lambda: self._find(path))
@@ -86,7 +89,8 @@ class LoraControl:
         except ValueError as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"the adapter {path.name!r} can't be loaded: {error}", param="lora_path") from None
+            text = f"lora_path: the adapter {path.name!r} can't be loaded: {error}"
+            raise RequestError(text, param="lora_path") from None
 
     async def load_path(self, path: LoraPath) -> None:
         """Load an adapter, or all of an instance's where the path has no name. Raises what `load` raises."""
@@ -127,7 +131,7 @@ class LoraControl:
         loaded = self.registry.get(name)
         if loaded is None or loaded.is_leaving:
             state = "is not loaded" if loaded is None else "is being unloaded already"
-            raise RequestError(f"the adapter {name!r} {state}", param="lora_name", status_code=404)
+            raise RequestError(f"lora_name: the adapter {name!r} {state}", param="lora_name", status_code=404)
         await self.registry.retire(loaded)
         async with self._turn:
             question = functools.partial(UnloadLoraReqInput, lora_id=loaded.lora_id)
@@ -138,15 +142,16 @@ class LoraControl:
 
     def _check_is_on(self) -> None:
         if not self._is_on:
-            raise RequestError("this instance takes no adapters: start it with --enable-lora")
+            text = "lora_name: this instance takes no adapters: start it with --enable-lora"
+            raise RequestError(text, param="lora_name")
 
     def _check_is_free(self, name: str) -> None:
         if name == self._served_name:
-            raise RequestError(f"{name!r} is the model itself", param="lora_name")
+            raise RequestError(f"lora_name: {name!r} is the model itself", param="lora_name")
         loaded = self.registry.get(name)
         if loaded is not None:
             state = "is being unloaded: try again when that is done" if loaded.is_leaving else "is loaded already"
-            raise RequestError(f"an adapter {name!r} {state}", param="lora_name")
+            raise RequestError(f"lora_name: an adapter {name!r} {state}", param="lora_name")
 
     def _find(self, path: LoraPath) -> tuple[LoraAdapter, LoraSource]:
         """For a thread. Raises ValueError if there is no such adapter."""

@@ -74,7 +74,7 @@ class LoraRegistry:
         if loaded is None or loaded.is_leaving:
             state = "is not loaded" if loaded is None else "is being unloaded"
             raise RequestError(
-                f"the adapter {name!r} {state}", param="lora_path", code="model_not_found", status_code=404
+                f"lora_path: the adapter {name!r} {state}", param="lora_path", code="model_not_found", status_code=404
             )
         return loaded.lora_id
 

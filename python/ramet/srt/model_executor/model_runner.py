@@ -92,7 +92,7 @@ class ModelRunner:
         self.lora: LoraManager | None = None
         if config.lora is not None:
             self.lora = LoraManager(
-                config.lora, self.model, self.model_config, parallel, config.weights, context.started_at
+                config.lora, self.model, self.model_config, parallel, device, config.weights, context.started_at
             )
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
         num_pages = self._num_kv_pages(free_bytes, attention)
@@ -100,7 +100,7 @@ class ModelRunner:
         self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
         if self.lora is not None:
-            self.lora.allocate(device, max(CHUNK_SIZES[-1], MAX_BATCH_SIZE) if device.type == "cuda" else 0)
+            self.lora.allocate(max(CHUNK_SIZES[-1], MAX_BATCH_SIZE) if device.type == "cuda" else 0)
         on_phase("model")
         weights = RankWeights(config.weights, context, self.manifest, self.arena, device, open_checkpoint)
         # Everything that needs only the addresses of the weights is made while they come.

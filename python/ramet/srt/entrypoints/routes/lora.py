@@ -1,6 +1,8 @@
 """Owns the routes that load and unload adapters: SGLang's, vLLM's, and what other instances ask."""
 
-from typing import Annotated
+import json
+from collections.abc import Coroutine
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter
@@ -10,9 +12,10 @@ from starlette.responses import PlainTextResponse, Response
 from ramet.srt.entrypoints.http.answers import LoraOutcome
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS, NOT_FOUND
 from ramet.srt.entrypoints.http.event_stream import json_response
+from ramet.srt.entrypoints.http.http_errors import body_of
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.errors import RequestError
+from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.lora.adapter import MAX_NAME_LEN
 from ramet.srt.lora.adapter_paths import LIST_PATH, LoraPath
 
@@ -40,21 +43,29 @@ def make_lora_router(instance: Instance) -> APIRouter:
     async def load(body: LoadLoraBody) -> None:
         await instance.lora.load(LoraPath(body.lora_name, body.lora_path, bool(body.pinned)))
 
-    def outcome() -> Response:
+    async def outcome(work: Coroutine[Any, Any, None]) -> Response:
+        """SGLang's answer; that of a failure has OpenAI's shape, too."""
+        error: RequestError | ServiceError | None = None
+        try:
+            await work
+        except (RequestError, ServiceError) as failure:
+            error = failure
         loaded = {one.adapter.name: one.path for one in instance.manager.adapters.usable()}
-        return json_response({"success": True, "error_message": "", "loaded_adapters": loaded})
+        answer = {"success": error is None, "error_message": str(error or ""), "loaded_adapters": loaded}
+        if error is None:
+            return json_response(answer)
+        content = json.dumps(answer | body_of(error))
+        return Response(content, error.status_code, media_type="application/json")
 
     @router.post("/load_lora_adapter", responses={200: {"model": LoraOutcome}})
     async def load_lora_adapter(body: LoadLoraBody) -> Response:
         """Load an adapter; answered when requests can name it."""
-        await load(body)
-        return outcome()
+        return await outcome(load(body))
 
     @router.post("/unload_lora_adapter", responses={200: {"model": LoraOutcome}})
     async def unload_lora_adapter(body: UnloadLoraBody) -> Response:
         """Unload an adapter: no new request gets it, and it is gone when those that have it have ended."""
-        await instance.lora.unload(body.lora_name)
-        return outcome()
+        return await outcome(instance.lora.unload(body.lora_name))
 
     @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
     async def v1_load_lora_adapter(body: LoadLoraBody) -> Response:

@@ -10,14 +10,15 @@ import triton.language as tl
 
 from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
 
-FEW_TOKENS = 512
+FEW_TOKENS = 256  # what is run before the first request has fewer and more
 MIN_SPLIT_COLUMNS = 1024  # of the input, that one program sums up
 MAX_SPLITS = 8
 MIN_DOT, MAX_RANKS = 16, 64  # rows of A that one program takes: at least what a product needs
 MAX_TILE_BYTES = 8192  # of A
 
 
-@triton.jit
+# Passes of many sizes are captured: none may find that its size needs a kernel of its own.
+@triton.jit(do_not_specialize=["num_tokens"])
 def _shrink_kernel(
     x_ptr,
     slots_ptr,
@@ -64,7 +65,7 @@ def _shrink_kernel(
     tl.store(inner_ptrs, acc * scale, mask=is_mine[:, None] & rank_mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _expand_kernel(
     inner_ptr,
     slots_ptr,
