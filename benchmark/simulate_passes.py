@@ -27,8 +27,14 @@ def rules() -> dict[str, Callable[[], Run]]:
         "by turns": lambda: Alternating(times, 8192).run,
         "mixed, early": lambda: Simulation(times, plans_late=False).run,
         "mixed, late": lambda: Simulation(times).run,
-        "late, 30 ms": lambda: Simulation(times, target_itl_s=0.03).run,
-        "late, 50 ms": lambda: Simulation(times, target_itl_s=0.05).run,
+        **{
+            f"{1000 * target_s:.0f} ms, strict": lambda target_s=target_s: (
+                Simulation(  # type: ignore[misc]
+                    times, target_itl_s=target_s, most_itl_s=target_s
+                ).run
+            )
+            for target_s in (0.03, 0.04, 0.05)
+        },
     }
 
 

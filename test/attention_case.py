@@ -36,7 +36,6 @@ class Case:
             dtype=dtype, device=device,
         )  # fmt: skip
         self.pool.buffer.normal_()
-        self.pool.buffer[:, :, :page_size] = float("nan")  # page 0 belongs to nobody: nothing of it may show
         self.layer = RadixAttention(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, layer_id=0, sliding_window=window
         )
@@ -54,6 +53,11 @@ class Case:
             positions = torch.arange(prefix, prefix + new)
             slots.append(tables[index][positions // page_size] * page_size + positions % page_size)
             rows.append(positions)
+        is_held = torch.zeros(self.pool.buffer.shape[2], dtype=torch.bool)
+        for table, end in zip(tables, ends, strict=True):
+            positions = torch.arange(end)
+            is_held[table[positions // page_size] * page_size + positions % page_size] = True
+        self.pool.buffer[:, :, ~is_held.to(device)] = float("nan")  # nothing shows of what belongs to no sequence
         slots = torch.cat(slots).to(device)
         num_tokens = len(slots)
         width = (num_heads + 2 * num_kv_heads) * head_dim

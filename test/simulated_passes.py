@@ -196,6 +196,7 @@ class Simulation:
             "page_size": 16,
             "chunked_prefill_size": 8192,
             "target_itl_s": 0.04,
+            "most_itl_s": 0.1,
             "schedule_policy": "deadline",
             "low_priority_values_first": False,
             "disable_radix_cache": False,

@@ -60,6 +60,7 @@ def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slo
         "page_size": PAGE,
         "chunked_prefill_size": -1,
         "target_itl_s": 0.0,
+        "most_itl_s": 0.0,
         "schedule_policy": "deadline",
         "low_priority_values_first": False,
         "disable_radix_cache": False,
@@ -70,7 +71,7 @@ def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slo
     config = SchedulerConfig(**defaults | config)
     rows = RowAllocator(num_rows)
     caches = [make_cache(num_pages, rows=rows) for _ in range(num_groups)]
-    budget = TokenBudget(config.prefill_budget, config.target_itl_s)
+    budget = TokenBudget(config.prefill_budget, config.target_itl_s, config.most_itl_s)
     budget.observe(10_000 * token_s, 10_000)
     return Admission(config, caches, rows, budget, lambda: 0.0, lora_slots or LoraSlots(0)), caches
 

@@ -45,6 +45,17 @@ def test_without_graphs_the_kernels_of_few_and_many_requests_are_prepared(engine
     assert {batch.batch_size for batch in batches if batch.forward_mode is ForwardMode.DECODE} == {1, 16}
 
 
+def test_rows_that_pad_a_pass_change_nothing(engine, monkeypatch):
+    """What a GPU rank does so that its libraries see few numbers of rows."""
+    prompts = rm.random_prompts([9, 33, 1, 70])
+    expected = [result.token_ids for result in engine.generate(prompts, max_new_tokens=6)]
+    numbers = []
+    monkeypatch.setattr(engine.runner, "_padded_count", lambda number: numbers.append(number) or number + 5)
+    fresh = [result.token_ids for result in engine.generate(prompts, max_new_tokens=6)]
+    assert fresh == expected and len(numbers) >= 12
+    engine.scheduler.check_caches()
+
+
 def test_an_end_token_beyond_the_vocabulary_can_be_held_back(folder, tmp_path):
     """Writing to such a place of the logits would end the whole instance."""
     copy = shutil.copytree(folder, tmp_path / "model")

@@ -33,6 +33,8 @@ from ramet.srt.utils.net import (
 )
 from ramet.srt.weights.content_digest import parse_digest
 
+BACKLOG_TARGETS = 2.5  # that requests wait for a token while many prompts wait, where no target was given
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs(ServerFlags):
@@ -372,13 +374,17 @@ class ServerArgs(ServerFlags):
     def scheduler_config(self, device_type: str) -> SchedulerConfig:
         """What a replica's scheduler must know, on that kind of device ("cpu" or "cuda")."""
         defaults = DEVICE_DEFAULTS[device_type]
-        target_itl_ms = defaults.target_itl_ms if self.target_itl_ms is None else self.target_itl_ms
+        target_itl_ms, most_itl_ms = self.target_itl_ms, self.target_itl_ms
+        if target_itl_ms is None or most_itl_ms is None:  # nobody has said what users of this instance bear
+            target_itl_ms, most_itl_ms = defaults.target_itl_ms, BACKLOG_TARGETS * defaults.target_itl_ms
+        splits_prompts = self.chunked_prefill_size != -1
         return SchedulerConfig(
             max_running_requests=self.max_running_requests or defaults.max_running_requests,
             max_queued_requests=self.max_queued_requests,
             page_size=self.page_size,
             chunked_prefill_size=self.chunked_prefill_size or defaults.chunked_prefill_size,
-            target_itl_s=0.0 if self.chunked_prefill_size == -1 else target_itl_ms / 1000,
+            target_itl_s=target_itl_ms / 1000 if splits_prompts else 0.0,
+            most_itl_s=most_itl_ms / 1000 if splits_prompts else 0.0,
             schedule_policy=self.schedule_policy,
             low_priority_values_first=self.schedule_low_priority_values_first,
             disable_radix_cache=self.disable_radix_cache,

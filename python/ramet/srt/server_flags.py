@@ -192,8 +192,9 @@ class ServerFlags:
     target_itl_ms: float | None = flag(
         None,
         "Milliseconds that requests which decode should wait for a token at most: a pass beside them computes as many "
-        "prompt tokens as that leaves time for. 500 on a CPU and 40 on a GPU when not given; 0 is no target, and there "
-        "is none where prompts are never split.",
+        "prompt tokens as that leaves time for. When not given it is 500 on a CPU and 40 on a GPU, and up to two and a "
+        "half times as long while prompts of many passes wait. 0 is no target, and there is none where prompts are "
+        "never split.",
         limit=NOT_NEGATIVE,
     )
     schedule_policy: str = flag(

@@ -13,6 +13,7 @@ class SchedulerConfig:
     page_size: int  # tokens
     chunked_prefill_size: int  # prompt tokens in one pass; -1: without limit
     target_itl_s: float  # seconds that a request should wait for its next token while prompts are computed; 0: any
+    most_itl_s: float  # the same while many prompts wait
     schedule_policy: str  # "deadline", "lpm", "fcfs" or "priority"
     low_priority_values_first: bool  # whether a low value is a high priority
     disable_radix_cache: bool

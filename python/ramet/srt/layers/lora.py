@@ -167,6 +167,7 @@ class LoraSlots:
             from ramet.srt.layers.kernels.lora import add_adapters
 
             slots = self._tokens.slots[: x.shape[0]]
+            assert len(slots) == len(x), "rows of another pass than the one that has begun"
             add_adapters(x.contiguous(), y, slots, self.a, self.b, self.scales, self.blocks, BLOCK_OUTPUTS)
             return y
         for slot, tokens in self._tokens.groups:

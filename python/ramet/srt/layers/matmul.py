@@ -29,6 +29,11 @@ def project(
         return fp8_linear(x, weight, scales, bias)
     if widens_weights(x, weight):
         return widening_linear(x, weight, bias)
+    if use_kernels(x):
+        from ramet.srt.layers.kernels import few_rows
+
+        if few_rows.takes(x, weight):
+            return few_rows.few_rows_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -76,6 +76,14 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
     return tokens.masked_fill(~torch.isfinite(best), INVALID_TOKEN)
 
 
+def warm_up_sampling(logits: torch.Tensor) -> None:
+    """Compile what the choice of tokens needs, and take the memory for as many rows."""
+    params = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1)
+    num_rows, vocab_size = logits.shape
+    info = SamplingInfo.from_params([params] * num_rows, [0] * num_rows, vocab_size, logits.device)
+    sample(logits, info, torch.zeros(num_rows, device=logits.device))
+
+
 def _sample_inverse_cdf(
     scaled: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor, best: torch.Tensor
 ) -> torch.Tensor:

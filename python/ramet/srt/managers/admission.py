@@ -131,12 +131,10 @@ class Admission:
         if not prompts:
             return []
         is_decoding = any(one.req.pooling is None for one in running)
-        adder = PrefillAdder(
-            self._rooms(running),
-            self._budget.num_tokens(is_decoding, num_others),
-            max_share(self._policy),
-            LoraRoom(self._lora_slots),
-        )
+        num_waiting = sum(prompt.missing_len for prompt in prompts)
+        budget = self._budget.num_tokens(is_decoding, num_others, num_waiting)
+        lora_room = LoraRoom(self._lora_slots)
+        adder = PrefillAdder(self._rooms(running), budget, max_share(self._policy), lora_room)
         for prompt in prompts:
             if adder.budget <= 0:
                 break

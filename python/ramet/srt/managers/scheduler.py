@@ -104,8 +104,8 @@ class Scheduler:
         self._grammar_pool = grammar_pool
         self._is_embedding = model_config.embedding is not None
         # In a pipeline a request gains one token while each stage computes a pass.
-        target_s = config.target_itl_s / parallel.pp_size
-        self.budget = TokenBudget(config.prefill_budget, target_s, model_runner.pass_sizes)
+        target_s, most_s = config.target_itl_s / parallel.pp_size, config.most_itl_s / parallel.pp_size
+        self.budget = TokenBudget(config.prefill_budget, target_s, most_s, model_runner.pass_sizes)
         self.lora_slots = LoraSlots(config.num_lora_slots)
         self.admission = Admission(config, self.caches, self.rows, self.budget, clock, self.lora_slots)
         self.running: list[RunningReq] = []  # those that decode

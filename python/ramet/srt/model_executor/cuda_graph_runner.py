@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_SIZE = 512
 # Tokens of captured passes with prompt chunks. Longer ones keep the device busy for longer than their launches take.
 CHUNK_SIZES = (*range(64, 769, 64), 896, 1024, *range(1280, 2049, 256))
+SHORT_TOKENS = 32  # a pass of so few may have kernels of its own
 
 
 def graph_batch_sizes(max_running_requests: int) -> list[int]:
@@ -78,7 +79,7 @@ class CudaGraphRunner:
     def capture(self) -> None:
         """Capture a graph for every shape, the largest first, so that the others fit into its memory.
 
-        A kernel has a tile for few rows and one for many, so the longest and the shortest pass of a kind use them all.
+        Kernels have other tiles for few rows and for many: the shortest passes and the longest of a kind use them all.
         """
         start = time.perf_counter()
         device = self._device
@@ -88,11 +89,12 @@ class CudaGraphRunner:
         stream.wait_stream(torch.cuda.current_stream(device))
         by_size = sorted(self._shapes, reverse=True)
         kinds = [[shape for shape in by_size if shape.has_chunks == has_chunks] for has_chunks in (False, True)]
-        ends_of_kinds = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
+        first = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
+        first |= {shape for shape in by_size if shape.num_tokens <= SHORT_TOKENS}
         for shape in by_size:
             self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
-            if shape in ends_of_kinds:
+            if shape in first:
                 with torch.cuda.stream(stream):
                     self._run(shape)  # kernels are compiled and libraries initialised outside of the capture
             graph = torch.cuda.CUDAGraph()

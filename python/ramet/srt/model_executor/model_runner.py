@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ramet.srt.batch.batch_plan import LogprobRows
 from ramet.srt.batch.forward_batch_info import ForwardBatch
@@ -27,6 +28,7 @@ from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.lora.lora_manager import LoraManager
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
+from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
 from ramet.srt.model_loader.arena.allocate import allocate_arena
@@ -39,6 +41,7 @@ from ramet.srt.weights.report import LoadReport, PublisherStats
 logger = logging.getLogger(__name__)
 
 WARM_UP_LENGTHS = (1, 32, 128, 512)  # tokens: kernels have other tiles for few; how few those are, the experts decide
+MOST_WARM_UP_TOKENS = 16384  # where a pass has no limit of its own
 PROMPT_LOGPROB_ROWS = 256  # logits of so many prompt positions are held at once
 
 
@@ -197,10 +200,7 @@ class ModelRunner:
         )
 
     def _prepare_kernels(self) -> None:
-        """Compile what prompts need and capture what decoding needs. The values don't matter: page 0 takes them."""
-        for num_tokens in WARM_UP_LENGTHS:
-            if num_tokens <= self.max_req_len:
-                self._run_padding([num_tokens])
+        """Capture and compile what passes need, and take its memory. The values don't matter: page 0 takes them."""
         max_batch_size = self.config.max_running_requests
         is_wanted = self.config.use_cuda_graph and self.parallel.pp_size == 1
         is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
@@ -216,10 +216,36 @@ class ModelRunner:
             )
             graphs.capture()
             self.graph_runner = graphs
-            return
-        largest = min(max_batch_size, MAX_BATCH_SIZE)
-        for size in sorted({1, largest}):  # few and many requests take other kernels
-            self._run_padding([1] * size)
+        else:
+            for num_tokens in WARM_UP_LENGTHS:
+                if num_tokens <= self.max_req_len:
+                    self._run_padding([num_tokens])
+            largest = min(max_batch_size, MAX_BATCH_SIZE)
+            for size in sorted({1, largest}):  # few and many requests take other kernels
+                self._run_padding([1] * size)
+        self._warm_up_libraries()
+
+    def _warm_up_libraries(self) -> None:
+        """Run the largest pass, choose the tokens of the largest batch, and multiply as passes between will.
+
+        What has not enough memory for that is seen at once, and what is loaded on first use is loaded then.
+        """
+        config, is_captured = self.config, self.graph_runner is not None
+        num_tokens = min(config.max_prefill_tokens, self.max_req_len, MOST_WARM_UP_TOKENS)
+        try:
+            hidden_states = self._run_padding([num_tokens])
+            if hidden_states is not None and self.model_config.embedding is None:
+                warm_up_head(self.compute_logits, hidden_states[:1], config.max_running_requests)
+            if self.lora is not None:
+                self.lora.tokens.begin(None)  # these rows are no pass
+            warm_up_products(self.model, self.dtype, num_tokens, is_captured)
+        except torch.OutOfMemoryError:
+            logger.warning(
+                "beside the KV cache there is no memory for a pass of %d prompt tokens, or to choose the tokens of %d "
+                "requests: lower --mem-fraction-static, --chunked-prefill-size or --max-running-requests",
+                num_tokens,
+                config.max_running_requests,
+            )
 
     @property
     def pass_sizes(self) -> list[int]:
@@ -238,12 +264,12 @@ class ModelRunner:
         )
         self.attn_backend.use_quiet_moment(limits)
 
-    def _run_padding(self, lens: Sequence[int]) -> None:
-        """A pass over sequences of so many tokens that belong to nobody."""
+    def _run_padding(self, lens: Sequence[int]) -> torch.Tensor | None:
+        """A pass over sequences of so many tokens that belong to nobody; see run_pass."""
         tokens = PassTokens.padding(self.req_pool.padding_row, lens)
         if self.lora is not None:
             tokens.lora_slots = np.zeros(len(lens), dtype=np.int32)  # in which nothing is: the kernels are compiled
-        self.run_pass(tokens, slice(0, len(lens)))
+        return self.run_pass(tokens, slice(0, len(lens)))
 
     @property
     def can_be_captured(self) -> bool:
@@ -315,8 +341,11 @@ class ModelRunner:
             hidden_states = self.graph_runner.replay(tokens)
             if hidden_states is not None:
                 return hidden_states
-        is_shared = self.parallel.attn_dp_size > 1
-        return self._forward(make_forward_batch(self.req_pool, self.page_size, tokens, own if is_shared else None))
+        if self.parallel.attn_dp_size > 1:
+            return self._forward(make_forward_batch(self.req_pool, self.page_size, tokens, own))
+        padded = tokens.padded(self._padded_count(tokens.num_tokens), self.req_pool.padding_row)
+        hidden_states = self._forward(make_forward_batch(self.req_pool, self.page_size, padded))
+        return None if hidden_states is None else hidden_states[: tokens.num_tokens]
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Launch the kernels of a pass; see run_pass."""
@@ -349,7 +378,14 @@ class ModelRunner:
     @torch.inference_mode()
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] -> float32 [num_rows, vocab_size]."""
-        return self.model.compute_logits(hidden_states)
+        num_rows = len(hidden_states)
+        padding = self._padded_count(num_rows) - num_rows
+        padded = F.pad(hidden_states, (0, 0, 0, padding)) if padding else hidden_states
+        return self.model.compute_logits(padded)[:num_rows]
+
+    def _padded_count(self, num_rows: int) -> int:
+        """See library_warm_up; on a CPU nothing is loaded, and rows take time."""
+        return padded_count(num_rows) if self.device.type == "cuda" else num_rows
 
     @torch.inference_mode()
     def prompt_logprobs(self, hidden_states: torch.Tensor, token_ids: Sequence[int], top_num: int) -> LogprobRows:

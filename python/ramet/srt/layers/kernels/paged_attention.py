@@ -283,10 +283,9 @@ def paged_attention(
     launch = {"launch_pdl": True} if early else {}
     block_dim = max(16, next_power_of_2(head_dim))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    partial = lse = out  # not touched where there are no partial results
-    if pieces.num_partials:
-        partial = torch.empty((pieces.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
-        lse = torch.empty((pieces.num_partials, num_heads), dtype=torch.float32, device=q.device)
+    # Of the same type with and without partial results: the kernels are compiled anew for another.
+    partial = torch.empty((pieces.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((pieces.num_partials, num_heads), dtype=torch.float32, device=q.device)
     for listed, tile, has_open_keys in ((pieces.small, small, False), (pieces.large, large, sliding_window is None)):
         if len(listed) == 0:
             continue

@@ -23,6 +23,7 @@ ALONE = 1
 MIN_ALONE_TOKENS = 1024  # new ones of a sequence whose keys are copied: reading them in order saves more than it costs
 MAX_ALONE_KEYS = 65536
 COPY_SHARE = 8  # of the memory that is free, at most one part in so many is for copies
+KEY_TILE = 256  # keys that the operation may read at a time, some of them behind a sequence's end
 
 
 class CudnnPrompts(PromptAttention):
@@ -30,6 +31,9 @@ class CudnnPrompts(PromptAttention):
 
     The keys of a sequence with many new tokens are copied to one place first, for each layer: cuDNN reads them faster
     there than in their pages, by a sixth on an H200. The others go together and stay in their pages.
+
+    What lies behind the end of a sequence is multiplied, too, if by zero in the end: what is not finite there would
+    show. So what can be read there are the sequence's own last keys and values, or zeros.
 
     Operation: scaled dot product attention, forward, with ragged queries, a padding mask, a causal mask that is aligned
     to the last key, and page tables where there are pages (cuDNN Frontend, "Attention").
@@ -64,7 +68,7 @@ class CudnnPrompts(PromptAttention):
         self._graphs = {key: self._build(limits, *key) for key in keys}
         nbytes = max(graph.workspace_nbytes for graph in self._graphs.values())
         self._workspace = torch.empty(max(1, nbytes), dtype=torch.uint8, device=spec.device)
-        copy_shape = (2, self._max_alone, spec.num_kv_heads, spec.head_dim)
+        copy_shape = (2, self._max_alone + KEY_TILE, spec.num_kv_heads, spec.head_dim)
         self._copies = torch.zeros(copy_shape, dtype=spec.dtype, device=spec.device)  # keys and values of one sequence
         self._planned: list[_Planned] = []
 
@@ -93,16 +97,23 @@ class CudnnPrompts(PromptAttention):
         page_size, end = self._spec.page_size, int(chunk.ends[0])
         pages = req_to_page[int(chunk.rows[0]), : -(-end // page_size)]
         slots = (pages[:, None] * page_size + torch.arange(page_size, device=pages.device)).flatten()[:end]
+        slots = torch.cat([slots, slots[-1:].expand(-end % KEY_TILE)])
         first, lens, ends, _ = self._lengths(chunk, ALONE, pages.device)
-        return _Planned(ALONE, first * self._q_width, first * self._out_width, lens, ends, slots)
+        return _Planned(ALONE, first * self._q_width, first * self._out_width, lens, ends, slots, None)
 
     def _plan_together(self, chunks: PromptChunks, req_to_page: torch.Tensor) -> "_Planned":
         size = next(size for size in BATCH_SIZES if size >= len(chunks.rows))
         first, lens, ends, rows = self._lengths(chunks, size, req_to_page.device)
-        width = min(self._width, req_to_page.shape[1])
-        table = torch.zeros((size, self._width), dtype=torch.int32, device=req_to_page.device)
-        table[:, :width] = req_to_page[:, :width].index_select(0, rows)
-        return _Planned(size, first * self._q_width, first * self._out_width, lens, ends, table)
+        page_size, device = self._spec.page_size, req_to_page.device
+        last = (ends - 1).clamp_min(0)[:, None] // page_size
+        columns = torch.arange(self._width, device=device).minimum(last)
+        table = req_to_page[rows[:, None], columns]
+        behind = ends[:, None] + torch.arange(page_size - 1, device=device)
+        in_page = (behind // page_size == last) & (ends > 0)[:, None]  # the others are slot 0, which is nobody's
+        slots = table.gather(1, last.to(torch.int64)) * page_size + behind % page_size
+        rest = torch.where(in_page, slots, 0).flatten() if page_size > 1 else None
+        places = table.to(torch.int32)
+        return _Planned(size, first * self._q_width, first * self._out_width, lens, ends, places, rest)
 
     @staticmethod
     def _lengths(
@@ -129,6 +140,9 @@ class CudnnPrompts(PromptAttention):
                 keys, values = self._copies
                 for cache, copy in ((k_cache, keys), (v_cache, values)):
                     torch.index_select(cache, 0, planned.places, out=copy[: len(planned.places)])
+            elif planned.rest is not None:
+                for cache in (k_cache, v_cache):
+                    cache.index_fill_(0, planned.rest, 0.0)
             graph = self._graphs[planned.batch_size, window]
             graph.execute(q, keys, values, out, planned, self._workspace)
 
@@ -143,6 +157,7 @@ class _Planned:
     lens: torch.Tensor  # int32 [batch_size]
     ends: torch.Tensor  # int32 [batch_size]
     places: torch.Tensor  # of the keys: int64 slots of a sequence alone, int32 pages [batch_size, max_pages] of others
+    rest: torch.Tensor | None  # of others, int64: the slots of their last pages that hold nothing yet
 
 
 @dataclass(frozen=True)
