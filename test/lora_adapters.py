@@ -41,8 +41,6 @@ def make_adapter(
         ranks: by the end of a matrix' name, where it is not `rank`; becomes rank_pattern.
         config: more of adapter_config.json.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in load_file(Path(model) / "model.safetensors").items():
@@ -54,10 +52,16 @@ def make_adapter(
         b = torch.randn(weight.shape[0], own, generator=generator) / own**0.5
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.to(dtype)
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.to(dtype)
+    values = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "rank_pattern": dict(ranks or {})}
+    return write_adapter(folder, tensors, **values | config)
+
+
+def write_adapter(folder: str | Path, tensors: dict[str, torch.Tensor], **config: Any) -> Path:
+    """Write an adapter's two files."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    values = PEFT_CONFIG | {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
-    values |= {"rank_pattern": dict(ranks or {})} | config
-    (folder / "adapter_config.json").write_text(json.dumps(values))
+    (folder / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG | config))
     return folder
 
 

@@ -5,7 +5,7 @@ import random_models as rm
 import torch
 from engine_harness import EngineHarness
 from fp8_models import write_fp8, write_plain
-from lora_adapters import ALL, ATTENTION, make_adapter, merge_adapter
+from lora_adapters import ALL, ATTENTION, make_adapter, merge_adapter, write_adapter
 from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.managers.io_struct import AbortReq, UnloadLoraReqInput
 from safetensors.torch import load_file
@@ -174,6 +174,28 @@ def test_embeddings(tmp_path):
         torch.testing.assert_close(torch.tensor(result.vector), vector, atol=1e-4, rtol=1e-4)
     lost = make_adapter(tmp_path / "b", model, targets=("up_proj",), target_modules=["up_proj", "q_proj"])
     assert "names model.layers.0.self_attn.q_proj" in engine.load_adapter(2, lost)
+
+
+def test_fused_matrices(llama, tmp_path):
+    """One A for q, k and v, and one for gate and up, as adapters of models have them that have one matrix each."""
+    plain = load_file(llama.adapters[1] / "adapter_model.safetensors")
+    fused, split = {}, {}
+    for layer in range(3):
+        for block, whole, parts in (("self_attn", "qkv_proj", "qkv"), ("mlp", "gate_up_proj", ("gate", "up"))):
+            prefix = f"base_model.model.model.layers.{layer}.{block}"
+            names = [f"{prefix}.{part}_proj" for part in parts]
+            b = {f"{name}.lora_B.weight": plain[f"{name}.lora_B.weight"] for name in names}
+            a = plain[f"{names[0]}.lora_A.weight"]
+            fused |= {f"{prefix}.{whole}.lora_A.weight": a, f"{prefix}.{whole}.lora_B.weight": torch.cat([*b.values()])}
+            split |= b | {f"{name}.lora_A.weight": a.clone() for name in names}
+    config = {"r": 6, "lora_alpha": 12}
+    folder = write_adapter(tmp_path / "fused", fused, target_modules=["qkv_proj", "gate_up_proj"], **config)
+    same = write_adapter(tmp_path / "split", split, target_modules="all-linear", **config)
+    engine = EngineHarness(llama.model, enable_lora=True)
+    assert engine.load_adapter(1, folder) == ""
+    results = engine.generate(PROMPTS, lora_id=1, max_new_tokens=NUM_TOKENS)
+    merged = merge_adapter(llama.model, same, tmp_path / "merged")
+    assert [result.token_ids for result in results] == rm.hf_greedy(merged, PROMPTS, NUM_TOKENS)
 
 
 @pytest.mark.parametrize("kind", ["rows", "blocks"])

@@ -146,15 +146,15 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
-        return project(x, self.weight, self.bias if self.tp_rank == 0 else None, scales_of(self, "weight"))
+        return self._project(x, self.bias if self.tp_rank == 0 else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
-        is_whole = self.tp_size == 1
-        y = project(x, self.weight, self.bias if is_whole else None, scales_of(self, "weight"))
-        if self.lora is not None:
-            y = self.lora.add(x, y)
-        if is_whole:
-            return y
-        y = tensor_model_parallel_all_reduce(y)
+        if self.tp_size == 1:
+            return self._project(x, self.bias)
+        y = tensor_model_parallel_all_reduce(self._project(x, None))
         return y if self.bias is None else y + self.bias
+
+    def _project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = project(x, self.weight, bias, scales_of(self, "weight"))
+        return y if self.lora is None else self.lora.add(x, y)

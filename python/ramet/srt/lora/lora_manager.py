@@ -23,7 +23,14 @@ from ramet.srt.layers.kernels.runtime import has_triton
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from ramet.srt.layers.lora import LoraSlots, LoraTokens, parts_of, slots_nbytes
 from ramet.srt.lora.adapter import LoraAdapter, LoraFile, LoraSource
-from ramet.srt.lora.adapter_weights import Shape, adapter_manifest, check_adapter, describe_adapter
+from ramet.srt.lora.adapter_weights import (
+    LoraProduct,
+    Shape,
+    adapter_manifest,
+    check_adapter,
+    describe_adapter,
+    products_of,
+)
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
@@ -48,7 +55,7 @@ LoraLinear = MergedColumnParallelLinear | RowParallelLinear
 class RankAdapter:
     """An adapter that a rank has loaded, or is loading."""
 
-    adapter: LoraAdapter
+    products: list[LoraProduct]
     arena: WeightArena
     seed: WeightSeed | None  # of an instance that gives its weights away
 
@@ -145,15 +152,15 @@ class LoraManager:
         for placement in placements:
             loaded = self._loaded[placement.lora_id]
             tensors = {entry.name: loaded.arena.tensor(entry) for entry in loaded.arena.manifest.entries}
-            modules = {module.name: module for module in loaded.adapter.modules}
+            products = {product.name: product for product in loaded.products}
             for layer, parts in self._layers.items():
                 assert layer.lora is not None
                 layer.lora.clear(placement.slot)
                 for place, part in enumerate(parts):
-                    module = modules.get(part.name)
-                    if module is not None:
-                        a, b = tensors[module.a_name], tensors[module.b_name]
-                        layer.lora.put(placement.slot, place, a, b, module.scale)
+                    product = products.get(part.name)
+                    if product is not None:
+                        a, b = tensors[product.a_entry], tensors[product.b_entry]
+                        layer.lora.put(placement.slot, place, a, b, product.module.scale)
 
     # -- Adapters that come and go, in the same order on all ranks of a replica
 
@@ -219,15 +226,17 @@ class LoraManager:
                 shows_keys=True,
                 modelexpress_url=None,
             )
-        manifest = self._manifest(adapter, name)
+        products = products_of(adapter, self._shapes)
+        manifest = self._manifest(adapter, products, name)
         arena = HostWeightArena(manifest)
         loader = get_model_loader(config, open_checkpoint=lambda path: CheckpointSource(path, whole))
         report = loader.load_weights(manifest, arena, path).report
         logger.info("rank %d: loaded the adapter %s %s", self._parallel.world_rank, adapter.name, summarize(report))
-        return RankAdapter(adapter, arena, self._offer(self._manifest(adapter, adapter.name), arena))
+        offer = self._offer(self._manifest(adapter, products, adapter.name), arena)
+        return RankAdapter(products, arena, offer)
 
-    def _manifest(self, adapter: LoraAdapter, name: str) -> WeightManifest:
-        return adapter_manifest(adapter, name, self._parts, self._parallel, self._model_config.dimensions)
+    def _manifest(self, adapter: LoraAdapter, products: list[LoraProduct], name: str) -> WeightManifest:
+        return adapter_manifest(adapter, products, name, self._parts, self._parallel, self._model_config.dimensions)
 
     def _offer(self, manifest: WeightManifest, arena: WeightArena) -> WeightSeed | None:
         if self._bootstrap_url is None:
