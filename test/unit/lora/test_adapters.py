@@ -110,10 +110,12 @@ def test_more_adapters_than_slots(llama):
     assert slots.num_slots == 1 and not any(slots._num_users.values())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
-def test_biases_and_experts(tmp_path, family):
-    """Biases at q, k and v; and a model whose experts have no adapters, though its attention and one MLP do."""
-    found = Family(tmp_path, family, {1: {"targets": ALL if family == "qwen2" else ATTENTION}})
+@pytest.mark.parametrize("family", sorted(rm.FAMILIES))
+def test_every_family(tmp_path, family):
+    """All that adapters can add to, whatever it is called and wherever it is: beside biases, norms and experts."""
+    excluded = r".*\.(experts|block_sparse_moe)\..*"
+    kind = {"targets": (*ALL, "qkv_proj", "gate_up_proj"), "target_modules": "all-linear", "exclude_modules": excluded}
+    found = Family(tmp_path, family, {1: kind})
     found.check(found.engine(), [NONE, 1])
 
 

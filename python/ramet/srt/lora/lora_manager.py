@@ -36,7 +36,6 @@ from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
-from ramet.srt.models.registry import get_model_class
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.utils.threads import run_beside
 from ramet.srt.weights.errors import WeightTransferError
@@ -107,8 +106,7 @@ class LoraManager:
     def _whole_shapes(self, model: nn.Module) -> dict[str, Shape]:
         """Of the matrices of all ranks, by their names."""
         if self._parallel.tp_size * self._parallel.pp_size > 1:
-            config = self._model_config
-            model = get_model_class(config.architecture)(config, self._dtype, ParallelConfig())
+            model = type(model)(self._model_config, self._dtype, ParallelConfig())
         parts = [part for layer in _linear_layers(model) for part in parts_of(layer.matrices)]
         return {part.name: (max(stop for _, stop in part.rows), part.columns[1]) for part in parts}
 
