@@ -5,13 +5,13 @@ ways, and is verified in the same ways. It has the adapter's own type, so that i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.lora import LoraPart
 from ramet.srt.lora.adapter import LoraAdapter, LoraModule, lora_role
-from ramet.srt.model_loader.checkpoint.whole_model import WholeModel
+from ramet.srt.model_loader.checkpoint.whole_model import WholeModel, boxes_of, collect_boxes
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
@@ -95,14 +95,16 @@ def _file_name(adapter: LoraAdapter, name: str) -> str:
     return prefix + name.removeprefix(DECODER_PREFIX)
 
 
-def describe_adapter(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> WholeModel:
-    """What an adapter's file must hold: with these shapes, and nothing else."""
-    tensors: dict[str, tuple[int, ...]] = {}
-    for product in products_of(adapter, shapes):
-        module, (output_size, input_size) = product.module, shapes[product.name]
-        tensors[module.a_name] = (module.rank, input_size)
-        tensors[module.b_name] = (product.first_row + output_size, module.rank)  # the last part's are all
-    return WholeModel(tensors, frozenset(), is_tied=False, has_head=False)
+def describe_adapter(
+    adapter: LoraAdapter, products: Sequence[LoraProduct], whole_parts: Mapping[str, LoraPart]
+) -> WholeModel:
+    """What an adapter's file must hold: with the shapes that follow, and nothing else.
+
+    Args:
+        whole_parts: of the whole model, as one rank would hold it.
+    """
+    manifest = adapter_manifest(adapter, products, adapter.name, whole_parts, ParallelConfig(), {})
+    return replace(collect_boxes(boxes_of(manifest.entries)), is_tied=False, has_head=False)
 
 
 def adapter_manifest(

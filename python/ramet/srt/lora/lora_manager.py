@@ -21,11 +21,10 @@ from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.layers.kernels.runtime import has_triton
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from ramet.srt.layers.lora import LoraSlots, LoraTokens, parts_of, slots_nbytes
+from ramet.srt.layers.lora import LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes
 from ramet.srt.lora.adapter import LoraAdapter, LoraFile, LoraSource
 from ramet.srt.lora.adapter_weights import (
     LoraProduct,
-    Shape,
     adapter_manifest,
     check_adapter,
     describe_adapter,
@@ -97,18 +96,20 @@ class LoraManager:
         self._dtype: torch.dtype = getattr(torch, model_config.dtype)
         self._layers = {layer: parts_of(layer.matrices) for layer in _linear_layers(model)}
         self._parts = {part.name: part for parts in self._layers.values() for part in parts}
-        self._shapes = self._whole_shapes(model)
+        self._whole_parts = self._parts_of_all_ranks(model)
+        self._shapes = {
+            name: (max(stop for _, stop in part.rows), part.columns[1]) for name, part in self._whole_parts.items()
+        }
         self._bootstrap_url: str | None = None
         self._loading: dict[int, Future[RankAdapter]] = {}
         self._loaded: dict[int, RankAdapter] = {}
         self.tokens: LoraTokens
 
-    def _whole_shapes(self, model: nn.Module) -> dict[str, Shape]:
-        """Of the matrices of all ranks, by their names."""
+    def _parts_of_all_ranks(self, model: nn.Module) -> dict[str, LoraPart]:
+        """As one rank would hold them, by their names."""
         if self._parallel.tp_size * self._parallel.pp_size > 1:
             model = type(model)(self._model_config, self._dtype, ParallelConfig())
-        parts = [part for layer in _linear_layers(model) for part in parts_of(layer.matrices)]
-        return {part.name: (max(stop for _, stop in part.rows), part.columns[1]) for part in parts}
+        return {part.name: part for layer in _linear_layers(model) for part in parts_of(layer.matrices)}
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +206,6 @@ class LoraManager:
 
     def _load(self, adapter: LoraAdapter, source: LoraSource) -> RankAdapter:
         check_adapter(adapter, self._shapes, self._config.max_lora_rank)
-        whole = describe_adapter(adapter, self._shapes)
         base = self._weights.load
         name, path = adapter.name, ""
         if isinstance(source, LoraFile):
@@ -225,6 +225,7 @@ class LoraManager:
                 modelexpress_url=None,
             )
         products = products_of(adapter, self._shapes)
+        whole = describe_adapter(adapter, products, self._whole_parts)
         manifest = self._manifest(adapter, products, name)
         arena = HostWeightArena(manifest)
         loader = get_model_loader(config, open_checkpoint=lambda path: CheckpointSource(path, whole))
