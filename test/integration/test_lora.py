@@ -124,7 +124,7 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(case, seed, tmp_path
 
 def test_unloading_waits_for_those_who_use_it(case, seed):
     assert post(seed, "/v1/load_lora_adapter", lora_name="x", lora_path=str(case.adapters["one"])).status_code == 200
-    params = {**GREEDY, "max_new_tokens": 300}
+    params = {**GREEDY, "max_new_tokens": 150}
     stream = Background(seed.url, input_ids=PROMPT, lora_path="x", sampling_params=params)
     stream.begun.wait(30)
     answers = []
@@ -138,7 +138,7 @@ def test_unloading_waits_for_those_who_use_it(case, seed):
     assert refused.status_code == 400 and "is being unloaded: try again" in refused.text
     last = stream.join()[-2]
     unloading.join()
-    assert '"completion_tokens":300' in last
+    assert '"completion_tokens":150' in last
     assert answers[0].text == "Success: LoRA adapter 'x' removed successfully."
     # Another one by the same name: nothing of the first is left in the prefix cache.
     assert post(seed, "/load_lora_adapter", lora_name="x", lora_path=str(case.adapters["two"])).json()["success"]
