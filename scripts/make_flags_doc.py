@@ -46,7 +46,7 @@ def describe(field: dataclasses.Field, hint: Any) -> str:
         values, default = "", ""
     elif field.default is dataclasses.MISSING:
         default = "required"
-    elif field.default is None:
+    elif field.default in (None, ()):
         default = ""
     return (
         f"| `{flag_name(field.name)}` | {values} | {default} | {field.metadata['help'].replace('|', chr(92) + '|')} |"

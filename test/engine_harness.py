@@ -13,15 +13,20 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.lora.adapter import LoraFile
+from ramet.srt.lora.adapter_files import find_adapter_file, read_adapter
 from ramet.srt.managers.grammar_pool import make_grammar_pool
 from ramet.srt.managers.io_struct import (
     BatchEmbeddingOutput,
     BatchTokenIDOutput,
     FinishReason,
+    LoadLoraReqInput,
+    LoraReqOutput,
     Message,
     RequestOutput,
     TokenizedGenerateReqInput,
     TokenLogprobs,
+    UnloadLoraReqInput,
 )
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.model_executor.model_runner import ModelRunner
@@ -91,6 +96,7 @@ class EngineHarness:
         priority: int = 0,
         bad_words_ids: Sequence[Sequence[int]] = (),
         pooling: Pooling | None = None,
+        lora_id: int = 0,
         **params: Any,
     ) -> None:
         """Queue one request; `logprob_start_len` asks for prompt log-probabilities too."""
@@ -107,8 +113,29 @@ class EngineHarness:
                 priority=priority,
                 bad_words_ids=[list(ids) for ids in bad_words_ids],
                 pooling=pooling,
+                lora_id=lora_id,
             )
         )
+
+    def load_adapter(self, lora_id: int, folder: str | Path, *, pinned: bool = False) -> str:
+        """Load an adapter from a folder; why it was refused, or ""."""
+        adapter = read_adapter(f"adapter {lora_id}", str(folder))
+        source = LoraFile(path=find_adapter_file(str(folder)))
+        message = LoadLoraReqInput(
+            request_id=f"load {lora_id}", lora_id=lora_id, adapter=adapter, source=source, pinned=pinned
+        )
+        return self.ask_for_adapter(message)
+
+    def ask_for_adapter(self, message: LoadLoraReqInput | UnloadLoraReqInput) -> str:
+        """The answer's message, after as many passes as it takes."""
+        self.channel.replies.clear()
+        self.send(message)
+        while not self.channel.replies:
+            self.step()
+        (reply,) = self.channel.replies
+        assert isinstance(reply, LoraReqOutput) and reply.request_id == message.request_id
+        assert reply.success == (not reply.message)
+        return reply.message
 
     def send(self, message: Message) -> None:
         self.channel.inbox.append(message)

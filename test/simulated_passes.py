@@ -206,6 +206,7 @@ class Simulation:
             "overlap": True,
         }
         runner = SimpleNamespace(
+            lora=None,
             pass_sizes=times.pass_sizes,
             parallel=ParallelConfig(),
             max_total_num_tokens=num_tokens,

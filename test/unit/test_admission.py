@@ -4,6 +4,7 @@ import pytest
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.admission import LOOK_AHEAD, Admission
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
+from ramet.srt.managers.lora_slots import LoraRoom, LoraSlots
 from ramet.srt.managers.prefill_adder import GroupRoom, PrefillAdder
 from ramet.srt.managers.schedule_batch import Req, RunningReq
 from ramet.srt.managers.schedule_policy import AGING_S, PATIENCE_S, STRETCH, Candidate, place_of, retraction_cost
@@ -49,10 +50,10 @@ def run(cache, req):
 
 
 def make_adder(cache, budget=100, reserve_pages=0, max_share=1.0):
-    return PrefillAdder([GroupRoom(cache, reserve_pages)], budget, max_share)
+    return PrefillAdder([GroupRoom(cache, reserve_pages)], budget, max_share, LoraRoom(LoraSlots(0)))
 
 
-def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, **config):
+def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slots=None, **config):
     defaults = {
         "max_running_requests": num_rows,
         "max_queued_requests": 100,
@@ -72,7 +73,7 @@ def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, **config
     caches = [make_cache(num_pages, rows=rows) for _ in range(num_groups)]
     budget = TokenBudget(config.prefill_budget, config.target_itl_s, config.most_itl_s)
     budget.observe(10_000 * token_s, 10_000)
-    return Admission(config, caches, rows, budget, lambda: 0.0), caches
+    return Admission(config, caches, rows, budget, lambda: 0.0, lora_slots or LoraSlots(0)), caches
 
 
 def rids(reqs):

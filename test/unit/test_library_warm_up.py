@@ -24,20 +24,20 @@ def test_every_number_is_padded_to_one_of_the_few():
 
 @pytest.fixture
 def model():
-    """Two equal layers and one that sums over ranks."""
+    """Two equal layers and one of another shape."""
     parts = {"bias": False, "dtype": torch.float32, "parallel": ParallelConfig()}
     layers = [MergedColumnParallelLinear(8, [f"{name}.up"], [6], **parts) for name in "ab"]
-    model = torch.nn.ModuleList([*layers, RowParallelLinear(8, 6, "down", **parts)])
+    model = torch.nn.ModuleList([*layers, RowParallelLinear(8, 8, "down", **parts)])
     return model.to_empty(device="cpu")
 
 
 @pytest.mark.parametrize(("is_captured", "least"), [(True, 2049), (False, 1)])
 def test_a_matrix_of_each_shape_is_multiplied_with_every_number_of_rows(model, monkeypatch, is_captured, least):
     seen = []
-    project = library_warm_up.MergedColumnParallelLinear.forward
-    monkeypatch.setattr(MergedColumnParallelLinear, "forward", lambda self, x: seen.append(len(x)) or project(self, x))
+    monkeypatch.setattr(library_warm_up, "project", lambda x, weight, bias: seen.append((len(x), tuple(weight.shape))))
     warm_up_products(model, torch.float32, 3000, is_captured)
-    assert seen == padded_counts(least, 3000)
+    shapes = [(6, 8), (8, 8)]
+    assert seen == [(count, shape) for shape in shapes for count in padded_counts(least, 3000)]
 
 
 def test_the_head_sees_every_batch_size_and_the_largest_is_sampled(monkeypatch):

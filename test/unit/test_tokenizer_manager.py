@@ -76,7 +76,8 @@ class Front:
         return socket
 
     def open(self) -> "Front":
-        self.manager.start_accepting(LIMITS.max_req_len, self.addresses)
+        self.manager.connect(self.addresses)
+        self.manager.start_accepting(LIMITS.max_req_len)
         return self
 
     async def read(self, replica: int = 0) -> Message:

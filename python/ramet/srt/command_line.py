@@ -15,11 +15,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(ServerArgs):
         required = field.default is dataclasses.MISSING
         text = field.metadata["help"].replace("%", "%%")
-        if not required and field.default is not None and field.default is not False:
+        if not required and field.default not in ((), None) and field.default is not False:
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": field.name, "help": text, "default": argparse.SUPPRESS}
         if field.metadata["repeatable"]:
             options["action"] = _JoinAction
+        if field.metadata["several"]:
+            options |= {"action": "extend", "nargs": "+"}
         if hints[field.name] is bool:
             options["action"] = "store_true"
         else:
@@ -54,7 +56,9 @@ def parse_server_args(argv: Sequence[str], prog: str = "ramet.launch_server") ->
         allow_abbrev=False,
     )
     add_cli_args(parser)
-    return ServerArgs(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return ServerArgs(**values | lists)
 
 
 class CliParser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.lora_config import DEFAULT_MAX_LORAS, DEFAULT_MAX_RANK, LoraConfig
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
     embedded_port,
@@ -18,7 +19,7 @@ from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED, RunnerConf
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.configs.weight_format import FORMATS
 from ramet.srt.environ import default_profile_dir, envs
-from ramet.srt.server_flags import DEVICE_DEFAULTS, ServerFlags
+from ramet.srt.server_flags import DEVICE_DEFAULTS, ServerFlags, flag_name
 from ramet.srt.utils.http_origin import ANY_HOST, is_host_name
 from ramet.srt.utils.hub import canonical_given_name, canonical_model_name
 from ramet.srt.utils.net import (
@@ -51,6 +52,7 @@ class ServerArgs(ServerFlags):
         self._validate_certificates()
         self._validate_keys()
         self._validate_allowed_hosts()
+        self._validate_lora()
 
     def _validate_files(self) -> None:
         if not self.model_path:
@@ -180,6 +182,15 @@ class ServerArgs(ServerFlags):
                 raise ValueError(
                     f"--allowed-hosts takes names and addresses, as in ui.example,10.0.0.9, or *; got {name!r}"
                 )
+
+    def _validate_lora(self) -> None:
+        if not self.has_lora:
+            for name in ("max_loras_per_batch", "max_lora_rank"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag_name(name)} needs --enable-lora")
+            return
+        if self.enable_dp_attention:
+            raise ValueError("--enable-lora and --enable-dp-attention don't go together")
 
     def _validate_group_ports(self) -> None:
         name = "--remote-instance-weight-loader-send-weights-group-ports"
@@ -381,6 +392,22 @@ class ServerArgs(ServerFlags):
             stream_interval=self.stream_interval,
             random_seed=self.random_seed,
             overlap=device_type == "cuda" and not self.disable_overlap_schedule,
+            num_lora_slots=0 if self.lora_config is None else self.lora_config.max_loras_per_batch,
+        )
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether there may be adapters."""
+        return self.enable_lora or bool(self.lora_paths)
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """What is to be known of adapters; None if there are none."""
+        if not self.has_lora:
+            return None
+        return LoraConfig(
+            max_loras_per_batch=self.max_loras_per_batch or DEFAULT_MAX_LORAS,
+            max_lora_rank=self.max_lora_rank or DEFAULT_MAX_RANK,
         )
 
     @property
@@ -460,4 +487,5 @@ class ServerArgs(ServerFlags):
                 network=self.network_use(weights_host),
                 check_interval_s=self.weights_check_interval,
             ),
+            lora=self.lora_config,
         )

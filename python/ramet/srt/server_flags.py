@@ -57,14 +57,17 @@ def flag(
     limit: Limit | None = None,
     aliases: Sequence[str] = (),
     repeatable: bool = False,
+    several: bool = False,
 ) -> Any:
     """A field of ServerArgs whose metadata makes the command-line flag, and other spellings of it.
 
     Args:
         limit: what holds for a value that is given.
         repeatable: the flag may be given several times; the values are joined with commas.
+        several: several values may stand behind the flag; the field is a tuple of them.
     """
     metadata = {"help": help, "choices": choices, "limit": limit, "aliases": aliases, "repeatable": repeatable}
+    metadata["several"] = several
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -126,7 +129,9 @@ class ServerFlags:
     port: int = flag(30000, "Port of the HTTP server.", limit=PORT)
     api_key: str | None = flag(None, "Bearer key that every API call needs, except the health checks.")
     admin_api_key: str | None = flag(
-        None, "Bearer key for administrative calls (flush_cache, profiles, abort_request of all), registering weights."
+        None,
+        "Bearer key for administrative calls (flush_cache, profiles, adapters, abort_request of all) and registering "
+        "weights.",
     )
     ssl_ca_certs: str | None = flag(
         None,
@@ -210,6 +215,33 @@ class ServerFlags:
         "Seconds within which the instance ends if one of its processes stands still, and that one forward pass may "
         "take.",
         limit=SECONDS,
+    )
+
+    # Adapters
+    enable_lora: bool = flag(
+        False,
+        "Take LoRA adapters, by --lora-paths and /load_lora_adapter. A clone also takes those that its seeds have.",
+    )
+    lora_paths: tuple[str, ...] = flag(
+        (),
+        "Adapters to load at the start, which implies --enable-lora: NAME=PATH, PATH, or a JSON object with lora_name, "
+        "lora_path and pinned. PATH is a folder, a hub id, or instance://HOST:PORT for an instance that has the "
+        "adapter.",
+        aliases=("--lora-modules",),
+        several=True,
+    )
+    max_loras_per_batch: int | None = flag(
+        None,
+        "Adapters that the requests of one pass may have, 8 when not given: memory for so many is taken at the start. "
+        "More can be loaded: they stay in host memory, and requests wait until theirs has a place.",
+        limit=COUNT,
+        aliases=("--max-loras",),
+    )
+    max_lora_rank: int | None = flag(
+        None,
+        "Largest rank of an adapter, and what memory is taken for; 16 when not given, or the largest of the folders "
+        "in --lora-paths if that is more.",
+        limit=COUNT,
     )
 
     # Parallelism

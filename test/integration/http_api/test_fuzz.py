@@ -13,8 +13,9 @@ PATHS = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/
          "/v1/detokenize", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/v1/responses/input_tokens",
          "/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank",
          "/abort_request", "/start_profile")  # fmt: skip
-# The model generates: it is neither made for embeddings nor for ranks.
-REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile")
+ADAPTERS = ("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# The model generates: it is neither made for embeddings nor for ranks, and takes no adapters.
+REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile", *ADAPTERS)
 RESPONSES = "/v1/responses"
 # Cut, so that the answers take no time.
 LENGTHS = {"max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens", "n"}
@@ -38,9 +39,13 @@ def cut(value: Any) -> Any:
 
 
 def complete(path: str, body: dict[str, Any]) -> None:
-    """What a description can't be read for: that one of some fields is needed, and no more."""
+    """What a description can't be read for: that one of some fields is needed, and no more; that adapters are named."""
+    if path not in ADAPTERS:
+        body.pop("lora_path", None)
     if path.startswith(RESPONSES):
         body.setdefault("input", "a")
+    elif path == "/generate" and body.get("input_ids") is None:
+        body["text"] = body.get("text") or "a"
     elif path.endswith("/tokenize"):
         if body.get("messages") is None:
             body["prompt"] = body.get("prompt") or "a"
@@ -90,11 +95,11 @@ def description(server: Any) -> Any:
 
 
 def test_every_body_is_known(description: Any) -> None:
-    assert set(body_schemas(description)) == set(PATHS)
+    assert set(body_schemas(description)) == {*PATHS, *ADAPTERS}
 
 
 @pytest.mark.parametrize("noise", [0, 12, 3])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, *ADAPTERS])
 def test_any_body_gets_an_answer_in_words_of_the_api(
     http: httpx.Client, description: Any, path: str, noise: int
 ) -> None:

@@ -12,6 +12,7 @@ from ramet.srt.entrypoints.http.http_body import NUM_BODY_BYTES
 from ramet.srt.entrypoints.openai import serving_chat
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
+from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.text.output_format import OutputFormat
 
 
@@ -34,7 +35,7 @@ class Template:
 def chat(template: Template, text: str, num_bytes: int, has_left: bool = False, **fields: Any) -> "asyncio.Task[Any]":
     tokenizer: Any = SimpleNamespace(chat_template=template, special_ids_by_text={})
     output_format = OutputFormat(tokenizer, ParserConfig(tool_call_parser="hermes"))
-    manager: Any = SimpleNamespace(tokenizer=tokenizer, output_format=output_format)
+    manager: Any = SimpleNamespace(tokenizer=tokenizer, output_format=output_format, adapters=LoraRegistry())
     body = ChatCompletionRequest.make(model="m", messages=[{"role": "user", "content": text}], **fields)
 
     async def receive() -> Any:

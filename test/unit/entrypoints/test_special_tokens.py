@@ -10,6 +10,7 @@ from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, Complet
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
+from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.managers.prepare_requests import Limits
 from ramet.srt.text.output_format import OutputFormat
 
@@ -28,7 +29,7 @@ class Tokenizer:
 
 
 FORM: Any = OutputFormat(cast(Any, Tokenizer), ParserConfig())
-MANAGER: Any = SimpleNamespace(tokenizer=Tokenizer(), limits=LIMITS, output_format=FORM)
+MANAGER: Any = SimpleNamespace(tokenizer=Tokenizer(), limits=LIMITS, output_format=FORM, adapters=LoraRegistry())
 INSTANCE: Any = SimpleNamespace(manager=MANAGER, server_args=SimpleNamespace(model_name="m"))
 
 

@@ -222,6 +222,7 @@ def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
     plans = SimpleNamespace(receive=lambda timeout_s: inbox.pop(0) if inbox else None)
     follower = Follower(SimpleNamespace(model_runner=runner), ran.append, plans, 4, lambda: None)
     leader = SimpleNamespace(
+        lora=(),
         has_work=False,
         _spare_s=lambda: 0.0,
         channel=SimpleNamespace(receive=lambda timeout_s: inbox[:1] and [inbox.pop(0)]),

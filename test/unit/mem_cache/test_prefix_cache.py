@@ -229,3 +229,22 @@ def test_what_was_used_least_lately_goes_first():
     assert tree.evict(1) == 1 and not tree.match_prefix(new)[0]
     assert tree.evict(1) == 1 and tree.match_prefix(tail)[0] == [1]
     assert tree.match_prefix(old)[0] == [1, 2]
+
+
+def test_each_adapter_has_a_tree_of_its_own():
+    allocator = PageAllocator(8)
+    tree = RadixCache(allocator, 2)
+    pages = {lora_id: allocator.alloc(2) for lora_id in (0, 1, 2)}
+    for lora_id, own in pages.items():
+        assert tree.insert([5, 6, 7, 8], own, lora_id) == 0
+    for lora_id, own in pages.items():
+        found, node = tree.match_prefix([5, 6, 7, 8, 9], None, lora_id)
+        assert found == own
+        tree.lock(node)
+        assert tree.common_prefix(node) is None
+        tree.unlock(node)
+    assert tree.pages() == {page for own in pages.values() for page in own}
+    assert tree.drop(1) == 2 and tree.drop(3) == 0
+    assert [tree.match_prefix([5, 6], None, lora_id)[0] for lora_id in (0, 1, 2)] == [pages[0][:1], [], pages[2][:1]]
+    assert (allocator.num_free, tree.num_evictable_pages) == (4, 4)
+    assert tree.evict(4) == 4 and allocator.num_free == 8

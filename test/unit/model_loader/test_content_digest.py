@@ -107,9 +107,11 @@ def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -
         assert check_bands(arena, table).wrong == {expert.name}
 
 
-@pytest.mark.parametrize("family", ["phi3", "qwen3_vl"])
-def test_fused_tensors_and_those_of_a_part_are_found(tmp_path: Path, family: str) -> None:
-    folder = rm.make_model(tmp_path, family)
+@pytest.mark.parametrize(("family", "scales"), [("phi3", ""), ("phi3", "ct_tensor"), ("qwen3_vl", "")])
+def test_fused_tensors_and_those_of_a_part_are_found(tmp_path: Path, family: str, scales: str) -> None:
+    folder = rm.make_model(tmp_path / "plain", family)
+    if scales:
+        folder = fp8.write_fp8(folder, tmp_path / "fp8", scales)
     table, config = compute_table(str(folder)), ModelConfig.from_path(str(folder))
     for parallel in (sm.all_ranks(1)[0], *sm.all_ranks(2)):
         manifest = sm.make_manifest(sm.build_model(folder, parallel))

@@ -37,11 +37,19 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     logprob_targets: list[int] = []  # the tokens behind it and those after it
     top_logprobs_num: int = 0
     pooling: Pooling | None = None  # of the last new token, where it is the last of a prompt that only this is asked of
+    lora_slot: int = -1  # whose adapter all of its tokens have; -1: none
 
     @property
     def gains_a_token(self) -> bool:
         """Whether one token goes in and one comes out, and nothing else is asked."""
         return len(self.input_ids) == 1 and self.is_sampled and not self.logprob_targets
+
+
+class LoraPlacement(msgspec.Struct, array_like=True, frozen=True):
+    """Put an adapter that the ranks have loaded into a slot, before the pass."""
+
+    slot: int
+    lora_id: int
 
 
 class SharedPrefix(msgspec.Struct, array_like=True, frozen=True):
@@ -61,6 +69,7 @@ class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     sequences: list[SequencePlan]
     shared: list[SharedPrefix] = []  # of sequences that gain a token each
     page_writes: list[PageWrite]
+    lora_placements: list[LoraPlacement] = []
     new_states: list[SamplingState]
     ended_rids: list[str]  # states that are no longer needed
     grammar_masks: dict[str, bytes]  # rid -> one bit for each token of the vocabulary, int32 words, lowest bit first

@@ -18,6 +18,7 @@ class PassTokens:
     lens: np.ndarray  # int64 [num_sequences]: new tokens
     ids: np.ndarray  # int64 [num_tokens]; LAST_TOKEN for the one that the row's last pass chose
     shared: list[SharedPrefix] = field(default_factory=list)
+    lora_slots: np.ndarray | None = None  # int32 [num_sequences], of adapters; None: no sequence has one
 
     @classmethod
     def of(cls, sequences: Sequence[SequencePlan], shared: Sequence[SharedPrefix] = ()) -> "PassTokens":
@@ -29,6 +30,7 @@ class PassTokens:
             np.array([len(part) for part in ids], dtype=np.int64),
             np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(part, dtype=np.int64) for part in ids)]),
             list(shared),
+            _lora_slots(sequences),
         )
 
     @classmethod
@@ -65,6 +67,13 @@ class PassTokens:
         return self.rows if self.is_decode else np.repeat(self.rows, self.lens)
 
     @cached_property
+    def lora_slot_of_token(self) -> np.ndarray | None:
+        """int32 [num_tokens]; None if no token has an adapter."""
+        if self.lora_slots is None or self.is_decode:
+            return self.lora_slots
+        return np.repeat(self.lora_slots, self.lens)
+
+    @cached_property
     def positions(self) -> np.ndarray:
         """int64 [num_tokens]: the place of each token in its sequence."""
         if self.is_decode:
@@ -80,7 +89,12 @@ class PassTokens:
             if sequences.start <= prefix.first and prefix.first + prefix.num_sequences <= sequences.stop
         ]
         return PassTokens(
-            self.rows[sequences], self.starts[sequences], self.lens[sequences], self.ids[first:end], shared
+            self.rows[sequences],
+            self.starts[sequences],
+            self.lens[sequences],
+            self.ids[first:end],
+            shared,
+            None if self.lora_slots is None else self.lora_slots[sequences],
         )
 
     def padded(self, num_tokens: int, row: int) -> "PassTokens":
@@ -95,4 +109,10 @@ class PassTokens:
             np.concatenate([self.lens, zeros + 1]),
             np.concatenate([self.ids, zeros]),
             self.shared,
+            None if self.lora_slots is None else np.concatenate([self.lora_slots, np.full(missing, -1, np.int32)]),
         )
+
+
+def _lora_slots(sequences: Sequence[SequencePlan]) -> np.ndarray | None:
+    slots = [sequence.lora_slot for sequence in sequences]
+    return np.array(slots, dtype=np.int32) if any(slot >= 0 for slot in slots) else None

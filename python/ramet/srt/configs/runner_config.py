@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.lora_config import LoraConfig
 
 REQUIRED, WANTED, UNUSED = "required", "wanted", "unused"  # wanted: only where the transfer engine is installed
 
@@ -35,3 +36,4 @@ class RunnerConfig:
     use_cuda_graph: bool
     num_local_ranks: int  # that share the node's processors and memory
     weights: WeightsConfig
+    lora: LoraConfig | None = None  # None: there are no adapters

@@ -22,6 +22,7 @@ from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, ans
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
 from ramet.srt.errors import ServiceError
+from ramet.srt.lora.adapter_paths import LoraPath
 from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,22 @@ class Engine:
     def flush_cache(self) -> bool:
         """Drop the prefix cache; False if requests are running."""
         return self._core.call(self._core.flush_cache())
+
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> None:
+        """Load an adapter: requests name it by `lora_path`, as in /generate.
+
+        Args:
+            lora_path: folder, hub id, or instance://HOST:PORT.
+            pinned: once requests have used it, it stays in its slot.
+
+        Raises:
+            ValueError: if it can't be loaded; the message says why.
+        """
+        self._core.call(self._core.load_lora_adapter(LoraPath(lora_name, lora_path, pinned)))
+
+    def unload_lora_adapter(self, lora_name: str) -> None:
+        """Give an adapter to no further request, and drop it when those that have it have ended. Raises ValueError."""
+        self._core.call(self._core.unload_lora_adapter(lora_name))
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """End the request with the id `rid`, or all of them: they finish with what they have."""
@@ -306,6 +323,7 @@ class EngineCore:
 
     async def answer(self, request: GenerateReqInput) -> Output | list[Output]:
         """The outputs of a request that is not streamed."""
+        self._choose_model(request)
         return await answer_request(self.instance.manager, request)
 
     async def encode(self, request: EncodeReqInput) -> Output | list[Output]:
@@ -324,7 +342,19 @@ class EngineCore:
         """End the request `rid`, or all for "": the number of sequences that this concerns."""
         return self.instance.manager.abort(rid) if rid else self.instance.manager.abort_all()
 
+    async def load_lora_adapter(self, path: LoraPath) -> None:
+        """Load an adapter."""
+        await self.instance.lora.load(path)
+
+    async def unload_lora_adapter(self, name: str) -> None:
+        """Unload one, once no request has it."""
+        await self.instance.lora.unload(name)
+
+    def _choose_model(self, request: GenerateReqInput) -> None:
+        request.choose_model(self.instance.manager.adapters, self.instance.server_args.model_name)
+
     async def _stream_into(self, request: GenerateReqInput, put: Callable[[Output], None]) -> None:
+        self._choose_model(request)
         async with aclosing(stream_request(self.instance.manager, request)) as outputs:
             async for output in outputs:
                 put(output)

@@ -19,7 +19,7 @@ import msgspec
 from ramet.srt.observability.logs import Seldom
 from ramet.srt.utils.http_origin import OriginCheck
 from ramet.srt.utils.net import address_family, format_url, host_from_here
-from ramet.srt.weights.manifest import ROLES
+from ramet.srt.weights.manifest import check_role
 from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, ControlAddress, make_answer, parse_registration
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,10 @@ class EngineInfoBootstrapServer:
         role = role or "target"
         if rank is None or not re.fullmatch(r"[0-9]{1,9}", rank):
             return 400, _error(f"rank must be a whole number that is not negative; got {rank!r}")
-        if role not in ROLES:
-            return 400, _error(f"role must be one of {', '.join(ROLES)}; got {role!r}")
+        try:
+            check_role(role)
+        except ValueError as error:
+            return 400, _error(str(error))
         found = self.get_json(role, int(rank))
         if found is None:
             return 404, _error(f"rank {int(rank)} of the {role} model has not registered")
@@ -143,6 +145,13 @@ class EngineInfoBootstrapServer:
             self._answers[registration.role, registration.world_rank] = answer
             self._controls[registration.role, registration.world_rank] = registration.control
         logger.debug("rank %d of the %s model has registered", registration.world_rank, registration.role)
+
+    def forget(self, role: str) -> None:
+        """Drop what all ranks have registered for a role: nobody shall come for it any more."""
+        with self._lock:
+            for directory in (self._answers, self._controls):
+                for key in [key for key in directory if key[0] == role]:
+                    del directory[key]
 
     def refusal(self, headers: Message, *, registering: bool) -> tuple[int, str] | None:
         """HTTP status and reason if a request with these headers may not ask, or register; None if it may."""

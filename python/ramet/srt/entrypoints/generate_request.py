@@ -23,8 +23,10 @@ from ramet.srt.entrypoints.http.http_validation import (
 )
 from ramet.srt.entrypoints.http.validation_words import UNSUPPORTED
 from ramet.srt.errors import RequestError
+from ramet.srt.lora.adapter import MAX_NAME_LEN
 from ramet.srt.managers.generation import Generation, RunningSequence
 from ramet.srt.managers.io_struct import TokenLogprobs
+from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.managers.prepare_requests import MAX_TOP_LOGPROBS, Limits, SequenceInput
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import (
@@ -77,6 +79,9 @@ EXACTLY_ONE_PROMPT: dict[str, Any] = {
 }
 
 
+LoraName = Annotated[str, Field(max_length=MAX_NAME_LEN)]  # "" is none
+
+
 class GenerateReqInput(RequestBody):
     """One or several prompts, as `text` or as `input_ids`, to be continued."""
 
@@ -93,7 +98,8 @@ class GenerateReqInput(RequestBody):
     return_text_in_logprobs: bool | None = False
     rid: RequestId | None = None
     priority: Priority | None = None
-    model: str | None = None  # there is only one
+    model: str | None = None  # the one that is served, or an adapter of it
+    lora_path: LoraName | list[LoraName | None] | None = None  # adapters by their names; a list has one for each prompt
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts as a list.
@@ -109,6 +115,17 @@ class GenerateReqInput(RequestBody):
             return self.text
         ids: Any = self.input_ids
         return [ids] if isinstance(ids[0], int) else ids
+
+    def choose_model(self, adapters: LoraRegistry, served: str) -> None:
+        """Have the adapter that `model` names, where it names one, answer all prompts.
+
+        Raises:
+            RequestError: if there is no such model, or `lora_path` names others.
+        """
+        name = adapters.name_of(self.model, served)
+        if name and self.lora_path not in (None, name):
+            raise RequestError(f"model names the adapter {name!r}, and lora_path something else", param="lora_path")
+        self.lora_path = name or self.lora_path
 
     @property
     def is_batch(self) -> bool:
@@ -127,6 +144,9 @@ class GenerateReqInput(RequestBody):
             raise RequestError(
                 f"sampling_params has {len(given)} entries for {len(prompts)} prompts", param="sampling_params"
             )
+        adapters = self.lora_path if isinstance(self.lora_path, list) else [self.lora_path] * len(prompts)
+        if len(adapters) != len(prompts):
+            raise RequestError(f"lora_path has {len(adapters)} entries for {len(prompts)} prompts", param="lora_path")
         each = [_own_params(one) for one in given] if isinstance(given, list) else [_own_params(given)] * len(prompts)
         start = self.logprob_start_len
         return [
@@ -140,9 +160,10 @@ class GenerateReqInput(RequestBody):
                 top_logprobs_num=self.top_logprobs_num or 0,
                 stream=bool(self.stream),
                 priority=self.priority or 0,
+                lora_name=adapter or "",
                 param="text" if isinstance(prompt, str) else "input_ids",
             )
-            for prompt, params in zip(prompts, each, strict=True)
+            for prompt, params, adapter in zip(prompts, each, adapters, strict=True)
         ]
 
 
@@ -243,6 +264,8 @@ def native_output(sequence: RunningSequence, shown: ShownLogprobs, index: int | 
         "cached_tokens": sequence.cached_tokens,
         "e2e_latency": sequence.e2e_latency_s,
     }
+    if sequence.request.lora_name:
+        meta_info["lora_name"] = sequence.request.lora_name
     meta_info |= shown.fields
     output: Output = {"text": sequence.text, "output_ids": list(sequence.output_ids), "meta_info": meta_info}
     if index is not None:

@@ -23,6 +23,7 @@ from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.admin import make_admin_router
 from ramet.srt.entrypoints.routes.anthropic import make_anthropic_router
 from ramet.srt.entrypoints.routes.health import make_health_router, make_node_router
+from ramet.srt.entrypoints.routes.lora import make_lora_router
 from ramet.srt.entrypoints.routes.native import make_native_router
 from ramet.srt.entrypoints.routes.openai import make_openai_router
 from ramet.srt.entrypoints.routes.pooling import make_pooling_router
@@ -36,6 +37,7 @@ ROUTERS = (
     make_health_router,
     make_native_router,
     make_admin_router,
+    make_lora_router,
     make_openai_router,
     make_responses_router,
     make_anthropic_router,

@@ -19,6 +19,7 @@ from ramet.srt.configs.parallel_config import check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
+from ramet.srt.lora.adapter import lora_role
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
 from ramet.srt.model_loader.seed.control import ask_rank
 from ramet.srt.modelexpress.settings import check_environment, check_installed
@@ -38,6 +39,8 @@ from ramet.srt.weights.control_messages import (
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
+    from ramet.srt.lora.adapter_paths import LoraPath
+    from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.modelexpress.server.server import ModelExpressServer
@@ -69,6 +72,8 @@ class Instance:
         self.metrics: Metrics
         self.model_config: ModelConfig
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
+        self.lora: LoraControl
+        self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -135,6 +140,11 @@ class Instance:
                 rope.theta,
                 rope.ignored_theta,
             )
+        if args.has_lora:
+            from ramet.srt.entrypoints.start_adapters import read_lora_paths
+
+            self._lora_paths, self.server_args = read_lora_paths(args)
+            args = self.server_args
         bootstrap_url = None
         if args.modelexpress is not None:
             self._prepare_modelexpress(args.modelexpress)
@@ -237,6 +247,7 @@ class Instance:
         import zmq
 
         from ramet.srt.entrypoints.openai.reranker import find_reranker
+        from ramet.srt.managers.lora_control import LoraControl
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
@@ -276,6 +287,7 @@ class Instance:
             )
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
+        self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -284,23 +296,43 @@ class Instance:
         """Wait until the children can serve, then take requests; False, and no more children, if `give_up` comes first.
 
         Raises:
-            LaunchError: if a child can't serve.
+            LaunchError: if a child can't serve, or an adapter can't be loaded.
         """
         assert self._children is not None
         ready = asyncio.create_task(asyncio.to_thread(self._children.wait_ready))
-        given_up = asyncio.create_task(give_up.wait())
-        await asyncio.wait((ready, given_up), return_when=asyncio.FIRST_COMPLETED)
-        given_up.cancel()
-        if not ready.done():
+        if not await _ends_before(ready, give_up):
             await asyncio.to_thread(self.stop_processes)
             with contextlib.suppress(LaunchError):
                 await ready
             return False
-        self._start_serving(await ready)
+        schedulers = await ready
+        self._children.watch(self._on_death, None if self.is_head else self._on_end)
+        if self.is_head:
+            self.manager.connect(schedulers[0].scheduler_addresses)
+            loading = asyncio.create_task(self._load_adapters())
+            if not await _ends_before(loading, give_up):
+                loading.cancel()
+                await asyncio.to_thread(self.stop_processes)
+                return False
+            await loading
+        self._start_serving(schedulers)
         return True
 
+    async def _load_adapters(self) -> None:
+        """Those that are there from the start on. Raises LaunchError if one can't be loaded."""
+        from ramet.srt.entrypoints.start_adapters import load_first_adapters
+
+        try:
+            await load_first_adapters(self.lora, self._lora_paths, self.server_args)
+        except (RequestError, ServiceError) as error:
+            raise LaunchError(str(error)) from None
+
+    def _forget_adapter(self, name: str) -> None:
+        """No instance shall come for an adapter any more."""
+        if self.bootstrap is not None:
+            self.bootstrap.forget(lora_role(name))
+
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
-        assert self._children is not None
         for scheduler in schedulers:
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
         self.schedulers = schedulers
@@ -310,8 +342,7 @@ class Instance:
                 self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
-            self.manager.start_accepting(max_req_len, schedulers[0].scheduler_addresses)
-        self._children.watch(self._on_death, None if self.is_head else self._on_end)
+            self.manager.start_accepting(max_req_len)
         self._tell_ranks(InstanceReady())
 
     def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
@@ -452,6 +483,14 @@ class Instance:
         if not task.cancelled() and task.exception() is not None:
             logger.error("the tokenizer manager failed", exc_info=task.exception())
             self._on_death(f"the tokenizer manager failed: {task.exception()!r}")
+
+
+async def _ends_before(task: "asyncio.Task[Any]", event: asyncio.Event) -> bool:
+    """Wait until one of them has come; whether it is the task that has ended, well or not."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return task.done()
 
 
 def _without(message: msgspec.Struct, *names: str) -> dict[str, Any]:

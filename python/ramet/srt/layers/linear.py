@@ -8,6 +8,7 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.lora import LoraSlots
 from ramet.srt.layers.matmul import multiply_row, project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.layers.quantization.weight import weight_of
@@ -23,6 +24,7 @@ class MergedColumnParallelLinear(nn.Module):
     """
 
     quantisable_weights = ("weight",)
+    lora: LoraSlots | None = None  # of adapters, where there can be some
 
     def __init__(
         self,
@@ -56,17 +58,19 @@ class MergedColumnParallelLinear(nn.Module):
             weight_boxes.append(shard_box(f"{name}.weight", (size, input_size), 0, start, stop, rows))
             bias_boxes.append(shard_box(f"{name}.bias", (size,), 0, start, stop, rows))
             rows += stop - start
+        self.matrices = tuple(weight_boxes)  # of which the weight is made, however it is quantised
         self.weight = declare_weight((rows, input_size), dtype, weight_boxes)  # [rows of this rank, input_size]
         self.bias = declare_weight((rows,), dtype, bias_boxes) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] -> [num_tokens, output rows of this rank]."""
-        return project(x, weight_of(self, "weight"), self.bias)
+        y = project(x, weight_of(self, "weight"), self.bias)
+        return y if self.lora is None else self.lora.add(x, y)
 
     def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
         """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
         weight = weight_of(self, "weight")
-        if takes_gemv(x, weight):
+        if self.lora is None and takes_gemv(x, weight):
             return multiply_row(x, weight, self.bias, activation.name)
         return act_and_mul(self.forward(x), activation)
 
@@ -114,6 +118,7 @@ class RowParallelLinear(nn.Module):
     """y = x W^T + b with the input columns split over the ranks; the partial results are summed."""
 
     quantisable_weights = ("weight",)
+    lora: LoraSlots | None = None  # of adapters, where there can be some
 
     def __init__(
         self,
@@ -129,6 +134,7 @@ class RowParallelLinear(nn.Module):
         shard = divide(input_size, parallel.tp_size, name)
         start = parallel.tp_rank * shard
         box = shard_box(f"{name}.weight", (output_size, input_size), 1, start, start + shard)
+        self.matrices = (box,)
         # [output_size, columns of this rank]
         self.weight = declare_weight((output_size, shard), dtype, [box], all_columns=input_size)
         self.bias = None
@@ -140,11 +146,15 @@ class RowParallelLinear(nn.Module):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
-        return project(x, weight_of(self, "weight"), self.bias if self.tp_rank == 0 else None)
+        return self._project(x, self.bias if self.tp_rank == 0 else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
-            return project(x, weight_of(self, "weight"), self.bias)
-        y = tensor_model_parallel_all_reduce(project(x, weight_of(self, "weight")))
+            return self._project(x, self.bias)
+        y = tensor_model_parallel_all_reduce(self._project(x, None))
         return y if self.bias is None else y + self.bias
+
+    def _project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = project(x, weight_of(self, "weight"), bias)
+        return y if self.lora is None else self.lora.add(x, y)

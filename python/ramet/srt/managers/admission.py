@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.managers.lora_slots import LoraRoom, LoraSlots
 from ramet.srt.managers.prefill_adder import GroupRoom, PrefillAdder
 from ramet.srt.managers.schedule_batch import Req, RunningReq
 from ramet.srt.managers.schedule_policy import Candidate, aged_arrival_s, max_share, place_of
@@ -50,6 +51,7 @@ class Admission:
         caches: one for each attention group: its ranks alone hold the keys and values of its requests.
         rows: of the page table, one for each request that may hold KV cache at a time.
         clock: gives the time in seconds.
+        lora_slots: of adapters, one for each that running requests may have.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class Admission:
         rows: RowAllocator,
         budget: TokenBudget,
         clock: Callable[[], float],
+        lora_slots: LoraSlots,
     ):
         self._policy = config.schedule_policy
         self._caches = caches
         self._rows = rows
         self._budget = budget
         self._clock = clock
+        self._lora_slots = lora_slots
         # Those that have run before, then the others in the order of their arrival, or by their priority.
         self.waiting: deque[Req] = deque()
         self.in_progress: list[RunningReq] = []
@@ -134,7 +138,7 @@ class Admission:
         is_decoding = any(one.req.pooling is None for one in running)
         num_waiting = sum(prompt.missing_len for prompt in prompts)
         budget = self._budget.num_tokens(is_decoding, num_others, num_waiting)
-        adder = PrefillAdder(self._rooms(running), budget, max_share(self._policy))
+        adder = PrefillAdder(self._rooms(running), budget, max_share(self._policy), LoraRoom(self._lora_slots))
         for prompt in prompts:
             if adder.budget <= 0:
                 break

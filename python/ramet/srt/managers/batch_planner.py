@@ -1,6 +1,7 @@
 """Owns how a batch becomes the plan that the ranks get: each rank is told of what it does not know yet."""
 
 from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, SequencePlan
+from ramet.srt.managers.lora_slots import LoraSlots
 from ramet.srt.managers.prefix_groups import shared_prefixes
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.mem_cache.allocator import RowAllocator
@@ -12,10 +13,12 @@ class BatchPlanner:
 
     Args:
         rows: the page table, whose changes go out with the next plan.
+        lora_slots: the slots of adapters, whose changes do, too.
     """
 
-    def __init__(self, rows: RowAllocator):
+    def __init__(self, rows: RowAllocator, lora_slots: LoraSlots):
         self._rows = rows
+        self._lora_slots = lora_slots
         self._known_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self._ended_rids: list[str] = []  # those of them that the ranks may forget
 
@@ -30,6 +33,7 @@ class BatchPlanner:
             sequences=[_chunk(running) if running in chunks else _newest_token(running) for running in batch.reqs],
             shared=shared_prefixes(batch.reqs),
             page_writes=self._rows.take_writes(),
+            lora_placements=self._lora_slots.take_placements(),
             new_states=new_states,
             ended_rids=ended,
             grammar_masks={
@@ -70,6 +74,7 @@ def _newest_token(running: RunningReq) -> SequencePlan:
         start=handle.kv_len,
         input_ids=[LAST_TOKEN if running.num_pending else running.req.output_ids[-1]],
         is_sampled=True,
+        lora_slot=running.lora_slot,
     )
 
 
@@ -87,4 +92,5 @@ def _chunk(running: RunningReq) -> SequencePlan:
         logprob_targets=req.origin_input_ids[positions.start + 1 : positions.stop + 1],
         top_logprobs_num=req.top_logprobs_num,
         pooling=req.pooling if running.is_last_chunk else None,
+        lora_slot=running.lora_slot,
     )

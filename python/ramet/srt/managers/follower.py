@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ramet.srt.batch.batch_plan import BatchPlan
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
+from ramet.srt.managers.lora_desk import LoraMessage, follow
 from ramet.srt.managers.plan_channel import PlanReceiver, ResultSender
 from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
@@ -60,6 +61,9 @@ class Follower:
         if isinstance(message, BatchPlan):
             self._last_plan_time, self._last_plan_len = time.monotonic(), len(message.sequences)
             self._run_pass(message)
+        elif isinstance(message, LoraMessage):
+            assert self._worker.model_runner.lora is not None
+            follow(self._worker.model_runner.lora, message)
         elif message is not None:
             self._worker.profiler.follow(message)
         else:

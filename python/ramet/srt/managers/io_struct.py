@@ -3,6 +3,7 @@
 import msgspec
 
 from ramet.srt.batch.batch_plan import Pooling
+from ramet.srt.lora.adapter import NO_ADAPTER, LoraAdapter, LoraSource
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -41,6 +42,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     bad_words_ids: list[list[int]] = []  # token sequences that the output must not have
     grammar_before: str = ""  # see Constraint.before
     pooling: Pooling | None = None  # nothing is generated then, and the sampling parameters mean nothing
+    lora_name: str = ""  # of the adapter to compute it with; empty: none
+    lora_id: int = NO_ADAPTER  # the number of that name's adapter, now: another one later has another number
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
@@ -85,6 +88,35 @@ class ProfileReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     success: bool
     message: str
+
+
+class LoadLoraReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Load an adapter. A replica's leader hands it on to its other ranks."""
+
+    request_id: str
+    lora_id: int  # above 0, and never used before
+    adapter: LoraAdapter
+    source: LoraSource
+    pinned: bool = False  # once it is in a slot, it stays there
+
+
+class FinishLoraReq(msgspec.Struct, kw_only=True, tag=True):
+    """A replica's leader to its other ranks: find out together whether all of them have loaded an adapter."""
+
+    lora_id: int
+
+
+class UnloadLoraReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Drop an adapter, which no request has any more. Handed on in the same way."""
+
+    request_id: str
+    lora_id: int
+
+
+class LoraReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+    success: bool
+    message: str  # why not
 
 
 class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
@@ -194,6 +226,9 @@ Message = (
     | StartProfileReqInput
     | StopProfileReqInput
     | ProfileReqOutput
+    | LoadLoraReqInput
+    | UnloadLoraReqInput
+    | LoraReqOutput
     | GetInternalStateReq
     | GetInternalStateReqOutput
     | BatchTokenIDOutput

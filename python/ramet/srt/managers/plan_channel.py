@@ -8,7 +8,13 @@ import zmq
 from ramet.srt.batch.batch_plan import BatchPlan, BatchResult
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.rendezvous import Rendezvous
-from ramet.srt.managers.io_struct import StartProfileReqInput, StopProfileReqInput
+from ramet.srt.managers.io_struct import (
+    FinishLoraReq,
+    LoadLoraReqInput,
+    StartProfileReqInput,
+    StopProfileReqInput,
+    UnloadLoraReqInput,
+)
 from ramet.srt.utils.net import format_address, is_ipv6
 
 SEND_TIMEOUT_MS = 30_000
@@ -16,7 +22,9 @@ PLANS_KEY = "plans"
 RESULTS_KEY = "results"
 
 # What comes between two plans belongs between these passes, on every rank.
-PlanMessage = BatchPlan | StartProfileReqInput | StopProfileReqInput
+PlanMessage = (
+    BatchPlan | StartProfileReqInput | StopProfileReqInput | LoadLoraReqInput | FinishLoraReq | UnloadLoraReqInput
+)
 _plan_decoder = msgspec.msgpack.Decoder(PlanMessage)
 _result_decoder = msgspec.msgpack.Decoder(BatchResult)
 _encoder = msgspec.msgpack.Encoder()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ramet.srt.managers.lora_slots import LoraRoom
 from ramet.srt.managers.schedule_batch import Req, RunningReq
 from ramet.srt.managers.schedule_policy import Candidate
 from ramet.srt.mem_cache.radix_cache import TreeNode
@@ -70,11 +71,13 @@ class PrefillAdder:
     Args:
         budget: prompt tokens that the pass may compute.
         max_share: of them that one prompt gets at first; what is left in the end goes to the first that was cut.
+        lora_room: what the pass has for requests with adapters.
     """
 
-    def __init__(self, rooms: Sequence[GroupRoom], budget: int, max_share: float):
+    def __init__(self, rooms: Sequence[GroupRoom], budget: int, max_share: float, lora_room: LoraRoom):
         self.budget = budget
         self._rooms = rooms
+        self._lora_room = lora_room
         self._max_len = max(1, int(budget * max_share))
         self.reqs: list[RunningReq] = []
 
@@ -87,9 +90,13 @@ class PrefillAdder:
 
     def begin(self, candidate: Candidate) -> bool:
         """Let a waiting request run, and compute a chunk of its prompt; whether there was room for it."""
+        lora_id = candidate.req.lora_id
+        if not self._lora_room.has_room(lora_id):
+            return False
         running = self._rooms[candidate.req.group].begin(candidate)
         if running is None:
             return False
+        running.lora_slot = self._lora_room.take(lora_id)
         self.add(running)
         return True
 

@@ -41,6 +41,7 @@ class SequenceInput:
     top_logprobs_num: int = 0
     stream: bool = False
     priority: int = 0
+    lora_name: str = ""  # of the adapter to compute it with; empty: none
     grammar_before: str = ""  # see Constraint.before
     param: str = "text"  # what the client calls the prompt, for errors
 
@@ -130,6 +131,7 @@ def _prepare(
         logprob_start_len=one.logprob_start_len,
         top_logprobs_num=one.top_logprobs_num,
         priority=one.priority,
+        lora_name=one.lora_name,
         grammar_before=one.grammar_before,
         bad_words_ids=bad_words.token_ids(one.sampling_params.bad_words),
         pooling=one.pooling,

@@ -41,6 +41,7 @@ class Req:
         self.wants_input_logprobs = message.return_logprob and message.logprob_start_len >= 0
         self.priority = message.priority
         self.bad_words_ids = message.bad_words_ids
+        self.lora_id = message.lora_id
         self.is_silent = False  # whether nobody waits for the output
 
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
@@ -91,11 +92,12 @@ class Req:
 class RunningReq:
     """A request that holds KV cache: from its admission to its end, or until its cache is taken away."""
 
-    __slots__ = ("extend_len", "group", "handle", "is_parked", "num_pending", "prefix", "req")
+    __slots__ = ("extend_len", "group", "handle", "is_parked", "lora_slot", "num_pending", "prefix", "req")
 
     def __init__(self, req: Req, handle: CacheHandle):
         self.req = req
         self.handle = handle
+        self.lora_slot = -1  # in which its adapter is while it runs; -1: it has none
         self.group = req.group
         self.extend_len = 0  # tokens that the pass in question computes
         self.prefix: CommonPrefix | None = None  # while it decodes: what the pass in question may read for several

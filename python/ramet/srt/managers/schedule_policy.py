@@ -35,7 +35,7 @@ class Candidate:
     def match(self) -> PrefixMatch:
         """What the cache has of it; found again if something has been evicted for another request meanwhile."""
         if self._match is None or not self._cache.is_current(self._match):
-            self._match = self._cache.match(self.req.fill_ids, self.req.max_prefix_len)
+            self._match = self._cache.match(self.req.fill_ids, self.req.max_prefix_len, self.req.lora_id)
         return self._match
 
     @property

@@ -23,12 +23,16 @@ from ramet.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    LoadLoraReqInput,
     Message,
     RequestOutput,
     StartProfileReqInput,
     StopProfileReqInput,
     TokenizedGenerateReqInput,
+    UnloadLoraReqInput,
 )
+from ramet.srt.managers.lora_desk import LoraDesk
+from ramet.srt.managers.lora_slots import LoraSlots
 from ramet.srt.managers.passes import FinishedPass, make_passes
 from ramet.srt.managers.plan_channel import PlanSender
 from ramet.srt.managers.prefix_groups import place_by_prefix
@@ -59,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
+LOAD_POLL_S = 0.01  # while an adapter is being loaded
 MAX_WAIT_S = 0.02  # at a time, so that the end of the process waits no longer
 WARM_UP_TOKENS = 8
 
@@ -101,10 +106,12 @@ class Scheduler:
         # In a pipeline a request gains one token while each stage computes a pass.
         target_s, most_s = config.target_itl_s / parallel.pp_size, config.most_itl_s / parallel.pp_size
         self.budget = TokenBudget(config.prefill_budget, target_s, most_s, model_runner.pass_sizes)
-        self.admission = Admission(config, self.caches, self.rows, self.budget, clock)
+        self.lora_slots = LoraSlots(config.num_lora_slots)
+        self.admission = Admission(config, self.caches, self.rows, self.budget, clock, self.lora_slots)
         self.running: list[RunningReq] = []  # those that decode
-        self.planner = BatchPlanner(self.rows)
+        self.planner = BatchPlanner(self.rows, self.lora_slots)
         self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap, clock)
+        self.lora = LoraDesk(model_runner.lora, self.lora_slots, self.caches, self.passes.tell, channel.reply)
         self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self.throughput = Throughput()
         self.num_retracted = 0
@@ -122,7 +129,8 @@ class Scheduler:
     def run_once(self) -> None:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
         is_idle, spare_s = not self.has_work, self._spare_s()
-        messages = self.channel.receive(IDLE_POLL_S if is_idle else spare_s)
+        idle_s = LOAD_POLL_S if self.lora else IDLE_POLL_S
+        messages = self.channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)
         if spare_s:
@@ -142,6 +150,7 @@ class Scheduler:
 
     def step(self) -> ScheduleBatch | None:
         """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
+        self.lora.poll()
         if self.grammar_queue or self.grammar_steps:
             self.grammar_steps.poll(0.0)
             self._collect_grammars()
@@ -213,6 +222,8 @@ class Scheduler:
                 self._accept(message)
             case AbortReq():
                 self._abort(message)
+            case LoadLoraReqInput() | UnloadLoraReqInput():
+                self.lora.handle(message)
             case FlushCacheReqInput():
                 self.channel.reply(self._flush_cache(message))
             case GetInternalStateReq():
@@ -381,7 +392,9 @@ class Scheduler:
             reqs = self._retract_for(self.passes.decodable(self.running))
         if reqs:
             self.admission.reserve.decay()
-        return place_by_prefix(reqs, self.caches)
+        placed = place_by_prefix(reqs, self.caches)
+        # Side by side the tokens of an adapter read its matrices once.
+        return sorted(placed, key=lambda running: running.lora_slot) if self.lora_slots.num_slots else placed
 
     def _must_start_over(self, running: RunningReq) -> bool:
         """Whether the request's next token is of a sequence whose keys are others than it has."""
@@ -529,6 +542,7 @@ class Scheduler:
     def _release(self, running: RunningReq) -> None:
         """Take back what a request that stops running holds, here and on the ranks."""
         self.caches[running.group].release(running.handle, running.req.fill_ids)
+        self.lora_slots.give_back(running.req.lora_id)
         self.planner.forget(running.req.rid)
 
     def _drop_ended(self) -> None:

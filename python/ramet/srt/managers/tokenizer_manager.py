@@ -29,15 +29,19 @@ from ramet.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    LoadLoraReqInput,
+    LoraReqOutput,
     Message,
     ProfileReqOutput,
     RequestText,
     StartProfileReqInput,
     StopProfileReqInput,
     TokenizedGenerateReqInput,
+    UnloadLoraReqInput,
     decode,
     encode,
 )
+from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInput, is_slow, prepare_requests
@@ -53,9 +57,16 @@ ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with wh
 
 PROFILE_TIMEOUT_S = 300.0  # a long trace takes its time to be written
 
-Question = FlushCacheReqInput | GetInternalStateReq | StartProfileReqInput | StopProfileReqInput
-AnyReply = FlushCacheReqOutput | GetInternalStateReqOutput | ProfileReqOutput
-Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput, ProfileReqOutput)
+Question = (
+    FlushCacheReqInput
+    | GetInternalStateReq
+    | StartProfileReqInput
+    | StopProfileReqInput
+    | LoadLoraReqInput
+    | UnloadLoraReqInput
+)
+AnyReply = FlushCacheReqOutput | GetInternalStateReqOutput | ProfileReqOutput | LoraReqOutput
+Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput, ProfileReqOutput, LoraReqOutput)
 
 
 class TokenizerManager:
@@ -78,6 +89,7 @@ class TokenizerManager:
         self.output_format = output_format
         self.limits = limits
         self.metrics = metrics
+        self.adapters = LoraRegistry()
         self._refusal: str | None = "the model is still loading"
         self._running: dict[str, tuple[Generation, int]] = {}
         self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
@@ -108,10 +120,13 @@ class TokenizerManager:
 
     # ---- life ----
 
-    def start_accepting(self, max_req_len: int, scheduler_addresses: Sequence[str]) -> None:
-        """The instance is ready; the scheduler of each replica reads at its address."""
+    def connect(self, scheduler_addresses: Sequence[str]) -> None:
+        """The scheduler of each replica reads at its address; it can be asked, though not for tokens yet."""
         self._to_schedulers = [self._connect(address) for address in scheduler_addresses]
         self._controller.connect([functools.partial(self._send, socket) for socket in self._to_schedulers])
+
+    def start_accepting(self, max_req_len: int) -> None:
+        """The instance is ready."""
         self.limits = replace(self.limits, max_req_len=max_req_len)
         self._refusal = None
 
@@ -169,10 +184,13 @@ class TokenizerManager:
         self._check_accepting()
         if any(request.rid in self._running or request.rid in self._ending for request in requests):
             raise RequestError(f"a request with the id {rid!r} is already running", param="rid")
+        for request in requests:
+            request.lora_id = self.adapters.resolve(request.lora_name)
         generation = Generation(rid, requests, self._release)
         self._idle.clear()
         for index, request in enumerate(requests):
             self._running[request.rid] = generation, index
+            self.adapters.begin(request.rid, request.lora_id)
             self._send_request(request)
         return generation
 
@@ -195,7 +213,7 @@ class TokenizerManager:
 
     async def flush_cache(self) -> FlushCacheReqOutput:
         """Drop every replica's prefix cache; the first refusal, if any. Raises ServiceError without an answer."""
-        replies = await self._ask_all(FlushCacheReqInput, FlushCacheReqOutput)
+        replies = await self.ask_all(FlushCacheReqInput, FlushCacheReqOutput)
         return min(replies, key=lambda reply: reply.success)
 
     async def start_profile(
@@ -223,12 +241,12 @@ class TokenizerManager:
             record_shapes=record_shapes,
         )
         self._may_record = True
-        replies = await self._ask_all(question, ProfileReqOutput, PROFILE_TIMEOUT_S)
+        replies = await self.ask_all(question, ProfileReqOutput, PROFILE_TIMEOUT_S)
         return min(replies, key=lambda reply: reply.success)
 
     async def stop_profile(self) -> ProfileReqOutput:
         """End the recording where there is one; refused if there is none. Raises ServiceError without an answer."""
-        replies = await self._ask_all(StopProfileReqInput, ProfileReqOutput, PROFILE_TIMEOUT_S)
+        replies = await self.ask_all(StopProfileReqInput, ProfileReqOutput, PROFILE_TIMEOUT_S)
         self._may_record = False
         return max(replies, key=lambda reply: reply.success)
 
@@ -241,7 +259,7 @@ class TokenizerManager:
 
     async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
         """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
-        return await self._ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
+        return await self.ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
 
     async def receive_forever(self) -> None:
         """Hand what comes from the other processes to who waits for it. Runs until cancelled.
@@ -321,6 +339,8 @@ class TokenizerManager:
         self._send(self._to_detokenizer, announcement)
 
     def _take_output(self, item: RequestText, now: float) -> None:
+        if item.output.finish_reason is not None:
+            self.adapters.end(item.output.rid)
         entry = self._running.get(item.output.rid)
         if entry is None:  # its client has gone
             if item.output.finish_reason is not None:
@@ -369,19 +389,22 @@ class TokenizerManager:
         if not socket.closed:
             socket.send(encode(message), zmq.NOBLOCK)
 
-    async def _ask_all(
+    async def ask_all(
         self,
         question: Callable[..., Question],
         kind: type[Reply],
         timeout_s: float = CONTROL_TIMEOUT_S,
+        replicas: Sequence[int] | None = None,
     ) -> list[Reply]:
-        """Every replica's answer, in the order of the data-parallel ranks."""
+        """Every replica's answer, in the order of the data-parallel ranks; or those of some.
+
+        Raises:
+            ServiceError: if one doesn't answer within `timeout_s`.
+        """
         request_id = uuid.uuid4().hex
-        replicas = range(self._controller.num_replicas)
-        questions = [question(request_id=f"{request_id}-{replica}") for replica in replicas]
-        return await asyncio.gather(
-            *(self._ask(replica, message, kind, timeout_s) for replica, message in enumerate(questions))
-        )
+        chosen = range(self._controller.num_replicas) if replicas is None else replicas
+        questions = [(replica, question(request_id=f"{request_id}-{replica}")) for replica in chosen]
+        return await asyncio.gather(*(self._ask(replica, message, kind, timeout_s) for replica, message in questions))
 
     async def _ask(
         self,

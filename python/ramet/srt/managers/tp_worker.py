@@ -54,6 +54,8 @@ class TpModelWorker:
         for state in plan.new_states:
             self._rows[state.rid] = SamplingRow(state)
         self.model_runner.req_pool.write(plan.page_writes)
+        if plan.lora_placements and self.model_runner.lora is not None:
+            self.model_runner.lora.place(plan.lora_placements)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
         hidden_states = self.model_runner.run_pass(
             PassTokens.of(plan.sequences, plan.shared), self._own_sequences(plan)

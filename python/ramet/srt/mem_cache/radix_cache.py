@@ -1,8 +1,11 @@
-"""Owns the prefix cache: a radix tree from token ids to the KV pages that hold them, whole pages only."""
+"""Owns the prefix cache: radix trees from token ids to the KV pages that hold them, whole pages only.
+
+There is a tree for each adapter, by its number: keys and values that one has made are nobody else's.
+"""
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ramet.srt.mem_cache.allocator import PageAllocator
 
@@ -47,20 +50,25 @@ class RadixCache:
 
     def reset(self) -> None:
         """Forget everything; the pages are the caller's to free."""
-        self.root = TreeNode()
+        self._roots: dict[int, TreeNode] = {}  # by the adapter
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
         self._num_shared_edges = 0  # that several requests have locked
         self._common: dict[TreeNode, tuple[TreeEdge, int] | None] = {}  # what common_prefix has found, by these locks
 
-    def match_prefix(self, token_ids: Sequence[int], limit: int | None = None) -> tuple[list[int], TreeNode]:
+    def match_prefix(
+        self, token_ids: Sequence[int], limit: int | None = None, lora_id: int = 0
+    ) -> tuple[list[int], TreeNode]:
         """The pages of the longest cached prefix of `token_ids`, and the node where it ends. Splits nodes.
 
         Args:
             limit: tokens that the prefix has at most; None for all.
+            lora_id: the adapter that computes them; 0: none.
         """
         pages: list[int] = []
-        node: TreeNode = self.root
+        node = self._roots.get(lora_id)
+        if node is None:
+            node = self._roots[lora_id] = TreeNode()
         num_pages = self._num_pages(len(token_ids) if limit is None else limit)
         while len(pages) < num_pages:
             child = node.children.get(self._page_key(token_ids, len(pages)))
@@ -74,14 +82,14 @@ class RadixCache:
             node = child
         return pages, node
 
-    def insert(self, token_ids: Sequence[int], pages: list[int]) -> int:
+    def insert(self, token_ids: Sequence[int], pages: list[int], lora_id: int = 0) -> int:
         """Store the whole pages of `token_ids`; returns how many pages the tree held already.
 
         Those are not taken over: the caller keeps or frees its own copies of them.
         """
         if self.disabled:
             return 0
-        held, node = self.match_prefix(token_ids)
+        held, node = self.match_prefix(token_ids, None, lora_id)
         num_pages = self._num_pages(len(token_ids))
         if len(held) < num_pages:
             keys = [self._page_key(token_ids, page) for page in range(len(held), num_pages)]
@@ -149,7 +157,15 @@ class RadixCache:
 
     def evict(self, num_pages: int) -> int:
         """Free at least `num_pages` pages if so many are unlocked; returns how many were freed."""
-        leaves = [(edge.last_access, id(edge), edge) for edge in self._edges() if _is_evictable_leaf(edge)]
+        return self._evict(num_pages, self._edges())
+
+    def drop(self, lora_id: int) -> int:
+        """Free what is cached of an adapter, with which nothing runs; returns how many pages that were."""
+        root = self._roots.pop(lora_id, None)
+        return 0 if root is None else self._evict(self.num_evictable_pages, _edges_below([root]))
+
+    def _evict(self, num_pages: int, edges: Iterable[TreeEdge]) -> int:
+        leaves = [(edge.last_access, id(edge), edge) for edge in edges if _is_evictable_leaf(edge)]
         heapq.heapify(leaves)
         freed = 0
         while leaves and freed < num_pages:
@@ -194,10 +210,14 @@ class RadixCache:
         return upper
 
     def _edges(self) -> list[TreeEdge]:
-        edges = list(self.root.children.values())
-        for edge in edges:  # the list grows while it is walked
-            edges.extend(edge.children.values())
-        return edges
+        return _edges_below(self._roots.values())
+
+
+def _edges_below(nodes: Iterable[TreeNode]) -> list[TreeEdge]:
+    edges = [edge for node in nodes for edge in node.children.values()]
+    for edge in edges:  # the list grows while it is walked
+        edges.extend(edge.children.values())
+    return edges
 
 
 def _is_evictable_leaf(edge: TreeEdge) -> bool:

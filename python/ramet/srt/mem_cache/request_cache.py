@@ -14,6 +14,7 @@ class PrefixMatch:
 
     pages: list[int]
     node: TreeNode  # where the prefix ends
+    lora_id: int  # the adapter that has computed them; 0: none
     num_evictions: int  # of the cache when it was found
     is_long: bool  # see CacheHandle
 
@@ -27,6 +28,7 @@ class CacheHandle:
     pages: list[int]
     num_tree_pages: int  # the first pages belong to the prefix tree, the others to the request
     kv_len: int  # tokens whose keys and values are in the pages
+    lora_id: int  # the adapter that computes them; 0: none
     is_long: bool  # whether the keys are rotated by the second of two sets of frequencies
 
 
@@ -72,11 +74,11 @@ class RequestCache:
     def num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
-    def match(self, token_ids: Sequence[int], limit: int | None = None) -> PrefixMatch:
-        """The longest cached prefix of `token_ids`, or of the first `limit` of them."""
+    def match(self, token_ids: Sequence[int], limit: int | None = None, lora_id: int = 0) -> PrefixMatch:
+        """The longest prefix of `token_ids`, or of the first `limit` of them, that is cached of an adapter."""
         is_long = self.switch_len is not None and len(token_ids) > self.switch_len
-        pages, node = self.tree.match_prefix(_tree_ids(token_ids, is_long), limit)
-        return PrefixMatch(pages, node, self._num_evictions, is_long)
+        pages, node = self.tree.match_prefix(_tree_ids(token_ids, is_long), limit, lora_id)
+        return PrefixMatch(pages, node, lora_id, self._num_evictions, is_long)
 
     def must_start_over(self, handle: CacheHandle, num_tokens: int) -> bool:
         """Whether the keys that the handle has are not those of a sequence of so many tokens."""
@@ -104,9 +106,8 @@ class RequestCache:
             return None
         num_cached = len(match.pages)
         pages = match.pages + self._take_pages(num_missing)
-        handle = CacheHandle(
-            self.rows.alloc(), match.node, pages, num_cached, num_cached * self.page_size, match.is_long
-        )
+        kv_len = num_cached * self.page_size
+        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, kv_len, match.lora_id, match.is_long)
         self.rows.write(handle.row, 0, pages, is_long=handle.is_long)
         return handle
 
@@ -141,9 +142,9 @@ class RequestCache:
         if self.tree.disabled or num_full <= handle.num_tree_pages:
             return
         token_ids = _tree_ids(token_ids[: num_full * self.page_size], handle.is_long)
-        num_held = self.tree.insert(token_ids, handle.pages)
+        num_held = self.tree.insert(token_ids, handle.pages, handle.lora_id)
         self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
-        pages, node = self.tree.match_prefix(token_ids)
+        pages, node = self.tree.match_prefix(token_ids, None, handle.lora_id)
         self.tree.lock(node)
         self.tree.unlock(handle.node)
         handle.node = node
@@ -168,6 +169,11 @@ class RequestCache:
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
         self.rows.free(handle.row)
+
+    def drop(self, lora_id: int) -> None:
+        """Forget what is cached of an adapter. No handle of it may be alive."""
+        if self.tree.drop(lora_id):
+            self._num_evictions += 1
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from ramet.srt.layers.matmul import project
+from ramet.srt.layers.quantization.weight import weight_of
 from ramet.srt.layers.sampler import warm_up_sampling
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES
 
@@ -58,11 +60,11 @@ def warm_up_products(model: nn.Module, dtype: torch.dtype, max_tokens: int, is_c
     for layer in model.modules():
         if not isinstance(layer, MergedColumnParallelLinear | RowParallelLinear):
             continue
-        kind = layer.weight.shape, layer.weight.dtype, layer.bias is None
+        weight = weight_of(layer, "weight")
+        kind = weight.shape, layer.weight.dtype, layer.bias is None
         if kind in seen:
             continue
         seen.add(kind)
-        multiply = layer.partial if isinstance(layer, RowParallelLinear) else layer.forward
-        x = torch.zeros((padded_count(max_tokens), layer.weight.shape[1]), dtype=dtype, device=layer.weight.device)
+        x = torch.zeros((padded_count(max_tokens), weight.shape[1]), dtype=dtype, device=weight.device)
         for count in counts:
-            multiply(x[:count])
+            project(x[:count], weight, layer.bias)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -24,8 +25,9 @@ from ramet.srt.layers.attention.registry import bind_attention, choose_attn_back
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
+from ramet.srt.lora.lora_manager import LoraManager
 from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
-from ramet.srt.model_executor.cuda_graph_runner import MAX_BATCH_SIZE, CudaGraphRunner
+from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
@@ -90,11 +92,18 @@ class ModelRunner:
         open_checkpoint = CheckpointOpener(functools.partial(describe_whole_model, self.model_config, self.manifest))
         if config.weights.load.reads_files:
             open_checkpoint(model_config.path)  # what is wrong with the files is said before they take memory
+        self.lora: LoraManager | None = None
+        if config.lora is not None:
+            self.lora = LoraManager(
+                config.lora, self.model, self.model_config, parallel, device, config.weights, context.started_at
+            )
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
         num_pages = self._num_kv_pages(free_bytes, attention)
         backend_class = choose_attn_backend(config.attention_backend, attention)
         self.arena = allocate_arena(self.manifest, device)
         self.arena.bind(self.model)
+        if self.lora is not None:
+            self.lora.allocate(max(CHUNK_SIZES[-1], MAX_BATCH_SIZE) if device.type == "cuda" else 0)
         on_phase("model")
         weights = RankWeights(config.weights, context, self.manifest, self.arena, device, open_checkpoint)
         # Everything that needs only the addresses of the weights is made while they come.
@@ -150,20 +159,21 @@ class ModelRunner:
         token_bytes = MHATokenToKVPool.bytes_per_token(
             attention.num_layers, attention.num_kv_heads, attention.head_dim, attention.dtype
         )
-        budget = int(free_bytes * config.mem_fraction_static) - self.manifest.arena_nbytes
+        weights_nbytes = self.manifest.arena_nbytes + (0 if self.lora is None else self.lora.nbytes)
+        budget = int(free_bytes * config.mem_fraction_static) - weights_nbytes
         if config.max_total_tokens is None:
             wanted = min(config.max_running_requests * self.model_config.context_len, budget // token_bytes)
-        elif (wanted := config.max_total_tokens) * token_bytes > free_bytes - self.manifest.arena_nbytes:
+        elif (wanted := config.max_total_tokens) * token_bytes > free_bytes - weights_nbytes:
             raise ValueError(
                 f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache beside "
-                f"{self.manifest.arena_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on "
+                f"{weights_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on "
                 f"{self.device}"
             )
         num_pages = min_over_replica(wanted // self.page_size)
         if num_pages < 1:
             raise ValueError(
                 f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the "
-                f"weights take {self.manifest.arena_nbytes / 1e9:.2f} GB of the {config.mem_fraction_static} that "
+                f"weights take {weights_nbytes / 1e9:.2f} GB of the {config.mem_fraction_static} that "
                 "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
             )
         return num_pages
@@ -229,6 +239,8 @@ class ModelRunner:
             hidden_states = self._run_padding([num_tokens])
             if hidden_states is not None and self.model_config.embedding is None:
                 warm_up_head(self.compute_logits, hidden_states[:1], config.max_running_requests)
+            if self.lora is not None:
+                self.lora.tokens.begin(None)  # these rows are no pass
             warm_up_products(self.model, self.dtype, num_tokens, is_captured)
         except torch.OutOfMemoryError:
             logger.warning(
@@ -258,6 +270,8 @@ class ModelRunner:
     def _run_padding(self, lens: Sequence[int]) -> torch.Tensor | None:
         """A pass over sequences of so many tokens that belong to nobody; see run_pass."""
         tokens = PassTokens.padding(self.req_pool.padding_row, lens)
+        if self.lora is not None:
+            tokens.lora_slots = np.zeros(len(lens), dtype=np.int32)  # in which nothing is: the kernels are compiled
         return self.run_pass(tokens, slice(0, len(lens)))
 
     @property
@@ -284,6 +298,8 @@ class ModelRunner:
         if isinstance(self._weights, OfferedWeights):
             raise RuntimeError("the weights are offered already")
         self._weights = self._weights.offer(load_probe)
+        if self.lora is not None:
+            self.lora.offer_at(bootstrap_url)
         self._register_to_engine_info_bootstrap(bootstrap_url)
         if self.config.weights.is_published:
             self._publish_modelexpress_metadata()
@@ -307,6 +323,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Withdraw the offer of the weights."""
+        if self.lora is not None:
+            self.lora.close()
         self._weights.close()
 
     @torch.inference_mode()
@@ -321,6 +339,8 @@ class ModelRunner:
             others, which send theirs to the next.
         """
         if self.graph_runner is not None:
+            if self.lora is not None:
+                self.lora.tokens.stage(tokens.lora_slot_of_token)
             hidden_states = self.graph_runner.replay(tokens)
             if hidden_states is not None:
                 return hidden_states
@@ -343,6 +363,8 @@ class ModelRunner:
         """This stage's output [num_tokens, hidden_size]: of the token ids, or of what the stage before has sent."""
         if batch.batch_size > 0:
             self.attn_backend.init_forward_metadata(batch)
+        if self.lora is not None:
+            self.lora.begin_pass(batch)
         inputs = batch.input_ids
         if not self.parallel.is_first_stage:
             shape = (len(batch.input_ids), self.model_config.hidden_size)

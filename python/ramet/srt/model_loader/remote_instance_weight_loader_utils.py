@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -137,7 +137,7 @@ def fetch_seed_answer(
         WeightTransferError: if no sound answer came within `timeout_s`.
     """
     start = time.monotonic()
-    query = f"?rank={rank}" + ("" if role == "target" else f"&role={role}")
+    query = f"?rank={rank}" + ("" if role == "target" else f"&role={quote(role, safe=':')}")
     reason = "no time was given"
     is_waiting = False
     while (left := start + timeout_s - time.monotonic()) > 0:
@@ -261,6 +261,11 @@ def fetch_digest_tensors(server: SeedServer, rank: int, role: str, timeout_s: fl
 def post_to_seed(server: SeedServer, path: str, body: msgspec.Struct, timeout_s: float) -> tuple[int, bytes]:
     """Status and body of a seed's answer. Raises OSError or ValueError as `http_request` does."""
     return _request(server, "POST", path, timeout_s, msgspec.json.encode(body))
+
+
+def get_from_seed(server: SeedServer, path: str, timeout_s: float) -> tuple[int, bytes]:
+    """The same of a question without a body."""
+    return _request(server, "GET", path, timeout_s)
 
 
 def _request(

@@ -1,14 +1,15 @@
-"""Owns how many threads move bytes, and how they share a list of jobs. Knows nothing of what the bytes are."""
+"""Owns how many threads move bytes, how they share a list of jobs, and work that nobody waits for in the end."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 MAX_COPY_THREADS = 16  # memory bandwidth of a socket is used up well before this
 
 Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def num_copy_threads(limit: int = MAX_COPY_THREADS) -> int:
@@ -44,6 +45,20 @@ def run_in_threads(
         futures = [pool.submit(work) for _ in range(count)]
     for future in futures:
         future.result()
+
+
+def run_beside(work: Callable[[], Result], name: str) -> Future[Result]:
+    """Run something in a thread of its own for which the end of the process does not wait."""
+    future = Future[Result]()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - who waits for the future gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 class _SharedIterator(Generic[Job]):

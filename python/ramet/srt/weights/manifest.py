@@ -12,6 +12,8 @@ from ramet.srt.utils.outside_json import Natural
 
 ENTRY_ALIGNMENT = 256  # bytes; enough for every CPU vector width and for CUDA's coalesced loads
 ROLES = ("target", "draft")
+LORA_ROLE = "lora:"  # and the name of an adapter
+MAX_ROLE_LEN = 300
 
 DTYPE_BYTES = {
     "float64": 8,
@@ -103,8 +105,7 @@ def build_weight_manifest(
     Raises:
         ValueError: if a parameter has no boxes, an unknown dtype, or boxes that don't fit its shape.
     """
-    if role not in ROLES:
-        raise ValueError(f"the model role must be one of {', '.join(ROLES)}; got {role!r}")
+    check_role(role)
     first_names: dict[int, str] = {}
     parameters: dict[str, Any] = {}
     aliases: dict[str, list[str]] = {}
@@ -133,6 +134,14 @@ def build_weight_manifest(
         dimensions=dimensions or {},
         is_tied=is_tied,
     )
+
+
+def check_role(role: str) -> str:
+    """Raises ValueError unless `role` is that of a model, or of an adapter."""
+    if role not in ROLES and not (role.startswith(LORA_ROLE) and len(LORA_ROLE) < len(role) <= MAX_ROLE_LEN):
+        known = ", ".join((*ROLES, f"{LORA_ROLE}NAME"))
+        raise ValueError(f"the model role must be one of {known}; got {role[:MAX_ROLE_LEN]!r}")
+    return role
 
 
 def _build_entry(name: str, parameter: Any, offset: int, aliases: tuple[str, ...]) -> WeightEntry:

@@ -4,7 +4,7 @@ import msgspec
 
 from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.boxes import WeightRegion
-from ramet.srt.weights.manifest import ROLES, WeightManifest, check_manifest
+from ramet.srt.weights.manifest import WeightManifest, check_manifest, check_role
 
 MAX_CHECKSUM_REGIONS = 4096  # in one request; a client that wants more asks again
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
@@ -204,8 +204,7 @@ def parse_answer(body: bytes) -> SeedAnswer:
 
 
 def _check(role: str, info: TransferEngineInfo, manifest: WeightManifest | None, arena_address: int | None) -> None:
-    if role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}; got {role!r}")
+    check_role(role)
     if not info.session_id:
         raise ValueError("session_id is empty")
     for name, (address, num_elements, element_nbytes) in info.weights_info_dict.items():

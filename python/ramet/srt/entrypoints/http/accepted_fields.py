@@ -118,7 +118,7 @@ GENERATE = _table(
     *_only("SGLang", "the model's insides in answers", "return_hidden_states", "return_routed_experts",
            "return_entropy"),
     *_only("SGLang", "bytes in the place of text", "return_bytes"),
-    *_only("SGLang", "adapters", "lora_path", "lora_id"),
+    *_only("SGLang", "adapters by their numbers", "lora_id"),
     *_only("SGLang", "sessions", "session_params"),
     *_only("SGLang", "code of the caller's", "custom_logit_processor"),
     *_only("SGLang", "prefill and decode on several instances", "bootstrap_host", "bootstrap_port", "bootstrap_room",

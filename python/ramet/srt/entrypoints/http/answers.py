@@ -36,6 +36,7 @@ class MetaInfo(Answer):
     completion_tokens: int
     cached_tokens: int
     e2e_latency: float
+    lora_name: str | None = None  # of the adapter that has answered
     input_token_logprobs: list[TokenLogprob] | None = None
     output_token_logprobs: list[TokenLogprob] | None = None
     input_top_logprobs: list[list[TokenLogprob] | None] | None = None
@@ -228,6 +229,7 @@ class ModelCard(Answer):
     owned_by: str
     root: str
     max_model_len: int
+    parent: str | None = None  # the model that an adapter is for
 
 
 class ModelList(Answer):
@@ -296,6 +298,14 @@ class Loads(Answer):
     dp_rank_count: int
     loads: list[ReplicaLoads]
     aggregate: AllLoads
+
+
+class LoraOutcome(Answer):
+    """What loading or unloading an adapter has done."""
+
+    success: Literal[True]
+    error_message: str
+    loaded_adapters: dict[str, str]  # all of them: name -> path
 
 
 class Done(Answer):

@@ -13,7 +13,17 @@ from ramet.srt.utils.key_proof import is_proof
 HEALTH_PATHS = frozenset({"/health", "/health_generate", "/ping", "/ready"})
 OPEN_PATHS = HEALTH_PATHS | {"/docs"}  # answered to everybody, at any time
 NO_KEY = "the Authorization header must be 'Bearer' and a valid key, or the X-Api-Key header one"
-ADMIN_PATHS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})
+ADMIN_PATHS = frozenset(
+    {
+        "/flush_cache",
+        "/start_profile",
+        "/stop_profile",
+        "/load_lora_adapter",
+        "/unload_lora_adapter",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+    }
+)
 
 
 # What instances ask each other for their weights.

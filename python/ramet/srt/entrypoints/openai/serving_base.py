@@ -27,16 +27,26 @@ class OpenAIServing:
     """The common part of the completions and the chat route.
 
     Args:
-        model_name: the only one that requests may name.
+        model_name: of the model, by which, or by one of its adapters, a request may name it.
     """
 
     def __init__(self, manager: TokenizerManager, model_name: str):
         self.manager = manager
-        self.model_name = model_name
+        self.model_name = model_name  # of what answers: an adapter, once a request has named one
+        self.lora_name = ""
+
+    def choose_model(self, name: str | None) -> None:
+        """Answer with the model or the adapter that a request names; none is the model.
+
+        Raises:
+            RequestError: if it names neither.
+        """
+        self.lora_name = self.manager.adapters.name_of(name, self.model_name)
+        self.model_name = self.lora_name or self.model_name
 
     def check_body(self, body: SamplingBody) -> None:
         """Raises RequestError for an unknown model, and for options that contradict each other."""
-        check_model(body.model, self.model_name)
+        self.choose_model(body.model)
         options = body.stream_options
         if options is not None and (options.include_usage or options.continuous_usage_stats) and not body.stream:
             raise RequestError("stream_options is only allowed with stream", param="stream_options")
@@ -70,6 +80,8 @@ class OpenAIServing:
 
     async def start(self, body: SamplingBody, inputs: list[SequenceInput]) -> Generation:
         """Start the sequences."""
+        for one in inputs:
+            one.lora_name = self.lora_name
         return await self.manager.generate(inputs, body.rid or body.request_id or None)
 
 
@@ -94,18 +106,6 @@ def with_openai_names(error: RequestError, constraint: BodyConstraint | None = N
             message = message.replace(ours, theirs)
         param = OPENAI_NAMES.get(param or "", param)
     return RequestError(message, param=param, code=error.code, status_code=error.status_code)
-
-
-def check_model(name: str | None, served: str) -> None:
-    """Raises RequestError if a request names a model, and it is not the one that is served."""
-    if name and name != served:
-        raise unknown_model(name, served)
-
-
-def unknown_model(name: str, served: str) -> RequestError:
-    """What is said of a model that is not there."""
-    text = f"the model {name!r} does not exist; this instance serves {served!r}"
-    return RequestError(text, param="model", code="model_not_found", status_code=404)
 
 
 def answer_head(kind: str, prefix: str, model: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class EmbeddingServing(PoolingServing):
             ServiceError: if the instance can't serve it.
             ClientGone: if the client goes away first.
         """
-        self.check_model(body.model)
+        self.choose_model(body.model)
         return await until_disconnect(request, self._answer(body))
 
     async def _answer(self, body: EmbeddingRequest) -> Response:

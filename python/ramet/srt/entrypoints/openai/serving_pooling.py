@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ramet.srt.batch.batch_plan import Pooling
-from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, check_model
+from ramet.srt.entrypoints.openai.serving_base import OpenAIServing
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, check_task
@@ -17,10 +17,6 @@ MAX_JOINED_IDS = 8 << 20
 class PoolingServing(OpenAIServing):
     """The common part of the routes for embeddings, scores and ranks."""
 
-    def check_model(self, model: str | None) -> None:
-        """Raises RequestError for an unknown model; none is the one that is served."""
-        check_model(model, self.model_name)
-
     async def pool(
         self, prompts: Iterable[tuple[str, str | list[int]]], pooling: Pooling, add_special_tokens: bool = True
     ) -> list[RunningSequence]:
@@ -30,7 +26,10 @@ class PoolingServing(OpenAIServing):
             RequestError: if one can't be served.
             ServiceError: if the instance can't serve them, or somebody has aborted them.
         """
-        generation = await self.manager.generate(pooled_inputs(prompts, pooling, add_special_tokens))
+        inputs = pooled_inputs(prompts, pooling, add_special_tokens)
+        for one in inputs:
+            one.lora_name = self.lora_name
+        generation = await self.manager.generate(inputs)
         return finished_vectors(await generation.finish())
 
 

@@ -28,7 +28,7 @@ class ScoreServing(PairServing):
             ServiceError: if the instance can't serve it.
             ClientGone: if the client goes away first.
         """
-        self.check_model(body.model)
+        self.choose_model(body.model)
         sides = body.given_sides
         given = [name for name in LABEL_FIELDS if getattr(body, name) is not None]
         if given and sides:

@@ -13,7 +13,6 @@ from ramet.srt.entrypoints.http.error_descriptions import ERRORS, EVENTS, NOT_FO
 from ramet.srt.entrypoints.http.event_stream import event_stream, json_response, until_disconnect
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.load_answers import all_loads, replica_loads
-from ramet.srt.entrypoints.openai.serving_base import check_model
 from ramet.srt.errors import RequestError
 
 
@@ -24,7 +23,7 @@ def make_native_router(instance: Instance) -> APIRouter:
     @router.post("/generate", responses={200: {"model": NativeOutput | list[NativeOutput], "content": EVENTS}})
     async def generate(body: GenerateReqInput, request: Request) -> Response:
         """Continue one or several prompts. Streams with `stream`: the text of each event is all text so far."""
-        check_model(body.model, instance.server_args.model_name)
+        body.choose_model(instance.manager.adapters, instance.server_args.model_name)
         if body.stream:
             return await event_stream(request, stream_request(instance.manager, body))
 

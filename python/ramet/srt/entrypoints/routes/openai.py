@@ -11,7 +11,6 @@ from ramet.srt.entrypoints.http.error_descriptions import ERRORS, EVENTS, NOT_FO
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
-from ramet.srt.entrypoints.openai.serving_base import unknown_model
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing
 from ramet.srt.entrypoints.openai.serving_completions import CompletionServing
 
@@ -32,26 +31,34 @@ def make_openai_router(instance: Instance) -> APIRouter:
         """Answer a conversation."""
         return await ChatServing(instance.manager, instance.server_args.model_name).create(body, request)
 
-    def model_card() -> dict[str, Any]:
-        return {
-            "id": instance.server_args.model_name,
-            "object": "model",
-            "created": started,
-            "owned_by": "ramet",
-            "root": instance.server_args.model_path,
-            "max_model_len": instance.manager.limits.max_req_len,
-        }
+    def model_cards() -> list[dict[str, Any]]:
+        served = instance.server_args.model_name
+        adapters = instance.manager.adapters.usable()
+        ids: list[tuple[str, str, dict[str, str]]] = [(served, instance.server_args.model_path, {})]
+        ids += [(one.adapter.name, one.path, {"parent": served}) for one in adapters]
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": started,
+                "owned_by": "ramet",
+                "root": path,
+                "max_model_len": instance.manager.limits.max_req_len,
+                **more,
+            }
+            for name, path, more in ids
+        ]
 
     @router.get("/models", responses={200: {"model": ModelList}})
     async def models() -> Response:
-        """The models that can be named: one."""
-        return json_response({"object": "list", "data": [model_card()]})
+        """The models that can be named: the one that is served, and adapters of it."""
+        return json_response({"object": "list", "data": model_cards()})
 
     @router.get("/models/{model:path}", responses={200: {"model": ModelCard}})
     async def model(model: str) -> Response:
         """One model."""
-        if model != instance.server_args.model_name:
-            raise unknown_model(model, instance.server_args.model_name)
-        return json_response(model_card())
+        served = instance.server_args.model_name
+        name = instance.manager.adapters.name_of(model, served) or served
+        return json_response(next(card for card in model_cards() if card["id"] == name))
 
     return router

@@ -14,7 +14,6 @@ from ramet.srt.entrypoints.http.event_stream import json_response, until_disconn
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.chat_prompt import is_large_chat, render_chat
 from ramet.srt.entrypoints.openai.protocol import DetokenizeRequest, TokenizeRequest
-from ramet.srt.entrypoints.openai.serving_base import check_model
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.prepare_requests import SLOW_CHARS
 from ramet.srt.text.tokenizer import Tokenizer
@@ -34,7 +33,7 @@ def make_tokenize_router(instance: Instance) -> APIRouter:
     @router.post("/v1/tokenize", responses={200: {"model": Tokenized}})
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """The tokens of a prompt, as requests would have them; of several as lists."""
-        check_model(body.model, instance.server_args.model_name)
+        instance.manager.adapters.name_of(body.model, instance.server_args.model_name)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("exactly one of prompt and messages must be given", param="prompt")
         return await until_disconnect(request, _tokenize(instance, body, is_large_chat(request)))
@@ -47,7 +46,7 @@ def make_tokenize_router(instance: Instance) -> APIRouter:
         Without `skip_special_tokens` the two names of the answer follow their origins: `text`, SGLang's, leaves special
         tokens out, and `prompt`, vLLM's, shows them.
         """
-        check_model(body.model, instance.server_args.model_name)
+        instance.manager.adapters.name_of(body.model, instance.server_args.model_name)
         return await until_disconnect(request, _detokenize(instance, body))
 
     return router

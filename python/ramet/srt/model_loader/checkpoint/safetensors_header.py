@@ -46,9 +46,14 @@ class TensorInfo:
 def find_checkpoint_files(folder: str) -> dict[str, set[str] | None]:
     """The safetensors files of a model folder: path -> names of the tensors that the index promises, if there is one.
 
+    Args:
+        folder: or the one file that is meant, of an adapter.
+
     Raises:
         ValueError: if there are none, or the index is broken or names a file that is missing.
     """
+    if folder.endswith(".safetensors") and os.path.isfile(folder):
+        return {folder: None}
     if not os.path.isdir(folder):
         raise ValueError(f"there is no model folder {folder}")
     single = os.path.join(folder, SINGLE_FILE)

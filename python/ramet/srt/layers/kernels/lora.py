@@ -1,0 +1,186 @@
+"""Owns what adapters add to a linear layer's output, where each token of a pass may have another adapter or none.
+
+Which slot a token takes is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for a
+block of tokens and one slot, and ends at once where no token of the block takes it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
+
+FEW_TOKENS = 256  # what is run before the first request has fewer and more
+MIN_SPLIT_COLUMNS = 1024  # of the input, that one program sums up
+MAX_SPLITS = 8
+MIN_DOT, MAX_RANKS = 16, 64  # rows of A that one program takes: at least what a product needs
+MAX_TILE_BYTES = 8192  # of A
+
+
+# Passes of many sizes are captured: none may find that its size needs a kernel of its own.
+@triton.jit(do_not_specialize=["num_tokens"])
+def _shrink_kernel(
+    x_ptr,
+    slots_ptr,
+    a_ptr,
+    scales_ptr,
+    inner_ptr,
+    num_tokens,
+    num_columns,
+    num_parts,
+    rank,
+    num_splits,
+    split_columns,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """inner[split, token, part] = scale * x A^T for a block of ranks, summed over the split's columns of x."""
+    slot = tl.program_id(2)
+    part = tl.program_id(1) % num_parts
+    split = tl.program_id(1) // num_parts % num_splits
+    first_rank = tl.program_id(1) // num_parts // num_splits * BLOCK_RANK
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_mine = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1) == slot
+    scale = tl.load(scales_ptr + slot * num_parts + part)
+    if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
+        return
+    tokens = tokens.to(tl.int64)
+    ranks = first_rank + tl.arange(0, BLOCK_RANK)
+    rank_mask = ranks < rank
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    a_rows = (slot * num_parts + part).to(tl.int64) * rank + ranks
+    stop = tl.minimum((split + 1) * split_columns, num_columns)
+    acc = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+    for first in range(split * split_columns, stop, BLOCK_COLUMNS):
+        column_mask = first + columns < stop
+        x_ptrs = x_ptr + tokens[:, None] * num_columns + first + columns[None, :]
+        x = tl.load(x_ptrs, mask=is_mine[:, None] & column_mask[None, :], other=0.0)
+        a_ptrs = a_ptr + a_rows[None, :] * num_columns + first + columns[:, None]
+        a = tl.load(a_ptrs, mask=rank_mask[None, :] & column_mask[:, None], other=0.0)
+        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+    inner_rows = (split * num_tokens + tokens) * num_parts + part
+    inner_ptrs = inner_ptr + inner_rows[:, None] * rank + ranks[None, :]
+    tl.store(inner_ptrs, acc * scale, mask=is_mine[:, None] & rank_mask[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _expand_kernel(
+    inner_ptr,
+    slots_ptr,
+    b_ptr,
+    scales_ptr,
+    blocks_ptr,
+    y_ptr,
+    num_tokens,
+    num_outputs,
+    num_parts,
+    rank,
+    SPLITS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y += inner B^T, for a block of outputs of one part."""
+    slot = tl.program_id(2)
+    block_ptr = blocks_ptr + 3 * tl.program_id(1)
+    part = tl.load(block_ptr)
+    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    is_mine = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1) == slot
+    scale = tl.load(scales_ptr + slot * num_parts + part)
+    if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
+        return
+    tokens = tokens.to(tl.int64)
+    outputs = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_OUTPUTS)
+    output_mask = outputs < tl.load(block_ptr + 2)
+    b_rows = slot.to(tl.int64) * num_outputs + outputs
+    more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
+    for first_rank in range(0, rank, BLOCK_RANK):
+        ranks = first_rank + tl.arange(0, BLOCK_RANK)
+        rank_mask = ranks < rank
+        inner_mask = is_mine[:, None] & rank_mask[None, :]
+        inner = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            inner_rows = (split * num_tokens + tokens) * num_parts + part
+            inner += tl.load(inner_ptr + inner_rows[:, None] * rank + ranks[None, :], mask=inner_mask, other=0.0)
+        b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
+        b = tl.load(b_ptrs, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
+        more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
+    y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
+    mask = is_mine[:, None] & output_mask[None, :]
+    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add_adapters(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    slots: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scales: torch.Tensor,
+    blocks: torch.Tensor,
+    block_outputs: int,
+) -> None:
+    """y += scale * x A^T B^T in place, with the matrices of each token's slot, for each part of the outputs.
+
+    Args:
+        x: [num_tokens, num_columns], contiguous.
+        y: [num_tokens, num_outputs], contiguous.
+        slots: int32 [num_tokens]; below 0: nothing is added.
+        a: [num_slots, num_parts, rank, num_columns], contiguous.
+        b: [num_slots, num_outputs, rank], contiguous.
+        scales: float32 [num_slots, num_parts]; where it is 0 nothing is added.
+        blocks: int32 [num_blocks, 3]: a part, an output of it, and the end of at most `block_outputs` from there on.
+        block_outputs: a power of 2.
+    """
+    (num_tokens, num_columns), (num_slots, num_parts, rank, _) = x.shape, a.shape
+    assert x.is_contiguous() and y.is_contiguous() and a.is_contiguous() and b.is_contiguous()
+    assert a.shape[3] == num_columns and b.shape == (num_slots, y.shape[1], rank)
+    if num_tokens == 0:
+        return
+    has_few_tokens = num_tokens <= FEW_TOKENS
+    block_tokens = 16 if has_few_tokens else 64
+    block_rank = min(MAX_RANKS, max(MIN_DOT, next_power_of_2(rank)))
+    block_columns = 32 if is_interpreted() else min(256, MAX_TILE_BYTES // block_rank) // x.element_size()
+    num_splits = min(MAX_SPLITS, triton.cdiv(num_columns, MIN_SPLIT_COLUMNS)) if has_few_tokens else 1
+    split_columns = triton.cdiv(triton.cdiv(num_columns, num_splits), block_columns) * block_columns
+    inner = torch.empty((num_splits, num_tokens, num_parts, rank), dtype=torch.float32, device=x.device)
+    num_blocks = triton.cdiv(num_tokens, block_tokens)
+    precision = dot_precision(x.dtype)
+    _shrink_kernel[(num_blocks, num_parts * num_splits * triton.cdiv(rank, block_rank), num_slots)](
+        x,
+        slots,
+        a,
+        scales,
+        inner,
+        num_tokens,
+        num_columns,
+        num_parts,
+        rank,
+        num_splits,
+        split_columns,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_RANK=block_rank,
+        BLOCK_COLUMNS=block_columns,
+        PRECISION=precision,
+    )
+    _expand_kernel[(num_blocks, len(blocks), num_slots)](
+        inner,
+        slots,
+        b,
+        scales,
+        blocks,
+        y,
+        num_tokens,
+        y.shape[1],
+        num_parts,
+        rank,
+        SPLITS=num_splits,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_RANK=block_rank,
+        BLOCK_OUTPUTS=block_outputs,
+        PRECISION=precision,
+    )

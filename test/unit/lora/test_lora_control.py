@@ -1,0 +1,103 @@
+"""Loading adapters on several replicas: all of them have one, or none."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import random_models as rm
+from lora_adapters import make_adapter
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.lora.adapter_paths import LoraPath
+from ramet.srt.managers.io_struct import LoadLoraReqInput, LoraReqOutput
+from ramet.srt.managers.lora_control import LoraControl
+from ramet.srt.managers.lora_registry import LoraRegistry
+
+NUM_REPLICAS = 3
+
+
+class Manager:
+    """Stands in for the tokenizer manager: replicas that note what they are asked, and fail as they are told."""
+
+    def __init__(self):
+        self.adapters = LoraRegistry()
+        self.held = [set() for _ in range(NUM_REPLICAS)]
+        self.failing = {}  # replica -> message, or an exception
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def ask_all(self, question, kind, timeout_s, replicas=None):
+        await self.gate.wait()
+        replies = []
+        for replica in range(NUM_REPLICAS) if replicas is None else replicas:
+            message, failure = question(request_id=str(replica)), self.failing.get(replica)
+            if isinstance(failure, Exception):
+                raise failure
+            if not isinstance(message, LoadLoraReqInput):
+                self.held[replica].remove(message.lora_id)
+            elif failure is None:
+                self.held[replica].add(message.lora_id)
+            replies.append(LoraReqOutput(request_id=str(replica), success=failure is None, message=failure or ""))
+        return replies
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    return str(make_adapter(folder / "adapter", rm.make_model(folder / "model", "llama2", tokenizer=False)))
+
+
+def make_control(is_on=True):
+    manager: Any = Manager()
+    dropped = []
+    return SimpleNamespace(
+        manager=manager,
+        dropped=dropped,
+        control=LoraControl(manager, "base", is_on, LoadConfig(), dropped.append),
+    )
+
+
+async def test_every_replica_gets_it(adapter):
+    case = make_control()
+    loaded = await case.control.load(LoraPath("a", adapter))
+    assert case.manager.held == [{loaded.lora_id}] * NUM_REPLICAS
+    await case.control.unload("a")
+    assert case.manager.held == [set()] * NUM_REPLICAS and case.dropped == ["a"]
+    assert (await case.control.load(LoraPath("a", adapter))).lora_id > loaded.lora_id
+
+
+async def test_none_keeps_what_one_cannot_load(adapter):
+    case = make_control()
+    case.manager.failing = {1: "it has no room"}
+    with pytest.raises(RequestError, match="the adapter 'a' can't be loaded: it has no room"):
+        await case.control.load(LoraPath("a", adapter))
+    assert case.manager.held == [set()] * NUM_REPLICAS and case.dropped == ["a"]
+    case.manager.failing = {}
+    await case.control.load(LoraPath("a", adapter))
+
+
+async def test_a_replica_that_does_not_answer(adapter):
+    case = make_control()
+    case.manager.failing = {2: ServiceError("the scheduler has not answered")}
+    with pytest.raises(ServiceError):
+        await case.control.load(LoraPath("a", adapter))
+    assert case.dropped == ["a"] and case.manager.adapters.get("a") is None
+
+
+async def test_a_name_is_taken_once(adapter):
+    """Of two that come at the same time the second finds the first one's name."""
+    case = make_control()
+    case.manager.gate.clear()
+    loads = [asyncio.create_task(case.control.load(LoraPath("a", adapter))) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    case.manager.gate.set()
+    first, second = await asyncio.gather(*loads, return_exceptions=True)
+    assert first.adapter.name == "a" and "is loaded already" in str(second)
+
+
+async def test_an_instance_without_adapters(adapter):
+    case = make_control(is_on=False)
+    for call in (case.control.load(LoraPath("a", adapter)), case.control.unload("a")):
+        with pytest.raises(RequestError, match="--enable-lora"):
+            await call
