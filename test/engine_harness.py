@@ -188,10 +188,12 @@ class Result:
         self.output_logprobs: list[float | None] = []
         self.top_logprobs: list[list[float]] = []
         self.vector = np.zeros(0, dtype=np.float32)  # of a pooled request
+        self.versions: list[tuple[str, int]] = []  # of the weights, each with its first output token
 
     def add(self, output: RequestOutput) -> None:
         self.token_ids += output.token_ids
         self.finish_reason = output.finish_reason
+        self.versions += [(one.version, one.start) for one in output.new_versions]
         self.cached_tokens = output.cached_tokens
         self.vector = np.frombuffer(output.vector, dtype="<f4")
         if output.input_logprobs is not None:

@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
     to_detokenizer, to_manager = context.socket(zmq.PUSH), context.socket(zmq.PUSH)
     to_detokenizer.connect(ports.detokenizer_ipc_name)
     to_manager.connect(ports.tokenizer_ipc_name)
-    report = LoadReport(source="dummy", num_bytes=10, seconds=0.001, verified=False)
+    report = LoadReport(source="dummy", num_bytes=10, seconds=0.001, verified=False, weight_version=args.weight_version)
     ready = SchedulerReady(
         world_rank=0,
         max_total_num_tokens=MAX_TOTAL_TOKENS,

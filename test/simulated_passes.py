@@ -214,6 +214,7 @@ class Simulation:
             device=torch.device("cpu"),
             finish_sending=None,
             use_quiet_moment=_nothing,
+            weight_version="default",
             req_pool=SimpleNamespace(last_tokens=None),
         )
         self.scheduler = Scheduler(

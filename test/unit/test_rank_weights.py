@@ -11,7 +11,7 @@ from ramet.srt.model_executor import rank_weights
 from ramet.srt.model_executor.rank_weights import LoadedWeights, RankWeights
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.modelexpress.client import publication
-from ramet.srt.weights.report import PublisherStats
+from ramet.srt.weights.report import LoadReport, PublisherStats
 
 URL = "http://127.0.0.1:6789"
 
@@ -25,6 +25,9 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self.events.append(f"{self.what}.{name}")
+
+    def rename(self, version: str) -> None:
+        self.events.append(f"{self.what}.rename {version}")
 
     def stats(self) -> PublisherStats:
         return PublisherStats(status="INITIALIZING")
@@ -42,8 +45,8 @@ def made(monkeypatch: pytest.MonkeyPatch, events: list[str]) -> dict[str, dict[s
 
     class Seed(Recorder):
         @classmethod
-        def start(cls, _manifest: Any, _arena: Any, **fields: Any) -> "Seed":
-            made["seed"] = fields
+        def start(cls, manifest: Any, _arena: Any, **fields: Any) -> "Seed":
+            made["seed"] = fields | {"manifest": manifest}
             events.append("seed.start")
             return cls(events, "seed")
 
@@ -139,6 +142,32 @@ def test_withdrawn_weights_can_be_offered_again(made: dict[str, dict[str, Any]],
     events.clear()
     again.close()
     assert events == ["publication.close", "seed.close"]
+
+
+def test_weights_are_renamed_for_everybody_who_looks_for_them(
+    made: dict[str, dict[str, Any]], events: list[str]
+) -> None:
+    offered = arriving().load("").offer(lambda: None)
+    assert offered.version == made["seed"]["manifest"].weight_version == "default"
+    offered.register(URL)
+    offered.publish_modelexpress()
+    assert made["publication"]["facts"].weight_version == "default"
+    events.clear()
+    made["seed"]["on_rename"]("v2")
+    registered = f"seed.register {URL} admin authorities.pem"
+    assert events == ["seed.rename v2", registered, "publication.rename v2"]
+    assert offered.version == "v2"
+    again = offered.withdraw().offer(lambda: None)
+    assert again.version == made["seed"]["manifest"].weight_version == "v2"
+    again.publish_modelexpress()
+    assert made["publication"]["facts"].weight_version == "v2"
+
+
+def test_what_came_from_a_seed_bears_its_version(made: dict[str, dict[str, Any]]) -> None:
+    weights = arriving()
+    loaded = LoadedWeights(weights, LoadReport(source="nccl", num_bytes=1, seconds=1.0, weight_version="v3"), None)
+    assert loaded.version == "v3" and loaded.offer(lambda: None).version == "v3"
+    assert made["seed"]["manifest"].weight_version == "v3"
 
 
 def test_changed_weights_are_withdrawn_and_end_the_process(

@@ -77,7 +77,7 @@ class Front:
 
     def open(self) -> "Front":
         self.manager.connect(self.addresses)
-        self.manager.start_accepting(LIMITS.max_req_len)
+        self.manager.start_accepting(LIMITS.max_req_len, "default")
         return self
 
     async def read(self, replica: int = 0) -> Message:

@@ -33,6 +33,7 @@ from ramet.srt.utils.net import (
     split_address,
 )
 from ramet.srt.weights.content_digest import parse_digest
+from ramet.srt.weights.version import check_version
 
 BACKLOG_TARGETS = 2.5  # that requests wait for a token while many prompts wait, where no target was given
 
@@ -61,6 +62,7 @@ class ServerArgs(ServerFlags):
             raise ValueError("--weights-digest and --load-format dummy contradict each other")
         if self.weights_digest not in (None, "files"):
             parse_digest(str(self.weights_digest), "--weights-digest")
+        check_version(self.weight_version, "--weight-version")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
         self.parser_config.check()
@@ -486,6 +488,7 @@ class ServerArgs(ServerFlags):
                 is_published=self.modelexpress is not None,
                 network=self.network_use(weights_host),
                 check_interval_s=self.weights_check_interval,
+                version=self.weight_version,
             ),
             lora=self.lora_config,
         )

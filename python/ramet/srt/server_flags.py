@@ -297,6 +297,11 @@ class ServerFlags:
         "source (true: load from files and be a seed), wait_timeout in seconds, and model_name, tp_size, pp_size, "
         "ep_size, dtype, quantization where they are not the engine's own.",
     )
+    weight_version: str = flag(
+        "default",
+        "Name of the version of the weights, which every answer bears. Where it is given, weights are taken only from "
+        "instances that serve that version; else they keep their version's name.",
+    )
     weights_digest: str | None = flag(
         None,
         "Digest that the weights must have, whoever gives them, as ramet digest prints it; or files, for the digest of "

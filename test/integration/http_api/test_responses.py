@@ -113,7 +113,11 @@ def test_an_answer_says_what_was_used(client: openai.OpenAI) -> None:
     assert answer.id.startswith("resp_")
     assert answer.output[0].id.startswith("msg_")
     assert (answer.temperature, answer.top_p, answer.max_output_tokens) == (0.5, 1.0, 100)
-    assert (answer.instructions, answer.metadata, answer.user) == ("Be brief.", {"a": "b"}, "me")
+    assert (answer.instructions, answer.metadata, answer.user) == (
+        "Be brief.",
+        {"a": "b", "weight_version": "default"},
+        "me",
+    )
     assert (answer.reasoning.effort, answer.text.format.type, answer.tool_choice) == ("low", "text", "auto")
     usage = answer.usage
     assert usage.input_tokens == usage.output_tokens > 0

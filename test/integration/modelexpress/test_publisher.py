@@ -21,6 +21,7 @@ from modelexpress_harness import (
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.records import read_facts
 from ramet.srt.modelexpress.server.server import ModelExpressServer
 from ramet.srt.weights.report import PublisherStats
 
@@ -54,6 +55,27 @@ def test_the_life_of_a_record(client: ModelExpressClient) -> None:
     assert listed(client, READY) == [publisher.worker_id]
     publisher.close()
     assert listed(client, STALE) == [publisher.worker_id]
+
+
+def test_another_record_takes_the_place_of_one(client: ModelExpressClient) -> None:
+    """In the same state, and as the same worker."""
+    publisher = make_publisher(client.address, heartbeat_interval_s=30.0)
+    publisher.start()
+    assert publisher.set_status(READY, timeout_s=10)
+
+    def shown() -> list[str]:
+        refs = client.list_sources(make_identity(), status=READY)
+        assert [ref.worker_id for ref in refs] in ([publisher.worker_id], [])
+        return [facts.weight_version for ref in refs if (facts := read_facts(ref.topology)) is not None]
+
+    assert shown() == ["default"]
+    for version in ("v1", "v2"):
+        publisher.publish_anew(make_worker(weight_version=version))
+        wait_until(lambda version=version: shown() == [version], what="the new record")
+    assert publisher.set_status(STALE, timeout_s=10)
+    publisher.publish_anew(make_worker(weight_version="v3"))  # of weights that nobody shall take
+    publisher.close()
+    assert listed(client, READY) == [] and listed(client, STALE) == [publisher.worker_id]
 
 
 def test_heartbeats_keep_it_listed() -> None:

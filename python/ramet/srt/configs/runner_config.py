@@ -21,6 +21,7 @@ class WeightsConfig:
     is_published: bool  # at a ModelExpress server
     network: str = REQUIRED  # whether other hosts may read the weights by a transfer engine: one of those above
     check_interval_s: float = 0.0  # from one look at the weights that are offered to the next; 0: nobody looks
+    version: str = "default"  # that seeds must have; "default": any
 
 
 @dataclass(frozen=True, kw_only=True)

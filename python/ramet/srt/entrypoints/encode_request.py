@@ -34,5 +34,6 @@ def _output(sequence: RunningSequence) -> dict[str, Any]:
             "prompt_tokens": sequence.prompt_tokens,
             "cached_tokens": sequence.cached_tokens,
             "e2e_latency": sequence.e2e_latency_s,
+            "weight_version": sequence.weight_version,
         },
     }

@@ -263,6 +263,8 @@ def native_output(sequence: RunningSequence, shown: ShownLogprobs, index: int | 
         "completion_tokens": len(sequence.output_ids),
         "cached_tokens": sequence.cached_tokens,
         "e2e_latency": sequence.e2e_latency_s,
+        "weight_version": sequence.weight_version,
+        "weight_versions": sequence.weight_versions,
     }
     if sequence.request.lora_name:
         meta_info["lora_name"] = sequence.request.lora_name

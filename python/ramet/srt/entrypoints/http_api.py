@@ -26,9 +26,11 @@ from ramet.srt.entrypoints.routes.health import make_health_router, make_node_ro
 from ramet.srt.entrypoints.routes.lora import make_lora_router
 from ramet.srt.entrypoints.routes.native import make_native_router
 from ramet.srt.entrypoints.routes.openai import make_openai_router
+from ramet.srt.entrypoints.routes.pauses import make_pause_router
 from ramet.srt.entrypoints.routes.pooling import make_pooling_router
 from ramet.srt.entrypoints.routes.responses import make_responses_router
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
+from ramet.srt.entrypoints.routes.weight_versions import make_version_router
 from ramet.srt.entrypoints.routes.weights import make_weight_router
 from ramet.srt.utils.http_origin import OriginCheck
 
@@ -37,6 +39,8 @@ ROUTERS = (
     make_health_router,
     make_native_router,
     make_admin_router,
+    make_version_router,
+    make_pause_router,
     make_lora_router,
     make_openai_router,
     make_responses_router,

@@ -39,9 +39,11 @@ from ramet.srt.weights.control_messages import (
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
+    from ramet.srt.entrypoints.version_control import VersionControl
     from ramet.srt.lora.adapter_paths import LoraPath
     from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
+    from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.modelexpress.server.server import ModelExpressServer
 
@@ -73,6 +75,8 @@ class Instance:
         self.model_config: ModelConfig
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
         self.lora: LoraControl
+        self.pauses: PauseControl
+        self.versions: VersionControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -247,8 +251,10 @@ class Instance:
         import zmq
 
         from ramet.srt.entrypoints.openai.reranker import find_reranker
+        from ramet.srt.entrypoints.version_control import VersionControl
         from ramet.srt.managers.lora_control import LoraControl
         from ramet.srt.managers.metrics import Metrics
+        from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
         from ramet.srt.text.output_format import OutputFormat
@@ -287,6 +293,9 @@ class Instance:
             )
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
+        self.pauses = PauseControl(self.manager)
+        has_offers, world_size = self.bootstrap is not None, args.world_size
+        self.versions = VersionControl(self.manager, self.ask_rank_about_weights, world_size if has_offers else 0)
         self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
@@ -342,7 +351,7 @@ class Instance:
                 self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
-            self.manager.start_accepting(max_req_len)
+            self.manager.start_accepting(max_req_len, schedulers[0].load_report.weight_version)
         self._tell_ranks(InstanceReady())
 
     def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
@@ -363,7 +372,8 @@ class Instance:
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them.
 
-        A profile that is being recorded is written after that, which may take minutes.
+        A pause ends first, so that those that it holds can end. A profile that is being recorded is written after that,
+        which may take minutes.
         """
         if not self.is_head:
             return
@@ -371,6 +381,9 @@ class Instance:
         self.manager.stop_accepting(SHUTTING_DOWN)
         if self._telling:
             await asyncio.wait(self._telling)
+        if self.pauses.is_paused:
+            with contextlib.suppress(ServiceError):
+                await self.pauses.go_on()
         if not await self.manager.drain(self.server_args.drain_timeout):
             logger.warning("%d sequences still run after --drain-timeout and are aborted", self.manager.num_running)
             self.manager.abort_all()
@@ -447,6 +460,7 @@ class Instance:
         }
         return {
             **args,
+            "weight_version": self.manager.weight_version,
             "version": ramet.__version__,
             "max_total_num_tokens": self.schedulers[0].max_total_num_tokens,
             "max_req_len": self.schedulers[0].max_req_len,
@@ -467,6 +481,7 @@ class Instance:
             "context_length": self.model_config.context_len,
             "vocab_size": self.model_config.vocab_size,
             "default_sampling_params": self.sampling_defaults,
+            "weight_version": self.manager.weight_version,
         }
 
     def ready_line(self) -> str:

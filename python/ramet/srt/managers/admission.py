@@ -96,7 +96,7 @@ class Admission:
             for_room: whether that was because others needed it.
         """
         self.drop(running)
-        running.req.num_retractions += 1
+        running.req.start_over()
         self.put(running.req)
         if for_room:
             self.reserve.grow()

@@ -94,13 +94,14 @@ class FollowerSockets:
     def begin(self, runner: ModelRunner) -> Follower:
         """Run the rank's model, and connect to the leader if this rank's results are the replica's."""
         parallel, worker = self._parallel, TpModelWorker(runner)
+
+        def tell_ready() -> None:
+            self._rendezvous.put(f"{READY_KEY}/{parallel.world_rank}", runner.weight_version)
+
         run_pass: Callable[[BatchPlan], None] = worker.launch
         if parallel.world_rank == parallel.sampling_rank:
             run_pass = _reporting(worker, self._plans.open_results(parallel))
-        return Follower(worker, run_pass, self._plans, self._max_running_requests, self._tell_ready)
-
-    def _tell_ready(self) -> None:
-        self._rendezvous.put(f"{READY_KEY}/{self._parallel.world_rank}", "")
+        return Follower(worker, run_pass, self._plans, self._max_running_requests, tell_ready)
 
 
 def _reporting(worker: TpModelWorker, results: ResultSender) -> Callable[[BatchPlan], None]:

@@ -4,8 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ramet.srt.managers.io_struct import FinishReason, RequestText, TokenizedGenerateReqInput, TokenLogprobs
+from ramet.srt.managers.io_struct import (
+    FinishReason,
+    RequestText,
+    TokenizedGenerateReqInput,
+    TokenLogprobs,
+    VersionStart,
+)
 from ramet.srt.managers.logprobs import extend_logprobs, no_logprobs
 
 
@@ -15,10 +22,12 @@ class RunningSequence:
 
     request: TokenizedGenerateReqInput
     created_s: float
+    version_before: str = ""  # of the instance's weights when the request came
     text: str = ""
     output_ids: list[int] = field(default_factory=list)
     input_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
     output_logprobs: TokenLogprobs = field(default_factory=no_logprobs)
+    versions: list[VersionStart] = field(default_factory=list)  # of the weights that have made the output
     finish_reason: FinishReason | None = None
     vector: bytes = b""  # float32: what a pooled request is for
     cached_tokens: int = 0
@@ -27,6 +36,18 @@ class RunningSequence:
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.input_ids)
+
+    @property
+    def weight_version(self) -> str:
+        """That of the weights that have made the newest output; before there is any, that of the instance."""
+        return self.versions[-1].version if self.versions else self.version_before
+
+    @property
+    def weight_versions(self) -> list[dict[str, Any]]:
+        """Which version has made which output tokens: [start, end) of each, from the first to the last."""
+        starts = self.versions or [VersionStart(self.version_before, 0)]
+        ends = [*(one.start for one in starts[1:]), len(self.output_ids)]
+        return [{"version": one.version, "start": one.start, "end": end} for one, end in zip(starts, ends, strict=True)]
 
     @property
     def e2e_latency_s(self) -> float:
@@ -38,6 +59,7 @@ class RunningSequence:
         output = item.output
         self.text += item.text
         self.output_ids += output.token_ids
+        self.versions += output.new_versions
         self.cached_tokens = output.cached_tokens
         for total, new in (
             (self.input_logprobs, output.input_logprobs),
@@ -67,6 +89,7 @@ class Generation:
     Args:
         rid: the request's id, by which it can be aborted as a whole.
         release: called once at the end, when finished or given up, with this object.
+        weight_version: of the instance now.
     """
 
     def __init__(
@@ -74,10 +97,13 @@ class Generation:
         rid: str,
         requests: Sequence[TokenizedGenerateReqInput],
         release: Callable[["Generation"], None],
+        weight_version: str = "",
     ):
         now = time.monotonic()
         self.rid = rid
-        self.sequences = [RunningSequence(request=request, created_s=now) for request in requests]
+        self.sequences = [
+            RunningSequence(request=request, created_s=now, version_before=weight_version) for request in requests
+        ]
         self._release = release
         self._news: dict[int, Update] = {}  # by sequence: what nobody has taken yet
         self._error: Exception | None = None

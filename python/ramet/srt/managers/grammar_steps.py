@@ -17,6 +17,7 @@ class ChosenToken:
     running: RunningReq
     token_id: int
     logprobs: LogprobRows | None
+    weight_version: str = ""  # by which it was chosen
 
 
 class GrammarSteps:
@@ -48,12 +49,14 @@ class GrammarSteps:
             del self._chosen[chosen.running]
         return done
 
+    def unparked(self) -> list[RunningReq]:
+        """The requests that still hold KV cache."""
+        return [running for running in self._chosen if not running.is_parked]
+
     def slow(self) -> list[RunningReq]:
         """The requests that still hold KV cache and whose constraint takes its time."""
         return [
-            running
-            for running in self._chosen
-            if not running.is_parked and running.req.grammar is not None and running.req.grammar.is_slow
+            running for running in self.unparked() if running.req.grammar is not None and running.req.grammar.is_slow
         ]
 
     def parked(self) -> list[RunningReq]:

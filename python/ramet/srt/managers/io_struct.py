@@ -1,5 +1,7 @@
 """Owns every message that crosses a process boundary inside an instance, and their encoding (msgpack)."""
 
+from typing import Literal
+
 import msgspec
 
 from ramet.srt.batch.batch_plan import Pooling
@@ -63,6 +65,43 @@ class FlushCacheReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     success: bool
     message: str
+
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class PauseReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Plan no pass until ContinueReqInput. What becomes of the requests that are there, see Scheduler.pause."""
+
+    request_id: str
+    mode: PauseMode
+
+
+class PauseReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+    num_held: int  # requests that wait for the end of the pause
+
+
+class ContinueReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """End the pause, if there is one."""
+
+    request_id: str
+
+
+class ContinueReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
+
+
+class RenameWeightsReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Count what comes out from now on as of another version of the weights."""
+
+    request_id: str
+    version: str
+    abort_all: bool  # end what runs and waits before
+
+
+class RenameWeightsReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    request_id: str
 
 
 class StartProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
@@ -137,6 +176,13 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     modelexpress: PublisherStats | None = None  # of the rank that schedules, if it publishes its weights
 
 
+class VersionStart(msgspec.Struct, frozen=True, array_like=True):
+    """From which of a request's output tokens on a version of the weights has made them."""
+
+    version: str
+    start: int
+
+
 class RequestOutput(msgspec.Struct, kw_only=True):
     """What one request gained since its last output."""
 
@@ -151,6 +197,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's
     is_pooled: bool = False  # of a request with a pooling: there is no text to come
     vector: bytes = b""  # float32, of such a request when it has ended well
+    new_versions: list[VersionStart] = []  # since its last output; the first comes with the first token, or the end
 
 
 class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
@@ -223,6 +270,12 @@ Message = (
     | AbortReq
     | FlushCacheReqInput
     | FlushCacheReqOutput
+    | PauseReqInput
+    | PauseReqOutput
+    | ContinueReqInput
+    | ContinueReqOutput
+    | RenameWeightsReqInput
+    | RenameWeightsReqOutput
     | StartProfileReqInput
     | StopProfileReqInput
     | ProfileReqOutput

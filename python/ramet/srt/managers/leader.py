@@ -17,6 +17,7 @@ from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.net import format_address
+from ramet.srt.weights.version import check_same_version
 
 SCHEDULER_KEY = "scheduler"
 TOKENIZER_KEY, DETOKENIZER_KEY = "tokenizer", "detokenizer"
@@ -53,20 +54,29 @@ class OtherRanks:
         get = self._rendezvous.get
         return PortArgs(tokenizer_ipc_name=get(TOKENIZER_KEY), detokenizer_ipc_name=get(DETOKENIZER_KEY))
 
-    def wait_for_followers(self) -> None:
-        """Wait until the replica's other ranks can take passes."""
+    def wait_for_followers(self, weight_version: str) -> None:
+        """Wait until the replica's other ranks can take passes.
+
+        Raises:
+            ValueError: if one has other weights than this rank, whose version is given.
+        """
         parallel = self._parallel
         others = [rank for rank in parallel.replica_ranks if rank != parallel.world_rank]
-        self._rendezvous.wait_all(READY_KEY, others)
+        versions = self._rendezvous.wait_all(READY_KEY, others)
+        check_same_version({parallel.world_rank: weight_version} | dict(zip(others, versions, strict=True)))
 
-    def meet_leaders(self) -> list[str]:
-        """Say that this replica can serve. On world rank 0, wait for the others; where the scheduler of each reads."""
+    def meet_leaders(self, weight_version: str) -> list[str]:
+        """Say that this replica can serve. On world rank 0, wait for the others; where the scheduler of each reads.
+
+        Raises:
+            ValueError: if one has other weights than this rank, whose version is given.
+        """
         parallel, rendezvous = self._parallel, self._rendezvous
-        rendezvous.put(f"{READY_KEY}/{parallel.world_rank}", "")
+        rendezvous.put(f"{READY_KEY}/{parallel.world_rank}", weight_version)
         if parallel.world_rank != 0:
             return []
         leaders = range(0, parallel.world_size, len(parallel.replica_ranks))
-        rendezvous.wait_all(READY_KEY, leaders)
+        check_same_version(dict(zip(leaders, rendezvous.wait_all(READY_KEY, leaders), strict=True)))
         return [rendezvous.get(f"{SCHEDULER_KEY}/{leader}") for leader in leaders]
 
 
@@ -95,10 +105,12 @@ class Leader:
     def get_ready(self, on_phase: Callable[[str], None]) -> list[str]:
         """Wait for the followers, warm the replica up and, on world rank 0, wait for the other leaders."""
         if self._others is not None:
-            self._others.wait_for_followers()
+            self._others.wait_for_followers(self._scheduler.weight_version)
         self._scheduler.warm_up()
         on_phase("warm_up")
-        return [self._channel.address] if self._others is None else self._others.meet_leaders()
+        if self._others is None:
+            return [self._channel.address]
+        return self._others.meet_leaders(self._scheduler.weight_version)
 
     def run_once(self) -> None:
         self._turn.begin()

@@ -32,11 +32,16 @@ class UnsentLogprobs:
     def __init__(self, message: TokenizedGenerateReqInput):
         self._wants_output = message.return_logprob
         self._is_prompt_due = message.return_logprob and message.logprob_start_len >= 0
-        self._prompt, self._output = no_logprobs(), no_logprobs()
-        if self._is_prompt_due and message.logprob_start_len == 0:  # the first token has none, but stands there
-            first = TokenLogprobs(
-                logprobs=[None], token_ids=message.input_ids[:1], top_logprobs=[[]], top_token_ids=[[]]
-            )
+        # The first token of a prompt has none, but stands there.
+        self._first_ids = message.input_ids[:1] if message.logprob_start_len == 0 else []
+        self._output = no_logprobs()
+        self.forget_prompt()
+
+    def forget_prompt(self) -> None:
+        """The prompt is computed from its beginning."""
+        self._prompt = no_logprobs()
+        if self._is_prompt_due and self._first_ids:
+            first = TokenLogprobs(logprobs=[None], token_ids=self._first_ids, top_logprobs=[[]], top_token_ids=[[]])
             self.add_prompt(first.token_ids, first)
 
     def add_prompt(self, token_ids: Sequence[int], rows: LogprobRows | TokenLogprobs) -> None:

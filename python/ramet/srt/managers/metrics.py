@@ -88,6 +88,12 @@ class Metrics:
         self.num_retracted = gauge("num_retracted_reqs", "Requests that were put back for lack of KV cache, in total.")
         self.cache_hit_rate = gauge("cache_hit_rate", "Share of all prompt tokens that came from the prefix cache.")
         self.startup_seconds = gauge("startup_seconds", "From the launch to ready.")
+        self._weight_version = Gauge(
+            "ramet:weight_version",
+            "1 for the version of the weights that is served.",
+            ["model_name", "weight_version"],
+            registry=self.registry,
+        )
         self._load = {
             name: Gauge(f"ramet:weight_load_{name}", text, ["model_name", "source", "rank"], registry=self.registry)
             for name, text in (
@@ -113,6 +119,11 @@ class Metrics:
         }
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
+
+    def observe_weight_version(self, version: str) -> None:
+        """Which version is served from now on."""
+        self._weight_version.clear()
+        self._weight_version.labels(**self._labels, weight_version=version).set(1)
 
     def observe_load(self, rank: int, report: LoadReport) -> None:
         """How a rank's weights came."""

@@ -99,6 +99,10 @@ class Passes(ABC):
         """The passes that must be dealt with before anything is planned that depends on their tokens."""
 
     @abstractmethod
+    def drain(self) -> Iterator[FinishedPass]:
+        """All passes under way, waiting for each: what comes after them finds the ranks at rest."""
+
+    @abstractmethod
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
         """Which of the running requests the next pass may give a token."""
 
@@ -137,6 +141,9 @@ class LocalPasses(Passes):
         return self._wait_for_all_but(self._num_kept if has_launched else 0)
 
     def settle(self) -> Iterator[FinishedPass]:
+        return self._wait_for_all_but(0)
+
+    def drain(self) -> Iterator[FinishedPass]:
         return self._wait_for_all_but(0)
 
     def _wait_for_all_but(self, num_kept: int) -> Iterator[FinishedPass]:
@@ -181,6 +188,10 @@ class PipelinePasses(Passes):
 
     def settle(self) -> Iterator[FinishedPass]:
         return iter(())
+
+    def drain(self) -> Iterator[FinishedPass]:
+        while self._under_way:
+            yield from self.results(has_launched=False)
 
     def decodable(self, running: Sequence[RunningReq]) -> list[RunningReq]:
         """One micro-batch of those that no pass under way computes."""

@@ -5,7 +5,9 @@ from typing import Protocol
 
 from ramet.srt.model_executor.model_runner import ModelRunner
 
-READY_KEY = "ready"  # at the rendezvous: put by each rank that can take passes; by a leader for its whole replica
+# At the rendezvous: put by each rank that can take passes, by a leader for its whole replica; its value is the version
+# of the weights.
+READY_KEY = "ready"
 
 
 class Role(Protocol):

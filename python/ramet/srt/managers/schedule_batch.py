@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
+from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, VersionStart
 from ramet.srt.managers.logprobs import UnsentLogprobs
 from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.mem_cache.request_cache import CacheHandle, CommonPrefix
@@ -47,6 +47,7 @@ class Req:
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
         self.num_retractions = 0  # how often its KV cache was taken away
         self.output_ids: list[int] = []
+        self.versions: list[VersionStart] = []  # of the weights that have made the output
         self.finish_reason: FinishReason | None = None  # None while the request goes on
         self.vector = b""  # what came of the pooling: float32
         self.ends_in_stop_token = False  # whether the last token is a stop token, whose text is no content
@@ -54,6 +55,7 @@ class Req:
 
         # Output that has not been sent yet
         self.num_sent_tokens = 0
+        self.num_sent_versions = 0
         self.logprobs = UnsentLogprobs(message)
         self.stop_stream: TextStream | None = None  # made with the first token of a request with stop strings
 
@@ -70,6 +72,17 @@ class Req:
         if stop <= split:
             return self.origin_input_ids[start:stop]
         return self.origin_input_ids[start:] + self.output_ids[: stop - split]
+
+    def note_version(self, version: str) -> None:
+        """What the request gets next, a token or a vector, comes from this version of the weights."""
+        if not self.versions or self.versions[-1].version != version:
+            self.versions.append(VersionStart(version, len(self.output_ids)))
+
+    def start_over(self) -> None:
+        """Its KV cache has been taken away: what it has got stays, and all of its tokens are computed again."""
+        self.num_retractions += 1
+        if not self.output_ids:
+            self.logprobs.forget_prompt()
 
     @property
     def has_run(self) -> bool:
@@ -145,6 +158,7 @@ class ScheduleBatch:
 
     decoding: list[RunningReq]  # their newest token is computed
     chunks: list[RunningReq]  # `extend_len` tokens of each prompt are
+    weight_version: str = ""  # by which the pass is computed
     reqs: list[RunningReq] = field(init=False)  # all, by attention group; in each, those that decode come first
     sampled_reqs: list[RunningReq] = field(init=False)  # those of `reqs` that get a token from this pass
     pooled_reqs: list[RunningReq] = field(init=False)  # those that get a vector

@@ -18,6 +18,8 @@ from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchEmbeddingOutput,
     BatchTokenIDOutput,
+    ContinueReqInput,
+    ContinueReqOutput,
     FinishReason,
     FlushCacheReqInput,
     FlushCacheReqOutput,
@@ -25,6 +27,11 @@ from ramet.srt.managers.io_struct import (
     GetInternalStateReqOutput,
     LoadLoraReqInput,
     Message,
+    PauseMode,
+    PauseReqInput,
+    PauseReqOutput,
+    RenameWeightsReqInput,
+    RenameWeightsReqOutput,
     RequestOutput,
     StartProfileReqInput,
     StopProfileReqInput,
@@ -115,6 +122,8 @@ class Scheduler:
         self.output = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self.throughput = Throughput()
         self.num_retracted = 0
+        self.is_paused = False
+        self.weight_version = model_runner.weight_version  # by which passes are computed; `switch_weight_version`
         self._seeds = random.Random(config.random_seed)
         self._aborted: list[RunningReq] = []  # to be ended before the next pass is planned
 
@@ -128,14 +137,14 @@ class Scheduler:
 
     def run_once(self) -> None:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
-        is_idle, spare_s = not self.has_work, self._spare_s()
+        is_idle, spare_s = not self._can_go_on, self._spare_s()
         idle_s = LOAD_POLL_S if self.lora else IDLE_POLL_S
         messages = self.channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)
         if spare_s:
             return  # to look at the time anew
-        if is_idle and not messages:
+        if is_idle and not messages and not self.has_work:
             self.get_tokenizer()
             self.model_runner.use_quiet_moment()
         if self.step() is None:
@@ -173,6 +182,13 @@ class Scheduler:
         """Whether any request waits or runs, or a pass is under way."""
         return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
 
+    @property
+    def _can_go_on(self) -> bool:
+        """Whether anything is to be done before the next message; in a pause, that is little."""
+        if not self.is_paused:
+            return self.has_work
+        return bool(self.passes or self.grammar_queue or self.grammar_steps or self._aborted)
+
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
         for cache in self.caches:
@@ -209,6 +225,51 @@ class Scheduler:
         if self._grammar_pool is not None:
             self._grammar_pool.close()
 
+    # -- Standing still
+
+    def pause(self, mode: PauseMode) -> None:
+        """Finish the passes under way, and plan no other until `go_on`. Requests that come meanwhile wait.
+
+        Args:
+            mode: what becomes of the requests that run or wait, or that an earlier pause holds. "abort": they end.
+                "retract": they give their KV cache back, and start over from their tokens when the pause ends.
+                "in_place": they keep it, and go on then.
+        """
+        self.is_paused = True
+        self.finish_passes()
+        if mode == "abort":
+            self._abort_all()
+        elif self._aborted:
+            self._drop_aborted()
+        if mode == "retract":
+            self._park(self.grammar_steps.unparked())
+            for running in sorted(self._admitted(), key=lambda one: one.req.arrival_s or 0.0, reverse=True):
+                self._release(running)
+                self.admission.put_back(running, for_room=False)
+            self.running = []
+
+    def go_on(self) -> None:
+        """End the pause, if there is one."""
+        self.is_paused = False
+
+    # -- Weights
+
+    def finish_passes(self) -> None:
+        """Wait for every pass under way, and deal with its tokens: the ranks are at rest until the next is planned."""
+        for finished in self.passes.drain():
+            self._finish(finished)
+
+    def switch_weight_version(self, version: str) -> None:
+        """What is computed from now on is of `version`. Between two passes; whoever changes bytes does it before this.
+
+        Passes under way are finished, so that each token counts as of the version that has made it. Requests that run
+        go on with their keys and values; no prefix that was cached until now is found again.
+        """
+        self.finish_passes()
+        self.weight_version = version
+        for cache in self.caches:
+            cache.begin_generation()
+
     # -- Messages
 
     def handle(self, message: Message) -> None:
@@ -224,6 +285,18 @@ class Scheduler:
                 self._abort(message)
             case LoadLoraReqInput() | UnloadLoraReqInput():
                 self.lora.handle(message)
+            case PauseReqInput():
+                self.pause(message.mode)
+                self.channel.reply(PauseReqOutput(request_id=message.request_id, num_held=self._num_reqs()))
+            case ContinueReqInput():
+                self.go_on()
+                self.channel.reply(ContinueReqOutput(request_id=message.request_id))
+            case RenameWeightsReqInput():
+                self.finish_passes()
+                if message.abort_all:
+                    self._abort_all()
+                self.switch_weight_version(message.version)
+                self.channel.reply(RenameWeightsReqOutput(request_id=message.request_id))
             case FlushCacheReqInput():
                 self.channel.reply(self._flush_cache(message))
             case GetInternalStateReq():
@@ -293,8 +366,15 @@ class Scheduler:
             running for running in (*self._admitted(), *self.grammar_steps.parked()) if is_meant(running.req.rid)
         ]
 
+    def _abort_all(self) -> None:
+        """End every request now."""
+        self._abort(AbortReq(abort_all=True))
+        self._drop_aborted()
+
     def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
-        if self.has_work:
+        # Those that wait in a pause hold nothing of the cache.
+        is_busy = bool(self._admitted()) if self.is_paused else self.has_work
+        if is_busy:
             text = f"not flushed: {len(self.running)} requests run and {len(self.admission.waiting)} wait"
             return FlushCacheReqOutput(request_id=message.request_id, success=False, message=text)
         self.flush_caches()
@@ -329,6 +409,10 @@ class Scheduler:
             modelexpress=self.model_runner.publisher_stats(),
         )
 
+    def _num_reqs(self) -> int:
+        parked = self.grammar_steps.parked()  # the others with a token that a constraint has yet to take run
+        return len(self._admitted()) + len(self.admission.waiting) + len(self.grammar_queue) + len(parked)
+
     def load(self) -> float:
         """How busy the replica is: requests over those that can run, at most 1. Any thread may ask."""
         num_reqs = len(self.running) + len(self.admission) + len(self.grammar_queue)
@@ -345,20 +429,25 @@ class Scheduler:
             self._collect_tokens()
         if self._aborted:
             self._drop_aborted()
+        if self.is_paused:
+            return None
         decoding = self._next_decoding()
         chunks = self.admission.next_chunks(self.running, len(decoding))
         if not chunks and self.admission.waiting and self._park_slow():
             chunks = self.admission.next_chunks(self.running, len(decoding))
-        return ScheduleBatch(decoding, chunks) if decoding or chunks else None
+        return ScheduleBatch(decoding, chunks, self.weight_version) if decoding or chunks else None
 
     def _park_slow(self) -> bool:
         """Have requests whose constraint takes its time make room for those that wait; whether there are any."""
         slow = self.grammar_steps.slow()
-        for running in slow:
+        self._park(slow)
+        return bool(slow)
+
+    def _park(self, reqs: Iterable[RunningReq]) -> None:
+        for running in reqs:
             self._release(running)
             running.is_parked = True
             self.running.remove(running)
-        return bool(slow)
 
     def _admitted(self) -> list[RunningReq]:
         """Every request that holds KV cache."""
@@ -468,12 +557,12 @@ class Scheduler:
                 if (rows := result.prompt_logprobs.get(running.req.rid)) is not None:
                     running.req.logprobs.add_prompt(sequence.logprob_targets, rows)
         chosen = [
-            ChosenToken(running, token_id, result.output_logprobs.get(running.req.rid))
+            ChosenToken(running, token_id, result.output_logprobs.get(running.req.rid), batch.weight_version)
             for running, token_id in zip(batch.sampled_reqs, result.token_ids, strict=True)
         ]
         self._take_tokens([one for one in chosen if not self._is_for_grammar(one)])
         if batch.pooled_reqs:
-            self._take_vectors(batch.pooled_reqs, result.vectors)
+            self._take_vectors(batch, result.vectors)
 
     def _is_for_grammar(self, chosen: ChosenToken) -> bool:
         """Whether a constraint has to take the token first, which is told of it then."""
@@ -506,13 +595,14 @@ class Scheduler:
         self.throughput.add(len(gaining))
         self._send_news(gaining)
 
-    def _take_vectors(self, pooled: list[RunningReq], vectors: Mapping[str, bytes]) -> None:
+    def _take_vectors(self, batch: ScheduleBatch, vectors: Mapping[str, bytes]) -> None:
         """End the requests whose vectors a pass has given."""
         ended: list[Req] = []
-        for running in pooled:
+        for running in batch.pooled_reqs:
             running.num_pending -= 1
             req = running.req
             if req.finish_reason is None:
+                req.note_version(batch.weight_version)
                 req.vector = vectors[req.rid]
                 req.finish_reason = pooled_reason(req.vector)
                 self._end(running)
@@ -521,6 +611,7 @@ class Scheduler:
         self._send_news(ended)
 
     def _take_token(self, req: Req, chosen: ChosenToken) -> None:
+        req.note_version(chosen.weight_version)
         if req.sampling_params.max_new_tokens == 0:  # nobody wants a token: the prompt has been computed
             req.finish_reason = FinishReason(type="length", length=0)
             return

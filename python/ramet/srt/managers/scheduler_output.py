@@ -82,6 +82,8 @@ def make_output(req: Req) -> RequestOutput:
     """Everything that the request has gained since its last output; it counts as sent."""
     token_ids = req.output_ids[req.num_sent_tokens :]
     req.num_sent_tokens = len(req.output_ids)
+    new_versions = req.versions[req.num_sent_versions :]
+    req.num_sent_versions = len(req.versions)
     input_logprobs, output_logprobs = req.logprobs.take()
     return RequestOutput(
         rid=req.rid,
@@ -95,6 +97,7 @@ def make_output(req: Req) -> RequestOutput:
         ends_in_stop_token=req.ends_in_stop_token,
         is_pooled=req.pooling is not None,
         vector=req.vector,
+        new_versions=new_versions,
     )
 
 

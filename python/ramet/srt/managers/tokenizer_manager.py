@@ -23,6 +23,8 @@ from ramet.srt.managers.io_struct import (
     AbortReq,
     BatchEmbeddingOutput,
     BatchStrOutput,
+    ContinueReqInput,
+    ContinueReqOutput,
     DetokenizerRequest,
     FinishReason,
     FlushCacheReqInput,
@@ -32,7 +34,11 @@ from ramet.srt.managers.io_struct import (
     LoadLoraReqInput,
     LoraReqOutput,
     Message,
+    PauseReqInput,
+    PauseReqOutput,
     ProfileReqOutput,
+    RenameWeightsReqInput,
+    RenameWeightsReqOutput,
     RequestText,
     StartProfileReqInput,
     StopProfileReqInput,
@@ -64,9 +70,20 @@ Question = (
     | StopProfileReqInput
     | LoadLoraReqInput
     | UnloadLoraReqInput
+    | PauseReqInput
+    | ContinueReqInput
+    | RenameWeightsReqInput
 )
-AnyReply = FlushCacheReqOutput | GetInternalStateReqOutput | ProfileReqOutput | LoraReqOutput
-Reply = TypeVar("Reply", FlushCacheReqOutput, GetInternalStateReqOutput, ProfileReqOutput, LoraReqOutput)
+AnyReply = (
+    FlushCacheReqOutput
+    | GetInternalStateReqOutput
+    | ProfileReqOutput
+    | LoraReqOutput
+    | PauseReqOutput
+    | ContinueReqOutput
+    | RenameWeightsReqOutput
+)
+Reply = TypeVar("Reply", bound=AnyReply)
 
 
 class TokenizerManager:
@@ -90,7 +107,9 @@ class TokenizerManager:
         self.limits = limits
         self.metrics = metrics
         self.adapters = LoraRegistry()
+        self.weight_version = ""  # that the instance serves, once it does
         self._refusal: str | None = "the model is still loading"
+        self.pause_refusal: str | None = None  # why requests are refused in a pause, where they are
         self._running: dict[str, tuple[Generation, int]] = {}
         self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
         # Sequence, number of tokens, when they came, and those before them: what the metrics are yet to be told.
@@ -125,10 +144,16 @@ class TokenizerManager:
         self._to_schedulers = [self._connect(address) for address in scheduler_addresses]
         self._controller.connect([functools.partial(self._send, socket) for socket in self._to_schedulers])
 
-    def start_accepting(self, max_req_len: int) -> None:
+    def start_accepting(self, max_req_len: int, weight_version: str) -> None:
         """The instance is ready."""
         self.limits = replace(self.limits, max_req_len=max_req_len)
+        self.note_weight_version(weight_version)
         self._refusal = None
+
+    def note_weight_version(self, version: str) -> None:
+        """Say of the instance that it serves this version of the weights."""
+        self.weight_version = version
+        self.metrics.observe_weight_version(version)
 
     def stop_accepting(self, reason: str) -> None:
         """Refuse new requests, with `reason`; running ones go on."""
@@ -143,6 +168,10 @@ class TokenizerManager:
     def num_running(self) -> int:
         """Sequences that have not finished."""
         return len(self._running)
+
+    async def wait_idle(self) -> None:
+        """Wait until nothing runs."""
+        await self._idle.wait()
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until nothing runs; False if something still does after `timeout_s`."""
@@ -186,7 +215,7 @@ class TokenizerManager:
             raise RequestError(f"a request with the id {rid!r} is already running", param="rid")
         for request in requests:
             request.lora_id = self.adapters.resolve(request.lora_name)
-        generation = Generation(rid, requests, self._release)
+        generation = Generation(rid, requests, self._release, self.weight_version)
         self._idle.clear()
         for index, request in enumerate(requests):
             self._running[request.rid] = generation, index
@@ -319,8 +348,8 @@ class TokenizerManager:
     # ---- inside ----
 
     def _check_accepting(self) -> None:
-        if self._refusal is not None:
-            raise ServiceError(self._refusal)
+        if (refusal := self._refusal or self.pause_refusal) is not None:
+            raise ServiceError(refusal)
 
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:
         """To the scheduler first, which has more to do; the detokenizer keeps what comes before its announcement."""

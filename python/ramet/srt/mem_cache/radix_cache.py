@@ -1,6 +1,7 @@
 """Owns the prefix cache: radix trees from token ids to the KV pages that hold them, whole pages only.
 
-There is a tree for each adapter, by its number: keys and values that one has made are nobody else's.
+There is a tree for each adapter, by its number: keys and values that one has made are nobody else's. When the weights
+change, new trees begin: nothing in the old ones is found again, and what nobody uses of them is evicted as the rest.
 """
 
 import heapq
@@ -46,15 +47,25 @@ class RadixCache:
         self.page_size = page_size
         self.disabled = disabled
         self._clock = itertools.count(1)
+        self.generation = 0  # of the trees in which prefixes are found
         self.reset()
 
     def reset(self) -> None:
         """Forget everything; the pages are the caller's to free."""
         self._roots: dict[int, TreeNode] = {}  # by the adapter
+        self._old_roots: list[TreeNode] = []  # of trees before these
         self.num_evictable_pages = 0
         self.num_locked_pages = 0
         self._num_shared_edges = 0  # that several requests have locked
         self._common: dict[TreeNode, tuple[TreeEdge, int] | None] = {}  # what common_prefix has found, by these locks
+
+    def begin_generation(self) -> int:
+        """Find no prefix any more that is cached now, and free what nobody uses; returns how many pages that were."""
+        freed = self.evict(self.num_evictable_pages)
+        self.generation += 1
+        self._old_roots = [root for root in (*self._old_roots, *self._roots.values()) if root.children]
+        self._roots = {}
+        return freed
 
     def match_prefix(
         self, token_ids: Sequence[int], limit: int | None = None, lora_id: int = 0
@@ -210,7 +221,7 @@ class RadixCache:
         return upper
 
     def _edges(self) -> list[TreeEdge]:
-        return _edges_below(self._roots.values())
+        return _edges_below([*self._roots.values(), *self._old_roots])
 
 
 def _edges_below(nodes: Iterable[TreeNode]) -> list[TreeEdge]:

@@ -30,6 +30,7 @@ class CacheHandle:
     kv_len: int  # tokens whose keys and values are in the pages
     lora_id: int  # the adapter that computes them; 0: none
     is_long: bool  # whether the keys are rotated by the second of two sets of frequencies
+    generation: int  # of the prefix tree when the request began
 
 
 class CommonPrefix(NamedTuple):
@@ -107,7 +108,8 @@ class RequestCache:
         num_cached = len(match.pages)
         pages = match.pages + self._take_pages(num_missing)
         kv_len = num_cached * self.page_size
-        handle = CacheHandle(self.rows.alloc(), match.node, pages, num_cached, kv_len, match.lora_id, match.is_long)
+        row, generation = self.rows.alloc(), self.tree.generation
+        handle = CacheHandle(row, match.node, pages, num_cached, kv_len, match.lora_id, match.is_long, generation)
         self.rows.write(handle.row, 0, pages, is_long=handle.is_long)
         return handle
 
@@ -133,13 +135,15 @@ class RequestCache:
     def share(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Put the handle's full pages into the prefix tree, for others to use while the request goes on.
 
-        Pages that the tree holds already replace the handle's own copies.
+        Pages that the tree holds already replace the handle's own copies. Nothing is shared of a request that was
+        begun with other weights: what they have made, and what follows on it, is of use to this request alone.
 
         Args:
             token_ids: of the sequence; the cache may hold one more, which isn't known yet.
         """
         num_full = min(handle.kv_len, len(token_ids)) // self.page_size
-        if self.tree.disabled or num_full <= handle.num_tree_pages:
+        is_old = handle.generation != self.tree.generation
+        if self.tree.disabled or is_old or num_full <= handle.num_tree_pages:
             return
         token_ids = _tree_ids(token_ids[: num_full * self.page_size], handle.is_long)
         num_held = self.tree.insert(token_ids, handle.pages, handle.lora_id)
@@ -174,6 +178,11 @@ class RequestCache:
         """Forget what is cached of an adapter. No handle of it may be alive."""
         if self.tree.drop(lora_id):
             self._num_evictions += 1
+
+    def begin_generation(self) -> None:
+        """The weights have changed: nothing that is cached is found again. Handles go on with what they have."""
+        self.tree.begin_generation()
+        self._num_evictions += 1
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""

@@ -137,6 +137,7 @@ class ModelRunner:
             parallel=self.parallel,
             dimensions=config.dimensions,
             is_tied=None if config.embedding is not None else config.tie_word_embeddings,
+            weight_version=self.config.weights.version,
         )
 
     def _has_own_head(self) -> bool:
@@ -284,6 +285,11 @@ class ModelRunner:
     def load_report(self) -> LoadReport:
         """How the weights came."""
         return self._weights.report
+
+    @property
+    def weight_version(self) -> str:
+        """The name of what the weights are."""
+        return self._weights.version
 
     def publish(self, bootstrap_url: str, load_probe: Callable[[], float | None]) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.

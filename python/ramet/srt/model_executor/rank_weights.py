@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from ramet.srt.configs.load_config import LoadConfig, LoadContext
@@ -93,6 +94,7 @@ class RankWeights:
         loader = get_model_loader(self.config.load, self._finder_maker(), self.open_checkpoint)
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         rank, role = self.manifest.parallel.world_rank, self.manifest.role
+        report = msgspec.structs.replace(report, weight_version=report.weight_version or self.manifest.weight_version)
         logger.info("rank %d: loaded %s weights %s", rank, role, summarize(report))
         return LoadedWeights(self, report, claim)
 
@@ -124,6 +126,16 @@ class LoadedWeights:
         self.weights = weights
         self.report = report
         self.claim = claim
+        version = report.weight_version or weights.manifest.weight_version
+        self.manifest = msgspec.structs.replace(weights.manifest, weight_version=version)
+
+    @property
+    def version(self) -> str:
+        return self.manifest.weight_version
+
+    def rename(self, version: str) -> None:
+        """The same bytes go by another version's name from now on."""
+        self.manifest = msgspec.structs.replace(self.manifest, weight_version=version)
 
     def offer(self, load_probe: Callable[[], float | None]) -> "OfferedWeights":
         """Let others take the weights, once they find them: see OfferedWeights.register.
@@ -155,8 +167,9 @@ class OfferedWeights:
         self.report = loaded.report
         self._load_probe = load_probe
         self._publications: list[Publication] = []  # at metadata servers: none or one
+        self._bootstrap_url = ""  # where the weights are registered, once they are
         self._seed = WeightSeed.start(
-            weights.manifest,
+            loaded.manifest,
             weights.arena,
             host=weights.config.host,
             started_at=weights.context.started_at,
@@ -164,8 +177,13 @@ class OfferedWeights:
             network=weights.config.network,
             check_interval_s=weights.config.check_interval_s,
             on_state=self._on_instance_state,
+            on_rename=self.rename,
             on_change=self._on_change,
         )
+
+    @property
+    def version(self) -> str:
+        return self.loaded.version
 
     def register(self, bootstrap_url: str) -> None:
         """Tell the instance's bootstrap server where the weights are.
@@ -174,6 +192,7 @@ class OfferedWeights:
             WeightTransferError: if it does not take the registration: a rank that nobody finds doesn't run.
         """
         config = self.loaded.weights.config
+        self._bootstrap_url = bootstrap_url
         self._seed.register(
             bootstrap_url,
             admin_api_key=config.admin_api_key,
@@ -195,7 +214,7 @@ class OfferedWeights:
         facts = make_instance_facts(
             weights.context.instance_url,
             weights.context.started_at,
-            weights.manifest,
+            self.loaded.manifest,
             self.report,
             weights.arena.content_digest_text,
         )
@@ -209,6 +228,19 @@ class OfferedWeights:
             claim=self.loaded.claim,
         )
         self._publications.append(publication)
+
+    def rename(self, version: str) -> None:
+        """Tell everybody that the same weights go by another version's name from now on.
+
+        Raises:
+            WeightTransferError: if the bootstrap server does not take it.
+        """
+        self.loaded.rename(version)
+        self._seed.rename(version)
+        if self._bootstrap_url:
+            self.register(self._bootstrap_url)
+        for publication in self._publications:
+            publication.rename(version)
 
     def _on_instance_state(self, is_ready: bool) -> None:
         """The main process says, in a thread, that the instance has become healthy, or is about to end."""

@@ -15,12 +15,15 @@ from ramet.srt.model_loader.client.attempt import Attempt
 from ramet.srt.model_loader.client.digest_check import DigestCheck
 from ramet.srt.model_loader.client.seed_finder import FinderMaker, SeedFinder
 from ramet.srt.model_loader.client.transfer import combine_errors
+from ramet.srt.model_loader.client.version_check import VersionSwitched
 from ramet.srt.utils.hub import resolve_model_path
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, LoadResult
 
 logger = logging.getLogger(__name__)
+
+MAX_SWITCHES = 5  # of a candidate's weights, before another one is tried
 
 
 class RemoteInstanceModelLoader:
@@ -60,8 +63,14 @@ class RemoteInstanceModelLoader:
         digest = DigestCheck(self._config, model_path, rank)
         for candidate in finder.candidates():
             try:
-                attempt = Attempt(finder.open(candidate), arena, self._config, digest, self._open_checkpoint)
-                return attempt.run(model_path)
+                for num_left in range(MAX_SWITCHES, -1, -1):
+                    attempt = Attempt(finder.open(candidate), arena, self._config, digest, self._open_checkpoint)
+                    try:
+                        return attempt.run(model_path)
+                    except VersionSwitched as error:
+                        if not num_left:
+                            raise
+                        logger.info("rank %d: starting over: %s", rank, error)
             except WeightTransferError as error:
                 finder.give_up(candidate, error)
                 errors.append(error)

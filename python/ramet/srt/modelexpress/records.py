@@ -19,6 +19,7 @@ from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.utils.outside_json import Natural, decode_json
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.report import LoadReport
+from ramet.srt.weights.version import DEFAULT_VERSION
 
 FACTS_KEY = "ramet"
 DTYPE_PREFIX = "torch."  # published readers compare with str(tensor.dtype)
@@ -34,6 +35,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
     weights_digest: str = ""  # of the checkpoint that the weights are from; what it says proves nothing
     is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
+    weight_version: str = DEFAULT_VERSION
     load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 
@@ -78,6 +80,7 @@ def make_instance_facts(
         layout_signature=layout_digest(manifest),
         weights_digest=weights_digest,
         is_tied=manifest.is_tied,
+        weight_version=manifest.weight_version,
         load=report,
     )
 
@@ -134,7 +137,7 @@ def encode_facts(facts: InstanceFacts) -> str:
         values["load"] = {
             name: value
             for name, value in values["load"].items()
-            if name != "transfer_seconds" and value != defaults[name]
+            if name not in ("transfer_seconds", "weight_version") and value != defaults[name]
         }
     return msgspec.json.encode(values).decode()
 

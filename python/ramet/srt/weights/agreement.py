@@ -4,12 +4,13 @@ import os
 from collections.abc import Mapping
 
 from ramet.srt.weights.manifest import WeightManifest, says_tied
+from ramet.srt.weights.version import DEFAULT_VERSION
 
 
 def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | None:
     """Why a client must not take a seed's weights, as far as names and numbers tell; None if nothing speaks against it.
 
-    Layout and coverage are the planner's to judge.
+    Layout and coverage are the planner's to judge. A client that names no version of the weights takes any.
     """
     for field in ("role", "quantization", "dtype"):
         ours, theirs = getattr(client, field), getattr(seed, field)
@@ -24,6 +25,8 @@ def find_disagreement(client: WeightManifest, seed: WeightManifest) -> str | Non
         return f"its output head is {_head(theirs)}, not {_head(ours)}"
     if client.revision and seed.revision and client.revision != seed.revision:
         return f"its revision is {seed.revision}, not {client.revision}"
+    if client.weight_version not in (DEFAULT_VERSION, seed.weight_version):
+        return f"its weight version is {seed.weight_version}, not {client.weight_version}"
     if client.model_name != seed.model_name and not is_folder_name(client, seed):
         return f"its model is {seed.model_name}, not {client.model_name}"
     return None

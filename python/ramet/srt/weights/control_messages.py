@@ -70,8 +70,14 @@ class InstanceStopping(msgspec.Struct, kw_only=True, tag=True):
     """Main process to every rank that offers its weights: the instance is about to end, nobody shall come any more."""
 
 
+class WeightsRenamed(msgspec.Struct, kw_only=True, tag=True):
+    """Main process to every rank that offers its weights: the same bytes go by another version's name from now on."""
+
+    version: str
+
+
 class InstanceStateOutput(msgspec.Struct, kw_only=True, tag=True):
-    """A rank to the main process: it has noted the state of the instance, and told others if it could."""
+    """A rank to the main process: it has noted the news of the instance, and told others if it could."""
 
 
 class DigestTableReq(msgspec.Struct, kw_only=True, tag=True):
@@ -88,7 +94,13 @@ class DigestTableOutput(msgspec.Struct, kw_only=True, tag=True):
 
 
 WeightRequest = (
-    WeightChecksumsReq | DigestTableReq | InitSendGroupReq | SendWeightsReq | InstanceReady | InstanceStopping
+    WeightChecksumsReq
+    | DigestTableReq
+    | InitSendGroupReq
+    | SendWeightsReq
+    | InstanceReady
+    | InstanceStopping
+    | WeightsRenamed
 )
 WeightReply = (
     WeightChecksumsOutput

@@ -9,6 +9,7 @@ import msgspec
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.utils.outside_json import Natural
+from ramet.srt.weights.version import DEFAULT_VERSION, check_version
 
 ENTRY_ALIGNMENT = 256  # bytes; enough for every CPU vector width and for CUDA's coalesced loads
 ROLES = ("target", "draft")
@@ -78,6 +79,7 @@ class WeightManifest(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: dict[str, int] = {}  # sizes of the whole model, by their names in its config
     checksums: WeightChecksums | None = None  # once the weights are final
     is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
+    weight_version: str = DEFAULT_VERSION  # a name for what the tensors hold
 
     @property
     def payload_nbytes(self) -> int:
@@ -96,6 +98,7 @@ def build_weight_manifest(
     parallel: ParallelConfig,
     dimensions: dict[str, int] | None = None,
     is_tied: bool | None = None,
+    weight_version: str = DEFAULT_VERSION,
 ) -> WeightManifest:
     """Lay the parameters out in an arena, in their order, each at an aligned offset.
 
@@ -133,6 +136,7 @@ def build_weight_manifest(
         entries=tuple(entries),
         dimensions=dimensions or {},
         is_tied=is_tied,
+        weight_version=weight_version,
     )
 
 
@@ -227,6 +231,7 @@ def check_manifest(manifest: WeightManifest) -> WeightManifest:
     Raises:
         ValueError: if an entry lies outside the arena, overlaps another, or its size or boxes don't fit its shape.
     """
+    check_version(manifest.weight_version)
     end = 0
     for entry in sorted(manifest.entries, key=lambda e: (e.offset, e.nbytes)):
         if any(extent < 0 for extent in entry.shape) or entry.nbytes != math.prod(entry.shape) * element_size(

@@ -25,6 +25,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     num_bytes: Natural
     seconds: float
     verified: bool = False  # content checksums were compared with the seed's
+    weight_version: str = ""  # of what the arena holds; "" before that is known
     digest: str = ""  # of the checkpoint that every byte from instances was compared with; "" if it was not
     transfer_seconds: float = 0.0  # of `seconds`, those in which the bytes moved; 0 where it wasn't taken apart
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise

@@ -247,6 +247,10 @@ RESPONSES_TOOL = _table(
     *_only("OpenAI", "calls that nobody waits for", "async"),
 )
 
+CONTINUE = _table(
+    *_free("SGLang", "memory that its allocator holds back; a pause gives none away", "torch_empty_cache")
+)
+
 TABLES: Mapping[str, Table] = {
     "The body of `POST /v1/chat/completions`": CHAT,
     "The body of `POST /v1/completions`": COMPLETIONS,
@@ -272,8 +276,9 @@ TABLES: Mapping[str, Table] = {
     "An item of a response's `input`": RESPONSES_ITEM,
     "A part of an item's content": RESPONSES_PART,
     "A tool of a response": RESPONSES_TOOL,
+    "The body of `POST /continue_generation`": CONTINUE,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES)
+_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

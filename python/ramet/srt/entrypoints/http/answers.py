@@ -27,6 +27,14 @@ class NativeFinishReason(Answer):
 TokenLogprob = tuple[float | None, int, str | None]  # logprob, token id, text
 
 
+class VersionSpan(Answer):
+    """The output tokens [start, end) that one version of the weights has made."""
+
+    version: str
+    start: int
+    end: int
+
+
 class MetaInfo(Answer):
     """What is known about an output besides its text."""
 
@@ -36,6 +44,8 @@ class MetaInfo(Answer):
     completion_tokens: int
     cached_tokens: int
     e2e_latency: float
+    weight_version: str  # that has made the last token
+    weight_versions: list[VersionSpan]  # in their order; several where the weights changed meanwhile
     lora_name: str | None = None  # of the adapter that has answered
     input_token_logprobs: list[TokenLogprob] | None = None
     output_token_logprobs: list[TokenLogprob] | None = None
@@ -117,6 +127,13 @@ class SglExt(Answer):
     cached_tokens_details: CachedTokensDetails
 
 
+class AnswerMetadata(Answer):
+    """What has answered."""
+
+    weight_version: str  # that has made the last token
+    weight_versions: list[list[VersionSpan]] | None = None  # of each choice, where several versions had a part in them
+
+
 class CompletionLogprobs(Answer):
     """Columns with one entry for each token."""
 
@@ -147,6 +164,7 @@ class Completion(Answer):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    metadata: AnswerMetadata | None = None  # in a stream with the last event of a choice, of that choice
     sglext: SglExt | None = None
 
 
@@ -215,6 +233,7 @@ class ChatCompletion(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    metadata: AnswerMetadata
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     sglext: SglExt | None = None
@@ -245,7 +264,26 @@ class ModelList(Answer):
 class Status(Answer):
     """How the instance is."""
 
-    status: Literal["ready"]
+    status: Literal["ready", "paused"]
+
+
+class SglangOutcome(Answer):
+    """How a pause has begun or ended, in SGLang's words."""
+
+    message: str
+    status: Literal["ok"]
+
+
+class PauseOutcome(Answer):
+    """The same in vLLM's words."""
+
+    status: Literal["paused", "resumed"]
+
+
+class PauseState(Answer):
+    """Whether generation is paused."""
+
+    is_paused: bool
 
 
 class Version(Answer):
@@ -315,6 +353,18 @@ class Done(Answer):
     message: str
 
 
+class VersionOutcome(Done):
+    """By which version's name the weights go now."""
+
+    new_version: str
+
+
+class WeightInfo(Answer):
+    """Which weights are served."""
+
+    weight_version: str
+
+
 class ModelInfo(Answer):
     """What is served."""
 
@@ -327,3 +377,4 @@ class ModelInfo(Answer):
     context_length: int
     vocab_size: int
     default_sampling_params: dict[str, float]  # of the model's own
+    weight_version: str

@@ -22,6 +22,12 @@ ADMIN_PATHS = frozenset(
         "/unload_lora_adapter",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
+        "/pause_generation",
+        "/continue_generation",
+        "/pause",
+        "/resume",
+        "/is_paused",
+        "/update_weight_version",
     }
 )
 

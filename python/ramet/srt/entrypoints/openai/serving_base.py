@@ -127,6 +127,15 @@ def usage(sequences: Sequence[RunningSequence], n: int, reasoning_tokens: int = 
     }
 
 
+def version_metadata(sequences: Sequence[RunningSequence]) -> dict[str, Any]:
+    """Which version of the weights has answered; and where more than one has, which of them made which tokens."""
+    metadata: dict[str, Any] = {"weight_version": sequences[-1].weight_version}
+    spans = [sequence.weight_versions for sequence in sequences]
+    if len({span["version"] for each in spans for span in each}) > 1:
+        metadata["weight_versions"] = spans
+    return metadata
+
+
 def sglext(sequences: Sequence[RunningSequence], n: int) -> dict[str, Any]:
     """SGLang's extension of answers: where the prefix cache's tokens lay, of which there is one place. See `usage`."""
     return {"cached_tokens_details": {"device": sum(one.cached_tokens for one in sequences[::n]), "host": 0}}

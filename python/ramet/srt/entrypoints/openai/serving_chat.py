@@ -25,6 +25,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     sglext,
     token_text,
     usage,
+    version_metadata,
 )
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
@@ -145,7 +146,7 @@ class ChatServing(OpenAIServing):
             choices.append(self._choice(body, index, choice))
         sequences = run.sequences
         counts = usage(sequences, len(sequences), run.num_reasoning_tokens())
-        answer = {**head, "choices": choices, "usage": counts}
+        answer = {**head, "choices": choices, "usage": counts, "metadata": version_metadata(sequences)}
         if body.prompt_logprobs is not None:
             tokenizer, logprobs = self.manager.tokenizer, sequences[0].input_logprobs
             answer["prompt_logprobs"] = prompt_logprobs(tokenizer, logprobs, body.prompt_logprobs)
@@ -191,7 +192,8 @@ class ChatServing(OpenAIServing):
                     yield stream_usage.on(_chunk(head, index, delta, logprobs=logprobs, token_ids=new_ids))
                     logprobs = new_ids = None
                 if update.finish_reason is not None:
-                    yield stream_usage.on(_chunk(head, index, {}, finish_reason=update.finish_reason))
+                    last = _chunk(head, index, {}, finish_reason=update.finish_reason)
+                    yield stream_usage.on({**last, "metadata": version_metadata([sequence])})
         for event in stream_usage.last(head):
             yield event
 

@@ -20,6 +20,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     sglext,
     token_text,
     usage,
+    version_metadata,
 )
 from ramet.srt.managers.generation import RunningSequence, Update
 from ramet.srt.managers.io_struct import TokenLogprobs
@@ -89,7 +90,12 @@ class CompletionServing(OpenAIServing):
                 logprobs = sequence.input_logprobs
                 choice["prompt_logprobs"] = prompt_logprobs(self.manager.tokenizer, logprobs, body.prompt_logprobs)
             choices.append(choice)
-        answer = {**head, "choices": choices, "usage": usage(sequences, body.n or 1)}
+        answer = {
+            **head,
+            "choices": choices,
+            "usage": usage(sequences, body.n or 1),
+            "metadata": version_metadata(sequences),
+        }
         if body.return_cached_tokens_details:
             answer["sglext"] = sglext(sequences, body.n or 1)
         return json_response(answer)
@@ -113,7 +119,10 @@ class CompletionServing(OpenAIServing):
                     writer = writers[update.index]
                     if writer.has_news(update):
                         choice = writer.choice(update.index, update.text, update.first_token, update.end_token)
-                        yield stream_usage.on({**head, "choices": [choice]})
+                        event = {**head, "choices": [choice]}
+                        if choice["finish_reason"] is not None:
+                            event["metadata"] = version_metadata([generation.sequences[update.index]])
+                        yield stream_usage.on(event)
             for event in stream_usage.last(head):
                 yield event
 

@@ -1,5 +1,6 @@
 """Owns the Responses routes: an input and what came before it to a chat, its outputs to a response, and the memory."""
 
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -151,6 +152,7 @@ class ResponsesServing:
                         told += turn.events.begin()
                     told += turn.events.add(update.events, self._logprobs(run, update))
                     if update.finish_reason is not None:
+                        turn.events.response["metadata"] = _metadata(body, run)
                         told += turn.events.end(update.finish_reason, _usage(run), int(time.time()))
                         self._remember(turn, turn.events.response)
                     yield told
@@ -234,7 +236,7 @@ def _head(body: ResponsesRequest, run: ChatRun, model_name: str) -> dict[str, An
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
-        "metadata": body.metadata or {},
+        "metadata": _metadata(body, run),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id or None,
         "prompt_cache_key": body.prompt_cache_key,
@@ -251,6 +253,15 @@ def _head(body: ResponsesRequest, run: ChatRun, model_name: str) -> dict[str, An
         "truncation": "disabled",
         "user": body.user,
     }
+
+
+def _metadata(body: ResponsesRequest, run: ChatRun) -> dict[str, str]:
+    """The client's, and which weights have answered. Values are texts, as the API has it."""
+    sequence = run.sequences[0]
+    metadata = {**(body.metadata or {}), "weight_version": sequence.weight_version}
+    if len(sequence.weight_versions) > 1:
+        metadata["weight_versions"] = json.dumps(sequence.weight_versions)
+    return metadata
 
 
 def _usage(run: ChatRun) -> dict[str, Any]:

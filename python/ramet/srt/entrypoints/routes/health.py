@@ -43,22 +43,39 @@ def make_health_router(instance: Instance) -> APIRouter:
         if refusal is not None:
             raise ServiceError(refusal)
 
-    @router.get("/health", responses={200: {"model": Status}})
+    def status() -> Response:
+        """A pause is no sickness: whoever restarts what is not well must leave it alone."""
+        return json_response({"status": "paused" if instance.pauses.is_paused else "ready"})
+
     @router.get("/ready", responses={200: {"model": Status}})
+    async def ready() -> Response:
+        """Whether a request that comes now is answered soon: the instance is healthy, and not paused."""
+        check()
+        if instance.pauses.reason is not None:
+            raise ServiceError(instance.pauses.reason)
+        return json_response({"status": "ready"})
+
+    @router.get("/health", responses={200: {"model": Status}})
     @router.api_route("/ping", methods=["GET", "POST"], responses={200: {"model": Status}})
     async def health() -> Response:
-        """Whether the instance takes requests, and its processes move."""
+        """Whether the instance is up, and its processes move; it may be paused."""
         check()
-        return json_response({"status": "ready"})
+        return status()
 
     probe = HealthProbe(instance)
 
     @router.get("/health_generate", responses={200: {"model": Status}})
     async def health_generate(request: Request) -> Response:
-        """Whether the instance really computes: makes one token or embedding, for all who ask meanwhile."""
+        """Whether the instance really computes: makes one token or embedding, for all who ask; none in a pause."""
         check()
-        await until_disconnect(request, probe.wait())
-        return json_response({"status": "ready"})
+        if instance.pauses.reason is None:
+            try:
+                await until_disconnect(request, probe.wait())
+            except ServiceError:
+                check()
+                if instance.pauses.reason is None:  # else the pause has held the token back
+                    raise
+        return status()
 
     return router
 

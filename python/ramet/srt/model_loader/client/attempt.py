@@ -21,12 +21,15 @@ from ramet.srt.model_loader.client.verification import (
     verify_by_entries,
     verify_by_regions,
 )
+from ramet.srt.model_loader.client.version_check import VersionSwitched, agreed_version, check_versions
 from ramet.srt.weights.agreement import is_folder_name
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport
 
 logger = logging.getLogger(__name__)
+
+LOCAL_MAP = "local_map"  # whose samples alone are compared
 
 
 class Attempt:
@@ -48,6 +51,7 @@ class Attempt:
         self._manifest = arena.manifest
         self._rank = arena.manifest.parallel.world_rank
         self._broken_off: SeedTransfer | None = None  # what it has filled can be kept
+        self._version = ""  # of the seeds' weights, once it is agreed on
 
     def run(self, model_path: str) -> LoadReport:
         """Fill the arena in place, and check it.
@@ -56,6 +60,7 @@ class Attempt:
             model_path: own files, if there are any, tell models of equal shapes apart where names can't.
 
         Raises:
+            VersionSwitched: if the weights of a seed have changed meanwhile.
             WeightTransferError: if the seeds could not give the weights, or have others.
             MemoryError: if the weights don't fit into memory.
         """
@@ -63,12 +68,32 @@ class Attempt:
         self._arena.checksums = self._arena.content_digest = None  # of what another attempt has left
         fitting = self._digest.prepare(self._seeds.instances, self._manifest)
         self._seeds = dataclasses.replace(self._seeds, instances=fitting)
-        report = self._map() or self._transfer()
+        self._version = agreed_version(fitting, self._rank)
+        report = self._take()
         table = self._arena.content_digest
         if table is None and (self._config.modelexpress_url is not None or self._may_be_another_model()):
             self._compare_with_files(model_path)
         digest = table.digest if table is not None else ""
-        return msgspec.structs.replace(report, seconds=time.perf_counter() - start, digest=digest)
+        seconds = time.perf_counter() - start
+        return msgspec.structs.replace(report, seconds=seconds, digest=digest, weight_version=self._version)
+
+    def _take(self) -> LoadReport:
+        """Fill the arena, and see to it that all is of the version that was agreed on.
+
+        Checksums prove that. Where they don't, or something fails, the seeds are asked which version they have now.
+        """
+        try:
+            report = self._map() or self._transfer()
+        except WeightTransferError as error:
+            try:
+                check_versions(self._seeds.instances, self._version, self._rank)
+            except VersionSwitched as switched:
+                self._broken_off = None  # the seeds have nothing more of that version
+                raise switched from error
+            raise
+        if report.source == LOCAL_MAP or not report.verified:
+            check_versions(self._seeds.instances, self._version, self._rank)
+        return report
 
     def finish_from_disk(self, model_path: str) -> LoadReport | None:
         """Read only what the seeds have not sent before their transfer broke off.
@@ -103,6 +128,7 @@ class Attempt:
             taken_from=tuple(given),
             taken_bytes=tuple(given.values()),
             digest=self._digest.digest if is_compared else "",
+            weight_version=self._version,
         )
 
     def _map(self) -> LoadReport | None:
@@ -131,7 +157,7 @@ class Attempt:
             unknown = verify_by_entries(self._arena, [rank.answer.manifest], rank.seed, samples_only=True)
             self._digest.compare(self._arena, rank.seed)
             return LoadReport(
-                source="local_map",
+                source=LOCAL_MAP,
                 num_bytes=num_bytes,
                 seconds=0.0,
                 verified=not unknown,

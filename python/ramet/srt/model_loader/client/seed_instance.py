@@ -1,5 +1,6 @@
 """Owns what a client's rank learns of one seed instance: which ranks it has, and which of them hold what it needs."""
 
+import contextlib
 import os
 import socket
 import time
@@ -22,6 +23,7 @@ from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest, layout_digest
 from ramet.srt.weights.planner import ArenaSource, PlanError, PlanSource, plan
 from ramet.srt.weights.registration import SeedAnswer
+from ramet.srt.weights.version import DEFAULT_VERSION
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,22 @@ class SeedInstance:
     def is_local(self) -> bool:
         """Whether all that is needed can be had on this host."""
         return bool(self.ranks) and all(rank.is_local for rank in self.ranks)
+
+    @property
+    def versions(self) -> set[str]:
+        """Of the weights, as each rank that was found has said: one, unless they were just changing."""
+        return {rank.answer.manifest.weight_version for rank in self.ranks if rank.answer.manifest is not None}
+
+    def ask_versions(self, timeout_s: float) -> set[str]:
+        """The same now, of those ranks that answer soon."""
+        versions = set()
+        for rank in self.ranks:
+            if rank.answer.manifest is not None:
+                with contextlib.suppress(WeightTransferError):
+                    asked = rank.answer
+                    answer = fetch_seed_answer(self.server, asked.rank, asked.role, timeout_s, is_listed=True)
+                    versions |= {answer.manifest.weight_version} if answer.manifest is not None else set()
+        return versions
 
     def find_ranks(self) -> None:
         """Ask until `ranks` covers everything: the same rank of a seed of the same sizes, several of another one.
@@ -149,6 +167,7 @@ class SeedInstance:
         if not self._config.send_weights_group_ports:
             raise self._error("agree", "it sends no manifest: it needs --remote-instance-weight-loader-send-weights-"
                               "group-ports with a port for each rank")  # fmt: skip
+        self._check_takes_any_version()
         rank = self._manifest.parallel.world_rank
         answer = SeedAnswer(rank=rank, remote_instance_transfer_engine_info=("", {}), role=self._manifest.role)
         source = ArenaSource(f"the seed {self.name}", self._manifest)
@@ -160,11 +179,18 @@ class SeedInstance:
         if answer.manifest is not None:
             source = ArenaSource(name, answer.manifest)
         else:
+            self._check_takes_any_version()
             try:
                 source = source_from_names(name, answer, self._manifest)
             except PlanError as error:
                 raise self._error("agree", error) from error
         self.ranks.append(SeedRank(self.server, answer, self._is_local(answer), source))
+
+    def _check_takes_any_version(self) -> None:
+        """Raises WeightTransferError if a version is wanted, and the seed does not say which one it has."""
+        if self._manifest.weight_version != DEFAULT_VERSION:
+            raise self._error("agree", f"it does not say its weight version, which must be "
+                              f"{self._manifest.weight_version}")  # fmt: skip
 
     def _is_local(self, answer: SeedAnswer) -> bool:
         if self._config.local_mode == "off" or answer.local_handle is None or answer.manifest is None:

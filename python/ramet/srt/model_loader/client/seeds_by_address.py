@@ -118,10 +118,15 @@ def _ask_all(
 
 
 def _agreeing(seeds: list[SeedInstance], rank: int) -> list[SeedInstance]:
-    """Those whose weights are the first one's, as far as their checksums tell."""
+    """Those whose weights are the first one's, as far as their versions and checksums tell."""
     known: dict[tuple, str] = {}
     chosen = []
     for seed in seeds:
+        if seed.versions and seeds[0].versions and not seed.versions & seeds[0].versions:
+            own_version, version = min(seed.versions), min(seeds[0].versions)
+            logger.warning("rank %d: the seed %s is left out: its weight version is %s, that of %s %s",
+                           rank, seed.name, own_version, seeds[0].name, version)  # fmt: skip
+            continue
         own = {key: value for one in seed.ranks for key, value in content_checksums(one.answer.manifest).items()}
         different = [str(key[1]) for key, value in own.items() if known.get(key, value) != value]
         if different:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ramet.srt.configs.runner_config import REQUIRED, UNUSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checksums.entries import compute_checksums, with_checksums
@@ -36,6 +38,7 @@ from ramet.srt.weights.control_messages import (
     WeightChecksumsOutput,
     WeightReply,
     WeightRequest,
+    WeightsRenamed,
 )
 from ramet.srt.weights.manifest import WeightManifest, element_size
 from ramet.srt.weights.registration import LocalHandle, SeedRegistration, TransferEngineInfo
@@ -83,6 +86,7 @@ class WeightSeed:
         network: str = REQUIRED,
         check_interval_s: float = 0.0,
         on_state: Callable[[bool], None] = lambda _is_ready: None,
+        on_rename: Callable[[str], None] = lambda _version: None,
         on_change: Callable[[str], None] = logger.critical,
     ) -> "WeightSeed":
         """Publish an arena whose content is final.
@@ -94,6 +98,7 @@ class WeightSeed:
             network: whether other hosts may read the weights by a transfer engine: see configs/runner_config.py.
             check_interval_s: seconds from one look at the arena's content to the next; 0: nobody looks.
             on_state: called, in a thread, when the instance has become healthy (True) or is about to end (False).
+            on_rename: called, in a thread, with the version by whose name the weights go from now on.
             on_change: called, in a thread, with a line that says so when the content has changed.
 
         Raises:
@@ -113,7 +118,7 @@ class WeightSeed:
             address = arena.address if offer is None else offer.address
             share = LocalShareServer(arena)
             undo.callback(share.close)
-            requests = SeedRequests(arena, reachable_host(host), on_state)
+            requests = SeedRequests(arena, reachable_host(host), on_state, on_rename)
             undo.callback(requests.close)
             control = WeightControlServer(requests.handle, control_host)
             undo.callback(control.close)
@@ -155,6 +160,13 @@ class WeightSeed:
             bootstrap_url, self.registration, admin_api_key=admin_api_key, timeout_s=timeout_s, ca_certs=ca_certs
         )
 
+    def rename(self, version: str) -> None:
+        """Offer the same weights by another version's name. `register` says so."""
+        registration = self.registration
+        assert registration.manifest is not None
+        manifest = msgspec.structs.replace(registration.manifest, weight_version=version)
+        self.registration = msgspec.structs.replace(registration, manifest=manifest)
+
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
         self._resources.close()
@@ -186,7 +198,11 @@ class SeedRequests:
     """Answers what the instance's main process asks a rank on behalf of clients."""
 
     def __init__(
-        self, arena: WeightArena, address: str, on_state: Callable[[bool], None] = lambda _is_ready: None
+        self,
+        arena: WeightArena,
+        address: str,
+        on_state: Callable[[bool], None] = lambda _is_ready: None,
+        on_rename: Callable[[str], None] = lambda _version: None,
     ) -> None:
         """
         Args:
@@ -195,15 +211,19 @@ class SeedRequests:
         self._arena = arena
         self._address = address
         self._on_state = on_state
+        self._on_rename = on_rename
         self._checksums = RegionChecksums(arena)
         self._groups: SendGroups | None = None
         self._lock = threading.Lock()
         self._computing = threading.Lock()
 
     def handle(self, request: WeightRequest) -> WeightReply:
-        """Raises ValueError if the request can't be fulfilled."""
+        """Raises ValueError or WeightTransferError if the request can't be fulfilled."""
         if isinstance(request, InstanceReady | InstanceStopping):
             self._on_state(isinstance(request, InstanceReady))
+            return InstanceStateOutput()
+        if isinstance(request, WeightsRenamed):
+            self._on_rename(request.version)
             return InstanceStateOutput()
         if isinstance(request, InitSendGroupReq):
             return self._send_groups().init(request)

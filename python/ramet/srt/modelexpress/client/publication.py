@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
+import msgspec
+
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
-from ramet.srt.modelexpress.records import InstanceFacts, build_worker_metadata
+from ramet.srt.modelexpress.proto import p2p_pb2
+from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, build_worker_metadata, encode_facts
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.registration import SeedRegistration
@@ -49,7 +52,8 @@ class Publication:
         assert manifest is not None and registration.arena_address is not None
         self._claim = claim
         self._ended = threading.Event()
-        worker = build_worker_metadata(
+        self._facts = facts
+        self._worker = build_worker_metadata(
             manifest,
             base_address=registration.arena_address,
             session_id=registration.transfer_engine_info.session_id,
@@ -61,7 +65,7 @@ class Publication:
         self._publisher = Publisher(
             ModelExpressClient(config.modelexpress_url),
             make_source_identity(config, manifest),
-            worker,
+            self._worker,
             load_probe=load_probe,
         )
         self._publisher.start()
@@ -80,6 +84,15 @@ class Publication:
         self._publisher.set_status(READY)
         if self._claim is not None:
             threading.Thread(target=self._hand_over, args=(self._claim,), name="release-claim", daemon=True).start()
+
+    def rename(self, version: str) -> None:
+        """The same weights go by another version's name from now on."""
+        self._facts = msgspec.structs.replace(self._facts, weight_version=version)
+        worker = p2p_pb2.WorkerMetadata()
+        worker.CopyFrom(self._worker)
+        worker.topology[FACTS_KEY] = encode_facts(self._facts)
+        self._worker = worker
+        self._publisher.publish_anew(worker)
 
     def withdraw(self) -> None:
         """The instance is about to end, or its weights to change: nobody shall come any more."""

@@ -60,6 +60,7 @@ class Publisher:
         self._wanted: int = INITIALIZING
         self._told: int | None = None  # the status that the server has acknowledged
         self._source_id = ""  # "" while the record must be published
+        self._published: p2p_pb2.WorkerMetadata | None = None  # the last record that was
         self._num_changes = 0  # of what is wanted; wakes the thread
         self._closing = False
         self._rejections = 0
@@ -86,6 +87,12 @@ class Publisher:
             self._wanted = status
             self._note_change()
             return self._changed.wait_for(lambda: self._told == status, timeout_s)
+
+    def publish_anew(self, worker: p2p_pb2.WorkerMetadata) -> None:
+        """Put another record, of the same rank, in the place of the one that the server has, in the same state."""
+        with self._changed:
+            self._worker = worker
+            self._note_change()
 
     def stats(self) -> PublisherStats:
         """A copy of the counters."""
@@ -135,7 +142,7 @@ class Publisher:
             return None  # withdrawn, or never published
         if self._backoff_s:
             return self._backoff_s * random.uniform(0.75, 1.25)
-        if self._told != self._wanted:
+        if self._told != self._wanted or self._published is not self._worker:
             return 0.0
         return min(self._interval_s, INITIALIZING_INTERVAL_S) if self._told == INITIALIZING else self._interval_s
 
@@ -145,8 +152,10 @@ class Publisher:
             wanted, source_id = self._wanted, self._source_id
             if wanted == STALE and not source_id:
                 return
+            is_current = wanted == STALE or self._published is self._worker
         try:
-            source_id = source_id or self._publish(wanted)
+            if not (source_id and is_current):
+                source_id = self._publish(wanted)
             rank, load = self._worker.worker_rank, self._load_probe()
             accepted = self._client.update_status(source_id, self.worker_id, rank, wanted, load)
             if not accepted and wanted == STALE:
@@ -174,13 +183,15 @@ class Publisher:
             logger.warning("other instances may look for this one for a while: %s", error)
 
     def _publish(self, status: int) -> str:
+        with self._changed:
+            worker = self._worker
         record = p2p_pb2.WorkerMetadata()
-        record.CopyFrom(self._worker)
+        record.CopyFrom(worker)
         record.MergeFrom(p2p_pb2.WorkerMetadata(status=status, updated_at=wall_clock_ms()))
         source_id = self._client.publish(self.identity, self.worker_id, record)
         with self._changed:
             self._stats.num_publishes += 1
-            self._source_id = source_id
+            self._source_id, self._published = source_id, worker
         logger.info(
             "published rank %d of %s as worker %s of source %s at the ModelExpress server %s",
             self._worker.worker_rank,

@@ -45,6 +45,7 @@ class Worker(msgspec.Struct, kw_only=True):
     load: float | None  # from 0, idle, to 1
     accelerator: str
     layout_signature: str
+    weight_version: str  # "" where an engine does not say
     taking: Taking | None
 
 
@@ -167,6 +168,7 @@ class Fleet:
             load=row.source_load,
             accelerator=row.accelerator,
             layout_signature=facts.layout_signature if facts else "",
+            weight_version=facts.weight_version if facts else "",
             taking=make_taking(facts, known) if facts and facts.load else None,
         )
 
