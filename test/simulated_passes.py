@@ -215,6 +215,7 @@ class Simulation:
             finish_sending=None,
             use_quiet_moment=_nothing,
             weight_version="default",
+            versions=None,
             req_pool=SimpleNamespace(last_tokens=None),
         )
         self.scheduler = Scheduler(

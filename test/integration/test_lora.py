@@ -114,6 +114,12 @@ def test_what_is_refused(seed, path, body, status, words):
     assert model_names(seed) == ["fake", "one", "two"]
 
 
+def test_weights_below_adapters_do_not_change(case, seed):
+    answer = post(seed, "/update_weights_from_disk", model_path=str(case.model))
+    assert answer.status_code == 400 and "adapters are loaded" in answer.json()["message"]
+    check_tokens(case, seed)
+
+
 def test_an_adapter_that_does_not_fit_leaves_nothing_behind(case, seed, tmp_path):
     folder = make_adapter(tmp_path / "wide", case.model, rank=21)
     answer = post(seed, "/load_lora_adapter", lora_name="wide", lora_path=str(folder))

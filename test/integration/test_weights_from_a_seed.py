@@ -162,7 +162,7 @@ def test_mapping_takes_no_memory():
         client.load()
         assert client.holds(seed.config)  # reads all of it
         assert own_nbytes(client.arena.address, client.arena.nbytes) == 0
-        assert host_memory.resident_file_nbytes(client.arena._own_fd) == 0
+        assert host_memory.resident_file_nbytes(client.arena.own_fd) == 0
         client.arena.memory[: 1 << 20] = bytes(1 << 20)  # a write takes a copy
         assert own_nbytes(client.arena.address, client.arena.nbytes) == 1 << 20
 

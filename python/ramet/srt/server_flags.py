@@ -345,6 +345,12 @@ class ServerFlags:
         "instance ends. 0 never looks.",
         limit=NOT_NEGATIVE,
     )
+    keep_weight_versions: int = flag(
+        1,
+        "Versions of the weights that stay in memory beside the one that serves once others have taken their place, "
+        "for /rollback_weights.",
+        limit=NOT_NEGATIVE,
+    )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
     )

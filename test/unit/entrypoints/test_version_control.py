@@ -1,5 +1,7 @@
 """Renaming the weights of an instance: all ranks and replicas, or none that others see."""
 
+import asyncio
+
 import pytest
 from ramet.srt.entrypoints.version_control import VersionControl
 from ramet.srt.errors import RequestError, ServiceError
@@ -43,14 +45,14 @@ class Ranks:
 
 async def test_all_are_told() -> None:
     manager, ranks = FakeManager(), Ranks()
-    await VersionControl(manager, ranks.ask, 3).rename("v2", abort_all=False)
+    await VersionControl(manager, ranks.ask, 3, asyncio.Lock()).rename("v2", abort_all=False)
     assert set(ranks.versions.values()) == {"v2"} and manager.told == [("v2", False)] and manager.weight_version == "v2"
 
 
 async def test_a_rank_that_can_not_say_it_keeps_all_from_it() -> None:
     manager, ranks = FakeManager(), Ranks(refuses="v2")
     with pytest.raises(RequestError, match="register failed"):
-        await VersionControl(manager, ranks.ask, 3).rename("v2", abort_all=True)
+        await VersionControl(manager, ranks.ask, 3, asyncio.Lock()).rename("v2", abort_all=True)
     assert set(ranks.versions.values()) == {"v1"} and manager.told == [] and manager.weight_version == "v1"
 
 
@@ -59,11 +61,11 @@ async def test_a_replica_that_is_late_does_it_yet() -> None:
     manager, ranks = FakeManager(), Ranks()
     manager.silent = True
     with pytest.raises(ServiceError):
-        await VersionControl(manager, ranks.ask, 3).rename("v2", abort_all=True)
+        await VersionControl(manager, ranks.ask, 3, asyncio.Lock()).rename("v2", abort_all=True)
     assert manager.weight_version == "v2" and set(ranks.versions.values()) == {"v2"}
 
 
 async def test_an_instance_that_gives_nothing_away() -> None:
     manager, ranks = FakeManager(), Ranks()
-    await VersionControl(manager, ranks.ask, 0).rename("v2", abort_all=True)
+    await VersionControl(manager, ranks.ask, 0, asyncio.Lock()).rename("v2", abort_all=True)
     assert set(ranks.versions.values()) == {"v1"} and manager.told == [("v2", True)]

@@ -224,6 +224,7 @@ def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
     leader = SimpleNamespace(
         lora=(),
         has_work=False,
+        _can_go_on=False,
         _spare_s=lambda: 0.0,
         channel=SimpleNamespace(receive=lambda timeout_s: inbox[:1] and [inbox.pop(0)]),
         handle=ran.append,

@@ -181,6 +181,34 @@ def test_a_gpu_arena_waits_for_the_callers_stream_on_its_device(gpu_arena):
     assert gpu_arena.calls == [("set", torch.device("cuda", 1)), ("wait", torch.device("cuda", 1))]
 
 
+def test_a_gpu_arena_exchanges_its_content_by_copies(gpu_arena, manifest, monkeypatch):
+    """Through a spare part of memory, and waits for them."""
+    monkeypatch.setattr(cuda, "EXCHANGED_NBYTES", 1000)
+    stage = object.__new__(cuda.CudaWeightArena)
+    stage.__dict__.update(gpu_arena.__dict__)
+    contents = [torch.randint(256, (gpu_arena.nbytes,), dtype=torch.uint8) for _ in range(2)]
+    gpu_arena.buffer, stage.buffer, stage.spare = contents[0].clone(), contents[1].clone(), torch.zeros(1000).byte()
+    gpu_arena.checksums, stage.checksums = "old", "new"
+    gpu_arena.content_digest = stage.content_digest = None
+    gpu_arena.exchange(stage)
+    assert torch.equal(gpu_arena.buffer, contents[1]) and torch.equal(stage.buffer, contents[0])
+    assert (gpu_arena.checksums, stage.checksums) == ("new", "old")
+    assert gpu_arena.calls == [("wait", torch.device("cuda", 1))]
+
+
+def test_a_gpu_arena_stages_only_where_there_is_room(gpu_arena, manifest, monkeypatch):
+    gpu_arena.gpu_id = 1
+    held = {"mem_get_info": (cuda.STAGE_RESERVE_NBYTES + 5, 1 << 40), "memory_reserved": 10, "memory_allocated": 10}
+    for name in held:
+        monkeypatch.setattr(torch.cuda, name, lambda _device, name=name: held[name])
+    with pytest.raises(MemoryError, match=r"other weights of rank 0 need .* only 0.00 GB of GPU 1"):
+        gpu_arena.open_stage(manifest)
+    held["memory_reserved"] += gpu_arena.nbytes  # of a stage that was dropped
+    monkeypatch.setattr(cuda, "CudaWeightArena", lambda _manifest, _device: SimpleNamespace())
+    monkeypatch.setattr(torch, "empty", lambda nbytes, **_options: nbytes)
+    assert gpu_arena.open_stage(manifest).spare == gpu_arena.nbytes
+
+
 def test_a_gpu_arena_is_filled_on_its_own_stream(gpu_arena, monkeypatch):
     filled = []
     monkeypatch.setattr(cuda, "fill_cuda_from_files", lambda *arguments: filled.append(arguments))

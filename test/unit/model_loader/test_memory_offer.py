@@ -1,5 +1,6 @@
 """Which process offers an arena's memory, and how a GPU's is seen there, with stand-ins for Mooncake and the driver."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,16 @@ def test_a_gpu_s_memory_goes_to_the_process_as_a_handle(monkeypatch):
     assert offer.address == 4096 and process.calls == [(b"handle", 512, arena.nbytes, 0), "watch"]
     offer.close()
     assert process.calls[-1] == "kill"
+
+
+def test_an_offer_that_has_ended_leaves_no_thread(monkeypatch):
+    """An instance that changes its weights every few seconds offers as often."""
+    arena, before = toy_arena(1), set(threading.enumerate())
+    monkeypatch.setattr(arena, "share", lambda: LentMemory(b"handle", 512))
+    memory_offer.offer_memory(arena, Process("tcp")).close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_a_gpu_s_memory_is_seen_where_it_was_or_not_at_all(monkeypatch):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import seed_process
@@ -17,6 +18,7 @@ from ramet.srt.model_loader.loader import RemoteInstanceModelLoader
 from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.registration import SeedAnswer
 from ramet.srt.weights.report import LoadReport
 from safetensors.numpy import save_file
 
@@ -313,6 +315,28 @@ class TestAsking:
     def test_one_with_other_weights_than_the_first_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
         assert self.found(3, 1) == [3]
         assert "its weights are not those of 10.0.0.1:3: w0, w1" in caplog.text
+
+    @pytest.mark.parametrize(("now", "expected"), [("the same", 1), ("other", 3), ("gone", 1)])
+    def test_one_that_has_changed_since_it_was_asked_is_asked_again(
+        self, monkeypatch: pytest.MonkeyPatch, now: str, expected: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """But not for ever."""
+        caplog.set_level("INFO")
+        finder = SeedsByAddress(LoadConfig(seeds=(SeedAddress("10.0.0.1", 1),), timeout_s=1.0), toy_arena().manifest)
+        opened: list[FoundSeeds] = []
+
+        def ask(_server: object, rank: int, role: str, _timeout_s: float, *, start_grace_s: float) -> SeedAnswer:
+            assert (rank, role, start_grace_s) == (0, "target", 0.0)
+            known = opened[-1].instances[0].ranks[0].answer
+            if now == "gone":
+                raise absent("10.0.0.1:1")
+            return known if now == "the same" else msgspec.structs.replace(known, started_at=known.started_at + 1)
+
+        monkeypatch.setattr(seeds_by_address, "fetch_seed_answer", ask)
+        candidates = finder.candidates()
+        while candidate := next(candidates, None):
+            opened += [finder.open(candidate)]
+        assert len(opened) == expected and caplog.text.count("starting over") == expected - 1
 
     def test_when_none_has_the_weights_all_are_named(self) -> None:
         with pytest.raises(WeightTransferError, match="10.0.0.1:500 is not there"):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -106,12 +107,12 @@ def test_mapping_replaces_the_memory_in_place_and_writes_stay_private(manifest):
         client.map_seed_memory(seed.share().fd)
     seed.publish()
     client.map_seed_memory(seed.share().fd)
-    assert client.share().fd != client._own_fd and bytes(client.memory[:3]) == b"\7\7\7"
-    assert host_memory.resident_file_nbytes(client._own_fd) == 0
+    assert client.share().fd != client.own_fd and bytes(client.memory[:3]) == b"\7\7\7"
+    assert host_memory.resident_file_nbytes(client.own_fd) == 0
     model.embed.zero_()
     assert seed.memory[0] == 7
     client.restore_own_memory()
-    assert client.share().fd == client._own_fd and not any(client.memory[: manifest.arena_nbytes])
+    assert client.share().fd == client.own_fd and not any(client.memory[: manifest.arena_nbytes])
     client.memory[0] = 5
     assert model.embed.view(torch.uint8)[0, 0] == 5
 
@@ -245,3 +246,68 @@ def test_made_up_weights_are_there_before_anybody_reads_them(manifest, monkeypat
     monkeypatch.setattr(arena, "synchronize", lambda: complete.append(bool(last.any())))
     DummyModelLoader(0).load_weights(manifest, arena, "")
     assert complete == [True]
+
+
+def test_staged_content_takes_the_place_of_what_was_there_and_back(manifest):
+    """The model's views show it at once, and who has mapped the old content keeps that."""
+    arena, model = filled_arena(manifest), toy.make_model()
+    arena.bind(model)
+    arena.publish()
+    clone = allocate_arena(manifest, "cpu")
+    clone.map_seed_memory(arena.share().fd)
+    stage = arena.open_stage(msgspec.structs.replace(manifest, revision="two"))
+    stage.prepare_fill([])
+    stage.memory[:] = b"\1" * stage.nbytes
+    stage.checksums = "of the new content"
+    for number, other, revision, checksums in ((1, 7, "two", "of the new content"), (7, 1, "", None)):
+        arena.exchange(stage)
+        assert model.embed.view(torch.uint8)[0, 0] == number
+        assert bytes(arena.memory) == bytes([number]) * arena.nbytes
+        assert bytes(stage.memory) == bytes([other]) * arena.nbytes
+        assert (arena.manifest.revision, arena.checksums) == (revision, checksums)
+        assert arena.is_published == (number == 7) and stage.is_published == (number == 1)
+        assert bytes(clone.memory[:9]) == b"\7" * 9
+        clone.memory[8] = clone.memory[8]  # a page of its own, which must not differ either
+
+
+def test_a_mapped_arena_can_be_exchanged_too(manifest):
+    seed, client = filled_arena(manifest), allocate_arena(manifest, "cpu")
+    seed.publish()
+    client.map_seed_memory(seed.share().fd)
+    stage = client.open_stage(manifest)
+    stage.memory[:] = b"\1" * stage.nbytes
+    client.exchange(stage)
+    client.memory[0] = 2  # its own memory now
+    assert seed.memory[0] == 7 and bytes(stage.memory[:2]) == b"\7\7"
+    client.exchange(stage)
+    assert bytes(client.memory[:2]) == b"\7\7" and bytes(stage.memory[:2]) == b"\2\1"
+
+
+def test_an_exchange_that_the_kernel_refuses_changes_nothing(manifest, monkeypatch):
+    arena = filled_arena(manifest)
+    stage = arena.open_stage(manifest)
+    stage.memory[:] = b"\1" * stage.nbytes
+    real = host_memory.map_file_at
+
+    def refuse(address, *args, **kwargs):
+        if address == stage.address:
+            raise OSError("no more mappings")
+        real(address, *args, **kwargs)
+
+    monkeypatch.setattr(host_memory, "map_file_at", refuse)
+    with pytest.raises(OSError, match="no more"):
+        arena.exchange(stage)
+    assert bytes(arena.memory) == b"\7" * arena.nbytes and bytes(stage.memory) == b"\1" * arena.nbytes
+
+
+def test_what_was_staged_gives_its_memory_and_files_back(manifest):
+    arena = filled_arena(manifest)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())
+    for _ in range(5):
+        stage = arena.open_stage(manifest)
+        stage.memory[:] = b"\1" * stage.nbytes
+        arena.exchange(stage)
+        del stage
+    gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), len(Path("/proc/self/maps").read_text().splitlines())) == before

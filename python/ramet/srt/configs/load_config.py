@@ -42,6 +42,7 @@ class LoadConfig:
     api_keys: tuple[str, ...] = ()  # the instances of a fleet share one: a seed with a key wants to see it
     shows_keys: bool = True  # to seeds; False where a stranger may have named them, who then sees a proof alone
     weights_digest: str | None = None  # that weights must have: 64 hex digits, or "files": that of the own files
+    is_update: bool = False  # other weights than those of the own files are wanted
     model_path: str = ""  # folder or hub id of the files, where they have not been fetched yet
     revision: str | None = None
     # ModelExpress: where the metadata server is, and what the weights go by there

@@ -1,5 +1,6 @@
 """Owns the reading of a model folder's config: what the engine must know of a model before it builds it. No torch."""
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ class ModelConfig:
     surplus_tensors: str  # a regular expression: what the files may hold beside the model
     idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
     embedding: EmbeddingConfig | None = None  # of a model that makes embeddings, and has no output head; else None
+
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """What the two compute otherwise, by its names; the weights' own type is no part of it."""
+        rest = {"path", "model_name", "revision", "dtype", "context_len", "eos_token_ids", "idle_window_keys"}
+        one, two = (_without_file(config) for config in (self, other))
+        names = (field.name for field in dataclasses.fields(self) if field.name not in rest)
+        return [name for name in names if getattr(one, name) != getattr(two, name)]
 
     @property
     def quantization(self) -> str:
@@ -130,6 +138,13 @@ class ModelConfig:
         )
         need.refuse_the_unread()
         return config
+
+
+def _without_file(config: ModelConfig) -> ModelConfig:
+    quantization = config.quantization_config
+    if quantization is None:
+        return config
+    return dataclasses.replace(config, quantization_config=dataclasses.replace(quantization, file=""))
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from ramet.srt.observability.logs import Seldom
 from ramet.srt.utils.http_origin import OriginCheck
 from ramet.srt.utils.net import address_family, format_url, host_from_here
 from ramet.srt.weights.manifest import check_role
-from ramet.srt.weights.registration import MAX_REGISTRATION_BYTES, ControlAddress, make_answer, parse_registration
+from ramet.srt.weights.registration import (
+    BEING_CHANGED,
+    MAX_REGISTRATION_BYTES,
+    ControlAddress,
+    make_answer,
+    parse_registration,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +76,7 @@ class EngineInfoBootstrapServer:
         self._parsing = threading.Lock()  # what is made of a registration takes several times its memory
         self._answers: dict[tuple[str, int], bytes] = {}
         self._controls: dict[tuple[str, int], ControlAddress | None] = {}
+        self._suspended: set[str] = set()  # roles whose weights are being changed
         self._lock = threading.Lock()
         server = self
 
@@ -127,6 +134,8 @@ class EngineInfoBootstrapServer:
             check_role(role)
         except ValueError as error:
             return 400, _error(str(error))
+        if self.is_suspended(role):
+            return 503, _error(f"the weights of the {role} model {BEING_CHANGED}")
         found = self.get_json(role, int(rank))
         if found is None:
             return 404, _error(f"rank {int(rank)} of the {role} model has not registered")
@@ -152,6 +161,21 @@ class EngineInfoBootstrapServer:
             for directory in (self._answers, self._controls):
                 for key in [key for key in directory if key[0] == role]:
                     del directory[key]
+
+    def suspend(self, role: str) -> None:
+        """Send nobody to the weights of a role for now: its ranks change them, one a little later than the other."""
+        with self._lock:
+            self._suspended.add(role)
+
+    def resume(self, role: str) -> None:
+        """All ranks have registered what they have now."""
+        with self._lock:
+            self._suspended.discard(role)
+
+    def is_suspended(self, role: str) -> bool:
+        """Whether who asks for weights of the role is to ask again in a moment."""
+        with self._lock:
+            return role in self._suspended
 
     def refusal(self, headers: Message, *, registering: bool) -> tuple[int, str] | None:
         """HTTP status and reason if a request with these headers may not ask, or register; None if it may."""

@@ -35,6 +35,7 @@ from ramet.srt.weights.control_messages import (
     WeightReply,
     WeightRequest,
 )
+from ramet.srt.weights.registration import BEING_CHANGED
 
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.managers.weight_update_control import WeightUpdateControl
     from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Instance:
         self.lora: LoraControl
         self.pauses: PauseControl
         self.versions: VersionControl
+        self.weight_updates: WeightUpdateControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -257,6 +260,7 @@ class Instance:
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.managers.weight_update_control import WeightUpdateControl
         from ramet.srt.text.output_format import OutputFormat
         from ramet.srt.text.tokenizer import Tokenizer
 
@@ -294,9 +298,14 @@ class Instance:
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
         self.pauses = PauseControl(self.manager)
-        has_offers, world_size = self.bootstrap is not None, args.world_size
-        self.versions = VersionControl(self.manager, self.ask_rank_about_weights, world_size if has_offers else 0)
+        has_offers, world_size, weights_turn = self.bootstrap is not None, args.world_size, asyncio.Lock()
+        self.versions = VersionControl(
+            self.manager, self.ask_rank_about_weights, world_size if has_offers else 0, weights_turn
+        )
         self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
+        self.weight_updates = WeightUpdateControl(
+            self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
+        )
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -425,8 +434,39 @@ class Instance:
             self._children.kill()
 
     def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
-        """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered."""
-        return None if self.bootstrap is None else self.bootstrap.get_json(role, rank)
+        """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered.
+
+        Raises:
+            ServiceError: if its weights are being changed.
+        """
+        if self.bootstrap is None:
+            return None
+        if self.bootstrap.is_suspended(role):
+            raise ServiceError(f"the weights of the {role} model {BEING_CHANGED}")
+        return self.bootstrap.get_json(role, rank)
+
+    # What others see while the weights change: see weight_update_control.Doors
+
+    @property
+    def gives_weights(self) -> bool:
+        """Whether other instances may come for the weights."""
+        return self.bootstrap is not None
+
+    def close_for_weights(self) -> None:
+        """Send nobody to the weights."""
+        assert self.bootstrap is not None
+        self.bootstrap.suspend("target")
+
+    def open_for_weights(self) -> None:
+        """All ranks have registered their weights anew: others may come."""
+        assert self.bootstrap is not None
+        self.bootstrap.resume("target")
+        self._tell_ranks(InstanceReady())
+
+    def end(self, line: str) -> None:
+        """The instance can't go on."""
+        logger.critical("%s", line)
+        self._on_death(line)
 
     async def ask_rank_about_weights(
         self, role: str, rank: int, request: WeightRequest, timeout_s: float
@@ -472,7 +512,7 @@ class Instance:
     def model_info(self) -> dict[str, Any]:
         """What /get_model_info shows."""
         return {
-            "model_path": self.server_args.model_path,
+            "model_path": self.weight_updates.model_path,
             "served_model_name": self.server_args.model_name,
             "tokenizer_path": self.server_args.tokenizer_path or self.server_args.model_path,
             "is_generation": self.model_config.embedding is None,

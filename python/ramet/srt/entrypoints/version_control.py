@@ -25,13 +25,14 @@ class VersionControl:
     Args:
         ask_rank: tells a rank that offers its weights something about them.
         num_offers: how many ranks, from 0 on, offer theirs.
+        turn: held by whoever changes the weights or their version's name.
     """
 
-    def __init__(self, manager: TokenizerManager, ask_rank: AskRank, num_offers: int):
+    def __init__(self, manager: TokenizerManager, ask_rank: AskRank, num_offers: int, turn: asyncio.Lock):
         self._manager = manager
         self._ask_rank = ask_rank
         self._num_offers = num_offers
-        self._turn = asyncio.Lock()
+        self._turn = turn
 
     async def rename(self, version: str, *, abort_all: bool) -> None:
         """Have all ranks and replicas call the weights, whose bytes stay, by another version's name.

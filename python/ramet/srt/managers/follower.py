@@ -12,6 +12,7 @@ from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.weights.update_messages import WeightStep
 
 FOLLOWER_POLL_S = 1.0
 BUSY_WINDOW_S = 2.0  # a rank that has had no plan for so long is idle
@@ -64,6 +65,8 @@ class Follower:
         elif isinstance(message, LoraMessage):
             assert self._worker.model_runner.lora is not None
             follow(self._worker.model_runner.lora, message)
+        elif isinstance(message, WeightStep):
+            self._worker.model_runner.versions.follow(message)
         elif message is not None:
             self._worker.profiler.follow(message)
         else:

@@ -8,6 +8,7 @@ from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.lora.adapter import NO_ADAPTER, LoraAdapter, LoraSource
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.report import LoadReport, PublisherStats
+from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
 
 class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -282,6 +283,8 @@ Message = (
     | LoadLoraReqInput
     | UnloadLoraReqInput
     | LoraReqOutput
+    | WeightStep
+    | WeightStepOutput
     | GetInternalStateReq
     | GetInternalStateReqOutput
     | BatchTokenIDOutput

@@ -57,7 +57,7 @@ class LoraControl:
         self._is_on = is_on
         self._load_config = load_config
         self._on_drop = on_drop
-        self._turn = asyncio.Lock()
+        self.turn = asyncio.Lock()  # of whoever loads or unloads, or changes the weights below the adapters
 
     @property
     def registry(self) -> LoraRegistry:
@@ -82,7 +82,7 @@ class LoraControl:
         except ValueError as error:
             raise RequestError(f"lora_name: {error}", param="lora_name") from None
         try:
-            async with self._turn:
+            async with self.turn:
                 self._check_is_free(path.name)
                 adapter, source = await _beside(lambda: self._find(path))
                 return await self._load(adapter, source, path)
@@ -133,7 +133,7 @@ class LoraControl:
             state = "is not loaded" if loaded is None else "is being unloaded already"
             raise RequestError(f"lora_name: the adapter {name!r} {state}", param="lora_name", status_code=404)
         await self.registry.retire(loaded)
-        async with self._turn:
+        async with self.turn:
             question = functools.partial(UnloadLoraReqInput, lora_id=loaded.lora_id)
             await self._manager.ask_all(question, LoraReqOutput, UNLOAD_TIMEOUT_S)
             self.registry.remove(name)

@@ -46,6 +46,10 @@ class LoraRegistry:
     def get(self, name: str) -> LoadedAdapter | None:
         return self._loaded.get(name)
 
+    def names(self) -> list[str]:
+        """Of all adapters, those among them that some requests still have while they are being unloaded."""
+        return list(self._loaded)
+
     def usable(self) -> list[LoadedAdapter]:
         """Those that requests can name now, in the order in which they were loaded."""
         return [loaded for loaded in self._loaded.values() if not loaded.is_leaving]

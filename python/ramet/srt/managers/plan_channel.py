@@ -16,6 +16,7 @@ from ramet.srt.managers.io_struct import (
     UnloadLoraReqInput,
 )
 from ramet.srt.utils.net import format_address, is_ipv6
+from ramet.srt.weights.update_messages import WeightStep
 
 SEND_TIMEOUT_MS = 30_000
 PLANS_KEY = "plans"
@@ -23,7 +24,13 @@ RESULTS_KEY = "results"
 
 # What comes between two plans belongs between these passes, on every rank.
 PlanMessage = (
-    BatchPlan | StartProfileReqInput | StopProfileReqInput | LoadLoraReqInput | FinishLoraReq | UnloadLoraReqInput
+    BatchPlan
+    | StartProfileReqInput
+    | StopProfileReqInput
+    | LoadLoraReqInput
+    | FinishLoraReq
+    | UnloadLoraReqInput
+    | WeightStep
 )
 _plan_decoder = msgspec.msgpack.Decoder(PlanMessage)
 _result_decoder = msgspec.msgpack.Decoder(BatchResult)

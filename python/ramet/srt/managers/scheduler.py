@@ -58,6 +58,7 @@ from ramet.srt.managers.scheduler_output import (
 from ramet.srt.managers.throughput import Throughput
 from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.managers.tp_worker import TpModelWorker
+from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
@@ -65,6 +66,7 @@ from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class Scheduler:
         self.num_retracted = 0
         self.is_paused = False
         self.weight_version = model_runner.weight_version  # by which passes are computed; `switch_weight_version`
+        self.weight_updates = WeightUpdateDesk(self, model_runner.versions, self.passes.tell, channel.reply)
         self._seeds = random.Random(config.random_seed)
         self._aborted: list[RunningReq] = []  # to be ended before the next pass is planned
 
@@ -160,6 +163,7 @@ class Scheduler:
     def step(self) -> ScheduleBatch | None:
         """Plan the next pass and queue it, and deal with the tokens of those before it. Returns what was queued."""
         self.lora.poll()
+        self.weight_updates.poll()
         if self.grammar_queue or self.grammar_steps:
             self.grammar_steps.poll(0.0)
             self._collect_grammars()
@@ -180,14 +184,16 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether any request waits or runs, or a pass is under way."""
-        return bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
+        has_reqs = bool(self.running or self.admission or self.grammar_queue or self.grammar_steps or self.passes)
+        return has_reqs or self.weight_updates.is_busy
 
     @property
     def _can_go_on(self) -> bool:
         """Whether anything is to be done before the next message; in a pause, that is little."""
         if not self.is_paused:
             return self.has_work
-        return bool(self.passes or self.grammar_queue or self.grammar_steps or self._aborted)
+        has_steps = bool(self.passes or self.grammar_queue or self.grammar_steps or self._aborted)
+        return has_steps or self.weight_updates.is_busy
 
     def check_caches(self) -> None:
         """Assert, while nothing runs, that no page is lost."""
@@ -259,6 +265,13 @@ class Scheduler:
         for finished in self.passes.drain():
             self._finish(finished)
 
+    def rename_weights(self, version: str, *, abort_all: bool) -> None:
+        """The same weights go by another version's name."""
+        self.finish_passes()
+        if abort_all:
+            self._abort_all()
+        self.switch_weight_version(version)
+
     def switch_weight_version(self, version: str) -> None:
         """What is computed from now on is of `version`. Between two passes; whoever changes bytes does it before this.
 
@@ -292,19 +305,16 @@ class Scheduler:
                 self.go_on()
                 self.channel.reply(ContinueReqOutput(request_id=message.request_id))
             case RenameWeightsReqInput():
-                self.finish_passes()
-                if message.abort_all:
-                    self._abort_all()
-                self.switch_weight_version(message.version)
+                self.rename_weights(message.version, abort_all=message.abort_all)
                 self.channel.reply(RenameWeightsReqOutput(request_id=message.request_id))
+            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
+                self.weight_updates.handle(message)
             case FlushCacheReqInput():
                 self.channel.reply(self._flush_cache(message))
             case GetInternalStateReq():
                 self.channel.reply(self._internal_state(message))
-            case StartProfileReqInput():
-                self.channel.reply(profile_reply(message.request_id, lambda: self._start_profile(message)))
-            case StopProfileReqInput():
-                self.channel.reply(profile_reply(message.request_id, lambda: self._stop_profile(message)))
+            case StartProfileReqInput() | StopProfileReqInput():
+                self.channel.reply(profile_reply(message.request_id, lambda: self._profile(message)))
             case _:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
 
@@ -380,17 +390,16 @@ class Scheduler:
         self.flush_caches()
         return FlushCacheReqOutput(request_id=message.request_id, success=True, message="cache flushed")
 
-    def _start_profile(self, message: StartProfileReqInput) -> str:
-        """Start a recording on every rank of the replica, between the same two passes."""
-        text = self.worker.profiler.start(message)
-        self.passes.tell(message)
-        return text
-
-    def _stop_profile(self, message: StopProfileReqInput) -> str:
-        """End it on every rank, in the same way."""
-        if self.worker.profiler.is_recording:
+    def _profile(self, message: StartProfileReqInput | StopProfileReqInput) -> str:
+        """Start or end a recording on every rank of the replica, between the same two passes."""
+        profiler = self.worker.profiler
+        if isinstance(message, StartProfileReqInput):
+            text = profiler.start(message)
             self.passes.tell(message)
-        return self.worker.profiler.stop()
+            return text
+        if profiler.is_recording:
+            self.passes.tell(message)
+        return profiler.stop()
 
     def _internal_state(self, message: GetInternalStateReq) -> GetInternalStateReqOutput:
         page_size = self.config.page_size
@@ -415,8 +424,12 @@ class Scheduler:
 
     def load(self) -> float:
         """How busy the replica is: requests over those that can run, at most 1. Any thread may ask."""
-        num_reqs = len(self.running) + len(self.admission) + len(self.grammar_queue)
-        return min(1.0, num_reqs / self.config.max_running_requests)
+        return min(1.0, self.num_unfinished / self.config.max_running_requests)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that run or wait."""
+        return len(self.running) + len(self.admission) + len(self.grammar_queue)
 
     # -- What runs next
 

@@ -54,6 +54,7 @@ from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInpu
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ Question = (
     | PauseReqInput
     | ContinueReqInput
     | RenameWeightsReqInput
+    | WeightStep
 )
 AnyReply = (
     FlushCacheReqOutput
@@ -82,6 +84,7 @@ AnyReply = (
     | PauseReqOutput
     | ContinueReqOutput
     | RenameWeightsReqOutput
+    | WeightStepOutput
 )
 Reply = TypeVar("Reply", bound=AnyReply)
 

@@ -30,7 +30,8 @@ from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
-from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights, RankWeights, find_own_head
+from ramet.srt.model_executor.rank_weights import OfferedWeights, RankWeights, find_own_head
+from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
@@ -117,7 +118,7 @@ class ModelRunner:
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
-            self._weights: LoadedWeights | OfferedWeights = loading.result()
+            self.versions = RankVersions(loading.result(), open_checkpoint)
         on_phase("weights")
 
     def _build_model(self) -> None:
@@ -284,12 +285,12 @@ class ModelRunner:
     @property
     def load_report(self) -> LoadReport:
         """How the weights came."""
-        return self._weights.report
+        return self.versions.weights.report
 
     @property
     def weight_version(self) -> str:
         """The name of what the weights are."""
-        return self._weights.version
+        return self.versions.weights.version
 
     def publish(self, bootstrap_url: str, load_probe: Callable[[], float | None]) -> None:
         """Offer the weights, which are final from now on, and let other instances find them.
@@ -301,9 +302,11 @@ class ModelRunner:
             WeightTransferError: if the offer can't be made or the bootstrap server doesn't take the registration.
             RuntimeError: if they are offered already.
         """
-        if isinstance(self._weights, OfferedWeights):
+        weights = self.versions.weights
+        if isinstance(weights, OfferedWeights):
             raise RuntimeError("the weights are offered already")
-        self._weights = self._weights.offer(load_probe)
+        self.versions.weights = weights.offer(load_probe)
+        self.versions.offer_again = functools.partial(self.publish, bootstrap_url, load_probe)
         if self.lora is not None:
             self.lora.offer_at(bootstrap_url)
         self._register_to_engine_info_bootstrap(bootstrap_url)
@@ -319,19 +322,20 @@ class ModelRunner:
         self._offered_weights().publish_modelexpress()
 
     def _offered_weights(self) -> OfferedWeights:
-        if not isinstance(self._weights, OfferedWeights):
+        weights = self.versions.weights
+        if not isinstance(weights, OfferedWeights):
             raise RuntimeError("weights are offered before others are told of them")
-        return self._weights
+        return weights
 
     def publisher_stats(self) -> PublisherStats | None:
         """What the metadata server has been told; None for a rank that publishes nothing."""
-        return self._weights.publisher_stats()
+        return self.versions.weights.publisher_stats()
 
     def close(self) -> None:
         """Withdraw the offer of the weights."""
         if self.lora is not None:
             self.lora.close()
-        self._weights.close()
+        self.versions.close()
 
     @torch.inference_mode()
     def run_pass(self, tokens: PassTokens, own: slice) -> torch.Tensor | None:

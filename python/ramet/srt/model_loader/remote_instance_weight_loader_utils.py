@@ -125,11 +125,13 @@ def fetch_seed_answer(
     timeout_s: float,
     absent_grace_s: float = ABSENT_GRACE_S,
     is_listed: bool = False,
+    start_grace_s: float = ABSENT_GRACE_S,
 ) -> SeedAnswer:
     """What a seed says of a rank's weights. One that is still starting is asked again until the time is up.
 
     Args:
         absent_grace_s: how long a rank that the seed does not know may take to register.
+        start_grace_s: how long a seed that is not there may take to come.
         is_listed: the seed has said that it is up, so one that is not has died, and another may start in its place.
 
     Raises:
@@ -149,7 +151,7 @@ def fetch_seed_answer(
             reason = _reason_to_wait(status, path, body, _Asked(rank, server.name, is_late, is_listed))
         except ConnectionRefusedError as error:
             reason = f"it is not there ({error.strerror})"
-            if is_listed or time.monotonic() - start >= ABSENT_GRACE_S:
+            if is_listed or time.monotonic() - start >= start_grace_s:
                 break
         except TimeoutError as error:
             reason = str(error)

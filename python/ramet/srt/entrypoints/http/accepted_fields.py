@@ -246,6 +246,13 @@ RESPONSES_TOOL = _table(
     *_only("OpenAI", "tools that are looked for", "defer_loading"),
     *_only("OpenAI", "calls that nobody waits for", "async"),
 )
+WEIGHT_UPDATE = _table(
+    *_free("SGLang", "what the prefix cache holds of other weights, which is never used again", "flush_cache"),
+    *_free("SGLang", "what has no effect there either", "is_async", "keep_pause", "token_step", "manifest"),
+    *_free("SGLang", "memory that is given back, and graphs, which stay valid", "torch_empty_cache",
+           "recapture_cuda_graph"),
+    *_only("SGLang", "how files are read", "load_format", values=("auto", "safetensors")),
+)  # fmt: skip
 
 CONTINUE = _table(
     *_free("SGLang", "memory that its allocator holds back; a pause gives none away", "torch_empty_cache")
@@ -277,8 +284,9 @@ TABLES: Mapping[str, Table] = {
     "A part of an item's content": RESPONSES_PART,
     "A tool of a response": RESPONSES_TOOL,
     "The body of `POST /continue_generation`": CONTINUE,
+    "The bodies of updates of weights": WEIGHT_UPDATE,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE)
+_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE, WEIGHT_UPDATE)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

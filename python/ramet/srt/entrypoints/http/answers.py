@@ -346,6 +346,36 @@ class LoraOutcome(Answer):
     loaded_adapters: dict[str, str]  # all of them: name -> path
 
 
+class WeightsChanged(Answer):
+    """What changing the weights has done."""
+
+    success: Literal[True]
+    message: str
+    num_paused_requests: int  # that ran or waited at the switch
+    weight_version: str  # that serves now
+    mode: Literal["staged"]  # beside what served before
+    source: str  # as in load reports; "" for what was staged before
+    num_bytes: int  # that came, on all ranks
+    stage_seconds: float  # serving went on meanwhile
+    pause_seconds: float  # in which no pass was computed
+
+
+class WeightVersion(Answer):
+    """Weights that the instance has."""
+
+    weight_version: str
+    origin: str  # folder, hub id or address
+    is_serving: bool
+    since: float  # unix seconds, from which it has served the last time
+
+
+class WeightVersions(Answer):
+    """All of them."""
+
+    versions: list[WeightVersion]  # the one that serves, and those to which there is a way back, the newest first
+    keep_weight_versions: int
+
+
 class Done(Answer):
     """What an administrative call has done."""
 

@@ -28,6 +28,10 @@ ADMIN_PATHS = frozenset(
         "/resume",
         "/is_paused",
         "/update_weight_version",
+        "/update_weights_from_disk",
+        "/update_weights_from_instance",
+        "/rollback_weights",
+        "/weight_versions",
     }
 )
 

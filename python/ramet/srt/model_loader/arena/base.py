@@ -194,6 +194,28 @@ class WeightArena(ABC):
         """Declare the content final: from now on others may read it, and no source may fill it."""
         self.is_published = True
 
+    @abstractmethod
+    def open_stage(self, manifest: WeightManifest) -> "WeightArena":
+        """Memory for other content of the same layout, which can take the place of what is here; see `exchange`.
+
+        Raises:
+            MemoryError: if there is not enough.
+        """
+
+    def exchange(self, staged: "WeightArena") -> None:
+        """Show what `staged` holds at the addresses that this arena has, which keeps what was here instead.
+
+        For a moment when nobody reads the weights. The content is nobody's but the own process's afterwards, until it
+        is published.
+
+        Raises:
+            OSError: if the kernel refuses; nothing has changed then.
+        """
+        for name in ("manifest", "checksums", "content_digest", "is_published"):
+            mine, theirs = getattr(self, name), getattr(staged, name)
+            setattr(self, name, theirs)
+            setattr(staged, name, mine)
+
     def _require_private(self) -> None:
         if self.is_published:
             raise RuntimeError("a published arena is immutable")

@@ -31,6 +31,8 @@ from ramet.srt.weights.manifest import WeightEntry, WeightManifest, align_up
 SEGMENT_ALIGNMENT = 2 << 20  # what the caching allocator rounds a large allocation up to: nothing shares the segment
 NUM_RECEIVE_BATCHES = 3  # of a receive window
 GATHERED_NBYTES = 2 << 20  # about so many bytes by one index, which is eight times as large
+STAGE_RESERVE_NBYTES = 1 << 30  # of free memory that a stage leaves: passes still take some for what lies between
+EXCHANGED_NBYTES = 64 << 20  # by one set of copies
 
 
 class CudaWeightArena(WeightArena):
@@ -51,7 +53,7 @@ class CudaWeightArena(WeightArena):
             self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.gpu_id = self.torch_device.index
         self.nbytes = max(SEGMENT_ALIGNMENT, align_up(manifest.arena_nbytes, SEGMENT_ALIGNMENT))
-        free, total = torch.cuda.mem_get_info(self.torch_device)
+        free, total = free_nbytes(self.torch_device), torch.cuda.mem_get_info(self.torch_device)[1]
         if self.nbytes > free:
             raise MemoryError(
                 f"the weights of rank {manifest.parallel.world_rank} need {self.nbytes / 1e9:.2f} GB, but of the "
@@ -61,6 +63,7 @@ class CudaWeightArena(WeightArena):
         self.buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.torch_device)
         self.address = self.buffer.data_ptr()
         self.stream = torch.cuda.Stream(self.torch_device, priority=-1)
+        self.spare: torch.Tensor | None = None  # of a stage: uint8, for what is on its way to the other side
 
     def tensor(self, entry: WeightEntry) -> torch.Tensor:
         dtype = getattr(torch, entry.dtype)
@@ -122,6 +125,30 @@ class CudaWeightArena(WeightArena):
         """Nobody but this process writes to the arena itself: there is nothing to part from."""
         self._require_private()
 
+    def open_stage(self, manifest: WeightManifest) -> "CudaWeightArena":
+        free = free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES
+        if self.nbytes > free:
+            raise MemoryError(
+                f"other weights of rank {manifest.parallel.world_rank} need {self.nbytes / 1e9:.2f} GB beside those "
+                f"that serve, and only {max(0, free) / 1e9:.2f} GB of GPU {self.gpu_id} can be taken for them: "
+                "lower --mem-fraction-static"
+            )
+        stage = CudaWeightArena(manifest, str(self.torch_device))
+        stage.spare = torch.empty(min(EXCHANGED_NBYTES, self.nbytes), dtype=torch.uint8, device=self.torch_device)
+        return stage
+
+    def exchange(self, staged: WeightArena) -> None:
+        """Behind the passes that are queued on the calling thread's stream; it waits for them, and for the copies."""
+        assert isinstance(staged, CudaWeightArena) and staged.nbytes == self.nbytes and staged.spare is not None
+        pairs = zip(self.buffer.split(EXCHANGED_NBYTES), staged.buffer.split(EXCHANGED_NBYTES), strict=True)
+        for mine, theirs in pairs:
+            kept = staged.spare[: len(mine)]
+            kept.copy_(mine)
+            mine.copy_(theirs)
+            theirs.copy_(kept)
+        self.synchronize()
+        super().exchange(staged)
+
     def share(self) -> LentMemory:
         try:
             return LentMemory(*lend_memory(self.address, self.torch_device))
@@ -136,6 +163,12 @@ class CudaWeightArena(WeightArena):
     def gather(self, ranges: Sequence[ByteRange]) -> bytes:
         with torch.cuda.device(self.torch_device), self.work_context():
             return gather_bytes(self.buffer, ranges)
+
+
+def free_nbytes(device: torch.device) -> int:
+    """Bytes that can be taken: what nobody has, and what the caching allocator has of arenas that are no more."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def gather_bytes(buffer: torch.Tensor, ranges: Sequence[ByteRange]) -> bytes:

@@ -51,10 +51,8 @@ class HostWeightArena(WeightArena):
         self.address = host_memory.reserve_addresses(self.nbytes)
         self._buffer = host_memory.view_memory(self.address, self.nbytes)
         weakref.finalize(self._buffer, host_memory.unmap, self.address, self.nbytes).atexit = False
-        self._own_fd = host_memory.create_memfd("ramet-weights", self.nbytes)
-        weakref.finalize(self, os.close, self._own_fd).atexit = False
-        self._mapped_fd: int | None = None  # somebody else's memfd that is mapped in place of ours
-        self._map_own()
+        self._files = _Files(host_memory.create_memfd("ramet-weights", self.nbytes))
+        self._show(self._files)
 
     @property
     def memory(self) -> memoryview:
@@ -64,7 +62,7 @@ class HostWeightArena(WeightArena):
     @property
     def own_fd(self) -> int:
         """The memfd of the own memory."""
-        return self._own_fd
+        return self._files.own_fd
 
     def tensor(self, entry: WeightEntry) -> "torch.Tensor":
         import torch
@@ -110,10 +108,10 @@ class HostWeightArena(WeightArena):
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
         self.restore_own_memory()
-        if host_memory.resident_file_nbytes(self._own_fd):  # a fresh file is all zeros
+        if host_memory.resident_file_nbytes(self.own_fd):  # a fresh file is all zeros
             for start, stop in zeroed:
                 ctypes.memset(self.address + start, 0, stop - start)
-        needed = self.nbytes - host_memory.resident_file_nbytes(self._own_fd)
+        needed = self.nbytes - host_memory.resident_file_nbytes(self.own_fd)
         available = host_memory.available_memory_nbytes()
         if needed > available:
             raise MemoryError(
@@ -133,7 +131,7 @@ class HostWeightArena(WeightArena):
 
     def share(self) -> SharedFile:
         """The file whose content the arena shows, which may be another process's."""
-        return SharedFile(self._own_fd if self._mapped_fd is None else self._mapped_fd)
+        return SharedFile(self._files.shown_fd)
 
     def open_shared(self, share: MemoryShare) -> "HostSeedFile":
         if isinstance(share, LentMemory):
@@ -162,28 +160,40 @@ class HostWeightArena(WeightArena):
             os.close(kept)
             raise
         self.drop_memory()
-        self._mapped_fd = kept
-        self._mapped_closer = weakref.finalize(self, os.close, kept)
-        self._mapped_closer.atexit = False
+        self._files.take_in(kept)
 
     def restore_own_memory(self) -> None:
         """Show the own (empty) memfd again, after `map_seed_memory`."""
         self._require_private()
-        if self._mapped_fd is not None:
-            self._map_own()
-            self._mapped_fd = None
-            self._mapped_closer()
+        if self._files.mapped_fd is not None:
+            host_memory.map_file_at(self.address, self.nbytes, self.own_fd, private=False)
+            self._files.let_go()
 
     def drop_memory(self) -> None:
         """Give the own memory back: the arena reads as zeros, and who still writes to the old pages harms nobody."""
         self._require_private()
-        host_memory.drop_file_memory(self._own_fd, self.nbytes)
+        host_memory.drop_file_memory(self.own_fd, self.nbytes)
 
     def publish(self) -> None:
         """Declare the content final: from now on others may map or read it, and no source may fill it."""
-        if self._mapped_fd is None:
-            host_memory.seal_for_sharing(self._own_fd)
+        if self._files.mapped_fd is None:
+            host_memory.seal_for_sharing(self.own_fd)
         super().publish()
+
+    def open_stage(self, manifest: WeightManifest) -> "HostWeightArena":
+        return HostWeightArena(manifest)
+
+    def exchange(self, staged: WeightArena) -> None:
+        """No byte is copied: the two files trade places. Who has mapped the old one keeps it as it is."""
+        assert isinstance(staged, HostWeightArena) and staged.nbytes == self.nbytes
+        self._show(staged._files)
+        try:
+            staged._show(self._files)
+        except OSError:
+            self._show(self._files)
+            raise
+        self._files, staged._files = staged._files, self._files
+        super().exchange(staged)
 
     def open_receive_buffer(self) -> ReceiveBuffer:
         self._require_private()
@@ -193,8 +203,34 @@ class HostWeightArena(WeightArena):
         self._require_private()
         return HostReceiveWindow(self, max_batch_nbytes)
 
-    def _map_own(self) -> None:
-        host_memory.map_file_at(self.address, self.nbytes, self._own_fd, private=False)
+    def _show(self, files: "_Files") -> None:
+        """Put files' content at the arena's addresses, in one step; of a sealed file so that writes would stay here."""
+        private = host_memory.is_sealed_for_sharing(files.shown_fd)
+        host_memory.map_file_at(self.address, self.nbytes, files.shown_fd, private=private)
+
+
+class _Files:
+    """What an arena shows: a memfd of its own, or another arena's in its place. They are closed with this object."""
+
+    def __init__(self, own_fd: int) -> None:
+        self.own_fd = own_fd
+        self.mapped_fd: int | None = None  # somebody else's
+        weakref.finalize(self, os.close, own_fd).atexit = False
+
+    @property
+    def shown_fd(self) -> int:
+        return self.own_fd if self.mapped_fd is None else self.mapped_fd
+
+    def take_in(self, fd: int) -> None:
+        """Show somebody else's file, which is this object's from now on."""
+        self.mapped_fd = fd
+        self._closer = weakref.finalize(self, os.close, fd)
+        self._closer.atexit = False
+
+    def let_go(self) -> None:
+        """Close it again."""
+        self.mapped_fd = None
+        self._closer()
 
 
 class HostSeedFile(SeedFile):

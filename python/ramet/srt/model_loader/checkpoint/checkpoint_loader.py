@@ -1,5 +1,6 @@
 """Owns loading a rank's weights from files."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import TypeAlias
@@ -22,7 +23,7 @@ class CheckpointOpener:
         Args:
             describe: what the files must hold; asked when the first is opened.
         """
-        self._describe = describe
+        self._describe = functools.cache(describe)
         self._opened: dict[str, CheckpointSource] = {}
 
     def __call__(self, folder: str) -> CheckpointSource:
@@ -30,6 +31,10 @@ class CheckpointOpener:
         if folder not in self._opened:
             self._opened[folder] = CheckpointSource(folder, self._describe())
         return self._opened[folder]
+
+    def anew(self) -> "CheckpointOpener":
+        """For the same model, with nothing opened: files may have changed."""
+        return CheckpointOpener(self._describe)
 
 
 class DefaultModelLoader:

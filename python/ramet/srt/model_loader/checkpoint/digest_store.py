@@ -15,24 +15,16 @@ from pathlib import Path
 import msgspec
 
 from ramet.srt.environ import envs
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checksums.tensor_digest import digest_tensor
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.content_digest import DigestTable, TensorDigest, build_table, decode_tensors, encode_tensors
+from ramet.srt.weights.update_messages import FileStamp
 
 logger = logging.getLogger(__name__)
 
 FILES = "files"  # in place of a digest: that of the own files
-
-
-class FileStamp(msgspec.Struct, frozen=True, array_like=True):
-    """What tells that a file is still the one that was read."""
-
-    name: str
-    nbytes: int
-    mtime_ns: int
-    ctime_ns: int  # cannot be set back, as the time of a change can
-    inode: int
 
 
 class _Stored(msgspec.Struct):
@@ -54,7 +46,7 @@ def find_table(folder: str) -> DigestTable | None:
         if status.st_uid not in (0, os.geteuid()):
             return None
         stored = msgspec.msgpack.decode(path.read_bytes(), type=_Stored)
-        if stored.files != _stamps(folder):
+        if stored.files != file_stamps(folder):
             return None
         table = build_table(decode_tensors(stored.tensors))
     except (OSError, msgspec.DecodeError):
@@ -105,11 +97,11 @@ def compute_table(folder: str, on_bytes: Callable[[int], None] = lambda _nbytes:
         ValueError: if the folder has no checkpoint, or a file can't be read or changes meanwhile.
     """
     start = time.perf_counter()
-    before = _stamps(folder)
+    before = file_stamps(folder)
     tensors: list[TensorDigest] = []
     for path in find_checkpoint_files(folder):
         tensors += _digest_file(path, read_header(path), on_bytes)
-    if _stamps(folder) != before:
+    if file_stamps(folder) != before:
         raise ValueError(f"the weights in {folder} have changed while they were read")
     table = build_table(tensors)
     nbytes = checkpoint_nbytes(folder)
@@ -121,7 +113,7 @@ def compute_table(folder: str, on_bytes: Callable[[int], None] = lambda _nbytes:
 
 def checkpoint_nbytes(folder: str) -> int:
     """Bytes of the folder's weight files. Raises ValueError if it has no checkpoint."""
-    return sum(stamp.nbytes for stamp in _stamps(folder))
+    return sum(stamp.nbytes for stamp in file_stamps(folder))
 
 
 def _digest_file(path: str, header: Mapping[str, TensorInfo], on_bytes: Callable[[int], None]) -> list[TensorDigest]:
@@ -142,18 +134,6 @@ def _digest_file(path: str, header: Mapping[str, TensorInfo], on_bytes: Callable
             return list(pool.map(run, largest_first))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _stamps(folder: str) -> list[FileStamp]:
-    stamps = []
-    for path in sorted(find_checkpoint_files(folder)):
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from error
-        name = os.path.basename(path)
-        stamps.append(FileStamp(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-    return stamps
 
 
 def _store_path(folder: str) -> Path:

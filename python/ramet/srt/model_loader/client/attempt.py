@@ -71,7 +71,8 @@ class Attempt:
         self._version = agreed_version(fitting, self._rank)
         report = self._take()
         table = self._arena.content_digest
-        if table is None and (self._config.modelexpress_url is not None or self._may_be_another_model()):
+        is_doubtful = self._config.modelexpress_url is not None or self._may_be_another_model()
+        if table is None and is_doubtful and not self._config.is_update:
             self._compare_with_files(model_path)
         digest = table.digest if table is not None else ""
         seconds = time.perf_counter() - start

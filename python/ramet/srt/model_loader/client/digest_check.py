@@ -127,6 +127,8 @@ class DigestCheck:
     def _own_table(self) -> DigestTable | None:
         """That of the own files, where it is wanted, or known, or quickly computed."""
         config = self._config
+        if config.is_update:
+            return None
         if config.weights_digest == FILES:
             return load_table(resolve_model_path(config.model_path or self._model_path, config.revision))
         try:

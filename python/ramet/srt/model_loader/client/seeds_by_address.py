@@ -12,11 +12,13 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
 from ramet.srt.model_loader.client.seed_instance import SeedInstance
 from ramet.srt.model_loader.client.transfer import combine_errors
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import fetch_seed_answer
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest, content_checksums
 
 logger = logging.getLogger(__name__)
 
+NUM_RETRIES = 2  # of seeds that change their weights while they are taken
 LATE_GRACE_S = 1.0  # once one seed has answered, the others get this long
 
 
@@ -24,7 +26,8 @@ class SeedsByAddress:
     """A SeedFinder with one candidate, the addresses: several seeds share the work. Nobody claims the files here.
 
     Where a digest is required, those that were left out because they have other weights than the first are the next
-    candidate: it may be the first that lies.
+    candidate: it may be the first that lies. Seeds that have other weights now than when they were asked, because they
+    change them, are asked again.
     """
 
     claim = None
@@ -38,6 +41,7 @@ class SeedsByAddress:
         self._name = ", ".join(address.name for address in config.seeds)
         self._addresses = config.seeds  # of the candidate
         self._left_out: list[str] = []
+        self._chosen: list[SeedInstance] = []  # of the candidate that was opened last
 
     @property
     def origin(self) -> str:
@@ -46,6 +50,12 @@ class SeedsByAddress:
     def candidates(self) -> Iterator[str]:
         """The addresses, as they are called together."""
         yield self._name
+        for _ in range(NUM_RETRIES):
+            if not self._have_changed():
+                break
+            logger.info("rank %d: %s has other weights now than when it was asked: starting over",
+                        self._manifest.parallel.world_rank, self._name)  # fmt: skip
+            yield self._name
         while self._left_out and self._config.weights_digest is not None:
             self._addresses = tuple(address for address in self._addresses if address.name in self._left_out)
             yield ", ".join(self._left_out)
@@ -66,7 +76,21 @@ class SeedsByAddress:
             logger.warning("rank %d: the seed %s is left out: %s", rank, name, error)
         chosen = _agreeing(found, rank)
         self._left_out = [seed.name for seed in found if seed not in chosen]
+        self._chosen = chosen
         return FoundSeeds(candidate, chosen)
+
+    def _have_changed(self) -> bool:
+        """Whether a rank of the seeds that were chosen has registered anew since it was asked."""
+        chosen, self._chosen = self._chosen, []
+        for rank in (rank for seed in chosen for rank in seed.ranks if rank.answer.manifest is not None):
+            known, timeout_s = rank.answer, self._config.timeout_s
+            try:
+                now = fetch_seed_answer(rank.server, known.rank, known.role, timeout_s, start_grace_s=0.0)
+            except WeightTransferError:
+                continue  # it has ended, and nothing can be had from it
+            if now != known:
+                return True
+        return False
 
     def give_up(self, _candidate: str, _error: WeightTransferError) -> None:
         """There is no other candidate: the loader says what follows."""

@@ -63,10 +63,11 @@ class MemoryOffer:
         """Let nobody read any more."""
         self._closing.set()
         with self._lock:
+            self._steady.cancel()
             self._process.kill()
 
     def _watch(self, process: TransportProcess) -> None:
-        steady = threading.Timer(STEADY_S, self._note_steady)
+        steady = self._steady = threading.Timer(STEADY_S, self._note_steady)
         steady.daemon = True
         steady.start()
 

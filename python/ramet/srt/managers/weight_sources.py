@@ -1,0 +1,134 @@
+"""Owns finding weights that are to replace those that serve: in files, or in another instance. Moves none."""
+
+import os
+from dataclasses import dataclass
+
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
+from ramet.srt.utils.hub import resolve_model_path
+from ramet.srt.utils.net import SeedAddress, host_identity, split_address
+from ramet.srt.weights.errors import WeightTransferError
+from ramet.srt.weights.manifest import WeightChecksums
+from ramet.srt.weights.update_messages import FilesSource, InstanceSource
+
+SCHEMES = {"http://": "http", "https://": "https"}
+ROLE = "target"
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """A checkpoint."""
+
+    source: FilesSource
+    origin: str
+    model_path: str | None
+
+    def is_unchanged(self) -> bool:
+        """The ranks have made sure."""
+        return True
+
+
+def find_files(
+    config: ModelConfig, quantization: str | None, path: str, revision: str | None, digest: str | None
+) -> FoundFiles:
+    """The checkpoint of a folder or hub id, if its model is computed as the one that serves.
+
+    Args:
+        config: of the model that serves.
+        quantization: that was asked for at the start.
+
+    Raises:
+        ValueError: if there is none, or it is of another model.
+    """
+    folder = resolve_model_path(path, revision)
+    files = file_stamps(folder)
+    if os.path.exists(os.path.join(folder, "config.json")):  # a trainer may write weights alone
+        is_embedding = config.embedding is not None
+        other = ModelConfig.from_path(folder, dtype=config.dtype, quantization=quantization, is_embedding=is_embedding)
+        if different := config.differences(other):
+            raise ValueError(f"{folder} is another model than the one that serves: its {', '.join(different)} differs")
+    source = FilesSource(path=path, revision=revision, digest=digest, host_identity=host_identity(), files=files)
+    return FoundFiles(source, path if revision is None else f"{path}@{revision}", path)
+
+
+@dataclass(frozen=True)
+class FoundInstance:
+    """A running instance, and what it had when it was found."""
+
+    source: InstanceSource
+    origin: str
+    config: LoadConfig
+    content: tuple[WeightChecksums, ...]  # of all its ranks
+    model_path: str | None = None
+
+    def is_unchanged(self) -> bool:
+        """Whether all of its ranks still have the same: what the own ranks have taken is of one piece then.
+
+        Raises:
+            WeightTransferError: if it does not answer.
+        """
+        return _content(_server(self.source, self.config), self.config.timeout_s) == self.content
+
+
+def find_instance(config: LoadConfig, address: str, digest: str | None) -> FoundInstance:
+    """The instance at "host:port", "http://host:port" or "https://host:port".
+
+    Raises:
+        ValueError: if that is no address, or its weights have no checksums.
+        WeightTransferError: if it does not answer.
+    """
+    scheme = next((scheme for scheme in SCHEMES if address.startswith(scheme)), "http://")
+    host, port = split_address(address.removeprefix(scheme).rstrip("/"), "the address of an instance")
+    source = InstanceSource(host=host, port=port, scheme=SCHEMES[scheme], digest=digest)
+    content = _content(_server(source, config), config.timeout_s)
+    return FoundInstance(source, address, config, content)
+
+
+def find_listed(
+    config: LoadConfig, model_name: str | None, version: str, own: tuple[str, int], digest: str | None
+) -> FoundInstance:
+    """An instance that a metadata server lists with that version of the model's weights.
+
+    Args:
+        model_name: as it is listed; None: as this instance is.
+        version, own: see look_for_version.
+
+    Raises:
+        ValueError: if this instance knows no metadata server, or that one none that answers.
+        ModelExpressError: if the server can't be reached.
+    """
+    if config.modelexpress_url is None:
+        raise ValueError("this instance knows no metadata server that could be asked (--modelexpress-config)")
+    from ramet.srt.modelexpress.client.listed_version import look_for_version  # needs grpc
+
+    name = model_name or config.modelexpress_model_name
+    failures = []
+    for host, port, _, _, scheme in look_for_version(config.modelexpress_url, name, version, own):
+        source = InstanceSource(host=host, port=port, scheme=scheme, digest=digest, is_listed=True)
+        server = _server(source, config)
+        try:
+            return FoundInstance(source, server.name, config, _content(server, config.timeout_s))
+        except (ValueError, WeightTransferError) as error:
+            failures.append(str(error))
+    nobody = f"the metadata server lists no ready instance of {name!r} with the version {version!r}"
+    raise ValueError("; ".join(failures) or nobody)
+
+
+def _server(source: InstanceSource, config: LoadConfig) -> SeedServer:
+    address = SeedAddress(source.host, source.port, source.scheme)
+    return SeedServer(address, config.api_keys, config.ssl_ca_certs, shows_keys=not source.is_listed)
+
+
+def _content(server: SeedServer, timeout_s: float) -> tuple[WeightChecksums, ...]:
+    """The checksums of all ranks of an instance."""
+    content, rank, num_ranks = [], 0, 1
+    while rank < num_ranks:
+        manifest = fetch_seed_answer(server, rank, ROLE, timeout_s).manifest
+        if manifest is None or manifest.checksums is None:
+            raise ValueError(f"{server.name} does not say the checksums of its weights")
+        num_ranks = manifest.parallel.world_size
+        content.append(manifest.checksums)
+        rank += 1
+    return tuple(content)

@@ -1,0 +1,317 @@
+"""Owns changing the weights of an instance, on all ranks of all replicas or on none: the main process's side.
+
+Each step is asked of every replica and ends before the next one begins. Until the switch everything can be undone. A
+replica that does not answer a switch leaves nobody able to tell what it serves: the instance ends then.
+"""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.update_messages import (
+    DropWeightsReq,
+    OfferWeightsReq,
+    StageWeightsReq,
+    SwitchWeightsReq,
+    WeightSource,
+    WeightStepOutput,
+)
+from ramet.srt.weights.version import check_version
+
+logger = logging.getLogger(__name__)
+
+STAGE_TIMEOUT_S = 3700.0
+OFFER_TIMEOUT_S = 120.0
+SWITCH_TIMEOUT_S = 600.0
+DROP_TIMEOUT_S = 60.0
+NUM_TRIES = 3  # of a source whose content changes while it is taken
+
+
+class Doors(Protocol):
+    """What an instance is toward others while its weights change."""
+
+    @property
+    def gives_weights(self) -> bool:
+        """Whether other instances may come for the weights."""
+
+    def close_for_weights(self) -> None:
+        """Give the weights to nobody new."""
+
+    def open_for_weights(self) -> None:
+        """The ranks have registered what they have now: others may come."""
+
+    def end(self, line: str, /) -> None:
+        """The instance can't go on."""
+
+
+class FoundSource(Protocol):
+    """Weights that somebody has."""
+
+    @property
+    def origin(self) -> str:
+        """As people call it."""
+
+    @property
+    def source(self) -> WeightSource:
+        """For the ranks."""
+
+    @property
+    def model_path(self) -> str | None:
+        """Folder or hub id, of files."""
+
+    def is_unchanged(self) -> bool:
+        """Whether it still has the content that it had when it was found. For a thread.
+
+        Raises:
+            ValueError: if nobody can tell any more.
+        """
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the ranks have under a number."""
+
+    number: int
+    version: str
+    origin: str
+    model_path: str | None
+    since: float = field(default_factory=time.time)  # unix seconds
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What came of an update."""
+
+    version: str
+    origin: str
+    pause_s: float
+    num_reqs: int  # that ran or waited at the switch
+    source: str = ""
+    num_bytes: int = 0
+    stage_s: float = 0.0
+    trouble: str = ""  # why others can't take the weights now
+
+    @property
+    def message(self) -> str:
+        way = f"{self.num_bytes} bytes staged from {self.source} in {self.stage_s:.3f} s" if self.source else "staged"
+        words = f"the weights are those of {self.origin} ({self.version}): {way}, a pause of {self.pause_s:.4f} s"
+        return f"{words}; {self.trouble}" if self.trouble else words
+
+
+class WeightUpdateControl:
+    """Updates and ways back, one after the other.
+
+    Args:
+        origin: where what the instance was started with is from.
+        num_kept: contents that stay staged for a way back.
+        turn: held by whoever changes the weights or their version's name.
+        adapters_turn: held by whoever loads adapters: none is loaded while weights change.
+    """
+
+    def __init__(
+        self,
+        manager: TokenizerManager,
+        origin: str,
+        num_kept: int,
+        doors: Doors,
+        turn: asyncio.Lock,
+        adapters_turn: asyncio.Lock,
+    ):
+        self._manager = manager
+        self._doors = doors
+        self._num_kept = num_kept
+        self._own_path = origin
+        self._adapters_turn = adapters_turn
+        self._last_number = 0
+        self._current = Content(0, "", origin, origin)
+        self.kept: list[Content] = []  # the newest first
+        self._turn = turn
+        self._tasks: set[asyncio.Task[UpdateReport]] = set()
+
+    @property
+    def current(self) -> Content:
+        """What serves, by the name that it has now."""
+        return replace(self._current, version=self._manager.weight_version)
+
+    @property
+    def model_path(self) -> str:
+        """Folder or hub id of what serves; the instance's own where that is from no files."""
+        return self._current.model_path or self._own_path
+
+    async def update(
+        self, find: Callable[[], FoundSource], version: str | None, *, abort_all: bool = False
+    ) -> UpdateReport:
+        """Stage what `find`, in a thread, has found, and switch to it.
+
+        Args:
+            version: its name; None makes one up.
+            abort_all: end the requests that have not ended before the switch.
+
+        Raises:
+            RequestError: if it can't be done; the message says why, and what served before still serves.
+            ServiceError: if a replica does not answer.
+        """
+        if version is not None:
+            try:
+                check_version(version, "weight_version")
+            except ValueError as error:
+                raise RequestError(str(error), param="weight_version") from None
+        return await self._shielded(self._update(find, version, abort_all))
+
+    async def rollback(self, *, abort_all: bool = False) -> UpdateReport:
+        """Switch back to what served before. Raises what `update` raises."""
+        return await self._shielded(self._rollback(abort_all))
+
+    async def _shielded(self, work: Coroutine[Any, Any, UpdateReport]) -> UpdateReport:
+        """Who has asked may go away: the steps are taken to the end all the same."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        report = await asyncio.shield(task)
+        logger.info("%s", report.message)
+        return report
+
+    async def _update(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
+        async with self._turn, self._adapters_turn:
+            self._check_adapters()
+            for _ in range(NUM_TRIES):
+                found = await self._in_thread(find)
+                await self._make_room()
+                number = self._last_number = self._last_number + 1
+                staged = await self._stage(number, found.source)
+                if await self._is_unchanged(found, number):
+                    break
+                await self._drop(number)
+                logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
+            else:
+                raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
+            content = Content(number, version or f"update-{number}", found.origin, found.model_path)
+            try:
+                report = await self._switch_to(content, abort_all)
+            except BaseException:
+                await self._drop(number)
+                raise
+            return replace(
+                report,
+                source="+".join(sorted({part for reply in staged for part in reply.source.split("+") if part})),
+                num_bytes=sum(reply.num_bytes for reply in staged),
+                stage_s=max(reply.seconds for reply in staged),
+            )
+
+    async def _rollback(self, abort_all: bool) -> UpdateReport:
+        async with self._turn, self._adapters_turn:
+            self._check_adapters()
+            if not self.kept:
+                raise RequestError("no version before this one is staged (--keep-weight-versions)")
+            content = self.kept[0]
+            return await self._switch_to(content, abort_all)
+
+    def _check_adapters(self) -> None:
+        """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
+        if names := self._manager.adapters.names():
+            raise RequestError(
+                f"adapters are loaded, which belong to the weights that serve now: unload {name_some(names)} first"
+            )
+
+    async def _make_room(self) -> None:
+        """Drop what would be one too many after the switch: memory need only hold so much beside what is staged."""
+        while len(self.kept) >= max(1, self._num_kept):
+            await self._drop(self.kept.pop().number)
+
+    async def _stage(self, number: int, source: WeightSource) -> list[WeightStepOutput]:
+        question = functools.partial(StageWeightsReq, number=number, source=source)
+        try:
+            replies = await self._ask(question, STAGE_TIMEOUT_S)
+        except BaseException:
+            await self._drop(number)
+            raise
+        if failure := _failure(replies):
+            await self._drop(number)
+            raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
+        return replies
+
+    async def _is_unchanged(self, found: FoundSource, number: int) -> bool:
+        try:
+            return await self._in_thread(found.is_unchanged)
+        except RequestError:
+            await self._drop(number)
+            raise
+
+    async def _switch_to(self, content: Content, abort_all: bool) -> UpdateReport:
+        """Serve what all ranks have staged."""
+        try:
+            await self._withdraw()
+        except BaseException:
+            await self._offer()
+            raise
+        if abort_all:
+            self._manager.abort_all()
+        question = functools.partial(SwitchWeightsReq, number=content.number, version=content.version)
+        try:
+            replies = await self._ask(question, SWITCH_TIMEOUT_S)
+        except ServiceError as error:
+            self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
+            raise
+        self.kept = [self.current, *(one for one in self.kept if one != content)]
+        self._current = replace(content, since=time.time())
+        self._manager.note_weight_version(content.version)
+        while len(self.kept) > self._num_kept:
+            await self._drop(self.kept.pop().number)
+        return UpdateReport(
+            version=content.version,
+            origin=content.origin,
+            pause_s=max(reply.pause_s for reply in replies),
+            num_reqs=sum(reply.num_reqs for reply in replies),
+            trouble=await self._offer(),
+        )
+
+    async def _withdraw(self) -> None:
+        """Tell others that these weights are about to go. Raises RequestError if a rank can't."""
+        if self._doors.gives_weights:
+            self._doors.close_for_weights()
+            replies = await self._ask(functools.partial(OfferWeightsReq, is_offered=False), OFFER_TIMEOUT_S)
+            if failure := _failure(replies):
+                raise RequestError(f"the weights can't be withdrawn from other instances: {failure}")
+
+    async def _offer(self) -> str:
+        """Let others take what serves now; why they can't, or ""."""
+        if not self._doors.gives_weights:
+            return ""
+        try:
+            failure = _failure(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
+        except ServiceError as error:
+            failure = str(error)
+        if failure:
+            logger.error("other instances can't take the weights: %s", failure)
+            return f"but other instances can't take them: {failure}"
+        self._doors.open_for_weights()
+        return ""
+
+    async def _drop(self, number: int) -> None:
+        try:
+            await self._ask(functools.partial(DropWeightsReq, number=number), DROP_TIMEOUT_S)
+        except ServiceError as error:
+            logger.warning("staged weights may still take memory: %s", error)
+
+    async def _ask(self, question: Callable[..., Any], timeout_s: float) -> list[WeightStepOutput]:
+        return await self._manager.ask_all(question, WeightStepOutput, timeout_s)
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        try:
+            return await asyncio.to_thread(work)
+        except RequestError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            raise RequestError(str(error)) from None
+
+
+def _failure(replies: list[WeightStepOutput]) -> str:
+    """Why not all replicas have taken a step; "" if they have."""
+    return "; ".join(dict.fromkeys(reply.message for reply in replies if not reply.success))

@@ -1,0 +1,109 @@
+"""Owns what a replica's leader does while the weights change: all its ranks take each step between the same two passes.
+
+Staging, and ending or renewing the offer to other instances, go on beside the passes, on each rank in a thread. They
+are answered when every rank of the replica has told its outcome. A switch is a pause: the passes under way are
+finished, all ranks exchange their content, and the next pass is planned when all have.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ramet.srt.model_executor.weight_update import RankVersions
+from ramet.srt.weights.update_messages import (
+    DropWeightsReq,
+    OfferWeightsReq,
+    StageWeightsReq,
+    SwitchWeightsReq,
+    WeightStep,
+    WeightStepOutput,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Passing(Protocol):
+    """The scheduler, as far as a switch needs it."""
+
+    @property
+    def num_unfinished(self) -> int: ...
+
+    def finish_passes(self) -> None: ...
+
+    def switch_weight_version(self, version: str, /) -> None: ...
+
+
+class WeightUpdateDesk:
+    """The leader's side.
+
+    Args:
+        versions: of this rank.
+        tell: hands a message to the replica's other ranks.
+        reply: answers the main process.
+    """
+
+    def __init__(
+        self,
+        scheduler: Passing,
+        versions: RankVersions,
+        tell: Callable[[WeightStep], None],
+        reply: Callable[[WeightStepOutput], None],
+    ):
+        self._scheduler = scheduler
+        self._versions = versions
+        self._tell = tell
+        self._reply = reply
+        self._asked: list[str] = []  # ids of the requests whose step goes on: none or one
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step goes on beside the passes."""
+        return bool(self._asked)
+
+    def handle(self, step: WeightStep) -> None:
+        """Do what the main process asks for; what goes on beside passes is answered by `poll`."""
+        match step:
+            case StageWeightsReq() | OfferWeightsReq():
+                if self._asked:
+                    text = "another step of an update has not ended yet"
+                    self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=text))
+                    return
+                self._tell(step)
+                self._versions.begin(step)
+                self._asked.append(step.request_id)
+            case SwitchWeightsReq():
+                self._switch(step)
+            case DropWeightsReq():
+                self._tell(step)
+                self._versions.drop(step.number)
+                self._reply(WeightStepOutput(request_id=step.request_id, success=True))
+
+    def poll(self) -> None:
+        """Answer what has ended."""
+        if self._asked and not self._versions.is_busy:
+            outcome = self._versions.outcome()
+            output = WeightStepOutput(
+                request_id=self._asked.pop(),
+                success=not outcome.failure,
+                message=outcome.failure,
+                source="+".join(outcome.sources),
+                num_bytes=outcome.num_bytes,
+                seconds=outcome.seconds,
+            )
+            self._reply(output)
+
+    def _switch(self, step: SwitchWeightsReq) -> None:
+        scheduler = self._scheduler
+        scheduler.finish_passes()
+        start = time.perf_counter()
+        self._tell(step)
+        self._versions.switch(step.number, step.version)
+        scheduler.switch_weight_version(step.version)
+        pause_s = time.perf_counter() - start
+        logger.info("the weights are those of version %s now, after a pause of %.4f s", step.version, pause_s)
+        self._reply(
+            WeightStepOutput(
+                request_id=step.request_id, success=True, pause_s=pause_s, num_reqs=scheduler.num_unfinished
+            )
+        )

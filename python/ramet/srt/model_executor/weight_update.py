@@ -1,0 +1,301 @@
+"""Owns the contents that a rank has for its weights: one in the arena, which serves, and others staged beside it.
+
+When one takes the other's place, the leader of the rank's replica says, between the same two passes of all its ranks.
+Whatever fails before that is an outcome, and the content that serves is untouched. Whatever fails in it ends the rank,
+and so the instance: it must never go on with some ranks changed and others not.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import msgspec
+
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.distributed.parallel_state import min_over_replica
+from ramet.srt.errors import one_line
+from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.checksums.entries import compute_checksums
+from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
+from ramet.srt.utils.net import SeedAddress, host_identity
+from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.report import LoadReport, summarize
+from ramet.srt.weights.update_messages import (
+    DropWeightsReq,
+    FilesSource,
+    FileStamp,
+    InstanceSource,
+    OfferWeightsReq,
+    StageWeightsReq,
+    SwitchWeightsReq,
+    WeightSource,
+    WeightStep,
+)
+from ramet.srt.weights.version import DEFAULT_VERSION
+
+logger = logging.getLogger(__name__)
+
+BOARD_KEY = "weights"
+OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+FIRST = 0  # the number of the content that the rank was started with
+
+
+class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What came of a step on some ranks."""
+
+    failure: str = ""
+    sources: tuple[str, ...] = ()
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StagedWeights:
+    """Content beside the arena."""
+
+    arena: WeightArena
+    report: LoadReport
+
+
+class RankVersions:
+    """A rank's weights, offered or not, and what is staged beside them.
+
+    Args:
+        weights: what serves.
+        open_checkpoint: opens files as checkpoints of the rank's model.
+    """
+
+    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener):
+        self.weights: LoadedWeights | OfferedWeights = weights
+        self.current = FIRST
+        self.offer_again: Callable[[], None] | None = None  # of an instance that gives its weights
+        self._open_checkpoint = open_checkpoint
+        self._arriving = weights.weights
+        self._parallel = self._arriving.manifest.parallel
+        self._staged: dict[int, StagedWeights] = {}
+        self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
+        self._lock = threading.Lock()
+        self._turn = threading.Lock()
+        self._job: Future[StepOutcome] | None = None
+
+    @property
+    def arena(self) -> WeightArena:
+        return self._arriving.arena
+
+    def close(self) -> None:
+        """Withdraw the offer for good. What is being staged is of no use any more, and ends with the process."""
+        self.weights.close()
+
+    # -- Steps that go on beside passes
+
+    def begin(self, step: StageWeightsReq | OfferWeightsReq) -> None:
+        """Begin a step in a thread. All ranks of the replica do, one step after the other."""
+        job = self._job = Future[StepOutcome]()
+
+        def run() -> None:
+            with self._turn:
+                job.set_result(self._run(step))
+
+        threading.Thread(target=run, name="change-weights", daemon=True).start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step is under way: on the leader, on any rank of its replica."""
+        return self._job is not None and not self._job.done()
+
+    def outcome(self) -> StepOutcome:
+        """What came of the last step: on the leader, of all ranks of its replica."""
+        assert self._job is not None
+        return self._job.result()
+
+    def _run(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
+        outcome = self._take(step)
+        try:
+            return self._gather(step.request_id, outcome)
+        except (ValueError, OSError, RuntimeError) as error:  # of the ranks' store
+            return StepOutcome(failure=f"the ranks can't tell each other how far they are: {one_line(error)}")
+
+    def _gather(self, request_id: str, outcome: StepOutcome) -> StepOutcome:
+        """On the leader, the outcome of all ranks of the replica; on the others their own."""
+        board, parallel = self._arriving.context.board, self._parallel
+        if board is None:
+            return outcome
+        key = f"{BOARD_KEY}/{request_id}"
+        if parallel.world_rank != parallel.leader_rank:
+            board.announce(f"{key}/{parallel.world_rank}", msgspec.json.encode(outcome).decode())
+            return outcome
+        outcomes = {parallel.world_rank: outcome}
+        for rank in parallel.replica_ranks:
+            if rank != parallel.world_rank:
+                text = board.await_announcement(f"{key}/{rank}", OTHERS_TIMEOUT_S)
+                late = StepOutcome(failure=f"it has not ended within {OTHERS_TIMEOUT_S:g} s")
+                outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
+        return _together(outcomes)
+
+    def _take(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
+        rank, what = (
+            self._parallel.world_rank,
+            "staging weights" if isinstance(step, StageWeightsReq) else "their offer",
+        )
+        try:
+            self.arena.make_current()
+            if isinstance(step, StageWeightsReq):
+                return self._stage(step)
+            self._offer(step.is_offered)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
+            return StepOutcome(failure=one_line(error))
+        except Exception as error:  # the reason is answered; what serves has not been touched
+            logger.exception("rank %d: %s failed", rank, what)
+            return StepOutcome(failure=repr(error))
+        return StepOutcome()
+
+    def _stage(self, step: StageWeightsReq) -> StepOutcome:
+        start = time.perf_counter()
+        stage, report = self._fill(step.source)
+        checksums = compute_checksums(stage.manifest, stage)
+        told = stage.checksums
+        if told is not None and told.values != checksums.values:
+            pairs = zip(stage.manifest.entries, told.values, checksums.values, strict=True)
+            wrong = [entry.name for entry, one, other in pairs if one != other]
+            raise ValueError(f"what was staged is not what its source has: {name_some(wrong)} differ")
+        stage.checksums = checksums
+        with self._lock:
+            if step.number not in self._dropped:
+                self._staged[step.number] = StagedWeights(stage, report)
+        logger.info("rank %d: staged weights %s", self._parallel.world_rank, summarize(report))
+        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+
+    def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
+        """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
+        base = self._arriving.config.load
+        opener = self._open_checkpoint.anew()
+        if isinstance(source, InstanceSource):
+            stage = self.arena.open_stage(self._manifest(""))
+            config = _instance_config(base, source)
+            report = get_model_loader(config, open_checkpoint=opener).load_weights(stage.manifest, stage, "").report
+            if not report.verified:
+                raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
+            return stage, report
+        folder = resolve_model_path(source.path, source.revision)
+        stamps = file_stamps(folder)
+        _check_stamps(folder, stamps, source)
+        files = opener(folder)  # what does not fit is said before there is memory for it
+        files.plan(self.arena.manifest)
+        stage = self.arena.open_stage(self._manifest(snapshot_revision(folder) or source.revision or ""))
+        config = dataclasses.replace(base, load_format="safetensors", weights_digest=source.digest)
+        report = get_model_loader(config, open_checkpoint=opener).load_weights(stage.manifest, stage, folder).report
+        different = files.find_difference(stage)
+        if different is None and source.digest is not None and stage.content_digest is not None:
+            different = next(iter(check_bands(stage, stage.content_digest).wrong), None)
+        if different is not None:
+            raise ValueError(f"{folder}: {different} is not in memory what it is in the files")
+        if file_stamps(folder) != stamps:
+            raise ValueError(f"the weights in {folder} have changed while they were read")
+        return stage, report
+
+    def _manifest(self, revision: str) -> WeightManifest:
+        """Of what is staged. Whatever its version is called where it is from, it gets its name here at the switch."""
+        manifest = self._arriving.manifest
+        return msgspec.structs.replace(manifest, revision=revision, checksums=None, weight_version=DEFAULT_VERSION)
+
+    def _offer(self, is_offered: bool) -> None:
+        if isinstance(self.weights, OfferedWeights) == is_offered:
+            return
+        if isinstance(self.weights, OfferedWeights):
+            self.weights = self.weights.withdraw()
+        elif self.offer_again is not None:
+            self.offer_again()
+
+    # -- Steps between two passes
+
+    def switch(self, number: int, version: str) -> float:
+        """Serve what is staged under `number`, and stage what has served under its own; all ranks of a replica call it.
+
+        Args:
+            version: the name by which it goes from now on.
+
+        Returns:
+            The seconds that it took, until all of them have.
+
+        Raises:
+            OSError, RuntimeError: if it can't be done; then this rank must not go on.
+        """
+        start = time.perf_counter()
+        loaded = self.weights
+        if isinstance(loaded, OfferedWeights):
+            raise RuntimeError("weights that others may take can't be switched")
+        staged = self._staged.pop(number)
+        self.arena.exchange(staged.arena)
+        self._staged[self.current] = StagedWeights(staged.arena, loaded.report)
+        self.current = number
+        arrived = dataclasses.replace(loaded.weights, manifest=self.arena.manifest)
+        report = msgspec.structs.replace(staged.report, weight_version=version)
+        self.weights = LoadedWeights(arrived, report, loaded.claim)
+        min_over_replica(0)
+        return time.perf_counter() - start
+
+    def drop(self, number: int) -> None:
+        """Forget what is staged under a number, or will be."""
+        with self._lock:
+            if self._staged.pop(number, None) is None:
+                self._dropped.add(number)
+
+    def follow(self, step: WeightStep) -> None:
+        """Do what the replica's leader says."""
+        match step:
+            case SwitchWeightsReq():
+                self.switch(step.number, step.version)
+            case DropWeightsReq():
+                self.drop(step.number)
+            case StageWeightsReq() | OfferWeightsReq():
+                self.begin(step)
+
+
+def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
+    return dataclasses.replace(
+        base,
+        load_format="remote_instance",
+        seeds=(SeedAddress(source.host, source.port, source.scheme),),
+        send_weights_group_ports=(),
+        fallback="error",
+        weights_digest=source.digest,
+        shows_keys=not source.is_listed,
+        is_update=True,
+        modelexpress_url=None,
+    )
+
+
+def _check_stamps(folder: str, stamps: list[FileStamp], source: FilesSource) -> None:
+    """Raises ValueError unless the files are those that the instance's first node has."""
+    if source.host_identity == host_identity():
+        is_same = stamps == source.files
+    else:
+        is_same = [one.everywhere for one in stamps] == [one.everywhere for one in source.files]
+    if not is_same:
+        raise ValueError(f"the weights in {folder} have changed, or are others than on the instance's first node")
+
+
+def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
+    """What came of a step on several ranks; all reasons are told once."""
+    failures: dict[str, list[str]] = {}
+    for rank, outcome in outcomes.items():
+        if outcome.failure:
+            failures.setdefault(outcome.failure, []).append(str(rank))
+    words = [f"rank {', '.join(ranks)}: {failure}" for failure, ranks in failures.items()]
+    return StepOutcome(
+        failure="; ".join(words),
+        sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
+        num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
+        seconds=max(outcome.seconds for outcome in outcomes.values()),
+    )

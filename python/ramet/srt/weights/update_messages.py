@@ -1,0 +1,87 @@
+"""Owns what is said inside an instance while its weights change: where from, and the steps of all its ranks."""
+
+import msgspec
+
+
+class FileStamp(msgspec.Struct, frozen=True, array_like=True):
+    """What tells that a file is still the one that was read."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int  # cannot be set back, as the time of a change can
+    inode: int
+
+    @property
+    def everywhere(self) -> tuple[str, int]:
+        """What is the same on every host that has the file."""
+        return self.name, self.nbytes
+
+
+class FilesSource(msgspec.Struct, frozen=True, kw_only=True, tag="files"):
+    """Weights from a checkpoint, which must be the same one for all ranks, from its first byte to its last."""
+
+    path: str  # folder or hub id
+    revision: str | None = None
+    digest: str | None = None  # that its content must have: 64 hex digits
+    host_identity: str = ""  # of the host that has looked at the files
+    files: list[FileStamp] = []
+
+
+class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
+    """Weights from a running instance."""
+
+    host: str
+    port: int
+    scheme: str = "http"
+    digest: str | None = None
+    is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
+
+
+WeightSource = FilesSource | InstanceSource
+
+
+class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Have other content ready beside what serves, verified. A replica's leader hands it on to its other ranks."""
+
+    request_id: str
+    number: int  # of the content: above 0, and never used before
+    source: WeightSource
+
+
+class OfferWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Offer the weights that serve to other instances, or end the offer. Handed on in the same way."""
+
+    request_id: str
+    is_offered: bool
+
+
+class SwitchWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Serve staged content from the next pass on, and stage what has served. Handed on in the same way."""
+
+    request_id: str
+    number: int
+    version: str  # its name
+
+
+class DropWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget staged content, or that which is being staged, if there is any. Handed on in the same way."""
+
+    request_id: str
+    number: int
+
+
+class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A replica's leader to the main process: all ranks of the replica have taken a step, or why not."""
+
+    request_id: str
+    success: bool
+    message: str = ""
+    source: str = ""  # of what was staged, as a LoadReport has it
+    num_bytes: int = 0  # that came, on all ranks
+    seconds: float = 0.0  # that staging took
+    pause_s: float = 0.0  # between two passes, for a switch
+    num_reqs: int = 0  # that ran or waited at a switch
+
+
+WeightStep = StageWeightsReq | OfferWeightsReq | SwitchWeightsReq | DropWeightsReq

@@ -1,0 +1,178 @@
+"""Servers whose weights change while requests run: from files and from each other, forth and back, and with faults."""
+
+import shutil
+from pathlib import Path
+
+import cluster
+import httpx
+import pytest
+import random_models as rm
+from safetensors.torch import load_file, save_file
+from server_process import Background, ServerProcess
+from updated_servers import (
+    GREEDY,
+    NUM_TOKENS,
+    PROMPT,
+    SEED,
+    SMALL,
+    Case,
+    Load,
+    checksums,
+    post,
+    tokens,
+    update,
+    versions,
+)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def seed(case, tmp_path_factory):
+    """Two ranks, whose weights others can take."""
+    log = tmp_path_factory.mktemp("seed") / "log"
+    with ServerProcess(case.models["old"], log, "--tp-size", "2", SEED, *SMALL, fake=False) as server:
+        yield server.wait_ready()
+
+
+def test_weights_change_under_load_and_back(case, seed):
+    before = checksums(seed)
+    assert tokens(seed) == case.tokens["old"] and versions(seed) == [("default", True)]
+    load = Load(seed, list(case.tokens.values()))
+    try:
+        answer = update(seed, case.models["new"], weight_version="step 1", flush_cache=True, token_step=0)
+    finally:
+        load.end()
+    assert load.seen and answer["success"] and answer["weight_version"] == "step 1" and answer["mode"] == "staged"
+    assert answer["source"] == "checkpoint" and answer["num_bytes"] > 0
+    assert 0 < answer["pause_seconds"] < 1 and answer["stage_seconds"] > 0 and answer["num_paused_requests"] <= 1
+    assert tokens(seed) == case.tokens["new"]
+    assert versions(seed) == [("step 1", True), ("default", False)]
+    assert httpx.get(f"{seed.url}/model_info").json()["model_path"] == str(case.models["new"])
+    after = checksums(seed)
+    assert after != before
+    answer = post(seed, "/rollback_weights").json()
+    assert answer["success"] and answer["weight_version"] == "default" and answer["source"] == ""
+    assert tokens(seed) == case.tokens["old"] and checksums(seed) == before
+    assert versions(seed) == [("default", True), ("step 1", False)]
+    assert post(seed, "/rollback_weights").json()["weight_version"] == "step 1"
+    assert checksums(seed) == after
+    assert post(seed, "/rollback_weights").json()["success"] and checksums(seed) == before
+
+
+def test_what_is_refused_changes_nothing(case, seed, tmp_path):
+    before, known = checksums(seed), versions(seed)
+    cut = Path(shutil.copytree(case.models["new"], tmp_path / "cut"))
+    path = cut / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50])
+    half = Path(shutil.copytree(case.models["new"], tmp_path / "half"))
+    weights = load_file(half / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if ".1." not in name}, half / "model.safetensors")
+    other = rm.make_model(tmp_path / "other", "llama3", rope_theta=7000.0)
+    for folder, words in ((cut, "cut/model.safetensors"), (half, "lacks"), (other, "is another model"), ("/no", "/no")):
+        answer = post(seed, "/update_weights_from_disk", model_path=str(folder))
+        assert answer.status_code == 400 and answer.json()["success"] is False
+        assert words in answer.json()["message"], answer.text
+    answer = post(seed, "/update_weights_from_disk", model_path=str(case.models["new"]), weights_digest="0" * 64)
+    assert answer.status_code == 400 and "have the digest" in answer.text
+    answer = post(seed, "/update_weights_from_disk", model_path="x", load_format="gguf")
+    assert answer.status_code == 400 and "load_format" in answer.text
+    answer = post(seed, "/update_weights_from_instance", address="127.0.0.1:1")
+    assert answer.status_code == 400 and "it is not there" in answer.text
+    assert checksums(seed) == before and [name for name, _ in versions(seed)][0] == known[0][0]
+    assert tokens(seed) == case.tokens["old"]
+
+
+def test_requests_can_be_ended_before_the_switch(case, seed):
+    stream = Background(seed.url, input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 400})
+    stream.begun.wait(30)
+    update(seed, case.models["new"], abort_all_requests=True)
+    assert '"type":"abort"' in stream.join()[-2]
+    assert tokens(seed) == case.tokens["new"]
+    assert post(seed, "/rollback_weights").json()["success"]
+    assert tokens(seed) == case.tokens["old"]
+
+
+@pytest.fixture(scope="module")
+def peer(case, tmp_path_factory):
+    """One rank with the new weights."""
+    log = tmp_path_factory.mktemp("peer") / "log"
+    with ServerProcess(case.models["new"], log, SEED, *SMALL, fake=False) as server:
+        yield server.wait_ready()
+
+
+def from_instance(server, peer, **body):
+    return post(server, "/update_weights_from_instance", address=peer.url.removeprefix("http://"), **body)
+
+
+def test_weights_come_from_an_instance_of_another_topology(case, seed, peer):
+    """Forth to two ranks from one; and from them to one, which maps nothing that changes under it."""
+    before = checksums(seed)
+    answer = from_instance(seed, peer, weight_version="from the peer")
+    assert answer.status_code == 200 and answer.json()["source"] == "local_copy", answer.text
+    assert tokens(seed) == case.tokens["new"]
+    assert post(seed, "/rollback_weights").json()["success"] and checksums(seed) == before
+    answer = from_instance(peer, seed)
+    assert answer.status_code == 200, answer.text
+    assert tokens(peer) == case.tokens["old"] and tokens(seed) == case.tokens["old"]
+    assert post(peer, "/rollback_weights").json()["success"] and tokens(peer) == case.tokens["new"]
+
+
+def test_a_mapped_clone_keeps_the_weights_that_it_took(case, peer, tmp_path):
+    """While its seed changes them, and takes them back; and it can change them itself."""
+    host = peer.url.removeprefix("http://")
+    source = ("--load-format", "remote_instance", "--remote-instance-weight-loader-seed-instance-ip", host)
+    flags = (*source, "--remote-instance-weight-loader-fallback", "error", SEED, *SMALL)
+    with ServerProcess(
+        rm.without_weights(case.models["old"], tmp_path / "m"), tmp_path / "log", *flags, fake=False
+    ) as one:
+        one.wait_ready()
+        assert "local_map" in one.output and tokens(one) == case.tokens["new"]
+        update(peer, case.models["old"])
+        assert tokens(peer) == case.tokens["old"] and tokens(one) == case.tokens["new"]
+        answer = from_instance(one, peer)
+        assert answer.status_code == 200 and answer.json()["source"] == "local_map", answer.text
+        assert tokens(one) == case.tokens["old"]
+        assert post(peer, "/rollback_weights").json()["success"]
+        assert tokens(peer) == case.tokens["new"] and tokens(one) == case.tokens["old"]
+        assert post(one, "/rollback_weights").json()["success"] and tokens(one) == case.tokens["new"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["--pp-size 2", "--dp-size 2", "--tp-size 2 --dp-size 2"])
+def test_every_rank_of_every_topology_changes(tmp_path, sizes):
+    case = Case(tmp_path, num_hidden_layers=4)
+    flags = (*sizes.split(), "--load-balance-method", "round_robin", *SMALL)
+    with ServerProcess(case.models["old"], tmp_path / "log", *flags, fake=False) as server:
+        load = Load(server.wait_ready(), list(case.tokens.values()), num_switches=2)
+        for name in ("new", "old"):
+            update(server, case.models[name])
+            assert [tokens(server) for _ in range(4)] == [case.tokens[name]] * 4
+        load.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dp2_tp2_nodes2", "pp2_tp2_nodes2"])
+def test_ranks_on_other_nodes_change_too(tmp_path, name):
+    case, sizes = Case(tmp_path / "models", num_hidden_layers=4), cluster.CASES[name]
+
+    def change(head, path, **body):
+        status, answer = head.request(path, body)
+        assert status == 200 and answer["success"], answer
+
+    with (
+        cluster.Network(2) as network,
+        cluster.Cluster(sizes, network.hosts, case.models["old"], tmp_path, SEED) as one,
+    ):
+        head = one.wait_ready().head
+        for path, version in (("/update_weights_from_disk", "new"), ("/rollback_weights", "old")):
+            body = {"model_path": str(case.models[version])} if version == "new" else {}
+            change(head, path, **body)
+            assert [head.generate(PROMPT, NUM_TOKENS) for _ in range(4)] == [case.tokens[version]] * 4
+            cluster.check_registrations(head, sizes)
+        missing = tmp_path / "none"
+        status, answer = head.request("/update_weights_from_disk", {"model_path": str(missing)})
+        assert status == 400 and answer["success"] is False

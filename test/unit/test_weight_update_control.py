@@ -1,0 +1,285 @@
+"""The steps of an update over several replicas, each of which may fail: what is asked of whom, what is known after."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.weight_update_control import UpdateReport, WeightUpdateControl
+from ramet.srt.weights.update_messages import (
+    DropWeightsReq,
+    FilesSource,
+    OfferWeightsReq,
+    StageWeightsReq,
+    SwitchWeightsReq,
+    WeightStepOutput,
+)
+
+NAMES = {StageWeightsReq: "stage", SwitchWeightsReq: "switch", DropWeightsReq: "drop"}
+
+
+class Replicas:
+    """Stands in for the tokenizer manager and the instance; notes what is asked of two replicas, and answers.
+
+    Args:
+        faults: what to answer with instead, by "step number": a reason of the second replica, or an exception.
+    """
+
+    def __init__(self, faults: dict[str, Any] | None = None) -> None:
+        self.faults = faults or {}
+        self.events: list[str] = []
+        self.staged: set[int] = set()
+        self.serving = 0
+        self.gives_weights = True
+        self.weight_version = "default"
+        self.adapters = SimpleNamespace(names=list)
+        self.ended = ""
+
+    async def ask_all(self, question: Callable[..., Any], kind: Any, timeout_s: float) -> list[WeightStepOutput]:
+        await asyncio.sleep(0)
+        step = question(request_id="0")
+        if isinstance(step, OfferWeightsReq):
+            name = "offer" if step.is_offered else "withdraw"
+        else:
+            name = f"{NAMES[type(step)]} {step.number}"
+        self.events.append(name)
+        fault = self.faults.pop(name, "")
+        if isinstance(fault, Exception):
+            raise fault
+        if not fault and isinstance(step, StageWeightsReq):
+            self.staged.add(step.number)
+        elif not fault and isinstance(step, SwitchWeightsReq):
+            self.staged.remove(step.number)
+            self.staged.add(self.serving)
+            self.serving = step.number
+        elif isinstance(step, DropWeightsReq):
+            self.staged.discard(step.number)
+        first = WeightStepOutput(request_id="0", success=True, num_bytes=10, source="checkpoint", pause_s=0.5)
+        return [first, WeightStepOutput(request_id="1", success=not fault, message=fault, num_bytes=5, num_reqs=2)]
+
+    def note_weight_version(self, version: str) -> None:
+        self.weight_version = version
+
+    def abort_all(self) -> None:
+        self.events.append("abort")
+
+    def close_for_weights(self) -> None:
+        self.events.append("close")
+
+    def open_for_weights(self) -> None:
+        self.events.append("open")
+
+    def end(self, line: str) -> None:
+        self.ended = line
+
+
+class Found:
+    """Files, or an instance whose content changes so many times."""
+
+    origin, model_path, source = "somewhere", "somewhere", FilesSource(path="somewhere")
+
+    def __init__(self, num_changes: int = 0) -> None:
+        self.num_changes = num_changes
+
+    def is_unchanged(self) -> bool:
+        self.num_changes -= 1
+        return self.num_changes < 0
+
+
+class Case:
+    def __init__(self, num_kept: int = 1, **faults: Any) -> None:
+        self.adapters_turn = asyncio.Lock()
+        self.replicas = Replicas({name.replace("_", " "): fault for name, fault in faults.items()})
+        manager: Any = self.replicas
+        turn = asyncio.Lock()
+        self.control = WeightUpdateControl(manager, "start", num_kept, self.replicas, turn, self.adapters_turn)
+
+    def update(self, version: str | None = None, found: Any = None, **options: Any) -> UpdateReport:
+        chosen = found or Found()
+        return asyncio.run(self._alone(lambda: self.control.update(lambda: chosen, version, **options)))
+
+    def rollback(self) -> UpdateReport:
+        return asyncio.run(self._alone(self.control.rollback))
+
+    async def _alone(self, work: Any) -> UpdateReport:
+        self.control._turn = asyncio.Lock()  # of this event loop
+        return await work()
+
+    def names(self) -> list[str]:
+        """What serves, and what there is a way back to."""
+        return [one.version for one in (self.control.current, *self.control.kept)]
+
+    def take_events(self) -> list[str]:
+        events = list(self.replicas.events)
+        self.replicas.events.clear()
+        return events
+
+
+UPDATE = ["close", "withdraw", "switch 1", "offer", "open"]
+
+
+def test_an_update_takes_its_steps_in_order() -> None:
+    case = Case()
+    report = case.update("two", abort_all=True)
+    assert case.take_events() == ["stage 1", "close", "withdraw", "abort", "switch 1", "offer", "open"]
+    assert (report.version, report.num_bytes, report.pause_s, report.num_reqs) == ("two", 15, 0.5, 2)
+    assert "15 bytes staged from checkpoint" in report.message
+    assert case.names() == ["two", "default"] and case.control.model_path == "somewhere"
+
+
+def test_an_instance_that_gives_nothing_only_stages_and_switches() -> None:
+    case = Case()
+    case.replicas.gives_weights = False
+    assert case.update().version == "update-1"
+    assert case.take_events() == ["stage 1", "switch 1"]
+
+
+@pytest.mark.parametrize(("num_kept", "expected"), [
+    (0, [["three"], ["stage 2", "close", "withdraw", "switch 2", "drop 1", "offer", "open"]]),
+    (1, [["three", "two"], ["drop 0", "stage 2", "close", "withdraw", "switch 2", "offer", "open"]]),
+    (2, [["three", "two", "default"], ["stage 2", "close", "withdraw", "switch 2", "offer", "open"]]),
+])  # fmt: skip
+def test_only_so_many_versions_stay(num_kept: int, expected: Any) -> None:
+    case = Case(num_kept)
+    case.update("two")
+    case.take_events()
+    case.update("three")
+    assert [case.names(), case.take_events()] == expected
+    kept = {one.number for one in case.control.kept}
+    assert case.replicas.serving == 2 and case.replicas.staged == kept
+
+
+def test_the_way_back_leads_forth_again() -> None:
+    case = Case()
+    case.update("two")
+    case.take_events()
+    report = case.rollback()
+    assert case.take_events() == ["close", "withdraw", "switch 0", "offer", "open"]
+    assert report.version == "default" and case.names() == ["default", "two"] and case.control.model_path == "start"
+    assert case.rollback().version == "two" and case.replicas.serving == 1
+
+
+def test_there_may_be_no_way_back() -> None:
+    with pytest.raises(RequestError, match="no version before this one is staged"):
+        Case().rollback()
+
+
+@pytest.mark.parametrize(("faults", "error", "events"), [
+    ({"stage_1": "no room"}, RequestError, ["stage 1", "drop 1"]),
+    ({"stage_1": ServiceError("gone")}, ServiceError, ["stage 1", "drop 1"]),
+    ({"withdraw": "no"}, RequestError, ["stage 1", "close", "withdraw", "offer", "open", "drop 1"]),
+    ({"withdraw": ServiceError("gone")}, ServiceError, ["stage 1", "close", "withdraw", "offer", "open", "drop 1"]),
+])  # fmt: skip
+def test_what_fails_before_the_switch_leaves_all_as_it_was(faults: Any, error: type, events: list[str]) -> None:
+    case = Case(**faults)
+    with pytest.raises(error):
+        case.update()
+    assert case.take_events() == events and case.names() == ["default"] and not case.replicas.staged
+    assert case.replicas.serving == 0 and not case.replicas.ended
+    assert case.update().version == "update-2"
+
+
+def test_what_is_staged_for_the_way_back_survives_a_way_back_that_fails() -> None:
+    case = Case()
+    case.update("two")
+    case.replicas.faults["withdraw"] = "no"
+    with pytest.raises(RequestError):
+        case.rollback()
+    assert case.names() == ["two", "default"] and case.rollback().version == "default"
+
+
+def test_a_replica_that_does_not_say_that_it_has_switched_ends_the_instance() -> None:
+    case = Case(switch_1=ServiceError("gone"))
+    with pytest.raises(ServiceError):
+        case.update()
+    assert "has not said whether it has switched" in case.replicas.ended
+
+
+@pytest.mark.parametrize("fault", ["refused", ServiceError("late")])
+def test_weights_that_others_can_not_take_are_said_so(fault: Any) -> None:
+    case = Case(offer=fault)
+    report = case.update("two")
+    assert "but other instances can't take them" in report.message and case.take_events()[-1] == "offer"
+    assert case.names() == ["two", "default"]
+    assert case.rollback().trouble == "" and case.take_events()[-1] == "open"
+
+
+def test_a_source_that_changes_meanwhile_is_taken_anew() -> None:
+    case = Case()
+    assert case.update("two", Found(num_changes=2)).version == "two"
+    assert case.take_events() == ["stage 1", "drop 1", "stage 2", "drop 2", "stage 3",
+                                  "close", "withdraw", "switch 3", "offer", "open"]  # fmt: skip
+    with pytest.raises(RequestError, match="has changed its weights 3 times"):
+        case.update("three", Found(num_changes=9))
+    assert case.names() == ["two"] and case.replicas.staged == set()
+
+
+def test_a_source_of_which_nobody_can_tell_any_more_is_refused() -> None:
+    class Gone(Found):
+        def is_unchanged(self) -> bool:
+            raise ValueError("it is gone")
+
+    case = Case()
+    with pytest.raises(RequestError, match="it is gone"):
+        case.update(found=Gone())
+    assert case.take_events() == ["stage 1", "drop 1"]
+
+
+def test_loaded_adapters_are_in_the_way() -> None:
+    case = Case()
+    case.replicas.adapters.names = lambda: ["sql"]
+    with pytest.raises(RequestError, match="adapters are loaded, which belong to .*: unload sql"):
+        case.update()
+    assert case.take_events() == []
+
+
+def test_who_loads_an_adapter_is_waited_for() -> None:
+    case = Case()
+
+    async def ask() -> None:
+        case.control._turn = asyncio.Lock()
+        async with case.adapters_turn:
+            update = asyncio.create_task(case.control.update(Found, "two"))
+            await asyncio.sleep(0.05)
+            assert case.take_events() == []
+        await update
+
+    asyncio.run(ask())
+    assert case.names() == ["two", "default"]
+
+
+@pytest.mark.parametrize("version", ["", "a\nb", "x" * 257])
+def test_a_version_is_a_name(version: str) -> None:
+    with pytest.raises(RequestError, match="weight_version must be"):
+        Case().update(version)
+
+
+def test_updates_come_one_after_the_other_and_to_their_end_whoever_asked() -> None:
+    case = Case()
+
+    async def ask() -> None:
+        case.control._turn = asyncio.Lock()
+        one = asyncio.create_task(case.control.update(Found, "two"))
+        two = asyncio.create_task(case.control.update(Found, "three"))
+        while "stage 1" not in case.replicas.events:
+            await asyncio.sleep(0)
+        one.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await one
+        await two
+
+    asyncio.run(ask())
+    assert case.names() == ["three", "two"]
+    assert case.take_events() == [
+        "stage 1",
+        *UPDATE,
+        "drop 0",
+        "stage 2",
+        "close",
+        "withdraw",
+        "switch 2",
+        "offer",
+        "open",
+    ]
