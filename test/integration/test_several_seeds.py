@@ -92,11 +92,12 @@ def test_the_share_of_a_seed_that_dies_goes_to_the_other(reads, caplog):
 
 def test_what_is_left_when_all_seeds_have_died_comes_from_disk(tmp_path, reads):
     with SeedProcess(**BIG) as one, SeedProcess(**BIG) as two:
-        number = []
+        sessions = []
 
         def kill_both(session):
-            number.append(session)
-            if len(number) == 5:
+            sessions.append(session)
+            if all(sessions.count(each) > 2 for each in sessions) and len(set(sessions)) == 2:  # both have given some
+                reads.on_read = lambda session: None
                 one.kill()
                 two.kill()
 
