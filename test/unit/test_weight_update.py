@@ -121,6 +121,8 @@ def test_requests_go_on_while_weights_are_staged_and_through_the_switch(
     engine = updated.engine
     engine.channel.outputs.clear()
     engine.submit("long", PROMPTS[0], max_new_tokens=200)
+    while not engine.scheduler.running or len(engine.scheduler.running[0].req.output_ids) < NUM_TOKENS:
+        engine.scheduler.run_once()
     updated.stage(models["new"])
     assert engine.scheduler.running
     before = len(engine.scheduler.running[0].req.output_ids)
