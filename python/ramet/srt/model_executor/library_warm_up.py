@@ -1,8 +1,9 @@
 """Owns the numbers of rows with which libraries are called, and having them load the kernels for these.
 
-CUDA loads a kernel when it is first launched, and the device stands still for it. A library of products has dozens for
-one matrix and picks one by the number of rows, so that passes would stall until all of them have come by: those that no
-graph holds, and the output head's, whose rows are the sequences that get a token. So rows are padded to some numbers.
+CUDA loads a kernel when it is first launched, and the device seems to stand still for it. A library of products has
+dozens for one matrix and picks one by the number of rows, so that passes would stall until all of them have come by:
+those that no graph holds, and the output head's, whose rows are the sequences that get a token. So rows are padded to
+some numbers.
 """
 
 from collections.abc import Callable
