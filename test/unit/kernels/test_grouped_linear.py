@@ -81,7 +81,7 @@ def test_scales_of_blocks(device, dtype, first_column):
     grids = torch.rand(3, 3, num_blocks, generator=torch.Generator().manual_seed(1)).to(device) + 0.1
     index = GridIndex(rows, 24, first_column)
     layout = WeightLayout(fp8_blocks(24, 24), 50, 72, {"values": GridIndex(None, 1, 0), "scales": index})
-    actual, start = grouped_linear(x, values, ends, grids, index), 0
+    actual, start = grouped_linear(x, values, ends, grids, index[:3]), 0
     for matrix, grid, end in zip(values, grids, ends.tolist(), strict=True):
         plain = dequantize(QuantizedWeight(layout, {"values": matrix, "scales": grid}), dtype)
         expected = x[start:end].float() @ plain.float().T

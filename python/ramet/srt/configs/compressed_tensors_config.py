@@ -53,7 +53,7 @@ def _read_float(weights: Section, activations: Section | None) -> WeightFormat:
         activations.expect("num_bits", 8)
         activations.expect("type", "float")
     if size is not None:
-        return fp8_blocks(*size)
+        return fp8_blocks(*size, multiplies_fp8=strategy == "block" and activations is not None)
     # As blocks, rows are multiplied with activations as they are, on a GPU too.
     return fp8_rows() if activations is not None else fp8_blocks(1, WHOLE)
 

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from ramet.srt.configs.left_out_modules import MODULES, Modules
-from ramet.srt.configs.weight_format import FP8, WeightFormat
+from ramet.srt.configs.weight_format import WeightFormat
 
 WEIGHT_SUFFIX = ".weight"
 
@@ -53,5 +53,4 @@ class QuantizationConfig:
     @property
     def block_rows(self) -> int | None:
         """Rows that share a scale in fp8; None where each has its own."""
-        is_blocks = self.format.values.dtype == FP8 and not self.format.multiplies_fp8
-        return self.format.scales.rows if is_blocks else None
+        return self.format.scales.rows if self.format.has_blocks else None

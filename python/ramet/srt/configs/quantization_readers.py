@@ -72,7 +72,7 @@ def _read_fp8(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     ignored = _left_out(keys, where)
     expect_known_cache(keys)
     keys.finish()
-    weight_format = fp8_blocks(*size) if size else fp8_rows()
+    weight_format = fp8_blocks(*size, multiplies_fp8=True) if size else fp8_rows()
     return QuantizationConfig(method="fp8", file=where, format=weight_format, ignored=ignored)
 
 

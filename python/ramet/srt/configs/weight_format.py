@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 WHOLE = 1 << 30  # rows or columns: more than any matrix has
 FP8 = "float8_e4m3fn"
+BLOCK_SCALES = "_scale_inv"
 BLOCKS = "_blocks"  # gpt-oss's name of the values of stacked experts
 FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manifests call them
 
@@ -72,10 +73,15 @@ class WeightFormat:
                 yield field.name, grid
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether it is fp8 with a grid of scales, be it one for each whole row."""
+        return self.scales.attribute == BLOCK_SCALES
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What other instances compare: the matrix' part that shares a scale, but for whole rows, and the bits."""
         sizes = {}
-        if self.scales.attribute == "_scale_inv":
+        if self.has_blocks:
             sizes = {"weight_block_rows": self.scales.rows, "weight_block_columns": self.scales.columns}
         elif self.numbers != "e4m3":
             sizes = {"weight_bits": self.bits, "weight_group_columns": self.scales.columns,
@@ -92,15 +98,18 @@ class WeightFormat:
 
 
 def fp8_rows() -> WeightFormat:
-    """A scale for each row; a GPU may quantise activations, too."""
+    """A scale for each row; a GPU may quantise activations, too, by row."""
     scales = Grid(suffix=".weight_scale", attribute="_scale", dtype="float32", columns=WHOLE)
     return WeightFormat(name="fp8", numbers="e4m3", values=_plain(FP8), scales=scales, multiplies_fp8=True)
 
 
-def fp8_blocks(rows: int, columns: int) -> WeightFormat:
-    """A scale for each block; (1, WHOLE) for rows that are multiplied with activations as they are."""
-    scales = Grid(suffix=".weight_scale_inv", attribute="_scale_inv", dtype="float32", rows=rows, columns=columns)
-    return WeightFormat(name="fp8", numbers="e4m3", values=_plain(FP8), scales=scales)
+def fp8_blocks(rows: int, columns: int, *, multiplies_fp8: bool = False) -> WeightFormat:
+    """A scale for each block; (1, WHOLE) for rows that are multiplied with activations as they are.
+
+    Where activations are in fp8, too, they have a scale for as many columns as a block has.
+    """
+    scales = Grid(suffix=".weight_scale_inv", attribute=BLOCK_SCALES, dtype="float32", rows=rows, columns=columns)
+    return WeightFormat(name="fp8", numbers="e4m3", values=_plain(FP8), scales=scales, multiplies_fp8=multiplies_fp8)
 
 
 def int8(columns: int) -> WeightFormat:

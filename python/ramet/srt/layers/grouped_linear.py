@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ramet.srt.layers.fp8_matmul import grouped_fp8_linear, has_fp8_kernel
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
@@ -28,19 +29,27 @@ def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
-    if isinstance(weight, QuantizedWeight) and weight.format.numbers != "e4m3":
-        return packed_linear(x, weight, ends)
-    from ramet.srt.layers.kernels import grouped_linear as kernel
-
     if isinstance(weight, QuantizedWeight):
-        values, scales, blocks = weight.values, weight.scales, weight.layout.indices["scales"]
-        if not weight.format.multiplies_fp8:
-            return kernel.grouped_linear(x, values, ends, scales, blocks)
+        if weight.format.numbers != "e4m3":
+            return packed_linear(x, weight, ends)
+        if weight.format.has_blocks:
+            return grouped_fp8_linear(x, weight, ends) if has_fp8_kernel(weight) else multiply_as_it_is(x, weight, ends)
+        values, scales = weight.values, weight.scales
     else:
         values, scales = weight, None
     if _torch_takes(x.dtype, values):
         return multiply_by_torch(x, values, ends, scales)
+    from ramet.srt.layers.kernels import grouped_linear as kernel
+
     return kernel.grouped_linear(x, values, ends, scales)
+
+
+def multiply_as_it_is(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor) -> torch.Tensor:
+    """The same for an fp8 weight with a grid of scales, and with x in its own type."""
+    from ramet.srt.layers.kernels import grouped_linear as kernel
+
+    index = weight.layout.indices["scales"]
+    return kernel.grouped_linear(x, weight.values, ends, weight.scales, (index.rows, index.columns, index.first_column))
 
 
 def multiply_by_torch(

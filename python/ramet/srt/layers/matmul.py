@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
-from ramet.srt.layers.grouped_linear import can_group, grouped_linear
-from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
+from ramet.srt.layers.fp8_matmul import fp8_linear, has_fp8_kernel, multiply_row_in_fp8, takes_rows
+from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
 from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
-
-MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
 
 
 def project(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -33,15 +32,15 @@ def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:
     """Whether a kernel of our own multiplies `x`, a single row."""
     if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
         return False
-    return not isinstance(weight, QuantizedWeight) or weight.format.multiplies_fp8 and has_fp8_units(x.device)
+    return not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight)
 
 
 def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
     """x W^T + b by that kernel, or with an activation's name act(first half) * second half of it."""
+    if isinstance(weight, QuantizedWeight):
+        return multiply_row_in_fp8(x, weight, bias, activation)
     from ramet.srt.layers.kernels.gemv import gemv
 
-    if isinstance(weight, QuantizedWeight):
-        return gemv(x, weight.values, bias, weight.scales, activation)
     return gemv(x, weight, bias, None, activation)
 
 
@@ -51,38 +50,16 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     On a GPU the rows of x are quantised, too, where the format says so. Else weights are multiplied as they are in the
     type of x, each product of number and scale rounded to it once.
     """
-    if takes_fp8_units(x, weight):
-        return fp8_linear(x, weight.values, weight.scales, bias)
+    if has_fp8_kernel(weight) and takes_rows(weight):
+        return fp8_linear(x, weight, bias)
     is_packed = weight.format.numbers != "e4m3"
-    if weight.format.multiplies_fp8 or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > MOST_ROWS):
+    has_row_scales = weight.format.multiplies_fp8 and not weight.format.has_blocks
+    if has_row_scales or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > MOST_ROWS):
         # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
         return project(x, dequantize(weight, x.dtype), bias)
     if is_packed:
         y = packed_linear(x.contiguous(), weight.as_stack(), None)
     else:
         ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-        y = grouped_linear(x.contiguous(), weight.as_stack(), ends)
-    return y if bias is None else y + bias
-
-
-def takes_fp8_units(x: torch.Tensor, weight: QuantizedWeight) -> bool:
-    """Whether the matrix units multiply fp8 with fp8."""
-    if not weight.format.multiplies_fp8 or any(extent % MATRIX_ALIGNMENT for extent in weight.shape):
-        return False
-    return use_kernels(x) and has_fp8_units(x.device)
-
-
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + b on a GPU, with the rows of x quantised.
-
-    Args:
-        x: [num_tokens, n].
-        weight: fp8 [output_size, n], contiguous.
-        scales: float32 [output_size, 1].
-    """
-    from ramet.srt.layers.kernels.fp8 import quantize_rows as quantize_on_gpu
-
-    values, x_scales = quantize_on_gpu(x)
-    y = torch._scaled_mm(values, weight.T, x_scales, scales.T, out_dtype=torch.bfloat16, use_fast_accum=True)
-    y = y.to(x.dtype)
+        y = multiply_as_it_is(x.contiguous(), weight.as_stack(), ends)
     return y if bias is None else y + bias

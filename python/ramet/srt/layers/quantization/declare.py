@@ -101,8 +101,11 @@ def _lay_out(
             num_grid_rows = target[1]
     extents = (num_grid_rows, columns[1] - columns[0])
     tensor_shape = (*shape[:-2], *(extents[::-1] if grid.is_transposed else extents))
-    placed = None if index is None else index.to(device)
-    return tensor_shape, result, GridIndex(placed, grid.columns, part[0] % grid.columns)
+    first_column = part[0] % grid.columns
+    if index is None:
+        return tensor_shape, result, GridIndex(None, grid.columns, first_column)
+    is_regular = torch.equal(index, torch.arange(len(index), dtype=torch.int32) // grid.rows)
+    return tensor_shape, result, GridIndex(index.to(device), grid.columns, first_column, is_regular)
 
 
 def _cover(start: int, stop: int, size: int, is_packed: bool, name: str) -> Range:

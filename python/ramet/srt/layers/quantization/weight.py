@@ -18,6 +18,7 @@ class GridIndex(NamedTuple):
     rows: torch.Tensor | None  # int32 [num_rows]: the grid's row for each row of the matrix; None: row // grid.rows
     columns: int  # of the matrix that an element covers
     first_column: int  # the matrix' first column, counted from the first one of the grid's first element
+    is_regular: bool = False  # row // grid.rows, though `rows` says so for each
 
     def columns_of(self, num_columns: int, device: torch.device) -> torch.Tensor:
         """int64 [num_columns]: the grid's column for each column of the matrix."""
