@@ -40,11 +40,12 @@ class Request:
     output_len: int
     at_s: float = 0.0  # when it is sent, from the load's start
     kind: str = ""
+    model: str = ""  # the server's first one when empty
 
     def body(self, model: str) -> bytes:
         fields = {
-            "model": model, "max_tokens": self.output_len, "temperature": 0, "ignore_eos": True, "stream": True,
-            "stream_options": {"include_usage": True},
+            "model": self.model or model, "max_tokens": self.output_len, "temperature": 0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         return f'{json.dumps(fields)[:-1]}, "prompt": [{self.prompt}]}}'.encode()
 
