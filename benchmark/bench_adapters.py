@@ -2,10 +2,11 @@
 
     python benchmark/bench_adapters.py [--model-path MODEL] [--adapters 16] [--batch 64] [-- server flags]
 
-One server with all adapters loaded, of one rank and for every matrix of attention and MLP. A burst of `--batch` requests
-goes to the model, and one goes to the adapters in turn; the tokens a second of both, and their ratio, are medians of
-`--repeats` rounds that take turns. The adapters hold the same random numbers, which nobody but their maker knows. Without --model-path it serves a random model in the shape of Qwen3-8B,
-which a GPU is needed for; `--tiny` takes the demo model on a CPU, to see that all of it works.
+One server with all adapters loaded, of one rank and for every matrix of attention and MLP. A burst of `--batch`
+requests goes to the model, and one goes to the adapters in turn; the tokens a second of both, and their ratio, are
+medians of `--repeats` rounds that take turns. The adapters hold the same random numbers, which no server can know.
+Without --model-path it serves a random model in the shape of Qwen3-8B, which a GPU is needed for; `--tiny` takes the
+demo model on a CPU, to see that all of it works.
 """
 
 import argparse

@@ -19,6 +19,7 @@ the times of the stages of a process's first loads.
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import statistics
@@ -85,6 +86,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
         on_gpu = args.device == "cuda"
         self.config = SHAPE if on_gpu else TINY
+        if args.shape:
+            self.config = json.loads((args.shape / "config.json").read_text())
         self.work_dir: Path = args.work_dir
         self.checkpoint_layers: int = min(args.checkpoint_layers, self.config["num_hidden_layers"])
         num_gpus = torch.cuda.device_count() if on_gpu else 0
@@ -372,6 +375,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PART_TIMEOUT_S), help="parts to measure")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", type=Path, help="folder of a config.json, for another model than Qwen3-8B's shape")
     parser.add_argument("--work-dir", type=Path, default=RESULTS, help="where the model's files are, or are made")
     parser.add_argument("--checkpoint-layers", type=int, default=SHAPE["num_hidden_layers"],
                         help="of the model that is read from files; fewer are written sooner")  # fmt: skip
