@@ -1,9 +1,12 @@
 """Owns the computation of stacked experts on one rank. Knows neither routing nor sharding."""
 
+from typing import NamedTuple
+
 import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.matmul import project
 from ramet.srt.layers.quantization.weight import Weight
 
@@ -13,6 +16,16 @@ def needs_host(dtype: torch.dtype, w13: Weight, w2: Weight) -> bool:
     return not (can_group(dtype, w13) and can_group(dtype, w2))
 
 
+class SharedOutput(NamedTuple):
+    """What the expert that all tokens go through gives."""
+
+    values: torch.Tensor  # [num_tokens, hidden_size]
+    gate: torch.Tensor | None  # [num_tokens, 1]: its sigmoid multiplies the values
+
+    def add_to(self, y: torch.Tensor) -> torch.Tensor:
+        return y + (self.values if self.gate is None else self.gate.sigmoid() * self.values)
+
+
 def fused_experts(
     x: torch.Tensor,
     w13: Weight,
@@ -20,6 +33,9 @@ def fused_experts(
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
     activation: Activation,
+    *,
+    first_expert: int = 0,
+    shared: SharedOutput | None = None,
 ) -> torch.Tensor:
     """Sum over each token's experts of weight * W2 (act(W1 x) * W3 x); the sum is taken in float32.
 
@@ -28,24 +44,49 @@ def fused_experts(
         w13: [num_experts, 2 * size, hidden_size], the rows of W1 above those of W3.
         w2: [num_experts, hidden_size, size].
         weights: float32 [num_tokens, top_k].
-        expert_ids: int64 [num_tokens, top_k]; those outside [0, num_experts) belong to another rank and add nothing.
+        expert_ids: int64 or int32 [num_tokens, top_k]; those outside of num_experts from `first_expert` on belong to
+            another rank and add nothing.
+        shared: is added to the sum.
 
     Returns:
         [num_tokens, hidden_size] in the type of x.
     """
-    num_experts, (num_tokens, top_k) = w13.shape[0], expert_ids.shape
-    if num_tokens == 0:
+    if len(x) == 0:
         return torch.zeros_like(x)
-    ids = expert_ids.flatten()
+    waits = needs_host(x.dtype, w13, w2)
+    if use_kernels(x) and not waits:
+        return _run_by_kernels(x, w13, w2, weights, expert_ids, activation, first_expert, shared)
+    num_experts, (num_tokens, top_k) = w13.shape[0], expert_ids.shape
+    ids = expert_ids.flatten() - first_expert
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
-    ends = torch.searchsorted(ids, torch.arange(num_experts, device=x.device), right=True, out_int32=True)
-    run = _run_in_turn if needs_host(x.dtype, w13, w2) else _run_grouped
+    experts = torch.arange(num_experts, dtype=ids.dtype, device=x.device)
+    ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
+    run = _run_in_turn if waits else _run_grouped
     parts = run(x, w13, w2, order, ends, top_k, activation).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
-    return total.to(x.dtype)
+    y = total.to(x.dtype)
+    return y if shared is None else shared.add_to(y)
+
+
+def _run_by_kernels(
+    x: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    activation: Activation,
+    first_expert: int,
+    shared: SharedOutput | None,
+) -> torch.Tensor:
+    """On a GPU: one or two launches before the products, and one after."""
+    from ramet.srt.layers.kernels.expert_rows import combine_rows, lay_out_rows
+
+    rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
+    hidden = act_and_mul(grouped_linear(rows, w13, ends), activation)
+    return combine_rows(grouped_linear(hidden, w2, ends), places, ends, weights, *(shared or (None, None)))
 
 
 def _run_in_turn(

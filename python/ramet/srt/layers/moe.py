@@ -9,7 +9,9 @@ from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
-from ramet.srt.layers.fused_experts import fused_experts, needs_host
+from ramet.srt.layers.fused_experts import SharedOutput, fused_experts, needs_host
+from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.matmul import project
 from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.quantization.weight import weight_of
@@ -60,15 +62,16 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank."""
-        y = self.experts(x, *self.gate(x))
+        shared = None
         if self.has_shared:
-            shared = getattr(self, self.traits.shared).partial(x)
-            y = y + (getattr(self, self.traits.shared_gate)(x) * shared if self.traits.shared_gate else shared)
+            gate = getattr(self, self.traits.shared_gate)(x) if self.traits.shared_gate else None
+            shared = SharedOutput(getattr(self, self.traits.shared).partial(x), gate)
+        y = self.experts(x, *self.gate(x), shared)
         return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
 
 
 class SharedExpertGate(nn.Module):
-    """How much of the shared expert's output a token takes. The same on every rank."""
+    """How much of the shared expert's output a token takes, as a logit. The same on every rank."""
 
     def __init__(self, hidden_size: int, name: str, dtype: torch.dtype):
         super().__init__()
@@ -76,8 +79,8 @@ class SharedExpertGate(nn.Module):
         self.weight = declare_weight(shape, dtype, [shard_box(f"{name}.weight", shape, 0, 0, 1)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, 1], between 0 and 1."""
-        return F.linear(x, self.weight).sigmoid()
+        """[num_tokens, hidden_size] -> [num_tokens, 1]; the share is its sigmoid."""
+        return project(x, self.weight) if use_kernels(x) else F.linear(x, self.weight)
 
 
 class TopKRouter(nn.Module):
@@ -101,11 +104,15 @@ class TopKRouter(nn.Module):
         self.moe = moe
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[num_tokens, hidden_size] -> weights float32 and expert ids int64, both [num_tokens, top_k].
+        """[num_tokens, hidden_size] -> weights float32 and expert ids int64 or int32, both [num_tokens, top_k].
 
         Scores are over all experts, in float32.
         """
         moe = self.moe
+        if use_kernels(x):
+            from ramet.srt.layers.kernels.router import route
+
+            return route(project(x.to(self.weight.dtype), self.weight), self.e_score_correction_bias, moe)
         logits = F.linear(x.to(self.weight.dtype), self.weight)
         if moe.traits.scoring == "softmax":
             scores = logits.softmax(dim=-1, dtype=torch.float32)
@@ -185,19 +192,24 @@ class FusedMoE(nn.Module):
         """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""
         return needs_host(dtype, weight_of(self, "w13_weight"), weight_of(self, "w2_weight"))
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weights: torch.Tensor, expert_ids: torch.Tensor, shared: SharedOutput | None = None
+    ) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]: what this rank adds to the sum.
 
         Args:
             weights, expert_ids: [num_tokens, top_k], of all experts and equal on every rank.
+            shared: of this rank; is in the sum.
         """
         return fused_experts(
             x,
             weight_of(self, "w13_weight"),
             weight_of(self, "w2_weight"),
             weights,
-            expert_ids - self.first_expert,
+            expert_ids,
             self.activation,
+            first_expert=self.first_expert,
+            shared=shared,
         )
 
 
