@@ -30,13 +30,11 @@ def multiply_row_in_fp8(
 
     The row keeps its type: quantising it would gain nothing, since the weights are what must be read.
     """
-    if not weight.format.has_blocks:
-        from ramet.srt.layers.kernels.gemv import gemv
+    from ramet.srt.layers.kernels.gemv import BlockScales, gemv
 
-        return gemv(x, weight.values, bias, weight.scales, activation)
-    from ramet.srt.layers.kernels.gemv_blocks import gemv_blocks
-
-    return gemv_blocks(x, weight.values, weight.scales, *_row_blocks(weight), bias, activation)
+    has_blocks = weight.format.has_blocks
+    scales = BlockScales(weight.scales, *_row_blocks(weight)) if has_blocks else weight.scales
+    return gemv(x, weight.values, bias, scales, activation)
 
 
 def fp8_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ramet.srt.layers.kernels.split_sums import counts_of
 
 GROUP_COLUMNS = 128  # that share a scale, of rows and of weights
 ROW_ALIGNMENT = 4  # torch's product takes scales of so many rows
-QUANTIZED_ROWS = 32  # of one program
+QUANTIZED_ROWS = 16  # of one program
 FULL = 0.7  # of the multiprocessors that have a program: from there on columns are not split further
 MAX_SPLITS = 4
 

@@ -1,5 +1,7 @@
 """Owns the product of one row with a weight matrix: a decode pass of one request, bound by reading the weights."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,10 +9,51 @@ import triton.language as tl
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted
 
-BLOCK_ROWS = 2
-GATED_BLOCK_ROWS = 1  # and as many of the other half
-BLOCK_COLUMNS = 1024
-NUM_WARPS = 4
+
+class Tile(NamedTuple):
+    """What one program multiplies at a time."""
+
+    rows: int  # with an activation, as many of the other half, too
+    columns: int
+    num_warps: int
+
+
+TILE, GATED_TILE = Tile(2, 1024, 4), Tile(1, 1024, 4)
+FP8_TILE, GATED_FP8_TILE = Tile(4, 1024, 4), Tile(2, 1024, 4)
+INTERPRETED_COLUMNS = 64
+GROUP_COLUMNS = 128  # that share one of the scales of blocks
+
+
+class BlockScales(NamedTuple):
+    """The scales of an fp8 weight that has one for each block of so many rows and 128 columns."""
+
+    values: torch.Tensor  # float32 [grid rows, ceil(num_columns / 128)], contiguous
+    rows: torch.Tensor | None  # int32 [num_rows], the grid's row of each row of the weight; None: row // block_rows
+    block_rows: int
+
+
+@triton.jit
+def _scaled(
+    x, scales_ptr, grid_rows, columns, mask, num_grid_columns, SCALES: tl.constexpr, GROUP_COLUMNS: tl.constexpr
+):
+    """A part of the row, float32 [1, columns]; where weights have scales of blocks, times those of some rows there.
+
+    That is one multiplication for each column of x where the rows share a block, not for each weight.
+    """
+    if SCALES == "blocks" or SCALES == "grid rows":
+        places = grid_rows[:, None] * num_grid_columns + (columns // GROUP_COLUMNS)[None, :]
+        x = x * tl.load(scales_ptr + places, mask=mask[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _grid_rows(grid_rows_ptr, first, num_rows, block_rows, SCALES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The rows of the grid of scales for BLOCK_ROWS rows from `first` on: one for each, or one for all."""
+    grid_rows = (first + tl.arange(0, 1)) // block_rows
+    if SCALES == "grid rows":
+        rows = first + tl.arange(0, BLOCK_ROWS)
+        grid_rows = tl.load(grid_rows_ptr + rows, mask=rows < num_rows, other=0)
+    return grid_rows
 
 
 @triton.jit
@@ -19,54 +62,70 @@ def _gemv_kernel(
     weight_ptr,
     bias_ptr,
     scales_ptr,
+    grid_rows_ptr,
     out_ptr,
     num_rows,
     num_columns,
+    num_grid_columns,
+    block_rows,
     HAS_BIAS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
+    SCALES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program makes BLOCK_ROWS outputs; with ACTIVATION, from those rows and the ones num_rows below them.
 
-    The first weights are read before the wait for the kernel that makes x: nothing writes weights.
+    SCALES is "", "rows", "blocks", or "grid rows" where the rows of a program may be in several blocks. The first
+    weights are read before the wait for the kernel that makes x: nothing writes weights.
     """
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
     row_mask = (rows < num_rows)[:, None]
     columns = tl.arange(0, BLOCK_COLUMNS)
     weight_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     up_offset = tl.cast(num_rows, tl.int64) * num_columns
-    column_mask = columns < num_columns
-    weight = tl.load(weight_ptrs, mask=row_mask & column_mask[None, :], other=0.0)
+    mask = columns < num_columns
+    weight = tl.load(weight_ptrs, mask=row_mask & mask[None, :], other=0.0)
+    grid_rows = _grid_rows(grid_rows_ptr, first_row, num_rows, block_rows, SCALES, BLOCK_ROWS)
     if ACTIVATION != "":
-        up_weight = tl.load(weight_ptrs + up_offset, mask=row_mask & column_mask[None, :], other=0.0)
+        up_weight = tl.load(weight_ptrs + up_offset, mask=row_mask & mask[None, :], other=0.0)
+        up_grid_rows = _grid_rows(grid_rows_ptr, num_rows + first_row, 2 * num_rows, block_rows, SCALES, BLOCK_ROWS)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    x = tl.load(x_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    acc = weight.to(tl.float32) * x
+    x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
+    acc = weight.to(tl.float32) * _scaled(
+        x, scales_ptr, grid_rows, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+    )
     if ACTIVATION != "":
-        up_acc = up_weight.to(tl.float32) * x
+        up_acc = up_weight.to(tl.float32) * _scaled(
+            x, scales_ptr, up_grid_rows, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+        )
     for start in range(BLOCK_COLUMNS, num_columns, BLOCK_COLUMNS):
-        column_mask = start + columns < num_columns
-        mask = row_mask & column_mask[None, :]
-        weight = tl.load(weight_ptrs + start, mask=mask, other=0.0)
+        places = start + columns
+        mask = places < num_columns
+        weight = tl.load(weight_ptrs + start, mask=row_mask & mask[None, :], other=0.0)
         if ACTIVATION != "":
-            up_weight = tl.load(weight_ptrs + up_offset + start, mask=mask, other=0.0)
-        x = tl.load(x_ptr + start + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        acc += weight.to(tl.float32) * x
+            up_weight = tl.load(weight_ptrs + up_offset + start, mask=row_mask & mask[None, :], other=0.0)
+        x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)[None, :]
+        acc += weight.to(tl.float32) * _scaled(
+            x, scales_ptr, grid_rows, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+        )
         if ACTIVATION != "":
-            up_acc += up_weight.to(tl.float32) * x
+            up_acc += up_weight.to(tl.float32) * _scaled(
+                x, scales_ptr, up_grid_rows, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+            )
     out = tl.sum(acc, axis=1)
-    if HAS_SCALES:
+    if SCALES == "rows":
         out *= tl.load(scales_ptr + rows, mask=rows < num_rows, other=0.0)
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
     if ACTIVATION != "":
         up = tl.sum(up_acc, axis=1)
-        if HAS_SCALES:
+        if SCALES == "rows":
             up *= tl.load(scales_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
         if HAS_BIAS:
             up += tl.load(bias_ptr + num_rows + rows, mask=rows < num_rows, other=0.0).to(tl.float32)
@@ -78,56 +137,56 @@ def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
+    scales: torch.Tensor | BlockScales | None = None,
     activation: str = "",
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """x W^T + b, or with an activation's name act(first half) * second half of it.
 
     Args:
         x: contiguous [1, num_columns].
         weight: contiguous [num_rows, num_columns]; any floating-point type.
-        scales: float32 [num_rows, 1] that multiply the rows of the weight.
+        scales: float32 [num_rows, 1] that multiply the rows of the weight; or those of its blocks.
+        tile: None takes the best that is known.
 
     Returns:
         [1, num_rows], or [1, num_rows / 2].
     """
-    num_rows = weight.shape[0] // 2 if activation else weight.shape[0]
-    assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous()
+    num_rows, num_columns = weight.shape[0] // 2 if activation else weight.shape[0], weight.shape[1]
+    assert x.shape == (1, num_columns) and x.is_contiguous() and weight.is_contiguous()
     out = torch.empty((1, num_rows), dtype=x.dtype, device=x.device)
-    block_rows = GATED_BLOCK_ROWS if activation else BLOCK_ROWS
-    launch_gemv(x, weight, bias, scales, out, activation, block_rows, BLOCK_COLUMNS, NUM_WARPS)
-    return out
-
-
-def launch_gemv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    out: torch.Tensor,
-    activation: str,
-    block_rows: int,
-    block_columns: int,
-    num_warps: int,
-) -> None:
-    """The launch, with the tile that one program takes."""
+    if tile is None:
+        is_fp8 = weight.element_size() == 1
+        tile = (GATED_FP8_TILE if is_fp8 else GATED_TILE) if activation else FP8_TILE if is_fp8 else TILE
+    kind, grid, grid_rows, block_rows = "", x, None, 1
+    if isinstance(scales, torch.Tensor):
+        kind, grid = "rows", scales
+    elif scales is not None:
+        grid, grid_rows, block_rows = scales
+        is_uniform = grid_rows is None and block_rows % tile.rows == num_rows % tile.rows == 0
+        if grid_rows is None and not is_uniform:
+            grid_rows = torch.arange(weight.shape[0], dtype=torch.int32, device=x.device) // block_rows
+        kind = "blocks" if is_uniform else "grid rows"
     early = can_launch_early(x.device)
-    if is_interpreted():
-        block_columns = 64
-    _gemv_kernel[(triton.cdiv(out.shape[1], block_rows),)](
+    _gemv_kernel[(triton.cdiv(num_rows, tile.rows),)](
         x,
         weight,
         bias if bias is not None else x,
-        scales if scales is not None else x,
+        grid,
+        grid_rows if grid_rows is not None else x,
         out,
-        out.shape[1],
-        weight.shape[1],
+        num_rows,
+        num_columns,
+        grid.shape[1],
+        block_rows,
         HAS_BIAS=bias is not None,
-        HAS_SCALES=scales is not None,
+        SCALES=kind,
         ACTIVATION=activation,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_COLUMNS=INTERPRETED_COLUMNS if is_interpreted() else tile.columns,
+        GROUP_COLUMNS=GROUP_COLUMNS,
         EARLY=early,
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
         **({"launch_pdl": True} if early else {}),
     )
+    return out
