@@ -3,7 +3,8 @@
 import pytest
 import torch
 from ramet.srt.configs.weight_format import fp8_blocks
-from ramet.srt.layers.fp8_matmul import has_fp8_kernel
+from ramet.srt.layers.activation import act_and_mul, get_activation
+from ramet.srt.layers.fp8_matmul import QuantizedRows, activate_for, has_fp8_kernel
 from ramet.srt.layers.grouped_linear import grouped_linear
 from ramet.srt.layers.matmul import project
 from ramet.srt.layers.quantization.dequantize import dequantize
@@ -43,6 +44,18 @@ def test_product(num_outputs, num_columns, num_rows):
     for _ in range(3):
         graph.replay()
         assert all(torch.equal(out, first) for out in outs), "the order of the sums is always the same"
+
+
+@pytest.mark.parametrize("num_rows", [1, 24, 200])
+def test_activations_are_quantised_at_once(num_rows):
+    weight = make_weight(4096, 12288)
+    if not has_fp8_kernel(weight):
+        pytest.skip("a GPU without fp8 units")
+    x, silu = torch.randn(num_rows, 2 * 12288, device="cuda").bfloat16(), get_activation("silu")
+    rows = activate_for(x, silu, weight)
+    assert isinstance(rows, QuantizedRows) == (num_rows > 1)
+    expected = act_and_mul(x, silu).double() @ dequantize(weight, torch.float32).double().T
+    assert error(project(rows, weight), expected) < 4e-2
 
 
 @pytest.mark.parametrize("rows", [1, 4, 30, 100])

@@ -59,6 +59,18 @@ def test_quantised_groups(device):
     torch.testing.assert_close(scales[:, 0], largest / 448)
 
 
+def test_quantised_activations(device):
+    from ramet.srt.layers.kernels.fp8_blocks import quantize_groups
+
+    x = make_rows(device, 5, 600, torch.float16)
+    gate, up = x.float().chunk(2, dim=1)
+    expected = (F.silu(gate) * up).half()
+    values, scales = quantize_groups(x, "silu")
+    again = quantize_groups(expected)
+    torch.testing.assert_close(scales, again[1], rtol=2e-3, atol=0)
+    dequantised(expected, values, scales)
+
+
 @pytest.mark.parametrize("num_rows", [1, 13, 40])
 @pytest.mark.parametrize(("num_outputs", "num_columns", "first"), [(256, 512, 0), (72, 300, 0), (160, 256, 40)])
 def test_product_with_one_matrix(device, num_rows, num_outputs, num_columns, first):

@@ -4,11 +4,13 @@ The scales of a weight are of rows, or of blocks; those of activations then of r
 """
 
 import functools
+from typing import NamedTuple, TypeAlias
 
 import torch
 
+from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
-from ramet.srt.layers.quantization.weight import QuantizedWeight
+from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
 BLOCK = 128  # rows and columns of the blocks that the kernels and torch know
@@ -37,13 +39,44 @@ def multiply_row_in_fp8(
     return gemv(x, weight.values, bias, scales, activation)
 
 
-def fp8_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+class QuantizedRows(NamedTuple):
+    """Activations in fp8, [num_tokens, n], with a float32 scale for each 128 columns of a row."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype  # of what they stand for
+
+
+Rows: TypeAlias = torch.Tensor | QuantizedRows
+
+
+def activate_for(x: torch.Tensor, activation: Activation, weight: Weight) -> Rows:
+    """activation(first half) * second half of x, quantised at once where the product with `weight` would do it.
+
+    Args:
+        x: [num_tokens, 2 * n].
+        weight: what multiplies the result: one matrix, or those of experts.
+    """
+    if not isinstance(weight, QuantizedWeight) or not weight.format.has_blocks or not has_fp8_kernel(weight):
+        return act_and_mul(x, activation)
+    if len(weight.shape) == 2 and x.shape[0] == 1:  # a single row keeps its type
+        return act_and_mul(x, activation)
+    from ramet.srt.layers.kernels.fp8_blocks import quantize_groups
+
+    return QuantizedRows(*quantize_groups(x, activation.name), x.dtype)
+
+
+def fp8_linear(x: Rows, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + b with the rows of x quantised; see `has_fp8_kernel`.
 
     Args:
         x: [num_tokens, n].
     """
-    y = _multiply_blocks(x, weight) if weight.format.has_blocks else _multiply_rows(x, weight)
+    if weight.format.has_blocks:
+        y = _multiply_blocks(_quantized(x), weight)
+    else:
+        assert isinstance(x, torch.Tensor)
+        y = _multiply_rows(x, weight)
     y = y.to(x.dtype)
     return y if bias is None else y + bias
 
@@ -53,11 +86,20 @@ def takes_rows(weight: QuantizedWeight) -> bool:
     return weight.format.has_blocks or not any(extent % MATRIX_ALIGNMENT for extent in weight.shape)
 
 
-def grouped_fp8_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor) -> torch.Tensor:
+def grouped_fp8_linear(x: Rows, weight: QuantizedWeight, ends: torch.Tensor) -> torch.Tensor:
     """x W^T with the W of each row's group, for scales of blocks; see ramet.srt.layers.grouped_linear."""
-    from ramet.srt.layers.kernels.fp8_blocks import blocks_linear, quantize_groups
+    from ramet.srt.layers.kernels.fp8_blocks import blocks_linear
 
-    return blocks_linear(*quantize_groups(x), weight.values, weight.scales, *_row_blocks(weight), ends, x.dtype)
+    values, scales, dtype = _quantized(x)
+    return blocks_linear(values, scales, weight.values, weight.scales, *_row_blocks(weight), ends, dtype)
+
+
+def _quantized(x: Rows) -> QuantizedRows:
+    if isinstance(x, QuantizedRows):
+        return x
+    from ramet.srt.layers.kernels.fp8_blocks import quantize_groups
+
+    return QuantizedRows(*quantize_groups(x), x.dtype)
 
 
 def _multiply_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
@@ -69,14 +111,14 @@ def _multiply_rows(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     )
 
 
-def _multiply_blocks(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
-    from ramet.srt.layers.kernels.fp8_blocks import blocks_linear, quantize_groups
+def _multiply_blocks(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
+    from ramet.srt.layers.kernels.fp8_blocks import blocks_linear
 
-    values, x_scales = quantize_groups(x)
-    if len(x) >= TORCH_ROWS and _torch_takes(len(x), weight):
-        return torch._scaled_mm(values, weight.values.T, x_scales, weight.scales.T, out_dtype=torch.bfloat16)
+    num_rows = x.values.shape[0]
+    if num_rows >= TORCH_ROWS and _torch_takes(num_rows, weight):
+        return torch._scaled_mm(x.values, weight.values.T, x.scales, weight.scales.T, out_dtype=torch.bfloat16)
     stack = weight.as_stack()
-    return blocks_linear(values, x_scales, stack.values, stack.scales, *_row_blocks(weight), None, x.dtype)
+    return blocks_linear(x.values, x.scales, stack.values, stack.scales, *_row_blocks(weight), None, x.dtype)
 
 
 def _torch_takes(num_rows: int, weight: QuantizedWeight) -> bool:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.fp8_matmul import activate_for
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.matmul import project
@@ -85,7 +86,7 @@ def _run_by_kernels(
     from ramet.srt.layers.kernels.expert_rows import combine_rows, lay_out_rows
 
     rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
-    hidden = act_and_mul(grouped_linear(rows, w13, ends), activation)
+    hidden = activate_for(grouped_linear(rows, w13, ends), activation, w2)
     return combine_rows(grouped_linear(hidden, w2, ends), places, ends, weights, *(shared or (None, None)))
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from ramet.srt.layers.fp8_matmul import grouped_fp8_linear, has_fp8_kernel
+from ramet.srt.layers.fp8_matmul import Rows, grouped_fp8_linear, has_fp8_kernel
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
@@ -18,22 +18,25 @@ def can_group(dtype: torch.dtype, weight: Weight) -> bool:
     return use_kernels(weight) or _torch_takes(dtype, weight)
 
 
-def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
+def grouped_linear(x: Rows, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
     """x W^T with the W of each row's group. Nothing waits for the groups' sizes: a CUDA graph can hold it.
 
     Args:
-        x: contiguous [num_rows, n], sorted by group.
+        x: contiguous [num_rows, n], sorted by group; see `activate_for` for those that are quantised.
         weight: contiguous [num_groups, output_size, n], in the type of x, or quantised.
         ends: int32 [num_groups], where each group's rows end. What follows the last belongs to none.
 
     Returns:
         [num_rows, output_size] in the type of x; rows of no group hold anything, NaN too.
     """
+    if isinstance(weight, QuantizedWeight) and weight.format.has_blocks and has_fp8_kernel(weight):
+        return grouped_fp8_linear(x, weight, ends)
+    assert isinstance(x, torch.Tensor), "only such weights are multiplied with rows that are quantised already"
     if isinstance(weight, QuantizedWeight):
         if weight.format.numbers != "e4m3":
             return packed_linear(x, weight, ends)
         if weight.format.has_blocks:
-            return grouped_fp8_linear(x, weight, ends) if has_fp8_kernel(weight) else multiply_as_it_is(x, weight, ends)
+            return multiply_as_it_is(x, weight, ends)
         values, scales = weight.values, weight.scales
     else:
         values, scales = weight, None

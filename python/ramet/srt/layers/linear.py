@@ -8,6 +8,7 @@ from torch import nn
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.fp8_matmul import Rows, activate_for
 from ramet.srt.layers.lora import LoraSlots
 from ramet.srt.layers.matmul import multiply_row, project, takes_gemv
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
@@ -67,12 +68,18 @@ class MergedColumnParallelLinear(nn.Module):
         y = project(x, weight_of(self, "weight"), self.bias)
         return y if self.lora is None else self.lora.add(x, y)
 
-    def gated(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """activation(first half) * second half of the output: [num_tokens, half of the output rows of this rank]."""
+    def gated(self, x: torch.Tensor, activation: Activation, user: "RowParallelLinear") -> Rows:
+        """activation(first half) * second half of the output, for the layer that takes it.
+
+        [num_tokens, input_size] -> [num_tokens, half of the output rows of this rank].
+        """
         weight = weight_of(self, "weight")
         if self.lora is None and takes_gemv(x, weight):
             return multiply_row(x, weight, self.bias, activation.name)
-        return act_and_mul(self.forward(x), activation)
+        y = self.forward(x)
+        if user.lora is not None:  # adapters take activations as they are
+            return act_and_mul(y, activation)
+        return activate_for(y, activation, weight_of(user, "weight"))
 
 
 class QKVParallelLinear(MergedColumnParallelLinear):
@@ -144,17 +151,20 @@ class RowParallelLinear(nn.Module):
             )
         self.tp_size, self.tp_rank = parallel.tp_size, parallel.tp_rank
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, x: Rows) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size]: what this rank adds to the sum."""
         return self._project(x, self.bias if self.tp_rank == 0 else None)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """[num_tokens, columns of this rank] -> [num_tokens, output_size], the same on every rank."""
         if self.tp_size == 1:
             return self._project(x, self.bias)
         y = tensor_model_parallel_all_reduce(self._project(x, None))
         return y if self.bias is None else y + self.bias
 
-    def _project(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _project(self, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         y = project(x, weight_of(self, "weight"), bias)
-        return y if self.lora is None else self.lora.add(x, y)
+        if self.lora is None:
+            return y
+        assert isinstance(x, torch.Tensor), "see MergedColumnParallelLinear.gated"
+        return self.lora.add(x, y)

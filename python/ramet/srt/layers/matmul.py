@@ -4,7 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
-from ramet.srt.layers.fp8_matmul import fp8_linear, has_fp8_kernel, multiply_row_in_fp8, takes_rows
+from ramet.srt.layers.fp8_matmul import (
+    QuantizedRows,
+    Rows,
+    fp8_linear,
+    has_fp8_kernel,
+    multiply_row_in_fp8,
+    takes_rows,
+)
 from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
@@ -12,8 +19,11 @@ from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 
-def project(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b for x [num_tokens, input_size] and W [output_size, input_size]."""
+    if isinstance(x, QuantizedRows):
+        assert isinstance(weight, QuantizedWeight)
+        return fp8_linear(x, weight, bias)
     if takes_gemv(x, weight):
         return multiply_row(x, weight, bias)
     if isinstance(weight, QuantizedWeight):

@@ -38,8 +38,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank."""
-        return self.down_proj(self.gate_up_proj.gated(x, self.activation))
+        return self.down_proj(self.gate_up_proj.gated(x, self.activation, self.down_proj))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size]: what this rank adds to the sum."""
-        return self.down_proj.partial(self.gate_up_proj.gated(x, self.activation))
+        return self.down_proj.partial(self.gate_up_proj.gated(x, self.activation, self.down_proj))

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.fp8 import MAX_FP8, MIN_SCALE
 from ramet.srt.layers.kernels.grouped_linear import find_tile, max_tiles
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
@@ -55,11 +56,12 @@ def _quantize_groups_kernel(
     scale_stride,
     max_value,
     min_scale,
+    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program quantises one group of columns of ROWS rows."""
+    """One program quantises one group of columns of ROWS rows; with ACTIVATION, of act(first half) * second half."""
     group = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = group * COLUMNS + tl.arange(0, COLUMNS)
@@ -69,19 +71,24 @@ def _quantize_groups_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     rows = rows.to(tl.int64)
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x_ptrs = x_ptr + rows[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION != "":
+        up = tl.load(x_ptrs + num_columns, mask=mask, other=0.0).to(tl.float32)
+        x = (activate(x, ACTIVATION) * up).to(x_ptr.dtype.element_ty).to(tl.float32)
     scales = tl.maximum(tl.max(tl.abs(x), axis=1) / max_value, min_scale)
     values = (x / scales[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(scales_ptr + group * scale_stride + rows, scales, mask=row_mask)
     tl.store(out_ptr + rows[:, None] * num_columns + columns[None, :], values, mask=mask)
 
 
-def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups(x: torch.Tensor, activation: str = "") -> tuple[torch.Tensor, torch.Tensor]:
     """[num_rows, n] -> fp8 (e4m3) of the same shape, contiguous, and float32 scales [num_rows, ceil(n / 128)].
 
-    The scales of a group of columns lie behind each other, as torch's product wants them.
+    The scales of a group of columns lie behind each other, as torch's product wants them. With an activation's name,
+    act(first half) * second half of x is quantised, rounded to the type of x before.
     """
-    num_rows, num_columns = x.shape
+    num_rows, num_columns = x.shape[0], x.shape[1] // 2 if activation else x.shape[1]
     assert x.stride(1) == 1
     num_groups = triton.cdiv(num_columns, GROUP_COLUMNS)
     values = torch.empty((num_rows, num_columns), dtype=torch.float8_e4m3fn, device=x.device)
@@ -91,7 +98,7 @@ def quantize_groups(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = min(QUANTIZED_ROWS, next_power_of_2(num_rows))
         _quantize_groups_kernel[(num_groups, triton.cdiv(num_rows, rows))](
             x, values, scales, num_rows, num_columns, x.stride(0), scales.stride(0), MAX_FP8, MIN_SCALE,
-            ROWS=rows, COLUMNS=GROUP_COLUMNS, EARLY=early, num_warps=max(1, rows // 4),
+            ACTIVATION=activation, ROWS=rows, COLUMNS=GROUP_COLUMNS, EARLY=early, num_warps=max(1, rows // 4),
             **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
     return values, scales.T
