@@ -3,7 +3,7 @@
 import pytest
 import random_models as rm
 import torch
-from ramet.srt.layers import activation, layernorm
+from ramet.srt.layers import activation, fused_experts, grouped_linear, layernorm, moe
 from ramet.srt.layers.attention import radix_attention
 from rank_threads import RankThreads
 
@@ -14,6 +14,7 @@ FAMILIES = {
     "glm4_moe": {},
     "minimax_m2": {},
     "ministral3": {},
+    "qwen2_moe": {"mlp_only_layers": [1]},
     "phi3": {"original_max_position_embeddings": 5},
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
 }
@@ -29,7 +30,7 @@ def test_kernels_give_what_torch_gives(monkeypatch, tmp_path, device, family):
     expected = ranks.logprobs(SEQUENCES, 64)
     ranks = RankThreads(monkeypatch, folder, 1, attention_backend="triton")
     used = []
-    for module in (activation, layernorm, radix_attention):
+    for module in (activation, fused_experts, grouped_linear, layernorm, moe, radix_attention):
         monkeypatch.setattr(module, "use_kernels", lambda x: used.append(x) is None)
     for got, wanted in zip(ranks.logprobs(SEQUENCES, 64), expected, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-5)

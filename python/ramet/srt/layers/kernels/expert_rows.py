@@ -192,7 +192,7 @@ def _combine_kernel(
         weight = tl.load(weights_ptr + token * TOP_K + choice)
         y_ptrs = y_ptr + place.to(tl.int64) * size + columns
         y = tl.load(y_ptrs, mask=columns < tl.where(place < end, size, 0), other=0.0)
-        total += y.to(tl.float32) * weight
+        total = tl.fma(y.to(tl.float32), weight, total)  # as torch's addcmul rounds on a GPU
     if HAS_SHARED:
         shared = tl.load(shared_ptr + token * shared_stride + columns, mask=mask, other=0.0).to(tl.float32)
         if HAS_GATE:
