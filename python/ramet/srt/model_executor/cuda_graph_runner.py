@@ -9,6 +9,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, CapturedShape
+from ramet.srt.layers.kernels.split_sums import counts_of
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
 
@@ -85,6 +86,7 @@ class CudaGraphRunner:
         device = self._device
         stream = torch.cuda.Stream(device)
         pool = torch.cuda.graph_pool_handle()
+        counts_of(device)  # which no graph may own
         self._backend.init_cuda_graph_state(self._shapes, self._req_pool.req_to_page)
         stream.wait_stream(torch.cuda.current_stream(device))
         by_size = sorted(self._shapes, reverse=True)

@@ -20,7 +20,7 @@ class Tile(NamedTuple):
 
 TILE, GATED_TILE = Tile(2, 1024, 4), Tile(1, 1024, 4)
 FP8_TILE, GATED_FP8_TILE = Tile(4, 1024, 4), Tile(2, 1024, 4)
-INTERPRETED_COLUMNS = 64
+INTERPRETED_COLUMNS = 128
 GROUP_COLUMNS = 128  # that share one of the scales of blocks
 
 
@@ -34,13 +34,29 @@ class BlockScales(NamedTuple):
 
 @triton.jit
 def _scaled(
-    x, scales_ptr, grid_rows, columns, mask, num_grid_columns, SCALES: tl.constexpr, GROUP_COLUMNS: tl.constexpr
+    x,
+    scales_ptr,
+    grid_rows,
+    first,
+    columns,
+    mask,
+    num_grid_columns,
+    SCALES: tl.constexpr,
+    GROUP_COLUMNS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
     """A part of the row, float32 [1, columns]; where weights have scales of blocks, times those of some rows there.
 
     That is one multiplication for each column of x where the rows share a block, not for each weight.
     """
-    if SCALES == "blocks" or SCALES == "grid rows":
+    if SCALES == "blocks":
+        NUM: tl.constexpr = BLOCK_COLUMNS // GROUP_COLUMNS
+        groups = first // GROUP_COLUMNS + tl.arange(0, NUM)
+        groups = tl.minimum(groups, num_grid_columns - 1)  # behind the last one x is zero
+        scales = tl.load(scales_ptr + grid_rows * num_grid_columns + groups)
+        scales = tl.reshape(tl.broadcast_to(scales[:, None], (NUM, GROUP_COLUMNS)), (1, BLOCK_COLUMNS))
+        x = x * scales
+    if SCALES == "grid rows":
         places = grid_rows[:, None] * num_grid_columns + (columns // GROUP_COLUMNS)[None, :]
         x = x * tl.load(scales_ptr + places, mask=mask[None, :], other=0.0)
     return x
@@ -49,7 +65,7 @@ def _scaled(
 @triton.jit
 def _grid_rows(grid_rows_ptr, first, num_rows, block_rows, SCALES: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """The rows of the grid of scales for BLOCK_ROWS rows from `first` on: one for each, or one for all."""
-    grid_rows = (first + tl.arange(0, 1)) // block_rows
+    grid_rows = first // block_rows
     if SCALES == "grid rows":
         rows = first + tl.arange(0, BLOCK_ROWS)
         grid_rows = tl.load(grid_rows_ptr + rows, mask=rows < num_rows, other=0)
@@ -98,11 +114,11 @@ def _gemv_kernel(
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     acc = weight.to(tl.float32) * _scaled(
-        x, scales_ptr, grid_rows, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+        x, scales_ptr, grid_rows, 0, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS, BLOCK_COLUMNS
     )
     if ACTIVATION != "":
         up_acc = up_weight.to(tl.float32) * _scaled(
-            x, scales_ptr, up_grid_rows, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+            x, scales_ptr, up_grid_rows, 0, columns, mask, num_grid_columns, SCALES, GROUP_COLUMNS, BLOCK_COLUMNS
         )
     for start in range(BLOCK_COLUMNS, num_columns, BLOCK_COLUMNS):
         places = start + columns
@@ -112,11 +128,11 @@ def _gemv_kernel(
             up_weight = tl.load(weight_ptrs + up_offset + start, mask=row_mask & mask[None, :], other=0.0)
         x = tl.load(x_ptr + places, mask=mask, other=0.0).to(tl.float32)[None, :]
         acc += weight.to(tl.float32) * _scaled(
-            x, scales_ptr, grid_rows, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+            x, scales_ptr, grid_rows, start, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS, BLOCK_COLUMNS
         )
         if ACTIVATION != "":
             up_acc += up_weight.to(tl.float32) * _scaled(
-                x, scales_ptr, up_grid_rows, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS
+                x, scales_ptr, up_grid_rows, start, places, mask, num_grid_columns, SCALES, GROUP_COLUMNS, BLOCK_COLUMNS
             )
     out = tl.sum(acc, axis=1)
     if SCALES == "rows":
