@@ -7,7 +7,7 @@ from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear
+from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear, packed_row, takes_packed_row
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
@@ -33,7 +33,9 @@ def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:
     """Whether a kernel of our own multiplies `x`, a single row."""
     if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
         return False
-    return not isinstance(weight, QuantizedWeight) or weight.format.multiplies_fp8 and has_fp8_units(x.device)
+    if not isinstance(weight, QuantizedWeight):
+        return True
+    return weight.format.multiplies_fp8 and has_fp8_units(x.device) or takes_packed_row(weight)
 
 
 def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
@@ -41,6 +43,8 @@ def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, act
     from ramet.srt.layers.kernels.gemv import gemv
 
     if isinstance(weight, QuantizedWeight):
+        if weight.format.numbers == "uint":
+            return packed_row(x, weight, bias, activation)
         return gemv(x, weight.values, bias, weight.scales, activation)
     return gemv(x, weight, bias, None, activation)
 

@@ -1,12 +1,16 @@
 """Owns the product of a few rows with a weight matrix: a decode pass of some requests, bound by reading the weights."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
+from ramet.srt.layers.kernels.runtime import (
+    MOST_COUNTS,
+    can_launch_early,
+    counts_of_stream,
+    is_interpreted,
+    num_multiprocessors,
+)
 
 MAX_ROWS = 32  # beyond that the library's kernels are as fast, measured on an H200
 ROW_TILES = (16, 32)
@@ -14,7 +18,7 @@ BLOCK_OUTPUTS = 64
 BLOCK_COLUMNS = 128
 MAX_SPLITS = 4
 FULL = 0.9  # of the multiprocessors that have a program: from there on columns are not split further
-MAX_TILES = 1024  # of outputs; the library reads matrices with more of them at the memory's rate
+MAX_TILES = MOST_COUNTS  # of outputs; the library reads matrices with more of them at the memory's rate
 # By whether each multiprocessor has one program at most, which then must have more reads under way.
 STAGES = {True: 5, False: 3}
 
@@ -108,8 +112,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     partial = counts = out  # not touched
     if splits > 1:
         partial = torch.empty((splits, num_outputs, block_rows), dtype=torch.float32, device=x.device)
-        stream = torch.cuda.current_stream(x.device).stream_id if x.is_cuda else 0
-        counts = _counts(x.device, stream)
+        counts = counts_of_stream(x.device)
     early = can_launch_early(x.device)
     _few_rows_kernel[(num_tiles, splits)](
         x,
@@ -133,9 +136,3 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         **({"launch_pdl": True} if early else {}),
     )
     return out
-
-
-@functools.cache
-def _counts(device: torch.device, _stream: int) -> torch.Tensor:
-    """Zeros for the tiles of a product. What runs on one stream shares them, one after the other."""
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+MOST_COUNTS = 1024  # of tiles that one product counts
+
 
 def is_interpreted() -> bool:
     """Whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1), as in tests on a CPU."""
@@ -43,6 +45,21 @@ def can_launch_early(device: torch.device) -> bool:
 def has_fp8_units(device: torch.device) -> bool:
     """Whether a GPU converts and multiplies fp8 (sm_89 on)."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def counts_of_stream(device: torch.device) -> torch.Tensor:
+    """int32 [MOST_COUNTS], zeros before and after each kernel that counts the programs of its tiles with them.
+
+    What runs on one stream shares them, one after the other, in graphs too: a kernel that is launched early waits for
+    the one before it first.
+    """
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    return _counts(device, stream)
+
+
+@functools.cache
+def _counts(device: torch.device, _stream: int) -> torch.Tensor:
+    return torch.zeros(MOST_COUNTS, dtype=torch.int32, device=device)
 
 
 def next_power_of_2(value: int) -> int:
