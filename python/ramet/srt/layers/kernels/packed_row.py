@@ -24,6 +24,7 @@ Tile = tuple[int, int, int, int, int, int]
 TILES: dict[bool, Tile] = {True: (64, 2, 16, 4, 4, 4), False: (128, 4, 4, 4, 4, 4)}  # by whether words hold outputs
 INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 4, 4, 8, 4, 1), False: (32, 4, 4, 8, 4, 1)}
 MOST_SPLITS = 64
+SPLITS_AT_ONCE = tl.constexpr(16)  # that are added up
 # Numbers are used where they are in a word, as the bits of a float32: up to 24 bits are that many times 2^-149, with
 # neither a shift nor a conversion. The product is brought back in two steps, since a float32 holds no 2^149.
 X_UNIT = tl.constexpr(2.0**80)
@@ -186,10 +187,13 @@ def _sum_columns(
 
 
 @triton.jit
-def _add_partial(partial_ptrs, mask, stride, SPLITS: tl.constexpr):
-    total = tl.load(partial_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    for part in tl.static_range(1, SPLITS):
-        total += tl.load(partial_ptrs + part * stride, mask=mask, other=0.0, cache_modifier=".cg")
+def _add_partial(partial_ptrs, mask, stride, num_splits, AT_ONCE: tl.constexpr):
+    total = tl.zeros([partial_ptrs.shape[0]], tl.float32)
+    parts = tl.arange(0, AT_ONCE)
+    for first in range(0, num_splits, AT_ONCE):
+        ptrs = partial_ptrs[None, :] + ((first + parts) * stride)[:, None]
+        there = (first + parts < num_splits)[:, None] & mask[None, :]
+        total += tl.sum(tl.load(ptrs, mask=there, other=0.0, cache_modifier=".cg"), axis=0)
     return total
 
 
@@ -210,6 +214,7 @@ def _packed_row_kernel(
     scale_stride,
     zero_stride,
     num_iterations,
+    num_splits,
     GROUP_COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
     PACKS_ROWS: tl.constexpr,
@@ -221,7 +226,7 @@ def _packed_row_kernel(
     THREAD_WORDS: tl.constexpr,
     STEPS: tl.constexpr,
     PIECES: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program makes the outputs of BLOCK_WORDS words, with ACTIVATION those of both halves, from some columns.
@@ -263,17 +268,17 @@ def _packed_row_kernel(
             num_iterations, GROUP_COLUMNS, BITS, PACKS_ROWS, ZERO_ONES, IS_WHOLE,
         )  # fmt: skip
     is_last = True
-    if SPLITS > 1:
+    if IS_SPLIT:
         size = num_outputs * NUM_HALVES
         tl.store(partial_ptr + part * size + outputs, out, mask=mask)
         if NUM_HALVES == 2:
             tl.store(partial_ptr + part * size + num_outputs + outputs, up, mask=mask)
         tl.debug_barrier()  # all of the program's sums are there before it counts
-        is_last = tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        is_last = tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") == num_splits - 1
         if is_last:
-            out = _add_partial(partial_ptr + outputs, mask, size, SPLITS)
+            out = _add_partial(partial_ptr + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
             if NUM_HALVES == 2:
-                up = _add_partial(partial_ptr + num_outputs + outputs, mask, size, SPLITS)
+                up = _add_partial(partial_ptr + num_outputs + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
             tl.store(counts_ptr + tile, 0)
     if is_last:
         if HAS_BIAS:
@@ -328,10 +333,10 @@ def launch_packed_row(
     _packed_row_kernel[(num_tiles, splits)](
         x, values, scales, zeros, x if bias is None else bias, out, partial, counts, num_outputs, num_columns,
         first_column, packed.strides[1], packed.strides[3], packed.strides[5], num_iterations,
-        GROUP_COLUMNS=group_columns, **constants, HAS_BIAS=bias is not None, ACTIVATION=activation,
+        splits, GROUP_COLUMNS=group_columns, **constants, HAS_BIAS=bias is not None, ACTIVATION=activation,
         IS_WHOLE=num_outputs % (block_words * word_outputs) == 0
         and num_columns == splits * num_iterations * pieces * steps * row_columns,
-        BLOCK_WORDS=block_words, THREAD_WORDS=thread_words, STEPS=steps, PIECES=pieces, SPLITS=splits, EARLY=early,
-        num_warps=num_warps, **({"launch_pdl": True} if early else {}),
+        BLOCK_WORDS=block_words, THREAD_WORDS=thread_words, STEPS=steps, PIECES=pieces, IS_SPLIT=splits > 1,
+        EARLY=early, num_warps=num_warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
