@@ -18,11 +18,14 @@ from ramet.srt.layers.kernels.runtime import (
     num_multiprocessors,
 )
 
-# (words beside each other, those of them that a thread has, rows of words that it has, pieces of columns, warps,
-# programs for a multiprocessor). The sums stay in a thread where words / its words * pieces = 32 * warps.
-Tile = tuple[int, int, int, int, int, int]
-TILES: dict[bool, Tile] = {True: (64, 2, 16, 4, 4, 4), False: (128, 4, 4, 4, 4, 4)}  # by whether words hold outputs
-INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 4, 4, 8, 4, 1), False: (32, 4, 4, 8, 4, 1)}
+# (words beside each other, those of them that a thread has, rows of words that it has, pieces of columns, stages of the
+# loads, warps, programs for a multiprocessor). A thread has all steps where words / its words * pieces = 32 * warps.
+Tile = tuple[int, int, int, int, int, int, int]
+TILES: dict[bool, Tile] = {
+    True: (64, 2, 16, 4, 3, 4, 4),
+    False: (128, 4, 4, 4, 3, 4, 4),
+}  # by whether words hold outputs
+INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 4, 4, 8, 1, 4, 1), False: (32, 4, 4, 8, 1, 4, 1)}
 MOST_SPLITS = 64
 SPLITS_AT_ONCE = tl.constexpr(16)  # that are added up
 # Numbers are used where they are in a word, as the bits of a float32: up to 24 bits are that many times 2^-149, with
@@ -61,15 +64,25 @@ def _load(ptrs, mask, IS_WHOLE: tl.constexpr):
 
 @triton.jit
 def _load_words(
-    values_ptr, piece, stop, word_outputs, num_word_rows, num_words, stride, STEPS: tl.constexpr, IS_WHOLE: tl.constexpr
+    values_ptr, piece, word_outputs, num_word_rows, num_words, stride, STEPS: tl.constexpr, IS_WHOLE: tl.constexpr
 ):
-    """Words [steps, pieces, words] of the pieces before `stop`."""
+    """Words [steps, pieces, words]."""
     rows = piece[None, :] * STEPS + tl.arange(0, STEPS)[:, None]
     ptrs = values_ptr + (rows * stride)[:, :, None] + word_outputs[None, None, :]
-    mask = (piece < stop)[None, :, None]
-    if not IS_WHOLE:
-        mask = mask & (rows < num_word_rows)[:, :, None] & (word_outputs < num_words)[None, None, :]
-    return tl.load(ptrs, mask=mask, other=0)
+    return _load(ptrs, (rows < num_word_rows)[:, :, None] & (word_outputs < num_words)[None, None, :], IS_WHOLE)
+
+
+@triton.jit
+def _prefetch_words(
+    values_ptr, piece, first_word, num_word_rows, num_words, stride, STEPS: tl.constexpr, WORDS: tl.constexpr
+):
+    """Bring the words of pieces into the L2 cache, a sector of 32 bytes with each instruction."""
+    rows = tl.minimum(piece[None, :] * STEPS + tl.arange(0, STEPS)[:, None], num_word_rows - 1)
+    word_outputs = tl.minimum(first_word + tl.arange(0, WORDS // 8) * 8, num_words - 1)
+    ptrs = values_ptr + (rows * stride)[:, :, None] + word_outputs[None, None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -128,7 +141,6 @@ def _sum_columns_of_words(words, zeros, x_ptr, first_rows, num_columns, BITS: tl
 
 @triton.jit
 def _sum_columns(
-    words,
     x_ptr,
     values_ptr,
     scales_ptr,
@@ -149,24 +161,22 @@ def _sum_columns(
     PACKS_ROWS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    STEPS: tl.constexpr,
+    PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The outputs from `first_output` on for the program's columns, of which the first words have been read."""
+    """The outputs from `first_output` on for the program's columns."""
     NUM: tl.constexpr = 32 // BITS
-    STEPS: tl.constexpr = words.shape[0]
-    PIECES: tl.constexpr = words.shape[1]
     ROW_COLUMNS: tl.constexpr = 1 if PACKS_ROWS else NUM
     num_word_rows = num_columns // ROW_COLUMNS
     num_words = num_outputs // NUM if PACKS_ROWS else num_outputs
     piece = first_piece + tl.arange(0, PIECES)
-    stop = first_piece + num_iterations * PIECES
     mask = (outputs < num_outputs)[None, :]
     matrix_outputs = first_output + outputs
     places = (matrix_outputs % NUM * BITS)[None, :]
     totals = tl.zeros([PIECES, outputs.shape[0]], tl.float32)
-    for _ in range(num_iterations):
-        next_words = _load_words(
-            values_ptr, piece + PIECES, stop, word_outputs, num_word_rows, num_words, value_stride, STEPS, IS_WHOLE
-        )
+    for _ in tl.range(0, num_iterations, num_stages=STAGES):
+        words = _load_words(values_ptr, piece, word_outputs, num_word_rows, num_words, value_stride, STEPS, IS_WHOLE)
         groups = (first_column + piece * (STEPS * ROW_COLUMNS)) // GROUP_COLUMNS
         group_mask = (piece * STEPS < num_word_rows)[:, None] & mask
         scales = _load(scales_ptr + (groups * scale_stride)[:, None] + matrix_outputs[None, :], group_mask, IS_WHOLE)
@@ -181,7 +191,6 @@ def _sum_columns(
             zeros = _load(zero_ptrs + (matrix_outputs // NUM)[None, :], group_mask, IS_WHOLE) + ZERO_ONES
             sums = _sum_columns_of_words(words, zeros >> places, x_ptr, first_rows, num_columns, BITS, IS_WHOLE)
         totals += scales * sums
-        words = next_words
         piece += PIECES
     return tl.sum(totals, axis=0) * OUT_UNIT
 
@@ -227,6 +236,7 @@ def _packed_row_kernel(
     STEPS: tl.constexpr,
     PIECES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program makes the outputs of BLOCK_WORDS words, with ACTIVATION those of both halves, from some columns.
@@ -234,10 +244,9 @@ def _packed_row_kernel(
     A thread has STEPS rows of words at a time, all in one group of columns; PIECES such runs lie after each other.
     Each program leaves its sums, and the last one of a tile adds them up, always in the same order. `counts` tells how
     many of a tile have come, and is zero again after. Strides are those from row to row of words or groups.
-    The first words are read before the wait for the kernel that makes x: nothing writes weights.
+    The first words go to the L2 cache before the wait for the kernel that makes x: nothing writes weights.
     """
     NUM: tl.constexpr = 32 // BITS
-    ROW_COLUMNS: tl.constexpr = 1 if PACKS_ROWS else NUM
     WORD_OUTPUTS: tl.constexpr = NUM if PACKS_ROWS else 1
     NUM_HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -245,27 +254,25 @@ def _packed_row_kernel(
     outputs = tile * (BLOCK_WORDS * WORD_OUTPUTS) + tl.arange(0, BLOCK_WORDS * WORD_OUTPUTS)
     mask = outputs < num_outputs
     first_piece = part * num_iterations * PIECES
-    piece, stop = first_piece + tl.arange(0, PIECES), first_piece + num_iterations * PIECES
-    num_word_rows, num_words = num_columns // ROW_COLUMNS, num_outputs // WORD_OUTPUTS
-    words = _load_words(values_ptr, piece, stop, word_outputs, num_word_rows, num_words, value_stride, STEPS, IS_WHOLE)
     if EARLY:
+        piece = first_piece + tl.arange(0, PIECES)
+        num_word_rows, num_words = num_columns * WORD_OUTPUTS // NUM, num_outputs // WORD_OUTPUTS
+        first_word = tile * BLOCK_WORDS
+        _prefetch_words(values_ptr, piece, first_word, num_word_rows, num_words, value_stride, STEPS, BLOCK_WORDS)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     out = _sum_columns(
-        words, x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, 0, first_piece, num_outputs,
-        num_columns, first_column, value_stride, scale_stride, zero_stride, num_iterations,
-        GROUP_COLUMNS, BITS, PACKS_ROWS, ZERO_ONES, IS_WHOLE,
+        x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, 0, first_piece, num_outputs, num_columns,
+        first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS, PACKS_ROWS,
+        ZERO_ONES, IS_WHOLE, STEPS, PIECES, STAGES,
     )  # fmt: skip
     up = out
     if NUM_HALVES == 2:
-        values_ptr += num_words
-        words = _load_words(
-            values_ptr, piece, stop, word_outputs, num_word_rows, num_words, value_stride, STEPS, IS_WHOLE
-        )
+        values_ptr += num_outputs // WORD_OUTPUTS
         up = _sum_columns(
-            words, x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, num_outputs, first_piece,
-            num_outputs, num_columns, first_column, value_stride, scale_stride, zero_stride,
-            num_iterations, GROUP_COLUMNS, BITS, PACKS_ROWS, ZERO_ONES, IS_WHOLE,
+            x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, num_outputs, first_piece, num_outputs,
+            num_columns, first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS,
+            PACKS_ROWS, ZERO_ONES, IS_WHOLE, STEPS, PIECES, STAGES,
         )  # fmt: skip
     is_last = True
     if IS_SPLIT:
@@ -310,7 +317,7 @@ def launch_packed_row(
     x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None, activation: str, tile: Tile
 ) -> torch.Tensor:
     """The launch, with the tile that one program takes."""
-    block_words, thread_words, steps, pieces, num_warps, num_programs = tile
+    block_words, thread_words, steps, pieces, stages, num_warps, num_programs = tile
     num_matrix_outputs, num_columns, first_column, group_columns = packed.sizes
     constants = {name: packed.constants[name] for name in ("BITS", "PACKS_ROWS", "ZERO_ONES")}
     num = 32 // constants["BITS"]
@@ -337,6 +344,6 @@ def launch_packed_row(
         IS_WHOLE=num_outputs % (block_words * word_outputs) == 0
         and num_columns == splits * num_iterations * pieces * steps * row_columns,
         BLOCK_WORDS=block_words, THREAD_WORDS=thread_words, STEPS=steps, PIECES=pieces, IS_SPLIT=splits > 1,
-        EARLY=early, num_warps=num_warps, **({"launch_pdl": True} if early else {}),
+        STAGES=stages, EARLY=early, num_warps=num_warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
