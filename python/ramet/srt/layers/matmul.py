@@ -15,7 +15,7 @@ from ramet.srt.layers.fp8_matmul import (
 from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear
+from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear, packed_row, takes_packed_row
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 
@@ -42,13 +42,14 @@ def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:
     """Whether a kernel of our own multiplies `x`, a single row."""
     if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
         return False
-    return not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight)
+    return not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight) or takes_packed_row(weight)
 
 
 def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
     """x W^T + b by that kernel, or with an activation's name act(first half) * second half of it."""
     if isinstance(weight, QuantizedWeight):
-        return multiply_row_in_fp8(x, weight, bias, activation)
+        multiply = packed_row if weight.format.numbers == "uint" else multiply_row_in_fp8
+        return multiply(x, weight, bias, activation)
     from ramet.srt.layers.kernels.gemv import gemv
 
     return gemv(x, weight, bias, None, activation)

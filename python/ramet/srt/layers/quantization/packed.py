@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ramet.srt.layers.kernels.packed_weights import PackedArguments
 
 MOST_ROWS = 256  # multiplied from words; for more of them a matrix is dequantised once. Not measured yet
+MOST_NUMBERS = (1 << 31) - 1  # of a matrix, for kernels that count them in 32 bits
 
 
 def fits_packed_kernel(weight: QuantizedWeight) -> bool:
@@ -31,6 +32,22 @@ def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor |
     from ramet.srt.layers.kernels.packed_linear import packed_linear
 
     return packed_linear(x, _arguments(weight), ends)
+
+
+def takes_packed_row(weight: QuantizedWeight) -> bool:
+    """Whether a kernel of its own multiplies a single row with a matrix: words that lie one output after the other."""
+    weight_format, (num_rows, num_columns) = weight.format, weight.shape
+    if not weight_format.values.is_transposed or weight_format.zeros is None or not fits_packed_kernel(weight):
+        return False
+    has_halves = num_rows % (2 * 32 // weight_format.bits) == 0  # of whole words, as gate and up are
+    return weight_format.column_groups is None and has_halves and num_rows * num_columns <= MOST_NUMBERS
+
+
+def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """x W^T + b for a single row, or with an activation's name act(first half) * second half of it."""
+    from ramet.srt.layers.kernels.packed_row import packed_row
+
+    return packed_row(x, _arguments(weight.as_stack()), bias, activation)
 
 
 def packed_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:

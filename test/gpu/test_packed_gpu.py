@@ -1,0 +1,66 @@
+"""A single row times weights of four bits on a GPU: in a graph, and the same numbers each time."""
+
+import packed_models as pm
+import pytest
+import torch
+from ramet.srt.configs.quantization_readers import read_quantization
+from ramet.srt.layers.activation import get_activation
+from ramet.srt.layers.matmul import multiply_row, project, takes_gemv
+from ramet.srt.layers.parameter import declare_weight
+from ramet.srt.layers.quantization.declare import declare_format
+from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.weight import QuantizedWeight, weight_of
+from ramet.srt.weights.manifest import WeightBox
+
+SHAPES = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (1040, 1824)]
+KINDS = {"awq": pm.awq(128), "awq by row": pm.awq(None), "gptq": pm.gptq(group=128), "gptq of 8 bits": pm.gptq(8)}
+
+
+def random_weight(kind, num_rows, num_columns) -> QuantizedWeight:
+    """Random bits: nothing is packed."""
+    config = read_quantization({"quantization_config": kind.section}, None, "/models/m", None)
+    layer = torch.nn.Module()
+    box = WeightBox("0.weight", ((0, num_rows), (0, num_columns)), ((0, num_rows), (0, num_columns)))
+    layer.weight = declare_weight((num_rows, num_columns), torch.float32, [box], all_columns=num_columns)
+    declare_format(layer, "weight", config.format, "cuda")
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.dtype == torch.int32:
+            filled = torch.randint(-(1 << 31), 1 << 31, parameter.shape, device="cuda").int()
+        else:
+            filled = torch.rand(parameter.shape, device="cuda") * 0.01
+        setattr(layer, name, torch.nn.Parameter(filled, requires_grad=False))
+    return weight_of(layer, "weight")
+
+
+@pytest.mark.parametrize("activation", ["", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_outputs", "num_columns"), SHAPES)
+def test_product(num_outputs, num_columns, kind, dtype, activation):
+    torch.manual_seed(0)
+    weight = random_weight(KINDS[kind], num_outputs, num_columns)
+    x = torch.randn(1, num_columns, device="cuda").to(dtype) / num_columns**0.5
+    bias = torch.randn(num_outputs, device="cuda").to(dtype)
+    expected = x.double() @ dequantize(weight, torch.float32).double().T + bias
+    if activation:
+        gate, up = expected.chunk(2, dim=1)
+        expected = get_activation(activation)(gate) * up
+
+    def multiply():
+        return multiply_row(x, weight, bias, activation) if activation else project(x, weight, bias)
+
+    assert takes_gemv(x, weight)
+    first = multiply()
+    assert float((first.double() - expected).norm() / expected.norm()) < 5e-3
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        multiply()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outs = [multiply() for _ in range(20)]
+    for _ in range(3):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(out, first) for out in outs), "the order of the sums is always the same"
