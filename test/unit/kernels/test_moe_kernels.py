@@ -259,3 +259,48 @@ def test_the_order_of_the_sum_is_the_choices(device):
     for places, expected in (([0, 2, 1], 0.0), ([2, 1, 0], 1.0)):
         places = torch.tensor([places, places], dtype=torch.int32, device=device)
         assert combine_rows(y, places, ends, ones).tolist() == [[expected]] * 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "rows", "blocks", "grid rows"])
+@pytest.mark.parametrize("activation", ["", "silu"])
+def test_one_token_by_its_experts_own_matrices(device, kind, activation):
+    """With a row for all experts and with one for each; those of other ranks give zeros."""
+    from ramet.srt.layers.kernels.gemv import BlockScales, Experts, gemv
+
+    generator = torch.Generator().manual_seed(3)
+    num_experts, num_rows, num_columns, first = 4, 256, 300, 10
+    weight = torch.randn(num_experts, num_rows, num_columns, generator=generator)
+    scales, plain = None, weight
+    if kind != "plain":
+        weight = weight.to(torch.float8_e4m3fn)
+    if kind == "rows":
+        scales = torch.rand(num_experts, num_rows, 1, generator=generator) + 0.1
+        plain = weight.float() * scales
+    if kind in ("blocks", "grid rows"):
+        grid_rows = (torch.arange(num_rows, dtype=torch.int32) + (40 if kind == "grid rows" else 0)) // 128
+        grid = torch.rand(num_experts, int(grid_rows[-1]) + 1, 3, generator=generator) + 0.1
+        plain = weight.float() * grid[:, grid_rows].repeat_interleave(128, 2)[..., :num_columns]
+        scales = BlockScales(grid.to(device), grid_rows.to(device) if kind == "grid rows" else None, 128)
+    elif scales is not None:
+        scales = scales.to(device)
+    ids = torch.tensor([13, 9, 10, 14, 11], dtype=torch.int32)
+    for x in (torch.randn(1, num_columns, generator=generator), torch.randn(5, num_columns, generator=generator)):
+        experts = Experts(ids.to(device), first)
+        actual = gemv(x.to(device), weight.to(device), None, scales, activation, experts=experts).cpu()
+        for place, expert in enumerate((ids - first).tolist()):
+            row = x[min(place, len(x) - 1)]
+            expected = plain[expert] @ row if 0 <= expert < num_experts else torch.zeros(num_rows)
+            if activation:
+                gate, up = expected.chunk(2)
+                expected = torch.nn.functional.silu(gate) * up
+            torch.testing.assert_close(actual[place], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sum_in_the_assignments_own_order(device):
+    from ramet.srt.layers.kernels.expert_rows import combine_rows
+
+    generator = torch.Generator().manual_seed(4)
+    y, weights = torch.randn(3, 300, generator=generator), torch.rand(1, 3, generator=generator)
+    shared = torch.randn(1, 300, generator=generator)
+    actual = combine_rows(y.to(device), None, None, weights.to(device), shared.to(device)).cpu()
+    torch.testing.assert_close(actual, weights @ y + shared)

@@ -4,13 +4,16 @@ The scales of a weight are of rows, or of blocks; those of activations then of r
 """
 
 import functools
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.kernels.gemv import BlockScales
 
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
 BLOCK = 128  # rows and columns of the blocks that the kernels and torch know
@@ -32,11 +35,16 @@ def multiply_row_in_fp8(
 
     The row keeps its type: quantising it would gain nothing, since the weights are what must be read.
     """
-    from ramet.srt.layers.kernels.gemv import BlockScales, gemv
+    from ramet.srt.layers.kernels.gemv import gemv
 
-    has_blocks = weight.format.has_blocks
-    scales = BlockScales(weight.scales, *_row_blocks(weight)) if has_blocks else weight.scales
-    return gemv(x, weight.values, bias, scales, activation)
+    return gemv(x, weight.values, bias, scales_of(weight), activation)
+
+
+def scales_of(weight: QuantizedWeight) -> "torch.Tensor | BlockScales":
+    """As the kernel for a single row takes them."""
+    from ramet.srt.layers.kernels.gemv import BlockScales
+
+    return BlockScales(weight.scales, *_row_blocks(weight)) if weight.format.has_blocks else weight.scales
 
 
 class QuantizedRows(NamedTuple):

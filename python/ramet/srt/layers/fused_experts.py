@@ -8,7 +8,7 @@ from ramet.srt.layers.activation import Activation, act_and_mul
 from ramet.srt.layers.fp8_matmul import activate_for
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import use_kernels
-from ramet.srt.layers.matmul import project
+from ramet.srt.layers.matmul import multiply_row_by_experts, project, takes_experts_gemv
 from ramet.srt.layers.quantization.weight import Weight
 
 
@@ -82,8 +82,13 @@ def _run_by_kernels(
     first_expert: int,
     shared: SharedOutput | None,
 ) -> torch.Tensor:
-    """On a GPU: one or two launches before the products, and one after."""
+    """On a GPU: one or two launches before the products, and one after; for a single token, none before."""
     from ramet.srt.layers.kernels.expert_rows import combine_rows, lay_out_rows
+
+    if takes_experts_gemv(x, w13) and takes_experts_gemv(x, w2):
+        gated = multiply_row_by_experts(x, w13, expert_ids[0], first_expert, activation.name)
+        y = multiply_row_by_experts(gated, w2, expert_ids[0], first_expert)
+        return combine_rows(y, None, None, weights, *(shared or (None, None)))
 
     rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
     hidden = activate_for(grouped_linear(rows, w13, ends), activation, w2)

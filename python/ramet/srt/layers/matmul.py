@@ -10,6 +10,7 @@ from ramet.srt.layers.fp8_matmul import (
     fp8_linear,
     has_fp8_kernel,
     multiply_row_in_fp8,
+    scales_of,
     takes_rows,
 )
 from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
@@ -40,7 +41,7 @@ def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.
 
 def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:
     """Whether a kernel of our own multiplies `x`, a single row."""
-    if not use_kernels(x) or x.shape[0] != 1 or not x.is_contiguous():
+    if not _is_row_on_gpu(x):
         return False
     return not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight) or takes_packed_row(weight)
 
@@ -53,6 +54,31 @@ def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, act
     from ramet.srt.layers.kernels.gemv import gemv
 
     return gemv(x, weight, bias, None, activation)
+
+
+def takes_experts_gemv(x: torch.Tensor, weight: Weight) -> bool:
+    """Whether that kernel multiplies `x`, a single token, with the matrices of a stack that it goes to."""
+    return _is_row_on_gpu(x) and (not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight))
+
+
+def _is_row_on_gpu(x: torch.Tensor) -> bool:
+    return use_kernels(x) and x.shape[0] == 1 and x.is_contiguous()
+
+
+def multiply_row_by_experts(
+    x: torch.Tensor, weight: Weight, ids: torch.Tensor, first_expert: int, activation: str = ""
+) -> torch.Tensor:
+    """x W^T, or act(first half) * second half of it, with the W of each expert that one token goes to.
+
+    Args:
+        x: contiguous, [1, n] for all, or [num_ids, n].
+        weight: [num_experts, output_size, n], one that `takes_experts_gemv` takes.
+        ids: contiguous integers [num_ids]; those outside of num_experts from `first_expert` on give zeros.
+    """
+    from ramet.srt.layers.kernels.gemv import Experts, gemv
+
+    values, scales = (weight.values, scales_of(weight)) if isinstance(weight, QuantizedWeight) else (weight, None)
+    return gemv(x, values, None, scales, activation, experts=Experts(ids, first_expert))
 
 
 def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -173,6 +173,7 @@ def _combine_kernel(
     shared_stride,
     size,
     TOP_K: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     HAS_GATE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -185,13 +186,18 @@ def _combine_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    end = tl.load(ends_ptr + num_experts - 1)
+    end = num_experts
+    if not IN_ORDER:
+        end = tl.load(ends_ptr + num_experts - 1)
     total = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for choice in tl.static_range(TOP_K):
-        place = tl.load(places_ptr + token * TOP_K + choice)
-        weight = tl.load(weights_ptr + token * TOP_K + choice)
-        y_ptrs = y_ptr + place.to(tl.int64) * size + columns
-        y = tl.load(y_ptrs, mask=columns < tl.where(place < end, size, 0), other=0.0)
+        place = token * TOP_K + choice
+        weight = tl.load(weights_ptr + place)
+        if IN_ORDER:
+            y = tl.load(y_ptr + place * size + columns, mask=mask, other=0.0)
+        else:
+            place = tl.load(places_ptr + place).to(tl.int64)
+            y = tl.load(y_ptr + place * size + columns, mask=columns < tl.where(place < end, size, 0), other=0.0)
         total = tl.fma(y.to(tl.float32), weight, total)  # as torch's addcmul rounds on a GPU
     if HAS_SHARED:
         shared = tl.load(shared_ptr + token * shared_stride + columns, mask=mask, other=0.0).to(tl.float32)
@@ -203,8 +209,8 @@ def _combine_kernel(
 
 def combine_rows(
     y: torch.Tensor,
-    places: torch.Tensor,
-    ends: torch.Tensor,
+    places: torch.Tensor | None,
+    ends: torch.Tensor | None,
     weights: torch.Tensor,
     shared: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -213,7 +219,7 @@ def combine_rows(
 
     Args:
         y: contiguous [num_tokens * top_k, size], as `lay_out_rows` lays them out; rows of no expert may be NaN.
-        places, ends: of `lay_out_rows`.
+        places, ends: of `lay_out_rows`; None where y has the assignments' rows in their own order.
         weights: contiguous float32 [num_tokens, top_k].
         shared: [num_tokens, size]; rows may be apart.
         gate: contiguous [num_tokens, 1], whose sigmoid multiplies `shared`.
@@ -221,7 +227,7 @@ def combine_rows(
     Returns:
         [num_tokens, size] in the type of y.
     """
-    (num_tokens, top_k), size = places.shape, y.shape[1]
+    (num_tokens, top_k), size = weights.shape, y.shape[1]
     assert y.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
     assert shared is None or (shared.shape == (num_tokens, size) and shared.stride(1) == 1)
     assert gate is None or (gate.shape == (num_tokens, 1) and gate.is_contiguous())
@@ -229,16 +235,17 @@ def combine_rows(
     early = can_launch_early(y.device)
     _combine_kernel[(num_tokens, triton.cdiv(size, BLOCK_COLUMNS))](
         y,
-        places,
-        ends,
+        y if places is None else places,
+        y if ends is None else ends,
         weights,
         y if shared is None else shared,
         y if gate is None else gate,
         out,
-        len(ends),
+        0 if ends is None else len(ends),
         0 if shared is None else shared.stride(0),
         size,
         TOP_K=top_k,
+        IN_ORDER=places is None,
         HAS_SHARED=shared is not None,
         HAS_GATE=gate is not None,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
