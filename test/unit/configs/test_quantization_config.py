@@ -4,6 +4,8 @@ import json
 
 import pytest
 import random_models as rm
+from ramet.srt.configs.composed_families import PREFIXES
+from ramet.srt.configs.left_out_modules import ModuleNaming
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.quantization_readers import read_quantization
 from ramet.srt.configs.weight_format import (
@@ -288,6 +290,87 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
     assert by_awq == (by_fp8 is not False)
     file = {"quantization": {"quant_algo": "FP8", "exclude_modules": [pattern]}}
     assert read(None, file).is_ignored(NAME) == by_modelopt
+
+
+COMPOSED = ModuleNaming(prefixes=PREFIXES)
+FUSED = ModuleNaming(is_fused=True)
+EXPERT = "model.layers.1.mlp.experts.12.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("naming", "name", "method", "pattern", "expected"),
+    [
+        # What a text model's modules are called in the whole, by transformers before and since 4.52, and by themselves.
+        (COMPOSED, NAME, "fp8", "model.language_model.layers.1.mlp.gate_proj", True),
+        (COMPOSED, NAME, "fp8", "language_model.model.layers.1", True),
+        (COMPOSED, NAME, "fp8", "model.layers.1", True),
+        (COMPOSED, NAME, "fp8", "model.visual", False),
+        (COMPOSED, NAME, "fp8", "language_model.model.layers.11", False),
+        (COMPOSED, NAME, "ct", "model.language_model.layers.1.mlp.gate_proj", True),
+        (COMPOSED, NAME, "ct", "model.language_model.layers.1", False),
+        (COMPOSED, NAME, "ct", r"re:.*language_model\.layers\.1\..*", True),
+        (COMPOSED, NAME, "ct", r"re:(?!.*language_model).*", False),  # all but the text model
+        (COMPOSED, NAME, "ct", "re:model.visual.*", False),
+        (COMPOSED, NAME, "awq", "language_model.model.layers.1", True),
+        (COMPOSED, NAME, "awq", "visual", False),
+        (COMPOSED, NAME, "gptq", r"model\.language_model\.layers\.1\.", True),
+        (COMPOSED, NAME, "gptq", r"model\.layers\.1\.", False),
+        (COMPOSED, NAME, "modelopt", "language_model.model.layers.1.*", True),
+        (COMPOSED, NAME, "modelopt", "*language_model.layers.1*", True),
+        (COMPOSED, NAME, "modelopt", "vision_tower*", False),
+        # Tools see fused modules where the model's class has them; else they are other engines' names of parts.
+        (FUSED, NAME, "fp8", "model.layers.1.mlp.gate_up_proj", True),
+        (FUSED, NAME, "ct", r"re:.*gate_up_proj$", True),
+        (FUSED, NAME, "ct", r"re:.*gate_proj$", False),
+        (FUSED, NAME, "ct", r"re:.*\.(?!gate_up_proj$)[^.]*$", False),  # all but these
+        (FUSED, NAME, "gptq", r".*gate_up_proj", True),
+        (FUSED, "model.layers.1.self_attn.k_proj", "awq", "self_attn.qkv_proj", True),
+        (FUSED, "model.layers.1.self_attn.k_proj", "modelopt", "*.qkv_proj", True),
+        (ModuleNaming(), NAME, "fp8", "model.layers.1.mlp.gate_up_proj", True),
+        (ModuleNaming(), NAME, "ct", "model.layers.1.mlp.gate_up_proj", True),
+        (ModuleNaming(), NAME, "ct", r"re:.*\.(?!gate_proj$)[^.]*$", False),
+        (ModuleNaming(), NAME, "modelopt", "*.gate_up_proj", True),
+        (ModuleNaming(), NAME, "fp8", "model.layers.1.self_attn.qkv_proj", False),
+        # All experts of a layer as one tensor.
+        (ModuleNaming(), EXPERT, "fp8", "model.layers.1.mlp.experts.down_proj", True),
+        (COMPOSED, EXPERT, "modelopt", "model.language_model.layers.1.mlp.experts.down_proj", True),
+        (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts.gate_up_proj", False),
+        (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts", True),
+        # A decoder by itself.
+        (ModuleNaming(prefixes=("model.", "")), NAME, "ct", "layers.1.mlp.gate_proj", True),
+        (ModuleNaming(), NAME, "ct", "layers.1.mlp.gate_proj", False),
+    ],
+)  # fmt: skip
+def test_lists_have_the_names_of_their_tools(naming, name, method, pattern, expected):
+    sections = {
+        "fp8": FP8 | {"modules_to_not_convert": [pattern]},
+        "ct": ct_with(ignore=[pattern]),
+        "awq": AWQ | {"modules_to_not_convert": [pattern]},
+        "gptq": GPTQ | {"dynamic": {f"-:{pattern}": {}}},
+        "modelopt": NEWER_MODELOPT | {"ignore": [pattern]},
+    }
+    config = read_quantization({"quantization_config": sections[method]}, None, "/models/m", None, naming)
+    assert config.is_ignored(name) == expected
+
+
+def test_blocks_of_gptq_name_fused_modules_where_the_class_has_them():
+    section = GPTQ | {"modules_in_block_to_quantize": [["mlp.gate_up_proj"], ["mlp.down_proj"]]}
+    for naming, expected in ((FUSED, False), (ModuleNaming(), True)):
+        config = read_quantization({"quantization_config": section}, None, "/models/m", None, naming)
+        assert config.is_ignored(NAME) is expected
+
+
+def test_the_family_says_how_its_modules_are_called(tmp_path):
+    names = {"phi3": ModuleNaming(is_fused=True), "gemma3_vl": COMPOSED, "qwen3": ModuleNaming()}
+    for family, naming in names.items():
+        folder = rm.make_config(tmp_path / family, family, quantization_config=FP8)
+        if family == "gemma3_vl":
+            content = json.loads((folder / "config.json").read_text())
+            content["quantization_config"] = content["text_config"].pop("quantization_config")
+            (folder / "config.json").write_text(json.dumps(content))
+        assert ModelConfig.from_path(str(folder)).quantization_config.naming == naming
+    rm.write_pooling(folder)
+    assert ModelConfig.from_path(str(folder)).quantization_config.naming == ModuleNaming(prefixes=("model.", ""))
 
 
 def test_modules_that_gptqs_tools_leave_out():

@@ -19,22 +19,66 @@ def checked_patterns(patterns: Iterable[str], where: str, prefix: str | None) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleNaming:
+    """How a model's tool calls the modules that boxes name."""
+
+    prefixes: tuple[str, ...] = ("model.",)  # of a decoder's modules, any of them; "model." in boxes
+    is_fused: bool = False  # q, k and v are one module, and so are gate and up
+
+    def own(self, name: str) -> list[str]:
+        """What the module may have been called where the list was written."""
+        return self._with_prefixes(_fused_name(name) if self.is_fused else name)
+
+    def others(self, name: str) -> list[str]:
+        """What engines call the module, or the one that it is a part of. None of their words stands for the rest."""
+        fused = _fused_name(name)
+        stacked = [re.sub(r"\.experts\.\d+\.", ".experts.", one) for one in (name, fused) if ".experts." in one]
+        return [one for each in (fused, *stacked) for one in self._with_prefixes(each)] + [name]
+
+    def _with_prefixes(self, name: str) -> list[str]:
+        if not name.startswith("model."):
+            return [name]
+        return [prefix + name.removeprefix("model.") for prefix in self.prefixes]
+
+
+PLAIN_NAMING = ModuleNaming()
+_FUSED = re.compile(r"\.(?:([qkv])|gate|up)_proj$")
+
+
+def _fused_name(name: str) -> str:
+    return _FUSED.sub(lambda match: ".qkv_proj" if match[1] else ".gate_up_proj", name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Modules:
-    """Some modules: lists have hundreds of patterns, and a model of experts has tens of thousands of names."""
+    """Some modules: lists have hundreds of patterns, and a model of experts has tens of thousands of names.
+
+    A regular expression may mean what it does not name, "all but the language model", so that it is asked of none but
+    the tool's own names. The rest says what it names, and in whatever spelling.
+    """
 
     names: frozenset[str] = frozenset()
     parents: frozenset[str] = frozenset()  # with all that is in them
     ends: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # modules around it or in the middle of its name
+    globs: tuple[re.Pattern[str], ...] = ()
     patterns: tuple[re.Pattern[str], ...] = ()  # of the beginning of a name
 
-    def matches(self, name: str) -> bool:
+    def matches(self, name: str, naming: ModuleNaming) -> bool:
+        """Whether the module that boxes call `name` is one of them."""
+        own = naming.own(name)
+        if any(pattern.match(one) for pattern in self.patterns for one in own):
+            return True
+        return any(self._names(one) for one in dict.fromkeys((*own, *naming.others(name))))
+
+    def _names(self, name: str) -> bool:
         if name in self.names or name.endswith(self.ends):
             return True
         if self.parents:
             dots = [match.start() for match in re.finditer(r"\.", name)]
             if not self.parents.isdisjoint(name[:end] for end in (*dots, len(name))):
                 return True
-        return any(pattern.match(name) for pattern in self.patterns)
+        return any(f".{part}." in f".{name}." for part in self.parts) or any(glob.match(name) for glob in self.globs)
 
 
 def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
@@ -50,9 +94,7 @@ def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
 
 def _modules_of_awq(ignored: tuple[str, ...]) -> Modules:
     """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here."""
-    by_rule = _modules_of_transformers(ignored)
-    parts = tuple(re.compile(rf"(?:.*\.)?{re.escape(name)}(?:\.|$)") for name in ignored)
-    return dataclasses.replace(by_rule, patterns=by_rule.patterns + parts)
+    return dataclasses.replace(_modules_of_transformers(ignored), parts=ignored)
 
 
 def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
@@ -66,8 +108,8 @@ def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
 def _modules_of_modelopt(ignored: tuple[str, ...]) -> Modules:
     """Shell patterns for whole names, or names of modules with all that is in them."""
     wild = [pattern for pattern in ignored if re.search(r"[*?\[]", pattern)]
-    patterns = tuple(re.compile(fnmatch.translate(pattern)) for pattern in wild)
-    return Modules(parents=frozenset(ignored), patterns=patterns)
+    globs = tuple(re.compile(fnmatch.translate(pattern)) for pattern in wild)
+    return Modules(parents=frozenset(ignored), globs=globs)
 
 
 MODULES: dict[str, Callable[[tuple[str, ...]], Modules]] = {

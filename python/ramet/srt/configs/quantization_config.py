@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 
-from ramet.srt.configs.left_out_modules import MODULES, Modules
+from ramet.srt.configs.left_out_modules import MODULES, PLAIN_NAMING, ModuleNaming, Modules
 from ramet.srt.configs.weight_format import FP8, WeightFormat
 
 WEIGHT_SUFFIX = ".weight"
@@ -17,6 +17,7 @@ class QuantizationConfig:
     file: str  # that says so
     format: WeightFormat
     ignored: tuple[str, ...] = ()  # patterns of modules that are not quantised, by the rules of `method`
+    naming: ModuleNaming = PLAIN_NAMING
 
     @property
     def name(self) -> str:
@@ -30,7 +31,7 @@ class QuantizationConfig:
 
     def is_ignored(self, module_name: str) -> bool:
         """Whether the checkpoint's linear layer of that name, such as model.layers.0.mlp.up_proj, is not quantised."""
-        return self._left_out.matches(module_name)
+        return self._left_out.matches(module_name, self.naming)
 
     @functools.cached_property
     def _left_out(self) -> Modules:
