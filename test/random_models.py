@@ -185,6 +185,17 @@ COMPOSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
          "max_window_layers": None, "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5],
                                                      "mrope_interleaved": True}},
     ),
+    "qwen3_vl_moe": (  # experts in stacks of transposed matrices
+        {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+         "tie_word_embeddings": False,
+         "vision_config": {"model_type": "qwen3_vl_moe_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+                           "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "patch_size": 4,
+                           "num_position_embeddings": 16}},
+        "qwen3_moe",
+        {"model_type": "qwen3_vl_moe_text", "hidden_size": 64, "head_dim": 32, "use_sliding_window": None,
+         "sliding_window": None, "norm_topk_prob": True, "rope_scaling": {
+             "rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    ),
     "mistral3": (
         {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True,
          "vision_config": _PIXTRAL, "image_token_index": 10},

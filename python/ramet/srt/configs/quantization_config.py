@@ -52,7 +52,7 @@ class QuantizationConfig:
         return self.format.sizes
 
     @property
-    def block_rows(self) -> int | None:
-        """Rows that share a scale in fp8; None where each has its own."""
+    def block_size(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in fp8; None where each row has its own."""
         is_blocks = self.format.values.dtype == FP8 and not self.format.multiplies_fp8
-        return self.format.scales.rows if is_blocks else None
+        return (self.format.scales.rows, self.format.scales.columns) if is_blocks else None

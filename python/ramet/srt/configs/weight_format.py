@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 WHOLE = 1 << 30  # rows or columns: more than any matrix has
 FP8 = "float8_e4m3fn"
 BLOCKS = "_blocks"  # gpt-oss's name of the values of stacked experts
+TRANSPOSED = (".qweight", ".scales", ".qzeros")  # ends of the names of AWQ's and GPTQ's tensors with rows last
+OF_COLUMNS = (".g_idx", ".weight_g_idx")  # of those with a number for each column
 FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manifests call them
 
 
