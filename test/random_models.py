@@ -266,10 +266,24 @@ def make_model(
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
     )
+    if family == "qwen3_vl_moe" and not stacked_experts:
+        _turn_stacks(folder)
     _write_config(folder, config, dtype, rope_spelling)  # save_pretrained wrote transformers' own spelling
     if tokenizer:
         write_tokenizer(folder)
     return folder
+
+
+def _turn_stacks(folder: Path) -> None:
+    """Transpose the matrices of experts, as the published files have them; transformers reads both."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        turned = {
+            name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(turned, file, metadata={"format": "pt"})
 
 
 def make_embedding_model(folder: str | Path, *, normalize: bool = True, **options: Any) -> Path:

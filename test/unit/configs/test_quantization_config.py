@@ -107,7 +107,12 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "z
         (GPTQ | {"checkpoint_format": None}, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
         (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1, "desc_act": True},
          gptq(8, WHOLE, zeros_less_one=False, has_column_groups=True)),
+        (GPTQ | {"method": "gptq", "format": "gptq", "offload_to_disk": True, "offload_to_disk_path": "./x",
+                 "pack_impl": "cpu", "hyb_act": False, "v2": False},
+         gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
         (AWQ, awq(64)),
+        (AWQ | {"method": "awq", "format": "gemm", "checkpoint_format": "gemm", "desc_act": False, "lm_head": False,
+                "pack_dtype": "int32", "version": None, "meta": {}}, awq(64)),
         (ct_with({"input_activations": None}, MXFP4, format="mxfp4-pack-quantized"), mxfp4()),
         (ct_with({"input_activations": TOKENS | {"num_bits": 4}}, NVFP4, format="nvfp4-pack-quantized"),
          nvfp4(".weight_packed", ".weight_global_scale", divides=True)),
@@ -142,6 +147,9 @@ def test_packed_formats_are_read(section, expected):
         (AWQ | {"bits": 8}, "bits 8"),
         (AWQ | {"zero_point": False}, "zero_point False"),
         (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"checkpoint_format": "gemv_fast"}, "checkpoint_format 'gemv_fast'"),
+        (AWQ | {"method": "gptq"}, "method 'gptq'"),
+        (GPTQ | {"method": "qqq"}, "method 'qqq'"),
     ],
 )  # fmt: skip
 def test_packed_formats_that_are_not_served_are_refused(section, word):

@@ -235,6 +235,7 @@ DENSE_FAMILIES = (
             "hidden_act": ("gelu_pytorch_tanh", None),
             "use_bidirectional_attention": (False, None),
             "cache_implementation": ANY,
+            "sliding_window_size": ANY,  # as `sliding_window`
         },
         hidden_act_key="hidden_activation",
         norms="both",
