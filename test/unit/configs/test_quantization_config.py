@@ -391,6 +391,8 @@ def test_modules_that_gptqs_tools_leave_out():
 def test_awqs_lists_may_name_modules_in_the_middle():
     config = read(AWQ | {"modules_to_not_convert": ["mlp", "visual"]})
     assert config.is_ignored(NAME) and config.is_ignored("mlp.x") and not config.is_ignored("model.layers.1.mlps.x")
+    config = read(AWQ | {"modules_to_not_convert": [".layers.1.", "mlp.gate."]})
+    assert config.is_ignored(NAME) and not config.is_ignored("model.layers.11.mlp.gate_proj")
 
 
 def test_weights_alone_may_be_nvfp4():

@@ -93,8 +93,11 @@ def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
 
 
 def _modules_of_awq(ignored: tuple[str, ...]) -> Modules:
-    """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here."""
-    return dataclasses.replace(_modules_of_transformers(ignored), parts=ignored)
+    """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here.
+
+    Where the part begins or ends with a dot, that says so.
+    """
+    return dataclasses.replace(_modules_of_transformers(ignored), parts=tuple(name.strip(".") for name in ignored))
 
 
 def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
