@@ -235,7 +235,7 @@ class LoraManager:
                 send_weights_group_ports=(),
                 fallback="error",
                 weights_digest=adapter.digest,
-                shows_keys=True,
+                shows_keys=not source.is_listed,
                 modelexpress_url=None,
             )
         products = products_of(adapter, self._shapes)
