@@ -74,6 +74,11 @@ class WeightFormat:
                 yield field.name, grid
 
     @property
+    def ones(self) -> int:
+        """What is added to each word of zeros as a whole: one in each of its numbers, or nothing."""
+        return {4: 0x11111111, 8: 0x01010101}[self.bits] if self.zeros_less_one else 0
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What other instances compare: the matrix' part that shares a scale, but for whole rows, and the bits."""
         sizes = {}
