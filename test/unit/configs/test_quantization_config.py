@@ -302,6 +302,7 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
 
 COMPOSED = ModuleNaming(prefixes=PREFIXES)
 FUSED = ModuleNaming(is_fused=True)
+MIXTRAL = "model.layers.1.block_sparse_moe.experts.0.w3"
 EXPERT = "model.layers.1.mlp.experts.12.down_proj"
 
 
@@ -344,6 +345,10 @@ EXPERT = "model.layers.1.mlp.experts.12.down_proj"
         (COMPOSED, EXPERT, "modelopt", "model.language_model.layers.1.mlp.experts.down_proj", True),
         (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts.gate_up_proj", False),
         (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts", True),
+        (ModuleNaming(), MIXTRAL, "fp8", "model.layers.1.mlp.experts", True),
+        (ModuleNaming(), MIXTRAL, "ct", "model.layers.1.mlp.experts.gate_up_proj", True),
+        (ModuleNaming(), MIXTRAL, "fp8", "gate", False),
+        (ModuleNaming(), MIXTRAL, "modelopt", "*.block_sparse_moe.experts*", True),
         # A decoder by itself.
         (ModuleNaming(prefixes=("model.", "")), NAME, "ct", "layers.1.mlp.gate_proj", True),
         (ModuleNaming(), NAME, "ct", "layers.1.mlp.gate_proj", False),

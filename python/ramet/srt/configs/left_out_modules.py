@@ -32,7 +32,9 @@ class ModuleNaming:
     def others(self, name: str) -> list[str]:
         """What engines call the module, or the one that it is a part of. None of their words stands for the rest."""
         fused = _fused_name(name)
-        stacked = [re.sub(r"\.experts\.\d+\.", ".experts.", one) for one in (name, fused) if ".experts." in one]
+        stacked = [_EXPERT.sub(".experts.", one) for one in (name, fused) if _EXPERT.search(one)]
+        # transformers 5 has one spelling for the experts of all families.
+        stacked += [one.replace(".block_sparse_moe.", ".mlp.") for one in stacked]
         return [one for each in (fused, *stacked) for one in self._with_prefixes(each)] + [name]
 
     def _with_prefixes(self, name: str) -> list[str]:
@@ -42,11 +44,12 @@ class ModuleNaming:
 
 
 PLAIN_NAMING = ModuleNaming()
-_FUSED = re.compile(r"\.(?:([qkv])|gate|up)_proj$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_FUSED = re.compile(r"\.(?:(?P<qkv>[qkv]_proj)|(?P<gate_up>(?:gate|up)_proj|w[13])|(?P<down>w2))$")
 
 
 def _fused_name(name: str) -> str:
-    return _FUSED.sub(lambda match: ".qkv_proj" if match[1] else ".gate_up_proj", name)
+    return _FUSED.sub(lambda match: f".{match.lastgroup}_proj", name)
 
 
 @dataclass(frozen=True, kw_only=True)
