@@ -55,6 +55,9 @@ async def load_first_adapters(
     seeds = [_address(url) for url in givers] if are_listed else args.seeds
     if not args.has_lora or not seeds:
         return
+    if are_listed and args.weights_digest is not None:
+        logger.info("no adapters are taken from an instance that is only listed: --weights-digest does not name theirs")
+        return
     listed = await control.ask_first(seeds, are_listed=are_listed)
     if isinstance(listed, str):
         # The seeds may be of a kind without adapters; or gone, and the model's weights have come from files.
