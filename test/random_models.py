@@ -185,6 +185,17 @@ COMPOSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
          "max_window_layers": None, "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5],
                                                      "mrope_interleaved": True}},
     ),
+    "qwen3_vl_moe": (  # experts in stacks of transposed matrices
+        {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+         "tie_word_embeddings": False,
+         "vision_config": {"model_type": "qwen3_vl_moe_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+                           "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "patch_size": 4,
+                           "num_position_embeddings": 16}},
+        "qwen3_moe",
+        {"model_type": "qwen3_vl_moe_text", "hidden_size": 64, "head_dim": 32, "use_sliding_window": None,
+         "sliding_window": None, "norm_topk_prob": True, "rope_scaling": {
+             "rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    ),
     "mistral3": (
         {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True,
          "vision_config": _PIXTRAL, "image_token_index": 10},
@@ -255,10 +266,24 @@ def make_model(
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size=max_shard_size, save_original_format=not stacked_experts
     )
+    if family == "qwen3_vl_moe" and not stacked_experts:
+        _turn_stacks(folder)
     _write_config(folder, config, dtype, rope_spelling)  # save_pretrained wrote transformers' own spelling
     if tokenizer:
         write_tokenizer(folder)
     return folder
+
+
+def _turn_stacks(folder: Path) -> None:
+    """Transpose the matrices of experts, as the published files have them; transformers reads both."""
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        turned = {
+            name: tensor.transpose(1, 2).contiguous() if ".mlp.experts." in name else tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(turned, file, metadata={"format": "pt"})
 
 
 def make_embedding_model(folder: str | Path, *, normalize: bool = True, **options: Any) -> Path:

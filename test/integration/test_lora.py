@@ -71,6 +71,18 @@ def test_several_adapters_over_two_ranks(case, seed):
         check_tokens(case, seed)
 
 
+def test_attention_that_is_data_parallel(case, seed, tmp_path):
+    """Each rank has other requests' attention, and the MLPs of all; the adapters are a seed's of another topology."""
+    flags = ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention", "--max-lora-rank", "20")
+    paths = ("--lora-paths", seed.url.replace("http", "instance"))
+    with ServerProcess(case.model, tmp_path / "log", *flags, *paths, *SMALL, fake=False) as server:
+        server.wait_ready()
+        for _ in range(2):
+            check_tokens(case, server)
+            check_tokens(case, server, ("two", "one", None))
+            check_tokens(case, server, ("two",))
+
+
 def test_models_that_requests_can_name(case, seed):
     assert model_names(seed) == ["fake", "one", "two"]
     card = httpx.get(f"{seed.url}/v1/models/one").json()
@@ -187,7 +199,6 @@ def test_clones_have_the_adapters_of_their_seeds(case, seed, tmp_path):
         (["--lora-paths", "one={one}", "one={one}"], "each adapter needs a name of its own"),
         (["--lora-paths", "one={one}", "--max-lora-rank", "2"], "has the rank 6; --max-lora-rank is 2"),
         (["--max-loras", "2"], "--max-loras-per-batch needs --enable-lora"),
-        (["--enable-lora", "--enable-dp-attention", "--tp", "2", "--dp", "2"], "don't go together"),
     ],
 )
 def test_starts_that_are_refused(case, tmp_path, flags, words):

@@ -190,9 +190,6 @@ class ServerArgs(ServerFlags):
             for name in ("max_loras_per_batch", "max_lora_rank"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{flag_name(name)} needs --enable-lora")
-            return
-        if self.enable_dp_attention:
-            raise ValueError("--enable-lora and --enable-dp-attention don't go together")
 
     def _validate_group_ports(self) -> None:
         name = "--remote-instance-weight-loader-send-weights-group-ports"

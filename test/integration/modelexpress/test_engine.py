@@ -10,6 +10,7 @@ import time
 import httpx
 import pytest
 from doomed_modelexpress_server import DoomedServer
+from lora_adapters import make_adapter
 from modelexpress_harness import free_port, running_server, wait_until
 from ramet import Engine
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
@@ -77,8 +78,9 @@ def replicas(tmp_path_factory, model, mx):
         yield servers
 
 
-def load_report(server, rank=0):
-    return httpx.get(f"{server.url}/get_server_info").json()["ranks"][rank]["load_report"]
+def load_report(server, rank=0, key=""):
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(f"{server.url}/get_server_info", headers=headers).json()["ranks"][rank]["load_report"]
 
 
 def answer(server):
@@ -263,6 +265,24 @@ def test_every_rank_is_found_and_other_topologies_too(fleet):
         first.signal(signal.SIGTERM)
         assert first.wait_exit() == 0
         assert status(own, first) == ["STALE"] * 2
+
+
+def test_the_adapters_of_the_instance_that_gives_its_weights(fleet, model, tmp_path):
+    """By themselves, as with seeds by address; only those who may know the key get them, and it is shown to nobody."""
+    adapter = make_adapter(tmp_path / "one", model, seed=1)
+    keys = ("--enable-lora", "--api-key", "user", "--admin-api-key", "boss")
+    with running_server() as own:
+        first = fleet.start({"url": own.address}, *keys, "--lora-paths", f"one={adapter}").wait_ready()
+        wait_until(lambda: status(own, first) == ["READY"], what="READY")
+        second = fleet.start({"url": own.address}, *keys, f"{PREFIX}-fallback", "error").wait_ready()
+        assert load_report(second, key="boss")["instances"] == [first.url]
+        question = QUESTION | {"lora_path": "one"}
+        headers = {"Authorization": "Bearer user"}
+        answers = [
+            httpx.post(f"{server.url}/generate", json=question, headers=headers).json() for server in (first, second)
+        ]
+        assert answers[0]["output_ids"] == answers[1]["output_ids"]
+        assert answers[1]["meta_info"]["lora_name"] == "one" and "loaded the adapter one from" in second.output
 
 
 def test_defect_14_who_has_no_token_neither_publishes_nor_looks(fleet, tmp_path):

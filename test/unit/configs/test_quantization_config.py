@@ -4,6 +4,8 @@ import json
 
 import pytest
 import random_models as rm
+from ramet.srt.configs.composed_families import PREFIXES
+from ramet.srt.configs.left_out_modules import ModuleNaming
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.quantization_readers import read_quantization
 from ramet.srt.configs.weight_format import (
@@ -108,7 +110,12 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "z
         (GPTQ | {"checkpoint_format": None}, gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
         (GPTQ | {"checkpoint_format": "gptq_v2", "bits": 8, "group_size": -1, "desc_act": True},
          gptq(8, WHOLE, zeros_less_one=False, has_column_groups=True)),
+        (GPTQ | {"method": "gptq", "format": "gptq", "offload_to_disk": True, "offload_to_disk_path": "./x",
+                 "pack_impl": "cpu", "hyb_act": False, "v2": False},
+         gptq(4, 128, zeros_less_one=True, has_column_groups=False)),
         (AWQ, awq(64)),
+        (AWQ | {"method": "awq", "format": "gemm", "checkpoint_format": "gemm", "desc_act": False, "lm_head": False,
+                "pack_dtype": "int32", "version": None, "meta": {}}, awq(64)),
         (ct_with({"input_activations": None}, MXFP4, format="mxfp4-pack-quantized"), mxfp4()),
         (ct_with({"input_activations": TOKENS | {"num_bits": 4}}, NVFP4, format="nvfp4-pack-quantized"),
          nvfp4(".weight_packed", ".weight_global_scale", divides=True)),
@@ -143,6 +150,9 @@ def test_packed_formats_are_read(section, expected):
         (AWQ | {"bits": 8}, "bits 8"),
         (AWQ | {"zero_point": False}, "zero_point False"),
         (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"checkpoint_format": "gemv_fast"}, "checkpoint_format 'gemv_fast'"),
+        (AWQ | {"method": "gptq"}, "method 'gptq'"),
+        (GPTQ | {"method": "qqq"}, "method 'qqq'"),
     ],
 )  # fmt: skip
 def test_packed_formats_that_are_not_served_are_refused(section, word):
@@ -293,6 +303,92 @@ def test_patterns_of_layers_that_are_left_out(pattern, by_fp8, by_ct, by_modelop
     assert read(None, file).is_ignored(NAME) == by_modelopt
 
 
+COMPOSED = ModuleNaming(prefixes=PREFIXES)
+FUSED = ModuleNaming(is_fused=True)
+MIXTRAL = "model.layers.1.block_sparse_moe.experts.0.w3"
+EXPERT = "model.layers.1.mlp.experts.12.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("naming", "name", "method", "pattern", "expected"),
+    [
+        # What a text model's modules are called in the whole, by transformers before and since 4.52, and by themselves.
+        (COMPOSED, NAME, "fp8", "model.language_model.layers.1.mlp.gate_proj", True),
+        (COMPOSED, NAME, "fp8", "language_model.model.layers.1", True),
+        (COMPOSED, NAME, "fp8", "model.layers.1", True),
+        (COMPOSED, NAME, "fp8", "model.visual", False),
+        (COMPOSED, NAME, "fp8", "language_model.model.layers.11", False),
+        (COMPOSED, NAME, "ct", "model.language_model.layers.1.mlp.gate_proj", True),
+        (COMPOSED, NAME, "ct", "model.language_model.layers.1", False),
+        (COMPOSED, NAME, "ct", r"re:.*language_model\.layers\.1\..*", True),
+        (COMPOSED, NAME, "ct", r"re:(?!.*language_model).*", False),  # all but the text model
+        (COMPOSED, NAME, "ct", "re:model.visual.*", False),
+        (COMPOSED, NAME, "awq", "language_model.model.layers.1", True),
+        (COMPOSED, NAME, "awq", "visual", False),
+        (COMPOSED, NAME, "gptq", r"model\.language_model\.layers\.1\.", True),
+        (COMPOSED, NAME, "gptq", r"model\.layers\.1\.", False),
+        (COMPOSED, NAME, "modelopt", "language_model.model.layers.1.*", True),
+        (COMPOSED, NAME, "modelopt", "*language_model.layers.1*", True),
+        (COMPOSED, NAME, "modelopt", "vision_tower*", False),
+        # Tools see fused modules where the model's class has them; else they are other engines' names of parts.
+        (FUSED, NAME, "fp8", "model.layers.1.mlp.gate_up_proj", True),
+        (FUSED, NAME, "ct", r"re:.*gate_up_proj$", True),
+        (FUSED, NAME, "ct", r"re:.*gate_proj$", False),
+        (FUSED, NAME, "ct", r"re:.*\.(?!gate_up_proj$)[^.]*$", False),  # all but these
+        (FUSED, NAME, "gptq", r".*gate_up_proj", True),
+        (FUSED, "model.layers.1.self_attn.k_proj", "awq", "self_attn.qkv_proj", True),
+        (FUSED, "model.layers.1.self_attn.k_proj", "modelopt", "*.qkv_proj", True),
+        (ModuleNaming(), NAME, "fp8", "model.layers.1.mlp.gate_up_proj", True),
+        (ModuleNaming(), NAME, "ct", "model.layers.1.mlp.gate_up_proj", True),
+        (ModuleNaming(), NAME, "ct", r"re:.*\.(?!gate_proj$)[^.]*$", False),
+        (ModuleNaming(), NAME, "modelopt", "*.gate_up_proj", True),
+        (ModuleNaming(), NAME, "fp8", "model.layers.1.self_attn.qkv_proj", False),
+        # All experts of a layer as one tensor.
+        (ModuleNaming(), EXPERT, "fp8", "model.layers.1.mlp.experts.down_proj", True),
+        (COMPOSED, EXPERT, "modelopt", "model.language_model.layers.1.mlp.experts.down_proj", True),
+        (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts.gate_up_proj", False),
+        (COMPOSED, EXPERT, "fp8", "model.language_model.layers.1.mlp.experts", True),
+        (ModuleNaming(), MIXTRAL, "fp8", "model.layers.1.mlp.experts", True),
+        (ModuleNaming(), MIXTRAL, "ct", "model.layers.1.mlp.experts.gate_up_proj", True),
+        (ModuleNaming(), MIXTRAL, "fp8", "gate", False),
+        (ModuleNaming(), MIXTRAL, "modelopt", "*.block_sparse_moe.experts*", True),
+        # A decoder by itself.
+        (ModuleNaming(prefixes=("model.", "")), NAME, "ct", "layers.1.mlp.gate_proj", True),
+        (ModuleNaming(), NAME, "ct", "layers.1.mlp.gate_proj", False),
+    ],
+)  # fmt: skip
+def test_lists_have_the_names_of_their_tools(naming, name, method, pattern, expected):
+    sections = {
+        "fp8": FP8 | {"modules_to_not_convert": [pattern]},
+        "ct": ct_with(ignore=[pattern]),
+        "awq": AWQ | {"modules_to_not_convert": [pattern]},
+        "gptq": GPTQ | {"dynamic": {f"-:{pattern}": {}}},
+        "modelopt": NEWER_MODELOPT | {"ignore": [pattern]},
+    }
+    config = read_quantization({"quantization_config": sections[method]}, None, "/models/m", None, naming)
+    assert config.is_ignored(name) == expected
+
+
+def test_blocks_of_gptq_name_fused_modules_where_the_class_has_them():
+    section = GPTQ | {"modules_in_block_to_quantize": [["mlp.gate_up_proj"], ["mlp.down_proj"]]}
+    for naming, expected in ((FUSED, False), (ModuleNaming(), True)):
+        config = read_quantization({"quantization_config": section}, None, "/models/m", None, naming)
+        assert config.is_ignored(NAME) is expected
+
+
+def test_the_family_says_how_its_modules_are_called(tmp_path):
+    names = {"phi3": ModuleNaming(is_fused=True), "gemma3_vl": COMPOSED, "qwen3": ModuleNaming()}
+    for family, naming in names.items():
+        folder = rm.make_config(tmp_path / family, family, quantization_config=FP8)
+        if family == "gemma3_vl":
+            content = json.loads((folder / "config.json").read_text())
+            content["quantization_config"] = content["text_config"].pop("quantization_config")
+            (folder / "config.json").write_text(json.dumps(content))
+        assert ModelConfig.from_path(str(folder)).quantization_config.naming == naming
+    rm.write_pooling(folder)
+    assert ModelConfig.from_path(str(folder)).quantization_config.naming == ModuleNaming(prefixes=("model.", ""))
+
+
 def test_modules_that_gptqs_tools_leave_out():
     left_out = read(GPTQ | {"dynamic": {r"-:.*\.mlp\.gate_.*": {}}})
     assert left_out.is_ignored(NAME) and not left_out.is_ignored("model.layers.1.mlp.up_proj")
@@ -303,6 +399,8 @@ def test_modules_that_gptqs_tools_leave_out():
 def test_awqs_lists_may_name_modules_in_the_middle():
     config = read(AWQ | {"modules_to_not_convert": ["mlp", "visual"]})
     assert config.is_ignored(NAME) and config.is_ignored("mlp.x") and not config.is_ignored("model.layers.1.mlps.x")
+    config = read(AWQ | {"modules_to_not_convert": [".layers.1.", "mlp.gate."]})
+    assert config.is_ignored(NAME) and not config.is_ignored("model.layers.11.mlp.gate_proj")
 
 
 def test_weights_alone_may_be_nvfp4():

@@ -8,11 +8,14 @@ import pytest
 import random_models as rm
 from lora_adapters import make_adapter
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.entrypoints.start_adapters import load_first_adapters
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.lora.adapter_paths import LoraPath
 from ramet.srt.managers.io_struct import LoadLoraReqInput, LoraReqOutput
 from ramet.srt.managers.lora_control import LoraControl
 from ramet.srt.managers.lora_registry import LoraRegistry
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.net import SeedAddress
 
 NUM_REPLICAS = 3
 
@@ -101,3 +104,54 @@ async def test_an_instance_without_adapters(adapter):
     for call in (case.control.load(LoraPath("a", adapter)), case.control.unload("a")):
         with pytest.raises(RequestError, match="--enable-lora"):
             await call
+
+
+class Asked:
+    """Stands in for LoraControl: notes which instances are asked, and how."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.calls = []
+
+    async def ask_first(self, addresses, *, are_listed=False):
+        self.calls.append((list(addresses), are_listed))
+        return self.answer
+
+    async def load_listed(self, address, listed, *, is_listed=False):
+        self.calls.append((address, is_listed))
+
+
+GIVER = SeedAddress("10.0.0.7", 30000)
+BY_ADDRESS = {"load_format": "remote_instance", "remote_instance_weight_loader_seed_instance_ip": "10.0.0.7:30000"}
+LISTED = {"load_format": "remote_instance", "remote_instance_weight_loader_backend": "modelexpress",
+          "modelexpress_config": '{"url": "10.0.0.9:8001"}'}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "givers", "expected"),
+    [
+        (BY_ADDRESS, [], [([GIVER], False), (GIVER, False)]),
+        (LISTED, ["http://10.0.0.7:30000"], [([GIVER], True), (GIVER, True)]),
+        (LISTED, [], []),  # read from files, or given by an engine that has no such URL
+        (LISTED | {"weights_digest": "0" * 64}, ["http://10.0.0.7:30000"], []),
+        (LISTED | {"enable_lora": False}, ["http://10.0.0.7:30000"], []),
+    ],
+)
+async def test_whose_adapters_an_instance_takes_from_its_start_on(flags, givers, expected):
+    args = ServerArgs(**{"model_path": "m", "enable_lora": True} | flags)
+    control: Any = Asked((GIVER, []))
+    await load_first_adapters(control, [], args, givers)
+    assert control.calls == expected
+
+
+@pytest.mark.parametrize("fallback", ["disk", "error"])
+async def test_an_instance_that_tells_no_adapters(fallback):
+    args = ServerArgs(model_path="m", enable_lora=True, remote_instance_weight_loader_fallback=fallback, **LISTED)
+    control: Any = Asked("it is gone")
+    load = load_first_adapters(control, [], args, ["https://10.0.0.7:30000"])
+    if fallback == "disk":
+        await load
+    else:
+        with pytest.raises(RequestError, match="it is gone"):
+            await load
+    assert control.calls == [([SeedAddress("10.0.0.7", 30000, "https")], True)]

@@ -79,7 +79,8 @@ def test_memory_that_is_no_host_memory_is_read_by_tensors(tmp_path: Path, monkey
             arena.memory[place] ^= 1
 
 
-def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path, is_turned: bool) -> None:
     tensors = make_checkpoint(tmp_path / "m", "qwen3_moe")
     layers: dict[str, dict[tuple[str, int], torch.Tensor]] = {}
     stacked = {}
@@ -95,6 +96,8 @@ def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -
             [torch.cat([parts["gate", i], parts["up", i]]) for i in experts]
         )
         stacked[f"{layer}.mlp.experts.down_proj"] = torch.stack([parts["down", i] for i in experts])
+    for name in [name for name in stacked if ".experts." in name and is_turned]:
+        stacked[name] = stacked[name].transpose(1, 2).contiguous()
     make_config(tmp_path / "s", "qwen3_moe")
     toy.save_checkpoint(tmp_path / "s", stacked, 1)
     table = compute_table(str(tmp_path / "s"))
@@ -107,7 +110,10 @@ def test_experts_that_the_files_stack_are_found_in_their_stack(tmp_path: Path) -
         assert check_bands(arena, table).wrong == {expert.name}
 
 
-@pytest.mark.parametrize(("family", "scales"), [("phi3", ""), ("phi3", "ct_tensor"), ("qwen3_vl", "")])
+@pytest.mark.parametrize(
+    ("family", "scales"),
+    [("phi3", ""), ("phi3", "ct_tensor"), ("phi3", "blocks"), ("qwen3_vl", ""), ("qwen3_vl_moe", "")],
+)
 def test_fused_tensors_and_those_of_a_part_are_found(tmp_path: Path, family: str, scales: str) -> None:
     folder = rm.make_model(tmp_path / "plain", family)
     if scales:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import numpy as np
 import torch
 
 from ramet.srt.batch.pass_tokens import PassTokens
@@ -32,6 +33,7 @@ class ForwardBatch:
     seq_lens: torch.Tensor  # int32 [batch_size]: tokens in the cache after this pass
     tokens: PassTokens  # the same on the host; in a captured pass, as long as a replay may have them
     is_long: torch.Tensor | None = None  # bool [num_tokens]: whose positions turn by the second set of frequencies
+    lora_slots: np.ndarray | None = None  # int32 [num_tokens]: the adapter's slot of all tokens; None: none has one
     attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
     is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 

@@ -6,9 +6,13 @@ from typing import Any
 
 from ramet.srt.configs.dense_families import DENSE_FAMILIES, PLAIN
 from ramet.srt.configs.harmless_keys import ANY
-from ramet.srt.configs.model_family import ModelFamily
+from ramet.srt.configs.model_family import ExpertTraits, ModelFamily
 
 TEXT = "text_config"  # the key of the text model's config
+PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+)  # of the text model's modules: transformers' since 4.52, before
 # Keys of the whole that mean more than the text model's own.
 OF_THE_WHOLE = ("dtype", "torch_dtype", "quantization_config", "compression_config", "transformers_version")
 # What the text model's config has in vain: the whole's counts, or none.
@@ -24,6 +28,22 @@ _QWEN3_VL = {
     "rope_theta": 500000.0,
     "attention_bias": False,
 }
+_QWEN3_VL_MOE = {
+    **_QWEN3_VL,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": None,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+    "mlp_only_layers": None,
+}
+_MROPE = ("mrope_section", "mrope_interleaved")  # where the axes of pictures turn: all are equal in text
+_PICTURE_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +81,7 @@ class ComposedFamily:
             family,
             architecture=self.architecture,
             harmless={TEXT: ANY, "vision_config": ANY, **family.harmless, **self.harmless},
+            prefixes=PREFIXES,
             surplus=self.surplus,
         )
         return family, flat
@@ -108,13 +129,28 @@ COMPOSED_FAMILIES = (
                 defaults=_QWEN3_VL,
                 null_means={"num_key_value_heads": None},
                 qk_norm="head",
-                # Where the axes of pictures turn: all are equal in text.
-                rope_extras=("mrope_section", "mrope_interleaved"),
+                rope_extras=_MROPE,
             )
         },
         is_tied=False,
-        harmless=dict.fromkeys(
-            ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), ANY
-        ),
+        harmless=dict.fromkeys(_PICTURE_TOKENS, ANY),
+    ),
+    ComposedFamily(
+        architecture="Qwen3VLMoeForConditionalGeneration",
+        model_type="qwen3_vl_moe",
+        texts={
+            "qwen3_vl_moe_text": ModelFamily(
+                architecture="",
+                model_type="qwen3_vl_moe_text",
+                defaults=_QWEN3_VL_MOE,
+                null_means={"head_dim": None, "mlp_only_layers": None},
+                harmless={"norm_topk_prob": (True, None)},
+                qk_norm="head",
+                rope_extras=_MROPE,
+                experts=ExpertTraits(always_normalised=True),
+            )
+        },
+        is_tied=False,
+        harmless=dict.fromkeys(_PICTURE_TOKENS, ANY),
     ),
 )  # fmt: skip

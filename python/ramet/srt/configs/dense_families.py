@@ -185,6 +185,7 @@ DENSE_FAMILIES = (
         defaults=_PHI3,
         null_means={"num_key_value_heads": None, "sliding_window": None},
         harmless={"full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)},  # Phi-4-mini has them
+        is_fused=True,
         rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     ),
     ModelFamily(
@@ -234,6 +235,7 @@ DENSE_FAMILIES = (
             "hidden_act": ("gelu_pytorch_tanh", None),
             "use_bidirectional_attention": (False, None),
             "cache_implementation": ANY,
+            "sliding_window_size": ANY,  # as `sliding_window`
         },
         hidden_act_key="hidden_activation",
         norms="both",

@@ -12,9 +12,10 @@ from ramet.srt.configs.weight_format import WHOLE, awq, gptq
 # How the numbers were found, by which kernels others multiply with them, and where the file comes from.
 IDLE_KEYS = (
     "quant_method", "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "exllama_config", "max_input_length", "meta",
-    "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse",
-    "pad_token_id", "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
+    "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "exllama_config", "max_input_length",
+    "meta", "model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse",
+    "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "static_groups", "sym", "tokenizer",
+    "true_sequential", "use_cuda_fp16", "use_exllama",
 )  # fmt: skip
 
 
@@ -22,6 +23,7 @@ def read_gptq(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Raises ValueError for what is not served or not known."""
     keys = Section(section, where)
     keys.ignore(*IDLE_KEYS)
+    keys.expect("method", "gptq", default="gptq")
     bits = keys.expect("bits", 4, 8, default=4)
     columns = _group_columns(keys)
     has_column_groups = keys.expect("desc_act", True, False, default=False)
@@ -40,7 +42,12 @@ def read_awq(section: Mapping[str, Any], where: str) -> QuantizationConfig:
     keys.ignore(*IDLE_KEYS, "fuse_max_seq_len")
     keys.expect("bits", 4, default=4)
     columns = _group_columns(keys)
-    keys.expect("version", "gemm", "GEMM", default="gemm")
+    keys.expect("method", "awq", default="awq")
+    for name in ("version", "format", "checkpoint_format"):
+        keys.expect(name, "gemm", "GEMM", default="gemm")
+    keys.expect("desc_act", False, default=False)
+    keys.expect("pack_dtype", "int32", default="int32")
+    keys.expect("lm_head", False, default=False)
     keys.expect("zero_point", True, default=True)
     ignored = checked_patterns(keys.names("modules_to_not_convert"), where, "")
     keys.finish()

@@ -2,9 +2,10 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def checked_patterns(patterns: Iterable[str], where: str, prefix: str | None) -> tuple[str, ...]:
@@ -19,22 +20,81 @@ def checked_patterns(patterns: Iterable[str], where: str, prefix: str | None) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleNaming:
+    """How a model's tool calls the modules that boxes name."""
+
+    prefixes: tuple[str, ...] = ("model.",)  # of a decoder's modules, any of them; "model." in boxes
+    is_fused: bool = False  # q, k and v are one module, and so are gate and up
+
+    def own(self, name: str) -> list[str]:
+        """What the module may have been called where the list was written."""
+        return self._with_prefixes(_fused_name(name) if self.is_fused else name)
+
+    def others(self, name: str) -> list[str]:
+        """What engines call the module, or the one that it is a part of. None of their words stands for the rest."""
+        names = [_fused_name(name)]
+        if _EXPERT.search(name):
+            names = [_EXPERT.sub(".experts.", one) for one in (name, *names)]
+            # transformers 5 has one spelling for the experts of all families.
+            names += [one.replace(".block_sparse_moe.", ".mlp.") for one in names if ".block_sparse_moe." in one]
+        return [one for each in names for one in self._with_prefixes(each)] + [name]
+
+    def _with_prefixes(self, name: str) -> list[str]:
+        if not name.startswith("model."):
+            return [name]
+        return [prefix + name.removeprefix("model.") for prefix in self.prefixes]
+
+
+PLAIN_NAMING = ModuleNaming()
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_FUSED = re.compile(r"\.(?:(?P<qkv>[qkv]_proj)|(?P<gate_up>(?:gate|up)_proj|w[13])|(?P<down>w2))$")
+
+
+def _fused_name(name: str) -> str:
+    return _FUSED.sub(lambda match: f".{match.lastgroup}_proj", name)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Modules:
-    """Some modules: lists have hundreds of patterns, and a model of experts has tens of thousands of names."""
+    """Some modules: lists have hundreds of patterns, and a model of experts has tens of thousands of names.
+
+    Many of those are parts of one and the same stack, which is looked at once.
+
+    A regular expression may mean what it does not name, "all but the language model", so that it is asked of none but
+    the tool's own names. The rest says what it names, and in whatever spelling.
+    """
 
     names: frozenset[str] = frozenset()
     parents: frozenset[str] = frozenset()  # with all that is in them
     ends: tuple[str, ...] = ()
+    parts: frozenset[str] = frozenset()  # modules around it or in the middle of its name
+    globs: re.Pattern[str] | None = None
     patterns: tuple[re.Pattern[str], ...] = ()  # of the beginning of a name
+    _named: dict[str, bool] = field(default_factory=dict, compare=False)  # what was found of names before
 
-    def matches(self, name: str) -> bool:
+    def matches(self, name: str, naming: ModuleNaming) -> bool:
+        """Whether the module that boxes call `name` is one of them."""
+        own = naming.own(name)
+        if any(pattern.match(one) for pattern in self.patterns for one in own):
+            return True
+        return any(self._names(one) for one in (*own, *naming.others(name)))
+
+    def _names(self, name: str) -> bool:
+        found = self._named.get(name)
+        if found is None:
+            found = self._named[name] = self._look(name)
+        return found
+
+    def _look(self, name: str) -> bool:
         if name in self.names or name.endswith(self.ends):
             return True
-        if self.parents:
-            dots = [match.start() for match in re.finditer(r"\.", name)]
-            if not self.parents.isdisjoint(name[:end] for end in (*dots, len(name))):
-                return True
-        return any(pattern.match(name) for pattern in self.patterns)
+        words = name.split(".")
+        starts = range(len(words) if self.parts else 0)
+        return (
+            not self.parents.isdisjoint(itertools.accumulate(words, "{}.{}".format))
+            or any(not self.parts.isdisjoint(itertools.accumulate(words[start:], "{}.{}".format)) for start in starts)
+            or (self.globs is not None and self.globs.match(name) is not None)
+        )
 
 
 def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
@@ -49,10 +109,11 @@ def _modules_of_transformers(ignored: tuple[str, ...]) -> Modules:
 
 
 def _modules_of_awq(ignored: tuple[str, ...]) -> Modules:
-    """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here."""
-    by_rule = _modules_of_transformers(ignored)
-    parts = tuple(re.compile(rf"(?:.*\.)?{re.escape(name)}(?:\.|$)") for name in ignored)
-    return dataclasses.replace(by_rule, patterns=by_rule.patterns + parts)
+    """transformers' rule, or AutoAWQ's own: a part of the name, which must be of whole modules here.
+
+    Where the part begins or ends with a dot, that says so.
+    """
+    return dataclasses.replace(_modules_of_transformers(ignored), parts=frozenset(name.strip(".") for name in ignored))
 
 
 def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
@@ -65,9 +126,8 @@ def _modules_of_compressed_tensors(ignored: tuple[str, ...]) -> Modules:
 
 def _modules_of_modelopt(ignored: tuple[str, ...]) -> Modules:
     """Shell patterns for whole names, or names of modules with all that is in them."""
-    wild = [pattern for pattern in ignored if re.search(r"[*?\[]", pattern)]
-    patterns = tuple(re.compile(fnmatch.translate(pattern)) for pattern in wild)
-    return Modules(parents=frozenset(ignored), patterns=patterns)
+    wild = [fnmatch.translate(pattern) for pattern in ignored if re.search(r"[*?\[]", pattern)]
+    return Modules(parents=frozenset(ignored), globs=re.compile("|".join(wild)) if wild else None)
 
 
 MODULES: dict[str, Callable[[tuple[str, ...]], Modules]] = {

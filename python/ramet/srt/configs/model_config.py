@@ -8,6 +8,7 @@ from typing import Any
 
 from ramet.srt.configs.config_reader import ConfigReader
 from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_keys, read_layers, read_traits
+from ramet.srt.configs.left_out_modules import ModuleNaming
 from ramet.srt.configs.model_families import find_family
 from ramet.srt.configs.moe_config import MoeConfig, read_moe_config
 from ramet.srt.configs.quantization_config import QuantizationConfig
@@ -111,6 +112,7 @@ class ModelConfig:
         moe = read_moe_config(need, num_layers)
         layers = read_layers(need, num_layers, ropes, moe)
         need.take(*MATRYOSHKA_KEYS)
+        embedding = read_embedding(path, hf_config, is_embedding)
         config = cls(
             path=path,
             model_name=model_name or path,
@@ -127,14 +129,14 @@ class ModelConfig:
             head_dim=head_dim,
             tie_word_embeddings=need.flag("tie_word_embeddings"),
             rope=ropes[FULL],
-            quantization_config=_quantization(path, hf_config, quantization),
+            quantization_config=_quantization(need, path, quantization, embedding is not None),
             layers=layers,
             traits=read_traits(need, head_dim),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
             surplus_tensors=_surplus_tensors(need, num_layers),
             idle_window_keys=idle_window_keys(need, layers),
-            embedding=read_embedding(path, hf_config, is_embedding),
+            embedding=embedding,
         )
         need.refuse_the_unread()
         return config
@@ -215,10 +217,16 @@ def _head_dim(need: ConfigReader, num_heads: int) -> int:
     return head_dim
 
 
-def _quantization(path: str, hf_config: dict[str, Any], wanted: str | None) -> QuantizationConfig | None:
-    """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it."""
+def _quantization(need: ConfigReader, path: str, wanted: str | None, is_bare: bool) -> QuantizationConfig | None:
+    """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it.
+
+    Args:
+        is_bare: whether the decoder may have been quantised by itself, without "model." in front of its names.
+    """
     modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
-    return read_quantization(hf_config, modelopt, path, wanted)
+    prefixes = (*need.family.prefixes, "") if is_bare else need.family.prefixes
+    naming = ModuleNaming(prefixes=prefixes, is_fused=need.family.is_fused)
+    return read_quantization(need.config, modelopt, path, wanted, naming)
 
 
 def _surplus_tensors(need: ConfigReader, num_layers: int) -> str:

@@ -57,6 +57,8 @@ class ModelFamily:
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)
     rope_extras: tuple[str, ...] = ()  # parameters of positions that change nothing here
+    prefixes: tuple[str, ...] = ("model.",)  # of the decoder's modules in its class, by one version or another
+    is_fused: bool = False  # its class has one matrix for q, k and v, and one for gate and up
     surplus: str = ""  # a regular expression: tensors that its files may hold beside the model's
     mtp_layers_key: str = ""  # how many layers the files may have beyond the model's, to draft tokens with
     experts: ExpertTraits = ExpertTraits()

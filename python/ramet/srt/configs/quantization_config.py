@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 
-from ramet.srt.configs.left_out_modules import MODULES, Modules
+from ramet.srt.configs.left_out_modules import MODULES, PLAIN_NAMING, ModuleNaming, Modules
 from ramet.srt.configs.weight_format import WeightFormat
 
 WEIGHT_SUFFIX = ".weight"
@@ -17,6 +17,7 @@ class QuantizationConfig:
     file: str  # that says so
     format: WeightFormat
     ignored: tuple[str, ...] = ()  # patterns of modules that are not quantised, by the rules of `method`
+    naming: ModuleNaming = PLAIN_NAMING
 
     @property
     def name(self) -> str:
@@ -30,7 +31,7 @@ class QuantizationConfig:
 
     def is_ignored(self, module_name: str) -> bool:
         """Whether the checkpoint's linear layer of that name, such as model.layers.0.mlp.up_proj, is not quantised."""
-        return self._left_out.matches(module_name)
+        return self._left_out.matches(module_name, self.naming)
 
     @functools.cached_property
     def _left_out(self) -> Modules:
@@ -51,6 +52,6 @@ class QuantizationConfig:
         return self.format.sizes
 
     @property
-    def block_rows(self) -> int | None:
-        """Rows that share a scale in fp8; None where each has its own."""
-        return self.format.scales.rows if self.format.has_blocks else None
+    def block_size(self) -> tuple[int, int] | None:
+        """Rows and columns that share a scale in fp8; None where each row has its own."""
+        return (self.format.scales.rows, self.format.scales.columns) if self.format.has_blocks else None

@@ -3,12 +3,13 @@
 Methods are spelled in config.json's `quantization_config`; modelopt has a file of its own, too: hf_quant_config.json.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ramet.srt.configs.compressed_tensors_config import read_compressed_tensors
 from ramet.srt.configs.gptq_config import read_awq, read_gptq
-from ramet.srt.configs.left_out_modules import checked_patterns
+from ramet.srt.configs.left_out_modules import PLAIN_NAMING, ModuleNaming, checked_patterns
 from ramet.srt.configs.quantization_config import QuantizationConfig
 from ramet.srt.configs.quantization_section import Section, block_size, expect_known_cache
 from ramet.srt.configs.weight_format import BLOCKS, WeightFormat, fp8_blocks, fp8_rows, mxfp4, nvfp4
@@ -18,13 +19,18 @@ MODELOPT_FILE = "hf_quant_config.json"
 
 
 def read_quantization(
-    hf_config: Mapping[str, Any], modelopt: Mapping[str, Any] | None, folder: str, wanted: str | None
+    hf_config: Mapping[str, Any],
+    modelopt: Mapping[str, Any] | None,
+    folder: str,
+    wanted: str | None,
+    naming: ModuleNaming = PLAIN_NAMING,
 ) -> QuantizationConfig | None:
     """What the files of a model say, and the user wants; None for weights that are not quantised.
 
     Args:
         modelopt: the content of hf_quant_config.json, if there is one.
         wanted: "fp8" to quantise plain weights while they are read; changes nothing for a checkpoint of fp8 weights.
+        naming: of the model's modules, in lists of those that are not quantised.
 
     Raises:
         ValueError: for anything that is not served, or not known; the message names the file and the word in it.
@@ -44,7 +50,7 @@ def read_quantization(
         return QuantizationConfig(method="online", file="--quantization fp8", format=fp8_rows()) if wanted else None
     if wanted and wanted != known[0].name:
         raise ValueError(f"--quantization {wanted} is for plain weights; {known[0].file} says {known[0].name}")
-    return known[0]
+    return dataclasses.replace(known[0], naming=naming)
 
 
 def _read_section(section: Any, where: str) -> QuantizationConfig | None:

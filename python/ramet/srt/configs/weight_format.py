@@ -11,6 +11,8 @@ WHOLE = 1 << 30  # rows or columns: more than any matrix has
 FP8 = "float8_e4m3fn"
 BLOCK_SCALES = "_scale_inv"
 BLOCKS = "_blocks"  # gpt-oss's name of the values of stacked experts
+TRANSPOSED = (".qweight", ".scales", ".qzeros")  # ends of the names of AWQ's and GPTQ's tensors with rows last
+OF_COLUMNS = (".g_idx", ".weight_g_idx")  # of those with a number for each column
 FORMATS = ("fp8", "int4", "int8", "awq", "gptq", "mxfp4", "nvfp4")  # what manifests call them
 
 
@@ -76,6 +78,11 @@ class WeightFormat:
     def has_blocks(self) -> bool:
         """Whether it is fp8 with a grid of scales, be it one for each whole row."""
         return self.scales.attribute == BLOCK_SCALES
+
+    @property
+    def ones(self) -> int:
+        """What is added to each word of zeros as a whole: one in each of its numbers, or nothing."""
+        return {4: 0x11111111, 8: 0x01010101}[self.bits] if self.zeros_less_one else 0
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -331,7 +331,8 @@ class Instance:
         self._children.watch(self._on_death, None if self.is_head else self._on_end)
         if self.is_head:
             self.manager.connect(schedulers[0].scheduler_addresses)
-            loading = asyncio.create_task(self._load_adapters())
+            givers = schedulers[0].load_report.instances
+            loading = asyncio.create_task(self._load_adapters(givers))
             if not await _ends_before(loading, give_up):
                 loading.cancel()
                 await asyncio.to_thread(self.stop_processes)
@@ -340,12 +341,12 @@ class Instance:
         self._start_serving(schedulers)
         return True
 
-    async def _load_adapters(self) -> None:
+    async def _load_adapters(self, givers: Sequence[str]) -> None:
         """Those that are there from the start on. Raises LaunchError if one can't be loaded."""
         from ramet.srt.entrypoints.start_adapters import load_first_adapters
 
         try:
-            await load_first_adapters(self.lora, self._lora_paths, self.server_args)
+            await load_first_adapters(self.lora, self._lora_paths, self.server_args, givers)
         except (RequestError, ServiceError) as error:
             raise LaunchError(str(error)) from None
 

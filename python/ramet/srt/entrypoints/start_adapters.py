@@ -2,12 +2,15 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from ramet.srt.configs.lora_config import DEFAULT_MAX_RANK
 from ramet.srt.errors import RequestError
 from ramet.srt.lora.adapter_paths import LoraPath, instance_address, parse_lora_path, read_folder
 from ramet.srt.managers.lora_control import LoraControl
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.utils.net import SeedAddress
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,37 @@ def read_lora_paths(args: ServerArgs) -> tuple[list[LoraPath], ServerArgs]:
     return paths, args if args.max_lora_rank is not None else dataclasses.replace(args, max_lora_rank=max(ranks))
 
 
-async def load_first_adapters(control: LoraControl, paths: list[LoraPath], args: ServerArgs) -> None:
+async def load_first_adapters(
+    control: LoraControl, paths: list[LoraPath], args: ServerArgs, givers: Sequence[str]
+) -> None:
     """Load those that the flags name, and those of the instances that the model's weights are from.
+
+    Args:
+        givers: URLs of those that a metadata server has listed and that have given the weights.
 
     Raises:
         RequestError, ServiceError: if one can't be loaded.
     """
     for path in paths:
         await control.load_path(path)
-    if not args.has_lora or not args.seeds or args.modelexpress is not None:
+    are_listed = args.modelexpress is not None
+    seeds = [_address(url) for url in givers] if are_listed else args.seeds
+    if not args.has_lora or not seeds:
         return
-    listed = await control.ask_first(args.seeds)
+    if are_listed and args.weights_digest is not None:
+        logger.info("no adapters are taken from an instance that is only listed: --weights-digest does not name theirs")
+        return
+    listed = await control.ask_first(seeds, are_listed=are_listed)
     if isinstance(listed, str):
         # The seeds may be of a kind without adapters; or gone, and the model's weights have come from files.
         if args.remote_instance_weight_loader_fallback == "error":
             raise RequestError(listed)
         logger.warning("no adapters are taken from the seeds: %s", listed)
     else:
-        await control.load_listed(*listed)
+        await control.load_listed(*listed, is_listed=are_listed)
+
+
+def _address(url: str) -> SeedAddress:
+    parts = urlsplit(url)
+    assert parts.hostname is not None and parts.port is not None, "the loader's own words"
+    return SeedAddress(parts.hostname, parts.port, parts.scheme)

@@ -87,6 +87,7 @@ class LoraSeed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     host: str
     port: int
     name: str  # of the adapter there
+    is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
 LoraSource = LoraFile | LoraSeed

@@ -23,6 +23,7 @@ class LoraPath:
     name: str  # "" for all adapters of an instance, by their names there
     path: str
     pinned: bool = False
+    is_listed: bool = False  # the instance, at a metadata server; see LoraSeed
 
 
 class ListedAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,13 +118,13 @@ def ask_instance(server: SeedServer, timeout_s: float) -> list[ListedAdapter]:
 
 
 def choose_listed(
-    listed: list[ListedAdapter], server: SeedServer, there: str, name: str
+    listed: list[ListedAdapter], server: SeedServer, there: str, path: LoraPath
 ) -> tuple[LoraAdapter, LoraSource]:
     """One of an instance's adapters.
 
     Args:
         there: its name there.
-        name: that it gets here.
+        path: with the name that it gets here.
 
     Raises:
         ValueError: if the instance does not have it.
@@ -132,5 +133,5 @@ def choose_listed(
     if found is None:
         raise ValueError(f"the instance {server.name} has no adapter {there!r}")
     address = server.address
-    source = LoraSeed(scheme=address.scheme, host=address.host, port=address.port, name=there)
-    return msgspec.structs.replace(found, name=check_lora_name(name)), source
+    source = LoraSeed(scheme=address.scheme, host=address.host, port=address.port, name=there, is_listed=path.is_listed)
+    return msgspec.structs.replace(found, name=check_lora_name(path.name)), source

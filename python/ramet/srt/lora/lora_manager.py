@@ -44,6 +44,7 @@ from ramet.srt.weights.report import summarize
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TIMEOUT_S = 30.0
+ATTENTION = "self_attn"  # what a decoder layer calls its attention
 ELSEWHERE = "another rank can't load it; that rank's log says why"
 
 LoraLinear = MergedColumnParallelLinear | RowParallelLinear
@@ -94,7 +95,9 @@ class LoraManager:
         self._weights = weights
         self._started_at = started_at
         self._dtype: torch.dtype = getattr(torch, model_config.dtype)
-        self._layers = {layer: parts_of(layer.matrices) for layer in _linear_layers(model)}
+        linears = _linear_layers(model)
+        self._layers = {layer: parts_of(layer.matrices) for layer in linears.values()}
+        self._of_attention = {layer for name, layer in linears.items() if f".{ATTENTION}." in name}
         self._parts = {part.name: part for parts in self._layers.values() for part in parts}
         self._whole_parts = self._parts_of_all_ranks(model)
         self._shapes = {
@@ -103,13 +106,16 @@ class LoraManager:
         self._bootstrap_url: str | None = None
         self._loading: dict[int, Future[RankAdapter]] = {}
         self._loaded: dict[int, RankAdapter] = {}
-        self.tokens: LoraTokens
+        self.tokens: LoraTokens  # of a pass
+        self._attention_tokens: (
+            LoraTokens  # those whose attention this rank computes: all, unless that is data-parallel
+        )
 
     def _parts_of_all_ranks(self, model: nn.Module) -> dict[str, LoraPart]:
         """As one rank would hold them, by their names."""
         if self._parallel.tp_size * self._parallel.pp_size > 1:
             model = type(model)(self._model_config, self._dtype, ParallelConfig())
-        return {part.name: part for layer in _linear_layers(model) for part in parts_of(layer.matrices)}
+        return {part.name: part for layer in _linear_layers(model).values() for part in parts_of(layer.matrices)}
 
     @property
     def nbytes(self) -> int:
@@ -125,11 +131,12 @@ class LoraManager:
             num_captured: see LoraTokens.
         """
         config, device = self._config, self._device
-        self.tokens = LoraTokens(num_captured, device)
+        self.tokens = self._attention_tokens = LoraTokens(num_captured, device)
+        if self._parallel.attn_dp_size > 1:
+            self._attention_tokens = LoraTokens(num_captured, device)
         for layer, parts in self._layers.items():
-            layer.lora = LoraSlots(
-                parts, config.max_loras_per_batch, config.max_lora_rank, self._dtype, device, self.tokens
-            )
+            tokens = self._attention_tokens if layer in self._of_attention else self.tokens
+            layer.lora = LoraSlots(parts, config.max_loras_per_batch, config.max_lora_rank, self._dtype, device, tokens)
         logger.info(
             "adapters: %d slots of rank %d, %.3f GB",
             config.max_loras_per_batch,
@@ -144,7 +151,14 @@ class LoraManager:
         if batch.is_captured:
             self.tokens.begin_capture()
         else:
-            self.tokens.begin(batch.tokens.lora_slot_of_token)
+            self.tokens.begin(batch.lora_slots)
+            if self._attention_tokens is not self.tokens:
+                self._attention_tokens.begin(batch.tokens.lora_slot_of_token)
+
+    def end_pass(self) -> None:
+        """What the layers get from now on is of no pass."""
+        self.tokens.begin(None)
+        self._attention_tokens.begin(None)
 
     def place(self, placements: list[LoraPlacement]) -> None:
         """Put adapters into slots, in the place of what is there; passes that are queued still read that."""
@@ -221,7 +235,7 @@ class LoraManager:
                 send_weights_group_ports=(),
                 fallback="error",
                 weights_digest=adapter.digest,
-                shows_keys=True,
+                shows_keys=not source.is_listed,
                 modelexpress_url=None,
             )
         products = products_of(adapter, self._shapes)
@@ -262,5 +276,5 @@ class LoraManager:
         return seed
 
 
-def _linear_layers(model: nn.Module) -> list[LoraLinear]:
-    return [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+def _linear_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}

@@ -103,22 +103,31 @@ class LoraControl:
             raise RequestError(listed)
         await self.load_listed(*listed)
 
-    async def ask_first(self, addresses: Sequence[SeedAddress]) -> tuple[SeedAddress, list[ListedAdapter]] | str:
-        """The adapters of the first instance that tells them; why none does."""
+    async def ask_first(
+        self, addresses: Sequence[SeedAddress], *, are_listed: bool = False
+    ) -> tuple[SeedAddress, list[ListedAdapter]] | str:
+        """The adapters of the first instance that tells them; why none does.
+
+        Args:
+            are_listed: at a metadata server: no key is shown to them.
+        """
         failures = []
         for address in addresses:
             try:
-                ask = functools.partial(ask_instance, self._server(address), self._load_config.timeout_s)
+                server = self._server(address, are_listed)
+                ask = functools.partial(ask_instance, server, self._load_config.timeout_s)
                 return address, await _beside(ask)
             except ValueError as error:
                 failures.append(str(error))
         return "; ".join(failures)
 
-    async def load_listed(self, address: SeedAddress, listed: Sequence[ListedAdapter]) -> None:
+    async def load_listed(
+        self, address: SeedAddress, listed: Sequence[ListedAdapter], *, is_listed: bool = False
+    ) -> None:
         """Load an instance's adapters, but for those whose names are taken. Raises what `load` raises."""
         for one in listed:
             if self.registry.get(one.adapter.name) is None:
-                await self.load(LoraPath(one.adapter.name, instance_path(address), one.pinned))
+                await self.load(LoraPath(one.adapter.name, instance_path(address), one.pinned, is_listed))
 
     async def unload(self, name: str) -> None:
         """Give an adapter to no further request at once, and drop it when those that have it have ended.
@@ -159,13 +168,13 @@ class LoraControl:
         if found is None:
             return read_folder(path)
         address, there = found
-        server = self._server(address)
+        server = self._server(address, path.is_listed)
         listed = ask_instance(server, self._load_config.timeout_s)
-        return choose_listed(listed, server, there or path.name, path.name)
+        return choose_listed(listed, server, there or path.name, path)
 
-    def _server(self, address: SeedAddress) -> SeedServer:
+    def _server(self, address: SeedAddress, is_listed: bool) -> SeedServer:
         config = self._load_config
-        return SeedServer(address, config.api_keys, config.ssl_ca_certs)
+        return SeedServer(address, config.api_keys, config.ssl_ca_certs, shows_keys=not is_listed)
 
     async def _load(self, adapter: LoraAdapter, source: LoraSource, path: LoraPath) -> LoadedAdapter:
         lora_id = self.registry.next_number()

@@ -242,7 +242,7 @@ class ModelRunner:
             if hidden_states is not None and self.model_config.embedding is None:
                 warm_up_head(self.compute_logits, hidden_states[:1], config.max_running_requests)
             if self.lora is not None:
-                self.lora.tokens.begin(None)  # these rows are no pass
+                self.lora.end_pass()  # these rows are no pass
             warm_up_products(self.model, self.dtype, num_tokens, is_captured)
         except torch.OutOfMemoryError:
             logger.warning(

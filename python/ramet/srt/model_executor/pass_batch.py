@@ -26,7 +26,7 @@ def make_forward_batch(
     device = req_pool.req_to_page.device
     rows, positions, ids = to_device(token_inputs(tokens), torch.int64, device)
     input_ids = _known_ids(req_pool, rows, ids) if LAST_TOKEN in tokens.ids else ids
-    attn_tokens = None
+    attn_tokens, lora_slots = None, tokens.lora_slot_of_token
     if own is not None:
         attn_tokens = slice(*tokens.first_tokens[[own.start, own.stop]].tolist())
         rows, positions, tokens = rows[attn_tokens], positions[attn_tokens], tokens.part(own)
@@ -44,6 +44,7 @@ def make_forward_batch(
         seq_lens=seq_lens.to(torch.int32),
         tokens=tokens,
         is_long=_is_long(req_pool, rows),
+        lora_slots=lora_slots,
         attn_tokens=attn_tokens,
     )
 

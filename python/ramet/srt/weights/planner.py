@@ -136,9 +136,9 @@ def holdings_of(manifest: WeightManifest) -> dict[str, list[Holding]]:
     return holdings
 
 
-def whole_tensor(shape: Sequence[int], offset: int, dtype: str) -> Holding:
-    """A row-major checkpoint tensor that lies at a byte offset of a source."""
-    strides = contiguous_strides(shape, element_size(dtype))
+def whole_tensor(shape: Sequence[int], offset: int, dtype: str, strides: tuple[int, ...] | None = None) -> Holding:
+    """A checkpoint tensor that lies at a byte offset of a source; row-major without `strides`."""
+    strides = strides or contiguous_strides(shape, element_size(dtype))
     return Holding(tuple((0, extent) for extent in shape), offset, strides, dtype)
 
 

@@ -31,6 +31,7 @@ class LoadReport(msgspec.Struct, kw_only=True):
     fallback_reason: str = ""  # why files were read where instances should have given the weights; empty otherwise
     # Who gave weights: addresses of seeds, or ModelExpress worker ids of their ranks; empty if all came from files.
     taken_from: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()  # URLs of instances that had what was taken, as far as they have one
     taken_bytes: tuple[Natural, ...] = ()  # from each of them; what `num_bytes` has beyond these came from files
 
 

@@ -15,7 +15,6 @@ from ramet.srt.layers.kernels.runtime import is_interpreted
 
 DEQUANTIZE_TILE = (32, 128, 4)  # (rows, columns, warps) of one program
 INTERPRETED_TILE = (32, 64, 4)
-ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
 
 
 @triton.jit
@@ -231,7 +230,7 @@ def packed_arguments(
         "OUTER": "" if weight_format.outer_scales is None else "over" if weight_format.divides else "times",
         "HAS_ZEROS": has_zeros,
         "HAS_COLUMN_GROUPS": weight_format.column_groups is not None,
-        "ZERO_ONES": ONES[weight_format.bits] if weight_format.zeros_less_one else 0,
+        "ZERO_ONES": weight_format.ones,
     }
     return PackedArguments(
         pointers=(values, scales, outer, zeros, values if parts is None else parts, column_groups),

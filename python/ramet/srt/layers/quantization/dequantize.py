@@ -14,7 +14,6 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # at a time: 1 MB and 64 MB in float32
 ROW_MULTIPLE = 8  # words of rows hold so many at most
-ONES = {4: 0x11111111, 8: 0x01010101}  # one in each number of a word
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -70,8 +69,8 @@ class _Rows:
         if grid.packs_rows:
             rows = slice(self._start // grid.rows, self._stop // grid.rows)
             words = tensor[:, rows].t() if grid.is_transposed else tensor[rows]
-            if name == "zeros" and self._format.zeros_less_one:
-                words = words + ONES[self._format.bits]
+            if name == "zeros":
+                words = words + self._format.ones
             return _unpack_rows(words.contiguous(), self._format.bits, self._format.has_awq_order)
         rows = slice(self._start, self._stop)
         if index.rows is not None:

@@ -23,7 +23,7 @@ HARMLESS_SURPLUS = {
         r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
     ),
     "scales of activations and caches in quantised checkpoints: here those keep the model's type": re.compile(
-        r"\.((input|output|activation)(_global)?_scale|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
+        r"\.((input|output|activation)(_global)?_scale(_ub)?|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
     ),
     "shapes of matrices before they were packed: the config says them": re.compile(r"\.weight_shape$"),
 }

@@ -1,8 +1,10 @@
-"""Owns the spelling of matrices that a checkpoint holds as one above the other: q, k and v, or gate and up.
+"""Owns the spelling of matrices that a checkpoint holds as one: q, k and v, or gate and up.
 
-Phi's files have them so. Boxes name each by itself. Knows names and offsets, no data.
+Phi's files have them one above the other, and so whatever a quantised one is made of: in files that have it transposed,
+one beside the other. Boxes name each by itself. Knows names and offsets, no data.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +12,7 @@ from collections.abc import Mapping
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 
-FUSED = re.compile(r"(?P<prefix>.+)\.(?P<name>qkv_proj|gate_up_proj)\.(?P<kind>weight|bias|weight_scale(_inv)?)")
+FUSED = re.compile(r"(?P<prefix>.+)\.(?P<name>qkv_proj|gate_up_proj)\.(?P<kind>\w+)")
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -52,23 +54,38 @@ def _split(
         return {name: info}
     suffix, other = SCALE_SUFFIXES if name.endswith(SCALE_SUFFIXES[0]) else reversed(SCALE_SUFFIXES)
     shapes = [wanted.get(part, wanted.get(part.removesuffix(suffix) + other)) for part in names]
-    rows = [shape[0] for shape in shapes if shape is not None]
-    if len(rows) < len(names):
+    found = [_like(info.shape, shape) for shape in shapes if shape is not None]
+    if len(found) < len(names):
         return {name: info}
-    if name.endswith(SCALE_SUFFIXES) and math.prod(info.shape) == 1:  # of the whole matrix, and so of each part
-        return dict.fromkeys(names, info)
-    if not info.shape or sum(rows) != info.shape[0]:
+    if math.prod(info.shape) == 1 or all(shape == info.shape for shape in found):
+        return dict.fromkeys(names, info)  # a scale of the whole matrix, or something of its columns
+    dim = _seam(info.shape, found)
+    if dim is None:
         return {name: info}
-    weights = [wanted.get(part.removesuffix(suffix), (0,))[0] for part in names]
-    is_grid = name.endswith(SCALE_SUFFIXES) and rows != weights  # of blocks
-    if is_grid and (block_rows is None or any(count % block_rows for count in weights[:-1])):
+    rows = [wanted[part.removesuffix(suffix)][0] for part in names if part.removesuffix(suffix) in wanted]
+    is_of_blocks = name.endswith(SCALE_SUFFIXES) and len(rows) == len(found) and rows != [shape[0] for shape in found]
+    if is_of_blocks and (block_rows is None or any(count % block_rows for count in rows[:-1])):
         raise ValueError(
             f"{path}: {name} has the scales of {', '.join(names)}, one above the other, and a block of {block_rows} "
             "rows has some of two of them: such scales are not supported"
         )
-    row_nbytes, start, parts = info.nbytes // sum(rows), 0, {}
-    for part, count in zip(names, rows, strict=True):
-        shape = (count, *info.shape[1:])
-        parts[part] = TensorInfo(info.dtype, shape, info.offset + start * row_nbytes, count * row_nbytes)
-        start += count
-    return parts
+    stops = list(itertools.accumulate(shape[dim] for shape in found))
+    return {
+        part: info.part(dim, stop - shape[dim], stop) for part, shape, stop in zip(names, found, stops, strict=True)
+    }
+
+
+def _like(whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[int, ...]:
+    """A part's shape as a vector where the whole is one: scales of rows."""
+    return part[:1] if len(whole) == 1 and part[1:] == (1,) else part
+
+
+def _seam(whole: tuple[int, ...], parts: list[tuple[int, ...]]) -> int | None:
+    """The dimension along which tensors of these shapes make up the whole; None if they don't."""
+    for dim, extent in enumerate(whole):
+        rest = (*whole[:dim], *whole[dim + 1 :])
+        if sum(part[dim] for part in parts if len(part) == len(whole)) == extent and all(
+            (*part[:dim], *part[dim + 1 :]) == rest for part in parts
+        ):
+            return dim
+    return None

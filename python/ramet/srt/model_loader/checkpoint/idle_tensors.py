@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ramet.srt.configs.weight_format import WHOLE
+from ramet.srt.model_loader.checkpoint.fused_tensors import fused_parts
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import WholeModel
 
@@ -30,7 +31,10 @@ def without_idle(path: str, tensors: Mapping[str, TensorInfo], whole: WholeModel
         for name in tensors
         if name.endswith((GROUPS, BIAS))
         and name not in whole.shapes
-        and name.removesuffix(GROUPS).removesuffix(BIAS) + suffix in whole.quantised
+        and all(
+            part.removesuffix(GROUPS).removesuffix(BIAS) + suffix in whole.quantised
+            for part in fused_parts(name) or [name]
+        )
     ]
     if idle:
         group_columns = whole.quantization.format.scales.columns

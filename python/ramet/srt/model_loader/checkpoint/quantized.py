@@ -3,7 +3,8 @@
 An arena's quantised entry `X.weight`, one matrix or a stack of them, has siblings: `X.weight_scale` with one scale for
 each row, say. The values of a checkpoint of quantised weights are copied, and so are the others where they have the
 arena's shape and a type that can be cast on the way; scales that don't are spread or decoded. Plain weights are
-quantised to fp8 by row. Reads nothing.
+quantised to fp8 by row. Matrices whose rows are a file's columns are turned round: to copy them would be an operation
+for each number. Reads nothing.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import msgspec
 from ramet.srt.model_loader.checkpoint.checks import PLAIN_FLOATS, Tensors
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import grids_of
-from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest
+from ramet.srt.weights.boxes import Region
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size
+from ramet.srt.weights.planner import CASTABLE_DTYPES
 
 BLOCK_BYTES = 8 << 20
 
@@ -42,7 +45,18 @@ class ScaleJob:
     scale: WeightEntry
 
 
-Job = QuantizeJob | ScaleJob
+@dataclass(frozen=True)
+class TurnJob:
+    """Parts of a file that lie in one another, each to be turned round into a slice of an arena's entry."""
+
+    path: str
+    parts: tuple[
+        tuple[TensorInfo, Region], ...
+    ]  # each with its place in the entry, which may have more dimensions in front
+    entry: WeightEntry
+
+
+Job = QuantizeJob | ScaleJob | TurnJob
 
 
 def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: bool) -> tuple[WeightManifest, list[Job]]:
@@ -71,6 +85,10 @@ def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: boo
             if grid.dtype == "float32" and any(not _is_copied(box, tensors) for box in grid.boxes):
                 done.add(grid.name)
                 jobs.extend(ScaleJob(*tensors[box.checkpoint_name], box, grid) for box in grid.boxes)
+    for entry in manifest.entries:
+        if entry.name not in done and any(_is_turned(box, tensors) for box in entry.boxes):
+            done.add(entry.name)
+            jobs.extend(_turn_jobs(entry, tensors))
     rest = tuple(entry for entry in manifest.entries if entry.name not in done)
     return msgspec.structs.replace(manifest, entries=rest), jobs
 
@@ -83,6 +101,33 @@ def _is_copied(box: WeightBox, tensors: Tensors) -> bool:
     return info.dtype in PLAIN_FLOATS and has_room
 
 
+def _is_turned(box: WeightBox, tensors: Tensors) -> bool:
+    """Whether neighbours in a row of the box lie far from each other in the file."""
+    found = tensors.get(box.checkpoint_name)
+    return found is not None and found[1].strides is not None and found[1].strides[-1] != element_size(found[1].dtype)
+
+
+def _turn_jobs(entry: WeightEntry, tensors: Tensors) -> list[TurnJob]:
+    """One for each piece of a file, in the order of the boxes: a gate lies among the columns of its up matrix."""
+    jobs: list[TurnJob] = []
+    for box in entry.boxes:
+        path, info = tensors[box.checkpoint_name]
+        if info.dtype != entry.dtype and not {info.dtype, entry.dtype} <= set(CASTABLE_DTYPES):
+            raise ValueError(f"{path}: {box.checkpoint_name} is {info.dtype}, {entry.dtype} here")
+        for dim, (start, stop) in enumerate(box.source):
+            info = info.part(dim, start, stop)
+        last = jobs[-1] if jobs else None
+        if last is not None and last.path == path and _overlap(last.parts[0][0], info):
+            jobs[-1] = TurnJob(path, (*last.parts, (info, box.target)), entry)
+        else:
+            jobs.append(TurnJob(path, ((info, box.target),), entry))
+    return jobs
+
+
+def _overlap(one: TensorInfo, other: TensorInfo) -> bool:
+    return one.offset < other.offset + other.span_nbytes and other.offset < one.offset + one.span_nbytes
+
+
 def _quantize_jobs(box: WeightBox, weight: WeightEntry, scale: WeightEntry, tensors: Tensors) -> Iterator[QuantizeJob]:
     name = box.checkpoint_name
     path, info = tensors[name]
@@ -91,6 +136,8 @@ def _quantize_jobs(box: WeightBox, weight: WeightEntry, scale: WeightEntry, tens
     (first, last), columns = box.source
     *outer, row, column = (place for place, _ in box.target)
     step = max(1, BLOCK_BYTES * info.shape[0] // max(1, info.nbytes))
+    if info.strides is not None:  # all rows lie in all of it
+        step = max(1, last - first)
     for start in range(first, last, step):
         yield QuantizeJob(
             path=path,

@@ -1,6 +1,7 @@
-"""Owns what takes more than a copy: quantising rows of checkpoint matrices, and decoding scales, into an arena."""
+"""Owns what takes more than a copy: quantising rows of checkpoint matrices, decoding scales, turning matrices round."""
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -9,7 +10,7 @@ from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
-from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob
+from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob, TurnJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.utils.threads import run_in_threads
 from ramet.srt.weights.boxes import Region
@@ -37,16 +38,16 @@ def fill_quantized(jobs: Sequence[Job], fds: Mapping[str, int], arena: WeightAre
 def _run(job: Job, fds: Mapping[str, int], arena: WeightArena) -> None:
     if isinstance(job, QuantizeJob):
         _quantize(job, fds, arena)
+    elif isinstance(job, TurnJob):
+        for target, source in _turned(job, fds, arena):
+            target.copy_(source)
     else:
         _settle_scales(job, fds, arena)
 
 
 def _quantize(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> None:
-    num_columns = job.info.shape[1]
     start, stop = job.rows
-    row_nbytes = job.info.nbytes // job.info.shape[0]
-    raw = _read(fds[job.path], job.info, start * row_nbytes, (stop - start) * row_nbytes, arena)
-    quantized, scale = quantize_rows(raw.view(stop - start, num_columns))
+    quantized, scale = quantize_rows(_read(fds[job.path], job.info.part(0, start, stop), arena))
     *outer, row, column = job.target_start
     rows: tuple[int | slice, ...] = (*outer, slice(row, row + stop - start))
     first, last = job.columns
@@ -55,23 +56,81 @@ def _quantize(job: QuantizeJob, fds: Mapping[str, int], arena: WeightArena) -> N
 
 
 def _settle_scales(job: ScaleJob, fds: Mapping[str, int], arena: WeightArena) -> None:
-    scales = _read(fds[job.path], job.info, 0, job.info.nbytes, arena)
+    scales = _read(fds[job.path], job.info, arena)
     if not scales.isfinite().all():
         raise ValueError(f"{job.path}: {job.box.checkpoint_name} holds scales that are no numbers")
     target = arena.tensor(job.scale)[_slices(job.box.target)]
     if scales.numel() == 1:
         target.fill_(scales.item())
     else:
-        target.copy_(scales.view(job.info.shape)[_slices(job.box.source)].reshape(target.shape))
+        target.copy_(scales[_slices(job.box.source)].reshape(target.shape))
+
+
+def _turned(job: TurnJob, fds: Mapping[str, int], arena: WeightArena) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each part of the arena, and what belongs there; read once."""
+    start = min(info.offset for info, _ in job.parts)
+    stop = max(info.offset + info.span_nbytes for info, _ in job.parts)
+    raw = _read_bytes(fds[job.path], start, stop - start, arena)
+    for info, place in job.parts:
+        target = arena.tensor(job.entry)[_slices(place)]
+        yield target, _as_tensor(raw[info.offset - start :], info).view(target.shape)
+
+
+def find_wrong(
+    jobs: Sequence[Job], fds: Mapping[str, int], arena: WeightArena, num_samples: int, generator: random.Random
+) -> str | None:
+    """An entry whose content is not what was to be turned round into it, going by some lines of the files.
+
+    Raises:
+        OSError: if a file can't be read.
+    """
+    turned = [job for job in jobs if isinstance(job, TurnJob)]
+    for job in generator.choices(turned, k=num_samples) if turned else ():
+        sample = TurnJob(job.path, (_line(*generator.choice(job.parts), generator),), job.entry)
+        for held, expected in _turned(sample, fds, arena):
+            if not torch.equal(_bytes(held), _bytes(expected.to(held.dtype))):
+                return job.entry.name
+    return None
+
+
+def _line(info: TensorInfo, target: Region, generator: random.Random) -> tuple[TensorInfo, Region]:
+    """Numbers of a part that lie side by side in the file, and where they belong."""
+    place, first = list(target), len(target) - len(info.shape)
+    dim = min(range(len(info.shape)), key=lambda axis: info.all_strides[axis])
+    for axis, extent in enumerate(info.shape):
+        if axis != dim:
+            index = generator.randrange(extent)
+            info = info.part(axis, index, index + 1)
+            start = target[first + axis][0] + index
+            place[first + axis] = (start, start + 1)
+    return info, tuple(place)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in region)
 
 
-def _read(fd: int, info: TensorInfo, offset: int, nbytes: int, arena: WeightArena) -> torch.Tensor:
-    """Some bytes of a checkpoint tensor, on the arena's device, as a flat float32 tensor."""
+def _read(fd: int, info: TensorInfo, arena: WeightArena) -> torch.Tensor:
+    """A checkpoint tensor on the arena's device, in float32."""
+    raw = _read_bytes(fd, info.offset, info.span_nbytes, arena)
+    if info.dtype in EXPONENTS:
+        return powers_of_two(raw.as_strided(info.shape, info.all_strides))
+    return _as_tensor(raw, info).float()
+
+
+def _as_tensor(raw: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """The tensor whose first byte is the first of `raw`."""
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    size = dtype.itemsize
+    elements = raw[: info.span_nbytes].view(dtype)
+    return elements.as_strided(info.shape, [stride // size for stride in info.all_strides])
+
+
+def _read_bytes(fd: int, offset: int, nbytes: int, arena: WeightArena) -> torch.Tensor:
     buffer = arena.host_buffer(nbytes)
-    read_range([fd], 0, info.offset + offset, buffer.numpy().data)
-    raw = buffer.to(arena.byte_tensor().device, non_blocking=True)
-    return powers_of_two(raw) if info.dtype in EXPONENTS else raw.view(getattr(torch, info.dtype)).float()
+    read_range([fd], 0, offset, buffer.numpy().data)
+    return buffer.to(arena.byte_tensor().device, non_blocking=True)

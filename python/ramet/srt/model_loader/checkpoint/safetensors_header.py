@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
+from ramet.srt.weights.boxes import contiguous_strides
 from ramet.srt.weights.manifest import element_size
 
 SINGLE_FILE = "model.safetensors"
@@ -35,12 +36,48 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor in a file."""
+    """One tensor in a file, or a part of one that is a tensor by itself."""
 
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
-    nbytes: int
+    nbytes: int  # of its elements, however far they reach
+    strides: tuple[int, ...] | None = None  # bytes between neighbours along each dimension; None: row-major, no gaps
+
+    @property
+    def all_strides(self) -> tuple[int, ...]:
+        """Bytes between neighbours along each dimension."""
+        return contiguous_strides(self.shape, element_size(self.dtype)) if self.strides is None else self.strides
+
+    @property
+    def span_nbytes(self) -> int:
+        """Bytes of the file from the first element to the end of the last one."""
+        if self.strides is None:
+            return self.nbytes
+        reach = sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+        return reach + element_size(self.dtype) if self.nbytes else 0
+
+    def part(self, dim: int, start: int, stop: int) -> "TensorInfo":
+        """What lies from `start` to `stop` of one dimension."""
+        strides = self.all_strides
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        return _placed(self.dtype, shape, self.offset + start * strides[dim], strides)
+
+    def matrix(self, index: int) -> "TensorInfo":
+        """One matrix of a stack."""
+        one = self.part(0, index, index + 1)
+        return _placed(self.dtype, one.shape[1:], one.offset, one.all_strides[1:])
+
+    def transposed(self) -> "TensorInfo":
+        """A matrix with rows and columns exchanged."""
+        return _placed(self.dtype, self.shape[::-1], self.offset, self.all_strides[::-1])
+
+
+def _placed(dtype: str, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]) -> TensorInfo:
+    size = element_size(dtype)
+    plain = contiguous_strides(shape, size)
+    is_plain = all(a == b or extent == 1 for a, b, extent in zip(strides, plain, shape, strict=True))
+    return TensorInfo(dtype, shape, offset, math.prod(shape) * size, None if is_plain else strides)
 
 
 def find_checkpoint_files(folder: str) -> dict[str, set[str] | None]:

@@ -16,9 +16,9 @@ from ramet.srt.model_loader.arena.read_range import ShortReadError
 from ramet.srt.model_loader.checkpoint.checks import check_checkpoint, is_harmless, is_quantised_here, settle_scales
 from ramet.srt.model_loader.checkpoint.fused_tensors import split_fused
 from ramet.srt.model_loader.checkpoint.idle_tensors import without_idle
-from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, split_manifest
+from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob, TurnJob, split_manifest
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
-from ramet.srt.model_loader.checkpoint.stacked_experts import split_stacked_experts
+from ramet.srt.model_loader.checkpoint.stacked_experts import has_transposed_experts, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.tied_head import has_own_head
 from ramet.srt.model_loader.checkpoint.whole_model import EMBEDDING, HEAD, WholeModel, describe_rank
 from ramet.srt.weights.copy_op import CopyOp, random_part, split_op
@@ -78,9 +78,11 @@ class CheckpointSource:
         """Bring the tensors under the names that boxes have, and check that they are those of the model."""
         if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
             raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
-        block_rows = None if whole.quantization is None else whole.quantization.block_rows
+        block_size = None if whole.quantization is None else whole.quantization.block_size
+        block_rows = None if block_size is None else block_size[0]
+        are_transposed = self._has_transposed_experts(whole)
         for path, tensors in self.files.items():
-            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
+            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_size, are_transposed)
             unfused = split_fused(path, unstacked, whole.shapes, block_rows)
             self.files[path] = without_idle(path, settle_scales(unfused, whole), whole)
         self._reject_duplicates()
@@ -91,6 +93,13 @@ class CheckpointSource:
                 f"{self.folder} holds an output head of its own ({HEAD} differs from {EMBEDDING}), but the model was "
                 "built with the embedding's table in its place, as its config or another instance said"
             )
+
+    def _has_transposed_experts(self, whole: WholeModel) -> bool:
+        shapes = [(name, info.shape) for name, (_, info) in self._tensors().items() if name not in whole.shapes]
+        try:
+            return has_transposed_experts(shapes, whole.hidden_size)
+        except ValueError as error:
+            raise ValueError(f"{self._describe()}: {error}") from None
 
     def plan(self, manifest: WeightManifest, unfinished: Sequence[CopyOp] | None = None) -> TransferPlan:
         """What to read for a manifest; `op.source` is an index into the files.
@@ -110,7 +119,7 @@ class CheckpointSource:
         sources = [
             TensorSource(
                 name=path,
-                holdings={name: [whole_tensor(t.shape, t.offset, t.dtype)] for name, t in tensors.items()},
+                holdings={name: [whole_tensor(t.shape, t.offset, t.dtype, t.strides)] for name, t in tensors.items()},
                 casts=True,
             )
             for path, tensors in self.files.items()
@@ -152,6 +161,11 @@ class CheckpointSource:
         expected = bytearray(ends[-1])
         with self._open_files() as fds, memoryview(expected) as memory:
             fill_memory_from_files(side_by_side, list(fds.values()), memory)
+            if any(isinstance(job, TurnJob) for job in self._jobs):
+                from ramet.srt.model_loader.checkpoint.quantizing_reader import find_wrong
+
+                if wrong := find_wrong(self._jobs, fds, arena, MAX_SAMPLES, generator):
+                    return wrong
         held = arena.gather([(sample.target_offset, sample.target_stop) for sample in samples])
         if held == expected:
             return None
@@ -162,7 +176,8 @@ class CheckpointSource:
     @property
     def converted_names(self) -> list[str]:
         """Entries that the last plan does not copy but makes: what `find_difference` cannot compare."""
-        return sorted({job.weight.name if isinstance(job, QuantizeJob) else job.scale.name for job in self._jobs})
+        quantised = {job.weight.name for job in self._jobs if isinstance(job, QuantizeJob)}
+        return sorted(quantised | {job.scale.name for job in self._jobs if isinstance(job, ScaleJob)})
 
     @contextlib.contextmanager
     def _open_files(self) -> Iterator[dict[str, int]]:

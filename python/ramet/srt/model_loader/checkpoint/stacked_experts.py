@@ -2,11 +2,12 @@
 
 Published checkpoints of Qwen3-MoE and Mixtral hold every expert's matrices as tensors of their own, and the boxes
 name those. transformers 5 stacks them in memory, under the same module names for all families, and writes that when
-it is told not to restore the original format; so do trainers that save its state dict.
+it is told not to restore the original format; so do trainers that save its state dict. Those of Qwen3-VL-MoE are
+published as stacks, of transposed matrices.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 
@@ -17,17 +18,41 @@ FP8 = "float8_e4m3fn"
 EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
 
 
+def has_transposed_experts(shapes: Iterable[tuple[str, tuple[int, ...]]], hidden_size: int | None) -> bool:
+    """Whether the matrices in a checkpoint's stacks are transposed: columns before rows. All of them are, or none.
+
+    Args:
+        shapes: of all of the checkpoint's tensors, with their names.
+        hidden_size: None where it isn't known: then none are.
+
+    Raises:
+        ValueError: if some are and others not.
+    """
+    found: dict[bool, str] = {}
+    for name, shape in shapes:
+        match = STACKED.fullmatch(name)
+        if match is None or match["scale"] or len(shape) != 3 or shape[1] == shape[2] or hidden_size not in shape[1:]:
+            continue
+        inner = shape[2] if match["part"] == "experts.gate_up_proj" else shape[1]
+        found.setdefault(inner != hidden_size, name)
+    if len(found) > 1:
+        raise ValueError(f"the matrices in {found[True]} are transposed, those in {found[False]} are not")
+    return True in found
+
+
 def split_stacked_experts(
     path: str,
     tensors: Mapping[str, TensorInfo],
     wanted: Collection[str],
-    block_rows: int | None = None,
+    block_size: tuple[int, int] | None = None,
+    are_transposed: bool = False,
 ) -> dict[str, TensorInfo]:
     """The tensors of a file under the names of a per-expert checkpoint; what is not stacked stays as it is.
 
     Args:
         wanted: names of checkpoint tensors that the model has boxes for, which tell the family's spelling.
-        block_rows: of fp8 weights with scales of blocks. A gate's last block must not reach into the up matrix below.
+        block_size: of fp8 weights with scales of blocks. A gate's last block must not reach into the up matrix behind.
+        are_transposed: see `has_transposed_experts`.
 
     Raises:
         ValueError: if the file holds an expert in both spellings, or such a block.
@@ -36,7 +61,7 @@ def split_stacked_experts(
     for name, info in tensors.items():
         if name in result:
             continue
-        for new_name, part in _split(path, name, info, wanted, block_rows):
+        for new_name, part in _split(path, name, info, wanted, block_size, are_transposed):
             if new_name in result:
                 raise ValueError(f"{path} has {new_name} twice: {name} holds it too")
             result[new_name] = part
@@ -44,7 +69,12 @@ def split_stacked_experts(
 
 
 def _split(
-    path: str, name: str, info: TensorInfo, wanted: Collection[str], block_rows: int | None
+    path: str,
+    name: str,
+    info: TensorInfo,
+    wanted: Collection[str],
+    block_size: tuple[int, int] | None,
+    are_transposed: bool,
 ) -> list[tuple[str, TensorInfo]]:
     match = STACKED.fullmatch(name)
     assert match is not None
@@ -56,22 +86,29 @@ def _split(
         return [(f"{layer}.{block}.{part}", info)]
     gate, up, down = EXPERT_NAMES[block]
     matrices = (gate, up) if part == "experts.gate_up_proj" else (down,)
-    if len(info.shape) != 3 or info.shape[1] % len(matrices):
+    if len(info.shape) != 3 or info.shape[2 if are_transposed else 1] % len(matrices):
         return [(name, info)]
-    num_experts, rows, columns = info.shape
-    is_fused = len(matrices) > 1 and info.dtype == FP8
-    if is_fused and block_rows is not None and rows // len(matrices) % block_rows:
-        raise ValueError(
-            f"{path}: {name} holds each expert's gate, {rows // len(matrices)} rows, above its up matrix, and a block "
-            f"of {block_rows} rows has some of both: such scales are not supported"
-        )
-    shape = (rows // len(matrices), columns)
-    nbytes = info.nbytes // max(1, num_experts * len(matrices))
+    stack = [info.matrix(expert) for expert in range(info.shape[0])]
+    if are_transposed:
+        stack = [matrix.transposed() for matrix in stack]
+    rows = info.shape[2 if are_transposed else 1] // len(matrices)
+    if info.dtype == FP8 and block_size is not None:
+        _check_blocks(path, name, rows if len(matrices) > 1 else 0, block_size, are_transposed)
     return [
-        (
-            f"{layer}.{block}.experts.{expert}.{matrix}.weight{scale}",
-            TensorInfo(info.dtype, shape, info.offset + (expert * len(matrices) + place) * nbytes, nbytes),
-        )
-        for expert in range(num_experts)
-        for place, matrix in enumerate(matrices)
+        (f"{layer}.{block}.experts.{expert}.{kind}.weight{scale}", matrix.part(0, place * rows, (place + 1) * rows))
+        for expert, matrix in enumerate(stack)
+        for place, kind in enumerate(matrices)
     ]
+
+
+def _check_blocks(path: str, name: str, gate_rows: int, block_size: tuple[int, int], are_transposed: bool) -> None:
+    if are_transposed and block_size[0] != block_size[1]:
+        raise ValueError(
+            f"{path}: {name} holds transposed matrices, of which blocks of {block_size[0]} x {block_size[1]} may be "
+            "rows or columns: such scales are not supported"
+        )
+    if gate_rows % block_size[0]:
+        raise ValueError(
+            f"{path}: {name} holds each expert's gate, {gate_rows} rows, above its up matrix, and a block "
+            f"of {block_size[0]} rows has some of both: such scales are not supported"
+        )

@@ -9,6 +9,7 @@ from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, s
 
 FP8 = "float8_e4m3fn"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROUTER = ".gate.weight"
 SCALE_SUFFIXES = ("_scale", "_scale_inv")
 GRID_ATTRIBUTES = (*SCALE_SUFFIXES, "_scale_2", "_zeros", "_column_groups")  # ends of entries beside a quantised one
 
@@ -27,6 +28,11 @@ class WholeModel:
     knows_config: bool = True  # False: there is nothing but a manifest to go by
     surplus: str = ""  # a regular expression of names that the files may hold beside, if it isn't empty
     has_head: bool = True  # False: an output head that the files may hold is of no use
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Columns of a router, of a model that has one."""
+        return next((shape[1] for name, shape in self.shapes.items() if name.endswith(ROUTER)), None)
 
 
 def describe_rank(manifest: WeightManifest) -> WholeModel:

@@ -76,7 +76,10 @@ class Attempt:
             self._compare_with_files(model_path)
         digest = table.digest if table is not None else ""
         seconds = time.perf_counter() - start
-        return msgspec.structs.replace(report, seconds=seconds, digest=digest, weight_version=self._version)
+        instances = tuple(seed.server.address.url for seed in fitting if seed.server.address.host)
+        return msgspec.structs.replace(
+            report, seconds=seconds, digest=digest, weight_version=self._version, instances=instances
+        )
 
     def _take(self) -> LoadReport:
         """Fill the arena, and see to it that all is of the version that was agreed on.

@@ -9,17 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ramet.srt.configs.weight_format import OF_COLUMNS, TRANSPOSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
 from ramet.srt.model_loader.checkpoint.fused_tensors import fused_parts
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
-from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, split_stacked_experts
+from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, has_transposed_experts, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 from ramet.srt.model_loader.checksums.tensor_digest import hash_bytes
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.boxes import Region, intersect, locate_box, region_volume, share_out
-from ramet.srt.weights.content_digest import DigestTable, TensorDigest, as_matrices, bands_of, piece
+from ramet.srt.weights.content_digest import DigestTable, TensorDigest, bands_of, piece
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, element_size
 from ramet.srt.weights.planner import Holding, region_offset
 
@@ -50,11 +51,12 @@ class _Held(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """Where a tensor that boxes name lies in one of the table: all of it, or rows of one matrix of a stack."""
+    """Where a tensor that boxes name lies in one of the table: all of it, a part, or part of a stack's matrix."""
 
     tensor: TensorDigest
     matrix: int | None = None
-    first_row: int = 0
+    first: tuple[int, ...] = ()  # where the part begins, along the last dimensions; empty: at the beginning
+    is_transposed: bool = False  # the matrix has rows where the boxes have columns
 
     @property
     def is_repeated(self) -> bool:
@@ -64,24 +66,19 @@ class _Target(NamedTuple):
 
     def place(self, holding: Holding) -> Holding:
         """A part of what boxes name, as a part of the table's tensor."""
+        region, strides, num = holding.region, holding.strides, len(self.tensor.shape)
         if self.is_repeated:
-            first = tuple((0, 1) for _ in self.tensor.shape)
-            return Holding(first, holding.offset, (0,) * len(first), holding.dtype)
-        if self.matrix is None:
-            rows = holding.region[0] if holding.region else (0, 0)
-            if self.first_row:
-                region = ((rows[0] + self.first_row, rows[1] + self.first_row), *holding.region[1:])
-                holding = Holding(region, holding.offset, holding.strides, holding.dtype)
-            if len(self.tensor.shape) == 1 and holding.region[1:] == ((0, 1),):  # scales of rows, as a vector
-                return Holding(holding.region[:1], holding.offset, holding.strides[:1], holding.dtype)
-            return holding
-        rows, columns = holding.region
-        region = (
-            (self.matrix, self.matrix + 1),
-            (rows[0] + self.first_row, rows[1] + self.first_row),
-            columns,
-        )
-        return Holding(region, holding.offset, (0, *holding.strides), holding.dtype)
+            return Holding(((0, 1),) * num, holding.offset, (0,) * num, holding.dtype)
+        if num == 1 and region[1:] == ((0, 1),):  # scales of rows, as a vector
+            region, strides = region[:1], strides[:1]
+        if self.is_transposed:
+            region, strides = region[::-1], strides[::-1]
+        first = self.first or (0,) * len(region)
+        if len(first) == len(region):
+            region = tuple((start + by, stop + by) for (start, stop), by in zip(region, first, strict=True))
+        if self.matrix is not None:
+            region, strides = ((self.matrix, self.matrix + 1), *region), (0, *strides)
+        return Holding(region, holding.offset, strides, holding.dtype)
 
 
 def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
@@ -102,7 +99,7 @@ def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
 def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, list[_Held]], dict[str, str]]:
     """What an arena has of each tensor of the table; and which entries can't be compared, and why."""
     names = {box.checkpoint_name for entry in manifest.entries for box in entry.boxes}
-    targets = {**_find_fused(table, names, manifest.dimensions), **find_targets(table, names)}
+    targets = {**_find_fused(table, names, manifest.dimensions), **find_targets(table, names, manifest.dimensions)}
     held: dict[str, list[_Held]] = {}  # by the table's tensors: a band may lie in several entries
     unchecked = {}
     for entry, box in ((one, box) for one in manifest.entries for box in one.boxes):
@@ -118,7 +115,7 @@ def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, l
     return held, unchecked
 
 
-def find_targets(table: DigestTable, names: Set[str]) -> dict[str, _Target]:
+def find_targets(table: DigestTable, names: Set[str], dimensions: Mapping[str, int]) -> dict[str, _Target]:
     """The tensors that boxes name, in the table, by these names; those that the checkpoint stacks, in their stacks.
 
     Scales may have the other one of their two names.
@@ -129,39 +126,46 @@ def find_targets(table: DigestTable, names: Set[str]) -> dict[str, _Target]:
             tensor = table.tensors.get(name.removesuffix(suffix) + other) if name.endswith(suffix) else None
             if tensor is not None:
                 found[name] = _Target(tensor)
-    for name, tensor in table.tensors.items():
-        if name in names or not STACKED.fullmatch(name):
-            continue
+    stacks = {name: one for name, one in table.tensors.items() if name not in names and STACKED.fullmatch(name)}
+    shapes = [(name, tensor.shape) for name, tensor in stacks.items()]
+    try:
+        are_transposed = has_transposed_experts(shapes, dimensions.get("hidden_size"))
+    except ValueError:  # of a checkpoint that can't be loaded: its shapes won't fit
+        are_transposed = False
+    for name, tensor in stacks.items():
         size = element_size(tensor.dtype)
-        matrices, num_rows, num_columns = as_matrices(tensor.shape)
-        info = TensorInfo(tensor.dtype, tensor.shape, 0, matrices * num_rows * num_columns * size)
-        for new_name, part in split_stacked_experts("", {name: info}, names).items():
+        info = TensorInfo(tensor.dtype, tensor.shape, 0, math.prod(tensor.shape) * size)
+        for new_name, part in split_stacked_experts("", {name: info}, names, None, are_transposed).items():
             if new_name not in names or new_name in found:
                 continue
             if part.shape == tensor.shape:
                 found[new_name] = _Target(tensor)
                 continue
-            matrix, rest = divmod(part.offset, num_rows * num_columns * size)
-            found[new_name] = _Target(tensor, matrix, rest // (num_columns * size))
+            num_rows, num_columns = tensor.shape[1:]
+            matrix, rest = divmod(part.offset // size, num_rows * num_columns)
+            found[new_name] = _Target(tensor, matrix, divmod(rest, num_columns), are_transposed)
     return found
 
 
 def _find_fused(table: DigestTable, names: Set[str], dimensions: Mapping[str, int]) -> dict[str, _Target]:
-    """The tensors that boxes name and that the checkpoint holds one above the other, as rows of what it has."""
+    """The tensors that boxes name and that the checkpoint holds as one, as parts of what it has."""
     found: dict[str, _Target] = {}
-    sizes = [dimensions.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")]
-    heads = [size * dimensions.get("head_dim", 0) for size in sizes]
+    heads = [dimensions.get(name, 0) for name in ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")]
     for name, tensor in table.tensors.items():
         parts = [] if name in names else fused_parts(name)
         if not names & set(parts):
             continue
-        if math.prod(tensor.shape) == 1:  # a scale of the whole
+        if math.prod(tensor.shape) == 1 or name.endswith(OF_COLUMNS):  # the same for all parts
             found.update({part: _Target(tensor) for part in parts})
             continue
-        rows = heads if len(parts) == len(heads) else [tensor.shape[0] // len(parts)] * len(parts)
-        if sum(rows) == tensor.shape[0]:
-            starts = itertools.accumulate(rows, initial=0)
-            found.update({part: _Target(tensor, None, start) for part, start in zip(parts, starts, strict=False)})
+        shares = heads if len(parts) == len(heads) else [1] * len(parts)
+        dim = 1 if name.endswith(TRANSPOSED) else 0
+        unit, rest = divmod(tensor.shape[dim], max(1, sum(shares)))
+        if not rest:
+            for part, start in zip(parts, itertools.accumulate(shares, initial=0), strict=False):
+                first = [0] * len(tensor.shape)
+                first[dim] = start * unit
+                found[part] = _Target(tensor, None, tuple(first))
     return found
 
 
