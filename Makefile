@@ -2,12 +2,14 @@
 # Variables: PYTHON (3.11 or newer), VENV (where the environment lies), EXTRA (which Mooncake build: cpu, cuda12, cuda13;
 # the one that the environment has, or cpu for a new one),
 # MODEL (make run: folder or Hugging Face hub id), TESTS (make test: what to run),
+# JOBS (make test: in how many processes; 0 is pytest's own, where -s and --pdb work),
 # MARKS (make test: pytest's -m; empty runs the slow tests too), CLIENTS (make test-clients: what to run), ARGS (more flags for run and bench).
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= $(or $(patsubst $(VENV)/.ramet-%,%,$(firstword $(shell ls -t $(VENV)/.ramet-* 2>/dev/null))),cpu)
 MODEL ?=
-TESTS ?= test/unit test/integration
+TESTS ?= test/integration test/unit
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 MARKS ?= not slow
 CLIENTS ?= test/clients
 ARGS ?=
@@ -30,11 +32,14 @@ $(STAMP): setup.py constraints.txt scripts/setup_env.sh
 run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... takes a real model
 	@$(BIN)/python examples/clone_demo.py $(if $(MODEL),--model-path $(MODEL)) $(ARGS)
 
-test: $(STAMP) ## run the unit tests, then the integration tests; TESTS=... picks
-	$(BIN)/python -m pytest -m "$(MARKS)" $(TESTS)
+# A file's tests stay together, in their order: many share a server. Long ones come first, so that all end together.
+SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test: $(STAMP) ## run the integration and the unit tests, side by side; TESTS=... picks
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "$(MARKS)" $(TESTS)
 
 test-lowest: $(STAMP) ## run a part of the tests with the lowest versions that setup.py allows
-	@bash scripts/test_lowest_versions.sh $(VENV)
+	@bash scripts/test_lowest_versions.sh $(VENV) $(SIDE_BY_SIDE)
 
 test-clients: $(STAMP) ## run published clients against a server; CLIENTS=... picks; the first time fetches several GB
 	PYTHONPATH=test $(BIN)/python -m clients.environments

@@ -48,6 +48,7 @@ EXTRAS = {
         "pytest>=8.2",
         "pytest-asyncio>=0.24",
         "pytest-timeout>=2.3.1",
+        "pytest-xdist>=3.8",
         "ruff>=0.9",
         "triton>=3.4; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
         "transformers>=5.0",

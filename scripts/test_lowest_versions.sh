@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Runs a part of the tests with the lowest versions that setup.py allows, in an environment of its own beside VENV.
-# Usage: scripts/test_lowest_versions.sh VENV. Torch, which is large, is lent by VENV: its lower bound isn't tested here.
+# Usage: scripts/test_lowest_versions.sh VENV [PYTEST FLAGS]. Torch, which is large, is lent by VENV: its lower bound isn't tested here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 lowest=$1-lowest
+shift
 
 rm -rf "$lowest"
 "$venv/bin/python" -m venv "$lowest"
@@ -30,7 +31,7 @@ without=(torch mypy ruff triton transformers types-requests grpcio-tools)
     $(printf -- '--without %s ' "${without[@]}") > "$lowest/constraints.txt"
 "$lowest/bin/python" -m pip install -q --disable-pip-version-check -r "$lowest/constraints.txt"
 export PYTHONPATH="$PWD/python"  # for the processes that the tests start, too
-"$lowest/bin/python" -m pytest -q -m "not slow" -p no:cacheprovider \
+"$lowest/bin/python" -m pytest -q -m "not slow" -p no:cacheprovider "$@" \
     test/integration/http_api test/integration/modelexpress/test_service.py \
     test/integration/modelexpress/test_server_process.py test/unit/entrypoints test/unit/modelexpress \
     test/unit/test_grammar.py test/unit/test_http_client.py test/unit/model_loader/test_seed_transfer.py \

@@ -1,12 +1,16 @@
 """Starts servers as processes of their own for tests, with the fake scheduler or the real one, and ends them."""
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -85,13 +89,20 @@ def run_script(
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
+@functools.cache
+def temporary_root() -> Path:
+    """Where servers have their folders for temporary files, in which sockets lie: tests' own paths are too long."""
+    root = tempfile.mkdtemp(prefix="ramet-test-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Path(root)
+
+
 class ServerProcess:
     """One server on a free port."""
 
     def __init__(self, model: Path, log: Path, *flags: str, fake: bool = True, **environment: str):
         self.log = log
-        self.temporary = log.parent / f"{log.stem}-tmp"  # so that what it leaves behind can be seen
-        self.temporary.mkdir(exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(dir=temporary_root()))  # so that what it leaves behind can be seen
         entry = [str(TEST_FOLDER / "launch_with_fake_scheduler.py")] if fake else ["-m", "ramet.launch_server"]
         port = [] if "--port" in flags else ["--port", "0"]
         name = [] if "--served-model-name" in flags else ["--served-model-name", MODEL_NAME]

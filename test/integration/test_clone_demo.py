@@ -33,7 +33,6 @@ def run_demo(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
     ("flags", "source"),
     [
         ([], "local_map"),
-        (["--by-address"], "local_map"),
         (["--by-address", "--", "--remote-instance-weight-loader-local-mode", "off"], "transfer_engine"),
     ],
 )

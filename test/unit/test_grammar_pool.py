@@ -135,12 +135,13 @@ def test_a_process_that_is_killed_is_replaced_where_its_requests_were(pool: Gram
 
 
 def test_a_token_that_takes_too_long_ends_its_request_alone(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_limits, "STEP_CPU_S", 0.001)
     slow, other = opened(pool, AMBIGUOUS), opened(pool, AMBIGUOUS)
     first = min(allowed(slow))
-    for _ in range(200):  # the process gets tokens faster than it can follow
-        slow.advance(first, True)
-    pool.wait([slow], TIMEOUT_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_limits, "STEP_CPU_S", 0.001)
+        for _ in range(200):  # the process gets tokens faster than it can follow
+            slow.advance(first, True)
+        pool.wait([slow], TIMEOUT_S)
     assert slow.failure is not None and slow.failure.status_code == 400
     assert "can't go on" in slow.failure.message
     pool.wait([other], TIMEOUT_S)

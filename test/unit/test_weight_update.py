@@ -12,6 +12,7 @@ import pytest
 import random_models as rm
 import torch
 from engine_harness import EngineHarness
+from ramet.srt.managers.scheduler_loop import LOAD_POLL_S
 from ramet.srt.model_executor import weight_update
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
@@ -270,6 +271,11 @@ def test_what_is_dropped_while_it_is_staged_takes_no_memory_afterwards(
     engine.send(StageWeightsReq(request_id="slow", number=1, source=source))
     engine.step()
     assert begun.wait(30) and engine.loop.has_work
+    waits = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.channel, "receive", lambda timeout_s: waits.append(timeout_s) or [])
+        engine.loop.run_once()
+    assert waits == [LOAD_POLL_S], "who stages has the processor"
     refused = updated.stage(models["new"], 2)
     assert not refused.success and "has not ended yet" in refused.message
     assert updated.ask(DropWeightsReq(request_id="drop", number=1)).success

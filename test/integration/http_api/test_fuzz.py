@@ -19,6 +19,9 @@ CHANGING = ("/pause_generation", "/continue_generation", "/update_weight_version
             "/update_weights_from_instance", "/rollback_weights")  # fmt: skip
 # The model generates: it is neither made for embeddings nor for ranks, and takes no adapters.
 REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile", *ADAPTERS)
+# Other names of routes that are asked here.
+ALIASES = ("/v1/tokenize", "/v1/detokenize")
+NOISES = {path: (12,) if path in (*ALIASES, *REFUSED) else (0, 12, 3) for path in (*PATHS, *ADAPTERS)}
 RESPONSES = "/v1/responses"
 # Cut, so that the answers take no time.
 LENGTHS = {"max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_tokens", "n"}
@@ -101,8 +104,7 @@ def test_every_body_is_known(description: Any) -> None:
     assert set(body_schemas(description)) == {*PATHS, *ADAPTERS, *CHANGING}
 
 
-@pytest.mark.parametrize("noise", [0, 12, 3])
-@pytest.mark.parametrize("path", [*PATHS, *ADAPTERS])
+@pytest.mark.parametrize(("path", "noise"), [(path, noise) for path, noises in NOISES.items() for noise in noises])
 def test_any_body_gets_an_answer_in_words_of_the_api(
     http: httpx.Client, description: Any, path: str, noise: int
 ) -> None:

@@ -29,7 +29,7 @@ from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, S
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
-LOAD_POLL_S = 0.01  # while an adapter is being loaded
+LOAD_POLL_S = 0.01  # while an adapter is being loaded, or an update's step goes on
 
 
 class SchedulerLoop:
@@ -50,9 +50,8 @@ class SchedulerLoop:
     def run_once(self) -> None:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
         scheduler = self.scheduler
-        is_idle = not (scheduler.can_go_on or self._weight_updates.is_busy)
-        spare_s = scheduler.spare_s()
-        idle_s = LOAD_POLL_S if self._lora else IDLE_POLL_S
+        is_idle, spare_s = not scheduler.can_go_on, scheduler.spare_s()
+        idle_s = LOAD_POLL_S if self._lora or self._weight_updates.is_busy else IDLE_POLL_S
         messages = self._channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)
