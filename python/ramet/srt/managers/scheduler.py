@@ -66,7 +66,7 @@ from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.constraint import constraint_of
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.text.tokenizer import Tokenizer
-from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
+from ramet.srt.weights.update_messages import WeightStep
 
 logger = logging.getLogger(__name__)
 
@@ -307,7 +307,7 @@ class Scheduler:
             case RenameWeightsReqInput():
                 self.rename_weights(message.version, abort_all=message.abort_all)
                 self.channel.reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
+            case _ if isinstance(message, WeightStep):
                 self.weight_updates.handle(message)
             case FlushCacheReqInput():
                 self.channel.reply(self._flush_cache(message))
