@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.managers.trainer_group_control import TrainerGroupControl
     from ramet.srt.managers.weight_sessions import WeightSessions
     from ramet.srt.managers.weight_update_control import WeightUpdateControl
     from ramet.srt.modelexpress.server.server import ModelExpressServer
@@ -82,6 +83,7 @@ class Instance:
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
         self.weight_sessions: WeightSessions
+        self.trainer_groups: TrainerGroupControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -262,6 +264,7 @@ class Instance:
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.managers.trainer_group_control import TrainerGroupControl
         from ramet.srt.managers.weight_sessions import WeightSessions
         from ramet.srt.managers.weight_update_control import WeightUpdateControl
         from ramet.srt.text.output_format import OutputFormat
@@ -310,6 +313,7 @@ class Instance:
             self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
         )
         self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
+        self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")

@@ -72,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
-LOAD_POLL_S = 0.01  # while an adapter is being loaded
+LOAD_POLL_S = 0.01  # while an adapter is being loaded, or a trainer waited for
 MAX_WAIT_S = 0.02  # at a time, so that the end of the process waits no longer
 WARM_UP_TOKENS = 8
 
@@ -141,7 +141,7 @@ class Scheduler:
     def run_once(self) -> None:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
         is_idle, spare_s = not self._can_go_on, self._spare_s()
-        idle_s = LOAD_POLL_S if self.lora else IDLE_POLL_S
+        idle_s = LOAD_POLL_S if self.lora or self.weight_updates.is_joining else IDLE_POLL_S
         messages = self.channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)

@@ -295,7 +295,7 @@ class WeightUpdateControl:
         except BaseException:
             await self.drop(number)
             raise
-        if failure := _failure(replies):
+        if failure := failure_of(replies):
             await self.drop(number)
             raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
         return replies
@@ -340,7 +340,7 @@ class WeightUpdateControl:
         if self._doors.gives_weights:
             self._doors.close_for_weights()
             replies = await self._ask(functools.partial(OfferWeightsReq, is_offered=False), OFFER_TIMEOUT_S)
-            if failure := _failure(replies):
+            if failure := failure_of(replies):
                 raise RequestError(f"the weights can't be withdrawn from other instances: {failure}")
 
     async def _offer(self) -> str:
@@ -348,7 +348,7 @@ class WeightUpdateControl:
         if not self._doors.gives_weights:
             return ""
         try:
-            failure = _failure(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
+            failure = failure_of(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
         except ServiceError as error:
             failure = str(error)
         if failure:
@@ -376,6 +376,6 @@ class WeightUpdateControl:
             raise RequestError(str(error)) from None
 
 
-def _failure(replies: list[WeightStepOutput]) -> str:
+def failure_of(replies: list[WeightStepOutput]) -> str:
     """Why not all replicas have taken a step; "" if they have."""
     return "; ".join(dict.fromkeys(reply.message for reply in replies if not reply.success))

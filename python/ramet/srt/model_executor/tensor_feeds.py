@@ -7,10 +7,11 @@ from typing import TypeAlias
 
 import torch
 
+from ramet.srt.model_executor.trainer_groups import TrainerGroups
 from ramet.srt.model_loader.arena.read_range import ShortReadError, read_range
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamp
 from ramet.srt.model_loader.checkpoint.safetensors_header import read_header
-from ramet.srt.weights.update_messages import TensorsInFile, TensorsSource
+from ramet.srt.weights.update_messages import BroadcastTensors, TensorsInFile, TensorsSource
 
 Tensors: TypeAlias = Generator[tuple[str, torch.Tensor], None, None]
 
@@ -37,13 +38,18 @@ class TensorFeeds:
     untouched. It must not wait for ever.
     """
 
+    def __init__(self, world_rank: int, device: torch.device):
+        self.groups = TrainerGroups(world_rank, device)
+
     def open(self, source: TensorsSource) -> Tensors:
         """The tensors of a call."""
+        if isinstance(source, BroadcastTensors):
+            return self.groups.receive(source)
         return _read_file(source)
 
-    def name_of(self, _source: TensorsSource) -> str:
+    def name_of(self, source: TensorsSource) -> str:
         """What load reports and answers call such a source."""
-        return "file"
+        return "broadcast" if isinstance(source, BroadcastTensors) else "file"
 
 
 def _read_file(source: TensorsInFile) -> Tensors:

@@ -7,6 +7,7 @@ and so the instance: it must never go on with some ranks changed and others not.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -30,12 +31,15 @@ from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
 from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.threads import run_beside
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     InstanceSource,
+    JoinGroupReq,
+    LeaveGroupReq,
     LongWeightStep,
     OfferWeightsReq,
     PutTensorsReq,
@@ -51,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+WORDS = {OfferWeightsReq: "the offer of weights", JoinGroupReq: "meeting a trainer"}
 FIRST = 0  # the number of the content that the rank was started with
 
 
@@ -88,7 +93,7 @@ class RankVersions:
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
         self._open: dict[int, TensorStage] = {}  # into which tensors come: none or one
-        self.feeds = TensorFeeds()
+        self.feeds = TensorFeeds(self._parallel.world_rank, self.arena.byte_tensor().device)
         self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
         self._lock = threading.Lock()
         self._turn = threading.Lock()
@@ -100,6 +105,7 @@ class RankVersions:
 
     def close(self) -> None:
         """Withdraw the offer for good. What is being staged is of no use any more, and ends with the process."""
+        self.feeds.groups.close()
         self.weights.close()
 
     # -- Steps that go on beside passes
@@ -114,6 +120,14 @@ class RankVersions:
 
         threading.Thread(target=run, name="change-weights", daemon=True).start()
 
+    def join(self, step: JoinGroupReq) -> Future[StepOutcome]:
+        """Begin to meet a trainer, beside whatever else goes on. All ranks of the replica do.
+
+        Returns:
+            On the leader, what comes of it on all of them.
+        """
+        return run_beside(functools.partial(self._run, step), "join-group")
+
     @property
     def is_busy(self) -> bool:
         """Whether a step is under way: on the leader, on any rank of its replica."""
@@ -124,7 +138,7 @@ class RankVersions:
         assert self._job is not None
         return self._job.result()
 
-    def _run(self, step: LongWeightStep) -> StepOutcome:
+    def _run(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -148,9 +162,9 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: LongWeightStep) -> StepOutcome:
+    def _take(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
         rank = self._parallel.world_rank
-        what = "the offer of weights" if isinstance(step, OfferWeightsReq) else "staging weights"
+        what = WORDS.get(type(step), "staging weights")
         try:
             self.arena.make_current()
             match step:
@@ -162,6 +176,8 @@ class RankVersions:
                     return self._seal(step)
                 case OfferWeightsReq():
                     self._offer(step.is_offered)
+                case JoinGroupReq():
+                    self.feeds.groups.join(step)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
             return StepOutcome(failure=one_line(error))
@@ -304,6 +320,10 @@ class RankVersions:
                 self.switch(step.number, step.version)
             case DropWeightsReq():
                 self.drop(step.number)
+            case JoinGroupReq():
+                self.join(step)
+            case LeaveGroupReq():
+                self.feeds.groups.leave(step.name)
             case _:
                 self.begin(step)
 

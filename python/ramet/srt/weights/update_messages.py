@@ -49,7 +49,18 @@ class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_f
     stamp: FileStamp
 
 
-TensorsSource = TensorsInFile  # where the tensors of one call of a session are
+class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast"):
+    """Tensors that a trainer broadcasts in a group that all ranks have joined, in this order."""
+
+    group: str
+    names: list[str]
+    dtypes: list[str]  # as an arena names them
+    shapes: list[list[int]]
+    bucket_nbytes: int | None = None  # several in one broadcast, which ends with the tensor that exceeds so many bytes
+    timeout_s: float = 300.0  # for each broadcast
+
+
+TensorsSource = TensorsInFile | BroadcastTensors  # where the tensors of one call of a session are
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -98,6 +109,27 @@ class DropWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     number: int
 
 
+class JoinGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Become a member of a group in which a trainer is rank 0, in the place of one of that name. Handed on likewise."""
+
+    request_id: str
+    name: str
+    host: str  # of the trainer's store
+    port: int
+    rank_offset: int  # of the instance's rank 0
+    size: int
+    backend: str  # "nccl", "gloo", or "auto": as the device has it
+    is_stateless: bool = False  # a group of vLLM's
+    timeout_s: float = 300.0  # for all members to come
+
+
+class LeaveGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Leave a group, if there is one: whatever is waited for in it ends. Handed on in the same way."""
+
+    request_id: str
+    name: str
+
+
 class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A replica's leader to the main process: all ranks of the replica have taken a step, or why not."""
 
@@ -112,4 +144,4 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes
-WeightStep = LongWeightStep | SwitchWeightsReq | DropWeightsReq
+WeightStep = LongWeightStep | SwitchWeightsReq | DropWeightsReq | JoinGroupReq | LeaveGroupReq

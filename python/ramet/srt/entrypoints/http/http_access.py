@@ -33,6 +33,13 @@ ADMIN_PATHS = frozenset(
         "/rollback_weights",
         "/begin_weight_update",
         "/end_weight_update",
+        "/init_weights_update_group",
+        "/update_weights_from_distributed",
+        "/destroy_weights_update_group",
+        "/init_weight_transfer_engine",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
         "/weight_versions",
     }
 )

@@ -1,5 +1,6 @@
 """Owns the routes of sessions, which take tensors. WIRE: SGLang's, from its version 0.5.21 on."""
 
+from collections.abc import Awaitable
 from typing import Annotated, ClassVar, Literal
 
 from fastapi import APIRouter
@@ -12,8 +13,9 @@ from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.routes.weight_updates import Version, answer_update, refusal
+from ramet.srt.entrypoints.routes.weight_updates import Version, answer_update, refusal, updated
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.weight_update_control import Staged, UpdateReport
 
 # SGLang's "draft" is refused: there is no draft model, so that "all" is the target.
 Selector = Annotated[Literal["all", "target"], Field(description="Which model's weights.")]
@@ -54,3 +56,23 @@ def make_weight_session_router(instance: Instance) -> APIRouter:
         return await answer_update(instance.weight_sessions.end(body.weight_version if body is not None else None))
 
     return router
+
+
+async def answer_tensors(work: Awaitable[UpdateReport | Staged]) -> Response:
+    """An answer to a call that brings tensors, into a session or by themselves."""
+    try:
+        report = await work
+    except (RequestError, ServiceError) as error:
+        return refusal(error)
+    if isinstance(report, UpdateReport):
+        return updated(report)
+    message = f"{report.num_bytes} bytes have come; /end_weight_update serves them"
+    return json_response(
+        {
+            "success": True,
+            "message": message,
+            "source": report.source,
+            "num_bytes": report.num_bytes,
+            "stage_seconds": report.seconds,
+        }
+    )
