@@ -60,7 +60,15 @@ class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast
     timeout_s: float = 300.0  # for each broadcast
 
 
-TensorsSource = TensorsInFile | BroadcastTensors  # where the tensors of one call of a session are
+class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
+    """Tensors that a process of the same host has pickled, as SGLang's trainers do."""
+
+    payloads: list[bytes]  # one for all tensor-parallel ranks, or one for each
+    load_format: str | None  # flattened_bucket; direct: what ranks hold, by their own names
+    host_identity: str  # of the host on which they have arrived
+
+
+TensorsSource = TensorsInFile | PickledTensors | BroadcastTensors  # where the tensors of one call of a session are
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -40,6 +40,7 @@ ADMIN_PATHS = frozenset(
         "/start_weight_update",
         "/update_weights",
         "/finish_weight_update",
+        "/update_weights_from_tensor",
         "/weight_versions",
     }
 )
