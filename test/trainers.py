@@ -6,14 +6,18 @@ As a script it does what the lines of its standard input say, one after the othe
 import contextlib
 import datetime
 import json
+import pickle
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import zmq
 from ramet.srt.utils.net import listen_on
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import reduce_tensor
 
 TIMEOUT_S = 60
 
@@ -51,6 +55,10 @@ class Trainer:
     def send(self, path, names=None, **how):
         """Broadcast tensors of a safetensors file: one by one, or `flat`, in buckets of so many bytes."""
         self.tell("send", path=str(path), names=names, **how)
+
+    def lend(self, path, sockets, buffer_nbytes, fault=""):
+        """Show tensors of a safetensors file to one receiver at each socket, in a buffer."""
+        self.tell("lend", path=str(path), sockets=sockets, buffer_nbytes=buffer_nbytes, fault=fault)
 
     def wait(self):
         """For the next answer; it is "" if it has ended."""
@@ -120,6 +128,76 @@ class _Member:
             if self._meets:
                 dist.barrier(group=self._group)
 
+    def lend(self, path, sockets, buffer_nbytes, fault):
+        """As checkpoint-engine does it. What goes wrong for one of the receivers ends it for all.
+
+        Args:
+            fault: "beyond": a tensor lies beyond the buffer; "exception": it gives up; "short": it ends with one None.
+        """
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        tensors = {name: tensor.contiguous().view(torch.uint8).view(-1) for name, tensor in load_file(path).items()}
+        with contextlib.ExitStack() as stack:
+            talks = [stack.enter_context(_Talk(socket, buffer_nbytes)) for socket in sockets]
+            for talk in talks:
+                talk.send(ForkingPickler.dumps(reduce_tensor(talk.buffer)))
+            items, start = [], 0
+            for name, tensor in load_file(path).items():
+                nbytes = tensors[name].numel()
+                if start + nbytes > buffer_nbytes:
+                    _tell_all(talks, items)
+                    items, start = [], 0
+                for talk in talks:
+                    talk.answer()
+                    talk.buffer[start : start + nbytes] = tensors[name]
+                items.append({"name": name, "shape": tensor.shape, "dtype": tensor.dtype, "offset": start})
+                start += nbytes
+            if fault == "beyond":
+                items[-1]["offset"] = buffer_nbytes
+            _tell_all(talks, RuntimeError("no more") if fault == "exception" else items)
+            if fault != "exception":
+                for _ in range(1 if fault == "short" else 2):
+                    _tell_all(talks, None)
+                for talk in talks:
+                    talk.answer()
+
+
+class _Talk:
+    """With one receiver, which is told one thing after the other."""
+
+    def __init__(self, address, buffer_nbytes):
+        self.buffer = torch.empty(buffer_nbytes, dtype=torch.uint8)
+        self._address, self._owed = address, False
+
+    def __enter__(self):
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.REQ)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.RCVTIMEO, TIMEOUT_S * 1000)
+        self._socket.bind(self._address)
+        return self
+
+    def __exit__(self, *_):
+        self._socket.close()
+        self._context.term()
+
+    def send(self, message):
+        self.answer()
+        self._socket.send(bytes(message))
+        self._owed = True
+
+    def answer(self):
+        """Wait for what the last message has been answered with."""
+        if self._owed:
+            self._owed = False
+            if words := self._socket.recv():
+                self.send(pickle.dumps(RuntimeError("Some workers failed to update weights")))
+                raise RuntimeError(words.decode())
+
+
+def _tell_all(talks, value):
+    for talk in talks:
+        talk.send(pickle.dumps(value))
+
 
 def main():
     member = _Member()
@@ -128,7 +206,7 @@ def main():
         try:
             getattr(member, what)(**more)
             answer = "done"
-        except (dist.DistError, RuntimeError) as error:
+        except (dist.DistError, RuntimeError, zmq.ZMQError) as error:
             answer = "failed: " + str(error).split("\n")[0]
         print(answer, flush=True)
 

@@ -161,3 +161,21 @@ def test_vllms_routes_publish_the_version_at_the_end(case, server, trainer, flat
     back(server, case)
     answer = post(server, "/update_weights", update_info=info | {"names": []})
     assert answer.status_code == 400
+
+
+def test_tensors_come_in_buffers_that_are_lent(case, server, trainer, tmp_path):
+    """As checkpoint-engine does it: a socket and a buffer for each rank; a sender that gives up changes nothing."""
+    path = weights(case)
+    sockets = {f"CPU-{rank}": f"ipc://{tmp_path}/{rank}" for rank in range(2)}
+    trainer.lend(path, list(sockets.values()), 1 << 19)
+    answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets, flush_cache=True, weight_version="step 4")
+    assert answer.status_code == 200 and answer.json()["source"] == "ipc", answer.text
+    assert trainer.wait() == "done" and tokens(server) == case.tokens["new"]
+    back(server, case)
+    trainer.lend(path, list(sockets.values()), 1 << 19, "exception")
+    answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets)
+    assert answer.status_code == 400 and "the sender has given up: RuntimeError: no more" in answer.text
+    assert trainer.wait() == "done"
+    answer = post(server, "/update_weights_from_ipc", zmq_handles={"GPU-1": sockets["CPU-0"]})
+    assert answer.status_code == 400 and "has no socket for CPU-0, but for GPU-1" in answer.text
+    assert tokens(server) == case.tokens["old"]

@@ -173,3 +173,15 @@ def test_updates_come_one_after_the_other_and_to_their_end_whoever_asked() -> No
         "offer",
         "open",
     ]
+
+
+def test_the_first_weights_leave_no_way_back_to_none() -> None:
+    case = Case()
+    case.control.has_weights = False
+    with pytest.raises(RequestError, match="no weights have come yet"):
+        case.rollback()
+    case.update("one")
+    assert case.take_events() == ["stage 1", "close", "withdraw", "switch 1", "drop 0", "offer", "open", "begin"]
+    assert case.names() == ["one"] and case.control.has_weights
+    case.update("two")
+    assert case.names() == ["two", "one"] and "begin" not in case.take_events()

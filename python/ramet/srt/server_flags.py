@@ -284,6 +284,11 @@ class ServerFlags:
 
     # Weights
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
+    checkpoint_engine_wait_weights_before_ready: bool = flag(
+        False,
+        "Load no weights: they come by a first update, whole, and until then requests get 503 and no other instance "
+        "takes them.",
+    )
     remote_instance_weight_loader_backend: str = flag(
         "transfer_engine",
         "How weights come from another host: one-sided reads from the seed at the address that is given, "

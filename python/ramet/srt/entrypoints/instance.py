@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
 TELL_TIMEOUT_S = 5.0  # for a rank to note that the instance is healthy, or about to end
 MODELEXPRESS_GRACE_S = 1.0
+NO_WEIGHTS_YET = "no weights have come yet"
 SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
 
@@ -369,7 +370,17 @@ class Instance:
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
             self.manager.start_accepting(max_req_len, schedulers[0].load_report.weight_version)
+            if self.server_args.awaits_weights:
+                self._await_weights()
+                return
         self._tell_ranks(InstanceReady())
+
+    def _await_weights(self) -> None:
+        """Refuse requests, and tell nobody of the instance, until the first update has been served."""
+        self.manager.stop_accepting(NO_WEIGHTS_YET)
+        self.weight_updates.has_weights = False
+        if self.gives_weights:
+            self.close_for_weights()
 
     def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
         """Tell every rank of every node that other instances are told about. Waits for nothing."""
@@ -470,6 +481,10 @@ class Instance:
         assert self.bootstrap is not None
         self.bootstrap.resume("target")
         self._tell_ranks(InstanceReady())
+
+    def begin_to_serve(self) -> None:
+        """The first weights are there."""
+        self.manager.accept_again(NO_WEIGHTS_YET)
 
     def end(self, line: str) -> None:
         """The instance can't go on."""

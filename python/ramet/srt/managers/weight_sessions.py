@@ -139,7 +139,7 @@ class WeightSessions:
 
     async def _serve(self, number: int, staged: Staged, version: str | None, abort_all: bool) -> UpdateReport:
         sealed = await self._control.stage(functools.partial(SealWeightsReq, number=number), number)
-        origin = f"tensors on top of {self._control.current.version}"
+        origin = f"tensors on top of {self._control.current.version}" if self._control.has_weights else "tensors"
         content = Content(number, version or f"update-{number}", origin, None)
         return await self._control.serve(content, staged + Staged.of(sealed), abort_all=abort_all)
 

@@ -53,6 +53,9 @@ class Doors(Protocol):
     def end(self, line: str, /) -> None:
         """The instance can't go on."""
 
+    def begin_to_serve(self) -> None:
+        """The first weights are there."""
+
 
 class FoundSource(Protocol):
     """Weights that somebody has."""
@@ -172,6 +175,7 @@ class WeightUpdateControl:
         self.kept: list[Content] = []  # the newest first
         self._turn = turn
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.has_weights = True
         self.has_session = False  # whether tensors may come for content that is not complete yet
 
     @property
@@ -230,6 +234,8 @@ class WeightUpdateControl:
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
         async with self.turn():
+            if not self.has_weights:
+                raise RequestError("no weights have come yet")
             if not self.kept:
                 raise RequestError("no version before this one is staged (--keep-weight-versions)")
             report = await self._switch_to(self.kept[0], abort_all)
@@ -322,17 +328,24 @@ class WeightUpdateControl:
         except ServiceError as error:
             self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
             raise
-        self.kept = [self.current, *(one for one in self.kept if one != content)]
+        if self.has_weights:
+            self.kept = [self.current, *(one for one in self.kept if one != content)]
+        else:
+            await self.drop(self._current.number)
         self._current = replace(content, since=time.time())
         self._manager.note_weight_version(content.version)
         while len(self.kept) > self._num_kept:
             await self.drop(self.kept.pop().number)
+        trouble = await self._offer()
+        if not self.has_weights:
+            self.has_weights = True
+            self._doors.begin_to_serve()
         return UpdateReport(
             version=content.version,
             origin=content.origin,
             pause_s=max(reply.pause_s for reply in replies),
             num_reqs=sum(reply.num_reqs for reply in replies),
-            trouble=await self._offer(),
+            trouble=trouble,
         )
 
     async def _withdraw(self) -> None:

@@ -13,12 +13,20 @@ from ramet.srt.model_executor.trainer_groups import TrainerGroups
 from ramet.srt.model_loader.arena.read_range import ShortReadError, read_range
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamp
 from ramet.srt.model_loader.checkpoint.safetensors_header import read_header
+from ramet.srt.model_loader.checkpoint_engine import receive_lent
 from ramet.srt.model_loader.pickled_values import PickleError
 from ramet.srt.model_loader.tensor_pickles import Bucket, BucketPart, read_tensors
 from ramet.srt.model_loader.tensor_stage import RankPart
 from ramet.srt.utils.net import host_identity
+from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import dtype_name
-from ramet.srt.weights.update_messages import BroadcastTensors, PickledTensors, TensorsInFile, TensorsSource
+from ramet.srt.weights.update_messages import (
+    BroadcastTensors,
+    LentTensors,
+    PickledTensors,
+    TensorsInFile,
+    TensorsSource,
+)
 
 Tensors: TypeAlias = Generator[tuple[str, torch.Tensor | RankPart], None, None]
 
@@ -49,6 +57,7 @@ class TensorFeeds:
     def __init__(self, parallel: ParallelConfig, device: torch.device):
         self.groups = TrainerGroups(parallel.world_rank, device)
         self._parallel = parallel
+        self._device = device
 
     def open(self, source: TensorsSource) -> Tensors:
         """The tensors of a call."""
@@ -59,6 +68,9 @@ class TensorFeeds:
                 return _open_pickle(source, self._parallel)
             case BroadcastTensors():
                 return self.groups.receive(source)
+            case LentTensors():
+                gpu_id = -1 if self._device.index is None else self._device.index
+                return receive_lent(self._own_socket(source.sockets), gpu_id, source.timeout_s)
 
     def name_of(self, source: TensorsSource) -> str:
         """What load reports and answers call such a source."""
@@ -69,6 +81,17 @@ class TensorFeeds:
                 return "tensor"
             case BroadcastTensors():
                 return "broadcast"
+            case LentTensors():
+                return "ipc"
+
+    def _own_socket(self, sockets: dict[str, str]) -> str:
+        """The one that is this rank's. Raises ValueError if there is none."""
+        key = f"CPU-{self._parallel.world_rank}"
+        if self._device.type == "cuda":
+            key = f"GPU-{torch.cuda.get_device_properties(self._device).uuid}"
+        if key not in sockets:
+            raise ValueError(f"zmq_handles has no socket for {key}, but for {name_some(sorted(sockets))}")
+        return sockets[key]
 
 
 def _read_file(source: TensorsInFile) -> Tensors:

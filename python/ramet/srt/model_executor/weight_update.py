@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
@@ -98,6 +98,11 @@ class RankVersions:
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._job: Future[StepOutcome] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no weights have come yet."""
+        return self.current == FIRST and self._arriving.config.load.load_format == NO_WEIGHTS
 
     @property
     def arena(self) -> WeightArena:
@@ -213,7 +218,7 @@ class RankVersions:
         if stage is None and not step.is_first:
             raise ValueError("what has come before of these weights is lost")
         if stage is None:
-            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole)
+            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole, is_first=self.is_empty)
         before = stage.num_bytes
         with contextlib.closing(self.feeds.open(step.source)) as tensors:
             for name, tensor in tensors:

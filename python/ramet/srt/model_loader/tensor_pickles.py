@@ -101,6 +101,18 @@ def read_tensors(payload: bytes, tp_rank: int) -> NamedTensors | Bucket:
     return named
 
 
+def read_handle(payload: bytes) -> PickledTensor:
+    """What torch's reduce_tensor gives for one tensor: the function that opens it, and its arguments. Opens no memory.
+
+    Raises:
+        PickleError: if it is anything else.
+    """
+    value, held = _read(payload)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Name):
+        value = Call(value[0], _is(value[1], tuple))
+    return _Reader(held, 0).tensor(value)
+
+
 def _is_known(name: Name) -> bool:
     return name in KNOWN or name.name in (LENT_TENSOR, BUCKET_PART, FOR_RANKS)
 

@@ -46,16 +46,18 @@ class TensorStage:
         serving: what serves; it does not change before the stage is sealed or dropped.
         manifest: of the stage.
         whole: the model that all ranks hold together.
+        is_first: whether nothing serves yet, so that everything must come.
 
     Raises:
         MemoryError: if there is no room for it.
     """
 
-    def __init__(self, serving: WeightArena, manifest: WeightManifest, whole: WholeModel):
+    def __init__(self, serving: WeightArena, manifest: WeightManifest, whole: WholeModel, *, is_first: bool = False):
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
         self.num_bytes = 0  # that have come
         self._serving = serving
+        self._is_first = is_first
         self._whole = whole
         self._device = self.arena.byte_tensor().device
         self._received: set[str] = set()  # names of checkpoint tensors, as boxes have them
@@ -132,6 +134,8 @@ class TensorStage:
         """
         self._check_modules()
         self._check_head()
+        if self._is_first and (lacking := self._boxes.keys() - self._received):
+            raise ValueError(f"the first weights must be whole, and {name_some(sorted(lacking))} have not come")
         with self.arena.work_context():
             for name in self._boxes.keys() - self._received:
                 for entry, box in self._boxes[name]:

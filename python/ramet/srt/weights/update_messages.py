@@ -68,7 +68,16 @@ class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_ten
     host_identity: str  # of the host on which they have arrived
 
 
-TensorsSource = TensorsInFile | PickledTensors | BroadcastTensors  # where the tensors of one call of a session are
+class LentTensors(msgspec.Struct, frozen=True, kw_only=True, tag="lent_tensors"):
+    """Tensors in buffers that processes of the same host lend, one to each rank: checkpoint-engine's way."""
+
+    sockets: dict[str, str]  # ZeroMQ address by the rank's key: "GPU-<uuid>", or "CPU-<world rank>"
+    timeout_s: float = 300.0  # between two messages
+
+
+TensorsSource = (
+    TensorsInFile | PickledTensors | BroadcastTensors | LentTensors
+)  # where the tensors of one call of a session are
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):

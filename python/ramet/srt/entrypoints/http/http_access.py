@@ -36,6 +36,7 @@ ADMIN_PATHS = frozenset(
         "/init_weights_update_group",
         "/update_weights_from_distributed",
         "/destroy_weights_update_group",
+        "/update_weights_from_ipc",
         "/init_weight_transfer_engine",
         "/start_weight_update",
         "/update_weights",

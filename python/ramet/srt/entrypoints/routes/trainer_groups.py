@@ -1,4 +1,4 @@
-"""Owns the routes by which trainers broadcast weights. WIRE: the first three are SGLang's, the others vLLM's."""
+"""Owns the routes by which trainers broadcast or lend weights. WIRE: the first four are SGLang's, the others vLLM's."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from ramet.srt.entrypoints.routes.weight_updates import Version, refusal
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.trainer_group_control import Group
 from ramet.srt.weights.manifest import element_size
-from ramet.srt.weights.update_messages import BroadcastTensors
+from ramet.srt.weights.update_messages import BroadcastTensors, LentTensors
 
 MAX_TENSORS = 1 << 20
 ONE_BUCKET = 1 << 62  # bytes: all tensors of a call
@@ -68,6 +68,19 @@ class FromDistributedBody(BeginBody):
     weight_version: Version | None = None
     abort_all_requests: bool | None = False
     timeout_s: Seconds | None = 300.0  # for each broadcast
+
+
+class FromIpcBody(RequestBody):
+    """Which sockets."""
+
+    foreign: ClassVar[Table] = WEIGHT_UPDATE
+
+    zmq_handles: Annotated[
+        dict[GroupName, Annotated[Text, Field(max_length=4096)]], Field(min_length=1, max_length=4096)
+    ]
+    weight_version: Version | None = None
+    abort_all_requests: bool | None = False
+    timeout_s: Seconds | None = 300.0  # between two messages
 
 
 class Packing(RequestBody):
@@ -167,6 +180,13 @@ def make_trainer_group_router(instance: Instance) -> APIRouter:
             bucket_nbytes=None if body.load_format is None else ONE_BUCKET,
             timeout_s=body.timeout_s or 300.0,
         )
+        abort_all = bool(body.abort_all_requests)
+        return await answer_tensors(instance.weight_sessions.put(source, body.weight_version, abort_all=abort_all))
+
+    @router.post("/update_weights_from_ipc", responses={200: {"model": TensorsTaken}})
+    async def update_weights_from_ipc(body: FromIpcBody) -> Response:
+        """Take tensors from buffers that processes of the same host lend, as checkpoint-engine does."""
+        source = LentTensors(sockets=body.zmq_handles, timeout_s=body.timeout_s or 300.0)
         abort_all = bool(body.abort_all_requests)
         return await answer_tensors(instance.weight_sessions.put(source, body.weight_version, abort_all=abort_all))
 

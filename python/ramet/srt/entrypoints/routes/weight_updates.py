@@ -108,7 +108,7 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
                 "is_serving": one is current,
                 "since": one.since,
             }
-            for one in (current, *control.kept)
+            for one in ((current, *control.kept) if control.has_weights else ())
         ]
         return json_response({"versions": versions, "keep_weight_versions": args.keep_weight_versions})
 
