@@ -1,23 +1,18 @@
 """Owns how a rank gets the tensors of one call of an update. What becomes of them is TensorStage's."""
 
-import contextlib
 import math
-import os
 from collections.abc import Generator
 from typing import TypeAlias
 
 import torch
 
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.model_loader.arena.read_range import ShortReadError, read_range
-from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamp
-from ramet.srt.model_loader.checkpoint.safetensors_header import read_header
 from ramet.srt.model_loader.pickled_values import PickleError
 from ramet.srt.model_loader.tensor_pickles import Bucket, BucketPart, read_tensors
 from ramet.srt.model_loader.tensor_stage import RankPart
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.manifest import dtype_name
-from ramet.srt.weights.update_messages import PickledTensors, TensorsInFile, TensorsSource
+from ramet.srt.weights.update_messages import PickledTensors, TensorsSource
 
 Tensors: TypeAlias = Generator[tuple[str, torch.Tensor | RankPart], None, None]
 
@@ -51,34 +46,14 @@ class TensorFeeds:
     def open(self, source: TensorsSource) -> Tensors:
         """The tensors of a call."""
         match source:
-            case TensorsInFile():
-                return _read_file(source)
             case PickledTensors():
                 return _open_pickle(source, self._parallel)
 
     def name_of(self, source: TensorsSource) -> str:
         """What load reports and answers call such a source."""
         match source:
-            case TensorsInFile():
-                return "file"
             case PickledTensors():
                 return "tensor"
-
-
-def _read_file(source: TensorsInFile) -> Tensors:
-    check_stamps(source.path, [file_stamp(source.path)], [source.stamp], source.host_identity)
-    tensors = read_header(source.path)
-    with contextlib.ExitStack() as stack:
-        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        for name, info in tensors.items():
-            content = torch.empty(info.nbytes, dtype=torch.uint8)
-            try:
-                read_range([fd], 0, info.offset, content.numpy().data)
-            except ShortReadError as error:
-                raise ValueError(f"{source.path} is truncated: {error}") from error
-            yield name, content.view(getattr(torch, info.dtype)).view(info.shape)
-    check_stamps(source.path, [file_stamp(source.path)], [source.stamp], source.host_identity)
 
 
 def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:

@@ -38,15 +38,16 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
-WeightSource = FilesSource | InstanceSource
-
-
-class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_file"):
-    """Some of a checkpoint's tensors, from a safetensors file that every rank can read: a copy on each node will do."""
+class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """What has changed, in a file that every rank can read (a copy on each node will do): see weights/delta.py."""
 
     path: str
+    digest: str | None  # that the result must have: 64 hex digits
     host_identity: str  # of the host that has looked at it
     stamp: FileStamp
+
+
+WeightSource = FilesSource | InstanceSource | DeltaFile
 
 
 class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
@@ -57,7 +58,7 @@ class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_ten
     host_identity: str  # of the host on which they have arrived
 
 
-TensorsSource = TensorsInFile | PickledTensors  # where the tensors of one call of a session are
+TensorsSource = PickledTensors  # where the tensors of one call of a session are
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
