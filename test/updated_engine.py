@@ -1,23 +1,25 @@
 """A scheduler in the test's own process whose weights change."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.model_loader.checkpoint.file_stamps import file_stamp, file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.update_messages import (
     FilesSource,
+    PickledTensors,
     PutTensorsReq,
     SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
-    TensorsInFile,
     WeightStep,
     WeightStepOutput,
 )
+from safetensors.torch import load_file
 
 PROMPTS = rm.random_prompts([9, 17])
 NUM_TOKENS = 6
@@ -58,7 +60,8 @@ class Updated:
 
     def put(self, path: Path, number: int = 1, *, is_first: bool = True) -> WeightStepOutput:
         """The tensors of a file into a stage."""
-        source = TensorsInFile(path=str(path), host_identity=host_identity(), stamp=file_stamp(str(path)))
+        payload = pickle.dumps(list(load_file(path).items()))
+        source = PickledTensors(payloads=[payload], load_format=None, host_identity=host_identity())
         return self.ask(PutTensorsReq(request_id=f"put {path}", number=number, is_first=is_first, source=source))
 
     def seal(self, number: int = 1) -> WeightStepOutput:

@@ -4,6 +4,7 @@ import threading
 
 import httpx
 import pytest
+from ramet.srt.utils.net import listen_on
 from ramet.srt.utils.threads import run_beside
 from server_process import ServerProcess
 from trainers import Trainer, describe
@@ -137,6 +138,29 @@ def vllm(server, path, **body):
     answer = post(server, path, **body)
     assert answer.status_code == 200, answer.text
     return answer.json()
+
+
+def test_a_trainer_that_starts_again_takes_the_place_of_itself(case, server, trainer):
+    """While its first request still waits; and what is waited for in a group ends with the group."""
+    path = weights(case)
+    names, dtypes, shapes = describe(path)
+    info = {"update_info": {"names": names, "dtype_names": dtypes, "shapes": shapes}}
+    with listen_on("127.0.0.1", 0) as mute:
+        place = {"master_address": "127.0.0.1", "master_port": mute.getsockname()[1], "rank_offset": 1, "world_size": 3}
+        waiting = run_beside(lambda: post(server, "/init_weight_transfer_engine", init_info=place), "init")
+        mute.accept()[0].close()
+        trainer.join(3, "")
+        vllm(server, "/init_weight_transfer_engine", init_info=place | {"master_port": trainer.port})
+        answer = waiting.result()
+        assert answer.status_code == 400 and "was left meanwhile" in answer.json()["error"]["message"]
+    assert trainer.wait() == "done"
+    waiting = run_beside(lambda: post(server, "/update_weights", **info), "update")
+    trainer.send(path, names[:1])
+    assert trainer.wait() == "done"  # all have taken it, and wait for the next
+    assert post(server, "/destroy_weights_update_group", group_name="weight transfer engine").json()["success"]
+    answer = waiting.result()
+    assert answer.status_code == 400 and "was left meanwhile" in answer.json()["error"]["message"]
+    assert tokens(server) == case.tokens["old"]
 
 
 @pytest.mark.parametrize("flat", [None, 4000])

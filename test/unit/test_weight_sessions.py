@@ -8,10 +8,10 @@ import pytest
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.weight_sessions import WeightSessions
 from ramet.srt.managers.weight_update_control import Staged, UpdateReport
-from ramet.srt.weights.update_messages import FileStamp, TensorsInFile
+from ramet.srt.weights.update_messages import PickledTensors
 from updated_replicas import Case, Found
 
-SOURCE = TensorsInFile(path="a file", host_identity="", stamp=FileStamp("a file", 0, 0, 0, 0))
+SOURCE = PickledTensors(payloads=[], load_format=None, host_identity="")
 SWITCH = ["close", "withdraw", "switch 1", "offer", "open"]
 Script = Callable[[WeightSessions], Awaitable[Any]]
 

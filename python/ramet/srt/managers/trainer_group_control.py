@@ -40,10 +40,13 @@ class TrainerGroupControl:
         self._manager = manager
         self._control = control
         self._world_size = world_size
-        self._names: set[str] = set()  # that have been joined; a rank may have left since
+        self._numbers: dict[str, int] = {}  # of groups that have been joined, by name; a rank may have left since
+        self._last_number = 0
 
     async def join(self, group: Group) -> None:
         """Have every rank meet the trainer and the other members, in the place of a group of that name.
+
+        A trainer that starts again needs not wait for what the one before has asked for.
 
         Raises:
             RequestError: if it has no places for all ranks, or they don't meet; then none of them is in it.
@@ -64,15 +67,17 @@ class TrainerGroupControl:
             RequestError: if there is none of that name, and none is being joined.
             ServiceError: if a replica does not answer.
         """
-        if name not in self._names:
+        if name not in self._numbers:
             raise RequestError(f"there is no group {name!r}", param="group_name")
-        await self._control.shielded(self._leave(name))
+        await self._control.shielded(self._leave(name, self._numbers[name]))
 
     async def _join(self, group: Group) -> None:
-        self._names.add(group.name)
+        self._last_number += 1
+        number = self._numbers[group.name] = self._last_number
         question = functools.partial(
             JoinGroupReq,
             name=group.name,
+            number=number,
             host=group.host,
             port=group.port,
             rank_offset=group.rank_offset,
@@ -85,13 +90,15 @@ class TrainerGroupControl:
             timeout_s = group.timeout_s + ANSWER_TIMEOUT_S
             failure = failure_of(await self._manager.ask_all(question, WeightStepOutput, timeout_s))
         except ServiceError:
-            await self._leave(group.name)
+            await self._leave(group.name, number)
             raise
         if failure:
-            await self._leave(group.name)
+            await self._leave(group.name, number)
             raise RequestError(failure)
         logger.info("all ranks have met a trainer at %s:%d in the group %r", group.host, group.port, group.name)
 
-    async def _leave(self, name: str) -> None:
-        self._names.discard(name)
-        await self._manager.ask_all(functools.partial(LeaveGroupReq, name=name), WeightStepOutput, LEAVE_TIMEOUT_S)
+    async def _leave(self, name: str, number: int) -> None:
+        if self._numbers.get(name) == number:
+            del self._numbers[name]
+        question = functools.partial(LeaveGroupReq, name=name, number=number)
+        await self._manager.ask_all(question, WeightStepOutput, LEAVE_TIMEOUT_S)

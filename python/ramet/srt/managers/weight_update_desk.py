@@ -94,7 +94,7 @@ class WeightUpdateDesk:
                 self._joining[step.request_id] = self._versions.join(step)
             case LeaveGroupReq():
                 self._tell(step)
-                self._versions.feeds.groups.leave(step.name)
+                self._versions.feeds.groups.leave(step.name, step.number)
                 self._reply(WeightStepOutput(request_id=step.request_id, success=True))
 
     def poll(self) -> None:

@@ -1,8 +1,6 @@
 """Owns how a rank gets the tensors of one call of an update. What becomes of them is TensorStage's."""
 
-import contextlib
 import math
-import os
 from collections.abc import Generator
 from typing import TypeAlias
 
@@ -10,9 +8,6 @@ import torch
 
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_executor.trainer_groups import TrainerGroups
-from ramet.srt.model_loader.arena.read_range import ShortReadError, read_range
-from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamp
-from ramet.srt.model_loader.checkpoint.safetensors_header import read_header
 from ramet.srt.model_loader.checkpoint_engine import receive_lent
 from ramet.srt.model_loader.pickled_values import PickleError
 from ramet.srt.model_loader.tensor_pickles import Bucket, BucketPart, read_tensors
@@ -20,13 +15,7 @@ from ramet.srt.model_loader.tensor_stage import RankPart
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import dtype_name
-from ramet.srt.weights.update_messages import (
-    BroadcastTensors,
-    LentTensors,
-    PickledTensors,
-    TensorsInFile,
-    TensorsSource,
-)
+from ramet.srt.weights.update_messages import BroadcastTensors, LentTensors, PickledTensors, TensorsSource
 
 Tensors: TypeAlias = Generator[tuple[str, torch.Tensor | RankPart], None, None]
 
@@ -54,16 +43,18 @@ class TensorFeeds:
     untouched. It must not wait for ever.
     """
 
-    def __init__(self, parallel: ParallelConfig, device: torch.device):
-        self.groups = TrainerGroups(parallel.world_rank, device)
+    def __init__(self, parallel: ParallelConfig, device: torch.device | None = None):
+        """
+        Args:
+            device: of the rank's weights; None: the host.
+        """
         self._parallel = parallel
-        self._device = device
+        self._device = device or torch.device("cpu")
+        self.groups = TrainerGroups(parallel.world_rank, self._device)
 
     def open(self, source: TensorsSource) -> Tensors:
         """The tensors of a call."""
         match source:
-            case TensorsInFile():
-                return _read_file(source)
             case PickledTensors():
                 return _open_pickle(source, self._parallel)
             case BroadcastTensors():
@@ -75,8 +66,6 @@ class TensorFeeds:
     def name_of(self, source: TensorsSource) -> str:
         """What load reports and answers call such a source."""
         match source:
-            case TensorsInFile():
-                return "file"
             case PickledTensors():
                 return "tensor"
             case BroadcastTensors():
@@ -92,22 +81,6 @@ class TensorFeeds:
         if key not in sockets:
             raise ValueError(f"zmq_handles has no socket for {key}, but for {name_some(sorted(sockets))}")
         return sockets[key]
-
-
-def _read_file(source: TensorsInFile) -> Tensors:
-    check_stamps(source.path, [file_stamp(source.path)], [source.stamp], source.host_identity)
-    tensors = read_header(source.path)
-    with contextlib.ExitStack() as stack:
-        fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        for name, info in tensors.items():
-            content = torch.empty(info.nbytes, dtype=torch.uint8)
-            try:
-                read_range([fd], 0, info.offset, content.numpy().data)
-            except ShortReadError as error:
-                raise ValueError(f"{source.path} is truncated: {error}") from error
-            yield name, content.view(getattr(torch, info.dtype)).view(info.shape)
-    check_stamps(source.path, [file_stamp(source.path)], [source.stamp], source.host_identity)
 
 
 def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:

@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 import torch
 
-from ramet.srt.distributed.gloo_receiver import GlooReceiver
+from ramet.srt.distributed.gloo_receiver import LEFT, GlooReceiver
 from ramet.srt.distributed.nccl_receiver import NcclReceiver, StatelessReceiver
 from ramet.srt.distributed.receiver_messages import Place
 from ramet.srt.weights.manifest import element_size
 from ramet.srt.weights.update_messages import BroadcastTensors, JoinGroupReq
 
 logger = logging.getLogger(__name__)
+
+NUM_REMEMBERED = 1000  # groups: no more are being joined at a time
 
 Receiver = GlooReceiver | NcclReceiver
 
@@ -42,7 +44,8 @@ class TrainerGroups:
     def __init__(self, world_rank: int, device: torch.device):
         self._world_rank = world_rank
         self._device = device
-        self._members: dict[str, Receiver] = {}
+        self._members: dict[str, tuple[int, Receiver]] = {}  # with the group's number, by its name
+        self._left: set[int] = set()  # numbers of groups that were left before they were joined
         self._lock = threading.Lock()
 
     def join(self, step: JoinGroupReq) -> None:
@@ -54,8 +57,11 @@ class TrainerGroups:
         """
         receiver = self._make(step)
         with self._lock:
-            old = self._members.get(step.name)
-            self._members[step.name] = receiver
+            if step.number in self._left:
+                receiver.close()
+                raise OSError(LEFT)
+            _, old = self._members.get(step.name, (0, None))
+            self._members[step.name] = step.number, receiver
         if old is not None:
             old.close()
         # vLLM's have no name of their own on the way.
@@ -70,17 +76,23 @@ class TrainerGroups:
             raise OSError(f"the group {step.name!r} can't be joined: {error}") from None
         logger.info("rank %d: is rank %d of %d in a trainer's group %r", self._world_rank, rank, step.size, step.name)
 
-    def leave(self, name: str) -> None:
-        """Leave a group, if there is one, from any thread: what is waited for in it ends with an error."""
+    def leave(self, name: str, number: int) -> None:
+        """Leave a group, or don't join it if that is about to happen; what is waited for in it ends with an error.
+
+        Any thread may call it. Another group that has the name by now stays.
+        """
         with self._lock:
-            receiver = self._members.pop(name, None)
-        if receiver is not None:
-            receiver.close()
+            found, receiver = self._members.get(name, (0, None))
+            if receiver is None or number != found:
+                self._left = {one for one in self._left if one > number - NUM_REMEMBERED} | {number}
+                return
+            del self._members[name]
+        receiver.close()
 
     def close(self) -> None:
         """Leave all of them."""
-        for name in list(self._members):
-            self.leave(name)
+        for name, (number, _) in list(self._members.items()):
+            self.leave(name, number)
 
     def receive(self, source: BroadcastTensors) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The tensors that a trainer broadcasts; closed early, the rest is received too, as the trainer waits for that.
@@ -90,7 +102,7 @@ class TrainerGroups:
             OSError, MemoryError: if they don't come as announced, or there is no room: the group is left then.
         """
         with self._lock:
-            receiver = self._members.get(source.group)
+            _, receiver = self._members.get(source.group, (0, None))
         if receiver is None:
             raise ValueError(
                 f"there is no group {source.group!r} with a trainer, or none any more: it must be made first"
@@ -117,7 +129,7 @@ class TrainerGroups:
     def _forget(self, name: str, receiver: Receiver) -> None:
         """Leave a group for good, unless the name is another's already."""
         with self._lock:
-            if self._members.get(name) is receiver:
+            if self._members.get(name, (0, None))[1] is receiver:
                 del self._members[name]
         receiver.close()
 

@@ -22,6 +22,7 @@ from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
 from ramet.srt.model_executor.tensor_feeds import TensorFeeds
+from ramet.srt.model_executor.weight_delta import stage_delta
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
@@ -36,6 +37,7 @@ from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
+    DeltaFile,
     DropWeightsReq,
     InstanceSource,
     JoinGroupReq,
@@ -254,6 +256,10 @@ class RankVersions:
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
             return stage, report
+        if isinstance(source, DeltaFile):
+            if self.is_empty:
+                raise ValueError("no weights have come yet on which a delta could belong")
+            return stage_delta(source, self.arena, self._manifest(""), opener.whole)
         folder = resolve_model_path(source.path, source.revision)
         stamps = file_stamps(folder)
         check_stamps(folder, stamps, source.files, source.host_identity)
@@ -328,7 +334,7 @@ class RankVersions:
             case JoinGroupReq():
                 self.join(step)
             case LeaveGroupReq():
-                self.feeds.groups.leave(step.name)
+                self.feeds.groups.leave(step.name, step.number)
             case _:
                 self.begin(step)
 

@@ -4,7 +4,8 @@ What does not come stays as it is in the arena that serves. Everything that is d
 model, so that all ranks decide the same, each for its part.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,17 @@ class RankPart:
     tensor: torch.Tensor
 
 
+@dataclass(frozen=True)
+class ElementChange:
+    """Some elements of a tensor that change, on top of what serves."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    indices: torch.Tensor  # int64 [n], rising, of the row-major order
+    values: torch.Tensor  # [n], of `dtype`, or integers of the same size
+    is_xor: bool  # whether their bits are combined with what is there, rather than take its place
+
+
 class TensorStage:
     """Content of a rank that is made of what serves and of tensors that come.
 
@@ -46,13 +58,23 @@ class TensorStage:
         serving: what serves; it does not change before the stage is sealed or dropped.
         manifest: of the stage.
         whole: the model that all ranks hold together.
+        is_known: whether somebody else makes sure that what comes belongs together.
         is_first: whether nothing serves yet, so that everything must come.
 
     Raises:
         MemoryError: if there is no room for it.
     """
 
-    def __init__(self, serving: WeightArena, manifest: WeightManifest, whole: WholeModel, *, is_first: bool = False):
+    def __init__(
+        self,
+        serving: WeightArena,
+        manifest: WeightManifest,
+        whole: WholeModel,
+        *,
+        is_known: bool = False,
+        is_first: bool = False,
+    ):
+        self.is_known = is_known
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
         self.num_bytes = 0  # that have come
@@ -73,7 +95,7 @@ class TensorStage:
         entries = {entry.name: entry for entry in manifest.entries}
         self._scales = {name: entries[grids[0]] for name, grids in grids_of(entries).items()}
 
-    def put(self, name: str, tensor: torch.Tensor | RankPart) -> None:
+    def put(self, name: str, tensor: torch.Tensor | RankPart | ElementChange) -> None:
         """Put this rank's part of a tensor in its place. The tensor is not needed any more afterwards.
 
         Args:
@@ -87,6 +109,9 @@ class TensorStage:
         """
         if isinstance(tensor, RankPart):
             self._put_part(name, tensor.tensor)
+            return
+        if isinstance(tensor, ElementChange):
+            self._change(whole_name(name), tensor)
             return
         name, dtype = whole_name(name), dtype_name(tensor.dtype)
         if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", self._device.type):
@@ -126,14 +151,51 @@ class TensorStage:
             self.arena.synchronize()
         self.num_bytes += tensor.nbytes
 
+    def _change(self, name: str, change: ElementChange) -> None:
+        size, indices = element_size(change.dtype), change.indices
+        count = math.prod(change.shape)
+        if len(indices) and not (indices[0] >= 0 and indices[-1] < count and bool((indices.diff() > 0).all())):
+            raise ValueError(f"{SENT}: the places of the changed elements of {name} don't rise from 0 to {count}")
+        parts = settle_names(SENT, {name: TensorInfo(change.dtype, change.shape, 0, count * size)}, self._whole)
+        check_some({part: (SENT, info) for part, info in parts.items()}, self._whole)
+        with self.arena.work_context():
+            for part, info in parts.items():
+                first = info.offset // size
+                start, stop = torch.searchsorted(indices, torch.tensor([first, first + math.prod(info.shape)])).tolist()
+                self._change_part(part, info, indices[start:stop] - first, change, change.values[start:stop])
+            self.arena.synchronize()
+        self.num_bytes += (indices.element_size() + size) * len(indices)
+
+    def _change_part(
+        self, name: str, info: TensorInfo, indices: torch.Tensor, change: ElementChange, values: torch.Tensor
+    ) -> None:
+        if name in self._received:
+            raise ValueError(f"{SENT}: {name} has come before")
+        for entry, box in self._boxes.get(name, ()):
+            if entry.dtype != info.dtype or math.prod(info.shape) < region_volume(box.source):
+                raise ValueError(
+                    f"{SENT}: elements of {name} as {info.dtype}, which is {entry.dtype} here: send all of the tensor"
+                )
+            content = self._serving.tensor(entry)[_slices(box.target)].clone(memory_format=torch.contiguous_format)
+            inside, places = _places_in(box.source, info.shape, indices)
+            chosen, places = values[inside].to(self._device), places.to(self._device)
+            if change.is_xor:
+                bits = content.view(-1).view(chosen.dtype)
+                bits[places] ^= chosen
+            else:
+                content.view(-1)[places] = chosen
+            self._write(entry, box.target, content)
+        self._received.add(name)
+
     def seal(self) -> None:
         """Take over what has not come, and make sure of all that stands here; the arena has its checksums then.
 
         Raises:
             ValueError: if what has come makes no whole with the rest, or is not what stands here.
         """
-        self._check_modules()
-        self._check_head()
+        if not self.is_known:
+            self._check_modules()
+            self._check_head()
         if self._is_first and (lacking := self._boxes.keys() - self._received):
             raise ValueError(f"the first weights must be whole, and {name_some(sorted(lacking))} have not come")
         with self.arena.work_context():
@@ -201,6 +263,18 @@ def _module(name: str) -> str:
 
 def _slices(region: Region) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in region)
+
+
+def _places_in(region: Region, shape: Sequence[int], indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which places of a tensor lie in a region of it: a mask, and where those are in the region's row-major order."""
+    inside, places = torch.ones(len(indices), dtype=torch.bool), torch.zeros_like(indices)
+    rest, factor = indices, 1
+    for (start, stop), extent in zip(reversed(region), reversed(shape), strict=True):
+        place = rest % extent
+        inside &= (place >= start) & (place < stop)
+        places += (place - start) * factor
+        rest, factor = rest // extent, factor * (stop - start)
+    return inside, places[inside]
 
 
 def _values(entry: WeightEntry, box: WeightBox, view: torch.Tensor) -> torch.Tensor:

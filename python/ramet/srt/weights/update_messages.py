@@ -38,15 +38,16 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
-WeightSource = FilesSource | InstanceSource
-
-
-class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_file"):
-    """Some of a checkpoint's tensors, from a safetensors file that every rank can read: a copy on each node will do."""
+class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """What has changed, in a file that every rank can read (a copy on each node will do): see weights/delta.py."""
 
     path: str
+    digest: str | None  # that the result must have: 64 hex digits
     host_identity: str  # of the host that has looked at it
     stamp: FileStamp
+
+
+WeightSource = FilesSource | InstanceSource | DeltaFile
 
 
 class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast"):
@@ -75,9 +76,8 @@ class LentTensors(msgspec.Struct, frozen=True, kw_only=True, tag="lent_tensors")
     timeout_s: float = 300.0  # between two messages
 
 
-TensorsSource = (
-    TensorsInFile | PickledTensors | BroadcastTensors | LentTensors
-)  # where the tensors of one call of a session are
+# Where the tensors of one call of a session are.
+TensorsSource = PickledTensors | BroadcastTensors | LentTensors
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -131,6 +131,7 @@ class JoinGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     name: str
+    number: int  # above 0; of the instance's groups, never used before
     host: str  # of the trainer's store
     port: int
     rank_offset: int  # of the instance's rank 0
@@ -145,6 +146,7 @@ class LeaveGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: str
     name: str
+    number: int  # another group may have the name by now
 
 
 class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

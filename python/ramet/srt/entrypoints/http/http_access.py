@@ -30,6 +30,7 @@ ADMIN_PATHS = frozenset(
         "/update_weight_version",
         "/update_weights_from_disk",
         "/update_weights_from_instance",
+        "/update_weights_delta",
         "/rollback_weights",
         "/begin_weight_update",
         "/end_weight_update",

@@ -16,7 +16,14 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_sources import FoundInstance, find_files, find_instance, find_listed
+from ramet.srt.managers.weight_sources import (
+    FoundFiles,
+    FoundInstance,
+    find_delta,
+    find_files,
+    find_instance,
+    find_listed,
+)
 from ramet.srt.managers.weight_update_control import UpdateReport
 from ramet.srt.utils.net import reachable_host
 from ramet.srt.weights.content_digest import parse_digest
@@ -50,6 +57,13 @@ class UpdateFromDiskBody(UpdateBody):
 
     model_path: Place  # folder or hub id, on every node
     revision: Annotated[Text, Field(max_length=256)] | None = None  # of the hub
+
+
+class UpdateDeltaBody(UpdateBody):
+    """Which changes."""
+
+    path: Place  # of the file, on every node: see docs/weight-updates.md
+    base_version: Version | None = None  # that must serve; what it holds is compared in any case
 
 
 class UpdateFromInstanceBody(UpdateBody):
@@ -87,6 +101,17 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
             find = functools.partial(find_listed, config, body.model_name, body.version, own, digest)
         else:
             raise RequestError("exactly one of address and version must be given", param="address")
+        abort_all = bool(body.abort_all_requests)
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+
+    @router.post("/update_weights_delta", responses={200: {"model": WeightsChanged}})
+    async def update_weights_delta(body: UpdateDeltaBody) -> Response:
+        """Serve what serves with some changes, from a file that says what it belongs on and what it makes."""
+        digest, base = body.digest, body.base_version
+
+        def find() -> FoundFiles:
+            return find_delta(body.path, digest, base, instance.manager.weight_version)
+
         abort_all = bool(body.abort_all_requests)
         return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
