@@ -25,7 +25,7 @@ class Case:
         self.tokens = {name: rm.hf_greedy(path, [PROMPT], NUM_TOKENS)[0] for name, path in self.models.items()}
 
 
-def post(server, path, **body):
+def post(server, path, /, **body):
     return httpx.post(f"{server.url}{path}", json=body, timeout=60)
 
 

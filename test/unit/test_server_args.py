@@ -108,6 +108,15 @@ def test_a_digest_is_64_hex_digits_or_that_of_the_files() -> None:
         ServerArgs(model_path="m", weights_digest=digest, load_format="dummy")
 
 
+def test_waiting_for_weights_goes_with_no_other_source_of_them() -> None:
+    waiting = {"model_path": "m", "checkpoint_engine_wait_weights_before_ready": True}
+    assert ServerArgs(**waiting, load_format="dummy").load_config().load_format == "none"
+    others: list[dict[str, object]] = [{"load_format": "safetensors"}, {"weights_digest": "files"}]
+    for other in others:
+        with pytest.raises(ValueError, match="-before-ready and --.* contradict each other"):
+            ServerArgs(**waiting | other)
+
+
 def test_parsers_are_known_and_go_together() -> None:
     args = ServerArgs(model_path="m", tool_call_parser="hermes")
     assert (args.parser_config.tool_call_parser, args.parser_config.reasoning_parser) == ("hermes", "auto")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig
 from ramet.srt.configs.lora_config import DEFAULT_MAX_LORAS, DEFAULT_MAX_RANK, LoraConfig
 from ramet.srt.configs.modelexpress_config import (
     ModelExpressConfig,
@@ -60,12 +60,25 @@ class ServerArgs(ServerFlags):
             raise ValueError("--model-path must not be empty")
         if self.weights_digest is not None and self.load_format == "dummy":
             raise ValueError("--weights-digest and --load-format dummy contradict each other")
+        if self.awaits_weights:
+            self._validate_waiting()
         if self.weights_digest not in (None, "files"):
             parse_digest(str(self.weights_digest), "--weights-digest")
         check_version(self.weight_version, "--weight-version")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
         self.parser_config.check()
+
+    def _validate_waiting(self) -> None:
+        flag = "--checkpoint-engine-wait-weights-before-ready"
+        others = {
+            f"--load-format {self.load_format}": self.load_format not in ("auto", "dummy"),
+            "--weights-digest": self.weights_digest is not None,
+            "--lora-paths": bool(self.lora_paths),
+        }
+        for other, is_there in others.items():
+            if is_there:
+                raise ValueError(f"{flag} and {other} contradict each other")
 
     def _validate_task(self) -> None:
         if self.classifier_from_token is None:
@@ -308,6 +321,11 @@ class ServerArgs(ServerFlags):
         return parse_modelexpress_config(self.modelexpress_config)
 
     @property
+    def awaits_weights(self) -> bool:
+        """Whether nothing is loaded, and an update brings the first weights."""
+        return self.checkpoint_engine_wait_weights_before_ready
+
+    @property
     def takes_weights_from_instances(self) -> bool:
         """Whether the files are only read when no other instance has the weights."""
         return self.load_format == "remote_instance" and not (self.modelexpress and self.modelexpress.source)
@@ -439,7 +457,7 @@ class ServerArgs(ServerFlags):
             keys.append(self.admin_api_key)
         is_forced_seed = self.load_format == "remote_instance" and not self.takes_weights_from_instances
         return LoadConfig(
-            load_format="auto" if is_forced_seed else self.load_format,
+            load_format=NO_WEIGHTS if self.awaits_weights else "auto" if is_forced_seed else self.load_format,
             random_seed=self.random_seed,
             seeds=self.seeds,
             backend=self.remote_instance_weight_loader_backend,

@@ -284,6 +284,11 @@ class ServerFlags:
 
     # Weights
     load_format: str = flag("auto", "Where the weights come from.", choices=LOAD_FORMATS)
+    checkpoint_engine_wait_weights_before_ready: bool = flag(
+        False,
+        "Load no weights: they come by a first update, whole, and until then requests get 503 and no other instance "
+        "takes them.",
+    )
     remote_instance_weight_loader_backend: str = flag(
         "transfer_engine",
         "How weights come from another host: one-sided reads from the seed at the address that is given, "
@@ -350,6 +355,11 @@ class ServerFlags:
         "Versions of the weights that stay in memory beside the one that serves once others have taken their place, "
         "for /rollback_weights.",
         limit=NOT_NEGATIVE,
+    )
+    weight_session_timeout: float = flag(
+        300.0,
+        "Seconds that may pass between two calls of an update by tensors (/begin_weight_update) before it is given up.",
+        limit=SECONDS,
     )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT

@@ -16,6 +16,9 @@ class Board(Protocol):
         ...
 
 
+NO_WEIGHTS = "none"  # the load format of an instance whose first weights come by an update
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadContext:
     """The instance that the weights are for."""

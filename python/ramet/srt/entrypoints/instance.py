@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.profile_control import ProfileControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.managers.trainer_group_control import TrainerGroupControl
+    from ramet.srt.managers.weight_sessions import WeightSessions
     from ramet.srt.managers.weight_update_control import WeightUpdateControl
     from ramet.srt.modelexpress.server.server import ModelExpressServer
 
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
 TELL_TIMEOUT_S = 5.0  # for a rank to note that the instance is healthy, or about to end
 MODELEXPRESS_GRACE_S = 1.0
+NO_WEIGHTS_YET = "no weights have come yet"
 SHUTTING_DOWN = "the server is shutting down"
 SECRET_FIELDS = ("api_key", "admin_api_key")
 
@@ -82,6 +85,8 @@ class Instance:
         self.profiles: ProfileControl
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
+        self.weight_sessions: WeightSessions
+        self.trainer_groups: TrainerGroupControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -263,6 +268,8 @@ class Instance:
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.profile_control import ProfileControl
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.managers.trainer_group_control import TrainerGroupControl
+        from ramet.srt.managers.weight_sessions import WeightSessions
         from ramet.srt.managers.weight_update_control import WeightUpdateControl
         from ramet.srt.text.output_format import OutputFormat
         from ramet.srt.text.tokenizer import Tokenizer
@@ -310,6 +317,8 @@ class Instance:
         self.weight_updates = WeightUpdateControl(
             self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
         )
+        self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
+        self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -366,7 +375,17 @@ class Instance:
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
             self.manager.start_accepting(max_req_len, schedulers[0].load_report.weight_version)
+            if self.server_args.awaits_weights:
+                self._await_weights()
+                return
         self._tell_ranks(InstanceReady())
+
+    def _await_weights(self) -> None:
+        """Refuse requests, and tell nobody of the instance, until the first update has been served."""
+        self.manager.stop_accepting(NO_WEIGHTS_YET)
+        self.weight_updates.has_weights = False
+        if self.gives_weights:
+            self.close_for_weights()
 
     def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
         """Tell every rank of every node that other instances are told about. Waits for nothing."""
@@ -467,6 +486,10 @@ class Instance:
         assert self.bootstrap is not None
         self.bootstrap.resume("target")
         self._tell_ranks(InstanceReady())
+
+    def begin_to_serve(self) -> None:
+        """The first weights are there."""
+        self.manager.accept_again(NO_WEIGHTS_YET)
 
     def end(self, line: str) -> None:
         """The instance can't go on."""

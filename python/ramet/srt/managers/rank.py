@@ -59,7 +59,8 @@ class RankStart:
         args = self.args
         self.device = pick_device(args.device, args.gpu_id(self.parallel.world_rank))
         self._on_phase("device")
-        model_path = resolve_model_path(args.model_path, args.revision, weights=not args.takes_weights_from_instances)
+        needs_files = not (args.takes_weights_from_instances or args.awaits_weights)
+        model_path = resolve_model_path(args.model_path, args.revision, weights=needs_files)
         config = ModelConfig.from_path(
             model_path,
             model_name=args.model_name,

@@ -25,11 +25,11 @@ from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
-from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
+from ramet.srt.weights.update_messages import WeightStep
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
-LOAD_POLL_S = 0.01  # while an adapter is being loaded, or an update's step goes on
+LOAD_POLL_S = 0.01  # while an adapter is being loaded, an update's step goes on, or a trainer is waited for
 
 
 class SchedulerLoop:
@@ -51,7 +51,8 @@ class SchedulerLoop:
         """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
         scheduler = self.scheduler
         is_idle, spare_s = not scheduler.can_go_on, scheduler.spare_s()
-        idle_s = LOAD_POLL_S if self._lora or self._weight_updates.is_busy else IDLE_POLL_S
+        is_watching = self._weight_updates.is_busy or self._weight_updates.is_joining
+        idle_s = LOAD_POLL_S if self._lora or is_watching else IDLE_POLL_S
         messages = self._channel.receive(idle_s if is_idle else spare_s)
         for message in messages:
             self.handle(message)
@@ -94,7 +95,7 @@ class SchedulerLoop:
             case RenameWeightsReqInput():
                 scheduler.rename_weights(message.version, abort_all=message.abort_all)
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
+            case _ if isinstance(message, WeightStep):
                 self._weight_updates.handle(message)
             case FlushCacheReqInput():
                 reply(self._flush_cache(message))

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamp, file_stamps
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.utils.hub import resolve_model_path
 from ramet.srt.utils.net import SeedAddress, host_identity, split_address
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightChecksums
-from ramet.srt.weights.update_messages import FilesSource, InstanceSource
+from ramet.srt.weights.update_messages import DeltaFile, FilesSource, InstanceSource
 
 SCHEMES = {"http://": "http", "https://": "https"}
 ROLE = "target"
@@ -19,9 +19,9 @@ ROLE = "target"
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """A checkpoint."""
+    """A checkpoint, or a delta."""
 
-    source: FilesSource
+    source: FilesSource | DeltaFile
     origin: str
     model_path: str | None
 
@@ -51,6 +51,23 @@ def find_files(
             raise ValueError(f"{folder} is another model than the one that serves: its {', '.join(different)} differs")
     source = FilesSource(path=path, revision=revision, digest=digest, host_identity=host_identity(), files=files)
     return FoundFiles(source, path if revision is None else f"{path}@{revision}", path)
+
+
+def find_delta(path: str, digest: str | None, base: str | None, serving: str) -> FoundFiles:
+    """A delta, which the ranks look into.
+
+    Args:
+        digest: that its result must have.
+        base: the name of the version that it belongs on; None: whatever its hashes say.
+        serving: the name of the version that serves.
+
+    Raises:
+        ValueError: if there is no such file, or another version serves.
+    """
+    if base not in (None, serving):
+        raise ValueError(f"the delta is on top of the version {base!r}, and {serving!r} serves")
+    source = DeltaFile(path=path, digest=digest, host_identity=host_identity(), stamp=file_stamp(path))
+    return FoundFiles(source, f"{path} on top of {serving}", None)
 
 
 @dataclass(frozen=True)

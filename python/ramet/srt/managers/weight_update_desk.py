@@ -8,12 +8,17 @@ finished, all ranks exchange their content, and the next pass is planned when al
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
-from ramet.srt.model_executor.weight_update import RankVersions
+from ramet.srt.model_executor.weight_update import RankVersions, StepOutcome
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
+    JoinGroupReq,
+    LeaveGroupReq,
     OfferWeightsReq,
+    PutTensorsReq,
+    SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
     WeightStep,
@@ -55,16 +60,22 @@ class WeightUpdateDesk:
         self._tell = tell
         self._reply = reply
         self._asked: list[str] = []  # ids of the requests whose step goes on: none or one
+        self._joining: dict[str, Future[StepOutcome]] = {}  # by the id of the request
 
     @property
     def is_busy(self) -> bool:
         """Whether a step goes on beside the passes."""
         return bool(self._asked)
 
+    @property
+    def is_joining(self) -> bool:
+        """Whether a trainer is waited for, which may take minutes."""
+        return bool(self._joining)
+
     def handle(self, step: WeightStep) -> None:
         """Do what the main process asks for; what goes on beside passes is answered by `poll`."""
         match step:
-            case StageWeightsReq() | OfferWeightsReq():
+            case StageWeightsReq() | PutTensorsReq() | SealWeightsReq() | OfferWeightsReq():
                 if self._asked:
                     text = "another step of an update has not ended yet"
                     self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=text))
@@ -78,20 +89,31 @@ class WeightUpdateDesk:
                 self._tell(step)
                 self._versions.drop(step.number)
                 self._reply(WeightStepOutput(request_id=step.request_id, success=True))
+            case JoinGroupReq():
+                self._tell(step)
+                self._joining[step.request_id] = self._versions.join(step)
+            case LeaveGroupReq():
+                self._tell(step)
+                self._versions.feeds.groups.leave(step.name, step.number)
+                self._reply(WeightStepOutput(request_id=step.request_id, success=True))
 
     def poll(self) -> None:
         """Answer what has ended."""
         if self._asked and not self._versions.is_busy:
-            outcome = self._versions.outcome()
-            output = WeightStepOutput(
-                request_id=self._asked.pop(),
-                success=not outcome.failure,
-                message=outcome.failure,
-                source="+".join(outcome.sources),
-                num_bytes=outcome.num_bytes,
-                seconds=outcome.seconds,
-            )
-            self._reply(output)
+            self._answer(self._asked.pop(), self._versions.outcome())
+        for request_id in [one for one, joining in self._joining.items() if joining.done()]:
+            self._answer(request_id, self._joining.pop(request_id).result())
+
+    def _answer(self, request_id: str, outcome: StepOutcome) -> None:
+        output = WeightStepOutput(
+            request_id=request_id,
+            success=not outcome.failure,
+            message=outcome.failure,
+            source="+".join(outcome.sources),
+            num_bytes=outcome.num_bytes,
+            seconds=outcome.seconds,
+        )
+        self._reply(output)
 
     def _switch(self, step: SwitchWeightsReq) -> None:
         scheduler = self._scheduler

@@ -305,8 +305,10 @@ class ModelRunner:
         weights = self.versions.weights
         if isinstance(weights, OfferedWeights):
             raise RuntimeError("the weights are offered already")
-        self.versions.weights = weights.offer(load_probe)
         self.versions.offer_again = functools.partial(self.publish, bootstrap_url, load_probe)
+        if self.versions.is_empty:
+            return  # the first update offers what it has brought
+        self.versions.weights = weights.offer(load_probe)
         if self.lora is not None:
             self.lora.offer_at(bootstrap_url)
         self._register_to_engine_info_bootstrap(bootstrap_url)

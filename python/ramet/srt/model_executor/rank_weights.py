@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ramet.srt.configs.load_config import LoadConfig, LoadContext
+from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig, LoadContext
 from ramet.srt.configs.runner_config import WeightsConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
@@ -52,6 +52,8 @@ def find_own_head(config: LoadConfig, manifest: WeightManifest, model_path: str)
     """
     if config.load_format == "dummy":
         return False
+    if config.load_format == NO_WEIGHTS:
+        return os.path.isdir(model_path) and has_weights(model_path) and folder_has_own_head(model_path)
     if config.reads_files:
         return folder_has_own_head(model_path)
     if has_weights(model_path):

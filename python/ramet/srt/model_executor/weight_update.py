@@ -5,7 +5,9 @@ Whatever fails before that is an outcome, and the content that serves is untouch
 and so the instance: it must never go on with some ranks changed and others not.
 """
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -15,27 +17,35 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
+from ramet.srt.model_executor.tensor_feeds import TensorFeeds
+from ramet.srt.model_executor.weight_delta import stage_delta
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
-from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.utils.net import SeedAddress, host_identity
+from ramet.srt.utils.net import SeedAddress
+from ramet.srt.utils.threads import run_beside
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
+    DeltaFile,
     DropWeightsReq,
-    FilesSource,
-    FileStamp,
     InstanceSource,
+    JoinGroupReq,
+    LeaveGroupReq,
+    LongWeightStep,
     OfferWeightsReq,
+    PutTensorsReq,
+    SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
     WeightSource,
@@ -47,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+WORDS = {OfferWeightsReq: "the offer of weights", JoinGroupReq: "meeting a trainer"}
 FIRST = 0  # the number of the content that the rank was started with
 
 
@@ -83,10 +94,17 @@ class RankVersions:
         self._arriving = weights.weights
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
+        self._open: dict[int, TensorStage] = {}  # into which tensors come: none or one
+        self.feeds = TensorFeeds(self._parallel, self.arena.byte_tensor().device)
         self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._job: Future[StepOutcome] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no weights have come yet."""
+        return self.current == FIRST and self._arriving.config.load.load_format == NO_WEIGHTS
 
     @property
     def arena(self) -> WeightArena:
@@ -94,11 +112,12 @@ class RankVersions:
 
     def close(self) -> None:
         """Withdraw the offer for good. What is being staged is of no use any more, and ends with the process."""
+        self.feeds.groups.close()
         self.weights.close()
 
     # -- Steps that go on beside passes
 
-    def begin(self, step: StageWeightsReq | OfferWeightsReq) -> None:
+    def begin(self, step: LongWeightStep) -> None:
         """Begin a step in a thread. All ranks of the replica do, one step after the other."""
         job = self._job = Future[StepOutcome]()
 
@@ -107,6 +126,14 @@ class RankVersions:
                 job.set_result(self._run(step))
 
         threading.Thread(target=run, name="change-weights", daemon=True).start()
+
+    def join(self, step: JoinGroupReq) -> Future[StepOutcome]:
+        """Begin to meet a trainer, beside whatever else goes on. All ranks of the replica do.
+
+        Returns:
+            On the leader, what comes of it on all of them.
+        """
+        return run_beside(functools.partial(self._run, step), "join-group")
 
     @property
     def is_busy(self) -> bool:
@@ -118,7 +145,7 @@ class RankVersions:
         assert self._job is not None
         return self._job.result()
 
-    def _run(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
+    def _run(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -142,16 +169,22 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
-        rank, what = (
-            self._parallel.world_rank,
-            "staging weights" if isinstance(step, StageWeightsReq) else "their offer",
-        )
+    def _take(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
+        rank = self._parallel.world_rank
+        what = WORDS.get(type(step), "staging weights")
         try:
             self.arena.make_current()
-            if isinstance(step, StageWeightsReq):
-                return self._stage(step)
-            self._offer(step.is_offered)
+            match step:
+                case StageWeightsReq():
+                    return self._stage(step)
+                case PutTensorsReq():
+                    return self._put(step)
+                case SealWeightsReq():
+                    return self._seal(step)
+                case OfferWeightsReq():
+                    self._offer(step.is_offered)
+                case JoinGroupReq():
+                    self.feeds.groups.join(step)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
             return StepOutcome(failure=one_line(error))
@@ -170,11 +203,47 @@ class RankVersions:
             wrong = [entry.name for entry, one, other in pairs if one != other]
             raise ValueError(f"what was staged is not what its source has: {name_some(wrong)} differ")
         stage.checksums = checksums
+        self._keep(step.number, stage, report)
+        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+
+    def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
+        with self._lock:
+            if number not in self._dropped:
+                self._staged[number] = StagedWeights(stage, report)
+        logger.info("rank %d: staged weights %s", self._parallel.world_rank, summarize(report))
+
+    def _put(self, step: PutTensorsReq) -> StepOutcome:
+        """Tensors go into an open stage. If that fails, the stage is none any more."""
+        start = time.perf_counter()
+        with self._lock:
+            stage = self._open.pop(step.number, None)
+        if stage is None and not step.is_first:
+            raise ValueError("what has come before of these weights is lost")
+        if stage is None:
+            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole, is_first=self.is_empty)
+        before = stage.num_bytes
+        with contextlib.closing(self.feeds.open(step.source)) as tensors:
+            for name, tensor in tensors:
+                stage.put(name, tensor)
         with self._lock:
             if step.number not in self._dropped:
-                self._staged[step.number] = StagedWeights(stage, report)
-        logger.info("rank %d: staged weights %s", self._parallel.world_rank, summarize(report))
-        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+                self._open[step.number] = stage
+        seconds = time.perf_counter() - start
+        return StepOutcome(
+            sources=(self.feeds.name_of(step.source),), num_bytes=stage.num_bytes - before, seconds=seconds
+        )
+
+    def _seal(self, step: SealWeightsReq) -> StepOutcome:
+        start = time.perf_counter()
+        with self._lock:
+            stage = self._open.pop(step.number, None)
+        if stage is None:
+            raise ValueError("what has come of these weights is lost")
+        stage.seal()
+        seconds = time.perf_counter() - start
+        report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
+        self._keep(step.number, stage.arena, report)
+        return StepOutcome(seconds=seconds)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -187,9 +256,13 @@ class RankVersions:
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
             return stage, report
+        if isinstance(source, DeltaFile):
+            if self.is_empty:
+                raise ValueError("no weights have come yet on which a delta could belong")
+            return stage_delta(source, self.arena, self._manifest(""), opener.whole)
         folder = resolve_model_path(source.path, source.revision)
         stamps = file_stamps(folder)
-        _check_stamps(folder, stamps, source)
+        check_stamps(folder, stamps, source.files, source.host_identity)
         files = opener(folder)  # what does not fit is said before there is memory for it
         files.plan(self.arena.manifest)
         stage = self.arena.open_stage(self._manifest(snapshot_revision(folder) or source.revision or ""))
@@ -248,7 +321,7 @@ class RankVersions:
     def drop(self, number: int) -> None:
         """Forget what is staged under a number, or will be."""
         with self._lock:
-            if self._staged.pop(number, None) is None:
+            if self._staged.pop(number, None) is None and self._open.pop(number, None) is None:
                 self._dropped.add(number)
 
     def follow(self, step: WeightStep) -> None:
@@ -258,7 +331,11 @@ class RankVersions:
                 self.switch(step.number, step.version)
             case DropWeightsReq():
                 self.drop(step.number)
-            case StageWeightsReq() | OfferWeightsReq():
+            case JoinGroupReq():
+                self.join(step)
+            case LeaveGroupReq():
+                self.feeds.groups.leave(step.name, step.number)
+            case _:
                 self.begin(step)
 
 
@@ -274,16 +351,6 @@ def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
         is_update=True,
         modelexpress_url=None,
     )
-
-
-def _check_stamps(folder: str, stamps: list[FileStamp], source: FilesSource) -> None:
-    """Raises ValueError unless the files are those that the instance's first node has."""
-    if source.host_identity == host_identity():
-        is_same = stamps == source.files
-    else:
-        is_same = [one.everywhere for one in stamps] == [one.everywhere for one in source.files]
-    if not is_same:
-        raise ValueError(f"the weights in {folder} have changed, or are others than on the instance's first node")
 
 
 def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:

@@ -5,7 +5,7 @@ import hashlib
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
@@ -51,10 +51,21 @@ def get_model_loader(
         return DefaultModelLoader(open_checkpoint, weights_digest=config.weights_digest)
     if config.load_format == "dummy":
         return DummyModelLoader(config.random_seed)
+    if config.load_format == NO_WEIGHTS:
+        return NoWeightsLoader()
     if config.load_format == "remote_instance":
         finder = make_finder or functools.partial(SeedsByAddress, config)
         return RemoteInstanceModelLoader(config, finder, open_checkpoint)
     raise ValueError(f"unknown load format {config.load_format!r}")
+
+
+class NoWeightsLoader:
+    """Leaves zeros in the place of weights that will come by an update: enough to warm up with, and never served."""
+
+    def load_weights(self, manifest: WeightManifest, arena: WeightArena, _model_path: str) -> LoadResult:
+        """Clear the arena; see ModelLoader. The path is not read."""
+        arena.prepare_fill([(0, manifest.arena_nbytes)])
+        return LoadResult(LoadReport(source="none", num_bytes=0, seconds=0.0, verified=False))
 
 
 class DummyModelLoader:

@@ -21,7 +21,8 @@ class PublisherStats(msgspec.Struct, kw_only=True):
 class LoadReport(msgspec.Struct, kw_only=True):
     """How one rank's arena was filled. Records at a metadata server hold it too, without transfer_seconds."""
 
-    source: str  # "checkpoint", "local_map", "local_copy", "transfer_engine", "nccl" or "dummy"; several joined by "+"
+    # checkpoint, local_map, local_copy, transfer_engine, nccl, dummy, tensors or delta; several joined by "+"
+    source: str
     num_bytes: Natural
     seconds: float
     verified: bool = False  # content checksums were compared with the seed's

@@ -38,7 +38,46 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
-WeightSource = FilesSource | InstanceSource
+class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """What has changed, in a file that every rank can read (a copy on each node will do): see weights/delta.py."""
+
+    path: str
+    digest: str | None  # that the result must have: 64 hex digits
+    host_identity: str  # of the host that has looked at it
+    stamp: FileStamp
+
+
+WeightSource = FilesSource | InstanceSource | DeltaFile
+
+
+class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast"):
+    """Tensors that a trainer broadcasts in a group that all ranks have joined, in this order."""
+
+    group: str
+    names: list[str]
+    dtypes: list[str]  # as an arena names them
+    shapes: list[list[int]]
+    bucket_nbytes: int | None = None  # several in one broadcast, which ends with the tensor that exceeds so many bytes
+    timeout_s: float = 300.0  # for each broadcast
+
+
+class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
+    """Tensors that a process of the same host has pickled, as SGLang's trainers do."""
+
+    payloads: list[bytes]  # one for all tensor-parallel ranks, or one for each
+    load_format: str | None  # flattened_bucket; direct: what ranks hold, by their own names
+    host_identity: str  # of the host on which they have arrived
+
+
+class LentTensors(msgspec.Struct, frozen=True, kw_only=True, tag="lent_tensors"):
+    """Tensors in buffers that processes of the same host lend, one to each rank: checkpoint-engine's way."""
+
+    sockets: dict[str, str]  # ZeroMQ address by the rank's key: "GPU-<uuid>", or "CPU-<world rank>"
+    timeout_s: float = 300.0  # between two messages
+
+
+# Where the tensors of one call of a session are.
+TensorsSource = PickledTensors | BroadcastTensors | LentTensors
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -47,6 +86,22 @@ class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     number: int  # of the content: above 0, and never used before
     source: WeightSource
+
+
+class PutTensorsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Put tensors into a stage that is still open. Handed on in the same way."""
+
+    request_id: str
+    number: int  # of the content that the stage becomes
+    is_first: bool  # whether there is no such stage yet
+    source: TensorsSource
+
+
+class SealWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Verify what has been put into a stage: it can be switched to afterwards. Handed on in the same way."""
+
+    request_id: str
+    number: int
 
 
 class OfferWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -71,6 +126,29 @@ class DropWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     number: int
 
 
+class JoinGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Become a member of a group in which a trainer is rank 0, in the place of one of that name. Handed on likewise."""
+
+    request_id: str
+    name: str
+    number: int  # above 0; of the instance's groups, never used before
+    host: str  # of the trainer's store
+    port: int
+    rank_offset: int  # of the instance's rank 0
+    size: int
+    backend: str  # "nccl", "gloo", or "auto": as the device has it
+    is_stateless: bool = False  # a group of vLLM's
+    timeout_s: float = 300.0  # for all members to come
+
+
+class LeaveGroupReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Leave a group, if there is one: whatever is waited for in it ends. Handed on in the same way."""
+
+    request_id: str
+    name: str
+    number: int  # another group may have the name by now
+
+
 class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A replica's leader to the main process: all ranks of the replica have taken a step, or why not."""
 
@@ -84,4 +162,5 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_reqs: int = 0  # that ran or waited at a switch
 
 
-WeightStep = StageWeightsReq | OfferWeightsReq | SwitchWeightsReq | DropWeightsReq
+LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes
+WeightStep = LongWeightStep | SwitchWeightsReq | DropWeightsReq | JoinGroupReq | LeaveGroupReq

@@ -254,6 +254,8 @@ WEIGHT_UPDATE = _table(
     *_only("SGLang", "how files are read", "load_format", values=("auto", "safetensors")),
 )  # fmt: skip
 
+TRANSFER = _table(*_free("vLLM", "how many buffers a trainer sends from", "packed_num_buffers"))
+
 CONTINUE = _table(
     *_free("SGLang", "memory that its allocator holds back; a pause gives none away", "torch_empty_cache")
 )
@@ -285,6 +287,7 @@ TABLES: Mapping[str, Table] = {
     "A tool of a response": RESPONSES_TOOL,
     "The body of `POST /continue_generation`": CONTINUE,
     "The bodies of updates of weights": WEIGHT_UPDATE,
+    "`init_info` and `update_info` of vLLM's": TRANSFER,
 }
 _BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE, WEIGHT_UPDATE)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)

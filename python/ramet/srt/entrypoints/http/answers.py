@@ -360,6 +360,23 @@ class WeightsChanged(Answer):
     pause_seconds: float  # in which no pass was computed
 
 
+class TensorsTaken(Answer):
+    """Tensors have come, into a session; without one it is what other updates answer."""
+
+    success: Literal[True]
+    message: str
+    source: str
+    num_bytes: int  # on all ranks
+    stage_seconds: float
+
+
+class WeightSessionOpened(Answer):
+    """Tensors may come."""
+
+    success: Literal[True]
+    message: str
+
+
 class WeightVersion(Answer):
     """Weights that the instance has."""
 
@@ -381,6 +398,18 @@ class Done(Answer):
 
     success: Literal[True]
     message: str
+
+
+class TransferOutcome(Answer):
+    """What vLLM's routes for weights answer."""
+
+    message: str
+
+
+class WorldSize(Answer):
+    """How many ranks an instance has."""
+
+    world_size: int
 
 
 class VersionOutcome(Done):

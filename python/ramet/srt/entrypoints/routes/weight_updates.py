@@ -16,7 +16,14 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_sources import FoundInstance, find_files, find_instance, find_listed
+from ramet.srt.managers.weight_sources import (
+    FoundFiles,
+    FoundInstance,
+    find_delta,
+    find_files,
+    find_instance,
+    find_listed,
+)
 from ramet.srt.managers.weight_update_control import UpdateReport
 from ramet.srt.utils.net import reachable_host
 from ramet.srt.weights.content_digest import parse_digest
@@ -52,6 +59,13 @@ class UpdateFromDiskBody(UpdateBody):
     revision: Annotated[Text, Field(max_length=256)] | None = None  # of the hub
 
 
+class UpdateDeltaBody(UpdateBody):
+    """Which changes."""
+
+    path: Place  # of the file, on every node: see docs/weight-updates.md
+    base_version: Version | None = None  # that must serve; what it holds is compared in any case
+
+
 class UpdateFromInstanceBody(UpdateBody):
     """Which instance: by its address, or by what a metadata server says that it serves."""
 
@@ -73,7 +87,7 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
             find_files, instance.model_config, quantization, body.model_path, body.revision, digest
         )
         abort_all = bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
     @router.post("/update_weights_from_instance", responses={200: {"model": WeightsChanged}})
     async def update_weights_from_instance(body: UpdateFromInstanceBody) -> Response:
@@ -88,13 +102,24 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
         else:
             raise RequestError("exactly one of address and version must be given", param="address")
         abort_all = bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+
+    @router.post("/update_weights_delta", responses={200: {"model": WeightsChanged}})
+    async def update_weights_delta(body: UpdateDeltaBody) -> Response:
+        """Serve what serves with some changes, from a file that says what it belongs on and what it makes."""
+        digest, base = body.digest, body.base_version
+
+        def find() -> FoundFiles:
+            return find_delta(body.path, digest, base, instance.manager.weight_version)
+
+        abort_all = bool(body.abort_all_requests)
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
     @router.post("/rollback_weights", responses={200: {"model": WeightsChanged}})
     async def rollback_weights(body: RollbackBody | None = None) -> Response:
         """Serve the weights again that served before these."""
         abort_all = body is not None and bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.rollback(abort_all=abort_all))
+        return await answer_update(instance.weight_updates.rollback(abort_all=abort_all))
 
     @router.get("/weight_versions", responses={200: {"model": WeightVersions}})
     async def weight_versions() -> Response:
@@ -108,20 +133,24 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
                 "is_serving": one is current,
                 "since": one.since,
             }
-            for one in (current, *control.kept)
+            for one in ((current, *control.kept) if control.has_weights else ())
         ]
         return json_response({"versions": versions, "keep_weight_versions": args.keep_weight_versions})
 
     return router
 
 
-async def _answer(work: Awaitable[UpdateReport]) -> Response:
+async def answer_update(work: Awaitable[UpdateReport]) -> Response:
     """An answer as trainers expect it, of failures too."""
     try:
         report = await work
     except (RequestError, ServiceError) as error:
-        content = msgspec.json.encode({"success": False, "message": str(error)})
-        return Response(content, error.status_code, media_type="application/json")
+        return refusal(error)
+    return updated(report)
+
+
+def updated(report: UpdateReport) -> Response:
+    """A success."""
     return json_response(
         {
             "success": True,
@@ -135,3 +164,9 @@ async def _answer(work: Awaitable[UpdateReport]) -> Response:
             "pause_seconds": report.pause_s,
         }
     )
+
+
+def refusal(error: RequestError | ServiceError) -> Response:
+    """A failure as trainers expect it."""
+    content = msgspec.json.encode({"success": False, "message": str(error)})
+    return Response(content, error.status_code, media_type="application/json")

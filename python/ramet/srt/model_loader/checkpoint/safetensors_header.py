@@ -137,6 +137,32 @@ def read_header(path: str) -> dict[str, TensorInfo]:
     Raises:
         ValueError: if the header is broken or a tensor reaches beyond the end of the file.
     """
+    header, data_start, file_nbytes = _read_json(path)
+    header.pop("__metadata__", None)
+    tensors = {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
+    _check_no_overlap(path, tensors)
+    whole = {whole_name(name): info for name, info in tensors.items()}
+    if len(whole) < len(tensors):
+        wholes = [whole_name(name) for name in tensors]
+        twice = next(name for name in tensors if wholes.count(whole_name(name)) > 1)
+        raise ValueError(f"{path} has {twice} twice, with and without model. or language_model. in front")
+    return whole
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """What else the header of a safetensors file says: texts by their names.
+
+    Raises:
+        ValueError: if the header is broken.
+    """
+    metadata = _read_json(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"{path}: broken safetensors header: __metadata__ is not an object of texts")
+    return metadata
+
+
+def _read_json(path: str) -> tuple[dict[str, Any], int, int]:
+    """A file's header, the offset at which its data begin, and its bytes."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path} is no file")  # a pipe would be waited for
     try:
@@ -155,16 +181,7 @@ def read_header(path: str) -> dict[str, TensorInfo]:
             raise TypeError("the header is not an object")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: broken safetensors header: {error}") from error
-    header.pop("__metadata__", None)
-    data_start = 8 + header_nbytes
-    tensors = {name: _read_tensor_info(path, name, fields, data_start, file_nbytes) for name, fields in header.items()}
-    _check_no_overlap(path, tensors)
-    whole = {whole_name(name): info for name, info in tensors.items()}
-    if len(whole) < len(tensors):
-        wholes = [whole_name(name) for name in tensors]
-        twice = next(name for name in tensors if wholes.count(whole_name(name)) > 1)
-        raise ValueError(f"{path} has {twice} twice, with and without model. or language_model. in front")
-    return whole
+    return header, 8 + header_nbytes, file_nbytes
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -33,6 +33,23 @@ MIN_SAMPLED_BYTES = 64 << 10  # one sample stands for at least so many bytes
 MAX_SAMPLES = 2048  # and a few more, where operations are short
 
 
+def settle_names(
+    path: str, tensors: Mapping[str, TensorInfo], whole: WholeModel, are_transposed: bool = False
+) -> dict[str, TensorInfo]:
+    """The tensors of a file under the names, and in the pieces, that boxes have.
+
+    Args:
+        are_transposed: see `has_transposed_experts`.
+
+    Raises:
+        ValueError: if it holds something twice, or scales that can't be taken apart.
+    """
+    block_size = None if whole.quantization is None else whole.quantization.block_size
+    block_rows = None if block_size is None else block_size[0]
+    unstacked = split_stacked_experts(path, tensors, whole.shapes, block_size, are_transposed)
+    return settle_scales(split_fused(path, unstacked, whole.shapes, block_rows), whole)
+
+
 class CheckpointSource:
     """The safetensors files of one model folder.
 
@@ -78,13 +95,9 @@ class CheckpointSource:
         """Bring the tensors under the names that boxes have, and check that they are those of the model."""
         if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
             raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
-        block_size = None if whole.quantization is None else whole.quantization.block_size
-        block_rows = None if block_size is None else block_size[0]
         are_transposed = self._has_transposed_experts(whole)
         for path, tensors in self.files.items():
-            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_size, are_transposed)
-            unfused = split_fused(path, unstacked, whole.shapes, block_rows)
-            self.files[path] = without_idle(path, settle_scales(unfused, whole), whole)
+            self.files[path] = without_idle(path, settle_names(path, tensors, whole, are_transposed), whole)
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -81,12 +81,19 @@ class _Target(NamedTuple):
         return Holding(region, holding.offset, strides, holding.dtype)
 
 
-def check_bands(arena: WeightArena, table: DigestTable) -> BandCheck:
+def check_bands(arena: WeightArena, table: DigestTable, names: Collection[str] | None = None) -> BandCheck:
     """Compare every byte of the arena's tensors: what boxes fill with the table, padding with zeros.
 
     Takes one pass of SHA-256 over them on the host, in as many threads as there are processors.
+
+    Args:
+        names: of the table's tensors that are compared; None: all are.
     """
     held, unchecked = find_held(arena.manifest, table)
+    if names is not None:
+        held = {name: parts for name, parts in held.items() if name in names}
+        entries = {part.entry for parts in held.values() for part in parts}
+        unchecked = {entry: reason for entry, reason in unchecked.items() if entry in entries}
     check = BandCheck(unchecked=unchecked)
     jobs = [_TensorJob(arena, table.tensors[name], parts, check) for name, parts in held.items()]
     jobs.sort(key=lambda job: -job.num_elements)

@@ -5,11 +5,7 @@ started it. It imports neither torch nor numpy.
 """
 
 import contextlib
-import ctypes
-import fcntl
 import os
-import resource
-import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,32 +26,17 @@ from ramet.srt.model_loader.transport.engine_messages import (
 )
 from ramet.srt.model_loader.transport.mooncake_engine import EngineError, EngineMissingError, MooncakeEngine
 from ramet.srt.utils import cuda_driver, host_memory
+from ramet.srt.utils.helper_process import begin_helper
 
 MAX_READS = 8  # at a time: more ranks are not read at once
-PR_SET_NAME = 15
-F_SETSIG = 10  # linux/fcntl.h
 
 
 def main(fd: int) -> None:
     """Serve the socket until the other side closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # both reach the whole group; the socket's end is what counts
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _end_with_pipe(sys.stdin.fileno())
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would be as large as the weights
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"ramet-transport", 0, 0, 0)
+    begin_helper(b"ramet-transport")
     with contextlib.suppress(OSError):
         _Server(socket.socket(fileno=fd)).run()
     os._exit(0)  # the engine's destructor waits for reads that are stuck
-
-
-def _end_with_pipe(fd: int) -> None:
-    """Have the kernel kill this process when the other end of a pipe is closed, whatever native code hangs in it.
-
-    Not when the thread ends that has started it, as PR_SET_PDEATHSIG would.
-    """
-    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(fd, F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC)
 
 
 class _Server:

@@ -7,18 +7,12 @@ which is made again, and never the instance. See engine_process.py for the other
 import concurrent.futures
 import contextlib
 import itertools
-import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-import ramet
 from ramet.srt.environ import envs
 from ramet.srt.model_loader.transport.engine_messages import (
     MESSAGE_BYTES,
@@ -32,17 +26,12 @@ from ramet.srt.model_loader.transport.engine_messages import (
     StartEngine,
 )
 from ramet.srt.model_loader.transport.mooncake_engine import choose_protocol
+from ramet.srt.utils.helper_process import describe_end, start_python
 from ramet.srt.utils.net import format_address, is_ipv6
 from ramet.srt.weights.errors import WeightTransferError
 
 START_TIMEOUT_S = 60.0  # of Python and Mooncake, which take a tenth of a second where nothing else runs
 REGISTER_TIMEOUT_S = 120.0  # of memory: a network card pins it page by page
-# As `multiprocessing` does it: the child finds what its parent finds, and no site's files are read again.
-BOOT = """
-import json, runpy, sys
-sys.path[:] = json.loads(sys.argv.pop(1))
-runpy.run_module(sys.argv.pop(1), None, "__main__")
-"""
 MODULE = "ramet.srt.model_loader.transport.engine_process"
 
 
@@ -82,7 +71,8 @@ class TransportProcess:
         self._is_killed = False
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = _start_python(theirs.fileno(), sees_gpus=gpu_id >= 0)
+            # Mooncake asks the GPUs about each piece of memory: what it sees costs it some hundred megabytes of each.
+            self._process = start_python(MODULE, theirs.fileno(), sees_gpus=gpu_id >= 0)
         self._replies = threading.Thread(target=self._receive, name="transport-replies", daemon=True)
         self._replies.start()
         start = StartEngine(name, address, self.protocol, envs.MOONCAKE_DEVICE.get(), port, gpu_id)
@@ -224,7 +214,7 @@ class TransportProcess:
                     future = self._waiting.get(reply.number)
                 if future is not None:  # else nobody waits any more
                     future.set_result(reply)
-        end = f"the transport process {_describe_end(self._process.wait())}"
+        end = f"the transport process {describe_end(self._process.wait())}"
         with self._lock:
             self._end = end
             waiting = list(self._waiting.values())
@@ -243,29 +233,6 @@ class TransportProcess:
 
 class _EndedError(Exception):
     """The process has ended."""
-
-
-def _start_python(fd: int, sees_gpus: bool) -> "subprocess.Popen[bytes]":
-    # Mooncake asks the GPUs about each piece of memory, and so would take some hundred megabytes of one for nothing.
-    hidden = {} if sees_gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    root = os.path.dirname(next(iter(ramet.__path__)))
-    arguments = ["-I", "-S", "-c", BOOT, json.dumps([root, *sys.path]), MODULE, str(fd)]
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        pass_fds=[fd],
-        env=os.environ | hidden,
-        stdin=subprocess.PIPE,  # nothing is written: that it is closed, by our end too, ends the process
-        stdout=subprocess.DEVNULL,
-    )
-
-
-def _describe_end(code: int) -> str:
-    """What became of a process that ended with `code`."""
-    if code >= 0:
-        return f"ended with code {code}"
-    with contextlib.suppress(ValueError):
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"was ended by signal {-code}"
 
 
 def numeric_address(host: str) -> str:
