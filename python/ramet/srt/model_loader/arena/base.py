@@ -33,7 +33,15 @@ class LentMemory:
     offset: int  # of the arena in the memory that the handle opens
 
 
-MemoryShare = SharedFile | LentMemory
+@dataclass(frozen=True)
+class LentFile:
+    """The same by a descriptor, of memory whose pages can be given back; the arena is at its beginning."""
+
+    fd: int  # whoever has it closes it
+    nbytes: int  # of all of the memory
+
+
+MemoryShare = SharedFile | LentMemory | LentFile
 
 
 class WeightArena(ABC):
@@ -52,6 +60,7 @@ class WeightArena(ABC):
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
         self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
         self.is_published = False
+        self.is_put_away = False  # there is no memory at the addresses
 
     @property
     def content_digest_text(self) -> str:
@@ -194,6 +203,52 @@ class WeightArena(ABC):
         """Declare the content final: from now on others may read it, and no source may fill it."""
         self.is_published = True
 
+    # Without memory
+
+    @property
+    def can_be_put_away(self) -> bool:
+        """Whether the memory can be given back while the addresses stay."""
+        return True
+
+    @abstractmethod
+    def put_away(self, *, keeps_copy: bool) -> None:
+        """Give the memory back; the addresses stay, and nobody may read them. What others have mapped is left to them.
+
+        For a moment when nobody reads the weights. Does nothing if there is no memory.
+
+        Args:
+            keeps_copy: have the content in host memory, for `take_back`.
+
+        Raises:
+            MemoryError: if there is none for the copy; nothing has changed then.
+            RuntimeError: if the memory can't be given back.
+        """
+
+    @abstractmethod
+    def take_back(self) -> bool:
+        """Have memory at the addresses again, with what `put_away` has copied. Whether that is sound, callers find out.
+
+        Returns:
+            False, and nothing changes, if there is no copy.
+
+        Raises:
+            MemoryError: if there is not enough; nothing has changed then.
+        """
+
+    @abstractmethod
+    def drop_copy(self, *, keeps_room: bool = False) -> None:
+        """Forget the copy in host memory, if there is one.
+
+        Args:
+            keeps_room: its memory stays, for the next one.
+        """
+
+    def _require_memory(self) -> None:
+        if self.is_put_away:
+            raise RuntimeError("the memory of the weights has been given back")
+
+    # Other content
+
     @abstractmethod
     def open_stage(self, manifest: WeightManifest) -> "WeightArena":
         """Memory for other content of the same layout, which can take the place of what is here; see `exchange`.
@@ -206,12 +261,12 @@ class WeightArena(ABC):
         """Show what `staged` holds at the addresses that this arena has, which keeps what was here instead.
 
         For a moment when nobody reads the weights. The content is nobody's but the own process's afterwards, until it
-        is published.
+        is published. Where this arena had no memory, `staged` has none afterwards.
 
         Raises:
             OSError: if the kernel refuses; nothing has changed then.
         """
-        for name in ("manifest", "checksums", "content_digest", "is_published"):
+        for name in ("manifest", "checksums", "content_digest", "is_published", "is_put_away"):
             mine, theirs = getattr(self, name), getattr(staged, name)
             setattr(self, name, theirs)
             setattr(staged, name, mine)
