@@ -351,6 +351,16 @@ class ServerFlags:
         "for /rollback_weights.",
         limit=NOT_NEGATIVE,
     )
+    enable_memory_saver: bool = flag(
+        False,
+        "Let the instance sleep: /release_memory_occupation and /sleep give the memory of weights and KV cache back; "
+        "processes, addresses and CUDA graphs stay.",
+    )
+    enable_weights_cpu_backup: bool = flag(
+        False,
+        "Keep the weights of an instance that sleeps in host memory, from which they come back soonest; what is pinned "
+        "for them stays pinned.",
+    )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
     )

@@ -54,6 +54,7 @@ from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInpu
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ Question = (
     | ContinueReqInput
     | RenameWeightsReqInput
     | WeightStep
+    | MemoryStep
 )
 AnyReply = (
     FlushCacheReqOutput

@@ -84,6 +84,11 @@ class MHATokenToKVPool:
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
 
+    @property
+    def is_put_away(self) -> bool:
+        """Whether there is no memory at the addresses."""
+        return self._memory is not None and not self._memory.is_there
+
     def put_away(self) -> None:
         """Give the memory back; the addresses stay, and nobody may read them. Does nothing if there is none.
 

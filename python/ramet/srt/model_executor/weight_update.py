@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
+from ramet.srt.model_executor.rank_memory import RankMemory, instance_config
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -26,9 +26,10 @@ from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.utils.net import SeedAddress, host_identity
+from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
@@ -47,6 +48,12 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+NAMES = {
+    StageWeightsReq: "staging weights",
+    OfferWeightsReq: "their offer",
+    ReleaseMemoryReq: "giving memory back",
+    ResumeMemoryReq: "taking memory again",
+}
 FIRST = 0  # the number of the content that the rank was started with
 
 
@@ -73,13 +80,15 @@ class RankVersions:
     Args:
         weights: what serves.
         open_checkpoint: opens files as checkpoints of the rank's model.
+        memory: gives memory back, and takes it again.
     """
 
-    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener):
+    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener, memory: RankMemory):
         self.weights: LoadedWeights | OfferedWeights = weights
         self.current = FIRST
         self.offer_again: Callable[[], None] | None = None  # of an instance that gives its weights
         self._open_checkpoint = open_checkpoint
+        self._memory = memory
         self._arriving = weights.weights
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
@@ -98,7 +107,7 @@ class RankVersions:
 
     # -- Steps that go on beside passes
 
-    def begin(self, step: StageWeightsReq | OfferWeightsReq) -> None:
+    def begin(self, step: StageWeightsReq | OfferWeightsReq | MemoryStep) -> None:
         """Begin a step in a thread. All ranks of the replica do, one step after the other."""
         job = self._job = Future[StepOutcome]()
 
@@ -118,7 +127,7 @@ class RankVersions:
         assert self._job is not None
         return self._job.result()
 
-    def _run(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
+    def _run(self, step: StageWeightsReq | OfferWeightsReq | MemoryStep) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -142,23 +151,26 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
-        rank, what = (
-            self._parallel.world_rank,
-            "staging weights" if isinstance(step, StageWeightsReq) else "their offer",
-        )
+    def _take(self, step: StageWeightsReq | OfferWeightsReq | MemoryStep) -> StepOutcome:
+        rank, what = self._parallel.world_rank, NAMES[type(step)]
         try:
             self.arena.make_current()
             if isinstance(step, StageWeightsReq):
                 return self._stage(step)
-            self._offer(step.is_offered)
+            if isinstance(step, OfferWeightsReq):
+                self._offer(step.is_offered)
+                return StepOutcome()
+            if isinstance(self.weights, OfferedWeights):
+                raise RuntimeError("weights that others may take can't be put away")
+            moved = self._memory.take(step)
+            return StepOutcome(sources=tuple(filter(None, [moved.source])), num_bytes=moved.num_bytes,
+                               seconds=moved.seconds)  # fmt: skip
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
             return StepOutcome(failure=one_line(error))
         except Exception as error:  # the reason is answered; what serves has not been touched
             logger.exception("rank %d: %s failed", rank, what)
             return StepOutcome(failure=repr(error))
-        return StepOutcome()
 
     def _stage(self, step: StageWeightsReq) -> StepOutcome:
         start = time.perf_counter()
@@ -182,7 +194,7 @@ class RankVersions:
         opener = self._open_checkpoint.anew()
         if isinstance(source, InstanceSource):
             stage = self.arena.open_stage(self._manifest(""))
-            config = _instance_config(base, source)
+            config = instance_config(base, source)
             report = get_model_loader(config, open_checkpoint=opener).load_weights(stage.manifest, stage, "").report
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
@@ -251,29 +263,15 @@ class RankVersions:
             if self._staged.pop(number, None) is None:
                 self._dropped.add(number)
 
-    def follow(self, step: WeightStep) -> None:
+    def follow(self, step: WeightStep | MemoryStep) -> None:
         """Do what the replica's leader says."""
         match step:
             case SwitchWeightsReq():
                 self.switch(step.number, step.version)
             case DropWeightsReq():
                 self.drop(step.number)
-            case StageWeightsReq() | OfferWeightsReq():
+            case StageWeightsReq() | OfferWeightsReq() | ReleaseMemoryReq() | ResumeMemoryReq():
                 self.begin(step)
-
-
-def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
-    return dataclasses.replace(
-        base,
-        load_format="remote_instance",
-        seeds=(SeedAddress(source.host, source.port, source.scheme),),
-        send_weights_group_ports=(),
-        fallback="error",
-        weights_digest=source.digest,
-        shows_keys=not source.is_listed,
-        is_update=True,
-        modelexpress_url=None,
-    )
 
 
 def _check_stamps(folder: str, stamps: list[FileStamp], source: FilesSource) -> None:
