@@ -1,18 +1,21 @@
-"""A scheduler in the test's own process that is told to change its weights."""
+"""A scheduler in the test's own process whose weights change."""
 
 from pathlib import Path
 from typing import Any
 
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import file_stamp, file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import (
     FilesSource,
+    PutTensorsReq,
+    SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
+    TensorsInFile,
     WeightStep,
     WeightStepOutput,
 )
@@ -53,3 +56,11 @@ class Updated:
         """Of what is in the arena, computed now."""
         arena = self.engine.runner.arena
         return compute_checksums(arena.manifest, arena).values
+
+    def put(self, path: Path, number: int = 1, *, is_first: bool = True) -> WeightStepOutput:
+        """The tensors of a file into a stage."""
+        source = TensorsInFile(path=str(path), host_identity=host_identity(), stamp=file_stamp(str(path)))
+        return self.ask(PutTensorsReq(request_id=f"put {path}", number=number, is_first=is_first, source=source))
+
+    def seal(self, number: int = 1) -> WeightStepOutput:
+        return self.ask(SealWeightsReq(request_id=f"seal {number}", number=number))

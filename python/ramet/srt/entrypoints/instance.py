@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.managers.weight_sessions import WeightSessions
     from ramet.srt.managers.weight_update_control import WeightUpdateControl
     from ramet.srt.modelexpress.server.server import ModelExpressServer
 
@@ -80,6 +81,7 @@ class Instance:
         self.pauses: PauseControl
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
+        self.weight_sessions: WeightSessions
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -260,6 +262,7 @@ class Instance:
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.managers.weight_sessions import WeightSessions
         from ramet.srt.managers.weight_update_control import WeightUpdateControl
         from ramet.srt.text.output_format import OutputFormat
         from ramet.srt.text.tokenizer import Tokenizer
@@ -306,6 +309,7 @@ class Instance:
         self.weight_updates = WeightUpdateControl(
             self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
         )
+        self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")

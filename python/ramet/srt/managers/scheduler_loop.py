@@ -25,8 +25,8 @@ from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
-from ramet.srt.weights.memory_messages import ReleaseMemoryReq, ResumeMemoryReq
-from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
+from ramet.srt.weights.memory_messages import MemoryStep
+from ramet.srt.weights.update_messages import WeightStep
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
@@ -96,9 +96,7 @@ class SchedulerLoop:
             case RenameWeightsReqInput():
                 scheduler.rename_weights(message.version, abort_all=message.abort_all)
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
-                self._weight_updates.handle(message)
-            case ReleaseMemoryReq() | ResumeMemoryReq():
+            case _ if isinstance(message, WeightStep | MemoryStep):
                 self._weight_updates.handle(message)
             case FlushCacheReqInput():
                 reply(self._flush_cache(message))

@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ramet.srt.model_executor.weight_update import RankVersions
-from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
-    OfferWeightsReq,
-    StageWeightsReq,
+    LongWeightStep,
     SwitchWeightsReq,
     WeightStep,
     WeightStepOutput,
@@ -70,21 +69,21 @@ class WeightUpdateDesk:
     def handle(self, step: WeightStep | MemoryStep) -> None:
         """Do what the main process asks for; what goes on beside passes is answered by `poll`."""
         match step:
-            case StageWeightsReq() | OfferWeightsReq() | ReleaseMemoryReq() | ResumeMemoryReq():
-                if (obstacle := self._obstacle(step)) is not None:
-                    self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=obstacle))
-                    return
-                self._tell(step)
-                self._versions.begin(step)
-                self._asked.append(step.request_id)
             case SwitchWeightsReq():
                 self._switch(step)
             case DropWeightsReq():
                 self._tell(step)
                 self._versions.drop(step.number)
                 self._reply(WeightStepOutput(request_id=step.request_id, success=True))
+            case _:
+                if (obstacle := self._obstacle(step)) is not None:
+                    self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=obstacle))
+                    return
+                self._tell(step)
+                self._versions.begin(step)
+                self._asked.append(step.request_id)
 
-    def _obstacle(self, step: StageWeightsReq | OfferWeightsReq | MemoryStep) -> str | None:
+    def _obstacle(self, step: LongWeightStep | MemoryStep) -> str | None:
         """Why a step can't be begun now; None if it can."""
         if self._asked:
             return "another step of an update has not ended yet"

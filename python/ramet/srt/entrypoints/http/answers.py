@@ -360,6 +360,13 @@ class WeightsChanged(Answer):
     pause_seconds: float  # in which no pass was computed
 
 
+class WeightSessionOpened(Answer):
+    """Tensors may come."""
+
+    success: Literal[True]
+    message: str
+
+
 class WeightVersion(Answer):
     """Weights that the instance has."""
 

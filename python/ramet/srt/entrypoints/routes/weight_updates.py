@@ -73,7 +73,7 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
             find_files, instance.model_config, quantization, body.model_path, body.revision, digest
         )
         abort_all = bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
     @router.post("/update_weights_from_instance", responses={200: {"model": WeightsChanged}})
     async def update_weights_from_instance(body: UpdateFromInstanceBody) -> Response:
@@ -88,13 +88,13 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
         else:
             raise RequestError("exactly one of address and version must be given", param="address")
         abort_all = bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
+        return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
     @router.post("/rollback_weights", responses={200: {"model": WeightsChanged}})
     async def rollback_weights(body: RollbackBody | None = None) -> Response:
         """Serve the weights again that served before these."""
         abort_all = body is not None and bool(body.abort_all_requests)
-        return await _answer(instance.weight_updates.rollback(abort_all=abort_all))
+        return await answer_update(instance.weight_updates.rollback(abort_all=abort_all))
 
     @router.get("/weight_versions", responses={200: {"model": WeightVersions}})
     async def weight_versions() -> Response:
@@ -115,13 +115,12 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
     return router
 
 
-async def _answer(work: Awaitable[UpdateReport]) -> Response:
+async def answer_update(work: Awaitable[UpdateReport]) -> Response:
     """An answer as trainers expect it, of failures too."""
     try:
         report = await work
     except (RequestError, ServiceError) as error:
-        content = msgspec.json.encode({"success": False, "message": str(error)})
-        return Response(content, error.status_code, media_type="application/json")
+        return refusal(error)
     return json_response(
         {
             "success": True,
@@ -135,3 +134,9 @@ async def _answer(work: Awaitable[UpdateReport]) -> Response:
             "pause_seconds": report.pause_s,
         }
     )
+
+
+def refusal(error: RequestError | ServiceError) -> Response:
+    """A failure as trainers expect it."""
+    content = msgspec.json.encode({"success": False, "message": str(error)})
+    return Response(content, error.status_code, media_type="application/json")

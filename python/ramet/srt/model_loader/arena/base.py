@@ -157,6 +157,10 @@ class WeightArena(ABC):
         """
 
     @abstractmethod
+    def hash_content(self, content: "torch.Tensor") -> str:
+        """The checksum of a contiguous tensor on the arena's device, as of an entry that holds the same."""
+
+    @abstractmethod
     def share(self) -> MemoryShare:
         """What another process of the host needs to have the arena's memory.
 
