@@ -73,7 +73,7 @@ class Replicas:
     def abort_all(self) -> None:
         self.events.append("abort")
 
-    def close_for_weights(self) -> None:
+    def close_for_weights(self, *, asleep: bool = False) -> None:  # noqa: ARG002
         self.events.append("close")
 
     def open_for_weights(self) -> None:
