@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
+    from ramet.srt.managers.profile_control import ProfileControl
     from ramet.srt.managers.sleep_control import SleepControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.managers.weight_sessions import WeightSessions
@@ -79,6 +80,7 @@ class Instance:
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
         self.lora: LoraControl
         self.pauses: PauseControl
+        self.profiles: ProfileControl
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
         self.weight_sessions: WeightSessions
@@ -262,6 +264,7 @@ class Instance:
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
+        from ramet.srt.managers.profile_control import ProfileControl
         from ramet.srt.managers.sleep_control import SleepControl
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
         from ramet.srt.managers.weight_sessions import WeightSessions
@@ -303,6 +306,7 @@ class Instance:
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
         self.pauses = PauseControl(self.manager)
+        self.profiles = ProfileControl(self.manager)
         has_offers, world_size, weights_turn = self.bootstrap is not None, args.world_size, asyncio.Lock()
         self.versions = VersionControl(
             self.manager,
@@ -419,7 +423,7 @@ class Instance:
                 self.manager.fail_all(ServiceError(SHUTTING_DOWN))
                 return
         if self.death is None:
-            await self.manager.end_profile()
+            await self.profiles.end()
 
     def fail_requests(self) -> None:
         """Refuse new requests and give up those that still run: they get an error."""
