@@ -18,7 +18,7 @@ ADAPTERS = ("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter
 CHANGING = ("/pause_generation", "/continue_generation", "/update_weight_version", "/update_weights_from_disk",
             "/update_weights_from_instance", "/rollback_weights",
             "/release_memory_occupation", "/resume_memory_occupation",
-            "/begin_weight_update", "/end_weight_update")  # fmt: skip
+            "/begin_weight_update", "/end_weight_update", "/update_weights_from_tensor")  # fmt: skip
 # The model generates: it is neither made for embeddings nor for ranks, and takes no adapters.
 REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile", *ADAPTERS)
 RESPONSES = "/v1/responses"

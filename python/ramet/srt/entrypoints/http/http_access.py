@@ -38,6 +38,7 @@ ADMIN_PATHS = frozenset(
         "/rollback_weights",
         "/begin_weight_update",
         "/end_weight_update",
+        "/update_weights_from_tensor",
         "/weight_versions",
     }
 )

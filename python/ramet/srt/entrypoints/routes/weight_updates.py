@@ -121,6 +121,11 @@ async def answer_update(work: Awaitable[UpdateReport]) -> Response:
         report = await work
     except (RequestError, ServiceError) as error:
         return refusal(error)
+    return updated(report)
+
+
+def updated(report: UpdateReport) -> Response:
+    """A success."""
     return json_response(
         {
             "success": True,
