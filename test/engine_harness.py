@@ -29,6 +29,7 @@ from ramet.srt.managers.io_struct import (
     UnloadLoraReqInput,
 )
 from ramet.srt.managers.scheduler import Scheduler
+from ramet.srt.managers.scheduler_loop import SchedulerLoop
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.server_args import ServerArgs
@@ -81,6 +82,7 @@ class EngineHarness:
         grammar_pool = make_grammar_pool(self.args.grammar_backend, lambda: str(folder), config)
         scheduler_config = dataclasses.replace(self.args.scheduler_config(device.type), overlap=overlap)
         self.scheduler = Scheduler(scheduler_config, config, self.runner, get_tokenizer, grammar_pool, self.channel)
+        self.loop = SchedulerLoop(self.scheduler, self.channel)
         self.num_batches = 0
         self.max_batch_size = 0
 
@@ -142,10 +144,9 @@ class EngineHarness:
 
     def step(self) -> bool:
         """Take in messages and run one pass; False when there was nothing to run."""
-        scheduler = self.scheduler
         for message in self.channel.receive(0):
-            scheduler.handle(message)
-        batch = scheduler.step()
+            self.loop.handle(message)
+        batch = self.loop.step()
         if batch is not None:
             self.num_batches += 1
             self.max_batch_size = max(self.max_batch_size, len(batch.reqs))
@@ -155,7 +156,7 @@ class EngineHarness:
         """Step until everything has ended, check that no cache page is lost, and return what each request got."""
         for _ in range(max_steps):
             self.scheduler.grammar_queue.wait(GRAMMAR_TIMEOUT_S)
-            if not self.step() and not self.scheduler.has_work:
+            if not self.step() and not self.loop.has_work:
                 break
         else:
             raise AssertionError(f"requests still run after {max_steps} passes")

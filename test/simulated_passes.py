@@ -20,8 +20,9 @@ from ramet.srt.configs.rope_config import RopeConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.io_struct import BatchTokenIDOutput, Message, TokenizedGenerateReqInput
 from ramet.srt.managers.passes import make_passes
-from ramet.srt.managers.scheduler import IDLE_POLL_S, Scheduler
+from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
+from ramet.srt.managers.scheduler_loop import IDLE_POLL_S, SchedulerLoop
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES
 from ramet.srt.model_executor.model_runner import ModelRunner
@@ -232,6 +233,7 @@ class Simulation:
         if not plans_late:
             passes.spare_s = lambda: 0.0  # type: ignore[method-assign]
         self.scheduler.passes = passes
+        self._loop = SchedulerLoop(self.scheduler, cast(SchedulerChannel, self.channel))
         self._rng = random.Random(1)
         self._prefixes: dict[int, list[int]] = {}
 
@@ -239,7 +241,7 @@ class Simulation:
         """Serve a trace to its end; what became of each request, in the order of their arrival."""
         self.channel.coming.extend(sorted(arrivals, key=lambda arrival: arrival.at_s))
         while self.channel.coming or self.scheduler.has_work:
-            self.scheduler.run_once()
+            self._loop.run_once()
         self.scheduler.check_caches()
         return list(self.channel.timelines.values())
 

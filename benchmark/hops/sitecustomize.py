@@ -114,7 +114,7 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "ramet.srt.managers.io_struct": watch_messages,
     "ramet.srt.managers.batch_planner": lambda module: at_end(module.BatchPlanner, "plan", "pass planned"),
     "ramet.srt.managers.passes": lambda module: at_end(module.Passes, "launch", "pass launched"),
-    "ramet.srt.managers.scheduler": lambda module: at_begin(module.Scheduler, "_finish", "token known"),
+    "ramet.srt.managers.pass_results": lambda module: at_begin(module.PassResults, "take", "token known"),
     "ramet.srt.managers.scheduler_channel": lambda module: at_begin(module.SchedulerChannel, "send", "output made"),
 }
 

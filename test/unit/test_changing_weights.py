@@ -72,7 +72,7 @@ class Walk:
         """With whatever runs, or is held by a pause."""
         scheduler = self.engine.scheduler
         scheduler.finish_passes()
-        for running in scheduler._admitted():
+        for running in scheduler.running.admitted():
             self.mixed_from.setdefault(running.req.rid, len(running.req.output_ids))
         self.engine.runner.arena.memory[:] = self.weights.bytes[version]
         scheduler.switch_weight_version(version)

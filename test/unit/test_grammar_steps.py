@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import random_models as rm
 from engine_harness import EngineHarness
-from ramet.srt.managers.grammar_queue import GrammarQueue
-from ramet.srt.managers.grammar_steps import GrammarSteps
 from ramet.srt.managers.io_struct import AbortReq
 from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.sampling.constraint import Constraint
@@ -65,7 +63,7 @@ def make_engine(folder: Path) -> Callable[..., tuple[EngineHarness, Any]]:
         pool: Any = SteppedPool()
         engine.channel.outputs.clear()
         scheduler: Any = engine.scheduler
-        scheduler.grammar_queue, scheduler.grammar_steps = GrammarQueue(pool), GrammarSteps(pool)
+        scheduler.grammar_queue._pool = scheduler.grammar_steps._pool = pool
         return engine, pool
 
     return make
@@ -149,9 +147,10 @@ def test_a_constraint_that_fails_ends_its_request_alone(make_engine: Any) -> Non
     assert results["good"].finish_reason.type == "length" and len(results["good"].token_ids) == 8
 
 
-def test_waiting_for_a_constraint_counts_as_waiting(make_engine: Any) -> None:
+def test_waiting_for_a_constraint_counts_as_waiting(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, pool = make_engine()
-    engine.scheduler.config = dataclasses.replace(engine.scheduler.config, max_queued_requests=2)
+    intake: Any = engine.scheduler.intake
+    monkeypatch.setattr(intake, "_config", dataclasses.replace(intake._config, max_queued_requests=2))
     for number in range(4):
         engine.submit(str(number), [5, 6], max_new_tokens=2, regex=f"{number}")
     engine.step()

@@ -162,7 +162,7 @@ def test_who_has_to_give_way_gets_the_same_tokens(folder, alone, params):
     engine.scheduler.admission.reserve.num_pages = lambda reqs, cache: len(reqs)
     results = engine.generate(prompts, max_new_tokens=40, **params)
     assert [result.token_ids for result in results] == expected
-    assert engine.scheduler.num_retracted > 0
+    assert engine.scheduler.running.num_retracted > 0
 
 
 def test_a_prompt_in_progress_gives_way_when_that_costs_least(folder, alone, monkeypatch):
@@ -171,10 +171,8 @@ def test_a_prompt_in_progress_gives_way_when_that_costs_least(folder, alone, mon
     expected = [alone(prompt, max_new_tokens=30).token_ids for prompt in prompts]
     monkeypatch.setattr(engine.scheduler.admission.reserve, "num_pages", lambda reqs, cache: len(reqs))
     retracted = []
-    retract = engine.scheduler._retract
-    monkeypatch.setattr(
-        engine.scheduler, "_retract", lambda one: retracted.append(len(one.req.output_ids)) or retract(one)
-    )
+    running, retract = engine.scheduler.running, engine.scheduler.running._retract
+    monkeypatch.setattr(running, "_retract", lambda one: retracted.append(len(one.req.output_ids)) or retract(one))
     engine.submit("short", prompts[0], max_new_tokens=30)
     for _ in range(20):
         engine.step()

@@ -87,13 +87,13 @@ def timeouts(engine, monkeypatch):
 def test_while_planning_can_wait_messages_are_taken_in(engine, timeouts, monkeypatch):
     scheduler = engine.scheduler
     engine.submit("ended", PROMPTS[1], max_new_tokens=8)
-    scheduler.run_once()
+    engine.loop.run_once()
     with monkeypatch.context() as patch:
         patch.setattr(scheduler.passes, "spare_s", lambda: 0.5)
         engine.submit("new", PROMPTS[2], max_new_tokens=8)
         engine.send(AbortReq(rid="ended"))
         engine.send(GetInternalStateReq(request_id="state"))
-        scheduler.run_once()
+        engine.loop.run_once()
         assert timeouts[-1] == MAX_WAIT_S, "whoever ends the process is not kept waiting"
         assert len(scheduler.passes) == 1 and len(scheduler.admission.waiting) == 1 and len(engine.channel.replies) == 1
     results = engine.run()
@@ -102,13 +102,13 @@ def test_while_planning_can_wait_messages_are_taken_in(engine, timeouts, monkeyp
 
 def test_nothing_waits_while_a_constraint_is_at_work(engine, timeouts, monkeypatch):
     engine.submit("plain", PROMPTS[1], max_new_tokens=8)
-    engine.scheduler.run_once()
+    engine.loop.run_once()
     with monkeypatch.context() as patch:
         patch.setattr(engine.scheduler.passes, "spare_s", lambda: 0.5)
         engine.submit("constrained", PROMPTS[2], max_new_tokens=8, regex="[a-z ]{3,20}")
-        engine.scheduler.run_once()
+        engine.loop.run_once()
         assert engine.scheduler.grammar_queue
-        engine.scheduler.run_once()
+        engine.loop.run_once()
         assert timeouts[1:] == [MAX_WAIT_S, 0.0]
     assert set(engine.run()) == {"plain", "constrained"}
 

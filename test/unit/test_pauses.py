@@ -193,7 +193,7 @@ def test_a_pause_is_no_hang(engine):
     """What the watchdog looks at: the turn that a rank is at, and the pass that its ranks are at."""
     submit(engine, rm.random_prompts([9, 8]))
     engine.step()
-    leader = Leader(engine.scheduler, engine.channel, None)
+    leader = Leader(engine.loop, engine.channel, None)
     assert engine.scheduler.passes.waiting_since is not None or not engine.scheduler.config.overlap
     pause(engine, "in_place")
     waits = []

@@ -157,7 +157,7 @@ def test_a_full_cache_lets_everyone_end_and_nobody_start_over_again_and_again() 
     simulation = Simulation(ROUND_TIMES, num_tokens=20_000)
     timelines = simulation.run(arrivals)
     assert all(len(timeline.token_times) == 400 for timeline in timelines)
-    assert 0 < simulation.scheduler.num_retracted < 60
+    assert 0 < simulation.scheduler.running.num_retracted < 60
 
 
 def test_prompts_that_share_a_prefix_compute_it_once() -> None:

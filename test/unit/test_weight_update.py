@@ -121,11 +121,12 @@ def test_requests_go_on_while_weights_are_staged_and_through_the_switch(
     engine = updated.engine
     engine.channel.outputs.clear()
     engine.submit("long", PROMPTS[0], max_new_tokens=200)
-    while not engine.scheduler.running or len(engine.scheduler.running[0].req.output_ids) < NUM_TOKENS:
-        engine.scheduler.run_once()
+    running = engine.scheduler.running
+    while not running.decoding or len(running.decoding[0].req.output_ids) < NUM_TOKENS:
+        engine.loop.run_once()
     updated.stage(models["new"])
-    assert engine.scheduler.running
-    before = len(engine.scheduler.running[0].req.output_ids)
+    assert running.decoding
+    before = len(running.decoding[0].req.output_ids)
     reply = updated.switch()
     assert reply.num_reqs == 1 and before < 199
     engine.submit("short", PROMPTS[0], max_new_tokens=NUM_TOKENS)
@@ -268,7 +269,7 @@ def test_what_is_dropped_while_it_is_staged_takes_no_memory_afterwards(
     source = FilesSource(path=str(models["new"]), host_identity=host_identity(), files=file_stamps(str(models["new"])))
     engine.send(StageWeightsReq(request_id="slow", number=1, source=source))
     engine.step()
-    assert begun.wait(30) and engine.scheduler.has_work
+    assert begun.wait(30) and engine.loop.has_work
     refused = updated.stage(models["new"], 2)
     assert not refused.success and "has not ended yet" in refused.message
     assert updated.ask(DropWeightsReq(request_id="drop", number=1)).success

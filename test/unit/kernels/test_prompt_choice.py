@@ -214,27 +214,27 @@ def test_only_an_engine_that_may_choose_does(name, times, monkeypatch):
 
 def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
     from ramet.srt.managers.follower import Follower
-    from ramet.srt.managers.scheduler import Scheduler
+    from ramet.srt.managers.scheduler_loop import SchedulerLoop
 
     moments, inbox = [], []
     runner = SimpleNamespace(use_quiet_moment=lambda: moments.append(len(ran)))
     ran = []
     plans = SimpleNamespace(receive=lambda timeout_s: inbox.pop(0) if inbox else None)
     follower = Follower(SimpleNamespace(model_runner=runner), ran.append, plans, 4, lambda: None)
+    scheduler = SimpleNamespace(
+        can_go_on=False, spare_s=lambda: 0.0, use_quiet_moment=runner.use_quiet_moment, check_caches=lambda: None
+    )
     leader = SimpleNamespace(
-        lora=(),
+        scheduler=scheduler,
         has_work=False,
-        _can_go_on=False,
-        _spare_s=lambda: 0.0,
-        channel=SimpleNamespace(receive=lambda timeout_s: inbox[:1] and [inbox.pop(0)]),
+        _lora=(),
+        _weight_updates=SimpleNamespace(is_busy=False),
+        _channel=SimpleNamespace(receive=lambda timeout_s: inbox[:1] and [inbox.pop(0)]),
         handle=ran.append,
-        get_tokenizer=lambda: None,
-        model_runner=runner,
         step=lambda: None,
-        check_caches=lambda: None,
     )
     plan = BatchPlan(sequences=[], page_writes=[], new_states=[], ended_rids=[], grammar_masks={})
-    for run_once in (follower.run_once, lambda: Scheduler.run_once(leader)):
+    for run_once in (follower.run_once, lambda: SchedulerLoop.run_once(leader)):
         ran.clear()
         inbox.append(plan)
         run_once()
@@ -242,6 +242,6 @@ def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
         run_once()
         assert moments == [1]
         moments.clear()
-    leader.has_work, leader.passes = True, True
-    Scheduler.run_once(leader)
+    leader.has_work, scheduler.passes = True, True
+    SchedulerLoop.run_once(leader)
     assert not moments, "requests run"

@@ -162,7 +162,7 @@ def test_an_engine_gives_the_same_tokens(monkeypatch, tmp_path, name, family):
     for _ in range(2):
         results = engine.generate(prompts, max_new_tokens=14)
         assert [result.token_ids for result in results] == [result.token_ids for result in expected]
-    assert engine.scheduler.num_retracted > 0 and results[-1].cached_tokens > 0
+    assert engine.scheduler.running.num_retracted > 0 and results[-1].cached_tokens > 0
 
 
 def record_calls(backend_class):

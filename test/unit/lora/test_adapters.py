@@ -99,7 +99,7 @@ def test_requests_that_start_over(llama):
     """Too little KV cache for all: some give theirs away, and with it their adapter's slot."""
     engine = llama.engine(max_total_tokens=160, max_loras_per_batch=2)
     llama.check(engine, [1, 2, NONE, 3], repeats=2)
-    assert engine.scheduler.num_retracted > 0
+    assert engine.scheduler.running.num_retracted > 0
 
 
 def test_more_adapters_than_slots(llama):
@@ -139,7 +139,7 @@ def test_an_aborted_request_gives_its_slot_back(llama):
     engine.step()
     engine.submit("b", PROMPTS[0], lora_id=2, max_new_tokens=100)
     engine.step()
-    assert [running.req.rid for running in engine.scheduler.running] == ["a"]
+    assert [running.req.rid for running in engine.scheduler.running.decoding] == ["a"]
     for rid in ("a", "b"):
         engine.send(AbortReq(rid=rid))
     engine.run()

@@ -14,6 +14,7 @@ from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
+from ramet.srt.managers.scheduler_loop import SchedulerLoop
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.utils.net import format_address
@@ -87,8 +88,9 @@ class Leader:
         others: None in an instance of one rank.
     """
 
-    def __init__(self, scheduler: Scheduler, channel: SchedulerChannel, others: OtherRanks | None):
-        self._scheduler = scheduler
+    def __init__(self, loop: SchedulerLoop, channel: SchedulerChannel, others: OtherRanks | None):
+        self._loop = loop
+        self._scheduler = loop.scheduler
         self._channel = channel
         self._others = others
         self._turn = Task()
@@ -114,7 +116,7 @@ class Leader:
 
     def run_once(self) -> None:
         self._turn.begin()
-        self._scheduler.run_once()
+        self._loop.run_once()
 
     def finish(self) -> None:
         self._turn.end()
@@ -174,4 +176,4 @@ class LeaderSockets:
             self._channel,
             None if others is None else others.plans,
         )
-        return Leader(scheduler, self._channel, others)
+        return Leader(SchedulerLoop(scheduler, self._channel), self._channel, others)

@@ -1,10 +1,17 @@
 """Owns what a request's new token means: whether it ends the request, and what is sent on of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from ramet.srt.managers.io_struct import FinishReason, RequestOutput, TokenizedGenerateReqInput
+from ramet.srt.managers.io_struct import (
+    BatchEmbeddingOutput,
+    BatchTokenIDOutput,
+    FinishReason,
+    RequestOutput,
+    TokenizedGenerateReqInput,
+)
 from ramet.srt.managers.request_grammar import GrammarFailure
 from ramet.srt.managers.schedule_batch import Req
+from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream, prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
@@ -76,6 +83,26 @@ class OutputProcessor:
     def _interval(self, req: Req) -> int:
         """The first token is never held back."""
         return 1 if req.num_sent_tokens == 0 else self.stream_interval
+
+
+class OutputSender:
+    """Sends what requests have gained, and says of those that never ran why."""
+
+    def __init__(self, processor: OutputProcessor, channel: SchedulerChannel):
+        self.processor = processor
+        self._channel = channel
+
+    def send_news(self, reqs: Iterable[Req]) -> None:
+        """Send what it is time to send of what the requests have gained."""
+        outputs = (self.processor.collect(req) for req in reqs if not req.is_silent)
+        self.send([output for output in outputs if output is not None])
+
+    def send(self, outputs: list[RequestOutput]) -> None:
+        """To the detokenizer; those without text straight to the tokenizer manager."""
+        if tokens := [output for output in outputs if not output.is_pooled]:
+            self._channel.send(BatchTokenIDOutput(outputs=tokens))
+        if pooled := [output for output in outputs if output.is_pooled]:
+            self._channel.reply(BatchEmbeddingOutput(outputs=pooled))
 
 
 def make_output(req: Req) -> RequestOutput:

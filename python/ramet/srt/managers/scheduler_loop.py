@@ -1,0 +1,147 @@
+"""Owns a replica's loop: it takes messages in, does between two passes what they say, and has the scheduler go on."""
+
+from ramet.srt.managers.io_struct import (
+    AbortReq,
+    ContinueReqInput,
+    ContinueReqOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    LoadLoraReqInput,
+    Message,
+    PauseReqInput,
+    PauseReqOutput,
+    RenameWeightsReqInput,
+    RenameWeightsReqOutput,
+    StartProfileReqInput,
+    StopProfileReqInput,
+    TokenizedGenerateReqInput,
+    UnloadLoraReqInput,
+)
+from ramet.srt.managers.lora_desk import LoraDesk
+from ramet.srt.managers.rank_profiler import profile_reply
+from ramet.srt.managers.schedule_batch import ScheduleBatch
+from ramet.srt.managers.scheduler import Scheduler
+from ramet.srt.managers.scheduler_channel import SchedulerChannel
+from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
+from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
+
+IDLE_POLL_S = 1.0
+GRAMMAR_POLL_S = 0.001
+LOAD_POLL_S = 0.01  # while an adapter is being loaded
+
+
+class SchedulerLoop:
+    """What the main process asks of a replica, beside tokens: it is answered here."""
+
+    def __init__(self, scheduler: Scheduler, channel: SchedulerChannel):
+        self.scheduler = scheduler
+        self._channel = channel
+        runner, tell = scheduler.model_runner, scheduler.passes.tell
+        self._lora = LoraDesk(runner.lora, scheduler.lora_slots, scheduler.caches, tell, channel.reply)
+        self._weight_updates = WeightUpdateDesk(scheduler, runner.versions, tell, channel.reply)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs, a pass is under way, or a step of an update goes on beside them."""
+        return self.scheduler.has_work or self._weight_updates.is_busy
+
+    def run_once(self) -> None:
+        """Take messages in, waiting for the first while there is nothing to do or time to do it, and take a step."""
+        scheduler = self.scheduler
+        is_idle = not (scheduler.can_go_on or self._weight_updates.is_busy)
+        spare_s = scheduler.spare_s()
+        idle_s = LOAD_POLL_S if self._lora else IDLE_POLL_S
+        messages = self._channel.receive(idle_s if is_idle else spare_s)
+        for message in messages:
+            self.handle(message)
+        if spare_s:
+            return  # to look at the time anew
+        if is_idle and not messages and not self.has_work:
+            scheduler.use_quiet_moment()
+        if self.step() is None:
+            if not self.has_work:
+                scheduler.check_caches()
+            elif not scheduler.passes:
+                scheduler.grammar_steps.poll(GRAMMAR_POLL_S)  # nothing else is to do
+
+    def step(self) -> ScheduleBatch | None:
+        """Answer what has ended beside the passes, and have the scheduler take a step. Returns what was queued."""
+        self._lora.poll()
+        self._weight_updates.poll()
+        return self.scheduler.step()
+
+    def handle(self, message: Message) -> None:
+        """Do what a message from the tokenizer manager says.
+
+        Raises:
+            RuntimeError: if it is one that is not for the scheduler.
+        """
+        scheduler, reply = self.scheduler, self._channel.reply
+        match message:
+            case TokenizedGenerateReqInput():
+                scheduler.intake.accept(message)
+            case AbortReq():
+                scheduler.abort(message)
+            case LoadLoraReqInput() | UnloadLoraReqInput():
+                self._lora.handle(message)
+            case PauseReqInput():
+                scheduler.pause(message.mode)
+                reply(PauseReqOutput(request_id=message.request_id, num_held=scheduler.num_held))
+            case ContinueReqInput():
+                scheduler.go_on()
+                reply(ContinueReqOutput(request_id=message.request_id))
+            case RenameWeightsReqInput():
+                scheduler.rename_weights(message.version, abort_all=message.abort_all)
+                reply(RenameWeightsReqOutput(request_id=message.request_id))
+            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
+                self._weight_updates.handle(message)
+            case FlushCacheReqInput():
+                reply(self._flush_cache(message))
+            case GetInternalStateReq():
+                reply(self._internal_state(message))
+            case StartProfileReqInput() | StopProfileReqInput():
+                reply(profile_reply(message.request_id, lambda: self._profile(message)))
+            case _:
+                raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
+
+    def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
+        scheduler = self.scheduler
+        # Those that wait in a pause hold nothing of the cache.
+        is_busy = bool(scheduler.running.admitted()) if scheduler.is_paused else self.has_work
+        if is_busy:
+            num_running, num_waiting = len(scheduler.running.decoding), len(scheduler.admission.waiting)
+            text = f"not flushed: {num_running} requests run and {num_waiting} wait"
+            return FlushCacheReqOutput(request_id=message.request_id, success=False, message=text)
+        scheduler.flush_caches()
+        return FlushCacheReqOutput(request_id=message.request_id, success=True, message="cache flushed")
+
+    def _profile(self, message: StartProfileReqInput | StopProfileReqInput) -> str:
+        """Start or end a recording on every rank of the replica, between the same two passes."""
+        profiler, tell = self.scheduler.worker.profiler, self.scheduler.passes.tell
+        if isinstance(message, StartProfileReqInput):
+            text = profiler.start(message)
+            tell(message)
+            return text
+        if profiler.is_recording:
+            tell(message)
+        return profiler.stop()
+
+    def _internal_state(self, message: GetInternalStateReq) -> GetInternalStateReqOutput:
+        scheduler = self.scheduler
+        caches, page_size = scheduler.caches, scheduler.config.page_size
+        num_pages = sum(cache.allocator.num_pages for cache in caches)
+        num_free = sum(cache.allocator.num_free for cache in caches)
+        num_cached = sum(cache.tree.num_evictable_pages for cache in caches)
+        return GetInternalStateReqOutput(
+            request_id=message.request_id,
+            num_running_reqs=len(scheduler.running.admitted()),
+            num_waiting_reqs=len(scheduler.admission.waiting) + len(scheduler.grammar_queue),
+            num_used_tokens=(num_pages - num_free - num_cached) * page_size,
+            num_cached_tokens=num_cached * page_size,
+            max_total_num_tokens=num_pages * page_size,
+            num_retracted_reqs=scheduler.running.num_retracted,
+            last_gen_throughput=scheduler.results.throughput.tokens_per_s(),
+            modelexpress=scheduler.model_runner.publisher_stats(),
+        )
