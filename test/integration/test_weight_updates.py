@@ -7,6 +7,7 @@ import cluster
 import httpx
 import pytest
 import random_models as rm
+import torch
 from safetensors.torch import load_file, save_file
 from server_process import Background, ServerProcess
 from updated_servers import (
@@ -96,6 +97,60 @@ def test_requests_can_be_ended_before_the_switch(case, seed):
     assert tokens(seed) == case.tokens["old"]
 
 
+def test_numbers_and_checksums_are_those_of_the_checkpoint(case, seed):
+    """Put together over both ranks, whose parts are rows of one tensor and columns of another."""
+    weights = load_file(case.models["old"] / "model.safetensors")
+    layer = "model.layers.1"
+    for name in (
+        f"{layer}.self_attn.k_proj.weight",
+        f"{layer}.mlp.down_proj.weight",
+        f"{layer}.input_layernorm.weight",
+    ):
+        answer = post(seed, "/get_weights_by_name", name=name)
+        assert answer.json() == weights[name][:100].float().tolist()
+    fused = torch.cat([weights[f"{layer}.self_attn.{one}_proj.weight"] for one in "qkv"])
+    answer = post(seed, "/get_weights_by_name", name=f"{layer}.self_attn.qkv_proj.weight", truncate_size=150)
+    assert answer.json() == fused[:150].float().tolist()
+    answer = post(seed, "/get_weights_by_name", name="lm_head.weight", truncate_size=2)
+    assert answer.json() == weights["model.embed_tokens.weight"][:2].float().tolist()
+    answer = post(seed, "/get_weights_by_name", name="model.layers.9.mlp.up_proj.weight")
+    assert answer.status_code == 400 and "there is no tensor" in answer.json()["error"]["message"]
+    answer = post(seed, "/weights_checker").json()
+    assert [list(rank["checksums"].values()) for rank in answer["ranks"]] == checksums(seed)
+    assert [rank["parallelism_info"]["tp_rank"] for rank in answer["ranks"]] == [0, 1]
+    assert all(len(rank["per_gpu_checksum"]) == len(answer["per_engine_checksum"]) == 64 for rank in answer["ranks"])
+    again = post(seed, "/weights_checker", action="checksum", selector="target", skip_tensor_list=[]).json()
+    assert again == answer
+    answer = post(seed, "/weights_checker", selector="draft")
+    assert answer.status_code == 400 and answer.json()["success"] is False
+
+
+def test_weights_that_are_reset_serve_nothing_until_they_are_restored(case, seed):
+    before = checksums(seed)
+    answer = post(seed, "/weights_checker", action="compare")
+    assert answer.status_code == 400 and "no snapshot" in answer.json()["message"]
+    assert post(seed, "/weights_checker", action="snapshot").json()["success"]
+    stream = Background(seed.url, input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 400})
+    stream.begun.wait(30)
+    assert post(seed, "/weights_checker", action="reset_tensors").json()["success"]
+    assert '"type":"abort"' in stream.join()[-2]
+    answer = post(seed, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
+    assert answer.status_code == 503 and "have been reset" in answer.json()["error"]["message"]
+    assert seed.status(f"{seed.url}/ready") == 503 and seed.status(f"{seed.url}/health") == 200
+    assert httpx.get(f"{seed.url}/remote_instance_transfer_engine_info?rank=0").status_code == 503
+    answer = post(seed, "/weights_checker", action="compare")
+    assert answer.status_code == 400 and "rank 0" in answer.text and "rank 1" in answer.text
+    assert post(seed, "/update_weights_from_disk", model_path="/no").status_code == 400
+    assert seed.status(f"{seed.url}/ready") == 503
+    for restore in (lambda: post(seed, "/rollback_weights"), lambda: update(seed, case.models["old"])):
+        restore()
+        assert post(seed, "/weights_checker", action="compare").json()["success"]
+        assert seed.status(f"{seed.url}/ready") == 200 and tokens(seed) == case.tokens["old"]
+        assert checksums(seed) == before and "reset" not in dict(versions(seed))
+        post(seed, "/weights_checker", action="reset_tensors")
+    post(seed, "/rollback_weights")
+
+
 @pytest.fixture(scope="module")
 def peer(case, tmp_path_factory):
     """One rank with the new weights."""
@@ -152,6 +207,12 @@ def test_every_rank_of_every_topology_changes(tmp_path, sizes):
             update(server, case.models[name])
             assert [tokens(server) for _ in range(4)] == [case.tokens[name]] * 4
         load.end()
+        name, num_replicas = "model.layers.3.mlp.down_proj.weight", 2 if "--dp-size" in sizes else 1
+        wanted = load_file(case.models["old"] / "model.safetensors")[name][:2].float().tolist()
+        answer = post(server, "/get_weights_by_name", name=name, truncate_size=2).json()
+        assert answer == ([wanted] * num_replicas if num_replicas > 1 else wanted)
+        ranks = post(server, "/weights_checker").json()["ranks"]
+        assert [rank["parallelism_info"]["rank"] for rank in ranks] == list(range(len(ranks)))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ replica that does not answer a switch leaves nobody able to tell what it serves:
 import asyncio
 import functools
 import logging
+import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
+    MadeUpSource,
     OfferWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
@@ -31,6 +33,7 @@ STAGE_TIMEOUT_S = 3700.0
 OFFER_TIMEOUT_S = 120.0
 SWITCH_TIMEOUT_S = 600.0
 DROP_TIMEOUT_S = 60.0
+RESET = "the weights have been reset: an update or a rollback must restore them first"
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
 
@@ -83,6 +86,7 @@ class Content:
     origin: str
     model_path: str | None
     since: float = field(default_factory=time.time)  # unix seconds
+    is_made_up: bool = False  # and must not serve
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,15 @@ class WeightUpdateControl:
         """Switch back to what served before. Raises what `update` raises."""
         return await self._shielded(self._rollback(abort_all))
 
+    async def reset(self) -> UpdateReport:
+        """End all requests, put made-up weights in the place of those that serve, and serve nothing.
+
+        An update or a rollback ends that. Other instances can't come for the weights before.
+
+        Raises what `update` raises; then the instance serves what it has served.
+        """
+        return await self._shielded(self._reset())
+
     async def _shielded(self, work: Coroutine[Any, Any, UpdateReport]) -> UpdateReport:
         """Who has asked may go away: the steps are taken to the end all the same."""
         task = asyncio.create_task(work)
@@ -213,6 +226,18 @@ class WeightUpdateControl:
             content = self.kept[0]
             return await self._switch_to(content, abort_all)
 
+    async def _reset(self) -> UpdateReport:
+        async with self._turn, self._adapters_turn:
+            self._check_adapters()
+            await self._make_room()
+            number = self._last_number = self._last_number + 1
+            await self._stage(number, MadeUpSource(random_seed=random.getrandbits(62)))
+            try:
+                return await self._switch_to(Content(number, "reset", "nowhere", None, is_made_up=True), abort_all=True)
+            except BaseException:
+                await self._drop(number)
+                raise
+
     def _check_adapters(self) -> None:
         """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
         if names := self._manager.adapters.names():
@@ -251,6 +276,8 @@ class WeightUpdateControl:
         except BaseException:
             await self._offer()
             raise
+        if content.is_made_up:
+            self._manager.weights_refusal = RESET
         if abort_all:
             self._manager.abort_all()
         question = functools.partial(SwitchWeightsReq, number=content.number, version=content.version)
@@ -259,17 +286,24 @@ class WeightUpdateControl:
         except ServiceError as error:
             self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
             raise
-        self.kept = [self.current, *(one for one in self.kept if one != content)]
+        replaced = self.current
+        self.kept = [one for one in self.kept if one != content]
+        if replaced.is_made_up:
+            await self._drop(replaced.number)
+        else:
+            self.kept.insert(0, replaced)
         self._current = replace(content, since=time.time())
         self._manager.note_weight_version(content.version)
         while len(self.kept) > self._num_kept:
             await self._drop(self.kept.pop().number)
+        if not content.is_made_up:
+            self._manager.weights_refusal = None
         return UpdateReport(
             version=content.version,
             origin=content.origin,
             pause_s=max(reply.pause_s for reply in replies),
             num_reqs=sum(reply.num_reqs for reply in replies),
-            trouble=await self._offer(),
+            trouble="" if content.is_made_up else await self._offer(),
         )
 
     async def _withdraw(self) -> None:

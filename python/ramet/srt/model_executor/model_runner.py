@@ -31,6 +31,7 @@ from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SI
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_weights import OfferedWeights, RankWeights, find_own_head
+from ramet.srt.model_executor.weight_inspection import WeightInspector
 from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -119,6 +120,7 @@ class ModelRunner:
                 self._prepare_kernels()
                 on_phase("graphs")
             self.versions = RankVersions(loading.result(), open_checkpoint)
+        self.inspector = WeightInspector(self.versions)
         on_phase("weights")
 
     def _build_model(self) -> None:

@@ -24,7 +24,7 @@ from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
-from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
 from ramet.srt.utils.net import SeedAddress, host_identity
 from ramet.srt.weights.errors import name_some
@@ -35,6 +35,7 @@ from ramet.srt.weights.update_messages import (
     FilesSource,
     FileStamp,
     InstanceSource,
+    MadeUpSource,
     OfferWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
@@ -180,6 +181,10 @@ class RankVersions:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
         base = self._arriving.config.load
         opener = self._open_checkpoint.anew()
+        if isinstance(source, MadeUpSource):
+            stage = self.arena.open_stage(self._manifest(""))
+            loader = DummyModelLoader(source.random_seed)
+            return stage, loader.load_weights(stage.manifest, stage, "").report
         if isinstance(source, InstanceSource):
             stage = self.arena.open_stage(self._manifest(""))
             config = _instance_config(base, source)

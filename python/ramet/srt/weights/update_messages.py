@@ -38,7 +38,13 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
-WeightSource = FilesSource | InstanceSource
+class MadeUpSource(msgspec.Struct, frozen=True, kw_only=True, tag="made_up"):
+    """Weights of nobody's model, which must never serve: what restores weights must then replace all of them."""
+
+    random_seed: int
+
+
+WeightSource = FilesSource | InstanceSource | MadeUpSource
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -383,6 +383,34 @@ class Done(Answer):
     message: str
 
 
+class RankPlace(Answer):
+    """A rank's parallel coordinates."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    rank: int
+    size: int
+
+
+class RankChecksums(Answer):
+    """What one rank has."""
+
+    checksums: dict[str, str]  # 16 hex digits of each tensor
+    per_gpu_checksum: str  # SHA-256 over them
+    parallelism_info: RankPlace
+
+
+class WeightsChecked(Done):
+    """What has been done; and after `checksum`, what all ranks have."""
+
+    ranks: list[RankChecksums] | None = None
+    per_engine_checksum: str | None = None  # SHA-256 over theirs
+
+
 class VersionOutcome(Done):
     """By which version's name the weights go now."""
 

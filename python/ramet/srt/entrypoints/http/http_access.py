@@ -32,6 +32,8 @@ ADMIN_PATHS = frozenset(
         "/update_weights_from_instance",
         "/rollback_weights",
         "/weight_versions",
+        "/get_weights_by_name",
+        "/weights_checker",
     }
 )
 

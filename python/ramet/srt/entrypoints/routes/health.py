@@ -45,7 +45,7 @@ def make_health_router(instance: Instance) -> APIRouter:
 
     def status() -> Response:
         """A pause is no sickness: whoever restarts what is not well must leave it alone."""
-        return json_response({"status": "paused" if instance.pauses.is_paused else "ready"})
+        return json_response({"status": "paused" if instance.pauses.holds_requests else "ready"})
 
     @router.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:
