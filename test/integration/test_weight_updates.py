@@ -6,6 +6,7 @@ from pathlib import Path
 import cluster
 import httpx
 import pytest
+import ramet
 import random_models as rm
 import torch
 from safetensors.torch import load_file, save_file
@@ -237,3 +238,39 @@ def test_ranks_on_other_nodes_change_too(tmp_path, name):
         missing = tmp_path / "none"
         status, answer = head.request("/update_weights_from_disk", {"model_path": str(missing)})
         assert status == 400 and answer["success"] is False
+
+
+def test_an_engine_changes_its_weights(case, peer):
+    """By SGLang's names for it; what goes wrong is an error."""
+    with ramet.Engine(model_path=str(case.models["old"]), max_total_tokens=2048, max_running_requests=8) as engine:
+
+        def tokens_of(version):
+            output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+            assert output["meta_info"]["weight_version"] == version
+            return output["output_ids"]
+
+        assert tokens_of("default") == case.tokens["old"]
+        answer = engine.update_weights_from_disk(str(case.models["new"]), weight_version="step 1")
+        assert answer["success"] and answer["weight_version"] == "step 1" and tokens_of("step 1") == case.tokens["new"]
+        rows = engine.get_weights_by_name("model.norm.weight", truncate_size=3)
+        assert rows == load_file(case.models["new"] / "model.safetensors")["model.norm.weight"][:3].float().tolist()
+        assert engine.rollback_weights()["weight_version"] == "default" and tokens_of("default") == case.tokens["old"]
+        engine.update_weight_version("base")
+        answer = engine.update_weights_from_instance(peer.url.removeprefix("http://"))
+        assert answer["source"] == "local_map" and tokens_of("update-2") == case.tokens["new"]
+        names = [one["weight_version"] for one in engine.weight_versions()["versions"]]
+        assert names == ["update-2", "base"]
+        engine.pause_generation("retract")
+        assert engine.flush_cache()
+        engine.continue_generation()
+        for wrong in (
+            lambda: engine.update_weights_from_disk("/no"),
+            lambda: engine.update_weights_from_disk(str(case.models["old"]), load_format="gguf"),
+            lambda: engine.update_weights_from_instance(),
+            lambda: engine.update_weight_version(""),
+            lambda: engine.get_weights_by_name("no"),
+            lambda: engine.pause_generation("soon"),
+        ):
+            with pytest.raises(ValueError):
+                wrong()
+        assert tokens_of("update-2") == case.tokens["new"]

@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
 from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import Response
@@ -13,6 +12,7 @@ from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.routes.weight_updates import refusal
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.weights.inspection_messages import CheckAction
 
@@ -57,8 +57,7 @@ def make_inspection_router(instance: Instance) -> APIRouter:
                 return _done("the weights are made up; nothing is served until an update or a rollback restores them")
             return await _check(body.action)
         except (RequestError, ServiceError) as error:
-            content = msgspec.json.encode({"success": False, "message": str(error)})
-            return Response(content, error.status_code, media_type="application/json")
+            return refusal(error)
 
     async def _check(action: CheckAction) -> Response:
         checked = await instance.inspection.check(action)
