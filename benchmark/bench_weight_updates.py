@@ -8,8 +8,7 @@ updated `--updates` times from the other, or from the model's files; every fourt
 longest time between two tokens of any stream, from an update's request to its answer; beside it stand the gaps without
 updates. The limit is a plain copy of the model's bytes, between the same devices, in the same run. Without --model-path
 the model is random, in Qwen3-8B's shape on a GPU and of 0.5 B parameters on a CPU. With `--load-format dummy` no
-weights are written, and the two instances have different ones. Where the instance can sleep, that is measured, too. The last
-line is all of it as JSON.
+weights X
 """
 
 import argparse

@@ -11,59 +11,18 @@ from typing import Any
 import pytest
 import random_models as rm
 import torch
-from engine_harness import EngineHarness
 from ramet.srt.model_executor import weight_update
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
-from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     FilesSource,
     StageWeightsReq,
-    SwitchWeightsReq,
-    WeightStep,
-    WeightStepOutput,
 )
 from safetensors.torch import load_file, save_file
-
-PROMPTS = rm.random_prompts([9, 17])
-NUM_TOKENS = 6
-
-
-class Updated:
-    """A scheduler that is told to change its weights."""
-
-    def __init__(self, folder: Path, **args: Any) -> None:
-        self.engine = EngineHarness(folder, **args)
-        self.versions = self.engine.runner.versions
-
-    def ask(self, step: WeightStep) -> WeightStepOutput:
-        """The answer, after as many passes as it takes."""
-        self.engine.channel.replies.clear()
-        self.engine.send(step)
-        while not self.engine.channel.replies:
-            self.engine.step()
-        (reply,) = self.engine.channel.replies
-        assert isinstance(reply, WeightStepOutput) and reply.request_id == step.request_id
-        return reply
-
-    def stage(self, folder: Path, number: int = 1, **source: Any) -> WeightStepOutput:
-        files = source.pop("files", None) or file_stamps(str(folder))
-        made = FilesSource(path=str(folder), **{"host_identity": host_identity(), "files": files} | source)
-        return self.ask(StageWeightsReq(request_id=f"stage {number}", number=number, source=made))
-
-    def switch(self, number: int = 1, version: str = "new") -> WeightStepOutput:
-        return self.ask(SwitchWeightsReq(request_id=f"switch {number}", number=number, version=version))
-
-    def tokens(self) -> list[list[int]]:
-        return [result.token_ids for result in self.engine.generate(PROMPTS, max_new_tokens=NUM_TOKENS)]
-
-    def checksums(self) -> tuple[str, ...]:
-        """Of what is in the arena, computed now."""
-        arena = self.engine.runner.arena
-        return compute_checksums(arena.manifest, arena).values
+from updated_engine import NUM_TOKENS, PROMPTS, Updated
 
 
 @pytest.fixture(scope="module")

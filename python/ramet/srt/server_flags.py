@@ -351,6 +351,11 @@ class ServerFlags:
         "for /rollback_weights.",
         limit=NOT_NEGATIVE,
     )
+    weight_session_timeout: float = flag(
+        300.0,
+        "Seconds that may pass between two calls of an update by tensors (/begin_weight_update) before it is given up.",
+        limit=SECONDS,
+    )
     engine_info_bootstrap_port: int = flag(
         6789, "Port of the engine-info bootstrap server; 0 takes a free one.", limit=PORT
     )

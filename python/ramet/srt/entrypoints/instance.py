@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
+    from ramet.srt.managers.weight_sessions import WeightSessions
     from ramet.srt.managers.weight_update_control import WeightUpdateControl
     from ramet.srt.modelexpress.server.server import ModelExpressServer
 
@@ -82,6 +83,7 @@ class Instance:
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
         self.inspection: WeightInspection
+        self.weight_sessions: WeightSessions
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -263,6 +265,7 @@ class Instance:
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
+        from ramet.srt.managers.weight_sessions import WeightSessions
         from ramet.srt.managers.weight_update_control import WeightUpdateControl
         from ramet.srt.text.output_format import OutputFormat
         from ramet.srt.text.tokenizer import Tokenizer
@@ -311,6 +314,7 @@ class Instance:
         )
         sizes = ParallelConfig.of_rank(0, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
         self.inspection = WeightInspection(self.manager, sizes)
+        self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")

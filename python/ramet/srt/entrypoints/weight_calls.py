@@ -9,8 +9,8 @@ from ramet.srt.entrypoints.http.accepted_fields import WEIGHT_UPDATE, Table
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError
+from ramet.srt.managers.update_report import UpdateReport
 from ramet.srt.managers.weight_sources import FoundInstance, find_files, find_instance, find_listed
-from ramet.srt.managers.weight_update_control import UpdateReport
 from ramet.srt.utils.net import reachable_host
 from ramet.srt.weights.content_digest import parse_digest
 from ramet.srt.weights.version import MAX_VERSION_LEN
@@ -95,6 +95,7 @@ def update_answer(report: UpdateReport) -> dict[str, Any]:
         "source": report.source,
         "num_bytes": report.num_bytes,
         "stage_seconds": report.stage_s,
+        "transfer_seconds": report.transfer_s,
         "pause_seconds": report.pause_s,
     }
 

@@ -31,7 +31,7 @@ from ramet.srt.weights.inspection_messages import (
     WeightInspection,
     WeightInspectionOutput,
 )
-from ramet.srt.weights.update_messages import DropWeightsReq, OfferWeightsReq, StageWeightsReq, SwitchWeightsReq
+from ramet.srt.weights.update_messages import WeightStep
 
 IDLE_POLL_S = 1.0
 GRAMMAR_POLL_S = 0.001
@@ -101,7 +101,7 @@ class SchedulerLoop:
             case RenameWeightsReqInput():
                 scheduler.rename_weights(message.version, abort_all=message.abort_all)
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case StageWeightsReq() | OfferWeightsReq() | SwitchWeightsReq() | DropWeightsReq():
+            case _ if isinstance(message, WeightStep):
                 self._weight_updates.handle(message)
             case ReadWeightReq() | CheckWeightsReq():
                 reply(self._inspect(message))

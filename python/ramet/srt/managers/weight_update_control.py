@@ -5,16 +5,18 @@ replica that does not answer a switch leaves nobody able to tell what it serves:
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
@@ -34,6 +36,7 @@ OFFER_TIMEOUT_S = 120.0
 SWITCH_TIMEOUT_S = 600.0
 DROP_TIMEOUT_S = 60.0
 RESET = "the weights have been reset: an update or a rollback must restore them first"
+Result = TypeVar("Result")
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
 
@@ -77,36 +80,13 @@ class FoundSource(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Content:
-    """What the ranks have under a number."""
-
-    number: int
-    version: str
-    origin: str
-    model_path: str | None
-    since: float = field(default_factory=time.time)  # unix seconds
-    is_made_up: bool = False  # and must not serve
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What came of an update."""
-
-    version: str
-    origin: str
-    pause_s: float
-    num_reqs: int  # that ran or waited at the switch
-    source: str = ""
-    num_bytes: int = 0
-    stage_s: float = 0.0
-    trouble: str = ""  # why others can't take the weights now
-
-    @property
-    def message(self) -> str:
-        way = f"{self.num_bytes} bytes staged from {self.source} in {self.stage_s:.3f} s" if self.source else "staged"
-        words = f"the weights are those of {self.origin} ({self.version}): {way}, a pause of {self.pause_s:.4f} s"
-        return f"{words}; {self.trouble}" if self.trouble else words
+def check_version_name(version: str | None) -> None:
+    """Raises RequestError if it is no name for weights; None is one that is made up."""
+    if version is not None:
+        try:
+            check_version(version, "weight_version")
+        except ValueError as error:
+            raise RequestError(str(error), param="weight_version") from None
 
 
 class WeightUpdateControl:
@@ -137,7 +117,8 @@ class WeightUpdateControl:
         self._current = Content(0, "", origin, origin)
         self.kept: list[Content] = []  # the newest first
         self._turn = turn
-        self._tasks: set[asyncio.Task[UpdateReport]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.has_session = False  # whether tensors may come for content that is not complete yet
 
     @property
     def current(self) -> Content:
@@ -162,16 +143,12 @@ class WeightUpdateControl:
             RequestError: if it can't be done; the message says why, and what served before still serves.
             ServiceError: if a replica does not answer.
         """
-        if version is not None:
-            try:
-                check_version(version, "weight_version")
-            except ValueError as error:
-                raise RequestError(str(error), param="weight_version") from None
-        return await self._shielded(self._update(find, version, abort_all))
+        check_version_name(version)
+        return await self.shielded(self._update(find, version, abort_all))
 
     async def rollback(self, *, abort_all: bool = False) -> UpdateReport:
         """Switch back to what served before. Raises what `update` raises."""
-        return await self._shielded(self._rollback(abort_all))
+        return await self.shielded(self._rollback(abort_all))
 
     async def reset(self) -> UpdateReport:
         """End all requests, put made-up weights in the place of those that serve, and serve nothing.
@@ -180,63 +157,88 @@ class WeightUpdateControl:
 
         Raises what `update` raises; then the instance serves what it has served.
         """
-        return await self._shielded(self._reset())
+        return await self.shielded(self._reset())
 
-    async def _shielded(self, work: Coroutine[Any, Any, UpdateReport]) -> UpdateReport:
+    async def shielded(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Who has asked may go away: the steps are taken to the end all the same."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        report = await asyncio.shield(task)
-        logger.info("%s", report.message)
-        return report
+        return await asyncio.shield(task)
 
     async def _update(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
-        async with self._turn, self._adapters_turn:
-            self._check_adapters()
+        async with self.turn():
             for _ in range(NUM_TRIES):
                 found = await self._in_thread(find)
-                await self._make_room()
-                number = self._last_number = self._last_number + 1
-                staged = await self._stage(number, found.source)
+                number = await self.new_number()
+                staged = await self.stage(
+                    functools.partial(StageWeightsReq, number=number, source=found.source), number
+                )
                 if await self._is_unchanged(found, number):
                     break
-                await self._drop(number)
+                await self.drop(number)
                 logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
             else:
                 raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
             content = Content(number, version or f"update-{number}", found.origin, found.model_path)
-            try:
-                report = await self._switch_to(content, abort_all)
-            except BaseException:
-                await self._drop(number)
-                raise
-            return replace(
-                report,
-                source="+".join(sorted({part for reply in staged for part in reply.source.split("+") if part})),
-                num_bytes=sum(reply.num_bytes for reply in staged),
-                stage_s=max(reply.seconds for reply in staged),
-            )
+            return await self.serve(content, Staged.of(staged), abort_all=abort_all)
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
-        async with self._turn, self._adapters_turn:
-            self._check_adapters()
+        async with self.turn():
             if not self.kept:
                 raise RequestError("no version before this one is staged (--keep-weight-versions)")
-            content = self.kept[0]
-            return await self._switch_to(content, abort_all)
+            report = await self._switch_to(self.kept[0], abort_all)
+            logger.info("%s", report.message)
+            return report
 
-    async def _reset(self) -> UpdateReport:
+    # -- Steps of an update, also those of a session: see weight_sessions.py
+
+    @contextlib.asynccontextmanager
+    async def turn(self, *, session: bool = False) -> AsyncIterator[None]:
+        """Around an update: nobody else changes weights, their name or adapters meanwhile.
+
+        Args:
+            session: of the session that is open, if there is one; any other update is refused while there is.
+
+        Raises:
+            RequestError: if adapters are loaded, or a session is open.
+        """
         async with self._turn, self._adapters_turn:
             self._check_adapters()
-            await self._make_room()
-            number = self._last_number = self._last_number + 1
-            await self._stage(number, MadeUpSource(random_seed=random.getrandbits(62)))
-            try:
-                return await self._switch_to(Content(number, "reset", "nowhere", None, is_made_up=True), abort_all=True)
-            except BaseException:
-                await self._drop(number)
-                raise
+            if self.has_session and not session:
+                raise RequestError("a session (/begin_weight_update) is open: end it first (/end_weight_update)")
+            yield
+
+    async def new_number(self) -> int:
+        """Of content that is about to be staged, for which there is room afterwards."""
+        await self._make_room()
+        self._last_number += 1
+        return self._last_number
+
+    async def serve(self, content: Content, staged: Staged, *, abort_all: bool) -> UpdateReport:
+        """Switch to what all ranks have staged and verified; it is dropped if that fails."""
+        try:
+            report = await self._switch_to(content, abort_all)
+        except BaseException:
+            await self.drop(content.number)
+            raise
+        report = replace(
+            report,
+            source=staged.source,
+            num_bytes=staged.num_bytes,
+            stage_s=staged.seconds,
+            transfer_s=staged.transfer_s,
+        )
+        logger.info("%s", report.message)
+        return report
+
+    async def _reset(self) -> UpdateReport:
+        async with self.turn():
+            number = await self.new_number()
+            source = MadeUpSource(random_seed=random.getrandbits(62))
+            staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=source), number)
+            content = Content(number, "reset", "nowhere", None, is_made_up=True)
+            return await self.serve(content, Staged.of(staged), abort_all=True)
 
     def _check_adapters(self) -> None:
         """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
@@ -248,17 +250,22 @@ class WeightUpdateControl:
     async def _make_room(self) -> None:
         """Drop what would be one too many after the switch: memory need only hold so much beside what is staged."""
         while len(self.kept) >= max(1, self._num_kept):
-            await self._drop(self.kept.pop().number)
+            await self.drop(self.kept.pop().number)
 
-    async def _stage(self, number: int, source: WeightSource) -> list[WeightStepOutput]:
-        question = functools.partial(StageWeightsReq, number=number, source=source)
+    async def stage(self, question: Callable[..., Any], number: int) -> list[WeightStepOutput]:
+        """Have all ranks take a step toward content of that number; it is dropped if one of them can't.
+
+        Raises:
+            RequestError: with the reason.
+            ServiceError: if a replica does not answer.
+        """
         try:
             replies = await self._ask(question, STAGE_TIMEOUT_S)
         except BaseException:
-            await self._drop(number)
+            await self.drop(number)
             raise
         if failure := _failure(replies):
-            await self._drop(number)
+            await self.drop(number)
             raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
         return replies
 
@@ -266,7 +273,7 @@ class WeightUpdateControl:
         try:
             return await self._in_thread(found.is_unchanged)
         except RequestError:
-            await self._drop(number)
+            await self.drop(number)
             raise
 
     async def _switch_to(self, content: Content, abort_all: bool) -> UpdateReport:
@@ -289,13 +296,13 @@ class WeightUpdateControl:
         replaced = self.current
         self.kept = [one for one in self.kept if one != content]
         if replaced.is_made_up:
-            await self._drop(replaced.number)
+            await self.drop(replaced.number)
         else:
             self.kept.insert(0, replaced)
         self._current = replace(content, since=time.time())
         self._manager.note_weight_version(content.version)
         while len(self.kept) > self._num_kept:
-            await self._drop(self.kept.pop().number)
+            await self.drop(self.kept.pop().number)
         if not content.is_made_up:
             self._manager.weights_refusal = None
         return UpdateReport(
@@ -328,7 +335,8 @@ class WeightUpdateControl:
         self._doors.open_for_weights()
         return ""
 
-    async def _drop(self, number: int) -> None:
+    async def drop(self, number: int) -> None:
+        """Forget staged content, on all ranks."""
         try:
             await self._ask(functools.partial(DropWeightsReq, number=number), DROP_TIMEOUT_S)
         except ServiceError as error:

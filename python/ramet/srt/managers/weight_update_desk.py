@@ -14,6 +14,8 @@ from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     OfferWeightsReq,
+    PutTensorsReq,
+    SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
     WeightStep,
@@ -64,7 +66,7 @@ class WeightUpdateDesk:
     def handle(self, step: WeightStep) -> None:
         """Do what the main process asks for; what goes on beside passes is answered by `poll`."""
         match step:
-            case StageWeightsReq() | OfferWeightsReq():
+            case StageWeightsReq() | PutTensorsReq() | SealWeightsReq() | OfferWeightsReq():
                 if self._asked:
                     text = "another step of an update has not ended yet"
                     self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=text))
@@ -90,6 +92,7 @@ class WeightUpdateDesk:
                 source="+".join(outcome.sources),
                 num_bytes=outcome.num_bytes,
                 seconds=outcome.seconds,
+                transfer_s=outcome.transfer_s,
             )
             self._reply(output)
 

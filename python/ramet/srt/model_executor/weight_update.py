@@ -5,6 +5,7 @@ Whatever fails before that is an outcome, and the content that serves is untouch
 and so the instance: it must never go on with some ranks changed and others not.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -19,24 +20,27 @@ from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
+from ramet.srt.model_executor.tensor_feeds import TensorFeeds
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
-from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
+from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.utils.net import SeedAddress, host_identity
-from ramet.srt.weights.errors import name_some
+from ramet.srt.utils.net import SeedAddress
+from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
-    FilesSource,
-    FileStamp,
     InstanceSource,
+    LongWeightStep,
     MadeUpSource,
     OfferWeightsReq,
+    PutTensorsReq,
+    SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
     WeightSource,
@@ -58,6 +62,7 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     sources: tuple[str, ...] = ()
     num_bytes: int = 0
     seconds: float = 0.0
+    transfer_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class RankVersions:
         self._arriving = weights.weights
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
+        self._open: dict[int, TensorStage] = {}  # into which tensors come: none or one
+        self.feeds = TensorFeeds()
         self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
         self._lock = threading.Lock()
         self._turn = threading.Lock()
@@ -99,13 +106,14 @@ class RankVersions:
 
     # -- Steps that go on beside passes
 
-    def begin(self, step: StageWeightsReq | OfferWeightsReq) -> None:
+    def begin(self, step: LongWeightStep) -> None:
         """Begin a step in a thread. All ranks of the replica do, one step after the other."""
         job = self._job = Future[StepOutcome]()
 
         def run() -> None:
             with self._turn:
                 job.set_result(self._run(step))
+                self._prepare_offer()
 
         threading.Thread(target=run, name="change-weights", daemon=True).start()
 
@@ -119,7 +127,16 @@ class RankVersions:
         assert self._job is not None
         return self._job.result()
 
-    def _run(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
+    def _prepare_offer(self) -> None:
+        """Have ready what takes longest of offering other weights, while there are some that may come to serve."""
+        if self.offer_again is None or not self._staged:
+            return
+        try:
+            self._arriving.prepare_offer()
+        except (WeightTransferError, OSError) as error:  # the offer itself will fail, and say so
+            logger.warning("rank %d: an offer can't be prepared: %s", self._parallel.world_rank, one_line(error))
+
+    def _run(self, step: LongWeightStep) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -143,16 +160,20 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: StageWeightsReq | OfferWeightsReq) -> StepOutcome:
-        rank, what = (
-            self._parallel.world_rank,
-            "staging weights" if isinstance(step, StageWeightsReq) else "their offer",
-        )
+    def _take(self, step: LongWeightStep) -> StepOutcome:
+        rank = self._parallel.world_rank
+        what = "the offer of weights" if isinstance(step, OfferWeightsReq) else "staging weights"
         try:
             self.arena.make_current()
-            if isinstance(step, StageWeightsReq):
-                return self._stage(step)
-            self._offer(step.is_offered)
+            match step:
+                case StageWeightsReq():
+                    return self._stage(step)
+                case PutTensorsReq():
+                    return self._put(step)
+                case SealWeightsReq():
+                    return self._seal(step)
+                case OfferWeightsReq():
+                    self._offer(step.is_offered)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
             return StepOutcome(failure=one_line(error))
@@ -171,11 +192,52 @@ class RankVersions:
             wrong = [entry.name for entry, one, other in pairs if one != other]
             raise ValueError(f"what was staged is not what its source has: {name_some(wrong)} differ")
         stage.checksums = checksums
+        self._keep(step.number, stage, report)
+        return StepOutcome(
+            sources=(report.source,),
+            num_bytes=report.num_bytes,
+            seconds=time.perf_counter() - start,
+            transfer_s=report.transfer_seconds,
+        )
+
+    def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
+        with self._lock:
+            if number not in self._dropped:
+                self._staged[number] = StagedWeights(stage, report)
+        logger.info("rank %d: staged weights %s", self._parallel.world_rank, summarize(report))
+
+    def _put(self, step: PutTensorsReq) -> StepOutcome:
+        """Tensors go into an open stage. If that fails, the stage is none any more."""
+        start = time.perf_counter()
+        with self._lock:
+            stage = self._open.pop(step.number, None)
+        if stage is None and not step.is_first:
+            raise ValueError("what has come before of these weights is lost")
+        if stage is None:
+            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole)
+        before = stage.num_bytes
+        with contextlib.closing(self.feeds.open(step.source)) as tensors:
+            for name, tensor in tensors:
+                stage.put(name, tensor)
         with self._lock:
             if step.number not in self._dropped:
-                self._staged[step.number] = StagedWeights(stage, report)
-        logger.info("rank %d: staged weights %s", self._parallel.world_rank, summarize(report))
-        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+                self._open[step.number] = stage
+        seconds = time.perf_counter() - start
+        return StepOutcome(
+            sources=(self.feeds.name_of(step.source),), num_bytes=stage.num_bytes - before, seconds=seconds
+        )
+
+    def _seal(self, step: SealWeightsReq) -> StepOutcome:
+        start = time.perf_counter()
+        with self._lock:
+            stage = self._open.pop(step.number, None)
+        if stage is None:
+            raise ValueError("what has come of these weights is lost")
+        stage.seal()
+        seconds = time.perf_counter() - start
+        report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
+        self._keep(step.number, stage.arena, report)
+        return StepOutcome(seconds=seconds)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -183,6 +245,7 @@ class RankVersions:
         opener = self._open_checkpoint.anew()
         if isinstance(source, MadeUpSource):
             stage = self.arena.open_stage(self._manifest(""))
+            stage.is_made_up = True
             loader = DummyModelLoader(source.random_seed)
             return stage, loader.load_weights(stage.manifest, stage, "").report
         if isinstance(source, InstanceSource):
@@ -194,7 +257,7 @@ class RankVersions:
             return stage, report
         folder = resolve_model_path(source.path, source.revision)
         stamps = file_stamps(folder)
-        _check_stamps(folder, stamps, source)
+        check_stamps(folder, stamps, source.files, source.host_identity)
         files = opener(folder)  # what does not fit is said before there is memory for it
         files.plan(self.arena.manifest)
         stage = self.arena.open_stage(self._manifest(snapshot_revision(folder) or source.revision or ""))
@@ -253,7 +316,7 @@ class RankVersions:
     def drop(self, number: int) -> None:
         """Forget what is staged under a number, or will be."""
         with self._lock:
-            if self._staged.pop(number, None) is None:
+            if self._staged.pop(number, None) is None and self._open.pop(number, None) is None:
                 self._dropped.add(number)
 
     def follow(self, step: WeightStep) -> None:
@@ -263,7 +326,7 @@ class RankVersions:
                 self.switch(step.number, step.version)
             case DropWeightsReq():
                 self.drop(step.number)
-            case StageWeightsReq() | OfferWeightsReq():
+            case _:
                 self.begin(step)
 
 
@@ -281,16 +344,6 @@ def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
     )
 
 
-def _check_stamps(folder: str, stamps: list[FileStamp], source: FilesSource) -> None:
-    """Raises ValueError unless the files are those that the instance's first node has."""
-    if source.host_identity == host_identity():
-        is_same = stamps == source.files
-    else:
-        is_same = [one.everywhere for one in stamps] == [one.everywhere for one in source.files]
-    if not is_same:
-        raise ValueError(f"the weights in {folder} have changed, or are others than on the instance's first node")
-
-
 def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
     """What came of a step on several ranks; all reasons are told once."""
     failures: dict[str, list[str]] = {}
@@ -303,4 +356,5 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
+        transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
     )

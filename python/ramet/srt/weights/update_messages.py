@@ -47,12 +47,39 @@ class MadeUpSource(msgspec.Struct, frozen=True, kw_only=True, tag="made_up"):
 WeightSource = FilesSource | InstanceSource | MadeUpSource
 
 
+class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_file"):
+    """Some of a checkpoint's tensors, from a safetensors file that every rank can read: a copy on each node will do."""
+
+    path: str
+    host_identity: str  # of the host that has looked at it
+    stamp: FileStamp
+
+
+TensorsSource = TensorsInFile  # where the tensors of one call of a session are
+
+
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Have other content ready beside what serves, verified. A replica's leader hands it on to its other ranks."""
 
     request_id: str
     number: int  # of the content: above 0, and never used before
     source: WeightSource
+
+
+class PutTensorsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Put tensors into a stage that is still open. Handed on in the same way."""
+
+    request_id: str
+    number: int  # of the content that the stage becomes
+    is_first: bool  # whether there is no such stage yet
+    source: TensorsSource
+
+
+class SealWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Verify what has been put into a stage: it can be switched to afterwards. Handed on in the same way."""
+
+    request_id: str
+    number: int
 
 
 class OfferWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -86,8 +113,10 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: str = ""  # of what was staged, as a LoadReport has it
     num_bytes: int = 0  # that came, on all ranks
     seconds: float = 0.0  # that staging took
+    transfer_s: float = 0.0  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_s: float = 0.0  # between two passes, for a switch
     num_reqs: int = 0  # that ran or waited at a switch
 
 
-WeightStep = StageWeightsReq | OfferWeightsReq | SwitchWeightsReq | DropWeightsReq
+LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes
+WeightStep = LongWeightStep | SwitchWeightsReq | DropWeightsReq

@@ -357,7 +357,15 @@ class WeightsChanged(Answer):
     source: str  # as in load reports; "" for what was staged before
     num_bytes: int  # that came, on all ranks
     stage_seconds: float  # serving went on meanwhile
+    transfer_seconds: float  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_seconds: float  # in which no pass was computed
+
+
+class WeightSessionOpened(Answer):
+    """Tensors may come."""
+
+    success: Literal[True]
+    message: str
 
 
 class WeightVersion(Answer):

@@ -31,6 +31,8 @@ ADMIN_PATHS = frozenset(
         "/update_weights_from_disk",
         "/update_weights_from_instance",
         "/rollback_weights",
+        "/begin_weight_update",
+        "/end_weight_update",
         "/weight_versions",
         "/get_weights_by_name",
         "/weights_checker",

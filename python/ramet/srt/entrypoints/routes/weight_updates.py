@@ -21,7 +21,7 @@ from ramet.srt.entrypoints.weight_calls import (
     versions_answer,
 )
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_update_control import UpdateReport
+from ramet.srt.managers.update_report import UpdateReport
 
 
 def make_weight_update_router(instance: Instance) -> APIRouter:

@@ -52,6 +52,7 @@ class WeightArena(ABC):
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
         self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
         self.is_published = False
+        self.is_made_up = False  # of content that must never serve, nor be a part of what does
 
     @property
     def content_digest_text(self) -> str:
@@ -148,6 +149,10 @@ class WeightArena(ABC):
         """
 
     @abstractmethod
+    def hash_content(self, content: "torch.Tensor") -> str:
+        """The checksum of a contiguous tensor on the arena's device, as of an entry that holds the same."""
+
+    @abstractmethod
     def share(self) -> MemoryShare:
         """What another process of the host needs to have the arena's memory.
 
@@ -211,7 +216,7 @@ class WeightArena(ABC):
         Raises:
             OSError: if the kernel refuses; nothing has changed then.
         """
-        for name in ("manifest", "checksums", "content_digest", "is_published"):
+        for name in ("manifest", "checksums", "content_digest", "is_published", "is_made_up"):
             mine, theirs = getattr(self, name), getattr(staged, name)
             setattr(self, name, theirs)
             setattr(staged, name, mine)

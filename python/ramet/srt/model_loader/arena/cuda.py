@@ -106,6 +106,13 @@ class CudaWeightArena(WeightArena):
         with torch.cuda.device(self.torch_device), self.work_context():
             return gather_and_hash(self.buffer, starts, row_nbytes, num_rows, stride)
 
+    def hash_content(self, content: torch.Tensor) -> str:
+        from ramet.srt.model_loader.arena.cuda_hash import gather_and_hash
+
+        data = content.view(-1).view(torch.uint8)
+        with torch.cuda.device(self.torch_device), self.work_context():
+            return gather_and_hash(data, [0], len(data), 1, len(data))
+
     def prepare_fill(self, zeroed: Iterable[ByteRange]) -> None:
         self._require_private()
         with torch.cuda.stream(self.stream):

@@ -95,6 +95,9 @@ class HostWeightArena(WeightArena):
     def hash_rows(self, starts: Sequence[int], row_nbytes: int, num_rows: int, stride: int) -> str:
         return host_hash.hash_rows(self.memory, starts, row_nbytes, num_rows, stride)
 
+    def hash_content(self, content: "torch.Tensor") -> str:
+        return host_hash.hash_content(content)
+
     # Memory
 
     def byte_tensor(self) -> "torch.Tensor":

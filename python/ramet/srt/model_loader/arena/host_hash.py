@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from ramet.srt.utils.threads import num_copy_threads
 from ramet.srt.weights.manifest import WeightEntry
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_BYTES = 4 << 20  # rows that are gathered before they are hashed
 SAMPLE_BYTES = 4096  # of each of the first, middle and last block of an entry
@@ -38,6 +42,13 @@ def hash_rows(memory: memoryview, starts: Sequence[int], row_nbytes: int, num_ro
         for block in _rows(memory, start, row_nbytes, num_rows, stride):
             digest.update(block)
     return digest.hexdigest()
+
+
+def hash_content(content: "torch.Tensor") -> str:
+    """The checksum of all bytes of a contiguous tensor."""
+    import torch
+
+    return xxhash.xxh3_64_hexdigest(content.view(-1).view(torch.uint8).numpy().data)
 
 
 def _hash_sample(data: memoryview) -> str:

@@ -32,6 +32,11 @@ class CheckpointOpener:
             self._opened[folder] = CheckpointSource(folder, self._describe())
         return self._opened[folder]
 
+    @property
+    def whole(self) -> WholeModel:
+        """What files of the model must hold."""
+        return self._describe()
+
     def anew(self) -> "CheckpointOpener":
         """For the same model, with nothing opened: files may have changed."""
         return CheckpointOpener(self._describe)

@@ -48,6 +48,32 @@ def check_checkpoint(tensors: Tensors, whole: WholeModel, where: str) -> None:
     _check_shapes(tensors, whole)
 
 
+def check_some(tensors: Tensors, whole: WholeModel) -> None:
+    """Find out whether a model has a place for each of some tensors, under these names, as it is.
+
+    Where plain weights are quantised as they come, they may come quantised too, each with its scales.
+
+    Raises:
+        ValueError: the message names the tensor and what is wrong.
+    """
+    source = whole.quantization.file if whole.quantization is not None else "the model's config"
+    for name, (path, info) in tensors.items():
+        if name in whole.grids:
+            _check_grid_type(name, path, info, whole)
+        elif name in whole.quantised:
+            plain = PLAIN_FLOATS if is_quantised_here(tensors, whole) else ()
+            if info.dtype not in (whole.dtypes[name], *plain):
+                words = " or plain" if plain else ""
+                raise ValueError(
+                    f"{path}: {name} is {info.dtype}, but {source} says that it is {whole.dtypes[name]}{words}"
+                )
+        elif name in whole.shapes:
+            _check_type(name, path, info, source)
+        elif not _is_idle(name, whole):
+            raise ValueError(f"{path}: the model has no tensor {name}")
+    _check_shapes(tensors, whole)
+
+
 def is_quantised_here(tensors: Tensors, whole: WholeModel) -> bool:
     """Whether the files hold plain weights that are quantised while they are read."""
     if whole.knows_config:
@@ -65,13 +91,17 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
         return  # the rest belongs to other ranks
     surplus = []
     for name, (path, _) in tensors.items():
-        is_idle_head = name == HEAD and (whole.is_tied or not whole.has_head)
-        is_known = name in whole.shapes and name not in absent or is_idle_head
-        is_known = is_known or bool(whole.surplus and re.match(whole.surplus, name))
-        if not is_known and not is_harmless(name):
+        is_known = name in whole.shapes and name not in absent
+        if not is_known and not _is_idle(name, whole):
             surplus.append(f"{name} in {os.path.basename(path)}")
     if surplus:
         raise ValueError(f"{where} has tensors that the model does not have: {name_some(surplus)}")
+
+
+def _is_idle(name: str, whole: WholeModel) -> bool:
+    """Whether files may hold a tensor that the model has no place for."""
+    is_idle_head = name == HEAD and (whole.is_tied or not whole.has_head)
+    return is_idle_head or bool(whole.surplus and re.match(whole.surplus, name)) or is_harmless(name)
 
 
 def _packed_hint(lost: list[str], tensors: Tensors, whole: WholeModel) -> str:

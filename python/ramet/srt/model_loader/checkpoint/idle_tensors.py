@@ -22,26 +22,28 @@ def without_idle(path: str, tensors: Mapping[str, TensorInfo], whole: WholeModel
     Raises:
         ValueError: if one of those says something after all; OSError if the file can't be read.
     """
-    if whole.quantization is None or whole.quantization.method not in ("gptq", "awq"):
-        return dict(tensors)
-    suffix = whole.quantization.format.values.suffix
-    idle = [
-        name
-        for name in tensors
-        if name.endswith((GROUPS, BIAS))
-        and name not in whole.shapes
-        and name.removesuffix(GROUPS).removesuffix(BIAS) + suffix in whole.quantised
-    ]
+    idle = [name for name in tensors if may_be_idle(name, whole)]
     if idle:
-        group_columns = whole.quantization.format.scales.columns
         with open(path, "rb", buffering=0) as file:
             for name in idle:
-                _check_idle(path, name, tensors[name], file.fileno(), group_columns)
+                info = tensors[name]
+                check_idle(path, name, info, os.pread(file.fileno(), info.nbytes, info.offset), whole)
     return {name: info for name, info in tensors.items() if name not in set(idle)}
 
 
-def _check_idle(path: str, name: str, info: TensorInfo, fd: int, group_columns: int) -> None:
-    raw = np.frombuffer(os.pread(fd, info.nbytes, info.offset), np.uint8)
+def may_be_idle(name: str, whole: WholeModel) -> bool:
+    """Whether a tensor can be left out, if it says nothing."""
+    if whole.quantization is None or whole.quantization.method not in ("gptq", "awq"):
+        return False
+    weight = name.removesuffix(GROUPS).removesuffix(BIAS) + whole.quantization.format.values.suffix
+    return name.endswith((GROUPS, BIAS)) and name not in whole.shapes and weight in whole.quantised
+
+
+def check_idle(path: str, name: str, info: TensorInfo, content: bytes, whole: WholeModel) -> None:
+    """Raises ValueError if a tensor that can only be left out where it says nothing says something."""
+    assert whole.quantization is not None
+    group_columns = whole.quantization.format.scales.columns
+    raw = np.frombuffer(content, np.uint8)
     if name.endswith(BIAS):
         if raw.any():
             raise ValueError(f"{path}: {name} is a bias that the model has no place for")

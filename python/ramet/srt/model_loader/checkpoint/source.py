@@ -33,6 +33,17 @@ MIN_SAMPLED_BYTES = 64 << 10  # one sample stands for at least so many bytes
 MAX_SAMPLES = 2048  # and a few more, where operations are short
 
 
+def settle_names(path: str, tensors: Mapping[str, TensorInfo], whole: WholeModel) -> dict[str, TensorInfo]:
+    """The tensors of a file under the names, and in the pieces, that boxes have.
+
+    Raises:
+        ValueError: if it holds something twice, or scales that can't be taken apart.
+    """
+    block_rows = None if whole.quantization is None else whole.quantization.block_rows
+    unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
+    return settle_scales(split_fused(path, unstacked, whole.shapes, block_rows), whole)
+
+
 class CheckpointSource:
     """The safetensors files of one model folder.
 
@@ -78,11 +89,8 @@ class CheckpointSource:
         """Bring the tensors under the names that boxes have, and check that they are those of the model."""
         if unlisted := sorted(name for name in self._unlisted if not is_harmless(name)):
             raise ValueError(f"{self.folder}: the index does not name {name_some(unlisted)}, though its files have it")
-        block_rows = None if whole.quantization is None else whole.quantization.block_rows
         for path, tensors in self.files.items():
-            unstacked = split_stacked_experts(path, tensors, whole.shapes, block_rows)
-            unfused = split_fused(path, unstacked, whole.shapes, block_rows)
-            self.files[path] = without_idle(path, settle_scales(unfused, whole), whole)
+            self.files[path] = without_idle(path, settle_names(path, tensors, whole), whole)
         self._reject_duplicates()
         found = self._tensors()
         check_checkpoint(found, whole, self._describe())

@@ -1,0 +1,194 @@
+"""Owns a stage that whole tensors of a checkpoint are put into one by one, and what must be true of it in the end.
+
+What does not come stays as it is in the arena that serves. Everything that is decided here is decided by the whole
+model, so that all ranks decide the same, each for its part.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ramet.srt.layers.quantization.dequantize import powers_of_two
+from ramet.srt.layers.quantization.fp8 import quantize_rows
+from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
+from ramet.srt.model_loader.checkpoint.checks import EXPONENTS, check_some
+from ramet.srt.model_loader.checkpoint.idle_tensors import check_idle, may_be_idle
+from ramet.srt.model_loader.checkpoint.quantized import BLOCK_BYTES
+from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
+from ramet.srt.model_loader.checkpoint.source import settle_names
+from ramet.srt.model_loader.checkpoint.whole_model import EMBEDDING, HEAD, WholeModel, grids_of
+from ramet.srt.model_loader.checksums.entries import compute_checksums
+from ramet.srt.model_loader.checksums.regions import hash_region
+from ramet.srt.weights.boxes import Region, contiguous_strides, region_volume
+from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, dtype_name, element_size
+from ramet.srt.weights.planner import Holding, zero_ranges
+
+SENT = "what was sent"  # in the place of a file, in messages
+
+Piece = tuple[WeightEntry, Region, torch.Tensor]  # what a region of an entry is to hold
+Written = tuple[WeightEntry, Region, str]  # a region, and the checksum of what was put there
+
+
+class TensorStage:
+    """Content of a rank that is made of what serves and of tensors that come.
+
+    Args:
+        serving: what serves; it does not change before the stage is sealed or dropped.
+        manifest: of the stage.
+        whole: the model that all ranks hold together.
+
+    Raises:
+        MemoryError: if there is no room for it.
+    """
+
+    def __init__(self, serving: WeightArena, manifest: WeightManifest, whole: WholeModel):
+        self.arena = serving.open_stage(manifest)
+        self.arena.prepare_fill(zero_ranges(manifest))
+        self.num_bytes = 0  # that have come
+        self._serving = serving
+        self._whole = whole
+        self._device = self.arena.byte_tensor().device
+        self._received: set[str] = set()  # names of checkpoint tensors, as boxes have them
+        self._written: list[Written] = []
+        self._tied: dict[str, tuple[torch.dtype, torch.Size, str]] = {}  # what has come of head and embedding
+        self._boxes: dict[str, list[tuple[WeightEntry, WeightBox]]] = {}
+        for entry in manifest.entries:
+            for box in entry.boxes:
+                self._boxes.setdefault(box.checkpoint_name, []).append((entry, box))
+        self._modules: dict[str, set[str]] = {}  # of each quantised matrix, the names of its values, scales and so on
+        for name in whole.quantised | whole.grids:
+            self._modules.setdefault(_module(name), set()).add(name)
+        entries = {entry.name: entry for entry in manifest.entries}
+        self._scales = {name: entries[grids[0]] for name, grids in grids_of(entries).items()}
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Put this rank's part of a tensor in its place. The tensor is not needed any more afterwards.
+
+        Args:
+            name: as checkpoints of the model have it, in any of the spellings that are read from files.
+            tensor: all of it, on the host or the arena's device, of a type that a file might have; its bytes are there
+                already, whatever stream they came by.
+
+        Raises:
+            ValueError: if the model has no place for it, or for one of its shape or type, or it has come before.
+        """
+        name, dtype = whole_name(name), dtype_name(tensor.dtype)
+        if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", self._device.type):
+            raise ValueError(f"{SENT}: {name} is a {tensor.layout} tensor on {tensor.device}")
+        nbytes = tensor.numel() * element_size(dtype)
+        whole = {name: TensorInfo(dtype, tuple(tensor.shape), 0, nbytes)}
+        with self.arena.work_context():
+            content = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            if may_be_idle(name, self._whole):
+                check_idle(SENT, name, whole[name], content.cpu().numpy().tobytes(), self._whole)
+                return
+            parts = settle_names(SENT, whole, self._whole)
+            check_some({part: (SENT, info) for part, info in parts.items()}, self._whole)
+            for part, info in parts.items():
+                view = content[info.offset : info.offset + info.nbytes].view(tensor.dtype).view(info.shape)
+                self._place(part, view)
+            self.arena.synchronize()
+        self.num_bytes += nbytes
+
+    def seal(self) -> None:
+        """Take over what has not come, and make sure of all that stands here; the arena has its checksums then.
+
+        Raises:
+            ValueError: if what has come makes no whole with the rest, or is not what stands here.
+        """
+        self._check_modules()
+        self._check_head()
+        missing = self._boxes.keys() - self._received
+        if missing and self._serving.is_made_up:
+            raise ValueError(f"the weights have been reset, and {name_some(sorted(missing))} did not come")
+        with self.arena.work_context():
+            for name in missing:
+                for entry, box in self._boxes[name]:
+                    self._write(entry, box.target, self._serving.tensor(entry)[_slices(box.target)])
+            self.arena.synchronize()
+        checksums = compute_checksums(self.arena.manifest, self.arena)
+        values = dict(zip((entry.name for entry in self.arena.manifest.entries), checksums.values, strict=True))
+        wrong = {entry.name for entry, region, told in self._written if told != self._held(entry, region, values)}
+        if wrong:
+            raise ValueError(f"what stands in memory is not what was sent, or what served: {name_some(sorted(wrong))}")
+        self.arena.checksums = checksums
+
+    def _place(self, name: str, view: torch.Tensor) -> None:
+        """Put a tensor that boxes name, or that the model has no use for, in its place."""
+        if name in self._received:
+            raise ValueError(f"{SENT}: {name} has come before")
+        if name in (HEAD, EMBEDDING) and self._whole.is_tied and self._whole.has_head:
+            self._tied[name] = view.dtype, view.shape, self.arena.hash_content(view.to(self._device).contiguous())
+        is_made = name in self._whole.quantised and dtype_name(view.dtype) != self._whole.dtypes[name]
+        for entry, box in self._boxes.get(name, ()):
+            if not region_volume(box.source):
+                continue
+            if is_made:
+                for piece in _quantised(entry, self._scales[entry.name], box, view.to(self._device)):
+                    self._write(*piece)
+            else:
+                self._write(entry, box.target, _values(entry, box, view))
+        self._received |= self._modules[_module(name)] if is_made else {name}
+
+    def _write(self, entry: WeightEntry, region: Region, values: torch.Tensor) -> None:
+        target = self.arena.tensor(entry)[_slices(region)]
+        source = values.to(self._device, target.dtype).reshape(target.shape).contiguous()
+        target.copy_(source)
+        self._written.append((entry, region, self.arena.hash_content(source)))
+
+    def _held(self, entry: WeightEntry, region: Region, values: dict[str, str]) -> str:
+        """The checksum of a region as it is now; `values` are those of whole entries."""
+        whole = tuple((0, extent) for extent in entry.shape)
+        if region == whole:
+            return values[entry.name]
+        strides = contiguous_strides(entry.shape, element_size(entry.dtype))
+        return hash_region(self.arena, Holding(whole, entry.offset, strides, entry.dtype), region)
+
+    def _check_modules(self) -> None:
+        """Numbers of a quantised matrix mean nothing with another one's scales."""
+        for names in self._modules.values():
+            come = names & self._received
+            if come and come != names:
+                raise ValueError(
+                    f"{name_some(sorted(come))} came without {name_some(sorted(names - come))}: "
+                    "a quantised matrix is changed as a whole"
+                )
+
+    def _check_head(self) -> None:
+        """An output head that is the embedding's table is no other one."""
+        if HEAD in self._tied and self._tied[HEAD] != self._tied.get(EMBEDDING):
+            raise ValueError(f"{HEAD} came, and is not what came as {EMBEDDING}, which the model has in its place")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in region)
+
+
+def _values(entry: WeightEntry, box: WeightBox, view: torch.Tensor) -> torch.Tensor:
+    """What a box takes of a tensor that is not quantised here; it may yet have to be cast."""
+    if entry.dtype == "float32" and dtype_name(view.dtype) in EXPONENTS:  # scales that are powers of two
+        view = powers_of_two(view.view(torch.uint8))
+        if not view.isfinite().all():
+            raise ValueError(f"{SENT}: {box.checkpoint_name} holds scales that are no numbers")
+    if view.numel() == 1 and region_volume(box.source) > 1:  # one scale for all rows
+        return view.reshape(()).expand([stop - start for start, stop in box.target])
+    return view[_slices(box.source)]
+
+
+def _quantised(weight: WeightEntry, scale: WeightEntry, box: WeightBox, view: torch.Tensor) -> Iterator[Piece]:
+    """A box's part of a plain matrix, with scales over its whole rows, some rows at a time."""
+    (first, last), columns = box.source
+    *outer, row, column = (start for start, _ in box.target)
+    step = max(1, BLOCK_BYTES // max(1, view.shape[1] * view.element_size()))
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        numbers, scales = quantize_rows(view[start:stop])
+        rows = (*((place, place + 1) for place in outer), (row + start - first, row + stop - first))
+        yield weight, (*rows, (column, column + columns[1] - columns[0])), numbers[:, slice(*columns)]
+        yield scale, (*rows, (0, 1)), scales

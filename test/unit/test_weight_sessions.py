@@ -1,0 +1,156 @@
+"""Sessions over several replicas: what becomes of tensors that come in time, too late, or not at all."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.weight_sessions import WeightSessions
+from ramet.srt.managers.weight_update_control import Staged, UpdateReport
+from ramet.srt.weights.update_messages import FileStamp, TensorsInFile
+from updated_replicas import Case, Found
+
+SOURCE = TensorsInFile(path="a file", host_identity="", stamp=FileStamp("a file", 0, 0, 0, 0))
+SWITCH = ["close", "withdraw", "switch 1", "offer", "open"]
+Script = Callable[[WeightSessions], Awaitable[Any]]
+
+
+def run(case: Case, script: Script, timeout_s: float = 60.0) -> Any:
+    async def begin() -> Any:
+        return await script(WeightSessions(case.control, timeout_s))
+
+    return asyncio.run(case._alone(begin))
+
+
+async def put(sessions: WeightSessions, version: str | None = None, *, abort_all: bool = False) -> Any:
+    return await sessions.put(SOURCE, version, abort_all=abort_all)
+
+
+def test_a_call_without_a_session_is_one_by_itself() -> None:
+    case = Case()
+    report = run(case, lambda sessions: put(sessions, "one", abort_all=True))
+    assert isinstance(report, UpdateReport) and report.version == "one" and report.num_bytes == 15
+    assert case.take_events() == ["put 1", "seal 1", "close", "withdraw", "abort", *SWITCH[2:]]
+    assert case.names() == ["one", "default"] and case.control.current.origin == "tensors on top of default"
+
+
+def test_what_comes_in_a_session_serves_when_it_ends() -> None:
+    async def script(sessions: WeightSessions) -> UpdateReport:
+        await sessions.begin()
+        first = await put(sessions, "one")
+        assert isinstance(first, Staged) and first.num_bytes == 15
+        assert case.take_events() == ["put 1"] and case.names() == ["default"]
+        await put(sessions)
+        return await sessions.end()
+
+    case = Case()
+    report = run(case, script)
+    assert (report.version, report.num_bytes) == ("one", 30)
+    assert case.take_events() == ["put 1", "seal 1", *SWITCH]
+    assert not case.control.has_session
+
+
+def test_nothing_else_changes_weights_meanwhile() -> None:
+    async def script(sessions: WeightSessions) -> None:
+        await sessions.begin()
+        for other in (case.control.update(Found, None), case.control.rollback(), sessions.begin()):
+            with pytest.raises(RequestError, match="a session .*is open"):
+                await other
+        await put(sessions)
+        assert (await sessions.end("last")).version == "last"
+        assert (await case.control.rollback()).version == "default"
+
+    case = Case()
+    run(case, script)
+
+
+def test_a_session_may_have_nothing_in_it_or_not_be_open() -> None:
+    async def script(sessions: WeightSessions) -> None:
+        with pytest.raises(RequestError, match="no session is open"):
+            await sessions.end()
+        await sessions.begin()
+        with pytest.raises(RequestError, match="nothing has come in this session"):
+            await sessions.end()
+        with pytest.raises(RequestError, match="weight_version"):
+            await put(sessions, "bad\nname")
+        await put(sessions)
+
+    case = Case()
+    run(case, script)
+    assert case.take_events() == ["drop 1", "put 2", "seal 2", "close", "withdraw", "switch 2", "offer", "open"]
+
+
+@pytest.mark.parametrize("fault", ["wrong shape", ServiceError("gone")])
+def test_a_bucket_that_fails_ends_the_session_and_what_comes_late_is_no_update(fault: Any) -> None:
+    async def script(sessions: WeightSessions) -> None:
+        await sessions.begin()
+        with pytest.raises((RequestError, ServiceError), match="wrong shape|gone"):
+            await put(sessions)
+        assert case.take_events() == ["put 1", "drop 1"]
+        with pytest.raises(RequestError, match="the session has failed: .*(wrong shape|gone).*comes next"):
+            await put(sessions)
+        with pytest.raises(RequestError, match="the session has failed"):
+            await sessions.end()
+        assert case.take_events() == [] and case.names() == ["default"]
+        await sessions.begin()
+        await put(sessions)
+        await sessions.end()
+
+    case = Case(put_1=fault)
+    run(case, script)
+    assert case.names() == ["update-2", "default"]
+
+
+@pytest.mark.parametrize("fault", [{"seal_1": "not what was sent"}, {"withdraw": "not what was sent"}])
+def test_an_end_that_fails_changes_nothing(fault: Any) -> None:
+    async def script(sessions: WeightSessions) -> None:
+        await sessions.begin()
+        await put(sessions)
+        with pytest.raises(RequestError, match="not what was sent"):
+            await sessions.end()
+        assert case.names() == ["default"] and not case.replicas.staged
+        await put(sessions, "alone")
+
+    case = Case(**fault)
+    run(case, script)
+    assert case.names() == ["alone", "default"]
+
+
+def test_adapters_keep_a_session_from_beginning_and_from_ending() -> None:
+    async def script(sessions: WeightSessions) -> None:
+        await sessions.begin()
+        await put(sessions)
+        case.replicas.adapters.names = lambda: ["a"]
+        for call in (sessions.end(), sessions.begin(), put(sessions)):
+            with pytest.raises(RequestError, match="adapters are loaded"):
+                await call
+
+    case = Case()
+    run(case, script)
+    assert case.names() == ["default"] and not case.control.has_session
+    assert case.take_events() == ["put 1", "drop 1"]
+
+
+def test_a_session_that_nobody_goes_on_with_is_given_up() -> None:
+    """And not one whose calls come in time."""
+
+    async def script(sessions: WeightSessions) -> None:
+        await sessions.begin()
+        for _ in range(4):
+            await asyncio.sleep(0.1)
+            await put(sessions)
+        case.take_events()
+        async with asyncio.timeout(10):
+            while case.control.has_session:
+                await asyncio.sleep(0.01)
+        with pytest.raises(RequestError, match=r"given up after 0\.3 s without a call; .*comes next"):
+            await put(sessions)
+        assert (await case.control.update(Found, "files")).version == "files"
+        with pytest.raises(RequestError, match="given up"):
+            await sessions.end()
+        await put(sessions, "later")
+
+    case = Case()
+    run(case, script, timeout_s=0.3)
+    assert case.take_events()[0] == "drop 1" and case.names() == ["later", "files"]
