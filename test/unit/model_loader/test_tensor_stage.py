@@ -1,6 +1,6 @@
 """Tensors that come one by one make what a load of the whole checkpoint makes, on every rank; or they are refused."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ramet.srt.model_loader import tensor_stage
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.model_loader.checksums.entries import compute_checksums
-from ramet.srt.model_loader.tensor_stage import TensorStage
+from ramet.srt.model_loader.tensor_stage import RankPart, TensorStage
 from safetensors.torch import load_file, save_file
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -33,7 +33,7 @@ class Rank:
         self.serving.publish()
         self.stage = TensorStage(self.serving, self.manifest, describe_whole_model(self.model.config, self.manifest))
 
-    def put(self, tensors: dict[str, torch.Tensor]) -> "Rank":
+    def put(self, tensors: Mapping[str, torch.Tensor | RankPart]) -> "Rank":
         for name, tensor in tensors.items():
             self.stage.put(name, tensor)
         return self
@@ -150,6 +150,29 @@ def test_fused_and_prefixed_names_are_understood(tmp_path: Path) -> None:
     sent["model.language_model.norm.weight"] = sent.pop("model.norm.weight")
     rank = Rank(old).put(sent)
     assert rank.sealed() == rank.loaded(new)
+
+
+def test_a_rank_takes_what_it_holds_by_its_own_names(pair: list[Path]) -> None:
+    """And nothing that other ranks hold, or that has come before."""
+    parallel = sm.all_ranks(2)[1]
+    other = fp8_models.load_arena(pair[1], sm.build_model(pair[1], parallel))
+    parts = {entry.name: RankPart(other.tensor(entry)) for entry in other.manifest.entries}
+    parts[HEAD] = parts.pop(EMBEDDING)  # the same one
+    rank = Rank(pair[0], parallel).put(parts)
+    assert rank.sealed() == rank.loaded(pair[1])
+    qkv = "model.layers.0.self_attn.qkv_proj.weight"
+    for part, words in (
+        (
+            torch.zeros(160, 128),
+            rf"{qkv} is float32 of the shape \(160, 128\), this rank has it as bfloat16",
+        ),
+        (parts[qkv].tensor.to(torch.int16), "is int16 of the shape"),
+        (parts[qkv].tensor, r"q_proj\.weight.* of .*qkv_proj\.weight has come before"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            rank.put({qkv: RankPart(part)})
+    with pytest.raises(ValueError, match="this rank has no tensor model.layers.0.mlp.up_proj.weight"):
+        rank.put({"model.layers.0.mlp.up_proj.weight": RankPart(torch.zeros(1))})
 
 
 def bad(name: str, tensor: torch.Tensor, words: str) -> Any:

@@ -1,18 +1,25 @@
 """Owns how a rank gets the tensors of one call of an update. What becomes of them is TensorStage's."""
 
 import contextlib
+import math
 import os
 from collections.abc import Generator
 from typing import TypeAlias
 
 import torch
 
+from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_loader.arena.read_range import ShortReadError, read_range
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamp
 from ramet.srt.model_loader.checkpoint.safetensors_header import read_header
-from ramet.srt.weights.update_messages import TensorsInFile, TensorsSource
+from ramet.srt.model_loader.pickled_values import PickleError
+from ramet.srt.model_loader.tensor_pickles import Bucket, BucketPart, read_tensors
+from ramet.srt.model_loader.tensor_stage import RankPart
+from ramet.srt.utils.net import host_identity
+from ramet.srt.weights.manifest import dtype_name
+from ramet.srt.weights.update_messages import PickledTensors, TensorsInFile, TensorsSource
 
-Tensors: TypeAlias = Generator[tuple[str, torch.Tensor], None, None]
+Tensors: TypeAlias = Generator[tuple[str, torch.Tensor | RankPart], None, None]
 
 
 class TensorFeeds:
@@ -26,8 +33,9 @@ class TensorFeeds:
 
     - names as checkpoints of the model have them, in any spelling that is read from files (fused, stacked, with or
       without prefix); the order is free, and no tensor may come twice between the begin and the end of a session;
-    - tensors whole, not sharded, in a type that a file might have, on the host or on the arena's device, where their
-      bytes must have arrived: whoever receives on a stream waits for it before the yield;
+    - tensors whole, not sharded (or a RankPart, for a tensor as this rank holds it), in a type that a file might have,
+      on the host or on the arena's device, where their bytes must have arrived: whoever receives on a stream waits for
+      it before the yield;
     - a tensor is done with when the next one is asked for: its memory may be used again from then on.
 
     It runs in the thread of the rank's updates, where the arena's device is current, beside passes, on all ranks at the
@@ -37,13 +45,24 @@ class TensorFeeds:
     untouched. It must not wait for ever.
     """
 
+    def __init__(self, parallel: ParallelConfig):
+        self._parallel = parallel
+
     def open(self, source: TensorsSource) -> Tensors:
         """The tensors of a call."""
-        return _read_file(source)
+        match source:
+            case TensorsInFile():
+                return _read_file(source)
+            case PickledTensors():
+                return _open_pickle(source, self._parallel)
 
-    def name_of(self, _source: TensorsSource) -> str:
+    def name_of(self, source: TensorsSource) -> str:
         """What load reports and answers call such a source."""
-        return "file"
+        match source:
+            case TensorsInFile():
+                return "file"
+            case PickledTensors():
+                return "tensor"
 
 
 def _read_file(source: TensorsInFile) -> Tensors:
@@ -60,3 +79,48 @@ def _read_file(source: TensorsInFile) -> Tensors:
                 raise ValueError(f"{source.path} is truncated: {error}") from error
             yield name, content.view(getattr(torch, info.dtype)).view(info.shape)
     check_stamps(source.path, [file_stamp(source.path)], [source.stamp], source.host_identity)
+
+
+def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:
+    if source.host_identity != host_identity():
+        raise ValueError("this rank is on another host than the tensors")
+    is_own = len(source.payloads) > 1
+    payload = source.payloads[parallel.tp_rank if is_own else 0]
+    try:
+        found = read_tensors(payload, parallel.tp_rank)
+    except PickleError as error:
+        raise ValueError(f"the pickle of tensors can't be read: {error}") from None
+    if isinstance(found, Bucket) != (source.load_format == "flattened_bucket"):
+        kind = "a flat bucket" if isinstance(found, Bucket) else "no flat bucket"
+        raise ValueError(f"the pickle holds {kind}, but the load_format is {source.load_format!r}")
+    is_first = parallel.dp_rank == parallel.pp_rank == 0  # of those that have this payload
+    takes_over = is_first and (is_own or parallel.tp_rank == 0)
+    if isinstance(found, Bucket):
+        flat = found.flat.open(takes_over=takes_over)
+        _await_arrival(flat)
+        for part in found.parts:
+            yield part.name, _cut_out(flat, part)
+        return
+    for name, pickled in found:
+        tensor = pickled.open(takes_over=takes_over)
+        _await_arrival(tensor)
+        yield name, RankPart(tensor) if source.load_format == "direct" else tensor
+
+
+def _await_arrival(tensor: torch.Tensor) -> None:
+    """On a GPU, opening a tensor makes the stream wait for the sender's last work on it."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+
+
+def _cut_out(flat: torch.Tensor, part: BucketPart) -> torch.Tensor:
+    """One tensor of a bucket, which may hold the bytes of all types side by side, or numbers of one type."""
+    dtype = getattr(torch, part.dtype)
+    piece = flat[part.first : part.stop]
+    if dtype != flat.dtype and flat.dtype == torch.uint8 and len(piece) % dtype.itemsize == 0:
+        piece = piece.clone().view(dtype)  # it may begin anywhere
+    if piece.numel() != math.prod(part.shape):
+        raise ValueError(f"{part.name} has {piece.numel()} numbers in its bucket, but the shape {part.shape}")
+    if dtype != piece.dtype and not (dtype.is_floating_point and piece.dtype.is_floating_point):
+        raise ValueError(f"{part.name} is {part.dtype}, but {dtype_name(piece.dtype)} in its bucket")
+    return piece.to(dtype).view(part.shape)

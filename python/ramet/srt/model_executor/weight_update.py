@@ -90,7 +90,7 @@ class RankVersions:
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
         self._open: dict[int, TensorStage] = {}  # into which tensors come: none or one
-        self.feeds = TensorFeeds()
+        self.feeds = TensorFeeds(self._parallel)
         self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
         self._lock = threading.Lock()
         self._turn = threading.Lock()

@@ -5,6 +5,7 @@ model, so that all ranks decide the same, each for its part.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -23,12 +24,19 @@ from ramet.srt.model_loader.checksums.regions import hash_region
 from ramet.srt.weights.boxes import Region, contiguous_strides, region_volume
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, dtype_name, element_size
-from ramet.srt.weights.planner import Holding, zero_ranges
+from ramet.srt.weights.planner import CASTABLE_DTYPES, Holding, zero_ranges
 
 SENT = "what was sent"  # in the place of a file, in messages
 
 Piece = tuple[WeightEntry, Region, torch.Tensor]  # what a region of an entry is to hold
 Written = tuple[WeightEntry, Region, str]  # a region, and the checksum of what was put there
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A tensor as the rank holds it, under the name that it has there."""
+
+    tensor: torch.Tensor
 
 
 class TensorStage:
@@ -63,17 +71,21 @@ class TensorStage:
         entries = {entry.name: entry for entry in manifest.entries}
         self._scales = {name: entries[grids[0]] for name, grids in grids_of(entries).items()}
 
-    def put(self, name: str, tensor: torch.Tensor) -> None:
+    def put(self, name: str, tensor: torch.Tensor | RankPart) -> None:
         """Put this rank's part of a tensor in its place. The tensor is not needed any more afterwards.
 
         Args:
-            name: as checkpoints of the model have it, in any of the spellings that are read from files.
+            name: as checkpoints of the model have it, in any of the spellings that are read from files; of a RankPart,
+                as the rank has it.
             tensor: all of it, on the host or the arena's device, of a type that a file might have; its bytes are there
                 already, whatever stream they came by.
 
         Raises:
             ValueError: if the model has no place for it, or for one of its shape or type, or it has come before.
         """
+        if isinstance(tensor, RankPart):
+            self._put_part(name, tensor.tensor)
+            return
         name, dtype = whole_name(name), dtype_name(tensor.dtype)
         if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", self._device.type):
             raise ValueError(f"{SENT}: {name} is a {tensor.layout} tensor on {tensor.device}")
@@ -91,6 +103,26 @@ class TensorStage:
                 self._place(part, view)
             self.arena.synchronize()
         self.num_bytes += nbytes
+
+    def _put_part(self, name: str, tensor: torch.Tensor) -> None:
+        entry = next((one for one in self.arena.manifest.entries if name in (one.name, *one.aliases)), None)
+        if entry is None:
+            raise ValueError(f"{SENT}: this rank has no tensor {name}")
+        dtype = dtype_name(tensor.dtype)
+        can_cast = {dtype, entry.dtype} <= set(CASTABLE_DTYPES)
+        if tuple(tensor.shape) != entry.shape or dtype != entry.dtype and not can_cast:
+            raise ValueError(
+                f"{SENT}: {name} is {dtype} of the shape {tuple(tensor.shape)}, this rank has it as {entry.dtype} of "
+                f"the shape {entry.shape}"
+            )
+        if come := {box.checkpoint_name for box in entry.boxes} & self._received:
+            raise ValueError(f"{SENT}: {name_some(sorted(come))} of {name} has come before")
+        with self.arena.work_context():
+            for box in entry.boxes:
+                self._write(entry, box.target, tensor[_slices(box.target)])
+                self._received.add(box.checkpoint_name)
+            self.arena.synchronize()
+        self.num_bytes += tensor.nbytes
 
     def seal(self) -> None:
         """Take over what has not come, and make sure of all that stands here; the arena has its checksums then.

@@ -63,6 +63,16 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("localhost", "::1")
 
 
+def is_own_address(host: str) -> bool:
+    """Whether an address is one of this host's: nobody else can have it at the other end of a connection."""
+    try:
+        with socket.socket(address_family(host), socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
 def host_from_here(host: str) -> str:
     """The address by which this host reaches a server that is bound to `host`."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)

@@ -55,7 +55,15 @@ class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_f
     stamp: FileStamp
 
 
-TensorsSource = TensorsInFile  # where the tensors of one call of a session are
+class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
+    """Tensors that a process of the same host has pickled, as SGLang's trainers do."""
+
+    payloads: list[bytes]  # one for all tensor-parallel ranks, or one for each
+    load_format: str | None  # flattened_bucket; direct: what ranks hold, by their own names
+    host_identity: str  # of the host on which they have arrived
+
+
+TensorsSource = TensorsInFile | PickledTensors  # where the tensors of one call of a session are
 
 
 class StageWeightsReq(msgspec.Struct, frozen=True, kw_only=True, tag=True):

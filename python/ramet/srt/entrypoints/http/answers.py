@@ -361,6 +361,16 @@ class WeightsChanged(Answer):
     pause_seconds: float  # in which no pass was computed
 
 
+class TensorsTaken(Answer):
+    """Tensors have come, into a session; without one it is what other updates answer."""
+
+    success: Literal[True]
+    message: str
+    source: str
+    num_bytes: int  # on all ranks
+    stage_seconds: float
+
+
 class WeightSessionOpened(Answer):
     """Tensors may come."""
 

@@ -33,6 +33,7 @@ ADMIN_PATHS = frozenset(
         "/rollback_weights",
         "/begin_weight_update",
         "/end_weight_update",
+        "/update_weights_from_tensor",
         "/weight_versions",
         "/get_weights_by_name",
         "/weights_checker",

@@ -41,6 +41,7 @@ CHECKED_PATHS = GENERATE_PATHS | TOKENIZE_PATHS
 MAX_BYTES = dict.fromkeys(CHECKED_PATHS, MAX_BODY_BYTES) | {
     "/remote_instance_weight_checksums": 2 << 20,
     "/init_weights_send_group_for_remote_instance": 8 << 20,
+    "/update_weights_from_tensor": MAX_BODY_BYTES,
 }
 
 

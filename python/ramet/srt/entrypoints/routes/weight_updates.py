@@ -54,9 +54,14 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
 async def answer_update(work: Awaitable[UpdateReport]) -> Response:
     """An answer as trainers expect it, of failures too."""
     try:
-        return json_response(update_answer(await work))
+        return updated(await work)
     except (RequestError, ServiceError) as error:
         return refusal(error)
+
+
+def updated(report: UpdateReport) -> Response:
+    """A success."""
+    return json_response(update_answer(report))
 
 
 def refusal(error: RequestError | ServiceError) -> Response:

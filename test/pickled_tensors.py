@@ -1,0 +1,46 @@
+"""Named tensors as SGLang's trainers pickle them."""
+
+import io
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+
+
+@dataclass
+class FlattenedTensorMetadata:
+    """As SGLang's."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    start_idx: int
+    end_idx: int
+    numel: int
+
+
+@dataclass
+class LocalSerializedTensor:
+    """As SGLang's: a tensor for each rank."""
+
+    values: list[bytes]
+
+
+def forked(value: Any) -> bytes:
+    """As SGLang's MultiprocessingSerializer makes it."""
+    file = io.BytesIO()
+    ForkingPickler(file).dump(value)
+    return file.getvalue()
+
+
+def flat_bucket(tensors: dict[str, torch.Tensor], *, is_bytes: bool = False) -> dict[str, Any]:
+    """All tensors in one of their type, or of their bytes."""
+    parts, flats, start = [], [], 0
+    for name, tensor in tensors.items():
+        flat = tensor.flatten().view(torch.uint8) if is_bytes else tensor.flatten()
+        place = start, start + len(flat), tensor.numel()
+        parts.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, *place))
+        flats.append(flat)
+        start += len(flat)
+    return {"flattened_tensor": torch.cat(flats), "metadata": parts}
