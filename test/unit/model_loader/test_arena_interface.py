@@ -9,9 +9,9 @@ import pytest
 import torch
 import toy_model as toy
 import xxhash
-from ramet.srt.model_loader.arena import cuda, host_hash
+from ramet.srt.model_loader.arena import base, cuda, host_hash
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.arena.base import LentMemory, SharedFile
+from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
 from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
 from ramet.srt.utils import host_memory
 from ramet.srt.weights.copy_op import CopyOp
@@ -188,6 +188,17 @@ def test_an_arena_that_is_put_away_takes_no_memory_and_comes_back_with_its_copy(
     assert host_memory.resident_file_nbytes(arena.own_fd) == 0 and not arena.take_back()
 
 
+def test_memory_is_not_given_back_under_those_who_read_it(arena, monkeypatch):
+    monkeypatch.setattr(base, "READERS_TIMEOUT_S", 0.01)
+    with arena.reading():
+        with pytest.raises(RuntimeError, match="read by others for 0.01 s"):
+            arena.put_away(keeps_copy=False)
+        assert not any(arena.memory)
+    arena.put_away(keeps_copy=False)
+    with pytest.raises(RuntimeError, match="given back"), arena.reading():
+        pass
+
+
 def test_other_content_takes_the_place_of_an_arena_that_is_put_away(arena, manifest):
     stage = arena.open_stage(manifest)
     stage.memory[:] = data = random_bytes(arena.nbytes)
@@ -222,11 +233,11 @@ def resident_nbytes(address):
 def gpu_arena(manifest, monkeypatch):
     """`calls` says what was waited for and made current."""
     arena = object.__new__(cuda.CudaWeightArena)
-    arena.manifest, arena.is_published, arena.calls = manifest, False, []
+    WeightArena.__init__(arena, manifest)
+    arena.calls = []
     arena.torch_device, arena.stream = torch.device("cuda", 1), "the arena's stream"
     arena._memory = FakeMemory(torch.zeros(manifest.arena_nbytes + 8, dtype=torch.uint8))
-    arena.is_put_away, arena._copy, arena._has_copy, arena._kind = False, None, False, FakeMemory
-    arena.checksums = arena.content_digest = None
+    arena._copy, arena._has_copy, arena._kind = None, False, FakeMemory
     arena.nbytes = arena._memory.buffer.nbytes
     arena.address = arena.buffer.data_ptr()
 

@@ -31,6 +31,7 @@ from ramet.srt.entrypoints.routes.pooling import make_pooling_router
 from ramet.srt.entrypoints.routes.responses import make_responses_router
 from ramet.srt.entrypoints.routes.sleep import make_sleep_router
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
+from ramet.srt.entrypoints.routes.weight_inspection import make_inspection_router
 from ramet.srt.entrypoints.routes.weight_sessions import make_weight_session_router
 from ramet.srt.entrypoints.routes.weight_updates import make_weight_update_router
 from ramet.srt.entrypoints.routes.weight_versions import make_version_router
@@ -47,6 +48,7 @@ ROUTERS = (
     make_sleep_router,
     make_lora_router,
     make_weight_update_router,
+    make_inspection_router,
     make_weight_session_router,
     make_openai_router,
     make_responses_router,

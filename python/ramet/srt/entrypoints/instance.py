@@ -15,7 +15,7 @@ import msgspec
 import ramet
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
-from ramet.srt.configs.parallel_config import check_parallel_sizes
+from ramet.srt.configs.parallel_config import ParallelConfig, check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
     from ramet.srt.entrypoints.version_control import VersionControl
+    from ramet.srt.entrypoints.weight_inspection import WeightInspection
     from ramet.srt.lora.adapter_paths import LoraPath
     from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
@@ -83,6 +84,7 @@ class Instance:
         self.profiles: ProfileControl
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
+        self.inspection: WeightInspection
         self.weight_sessions: WeightSessions
         self.sleep: SleepControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
@@ -260,6 +262,7 @@ class Instance:
 
         from ramet.srt.entrypoints.openai.reranker import find_reranker
         from ramet.srt.entrypoints.version_control import VersionControl
+        from ramet.srt.entrypoints.weight_inspection import WeightInspection
         from ramet.srt.managers.lora_control import LoraControl
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.pause_control import PauseControl
@@ -319,6 +322,8 @@ class Instance:
         self.weight_updates = WeightUpdateControl(
             self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
         )
+        sizes = ParallelConfig.of_rank(0, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
+        self.inspection = WeightInspection(self.manager, sizes)
         self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
         self.sleep = SleepControl(
             self.manager,

@@ -43,7 +43,16 @@ class PauseControl:
         """Why no request is answered now, or none that comes now; None if they are."""
         if self._is_asleep:
             return self._manager.pause_refusal or "the instance is asleep"
-        return self._manager.pause_refusal or ("generation is paused" if self.is_paused else None)
+        return (
+            self._manager.weights_refusal
+            or self._manager.pause_refusal
+            or ("generation is paused" if self.is_paused else None)
+        )
+
+    @property
+    def holds_requests(self) -> bool:
+        """Whether nothing is computed because somebody has asked for that: it is no sickness."""
+        return self.is_paused or self._manager.weights_refusal is not None
 
     async def pause(self, mode: PauseMode, *, refuses: bool = False) -> int:
         """Have every replica plan no further pass.

@@ -121,6 +121,8 @@ class SleepControl:
         begun = time.perf_counter()
         async with self._updates.turn(changes=False):
             new = [tag for tag in tags if tag not in self.tags]
+            if self._updates.current.is_made_up:
+                raise RequestError("the weights have been reset: an instance sleeps with weights that can serve")
             if mode == "in_place" and "kv_cache" in (*self.tags, *new):
                 raise RequestError("requests can't keep a KV cache that is given back")
             await self._pauses.fall_asleep(mode)

@@ -11,13 +11,8 @@ import logging
 from dataclasses import dataclass
 
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_update_control import (
-    Content,
-    Staged,
-    UpdateReport,
-    WeightUpdateControl,
-    check_version_name,
-)
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport
+from ramet.srt.managers.weight_update_control import WeightUpdateControl, check_version_name
 from ramet.srt.weights.update_messages import PutTensorsReq, SealWeightsReq, TensorsSource
 
 logger = logging.getLogger(__name__)

@@ -8,16 +8,19 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
+    MadeUpSource,
     OfferWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
@@ -32,8 +35,8 @@ STAGE_TIMEOUT_S = 3700.0
 OFFER_TIMEOUT_S = 120.0
 SWITCH_TIMEOUT_S = 600.0
 DROP_TIMEOUT_S = 60.0
+RESET = "the weights have been reset: an update or a rollback must restore them first"
 Result = TypeVar("Result")
-
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
 
@@ -75,64 +78,6 @@ class FoundSource(Protocol):
         Raises:
             ValueError: if nobody can tell any more.
         """
-
-
-@dataclass(frozen=True)
-class Content:
-    """What the ranks have under a number."""
-
-    number: int
-    version: str
-    origin: str
-    model_path: str | None
-    source: WeightSource | None = None  # where they can be had again, of files and instances
-    since: float = field(default_factory=time.time)  # unix seconds
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What came of an update."""
-
-    version: str
-    origin: str
-    pause_s: float
-    num_reqs: int  # that ran or waited at the switch
-    source: str = ""
-    num_bytes: int = 0
-    stage_s: float = 0.0
-    trouble: str = ""  # why others can't take the weights now
-
-    @property
-    def message(self) -> str:
-        way = f"{self.num_bytes} bytes staged from {self.source} in {self.stage_s:.3f} s" if self.source else "staged"
-        words = f"the weights are those of {self.origin} ({self.version}): {way}, a pause of {self.pause_s:.4f} s"
-        return f"{words}; {self.trouble}" if self.trouble else words
-
-
-@dataclass(frozen=True)
-class Staged:
-    """What has come for content, on all ranks."""
-
-    source: str = ""
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, replies: list[WeightStepOutput]) -> "Staged":
-        """By what all replicas say of one step."""
-        return cls(
-            _joined(reply.source for reply in replies),
-            sum(reply.num_bytes for reply in replies),
-            max(reply.seconds for reply in replies),
-        )
-
-    def __add__(self, other: "Staged") -> "Staged":
-        source = _joined((self.source, other.source))
-        return Staged(source, self.num_bytes + other.num_bytes, self.seconds + other.seconds)
-
-
-def _joined(sources: Iterable[str]) -> str:
-    return "+".join(sorted({part for source in sources for part in source.split("+") if part}))
 
 
 def check_version_name(version: str | None) -> None:
@@ -207,6 +152,15 @@ class WeightUpdateControl:
         """Switch back to what served before. Raises what `update` raises."""
         return await self.shielded(self._rollback(abort_all))
 
+    async def reset(self) -> UpdateReport:
+        """End all requests, put made-up weights in the place of those that serve, and serve nothing.
+
+        An update or a rollback ends that. Other instances can't come for the weights before.
+
+        Raises what `update` raises; then the instance serves what it has served.
+        """
+        return await self.shielded(self._reset())
+
     async def shielded(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Who has asked may go away: the steps are taken to the end all the same."""
         task = asyncio.create_task(work)
@@ -273,9 +227,23 @@ class WeightUpdateControl:
         except BaseException:
             await self.drop(content.number)
             raise
-        report = replace(report, source=staged.source, num_bytes=staged.num_bytes, stage_s=staged.seconds)
+        report = replace(
+            report,
+            source=staged.source,
+            num_bytes=staged.num_bytes,
+            stage_s=staged.seconds,
+            transfer_s=staged.transfer_s,
+        )
         logger.info("%s", report.message)
         return report
+
+    async def _reset(self) -> UpdateReport:
+        async with self.turn():
+            number = await self.new_number()
+            source = MadeUpSource(random_seed=random.getrandbits(62))
+            staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=source), number)
+            content = Content(number, "reset", "nowhere", None, is_made_up=True)
+            return await self.serve(content, Staged.of(staged), abort_all=True)
 
     def _check_adapters(self) -> None:
         """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
@@ -320,6 +288,8 @@ class WeightUpdateControl:
         except BaseException:
             await self.offer()
             raise
+        if content.is_made_up:
+            self._manager.weights_refusal = RESET
         if abort_all:
             self._manager.abort_all()
         question = functools.partial(SwitchWeightsReq, number=content.number, version=content.version)
@@ -328,20 +298,25 @@ class WeightUpdateControl:
         except ServiceError as error:
             self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
             raise
-        self.kept = [self.current, *(one for one in self.kept if one != content)]
-        if not self.has_weights:
-            await self.drop(self.kept.pop(0).number)
+        replaced = self.current
+        self.kept = [one for one in self.kept if one != content]
+        if replaced.is_made_up or not self.has_weights:
+            await self.drop(replaced.number)
             self.has_weights = True
+        else:
+            self.kept.insert(0, replaced)
         self._current = replace(content, since=time.time())
         self._manager.note_weight_version(content.version)
         while len(self.kept) > self._num_kept:
             await self.drop(self.kept.pop().number)
+        if not content.is_made_up:
+            self._manager.weights_refusal = None
         return UpdateReport(
             version=content.version,
             origin=content.origin,
             pause_s=max(reply.pause_s for reply in replies),
             num_reqs=sum(reply.num_reqs for reply in replies),
-            trouble=await self.offer(),
+            trouble="" if content.is_made_up else await self.offer(),
         )
 
     # -- What others are told

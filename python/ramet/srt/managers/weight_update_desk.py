@@ -105,6 +105,7 @@ class WeightUpdateDesk:
                 source="+".join(outcome.sources),
                 num_bytes=outcome.num_bytes,
                 seconds=outcome.seconds,
+                transfer_s=outcome.transfer_s,
             )
             self._reply(output)
 

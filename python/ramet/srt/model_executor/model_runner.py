@@ -32,6 +32,7 @@ from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head,
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_memory import RankMemory
 from ramet.srt.model_executor.rank_weights import OfferedWeights, RankWeights, find_own_head
+from ramet.srt.model_executor.weight_inspection import WeightInspector
 from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -122,6 +123,7 @@ class ModelRunner:
             keeps_room = config.keeps_copy_room
             memory = RankMemory(weights, model_config.path, self.kv_pool, open_checkpoint, keeps_room=keeps_room)
             self.versions = RankVersions(loading.result(), open_checkpoint, memory)
+        self.inspector = WeightInspector(self.versions)
         on_phase("weights")
 
     def _build_model(self) -> None:

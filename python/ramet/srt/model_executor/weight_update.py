@@ -26,10 +26,10 @@ from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
-from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
 from ramet.srt.weights.report import LoadReport, summarize
@@ -37,6 +37,7 @@ from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     InstanceSource,
     LongWeightStep,
+    MadeUpSource,
     OfferWeightsReq,
     PutTensorsReq,
     SealWeightsReq,
@@ -66,6 +67,7 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     sources: tuple[str, ...] = ()
     num_bytes: int = 0
     seconds: float = 0.0
+    transfer_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class RankVersions:
         def run() -> None:
             with self._turn:
                 job.set_result(self._run(step))
+                self._prepare_offer()
 
         threading.Thread(target=run, name="change-weights", daemon=True).start()
 
@@ -130,6 +133,15 @@ class RankVersions:
         """What came of the last step: on the leader, of all ranks of its replica."""
         assert self._job is not None
         return self._job.result()
+
+    def _prepare_offer(self) -> None:
+        """Have ready what takes longest of offering other weights, while there are some that may come to serve."""
+        if self.offer_again is None or not self._staged:
+            return
+        try:
+            self._arriving.prepare_offer()
+        except (WeightTransferError, OSError) as error:  # the offer itself will fail, and say so
+            logger.warning("rank %d: an offer can't be prepared: %s", self._parallel.world_rank, one_line(error))
 
     def _run(self, step: LongWeightStep | MemoryStep) -> StepOutcome:
         outcome = self._take(step)
@@ -196,7 +208,12 @@ class RankVersions:
             raise ValueError(f"what was staged is not what its source has: {name_some(wrong)} differ")
         stage.checksums = checksums
         self._keep(step.number, stage, report)
-        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+        return StepOutcome(
+            sources=(report.source,),
+            num_bytes=report.num_bytes,
+            seconds=time.perf_counter() - start,
+            transfer_s=report.transfer_seconds,
+        )
 
     def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
         with self._lock:
@@ -241,6 +258,11 @@ class RankVersions:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
         base = self._arriving.config.load
         opener = self._open_checkpoint.anew()
+        if isinstance(source, MadeUpSource):
+            stage = self.arena.open_stage(self._manifest(""))
+            stage.is_made_up = True
+            loader = DummyModelLoader(source.random_seed)
+            return stage, loader.load_weights(stage.manifest, stage, "").report
         if isinstance(source, InstanceSource):
             stage = self.arena.open_stage(self._manifest(""))
             config = instance_config(base, source)
@@ -336,4 +358,5 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
+        transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
     )

@@ -132,8 +132,11 @@ class TensorStage:
         """
         self._check_modules()
         self._check_head()
+        missing = self._boxes.keys() - self._received
+        if missing and self._serving.is_made_up:
+            raise ValueError(f"the weights have been reset, and {name_some(sorted(missing))} did not come")
         with self.arena.work_context():
-            for name in self._boxes.keys() - self._received:
+            for name in missing:
                 for entry, box in self._boxes[name]:
                     self._write(entry, box.target, self._serving.tensor(entry)[_slices(box.target)])
             self.arena.synchronize()

@@ -38,7 +38,13 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
-WeightSource = FilesSource | InstanceSource
+class MadeUpSource(msgspec.Struct, frozen=True, kw_only=True, tag="made_up"):
+    """Weights of nobody's model, which must never serve: what restores weights must then replace all of them."""
+
+    random_seed: int
+
+
+WeightSource = FilesSource | InstanceSource | MadeUpSource
 
 
 class TensorsInFile(msgspec.Struct, frozen=True, kw_only=True, tag="tensors_in_file"):
@@ -115,6 +121,7 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: str = ""  # of what was staged, as a LoadReport has it
     num_bytes: int = 0  # that came, on all ranks
     seconds: float = 0.0  # that staging took
+    transfer_s: float = 0.0  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_s: float = 0.0  # between two passes, for a switch
     num_reqs: int = 0  # that ran or waited at a switch
 

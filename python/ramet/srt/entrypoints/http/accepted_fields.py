@@ -253,6 +253,10 @@ WEIGHT_UPDATE = _table(
            "recapture_cuda_graph"),
     *_only("SGLang", "how files are read", "load_format", values=("auto", "safetensors")),
 )  # fmt: skip
+WEIGHTS_CHECKER = _table(
+    *_only("SGLang", "tensors that are left out of a comparison", "skip_tensor_list"),
+    *_only("SGLang", "a comparison of numbers; here bytes are compared", "allow_quant_error"),
+)
 
 CONTINUE = _table(
     *_free("SGLang", "memory that its allocator holds back; a pause gives none away", "torch_empty_cache")
@@ -285,8 +289,20 @@ TABLES: Mapping[str, Table] = {
     "A tool of a response": RESPONSES_TOOL,
     "The body of `POST /continue_generation`": CONTINUE,
     "The bodies of updates of weights": WEIGHT_UPDATE,
+    "The body of `POST /weights_checker`": WEIGHTS_CHECKER,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE, WEIGHT_UPDATE)
+_BODIES = (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    SAMPLING,
+    POOLING,
+    MESSAGES,
+    RESPONSES,
+    CONTINUE,
+    WEIGHT_UPDATE,
+    WEIGHTS_CHECKER,
+)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

@@ -386,6 +386,7 @@ class WeightsChanged(Answer):
     source: str  # as in load reports; "" for what was staged before
     num_bytes: int  # that came, on all ranks
     stage_seconds: float  # serving went on meanwhile
+    transfer_seconds: float  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_seconds: float  # in which no pass was computed
 
 
@@ -427,6 +428,34 @@ class Done(Answer):
 
     success: Literal[True]
     message: str
+
+
+class RankPlace(Answer):
+    """A rank's parallel coordinates."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    rank: int
+    size: int
+
+
+class RankChecksums(Answer):
+    """What one rank has."""
+
+    checksums: dict[str, str]  # 16 hex digits of each tensor
+    per_gpu_checksum: str  # SHA-256 over them
+    parallelism_info: RankPlace
+
+
+class WeightsChecked(Done):
+    """What has been done; and after `checksum`, what all ranks have."""
+
+    ranks: list[RankChecksums] | None = None
+    per_engine_checksum: str | None = None  # SHA-256 over theirs
 
 
 class VersionOutcome(Done):

@@ -40,6 +40,8 @@ ADMIN_PATHS = frozenset(
         "/end_weight_update",
         "/update_weights_from_tensor",
         "/weight_versions",
+        "/get_weights_by_name",
+        "/weights_checker",
     }
 )
 

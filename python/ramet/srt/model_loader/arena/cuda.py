@@ -160,9 +160,7 @@ class CudaWeightArena(WeightArena):
     def can_be_put_away(self) -> bool:
         return isinstance(self._memory, ReturnableMemory)
 
-    def put_away(self, *, keeps_copy: bool) -> None:
-        if self.is_put_away:
-            return
+    def _give_back(self, *, keeps_copy: bool) -> None:
         if not isinstance(self._memory, ReturnableMemory):
             raise RuntimeError("the memory of the weights can only be given back with --enable-memory-saver")
         if keeps_copy:
@@ -174,7 +172,7 @@ class CudaWeightArena(WeightArena):
         else:
             self._copy = None
         self._memory.give_back()
-        self._has_copy, self.is_put_away, self.is_published = keeps_copy, True, False
+        self._has_copy = keeps_copy
 
     def take_back(self) -> bool:
         if not self._has_copy:

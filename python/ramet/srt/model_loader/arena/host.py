@@ -186,14 +186,11 @@ class HostWeightArena(WeightArena):
             host_memory.seal_for_sharing(self.own_fd)
         super().publish()
 
-    def put_away(self, *, keeps_copy: bool) -> None:
+    def _give_back(self, *, keeps_copy: bool) -> None:
         """The pages go with the last file that has them; a copy is the file itself, which nobody shows."""
-        if self.is_put_away:
-            return
         empty = _Files(host_memory.create_memfd("ramet-weights", self.nbytes))  # takes no memory yet
         self._show(empty, is_put_away=True)
         self._copy, self._files = self._files if keeps_copy else None, empty
-        self.is_put_away, self.is_published = True, False
 
     def take_back(self) -> bool:
         if self._copy is None:
