@@ -56,6 +56,8 @@ class Replicas:
         fault = self.faults.pop(name, "")
         if isinstance(fault, Exception):
             raise fault
+        if isinstance(fault, WeightStepOutput):
+            return [fault, fault]
         if not fault and isinstance(step, StageWeightsReq | SealWeightsReq):
             self.staged.add(step.number)
         elif not fault and isinstance(step, SwitchWeightsReq):

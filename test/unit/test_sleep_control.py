@@ -200,6 +200,54 @@ async def test_what_there_is_a_way_back_to_is_given_up_with_the_weights(case: Ca
         await case.updates.rollback()
 
 
+NO_ROOM = WeightStepOutput(request_id="1", success=False, message="no room", lacks_memory=True)
+IN_PLACE = ["stage 1", "drop 1", "pause in_place", "close", "withdraw", "release"]
+
+
+async def update(case: Case, *, in_place: bool = True) -> Any:
+    return await case.sleep.update(Found, "two", abort_all=False, in_place=in_place)
+
+
+async def test_an_update_without_room_takes_the_place_of_what_serves_if_it_may(case: Case) -> None:
+    case.replicas.faults = {"stage 1": NO_ROOM}
+    with pytest.raises(RequestError, match="no room"):
+        await update(case, in_place=False)
+    assert case.replicas.take_events() == ["stage 1", "drop 1"] and not case.sleep.is_asleep
+    case.replicas.faults = {"stage 2": NO_ROOM}
+    report = await update(case)
+    names = [name.replace("1", "2") for name in IN_PLACE]
+    assert case.replicas.take_events() == [*names, "stage 3", "switch 3", "drop 0", "go on", "offer", "open"]
+    assert (report.mode, report.num_bytes, report.version) == ("in_place", 15, "two") and report.pause_s > 0
+    assert not case.sleep.is_asleep and not case.updates.kept and case.updates.has_weights
+
+
+async def test_what_served_comes_back_when_its_place_is_not_taken(case: Case) -> None:
+    case.replicas.faults = {"stage 1": NO_ROOM, "stage 2": "a wrong byte"}
+    with pytest.raises(RequestError, match="a wrong byte"):
+        await update(case)
+    assert case.replicas.take_events() == [*IN_PLACE, "stage 2", "drop 2", *WAKE]
+    assert not case.sleep.is_asleep and case.updates.current.number == 0
+
+
+async def test_without_the_old_weights_and_the_new_ones_it_sleeps_until_an_update(case: Case) -> None:
+    case.replicas.faults = {"stage 1": NO_ROOM, "stage 2": "a wrong byte", "resume": "the files are gone"}
+    with pytest.raises(RequestError, match="a wrong byte; the old weights are gone, too, .* the files are gone"):
+        await update(case)
+    assert case.sleep.is_asleep and case.sleep.tags == ("weights",) and case.pauses.is_paused
+    assert case.replicas.take_events()[-3:] == ["resume", "release", "pause abort"]
+    assert case.replicas.pause_refusal == SLEEP_REFUSAL
+    report = await update(case)
+    assert case.replicas.take_events() == ["stage 3", "switch 3", "drop 0", "go on", "offer", "open"]
+    assert report.mode == "staged" and not case.sleep.is_asleep and case.replicas.pause_refusal is None
+
+
+async def test_any_other_failure_gives_nothing_up(case: Case) -> None:
+    case.replicas.faults = {"stage 1": "a wrong byte"}
+    with pytest.raises(RequestError, match="a wrong byte"):
+        await update(case)
+    assert case.replicas.take_events() == ["stage 1", "drop 1"]
+
+
 async def test_where_weights_come_from(case: Case) -> None:
     async def sources(address: str | None = None) -> list[Any]:
         await case.sleep.release(["weights"], "keep")

@@ -265,6 +265,7 @@ def test_a_gpu_arena_exchanges_its_content_by_copies(gpu_arena, manifest, monkey
     stage.spare = torch.zeros(1000).byte()
     gpu_arena.checksums, stage.checksums = "old", "new"
     gpu_arena.content_digest = stage.content_digest = None
+    assert not gpu_arena.in_host_memory
     gpu_arena.exchange(stage)
     assert torch.equal(gpu_arena.buffer, contents[1]) and torch.equal(stage.buffer, contents[0])
     assert (gpu_arena.checksums, stage.checksums) == ("new", "old")

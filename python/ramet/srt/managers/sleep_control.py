@@ -8,16 +8,17 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.pause_control import PauseControl, SleepMode
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.update_report import Staged, UpdateReport
 from ramet.srt.managers.weight_sources import instance_source
-from ramet.srt.managers.weight_update_control import Staged, WeightUpdateControl, failure_of
+from ramet.srt.managers.weight_update_control import FoundSource, NoRoomError, WeightUpdateControl, failure_of
 from ramet.srt.weights.memory_messages import (
     MEMORY_TAGS,
     MemoryStep,
@@ -71,6 +72,7 @@ class SleepControl:
         self._keeps_copy = keeps_copy
         self._others: set[MemoryTag] = set()  # that are given back, beside weights
         self._has_copy = False
+        self._awaits_update = False  # it sleeps because weights are missing, and nobody has asked for it
 
     @property
     def is_asleep(self) -> bool:
@@ -116,6 +118,48 @@ class SleepControl:
         except ValueError as error:
             raise RequestError(str(error), param="address") from None
         return await self._updates.shielded(self._resume(chosen, asked))
+
+    async def update(
+        self, find: Callable[[], FoundSource], version: str | None, *, abort_all: bool, in_place: bool
+    ) -> UpdateReport:
+        """As WeightUpdateControl.update.
+
+        Args:
+            in_place: the weights that serve may be given up in a pause where there is no room for others beside them.
+                If those don't come, the old ones are taken again; if that fails, too, the instance sleeps until it is
+                updated or woken.
+        """
+        update = functools.partial(self._updates.update, find, version, abort_all=abort_all)
+        try:
+            report = await update()
+        except NoRoomError as error:
+            if not in_place or not self._updates.has_weights:
+                raise
+            logger.info("the weights that serve make room for others: %s", error)
+        else:
+            if self._awaits_update:
+                await self.resume(())
+            return report
+        return await self._updates.shielded(self._update_in_place(update))
+
+    async def _update_in_place(self, update: Callable[[], Awaitable[UpdateReport]]) -> UpdateReport:
+        begun = time.perf_counter()
+        was_asleep = self.is_asleep
+        await self._release([WEIGHTS], "keep" if "kv_cache" in self.tags else "in_place", copies=False)
+        try:
+            report = await update()
+        except (RequestError, ServiceError) as error:
+            try:
+                await self._resume([WEIGHTS], [])
+            except (RequestError, ServiceError) as second:
+                self._awaits_update = True
+                await self._pauses.fall_asleep("abort")
+                gone = f"the old weights are gone, too, and the instance sleeps until others come: {second}"
+                raise RequestError(f"{error}; {gone}") from None
+            raise
+        if not was_asleep:
+            await self._resume([], [])
+        return replace(report, mode="in_place", pause_s=time.perf_counter() - begun)
 
     async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
         begun = time.perf_counter()
@@ -205,7 +249,7 @@ class SleepControl:
     async def _wake(self) -> str:
         """Serve again; why others can't take the weights, or "". Raises ServiceError if a replica does not answer."""
         await self._pauses.wake()
-        self._updates.is_asleep = False
+        self._updates.is_asleep = self._awaits_update = False
         return await self._updates.offer()
 
     async def _ask(self, question: Callable[..., MemoryStep], timeout_s: float) -> list[WeightStepOutput]:

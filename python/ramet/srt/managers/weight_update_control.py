@@ -40,6 +40,10 @@ Result = TypeVar("Result")
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
 
+class NoRoomError(RequestError):
+    """There is no memory for other weights beside those that serve."""
+
+
 class Doors(Protocol):
     """What an instance is toward others while its weights change."""
 
@@ -233,6 +237,7 @@ class WeightUpdateControl:
             num_bytes=staged.num_bytes,
             stage_s=staged.seconds,
             transfer_s=staged.transfer_s,
+            mode=staged.mode,
         )
         logger.info("%s", report.message)
         return report
@@ -271,7 +276,9 @@ class WeightUpdateControl:
             raise
         if failure := failure_of(replies):
             await self.drop(number)
-            raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
+            lacks_memory = all(reply.lacks_memory for reply in replies if not reply.success)
+            kind = NoRoomError if lacks_memory else RequestError
+            raise kind(f"the weights can't be changed, and are what they were: {failure}")
         return replies
 
     async def _is_unchanged(self, found: FoundSource, number: int) -> bool:

@@ -106,6 +106,8 @@ class WeightUpdateDesk:
                 num_bytes=outcome.num_bytes,
                 seconds=outcome.seconds,
                 transfer_s=outcome.transfer_s,
+                in_host_memory=outcome.in_host_memory,
+                lacks_memory=outcome.lacks_memory and bool(outcome.failure),
             )
             self._reply(output)
 

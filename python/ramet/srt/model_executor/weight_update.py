@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
@@ -68,6 +69,8 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     num_bytes: int = 0
     seconds: float = 0.0
     transfer_s: float = 0.0
+    in_host_memory: bool = False
+    lacks_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ class RankVersions:
                     return self._move_memory(step)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
-            return StepOutcome(failure=one_line(error))
+            lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            return StepOutcome(failure=one_line(error), lacks_memory=lacks_memory)
         except Exception as error:  # the reason is answered; what serves has not been touched
             logger.exception("rank %d: %s failed", rank, what)
             return StepOutcome(failure=repr(error))
@@ -213,6 +217,7 @@ class RankVersions:
             num_bytes=report.num_bytes,
             seconds=time.perf_counter() - start,
             transfer_s=report.transfer_seconds,
+            in_host_memory=stage.in_host_memory,
         )
 
     def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
@@ -252,7 +257,7 @@ class RankVersions:
         seconds = time.perf_counter() - start
         report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
-        return StepOutcome(seconds=seconds)
+        return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -359,4 +364,6 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
         transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
+        in_host_memory=any(outcome.in_host_memory for outcome in outcomes.values()),
+        lacks_memory=all(outcome.lacks_memory for outcome in outcomes.values() if outcome.failure),
     )

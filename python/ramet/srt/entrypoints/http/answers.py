@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ramet.srt.managers.update_report import UpdateMode
+
 
 class Answer(BaseModel):
     """A JSON object with exactly these fields."""
@@ -382,7 +384,7 @@ class WeightsChanged(Answer):
     message: str
     num_paused_requests: int  # that ran or waited at the switch
     weight_version: str  # that serves now
-    mode: Literal["staged"]  # beside what served before
+    mode: UpdateMode  # beside what served before, in memory of the host, or in its place
     source: str  # as in load reports; "" for what was staged before
     num_bytes: int  # that came, on all ranks
     stage_seconds: float  # serving went on meanwhile

@@ -214,6 +214,11 @@ class WeightArena(ABC):
         """Declare the content final: from now on others may read it, and no source may fill it."""
         self.is_published = True
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether this is a stage in host memory of an arena that is elsewhere."""
+        return False
+
     # Without memory
 
     @property

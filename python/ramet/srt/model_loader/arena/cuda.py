@@ -157,6 +157,10 @@ class CudaWeightArena(WeightArena):
         self._require_private()
 
     @property
+    def in_host_memory(self) -> bool:
+        return isinstance(self._memory, PinnedMemory)
+
+    @property
     def can_be_put_away(self) -> bool:
         return isinstance(self._memory, ReturnableMemory)
 
