@@ -6,44 +6,13 @@ import shutil
 import psutil
 import pytest
 import random_models as rm
-from ramet.srt.managers.io_struct import ContinueReqInput, PauseReqInput
+from lora_adapters import make_adapter
 from ramet.srt.utils import host_memory
-from ramet.srt.weights.memory_messages import (
-    MEMORY_TAGS,
-    ReleaseMemoryReq,
-    ResumeMemoryReq,
-    StartSource,
-    WakeSource,
-)
-from ramet.srt.weights.update_messages import DropWeightsReq, FilesSource, InstanceSource, WeightStepOutput
+from ramet.srt.weights.update_messages import DropWeightsReq, FilesSource, InstanceSource
 from safetensors.torch import load_file, save_file
 from seed_server import SeedServerProcess
-from updated_engine import PROMPTS, Updated
-
-START: list[WakeSource] = [StartSource()]
-
-
-class Sleeper(Updated):
-    """A scheduler that is told to give its memory back, in a pause."""
-
-    def pause(self, mode: str = "retract") -> None:
-        self.engine.send(PauseReqInput(request_id="pause", mode=mode))
-        self.engine.step()
-
-    def release(self, *tags: str, keeps_copy: bool = False) -> WeightStepOutput:
-        step = ReleaseMemoryReq(request_id="sleep", tags=list(tags or MEMORY_TAGS), keeps_copy=keeps_copy)
-        return self.ask(step)
-
-    def resume(self, *tags: str, sources: list[WakeSource] = START) -> WeightStepOutput:
-        return self.ask(ResumeMemoryReq(request_id="wake", tags=list(tags or MEMORY_TAGS), sources=sources))
-
-    def go_on(self) -> None:
-        self.engine.send(ContinueReqInput(request_id="go on"))
-        self.engine.step()
-
-    @property
-    def arena(self):
-        return self.engine.runner.arena
+from sleeping_engine import START, Sleeper
+from updated_engine import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +156,22 @@ def test_nothing_is_given_back_under_requests(shared):
     shared.go_on()
     expected = rm.hf_greedy(shared.engine.args.model_path, [PROMPTS[0]], 20)
     assert [shared.engine.run()["one"].token_ids] == expected
+
+
+def test_adapters_stay_while_the_weights_below_them_go_and_come(models, tmp_path):
+    adapter = make_adapter(tmp_path, models["old"])
+    sleeper = Sleeper(models["old"], enable_memory_saver=True, enable_lora=True)
+    assert sleeper.engine.load_adapter(1, adapter) == ""
+
+    def tokens() -> list[list[int]]:
+        return [one.token_ids for one in sleeper.engine.generate(PROMPTS, max_new_tokens=6, lora_id=1)]
+
+    expected = tokens()
+    assert expected != sleeper.tokens()
+    sleeper.pause()
+    assert sleeper.release().success and sleeper.resume().success
+    sleeper.go_on()
+    assert tokens() == expected
 
 
 def test_without_the_flag_nothing_is_given_back(models):
