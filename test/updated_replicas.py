@@ -56,6 +56,8 @@ class Replicas:
         fault = self.faults.pop(name, "")
         if isinstance(fault, Exception):
             raise fault
+        if isinstance(fault, WeightStepOutput):
+            return [fault, fault]
         if not fault and isinstance(step, StageWeightsReq | SealWeightsReq):
             self.staged.add(step.number)
         elif not fault and isinstance(step, SwitchWeightsReq):
@@ -75,7 +77,7 @@ class Replicas:
     def abort_all(self) -> None:
         self.events.append("abort")
 
-    def close_for_weights(self) -> None:
+    def close_for_weights(self, *, asleep: bool = False) -> None:  # noqa: ARG002
         self.events.append("close")
 
     def open_for_weights(self) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ramet.srt.managers import grammar_pool
+from ramet.srt.managers import grammar_limits, grammar_pool
+from ramet.srt.managers.grammar_limits import Stage
 from ramet.srt.managers.grammar_link import GrammarLink
 from ramet.srt.managers.grammar_messages import Compile, Open
-from ramet.srt.managers.grammar_pool import GrammarPool, Stage
+from ramet.srt.managers.grammar_pool import GrammarPool
 from ramet.srt.managers.request_grammar import RequestGrammar
 from ramet.srt.sampling.constraint import Constraint
 from random_models import EOS, IM_END, write_tokenizer
@@ -134,7 +135,7 @@ def test_a_process_that_is_killed_is_replaced_where_its_requests_were(pool: Gram
 
 
 def test_a_token_that_takes_too_long_ends_its_request_alone(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_pool, "STEP_CPU_S", 0.001)
+    monkeypatch.setattr(grammar_limits, "STEP_CPU_S", 0.001)
     slow, other = opened(pool, AMBIGUOUS), opened(pool, AMBIGUOUS)
     first = min(allowed(slow))
     for _ in range(200):  # the process gets tokens faster than it can follow
@@ -156,8 +157,8 @@ def test_a_request_has_so_much_computing(pool: GrammarPool) -> None:
 
 
 def test_what_compiles_for_too_long_makes_room_and_is_ended(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_pool, "SLICE_CPU_S", 0.01)
-    monkeypatch.setattr(grammar_pool, "COMPILE_CPU_S", 0.04)
+    monkeypatch.setattr(grammar_limits, "SLICE_CPU_S", 0.01)
+    monkeypatch.setattr(grammar_limits, "COMPILE_CPU_S", 0.04)
     slow = [
         pool.open(Constraint("json_schema", f'{{"type":"integer","multipleOf":{n}}}')) for n in range(800_001, 800_006)
     ]
@@ -173,7 +174,7 @@ def test_what_compiles_for_too_long_makes_room_and_is_ended(pool: GrammarPool, m
 
 
 def test_waiting_has_an_end(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_pool, "COMPILE_WALL_S", -1.0)
+    monkeypatch.setattr(grammar_limits, "COMPILE_WALL_S", -1.0)
     grammar = opened(pool, SLOW_TO_COMPILE)
     assert grammar.failure is not None and grammar.failure.status_code == 503
 
@@ -190,8 +191,8 @@ def test_processes_that_nobody_uses_are_kept_up_to_a_number(pool: GrammarPool, m
 
 def test_too_much_memory_together_ends_the_largest(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
     grammar = opened(pool, regex("[a-z]{1,100}"))
-    monkeypatch.setattr(grammar_pool, "MAX_TOTAL_BYTES", -1)
-    monkeypatch.setattr(grammar_pool, "MEMORY_PERIOD_S", 0.0)
+    monkeypatch.setattr(grammar_limits, "MAX_TOTAL_BYTES", -1)
+    monkeypatch.setattr(grammar_limits, "MEMORY_PERIOD_S", 0.0)
     until(pool, lambda: grammar.failure is not None)
     assert grammar.failure is not None and grammar.failure.status_code == 503
 
@@ -211,11 +212,11 @@ def test_a_nursery_that_stands_still_is_replaced(pool: GrammarPool, monkeypatch:
     stopped = pool._nursery
     assert stopped is not None
     os.kill(stopped._process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(grammar_pool, "HELLO_WALL_S", 0.5)
+    monkeypatch.setattr(grammar_limits, "HELLO_WALL_S", 0.5)
     monkeypatch.setattr(grammar_pool, "QUICK_SLOTS", 16)
     waiting = [pool.open(regex(f"[m-p]{{{number}}}")) for number in range(1, 9)]  # more than were made ready
     until(pool, lambda: pool._nursery is not stopped)
-    monkeypatch.setattr(grammar_pool, "HELLO_WALL_S", 30.0)
+    monkeypatch.setattr(grammar_limits, "HELLO_WALL_S", 30.0)
     pool.wait([following, *waiting], TIMEOUT_S)
     assert all(grammar.failure is None and allowed(grammar) for grammar in (following, *waiting))
     for grammar in waiting:

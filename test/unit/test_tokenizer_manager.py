@@ -30,7 +30,8 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput
-from ramet.srt.managers.tokenizer_manager import MAX_MESSAGES_AT_ONCE, TokenizerManager
+from ramet.srt.managers.tokenizer_channel import MAX_MESSAGES_AT_ONCE
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.sampling.sampling_params import parse_sampling_params
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer

@@ -18,6 +18,7 @@ ADAPTERS = ("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter
 # look at weights, which the fake scheduler has not.
 CHANGING = ("/pause_generation", "/continue_generation", "/update_weight_version", "/update_weights_from_disk",
             "/update_weights_from_instance", "/rollback_weights", "/begin_weight_update", "/end_weight_update",
+            "/release_memory_occupation", "/resume_memory_occupation",
             "/update_weights_from_tensor", "/weights_checker", "/get_weights_by_name")  # fmt: skip
 # The model generates: it is neither made for embeddings nor for ranks, and takes no adapters.
 REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile", *ADAPTERS)

@@ -1,7 +1,7 @@
 """Owns the part of `Engine` that changes weights, looks at them, and pauses generation, by SGLang's names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.generate_request import Output
@@ -17,9 +17,12 @@ from ramet.srt.entrypoints.weight_calls import (
     versions_answer,
 )
 from ramet.srt.managers.io_struct import PauseMode
+from ramet.srt.managers.pause_control import SleepMode
+from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryTag
 
 Result = TypeVar("Result")
 PAUSE_MODES = ("abort", "retract", "in_place")
+SLEEP_MODES = ("abort", "wait", "keep")
 
 
 class EngineWeights(ABC):
@@ -89,6 +92,36 @@ class EngineWeights(ABC):
         """End the pause, if there is one."""
         self._call(lambda instance: instance.pauses.go_on())
 
+    def release_memory_occupation(self, tags: list[MemoryTag] | None = None, mode: SleepMode = "keep") -> None:
+        """Give the memory of weights and KV cache back, and sleep; see /release_memory_occupation.
+
+        Args:
+            tags: some of "weights", "kv_cache" and "cuda_graph"; none: all.
+            mode: "keep", "abort" or "wait": what becomes of requests.
+
+        Raises ValueError if it can't be done: then nothing has changed.
+        """
+        _check_words(tags, MEMORY_TAGS, "tags")
+        _check_words([mode], SLEEP_MODES, "mode")
+        self._call(lambda instance: instance.sleep.release(tags or MEMORY_TAGS, mode))
+
+    def resume_memory_occupation(self, tags: list[MemoryTag] | None = None, address: str | None = None) -> None:
+        """Take memory again, with the same weights in it; generate when nothing is missing any more.
+
+        Args:
+            tags: as above.
+            address: host:port of an instance that has the weights, to be asked before others.
+
+        Raises ValueError if it can't be done: then the engine sleeps on.
+        """
+        _check_words(tags, MEMORY_TAGS, "tags")
+        self._call(lambda instance: instance.sleep.resume(tags or None, address))
+
     @abstractmethod
     def _call(self, work: Callable[[Instance], Coroutine[Any, Any, Result]]) -> Result:
         """The result of `work` with the instance, on its event loop."""
+
+
+def _check_words(given: Collection[str] | None, known: Collection[str], name: str) -> None:
+    if unknown := set(given or ()).difference(known):
+        raise ValueError(f"{name} must be of {', '.join(known)}; got {sorted(unknown)[0]!r}")

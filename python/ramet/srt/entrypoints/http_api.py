@@ -29,6 +29,7 @@ from ramet.srt.entrypoints.routes.openai import make_openai_router
 from ramet.srt.entrypoints.routes.pauses import make_pause_router
 from ramet.srt.entrypoints.routes.pooling import make_pooling_router
 from ramet.srt.entrypoints.routes.responses import make_responses_router
+from ramet.srt.entrypoints.routes.sleep import make_sleep_router
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
 from ramet.srt.entrypoints.routes.weight_inspection import make_inspection_router
 from ramet.srt.entrypoints.routes.weight_sessions import make_weight_session_router
@@ -44,6 +45,7 @@ ROUTERS = (
     make_admin_router,
     make_version_router,
     make_pause_router,
+    make_sleep_router,
     make_lora_router,
     make_weight_update_router,
     make_inspection_router,

@@ -1,7 +1,7 @@
 """Owns what those say who change an instance's weights, over HTTP or by `Engine`, and what comes of it."""
 
 import functools
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,8 @@ class UpdateBody(RollbackBody):
 
     weight_version: Version | None = None  # a name for the new weights; made up if there is none
     weights_digest: Text | None = None  # that their content must have, as `ramet digest` prints it
+    # "in_place" lets the weights that serve be given up, in a pause, where there is no room for others beside them.
+    mode: Literal["staged", "in_place"] | None = None
 
     @property
     def digest(self) -> str | None:
@@ -60,7 +62,8 @@ async def update_from_disk(instance: Instance, body: UpdateFromDiskBody) -> Upda
         find_files, instance.model_config, quantization, body.model_path, body.revision, body.digest
     )
     abort_all = bool(body.abort_all_requests)
-    return await instance.weight_updates.update(find, body.weight_version, abort_all=abort_all)
+    in_place = body.mode == "in_place"
+    return await instance.sleep.update(find, body.weight_version, abort_all=abort_all, in_place=in_place)
 
 
 async def update_from_instance(instance: Instance, body: UpdateFromInstanceBody) -> UpdateReport:
@@ -76,7 +79,8 @@ async def update_from_instance(instance: Instance, body: UpdateFromInstanceBody)
     else:
         raise RequestError("exactly one of address and version must be given", param="address")
     abort_all = bool(body.abort_all_requests)
-    return await instance.weight_updates.update(find, body.weight_version, abort_all=abort_all)
+    in_place = body.mode == "in_place"
+    return await instance.sleep.update(find, body.weight_version, abort_all=abort_all, in_place=in_place)
 
 
 async def roll_back(instance: Instance, body: RollbackBody) -> UpdateReport:
@@ -91,7 +95,7 @@ def update_answer(report: UpdateReport) -> dict[str, Any]:
         "message": report.message,
         "num_paused_requests": report.num_reqs,
         "weight_version": report.version,
-        "mode": "staged",
+        "mode": report.mode,
         "source": report.source,
         "num_bytes": report.num_bytes,
         "stage_seconds": report.stage_s,

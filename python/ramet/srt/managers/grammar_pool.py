@@ -1,4 +1,4 @@
-"""Owns the constraints that are in use: a process for each, whose turn it is to be compiled, and what each may take.
+"""Owns the constraints that are in use: a process for each, and whose turn it is to be compiled.
 
 A process that crashes or takes too much costs the request for which it was computing. Others with the same constraint
 go on in a new one. Nothing here waits, but for `poll` and `wait`, which say how long.
@@ -9,9 +9,10 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
 
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.managers import grammar_limits as limits
+from ramet.srt.managers.grammar_limits import Excess, Holder, Stage, Verdict
 from ramet.srt.managers.grammar_link import GrammarLink, NurseryLink
 from ramet.srt.managers.grammar_messages import Close, Compile, Hello, NurseryConfig, Open, State, Step
 from ramet.srt.managers.request_grammar import RequestGrammar
@@ -21,45 +22,9 @@ logger = logging.getLogger(__name__)
 
 QUICK_SLOTS = 4  # constraints that are compiled side by side before they have had their slice
 SLOW_SLOTS = 2  # and after it
-SLICE_CPU_S = 0.1
-COMPILE_CPU_S = 10.0
-COMPILE_WALL_S = 60.0  # from a request's arrival on
-HANDICAP_S = 5e-6  # for each byte: a short constraint is compiled before a long one that came a little earlier
-HELLO_WALL_S = 30.0  # in which the nursery has a process for a constraint, its own start included
-STEP_CPU_S = 1.0
-STEP_WALL_S = 30.0
-NICE_CPU_S = 0.02  # from here on a process gives way to others
-COMPILE_NICENESS, SLOW_NICENESS = 10, 19  # while it compiles; for the rest of its life, when it has been slow
 MAX_PROCESSES = 128
 MAX_IDLE = 16  # compiled constraints that nobody uses now
-MAX_TOTAL_BYTES = 4 << 30  # of all processes
 MAX_RESTARTS = 3
-CHECK_PERIOD_S = 0.02
-MEMORY_PERIOD_S = 1.0
-
-
-class Stage(Enum):
-    """How far a constraint is."""
-
-    QUEUED = "has no process"
-    COMPILING = "is being compiled"
-    COMPILED = "answers"
-    FAILED = "can't be compiled"
-
-
-class Holder:
-    """One constraint and the requests that use it."""
-
-    def __init__(self, constraint: Constraint, now: float):
-        self.constraint = constraint
-        self.stage = Stage.QUEUED
-        self.link: GrammarLink | None = None
-        self.grammars: dict[int, RequestGrammar] = {}
-        self.queued_at = now
-        self.turn = now + HANDICAP_S * len(constraint.text)
-        self.is_overdue = False  # has had its slice
-        self.num_restarts = 0
-        self.used_at = now
 
 
 class GrammarPool:
@@ -149,7 +114,7 @@ class GrammarPool:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return
-            self.poll(min(left_s, CHECK_PERIOD_S))
+            self.poll(min(left_s, limits.CHECK_PERIOD_S))
             waiting = [grammar for grammar in waiting if grammar.is_busy]
 
     def close(self) -> None:
@@ -201,7 +166,7 @@ class GrammarPool:
             self._poll.register(link.socket.fileno(), select.EPOLLIN)
             link.is_watched = True
         if holder.is_overdue:
-            link.lower_priority(SLOW_NICENESS)
+            link.lower_priority(limits.SLOW_NICENESS)
         link.send(Compile(holder.constraint))
         for grammar in holder.grammars.values():
             link.send(Open(grammar.number, grammar.token_ids))
@@ -312,8 +277,8 @@ class GrammarPool:
     def _take(self, holder: Holder, state: State) -> None:
         assert holder.link is not None
         holder.used_at = time.monotonic()
-        if state.cpu_s > NICE_CPU_S and holder.stage is Stage.COMPILED:
-            holder.link.lower_priority(SLOW_NICENESS)
+        if state.cpu_s > limits.NICE_CPU_S and holder.stage is Stage.COMPILED:
+            holder.link.lower_priority(limits.SLOW_NICENESS)
         grammar = holder.grammars.get(state.sequence)
         if holder.stage is Stage.COMPILING:
             holder.stage = Stage.FAILED if state.error is not None else Stage.COMPILED
@@ -371,33 +336,30 @@ class GrammarPool:
 
     def _check_limits(self) -> None:
         now = time.monotonic()
-        if now - self._checked_at < CHECK_PERIOD_S:
+        if now - self._checked_at < limits.CHECK_PERIOD_S:
             return
         self._checked_at = now
         for holder in [*self._links.values(), *self._queued]:
             if holder.stage is not Stage.COMPILED:
-                self._check_compiling(holder, now)
+                self._carry_out(holder, limits.judge_compiling(holder, now))
             elif holder.link is not None and holder.link.awaited:
-                self._check_step(holder, holder.link, now)
-        if now - self._measured_at > MEMORY_PERIOD_S:
+                self._carry_out(holder, limits.judge_step(holder.link, now))
+        if now - self._measured_at > limits.MEMORY_PERIOD_S:
             self._measured_at = now
-            self._bound_memory()
+            for holder, num_bytes in limits.too_large(self._links.values()):
+                logger.warning("constraints take too much memory together; ended one of %d MiB", num_bytes >> 20)
+                self._fail_all(holder, "the instance has no memory left for it", 503)
 
-    def _check_compiling(self, holder: Holder, now: float) -> None:
-        link = holder.link
-        if link is not None and not link.has_begun and now - link.waiting_since > HELLO_WALL_S:
-            self._end_nursery(f"it has not moved for {HELLO_WALL_S:g} s")
-            return
-        used_s = 0.0 if holder.link is None else holder.link.cpu_s()
-        if used_s > COMPILE_CPU_S:
-            self._fail_all(holder, f"compiling it takes more than {COMPILE_CPU_S:g} s", 400)
-        elif now - holder.queued_at > COMPILE_WALL_S:
-            text = f"not compiled within {COMPILE_WALL_S:g} s; the instance is busy with other constraints"
-            self._fail_all(holder, text, 503)
-        elif used_s > SLICE_CPU_S and not holder.is_overdue:
-            self._end_slice(holder)
-        elif used_s > NICE_CPU_S and holder.link is not None:
-            holder.link.lower_priority(COMPILE_NICENESS)
+    def _carry_out(self, holder: Holder, verdict: Verdict | None) -> None:
+        match verdict:
+            case Verdict(Excess.NURSERY):
+                self._end_nursery(verdict.reason)
+            case Verdict(Excess.CONSTRAINT):
+                self._fail_all(holder, verdict.reason, verdict.status_code)
+            case Verdict(Excess.STEP):
+                self._end_culprit(holder, verdict.reason)
+            case Verdict(Excess.SLICE):
+                self._end_slice(holder)
 
     def _end_slice(self, holder: Holder) -> None:
         """Let a constraint that takes its time make room for others."""
@@ -405,33 +367,13 @@ class GrammarPool:
         holder.is_overdue = True
         num_slow = sum(other.is_overdue and other.stage is Stage.COMPILING for other in self._links.values())
         if num_slow <= SLOW_SLOTS:
-            holder.link.lower_priority(SLOW_NICENESS)
+            holder.link.lower_priority(limits.SLOW_NICENESS)
             return
         self._unlink(holder)  # to begin anew when one of those is done
         holder.stage = Stage.QUEUED
         self._queued.append(holder)
         for grammar in holder.grammars.values():
             grammar.num_awaited = 1
-
-    def _check_step(self, holder: Holder, link: GrammarLink, now: float) -> None:
-        if now - link.waiting_since < CHECK_PERIOD_S:
-            return
-        used_s = link.cpu_s()
-        if used_s > NICE_CPU_S:
-            link.lower_priority(SLOW_NICENESS)
-        if used_s > STEP_CPU_S or now - link.waiting_since > STEP_WALL_S:
-            self._end_culprit(holder, f"one token takes more than {STEP_CPU_S:g} s of computing")
-
-    def _bound_memory(self) -> None:
-        """End the largest while they have too much together, those that nobody uses first."""
-        sizes = {holder: holder.link.memory_bytes() for holder in self._links.values() if holder.link is not None}
-        total = sum(sizes.values())
-        for holder in sorted(sizes, key=lambda holder: (bool(holder.grammars), -sizes[holder])):
-            if total <= MAX_TOTAL_BYTES:
-                return
-            total -= sizes[holder]
-            logger.warning("constraints take too much memory together; ended one of %d MiB", sizes[holder] >> 20)
-            self._fail_all(holder, "the instance has no memory left for it", 503)
 
 
 def make_grammar_pool(name: str, find_tokenizer: Callable[[], str], model_config: ModelConfig) -> GrammarPool | None:

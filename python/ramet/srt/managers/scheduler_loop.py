@@ -31,6 +31,7 @@ from ramet.srt.weights.inspection_messages import (
     WeightInspection,
     WeightInspectionOutput,
 )
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep
 
 IDLE_POLL_S = 1.0
@@ -101,7 +102,7 @@ class SchedulerLoop:
             case RenameWeightsReqInput():
                 scheduler.rename_weights(message.version, abort_all=message.abort_all)
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case _ if isinstance(message, WeightStep):
+            case _ if isinstance(message, WeightStep | MemoryStep):
                 self._weight_updates.handle(message)
             case ReadWeightReq() | CheckWeightsReq():
                 reply(self._inspect(message))

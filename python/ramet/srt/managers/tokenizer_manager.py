@@ -4,17 +4,12 @@ It runs on one asyncio event loop and knows nothing of HTTP.
 """
 
 import asyncio
-import contextlib
 import functools
-import logging
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
-
-import zmq
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.data_parallel_controller import DataParallelController
@@ -44,26 +39,21 @@ from ramet.srt.managers.io_struct import (
     StopProfileReqInput,
     TokenizedGenerateReqInput,
     UnloadLoraReqInput,
-    decode,
-    encode,
 )
 from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInput, is_slow, prepare_requests
+from ramet.srt.managers.tokenizer_channel import TokenizerChannel
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
 from ramet.srt.weights.inspection_messages import WeightInspection, WeightInspectionOutput
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
-logger = logging.getLogger(__name__)
-
 CONTROL_TIMEOUT_S = 10.0
-MAX_MESSAGES_AT_ONCE = 16  # before others have the event loop
 ABORTED_STATUS = 499  # of a sequence that somebody has aborted: it ends with what it has, other ends are errors
-
-PROFILE_TIMEOUT_S = 300.0  # a long trace takes its time to be written
 
 Question = (
     FlushCacheReqInput
@@ -76,6 +66,7 @@ Question = (
     | ContinueReqInput
     | RenameWeightsReqInput
     | WeightStep
+    | MemoryStep
     | WeightInspection
 )
 AnyReply = (
@@ -124,32 +115,15 @@ class TokenizerManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
-        self._may_record = False  # a profile; one that ends by itself does not tell
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
-        self._reader = self._context.socket(zmq.PULL)
-        self._reader.setsockopt(zmq.RCVHWM, 0)
-        if port_args.tokenizer_fd is not None:
-            self._reader.setsockopt(zmq.USE_FD, os.dup(port_args.tokenizer_fd))  # zmq closes what it gets
-        self._reader.bind(port_args.tokenizer_ipc_name)
+        self._channel = TokenizerChannel(port_args)
         self._controller = DataParallelController(load_balance_method)
-        self._to_schedulers: list[zmq.Socket[bytes]] = []
-        self._to_detokenizer = self._connect(port_args.detokenizer_ipc_name)
-
-    def _connect(self, address: str) -> zmq.Socket[bytes]:
-        """A socket that never blocks: messages wait in memory until the other side takes them."""
-        socket = self._context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.connect(address)
-        return socket
+        self._tell_detokenizer = self._channel.connect(port_args.detokenizer_ipc_name)
 
     # ---- life ----
 
     def connect(self, scheduler_addresses: Sequence[str]) -> None:
         """The scheduler of each replica reads at its address; it can be asked, though not for tokens yet."""
-        self._to_schedulers = [self._connect(address) for address in scheduler_addresses]
-        self._controller.connect([functools.partial(self._send, socket) for socket in self._to_schedulers])
+        self._controller.connect([self._channel.connect(address) for address in scheduler_addresses])
 
     def start_accepting(self, max_req_len: int, weight_version: str) -> None:
         """The instance is ready."""
@@ -198,9 +172,7 @@ class TokenizerManager:
 
     def close(self) -> None:
         """Close the sockets; unsent messages are dropped."""
-        for socket in (self._reader, *self._to_schedulers, self._to_detokenizer):
-            socket.close(linger=0)
-        self._context.term()
+        self._channel.close()
 
     # ---- requests ----
 
@@ -252,87 +224,13 @@ class TokenizerManager:
         replies = await self.ask_all(FlushCacheReqInput, FlushCacheReqOutput)
         return min(replies, key=lambda reply: reply.success)
 
-    async def start_profile(
-        self,
-        root: str,
-        output_dir: str,
-        num_steps: int | None,
-        activities: list[str],
-        with_stack: bool,
-        record_shapes: bool,
-    ) -> ProfileReqOutput:
-        """Have every rank record its passes; the first refusal, if any. Raises ServiceError without an answer.
-
-        Args:
-            root: the folder that `output_dir` must be in; the ranks refuse another.
-        """
-        question = functools.partial(
-            StartProfileReqInput,
-            profile_id=str(time.time()),
-            root=os.path.abspath(root),
-            output_dir=os.path.abspath(output_dir),
-            num_steps=num_steps,
-            activities=activities,
-            with_stack=with_stack,
-            record_shapes=record_shapes,
-        )
-        self._may_record = True
-        replies = await self.ask_all(question, ProfileReqOutput, PROFILE_TIMEOUT_S)
-        return min(replies, key=lambda reply: reply.success)
-
-    async def stop_profile(self) -> ProfileReqOutput:
-        """End the recording where there is one; refused if there is none. Raises ServiceError without an answer."""
-        replies = await self.ask_all(StopProfileReqInput, ProfileReqOutput, PROFILE_TIMEOUT_S)
-        self._may_record = False
-        return max(replies, key=lambda reply: reply.success)
-
-    async def end_profile(self) -> None:
-        """Wait until what was recorded is written: a rank that is only told to end is killed after some seconds."""
-        if self._may_record:
-            logger.info("waiting until the profile is written, if one is being recorded")
-            with contextlib.suppress(ServiceError):
-                await self.stop_profile()
-
     async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
         """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
         return await self.ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
 
     async def receive_forever(self) -> None:
-        """Hand what comes from the other processes to who waits for it. Runs until cancelled.
-
-        It is called back when there is something, and takes all of it at once: a task that waits for each message
-        costs two turns of the event loop more.
-        """
-        loop = asyncio.get_running_loop()
-        failure: asyncio.Future[None] = loop.create_future()
-
-        def take() -> None:
-            if failure.done():
-                return
-            try:
-                is_empty = self._take_messages()
-            except Exception as error:  # noqa: BLE001 - who waits for this coroutine gets it
-                failure.set_exception(error)
-            else:
-                if not is_empty:
-                    loop.call_soon(take)  # the others first
-
-        loop.add_reader(self._reader.fileno(), take)
-        try:
-            take()
-            await failure
-        finally:
-            loop.remove_reader(self._reader.fileno())
-
-    def _take_messages(self) -> bool:
-        """Take what is there; False if that may not be all. The socket tells of more only when it was empty before."""
-        for _ in range(MAX_MESSAGES_AT_ONCE):
-            try:
-                data = self._reader.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return True
-            self._take_message(decode(data))
-        return False
+        """Hand what comes from the other processes to who waits for it. Runs until cancelled."""
+        await self._channel.receive_forever(self._take_message)
 
     def _take_message(self, message: Message) -> None:
         if isinstance(message, BatchStrOutput):
@@ -372,7 +270,7 @@ class TokenizerManager:
             skip_special_tokens=params.skip_special_tokens,
             no_stop_trim=params.no_stop_trim,
         )
-        self._send(self._to_detokenizer, announcement)
+        self._tell_detokenizer(announcement)
 
     def _take_output(self, item: RequestText, now: float) -> None:
         if item.output.finish_reason is not None:
@@ -420,10 +318,6 @@ class TokenizerManager:
         self._controller.forget(rid)
         if not self._running:
             self._idle.set()
-
-    def _send(self, socket: zmq.Socket[bytes], message: Message) -> None:
-        if not socket.closed:
-            socket.send(encode(message), zmq.NOBLOCK)
 
     async def ask_all(
         self,

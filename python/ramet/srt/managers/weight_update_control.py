@@ -40,6 +40,10 @@ Result = TypeVar("Result")
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
 
+class NoRoomError(RequestError):
+    """There is no memory for other weights beside those that serve."""
+
+
 class Doors(Protocol):
     """What an instance is toward others while its weights change."""
 
@@ -47,8 +51,8 @@ class Doors(Protocol):
     def gives_weights(self) -> bool:
         """Whether other instances may come for the weights."""
 
-    def close_for_weights(self) -> None:
-        """Give the weights to nobody new."""
+    def close_for_weights(self, *, asleep: bool = False) -> None:
+        """Give the weights to nobody new: they change, or the instance sleeps."""
 
     def open_for_weights(self) -> None:
         """The ranks have registered what they have now: others may come."""
@@ -119,6 +123,8 @@ class WeightUpdateControl:
         self._turn = turn
         self._tasks: set[asyncio.Task[Any]] = set()
         self.has_session = False  # whether tensors may come for content that is not complete yet
+        self.is_asleep = False  # nobody is told of the weights
+        self.has_weights = True  # False while their memory is given back: what is staged takes its place
 
     @property
     def current(self) -> Content:
@@ -180,7 +186,8 @@ class WeightUpdateControl:
                 logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
             else:
                 raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
-            content = Content(number, version or f"update-{number}", found.origin, found.model_path)
+            name = version or f"update-{number}"
+            content = Content(number, name, found.origin, found.model_path, found.source)
             return await self.serve(content, Staged.of(staged), abort_all=abort_all)
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
@@ -194,17 +201,19 @@ class WeightUpdateControl:
     # -- Steps of an update, also those of a session: see weight_sessions.py
 
     @contextlib.asynccontextmanager
-    async def turn(self, *, session: bool = False) -> AsyncIterator[None]:
+    async def turn(self, *, session: bool = False, changes: bool = True) -> AsyncIterator[None]:
         """Around an update: nobody else changes weights, their name or adapters meanwhile.
 
         Args:
             session: of the session that is open, if there is one; any other update is refused while there is.
+            changes: the weights are others afterwards, which adapters don't belong to.
 
         Raises:
-            RequestError: if adapters are loaded, or a session is open.
+            RequestError: if adapters are loaded and the weights change, or a session is open.
         """
         async with self._turn, self._adapters_turn:
-            self._check_adapters()
+            if changes:
+                self._check_adapters()
             if self.has_session and not session:
                 raise RequestError("a session (/begin_weight_update) is open: end it first (/end_weight_update)")
             yield
@@ -228,6 +237,7 @@ class WeightUpdateControl:
             num_bytes=staged.num_bytes,
             stage_s=staged.seconds,
             transfer_s=staged.transfer_s,
+            mode=staged.mode,
         )
         logger.info("%s", report.message)
         return report
@@ -264,9 +274,11 @@ class WeightUpdateControl:
         except BaseException:
             await self.drop(number)
             raise
-        if failure := _failure(replies):
+        if failure := failure_of(replies):
             await self.drop(number)
-            raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
+            lacks_memory = all(reply.lacks_memory for reply in replies if not reply.success)
+            kind = NoRoomError if lacks_memory else RequestError
+            raise kind(f"the weights can't be changed, and are what they were: {failure}")
         return replies
 
     async def _is_unchanged(self, found: FoundSource, number: int) -> bool:
@@ -279,9 +291,9 @@ class WeightUpdateControl:
     async def _switch_to(self, content: Content, abort_all: bool) -> UpdateReport:
         """Serve what all ranks have staged."""
         try:
-            await self._withdraw()
+            await self.withdraw()
         except BaseException:
-            await self._offer()
+            await self.offer()
             raise
         if content.is_made_up:
             self._manager.weights_refusal = RESET
@@ -295,8 +307,9 @@ class WeightUpdateControl:
             raise
         replaced = self.current
         self.kept = [one for one in self.kept if one != content]
-        if replaced.is_made_up:
+        if replaced.is_made_up or not self.has_weights:
             await self.drop(replaced.number)
+            self.has_weights = True
         else:
             self.kept.insert(0, replaced)
         self._current = replace(content, since=time.time())
@@ -310,23 +323,25 @@ class WeightUpdateControl:
             origin=content.origin,
             pause_s=max(reply.pause_s for reply in replies),
             num_reqs=sum(reply.num_reqs for reply in replies),
-            trouble="" if content.is_made_up else await self._offer(),
+            trouble="" if content.is_made_up else await self.offer(),
         )
 
-    async def _withdraw(self) -> None:
+    # -- What others are told
+
+    async def withdraw(self, *, asleep: bool = False) -> None:
         """Tell others that these weights are about to go. Raises RequestError if a rank can't."""
-        if self._doors.gives_weights:
-            self._doors.close_for_weights()
+        if self._doors.gives_weights and not self.is_asleep:
+            self._doors.close_for_weights(asleep=asleep)
             replies = await self._ask(functools.partial(OfferWeightsReq, is_offered=False), OFFER_TIMEOUT_S)
-            if failure := _failure(replies):
+            if failure := failure_of(replies):
                 raise RequestError(f"the weights can't be withdrawn from other instances: {failure}")
 
-    async def _offer(self) -> str:
+    async def offer(self) -> str:
         """Let others take what serves now; why they can't, or ""."""
-        if not self._doors.gives_weights:
+        if not self._doors.gives_weights or self.is_asleep:
             return ""
         try:
-            failure = _failure(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
+            failure = failure_of(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
         except ServiceError as error:
             failure = str(error)
         if failure:
@@ -334,6 +349,11 @@ class WeightUpdateControl:
             return f"but other instances can't take them: {failure}"
         self._doors.open_for_weights()
         return ""
+
+    async def drop_kept(self) -> None:
+        """Give up every way back."""
+        while self.kept:
+            await self.drop(self.kept.pop().number)
 
     async def drop(self, number: int) -> None:
         """Forget staged content, on all ranks."""
@@ -354,6 +374,6 @@ class WeightUpdateControl:
             raise RequestError(str(error)) from None
 
 
-def _failure(replies: list[WeightStepOutput]) -> str:
+def failure_of(replies: list[WeightStepOutput]) -> str:
     """Why not all replicas have taken a step; "" if they have."""
     return "; ".join(dict.fromkeys(reply.message for reply in replies if not reply.success))

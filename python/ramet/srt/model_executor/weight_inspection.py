@@ -52,7 +52,7 @@ class WeightInspector:
         arena = self._versions.arena
         try:
             boxes = find_boxes(arena.manifest, question.name)
-            with arena.work_context():
+            with arena.reading(), arena.work_context():
                 return RankReading(parts=read_parts(arena, boxes, question))
         except (ValueError, RuntimeError) as error:  # another rank waits for this one's answer
             return RankReading(failure=one_line(error))
@@ -61,7 +61,8 @@ class WeightInspector:
         arena = self._versions.arena
         entries, rank = arena.manifest.entries, arena.manifest.parallel.world_rank
         try:
-            found = dict(zip((one.name for one in entries), arena.hash_entries(entries), strict=True))
+            with arena.reading():
+                found = dict(zip((one.name for one in entries), arena.hash_entries(entries), strict=True))
         except RuntimeError as error:
             return RankChecksums(rank=rank, checksums={}, failure=one_line(error))
         different: list[str] = []

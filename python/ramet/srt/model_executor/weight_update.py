@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
-from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
+from ramet.srt.model_executor.rank_memory import RankMemory, instance_config
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
 from ramet.srt.model_executor.tensor_feeds import TensorFeeds
 from ramet.srt.model_loader.arena.base import WeightArena
@@ -29,9 +30,9 @@ from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.utils.net import SeedAddress
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
@@ -52,6 +53,11 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+NAMES = {  # of steps other than those toward new weights
+    OfferWeightsReq: "the offer of weights",
+    ReleaseMemoryReq: "giving memory back",
+    ResumeMemoryReq: "taking memory again",
+}
 FIRST = 0  # the number of the content that the rank was started with
 
 
@@ -63,6 +69,8 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     num_bytes: int = 0
     seconds: float = 0.0
     transfer_s: float = 0.0
+    in_host_memory: bool = False
+    lacks_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,15 @@ class RankVersions:
     Args:
         weights: what serves.
         open_checkpoint: opens files as checkpoints of the rank's model.
+        memory: gives memory back, and takes it again.
     """
 
-    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener):
+    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener, memory: RankMemory):
         self.weights: LoadedWeights | OfferedWeights = weights
         self.current = FIRST
         self.offer_again: Callable[[], None] | None = None  # of an instance that gives its weights
         self._open_checkpoint = open_checkpoint
+        self._memory = memory
         self._arriving = weights.weights
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
@@ -106,7 +116,7 @@ class RankVersions:
 
     # -- Steps that go on beside passes
 
-    def begin(self, step: LongWeightStep) -> None:
+    def begin(self, step: LongWeightStep | MemoryStep) -> None:
         """Begin a step in a thread. All ranks of the replica do, one step after the other."""
         job = self._job = Future[StepOutcome]()
 
@@ -136,7 +146,7 @@ class RankVersions:
         except (WeightTransferError, OSError) as error:  # the offer itself will fail, and say so
             logger.warning("rank %d: an offer can't be prepared: %s", self._parallel.world_rank, one_line(error))
 
-    def _run(self, step: LongWeightStep) -> StepOutcome:
+    def _run(self, step: LongWeightStep | MemoryStep) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -160,9 +170,9 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: LongWeightStep) -> StepOutcome:
+    def _take(self, step: LongWeightStep | MemoryStep) -> StepOutcome:
         rank = self._parallel.world_rank
-        what = "the offer of weights" if isinstance(step, OfferWeightsReq) else "staging weights"
+        what = NAMES.get(type(step), "staging weights")
         try:
             self.arena.make_current()
             match step:
@@ -173,14 +183,23 @@ class RankVersions:
                 case SealWeightsReq():
                     return self._seal(step)
                 case OfferWeightsReq():
-                    self._offer(step.is_offered)
+                    return self._offer(step.is_offered)
+                case _:
+                    return self._move_memory(step)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
-            return StepOutcome(failure=one_line(error))
+            lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            return StepOutcome(failure=one_line(error), lacks_memory=lacks_memory)
         except Exception as error:  # the reason is answered; what serves has not been touched
             logger.exception("rank %d: %s failed", rank, what)
             return StepOutcome(failure=repr(error))
-        return StepOutcome()
+
+    def _move_memory(self, step: MemoryStep) -> StepOutcome:
+        if isinstance(self.weights, OfferedWeights):
+            raise RuntimeError("weights that others may take can't be put away")
+        moved = self._memory.take(step)
+        sources = (moved.source,) if moved.source else ()
+        return StepOutcome(sources=sources, num_bytes=moved.num_bytes, seconds=moved.seconds)
 
     def _stage(self, step: StageWeightsReq) -> StepOutcome:
         start = time.perf_counter()
@@ -198,6 +217,7 @@ class RankVersions:
             num_bytes=report.num_bytes,
             seconds=time.perf_counter() - start,
             transfer_s=report.transfer_seconds,
+            in_host_memory=stage.in_host_memory,
         )
 
     def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
@@ -237,7 +257,7 @@ class RankVersions:
         seconds = time.perf_counter() - start
         report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
-        return StepOutcome(seconds=seconds)
+        return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -250,7 +270,7 @@ class RankVersions:
             return stage, loader.load_weights(stage.manifest, stage, "").report
         if isinstance(source, InstanceSource):
             stage = self.arena.open_stage(self._manifest(""))
-            config = _instance_config(base, source)
+            config = instance_config(base, source)
             report = get_model_loader(config, open_checkpoint=opener).load_weights(stage.manifest, stage, "").report
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
@@ -277,13 +297,14 @@ class RankVersions:
         manifest = self._arriving.manifest
         return msgspec.structs.replace(manifest, revision=revision, checksums=None, weight_version=DEFAULT_VERSION)
 
-    def _offer(self, is_offered: bool) -> None:
+    def _offer(self, is_offered: bool) -> StepOutcome:
         if isinstance(self.weights, OfferedWeights) == is_offered:
-            return
+            return StepOutcome()
         if isinstance(self.weights, OfferedWeights):
             self.weights = self.weights.withdraw()
         elif self.offer_again is not None:
             self.offer_again()
+        return StepOutcome()
 
     # -- Steps between two passes
 
@@ -319,7 +340,7 @@ class RankVersions:
             if self._staged.pop(number, None) is None and self._open.pop(number, None) is None:
                 self._dropped.add(number)
 
-    def follow(self, step: WeightStep) -> None:
+    def follow(self, step: WeightStep | MemoryStep) -> None:
         """Do what the replica's leader says."""
         match step:
             case SwitchWeightsReq():
@@ -328,20 +349,6 @@ class RankVersions:
                 self.drop(step.number)
             case _:
                 self.begin(step)
-
-
-def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
-    return dataclasses.replace(
-        base,
-        load_format="remote_instance",
-        seeds=(SeedAddress(source.host, source.port, source.scheme),),
-        send_weights_group_ports=(),
-        fallback="error",
-        weights_digest=source.digest,
-        shows_keys=not source.is_listed,
-        is_update=True,
-        modelexpress_url=None,
-    )
 
 
 def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
@@ -357,4 +364,6 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
         transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
+        in_host_memory=any(outcome.in_host_memory for outcome in outcomes.values()),
+        lacks_memory=all(outcome.lacks_memory for outcome in outcomes.values() if outcome.failure),
     )

@@ -124,6 +124,8 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer_s: float = 0.0  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_s: float = 0.0  # between two passes, for a switch
     num_reqs: int = 0  # that ran or waited at a switch
+    in_host_memory: bool = False  # some of what was staged is in host memory, for want of room on a GPU
+    lacks_memory: bool = False  # all that it has failed for
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes

@@ -64,7 +64,7 @@ def make_admin_router(instance: Instance) -> APIRouter:
     async def start_profile(body: StartProfileBody | None = None) -> Response:
         """Have every rank record `num_steps` passes, or all until /stop_profile, and write a Chrome trace."""
         body = body or StartProfileBody()
-        reply = await instance.manager.start_profile(
+        reply = await instance.profiles.start(
             root=instance.server_args.profile_root,
             output_dir=_profile_folder(instance, body.output_dir),
             num_steps=body.num_steps,
@@ -77,7 +77,7 @@ def make_admin_router(instance: Instance) -> APIRouter:
     @router.post("/stop_profile", responses={200: {"model": Done}})
     async def stop_profile() -> Response:
         """End the recording; answered when it is written."""
-        return done_or_refused(await instance.manager.stop_profile())
+        return done_or_refused(await instance.profiles.stop())
 
     @router.post("/abort_request", responses={200: {"model": Done}})
     async def abort_request(body: AbortBody, request: Request) -> Response:

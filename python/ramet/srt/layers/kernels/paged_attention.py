@@ -281,7 +281,7 @@ def paged_attention(
     Returns:
         Contiguous [num_tokens, num_heads, head_dim].
     """
-    num_tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     assert q.stride()[1:] == (head_dim, 1) and k_cache.stride() == v_cache.stride()
     assert k_cache.stride()[1:] == (head_dim, 1) and table.stride(1) == 1
@@ -329,22 +329,29 @@ def paged_attention(
             **launch,
         )
     if pieces.num_partials:
-        heads = 1 if num_tokens * num_heads <= BUSY_PROGRAMS else num_heads // num_kv_heads
-        _combine_kernel[(num_tokens, num_heads // heads)](
-            pieces.starts,
-            partial,
-            lse,
-            out,
-            num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            NUM_HEADS=heads,
-            BLOCK_PARTS=64,
-            EARLY=early,
-            num_warps=4,
-            **launch,
-        )
+        _combine(pieces.starts, partial, lse, out, num_heads // num_kv_heads)
     return out
+
+
+def _combine(starts: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, group: int) -> None:
+    """Write what comes of the partial results to the tokens of `out` that have some; see PieceLists."""
+    num_tokens, num_heads, head_dim = out.shape
+    early = can_launch_early(out.device)
+    heads = 1 if num_tokens * num_heads <= BUSY_PROGRAMS else group
+    _combine_kernel[(num_tokens, num_heads // heads)](
+        starts,
+        partial,
+        lse,
+        out,
+        num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(16, next_power_of_2(head_dim)),
+        NUM_HEADS=heads,
+        BLOCK_PARTS=64,
+        EARLY=early,
+        num_warps=4,
+        **({"launch_pdl": True} if early else {}),
+    )
 
 
 def small_tile(dtype: torch.dtype, head_dim: int, group: int) -> TileShape:
