@@ -40,6 +40,7 @@ from updated_servers import SMALL
 # Offered to processes of this host alone: an offer to others starts a process for each change.
 OFFER = ("--load-format", "remote_instance", "--remote-instance-weight-loader-backend", "transfer_engine",
          "--remote-instance-weight-loader-seed-instance-ip", "127.0.0.1:9")  # fmt: skip
+SAVER = ("--enable-memory-saver", "--enable-weights-cpu-backup")
 CONTENTS = ("a", "b", "c")
 NUM_TOKENS, LONG = 6, 300
 PREFIX = rm.random_prompts([40])[0]
@@ -99,7 +100,7 @@ class Scene:
         return folder
 
     def start(self, name: str, content: str) -> httpx.Client:
-        flags = ("--remote-instance-weight-loader-fallback", "disk", "--random-seed", "0", *OFFER, *SMALL)
+        flags = ("--remote-instance-weight-loader-fallback", "disk", "--random-seed", "0", *OFFER, *SMALL, *SAVER)
         server = ServerProcess(self.models[content], self.folder / name, *flags, fake=False)
         self.servers.append(server)
         return httpx.Client(base_url=server.wait_ready().url, timeout=60)
@@ -240,11 +241,7 @@ class Updates(RuleBasedStateMachine):
     def go_on(self) -> None:
         assert self.post("/continue_generation").status_code == 200
         self.is_paused = False
-        for held, prompt in self.held:
-            said = held.join()
-            if held.status == 200:  # else it had come while nothing could be served
-                self.check(told_by(eval_event(said)), prompt, may_be_aborted=True)
-        self.held.clear()
+        self.join_held()
 
     @rule()
     def reset(self) -> None:
@@ -253,6 +250,21 @@ class Updates(RuleBasedStateMachine):
         assert self.post("/weights_checker", action="reset_tensors").json()["success"]
         self.kept, self.serving, self.is_reset = [self.serving], ("reset", None), True
         self.asked.clear()
+
+    @precondition(lambda self: not self.is_reset)
+    @rule(prompt=st.sampled_from(PROMPTS))
+    def sleep_and_wake(self, prompt: list[int]) -> None:
+        """The same weights serve afterwards, with nothing of the KV cache; there is no way back any more."""
+        assert self.post("/release_memory_occupation").status_code == 200
+        assert self.one.get("/is_sleeping").json()["is_sleeping"]
+        held = Background(str(self.one.base_url), **body_of(prompt))
+        assert self.one.get("/ready").status_code == 503
+        assert self.post("/resume_memory_occupation").status_code == 200
+        self.kept = []
+        self.asked.clear()
+        self.held.append((held, prompt))
+        if not self.is_paused:
+            self.join_held()
 
     # -- What is asked
 
@@ -290,7 +302,7 @@ class Updates(RuleBasedStateMachine):
     @precondition(lambda self: not self.is_reset and len(self.clones) < 3)
     @rule()
     def clone(self) -> None:
-        """A process on the same host maps the weights, and goes on with them whatever becomes of the instance."""
+        """This process maps the weights as a clone does, and keeps them whatever becomes of the instance."""
         address = SeedAddress("127.0.0.1", self.one.base_url.port)
         manifest = fetch_seed_answer(SeedServer(address), 0, "target", 30.0).manifest
         arena = allocate_arena(manifest, "cpu")
@@ -322,6 +334,14 @@ class Updates(RuleBasedStateMachine):
             self.update_from_disk("a")
 
     # -- Helpers
+
+    def join_held(self) -> None:
+        for held, prompt in self.held:
+            said = held.join()
+            if held.status == 200:  # else it had come while nothing could be served
+                self.check(told_by(eval_event(said)), prompt, may_be_aborted=True)
+                self.asked.append(prompt)
+        self.held.clear()
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.one.post(path, json=body)
