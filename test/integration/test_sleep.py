@@ -8,6 +8,8 @@ import time
 
 import httpx
 import pytest
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedRefused, SeedServer, fetch_seed_answer
+from ramet.srt.utils.net import SeedAddress
 from seed_server import SeedServerProcess
 from server_process import Background, ServerProcess, assert_nothing_left
 from updated_servers import GREEDY, PROMPT, SEED, SMALL, Case, checksums, post, ranks_of, tokens, update, versions
@@ -45,7 +47,7 @@ def wake(server, **body):
     assert (answer.status_code, answer.json()) == (200, None), answer.text
 
 
-def test_requests_wait_for_it_to_wake_and_others_go_elsewhere(case, server, tmp_path):
+def test_requests_wait_for_it_to_wake_and_others_go_elsewhere(case, server):
     before, long = checksums(server), post(server, "/generate", input_ids=PROMPT, sampling_params=LONG).json()
     stream = Background(server.url, input_ids=PROMPT, sampling_params=LONG)
     stream.begun.wait(30)
@@ -57,13 +59,10 @@ def test_requests_wait_for_it_to_wake_and_others_go_elsewhere(case, server, tmp_
     late = Background(server.url, input_ids=PROMPT, sampling_params=GREEDY)
     answer = get(server, "/remote_instance_transfer_engine_info?rank=0")
     assert answer.status_code == 409 and "asleep" in answer.text
-    seed = ("--remote-instance-weight-loader-seed-instance-ip", server.url.removeprefix("http://"))
-    with ServerProcess(case.models["old"], tmp_path / "log", "--load-format", "remote_instance", *seed, *NAME, *SMALL,
-                       fake=False) as clone:  # fmt: skip
-        begun = time.monotonic()
-        assert tokens(clone.wait_ready()) == case.tokens["old"]
-        assert time.monotonic() - begun < 30, "nobody waits for an instance that sleeps"
-        assert "loading from disk instead" in clone.output and "asleep" in clone.output
+    seed, begun = SeedServer(SeedAddress("127.0.0.1", int(server.url.rpartition(":")[2]))), time.monotonic()
+    with pytest.raises(SeedRefused, match="asleep"):
+        fetch_seed_answer(seed, 0, "target", timeout_s=60)
+    assert time.monotonic() - begun < 30, "a clone does not wait for an instance that sleeps"
     for path in ("/continue_generation", "/resume"):
         answer = post(server, path)
         assert answer.status_code == 400 and "wake it first" in answer.text
@@ -134,17 +133,6 @@ def test_it_sleeps_on_while_its_weights_can_be_had_nowhere(case, server):
     assert tokens(server) == case.tokens["old"]
 
 
-def test_sigterm_ends_it_asleep_with_those_who_wait(case, tmp_path):
-    with ServerProcess(case.models["old"], tmp_path / "log", SAVER, *SMALL, fake=False) as one:
-        fall_asleep(one.wait_ready())
-        late = Background(one.url, input_ids=PROMPT, sampling_params=GREEDY)
-        while '"num_waiting_reqs":1' not in get(one, "/v1/loads").text.replace(" ", ""):
-            time.sleep(0.01)
-        one.signal()
-        assert one.wait_exit(20) == 0
-        assert '"type":"abort"' in late.join()[-2]
-
-
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
 def test_a_rank_that_is_killed_asleep_or_waking_ends_the_instance(case, tmp_path, seed):
     random_ = random.Random(seed)
@@ -174,3 +162,14 @@ def test_a_rank_that_is_killed_asleep_or_waking_ends_the_instance(case, tmp_path
         assert all(one in (200, 503, 400, case.tokens["old"]) for one in answers)
     assert_nothing_left(one, children)
     assert "was killed by SIGKILL" in one.output
+
+
+def test_sigterm_ends_it_asleep_with_those_who_wait(server):
+    """The last one of this server."""
+    fall_asleep(server)
+    late = Background(server.url, input_ids=PROMPT, sampling_params=GREEDY)
+    while '"num_waiting_reqs":1' not in get(server, "/v1/loads").text.replace(" ", ""):
+        time.sleep(0.01)
+    server.signal()
+    assert server.wait_exit(20) == 0
+    assert '"type":"abort"' in late.join()[-2]

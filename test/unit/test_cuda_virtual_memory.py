@@ -92,6 +92,7 @@ class Driver:
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(cuda_virtual_memory, "call_driver", driver)
+    monkeypatch.setattr(cuda_virtual_memory, "use_primary_context", lambda gpu_id: None)
     yield driver
     gc.collect()
     assert driver.free == FREE and not driver.shown and not driver.reserved

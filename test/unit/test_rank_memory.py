@@ -6,44 +6,12 @@ import shutil
 import psutil
 import pytest
 import random_models as rm
-from ramet.srt.managers.io_struct import ContinueReqInput, PauseReqInput
+from lora_adapters import make_adapter
 from ramet.srt.utils import host_memory
-from ramet.srt.weights.memory_messages import (
-    MEMORY_TAGS,
-    ReleaseMemoryReq,
-    ResumeMemoryReq,
-    StartSource,
-    WakeSource,
-)
-from ramet.srt.weights.update_messages import DropWeightsReq, FilesSource, InstanceSource, WeightStepOutput
+from ramet.srt.weights.update_messages import DropWeightsReq, FilesSource, InstanceSource
 from safetensors.torch import load_file, save_file
-from seed_server import SeedServerProcess
-from updated_engine import PROMPTS, Updated
-
-START: list[WakeSource] = [StartSource()]
-
-
-class Sleeper(Updated):
-    """A scheduler that is told to give its memory back, in a pause."""
-
-    def pause(self, mode: str = "retract") -> None:
-        self.engine.send(PauseReqInput(request_id="pause", mode=mode))
-        self.engine.step()
-
-    def release(self, *tags: str, keeps_copy: bool = False) -> WeightStepOutput:
-        step = ReleaseMemoryReq(request_id="sleep", tags=list(tags or MEMORY_TAGS), keeps_copy=keeps_copy)
-        return self.ask(step)
-
-    def resume(self, *tags: str, sources: list[WakeSource] = START) -> WeightStepOutput:
-        return self.ask(ResumeMemoryReq(request_id="wake", tags=list(tags or MEMORY_TAGS), sources=sources))
-
-    def go_on(self) -> None:
-        self.engine.send(ContinueReqInput(request_id="go on"))
-        self.engine.step()
-
-    @property
-    def arena(self):
-        return self.engine.runner.arena
+from sleeping_engine import START, Sleeper
+from updated_engine import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -107,25 +75,13 @@ def test_a_copy_in_host_memory_is_nearest_and_is_compared_too(sleeper):
     assert sleeper.resume().source == "checkpoint"
 
 
-@pytest.fixture(scope="module")
-def peers(models):
-    with SeedServerProcess(models["old"], {}) as old, SeedServerProcess(models["new"], {"tp_size": 2}) as new:
-        yield {"old": old.port, "new": new.port}
-
-
-def instance(port):
-    return InstanceSource(host="127.0.0.1", port=port)
-
-
-def test_an_instance_gives_them_if_it_has_the_same(sleeper, peers):
+def test_the_next_source_is_asked_where_one_is_gone(sleeper):
+    """An instance that has the weights: test/integration/test_sleep.py."""
+    gone = InstanceSource(host="127.0.0.1", port=1)
     sleeper.release()
-    reply = sleeper.resume(sources=[instance(peers["old"])])
-    assert reply.success and reply.source.startswith("local")
-    sleeper.release()
-    reply = sleeper.resume(sources=[instance(peers["new"])])
-    assert not reply.success and "other weights than before" in reply.message and sleeper.arena.is_put_away
-    reply = sleeper.resume(sources=[instance(peers["new"]), instance(1), *START])
-    assert reply.success and reply.source == "checkpoint"
+    reply = sleeper.resume(sources=[gone])
+    assert not reply.success and "127.0.0.1:1" in reply.message and sleeper.arena.is_put_away
+    assert sleeper.resume(sources=[gone, *START]).source == "checkpoint"
 
 
 def test_files_that_are_gone_cut_or_others_wake_nobody(sleeper, models, tmp_path):
@@ -189,6 +145,22 @@ def test_nothing_is_given_back_under_requests(shared):
     assert [shared.engine.run()["one"].token_ids] == expected
 
 
+def test_adapters_stay_while_the_weights_below_them_go_and_come(models, tmp_path):
+    adapter = make_adapter(tmp_path, models["old"])
+    sleeper = Sleeper(models["old"], enable_memory_saver=True, enable_lora=True)
+    assert sleeper.engine.load_adapter(1, adapter) == ""
+
+    def tokens() -> list[list[int]]:
+        return [one.token_ids for one in sleeper.engine.generate(PROMPTS, max_new_tokens=6, lora_id=1)]
+
+    expected = tokens()
+    assert expected != sleeper.tokens()
+    sleeper.pause()
+    assert sleeper.release().success and sleeper.resume().success
+    sleeper.go_on()
+    assert tokens() == expected
+
+
 def test_without_the_flag_nothing_is_given_back(models):
     plain = Sleeper(models["old"])
     plain.pause()
@@ -198,12 +170,12 @@ def test_without_the_flag_nothing_is_given_back(models):
 
 def test_a_process_that_sleeps_is_small(tmp_path):
     """By the kernel's own account."""
-    folder = rm.make_model(tmp_path, "llama3", hidden_size=1024, intermediate_size=4096, vocab_size=8192)
-    big = Sleeper(folder, enable_memory_saver=True, max_total_tokens=8192)
+    folder = rm.make_model(tmp_path, "llama3", hidden_size=512, intermediate_size=2048, vocab_size=8192)
+    big = Sleeper(folder, enable_memory_saver=True, max_total_tokens=16384)
     big.engine.runner.kv_pool.buffer.fill_(0)
     big.pause()
     awake = psutil.Process().memory_info().rss
     reply = big.release()
     given = awake - psutil.Process().memory_info().rss
-    assert reply.num_bytes > 100 << 20 and given > 0.95 * reply.num_bytes
+    assert reply.num_bytes > 50 << 20 and given > 0.95 * reply.num_bytes
     assert big.resume().success

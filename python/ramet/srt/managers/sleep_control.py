@@ -215,8 +215,8 @@ class SleepControl:
             trouble = "" if self.tags else await self._wake()
             seconds = time.perf_counter() - begun
             state = f"asleep ({', '.join(self.tags)})" if self.tags else "awake"
-            logger.info("%s after %.3f s: %d bytes of weights from %s",
-                        state, seconds, came.num_bytes, came.source or "nowhere")  # fmt: skip
+            weights = f", {came.num_bytes} bytes of weights from {came.source}" if came.source else ""
+            logger.info("%s after %.3f s%s", state, seconds, weights)
             return Moved(self.tags, came.num_bytes, came.source, seconds, trouble)
 
     async def _take(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Staged:

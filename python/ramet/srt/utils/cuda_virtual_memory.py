@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 
-from ramet.srt.utils.cuda_driver import call_driver
+from ramet.srt.utils.cuda_driver import call_driver, use_primary_context
 
 # Values of cuda.h.
 _ALLOCATION_PINNED = 1
@@ -71,7 +71,7 @@ class VirtualMemory:
         self.nbytes = _round_up(nbytes, self._properties)
         self._place = _Place(_reserve(self.nbytes), self.nbytes)
         self.address = self._place.address
-        weakref.finalize(self, self._place.free).atexit = False
+        weakref.finalize(self, self._place.free, gpu_id).atexit = False
         self.take()
 
     @property
@@ -163,9 +163,10 @@ class _Place:
         handle, self.handle = self.handle, None
         return handle
 
-    def free(self) -> None:
-        """Give addresses and memory back. Nothing may use them; what the driver says to that changes nothing."""
+    def free(self, gpu_id: int) -> None:
+        """Give addresses and memory back, in whatever thread. What the driver says to that changes nothing."""
         with contextlib.suppress(OSError):
+            use_primary_context(gpu_id)
             if self.handle is not None:
                 call_driver("cuCtxSynchronize")
                 call_driver("cuMemRelease", self.hide())
