@@ -7,8 +7,9 @@ Two instances of one model run on this host, on two GPUs if there are two. One s
 updated `--updates` times from the other, or from the model's files; every fourth update is rolled back. A gap is the
 longest time between two tokens of any stream, from an update's request to its answer; beside it stand the gaps without
 updates. The limit is a plain copy of the model's bytes, between the same devices, in the same run. Without --model-path
-the model is random, in Qwen3-8B's shape on a GPU and of 0.5 B parameters on a CPU. With `--load-format dummy` no
-weights X
+the model is random, in Qwen3-8B's shape on a GPU and of 1.0 GB on a CPU. With `--load-format dummy` no
+weights are written, and the two instances have different ones. `--sleep` measures that, too. The last line is all of it
+as JSON.
 """
 
 import argparse
@@ -16,23 +17,26 @@ import contextlib
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from bench_common import RESULTS, Server, bench_model, percentile, report, running
+from bench_common import RESULTS, Server, percentile, report, running
 from completion_load import Load, Outcome, Prompts, done, together
+from gpu_model import SHAPE, make_model, write_config, write_large_tokenizer
 
 OFFER = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
+ON_CPU: dict[str, Any] = {  # 1.0 GB
+    "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "eos_token_id": 2,
+}  # fmt: skip
 INPUT_LEN = 128
 PAUSE_S = 0.5  # between two updates
 WARM_UP_S = 2.0  # of the streams, before the first update
 RATE_INPUT_LEN, RATE_OUTPUT_LEN = 512, 256
 HOST_COPY_ROUNDS = 5
-SLEEP_PATHS = ("/release_memory_occupation", "/resume_memory_occupation")
 
 
 class Streams:
@@ -62,17 +66,17 @@ class Streams:
     def __exit__(self, *exception: object) -> None:
         self._thread.join(900)
 
-    def longest_gap(self, start_s: float, end_s: float) -> float:
-        """Between two tokens of one stream, of which some part lies between two times of perf_counter; 0 if none does.
+    def longest_gap(self, start_s: float, end_s: float) -> float | None:
+        """Between two tokens of one stream, of which some part lies between two times of perf_counter, if any does.
 
         The first token of a stream is behind a prompt: it ends no gap.
         """
         start_s, end_s = start_s - self.begin_s, end_s - self.begin_s
-        gaps = [0.0]
+        gaps: list[float] = []
         for outcome in self.outcomes:
             pairs = zip(outcome.times, outcome.times[1:], strict=False)
             gaps += [later - earlier for earlier, later in pairs if later >= start_s and earlier <= end_s]
-        return max(gaps)
+        return max(gaps, default=None)
 
     def gaps_outside(self, windows: list[tuple[float, float]]) -> list[float]:
         """All gaps that no window touches, once every stream has begun."""
@@ -89,15 +93,12 @@ class Streams:
 def choose_model(args: argparse.Namespace) -> Path:
     if args.model_path is not None:
         return args.model_path
-    if args.device == "cpu":
-        return bench_model(None)
-    from gpu_model import SHAPE, make_model, write_config, write_large_tokenizer
-
+    shape, name = (SHAPE, "8b") if args.device == "cuda" else (SHAPE | ON_CPU, "1gb")
     if args.load_format != "dummy":
-        return make_model(args.work_dir / "model-8b", SHAPE)
-    folder = write_config(args.work_dir / "shape-8b", SHAPE)
+        return make_model(args.work_dir / f"model-{name}", shape, args.device)
+    folder = write_config(args.work_dir / f"shape-{name}", shape)
     if not (folder / "tokenizer.json").is_file():
-        write_large_tokenizer(folder, SHAPE["vocab_size"])
+        write_large_tokenizer(folder, shape["vocab_size"])
     return folder
 
 
@@ -163,7 +164,14 @@ def change_weights(server: Server, peer: Server | None, folder: Path, args: argp
     for one in calls:
         one["gap_s"] = streams.longest_gap(one["start"], one["end"]) if one["has_load"] else None
     quiet = streams.gaps_outside([(one["start"], one["end"]) for one in calls])
-    return {"calls": calls, "quiet_gaps_s": {"p50": percentile(quiet, 0.5), "p99": percentile(quiet, 0.99)}}
+    return {"calls": calls, "quiet_gaps_ms": cuts_of(quiet, 1e3)}
+
+
+def cuts_of(values: list[float], factor: float = 1.0) -> dict[str, float | None]:
+    """Percentiles; None where there are no values."""
+    return {
+        name: factor * percentile(values, share) if values else None for name, share in (("p50", 0.5), ("p99", 0.99))
+    }
 
 
 def vocab_size_of(folder: Path) -> int:
@@ -178,9 +186,9 @@ def describe(calls: list[dict[str, Any]], copy_rate: float) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "num": len(calls),
         "num_under_load": len(gaps),
-        "gap_ms": {name: 1e3 * percentile(gaps, share) for name, share in (("p50", 0.5), ("p99", 0.99))},
-        "pause_ms": {name: 1e3 * percentile(pauses, share) for name, share in (("p50", 0.5), ("p99", 0.99))},
-        "served_s": {name: percentile(seconds, share) for name, share in (("p50", 0.5), ("p99", 0.99))},
+        "gap_ms": cuts_of(gaps, 1e3),
+        "pause_ms": cuts_of(pauses, 1e3),
+        "served_s": cuts_of(seconds),
     }
     nbytes = calls[0]["num_bytes"]
     if nbytes:
@@ -204,30 +212,29 @@ def used_bytes(device: str) -> int:
     return used_gpu_bytes(0)
 
 
-def measure_sleep(server: Server, args: argparse.Namespace, before_bytes: int) -> dict[str, Any] | None:
-    """Sleep, and wake again; None where the instance can't.
+def measure_sleep(server: Server, peer: Server | None, args: argparse.Namespace, before_bytes: int) -> dict[str, Any]:
+    """Sleep, and wake again: with the weights of the peer, and with those that it finds by itself.
 
     Args:
         before_bytes: in use on the GPU before the instance was started.
     """
-    paths = server.call("/openapi.json")["paths"]
-    if not set(SLEEP_PATHS) <= set(paths):
-        return None
     question = {"input_ids": [5, 6, 7], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
     held = used_bytes(args.device) - before_bytes
+    sources: list[tuple[str, dict[str, Any]]] = [("peer", {"address": f"127.0.0.1:{peer.port}"})] if peer else []
     rounds = []
-    for _ in range(3):
+    for name, body in [*sources, ("its own", {})] * 3:
         start = time.perf_counter()
-        server.call(SLEEP_PATHS[0], {})
+        server.call("/release_memory_occupation", {})
         asleep = time.perf_counter()
         left = used_bytes(args.device) - before_bytes
         wake = time.perf_counter()
-        server.call(SLEEP_PATHS[1], {})
+        server.call("/resume_memory_occupation", body)
         awake = time.perf_counter()
         server.call("/generate", question)
         token = time.perf_counter()
-        rounds.append({"sleep_s": asleep - start, "wake_s": awake - wake, "wake_to_token_s": token - wake,
-                       "given_back": (held - left) / held if held else None})  # fmt: skip
+        given_back = (held - left) / held if held else None
+        rounds.append({"source": name, "sleep_s": asleep - start, "wake_s": awake - wake,
+                       "wake_to_token_s": token - wake, "given_back": given_back})  # fmt: skip
     return {"held_bytes": held, "rounds": rounds}
 
 
@@ -235,30 +242,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folder = choose_model(args)
     num_gpus = count_gpus(args.device)
     copy_rate = plain_copy_rate(args.device, num_gpus, args.copy_mb << 20)
-    before_bytes = used_bytes(args.device)
     common = ["--device", args.device, "--load-format", args.load_format, OFFER]
     peer_flags = [*common, "--max-total-tokens", "4096", "--max-running-requests", "4", "--random-seed", "1"]
     if num_gpus > 1:
         peer_flags += ["--base-gpu-id", str(num_gpus - 1)]
     num_tokens = args.concurrency * (max(INPUT_LEN + args.output_len, RATE_INPUT_LEN + RATE_OUTPUT_LEN) + 64)
     flags = [*common, "--max-total-tokens", str(num_tokens), "--max-running-requests", str(args.concurrency)]
+    flags += ["--enable-memory-saver"] if args.sleep else []
     values: dict[str, Any] = {"device": args.device, "concurrency": args.concurrency}
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(running(folder, *flags, *args.server_flags))
         peer = None
         if args.source == "instance":
             peer = stack.enter_context(running(folder, *peer_flags))
+        before_bytes = used_bytes(args.device)
+        server = stack.enter_context(running(folder, *flags, *args.server_flags))
         vocab_size = vocab_size_of(folder)
         values["tokens_per_s_before"] = ask_rate(server, vocab_size, args)
         changed = change_weights(server, peer, folder, args)
         values["tokens_per_s_after"] = ask_rate(server, vocab_size, args)
-        values["quiet_gaps_ms"] = {name: 1e3 * gap for name, gap in changed["quiet_gaps_s"].items()}
+        values["quiet_gaps_ms"] = changed["quiet_gaps_ms"]
         for name in ("update", "rollback"):
             calls = [call for call in changed["calls"] if call["name"] == name]
             if calls:
                 values[name] = describe(calls, copy_rate)
-        with contextlib.suppress(subprocess.SubprocessError):  # of nvidia-smi
-            values["sleep"] = measure_sleep(server, args, before_bytes)
+        if args.sleep:
+            values["sleep"] = measure_sleep(server, peer, args, before_bytes)
     return values
 
 
@@ -267,25 +275,26 @@ def rows_of(values: dict[str, Any]) -> list[tuple[str, str]]:
     for name in ("update", "rollback"):
         if (one := values.get(name)) is None:
             continue
-        gap, pause, served = one["gap_ms"], one["pause_ms"], one["served_s"]
-        rows.append((f"{name}: longest gap between tokens, p50, p99", f"{gap['p50']:.1f}, {gap['p99']:.1f} ms "
-                     f"({one['num_under_load']} of {one['num']} under load)"))  # fmt: skip
-        rows.append((f"{name}: no pass for, p50, p99", f"{pause['p50']:.2f}, {pause['p99']:.2f} ms"))
-        rows.append((f"{name}: request to served, p50, p99", f"{served['p50']:.3f}, {served['p99']:.3f} s"))
+        under_load = f"({one['num_under_load']} of {one['num']} under load)"
+        rows.append((f"{name}: longest gap between tokens, p50, p99", f"{texts(one['gap_ms'], 'ms')} {under_load}"))
+        rows.append((f"{name}: no pass for, p50, p99", texts(one["pause_ms"], "ms")))
+        rows.append((f"{name}: request to served, p50, p99", texts(one["served_s"], "s")))
         if "num_bytes" in one:
             rows.append((f"{name}: {one['num_bytes'] / 1e9:.2f} GB from {one['source']}",
                          f"{one['transfer_rate'] / 1e9:.1f} GB/s, {one['transfer_over_copy']:.2f} x a plain copy; "
                          f"the pause is {one['pause_over_copy_of_all']:.4f} x one"))  # fmt: skip
-    quiet = values["quiet_gaps_ms"]
-    rows.append(("gaps without updates, p50, p99", f"{quiet['p50']:.1f}, {quiet['p99']:.1f} ms"))
-    rows.append(
-        ("tokens/s before and after", f"{values['tokens_per_s_before']:.0f}, {values['tokens_per_s_after']:.0f}")
-    )
+    rows.append(("gaps without updates, p50, p99", texts(values["quiet_gaps_ms"], "ms")))
+    rates = values["tokens_per_s_before"], values["tokens_per_s_after"]
+    rows.append(("tokens/s before and after", f"{rates[0]:.1f}, {rates[1]:.1f}"))
     for one in (values.get("sleep") or {}).get("rounds", []):
         back = "" if one["given_back"] is None else f", {one['given_back']:.1%} given back"
-        rows.append(("sleep, wake, wake to a token", f"{one['sleep_s']:.3f}, {one['wake_s']:.3f}, "
-                     f"{one['wake_to_token_s']:.3f} s{back}"))  # fmt: skip
+        seconds = ", ".join(f"{one[name]:.3f}" for name in ("sleep_s", "wake_s", "wake_to_token_s"))
+        rows.append((f"sleep, wake, wake to a token, from {one['source']}", f"{seconds} s{back}"))
     return rows
+
+
+def texts(cuts: dict[str, float | None], unit: str) -> str:
+    return ", ".join("-" if value is None else f"{value:.3f}" for value in cuts.values()) + f" {unit}"
 
 
 def main() -> int:
@@ -303,6 +312,7 @@ def main() -> int:
     parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds between two updates")
     parser.add_argument("--warm-up", type=float, default=WARM_UP_S, help="seconds of streams before the first update")
     parser.add_argument("--copy-mb", type=int, default=4096, help="size of the plain copy")
+    parser.add_argument("--sleep", action="store_true", help="measure that, too, with --enable-memory-saver")
     parser.add_argument("--work-dir", type=Path, default=RESULTS, help="where the random model is, or is made")
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
     parser.add_argument("server_flags", nargs="*", help="after --: more flags for the instance that is updated")

@@ -201,3 +201,14 @@ def test_after_a_reset_of_which_a_replica_does_not_tell_nothing_is_served() -> N
     with pytest.raises(ServiceError):
         case.reset()
     assert case.replicas.ended and case.replicas.weights_refusal
+
+
+def test_reset_weights_are_not_offered_when_an_update_fails_at_its_end() -> None:
+    case = Case()
+    case.reset()
+    case.replicas.faults["withdraw"] = "no"
+    case.take_events()
+    with pytest.raises(RequestError):
+        case.update("new")
+    assert not {"offer", "open"} & set(case.take_events())
+    assert case.replicas.weights_refusal and case.names()[0] == "reset"

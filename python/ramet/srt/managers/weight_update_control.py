@@ -323,7 +323,7 @@ class WeightUpdateControl:
             origin=content.origin,
             pause_s=max(reply.pause_s for reply in replies),
             num_reqs=sum(reply.num_reqs for reply in replies),
-            trouble="" if content.is_made_up else await self.offer(),
+            trouble=await self.offer(),
         )
 
     # -- What others are told
@@ -337,8 +337,8 @@ class WeightUpdateControl:
                 raise RequestError(f"the weights can't be withdrawn from other instances: {failure}")
 
     async def offer(self) -> str:
-        """Let others take what serves now; why they can't, or ""."""
-        if not self._doors.gives_weights or self.is_asleep:
+        """Let others take what serves now, if anything may; why they can't, or ""."""
+        if not self._doors.gives_weights or self.is_asleep or self._current.is_made_up:
             return ""
         try:
             failure = failure_of(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
