@@ -9,6 +9,7 @@ from engine_harness import EngineHarness
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.utils.net import host_identity
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import (
     FilesSource,
     PickledTensors,
@@ -32,7 +33,7 @@ class Updated:
         self.engine = EngineHarness(folder, **args)
         self.versions = self.engine.runner.versions
 
-    def ask(self, step: WeightStep) -> WeightStepOutput:
+    def ask(self, step: WeightStep | MemoryStep) -> WeightStepOutput:
         """The answer, after as many passes as it takes."""
         self.engine.channel.replies.clear()
         self.engine.send(step)

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from ramet.srt.managers.weight_update_control import UpdateReport, WeightUpdateControl
+from ramet.srt.managers.update_report import UpdateReport
+from ramet.srt.managers.weight_update_control import WeightUpdateControl
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     FilesSource,
@@ -40,6 +41,7 @@ class Replicas:
         self.serving = 0
         self.gives_weights = True
         self.weight_version = "default"
+        self.weights_refusal: str | None = None
         self.adapters = SimpleNamespace(names=list)
         self.ended = ""
 
@@ -54,6 +56,8 @@ class Replicas:
         fault = self.faults.pop(name, "")
         if isinstance(fault, Exception):
             raise fault
+        if isinstance(fault, WeightStepOutput):
+            return [fault, fault]
         if not fault and isinstance(step, StageWeightsReq | SealWeightsReq):
             self.staged.add(step.number)
         elif not fault and isinstance(step, SwitchWeightsReq):
@@ -73,7 +77,7 @@ class Replicas:
     def abort_all(self) -> None:
         self.events.append("abort")
 
-    def close_for_weights(self) -> None:
+    def close_for_weights(self, *, asleep: bool = False) -> None:  # noqa: ARG002
         self.events.append("close")
 
     def open_for_weights(self) -> None:
@@ -113,6 +117,9 @@ class Case:
 
     def rollback(self) -> UpdateReport:
         return asyncio.run(self._alone(self.control.rollback))
+
+    def reset(self) -> UpdateReport:
+        return asyncio.run(self._alone(self.control.reset))
 
     async def _alone(self, work: Any) -> UpdateReport:
         self.control._turn = asyncio.Lock()  # of this event loop

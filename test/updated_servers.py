@@ -13,6 +13,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
 SEED = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 SMALL = ("--max-total-tokens", "2048", "--max-running-requests", "8", "--engine-info-bootstrap-port", "0")
 NAMES = ("old", "new")
+SCHEDULER = "ramet.srt.managers.scheduler_process"
 
 
 class Case:
@@ -45,6 +46,16 @@ def tokens(server):
 def versions(server):
     answer = httpx.get(f"{server.url}/weight_versions").json()
     return [(one["weight_version"], one["is_serving"]) for one in answer["versions"]]
+
+
+def ranks_of(server):
+    """Process ids of its ranks."""
+    found = []
+    for pid in server.children():
+        with open(f"/proc/{pid}/cmdline") as file:
+            if SCHEDULER in file.read():
+                found.append(pid)
+    return sorted(found)
 
 
 def checksums(server):

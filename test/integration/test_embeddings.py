@@ -115,6 +115,7 @@ def test_options(http: httpx.Client, model: Path) -> None:
     plain = Tokenizer.from_path(str(model)).encode("grow a clone", add_special_tokens=False)
     answer = http.post("/v1/embeddings", json={"input": "grow a clone", "add_special_tokens": False}).json()
     assert answer["usage"]["prompt_tokens"] == len(plain)
+    assert answer["metadata"] == {"weight_version": "default"}
 
 
 def test_native_answers(http: httpx.Client, model: Path) -> None:
@@ -122,6 +123,7 @@ def test_native_answers(http: httpx.Client, model: Path) -> None:
     np.testing.assert_allclose([one["embedding"] for one in answer], expected(model, PROMPTS), atol=TOLERANCE)
     assert [one["meta_info"]["prompt_tokens"] for one in answer] == [len(prompt) for prompt in PROMPTS]
     assert answer[2]["meta_info"]["id"] == "mine_2"
+    assert {one["meta_info"]["weight_version"] for one in answer} == {"default"}
     one = http.post("/encode", json={"text": TEXTS[0], "dimensions": 3}).json()
     assert len(one["embedding"]) == 3
 

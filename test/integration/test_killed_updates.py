@@ -10,24 +10,12 @@ import httpx
 import pytest
 from seed_server import SeedServerProcess
 from server_process import ServerProcess, assert_nothing_left
-from updated_servers import SEED, SMALL, Case, Load, checksums, post, tokens, update, versions
-
-SCHEDULER = "ramet.srt.managers.scheduler_process"
+from updated_servers import SEED, SMALL, Case, Load, checksums, post, ranks_of, tokens, update, versions
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case(tmp_path_factory.mktemp("models"))
-
-
-def ranks_of(server):
-    """Process ids of its ranks."""
-    found = []
-    for pid in server.children():
-        with open(f"/proc/{pid}/cmdline") as file:
-            if SCHEDULER in file.read():
-                found.append(pid)
-    return sorted(found)
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])

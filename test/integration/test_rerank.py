@@ -108,6 +108,7 @@ def test_rerank(http: httpx.Client, model: Path, path: str) -> None:
     tokenizer = Tokenizer.from_path(str(model))
     num_tokens = sum(len(tokenizer.encode(prompt(QUERY, document), False)) for document in DOCUMENTS)
     assert body["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    assert body["metadata"] == {"weight_version": "default"}
     assert body["id"].startswith("rerank-") and body["model"] == MODEL_NAME
 
 
@@ -131,6 +132,7 @@ def test_pairs(http: httpx.Client, model: Path, first: str, second: str) -> None
         assert answer.status_code == 200, answer.text
         body = answer.json()
         assert body["object"] == "list" and body["id"].startswith("score-") and body["usage"]["prompt_tokens"] > 0
+        assert body["metadata"] == {"weight_version": "default"}
         assert [one["index"] for one in body["data"]] == [*range(len(body["data"]))]
         return [one["score"] for one in body["data"]]
 
@@ -149,6 +151,7 @@ def test_labels(http: httpx.Client, model: Path, item_first: bool) -> None:
     logits = next_logits(model, texts)
     answer = http.post("/v1/score", json=body).json()
     assert answer["object"] == "scoring" and answer["model"] == MODEL_NAME
+    assert answer["metadata"] == {"weight_version": "default"}
     for scores, one in zip(answer["scores"], logits, strict=True):
         assert scores == pytest.approx(one.softmax(-1)[labels].tolist(), abs=TOLERANCE)
     answer = http.post("/v1/score", json={**body, "apply_softmax": True}).json()

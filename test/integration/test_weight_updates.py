@@ -6,7 +6,9 @@ from pathlib import Path
 import cluster
 import httpx
 import pytest
+import ramet
 import random_models as rm
+import torch
 from safetensors.torch import load_file, save_file
 from server_process import Background, ServerProcess
 from updated_servers import (
@@ -96,6 +98,60 @@ def test_requests_can_be_ended_before_the_switch(case, seed):
     assert tokens(seed) == case.tokens["old"]
 
 
+def test_numbers_and_checksums_are_those_of_the_checkpoint(case, seed):
+    """Put together over both ranks, whose parts are rows of one tensor and columns of another."""
+    weights = load_file(case.models["old"] / "model.safetensors")
+    layer = "model.layers.1"
+    for name in (
+        f"{layer}.self_attn.k_proj.weight",
+        f"{layer}.mlp.down_proj.weight",
+        f"{layer}.input_layernorm.weight",
+    ):
+        answer = post(seed, "/get_weights_by_name", name=name)
+        assert answer.json() == weights[name][:100].float().tolist()
+    fused = torch.cat([weights[f"{layer}.self_attn.{one}_proj.weight"] for one in "qkv"])
+    answer = post(seed, "/get_weights_by_name", name=f"{layer}.self_attn.qkv_proj.weight", truncate_size=150)
+    assert answer.json() == fused[:150].float().tolist()
+    answer = post(seed, "/get_weights_by_name", name="lm_head.weight", truncate_size=2)
+    assert answer.json() == weights["model.embed_tokens.weight"][:2].float().tolist()
+    answer = post(seed, "/get_weights_by_name", name="model.layers.9.mlp.up_proj.weight")
+    assert answer.status_code == 400 and "there is no tensor" in answer.json()["error"]["message"]
+    answer = post(seed, "/weights_checker").json()
+    assert [list(rank["checksums"].values()) for rank in answer["ranks"]] == checksums(seed)
+    assert [rank["parallelism_info"]["tp_rank"] for rank in answer["ranks"]] == [0, 1]
+    assert all(len(rank["per_gpu_checksum"]) == len(answer["per_engine_checksum"]) == 64 for rank in answer["ranks"])
+    again = post(seed, "/weights_checker", action="checksum", selector="target", skip_tensor_list=[]).json()
+    assert again == answer
+    answer = post(seed, "/weights_checker", selector="draft")
+    assert answer.status_code == 400 and answer.json()["success"] is False
+
+
+def test_weights_that_are_reset_serve_nothing_until_they_are_restored(case, seed):
+    before = checksums(seed)
+    answer = post(seed, "/weights_checker", action="compare")
+    assert answer.status_code == 400 and "no snapshot" in answer.json()["message"]
+    assert post(seed, "/weights_checker", action="snapshot").json()["success"]
+    stream = Background(seed.url, input_ids=PROMPT, sampling_params={**GREEDY, "max_new_tokens": 400})
+    stream.begun.wait(30)
+    assert post(seed, "/weights_checker", action="reset_tensors").json()["success"]
+    assert '"type":"abort"' in stream.join()[-2]
+    answer = post(seed, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
+    assert answer.status_code == 503 and "have been reset" in answer.json()["error"]["message"]
+    assert seed.status(f"{seed.url}/ready") == 503 and seed.status(f"{seed.url}/health") == 200
+    assert httpx.get(f"{seed.url}/remote_instance_transfer_engine_info?rank=0").status_code == 503
+    answer = post(seed, "/weights_checker", action="compare")
+    assert answer.status_code == 400 and "rank 0" in answer.text and "rank 1" in answer.text
+    assert post(seed, "/update_weights_from_disk", model_path="/no").status_code == 400
+    assert seed.status(f"{seed.url}/ready") == 503
+    for restore in (lambda: post(seed, "/rollback_weights"), lambda: update(seed, case.models["old"])):
+        restore()
+        assert post(seed, "/weights_checker", action="compare").json()["success"]
+        assert seed.status(f"{seed.url}/ready") == 200 and tokens(seed) == case.tokens["old"]
+        assert checksums(seed) == before and "reset" not in dict(versions(seed))
+        post(seed, "/weights_checker", action="reset_tensors")
+    post(seed, "/rollback_weights")
+
+
 @pytest.fixture(scope="module")
 def peer(case, tmp_path_factory):
     """One rank with the new weights."""
@@ -152,6 +208,12 @@ def test_every_rank_of_every_topology_changes(tmp_path, sizes):
             update(server, case.models[name])
             assert [tokens(server) for _ in range(4)] == [case.tokens[name]] * 4
         load.end()
+        name, num_replicas = "model.layers.3.mlp.down_proj.weight", 2 if "--dp-size" in sizes else 1
+        wanted = load_file(case.models["old"] / "model.safetensors")[name][:2].float().tolist()
+        answer = post(server, "/get_weights_by_name", name=name, truncate_size=2).json()
+        assert answer == ([wanted] * num_replicas if num_replicas > 1 else wanted)
+        ranks = post(server, "/weights_checker").json()["ranks"]
+        assert [rank["parallelism_info"]["rank"] for rank in ranks] == list(range(len(ranks)))
 
 
 @pytest.mark.slow
@@ -176,3 +238,39 @@ def test_ranks_on_other_nodes_change_too(tmp_path, name):
         missing = tmp_path / "none"
         status, answer = head.request("/update_weights_from_disk", {"model_path": str(missing)})
         assert status == 400 and answer["success"] is False
+
+
+def test_an_engine_changes_its_weights(case, peer):
+    """By SGLang's names for it; what goes wrong is an error."""
+    with ramet.Engine(model_path=str(case.models["old"]), max_total_tokens=2048, max_running_requests=8) as engine:
+
+        def tokens_of(version):
+            output = engine.generate(input_ids=PROMPT, sampling_params=GREEDY)
+            assert output["meta_info"]["weight_version"] == version
+            return output["output_ids"]
+
+        assert tokens_of("default") == case.tokens["old"]
+        answer = engine.update_weights_from_disk(str(case.models["new"]), weight_version="step 1")
+        assert answer["success"] and answer["weight_version"] == "step 1" and tokens_of("step 1") == case.tokens["new"]
+        rows = engine.get_weights_by_name("model.norm.weight", truncate_size=3)
+        assert rows == load_file(case.models["new"] / "model.safetensors")["model.norm.weight"][:3].float().tolist()
+        assert engine.rollback_weights()["weight_version"] == "default" and tokens_of("default") == case.tokens["old"]
+        engine.update_weight_version("base")
+        answer = engine.update_weights_from_instance(peer.url.removeprefix("http://"))
+        assert answer["source"] == "local_map" and tokens_of("update-2") == case.tokens["new"]
+        names = [one["weight_version"] for one in engine.weight_versions()["versions"]]
+        assert names == ["update-2", "base"]
+        engine.pause_generation("retract")
+        assert engine.flush_cache()
+        engine.continue_generation()
+        for wrong in (
+            lambda: engine.update_weights_from_disk("/no"),
+            lambda: engine.update_weights_from_disk(str(case.models["old"]), load_format="gguf"),
+            lambda: engine.update_weights_from_instance(),
+            lambda: engine.update_weight_version(""),
+            lambda: engine.get_weights_by_name("no"),
+            lambda: engine.pause_generation("soon"),
+        ):
+            with pytest.raises(ValueError):
+                wrong()
+        assert tokens_of("update-2") == case.tokens["new"]

@@ -8,6 +8,7 @@ from engine_harness import EngineHarness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramet.srt.managers.io_struct import AbortReq
+from ramet.srt.weights.memory_messages import MEMORY_TAGS, ReleaseMemoryReq, ResumeMemoryReq
 
 VERSIONS = ("v1", "v2")
 PREFIX, *ENDS = rm.random_prompts([24, 3, 5, 2])
@@ -54,7 +55,9 @@ class Walk:
             weight_version="v1",
             max_total_tokens=4 * NUM_PAGES,
             chunked_prefill_size=16,
+            enable_memory_saver=True,
         )
+        self.memory = self.engine.runner.versions._memory
         self.prompts: dict[str, list[int]] = {}
         # From which token on a request follows on keys and values of several versions.
         self.mixed_from: dict[str, int] = {}
@@ -70,11 +73,14 @@ class Walk:
 
     def switch(self, version: str) -> None:
         """With whatever runs, or is held by a pause."""
+        if self.is_asleep:
+            return
         scheduler = self.engine.scheduler
         scheduler.finish_passes()
         for running in scheduler.running.admitted():
             self.mixed_from.setdefault(running.req.rid, len(running.req.output_ids))
         self.engine.runner.arena.memory[:] = self.weights.bytes[version]
+        self.engine.runner.arena.checksums = None  # a sleep takes them anew
         scheduler.switch_weight_version(version)
 
     def pause(self, mode: str) -> None:
@@ -83,13 +89,30 @@ class Walk:
             assert self.engine.scheduler.caches[0].num_available_pages == NUM_PAGES
 
     def go_on(self, _: None) -> None:
-        self.engine.scheduler.go_on()
+        if not self.is_asleep:
+            self.engine.scheduler.go_on()
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.engine.runner.arena.is_put_away
+
+    def sleep(self, mode: str) -> None:
+        """Both memories go, whatever runs or is held; an instance that sleeps may be paused again."""
+        self.engine.scheduler.pause(mode)
+        assert self.engine.scheduler.give_up_caches()
+        self.memory.take(ReleaseMemoryReq(request_id="sleep", tags=list(MEMORY_TAGS), keeps_copy=True))
+
+    def wake(self, _: None) -> None:
+        if self.is_asleep:
+            self.memory.take(ResumeMemoryReq(request_id="wake", tags=list(MEMORY_TAGS)))
+            self.engine.scheduler.go_on()
 
     def abort(self, number: int) -> None:
         self.engine.send(AbortReq(rid=str(number)))
 
     def end(self) -> None:
         """Let all requests end, and check every token."""
+        self.wake(None)
         self.engine.scheduler.go_on()
         results = self.engine.run()
         assert set(results) == set(self.prompts), "a request got no answer"
@@ -116,7 +139,11 @@ SWITCH = event("switch", st.sampled_from(VERSIONS))
 PAUSE = event("pause", st.sampled_from(["retract", "retract", "in_place", "abort"]))
 GO_ON = event("go_on", st.none())
 ABORT = event("abort", st.integers(0, 9))
-EVENTS = st.lists(st.one_of(SUBMIT, SUBMIT, STEP, STEP, SWITCH, PAUSE, GO_ON, ABORT), min_size=16, max_size=40)
+SLEEP = event("sleep", st.sampled_from(["retract", "abort"]))
+WAKE = event("wake", st.none())
+EVENTS = st.lists(
+    st.one_of(SUBMIT, SUBMIT, STEP, STEP, SWITCH, PAUSE, GO_ON, ABORT, SLEEP, WAKE), min_size=16, max_size=40
+)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -13,6 +13,7 @@ class FakeManager:
 
     def __init__(self) -> None:
         self.pause_refusal: str | None = None
+        self.weights_refusal: str | None = None
         self.num_running = 0
         self.told: list[str] = []
         self.is_silent = False

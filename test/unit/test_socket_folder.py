@@ -105,3 +105,19 @@ def test_a_start_that_loses_its_folder_before_it_holds_it_makes_another(
     folder = SocketFolder()
     assert Path(folder.path).is_dir() and folder.path != str(losses[0])
     folder.close()
+
+
+def test_nor_does_it_matter_when_the_folder_is_lost_at_once(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, losses = tempfile.mkdtemp, []
+
+    def make_and_lose_first(prefix: str) -> str:
+        path = make(prefix=prefix)
+        if not losses:
+            losses.append(path)
+            Path(path).rmdir()
+        return path
+
+    monkeypatch.setattr(socket_folder.tempfile, "mkdtemp", make_and_lose_first)
+    folder = SocketFolder()
+    assert Path(folder.path).is_dir() and folder.path != losses[0]
+    folder.close()

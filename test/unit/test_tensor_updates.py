@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import random_models as rm
 from ramet.srt.utils import host_memory
-from ramet.srt.weights.update_messages import DropWeightsReq
+from ramet.srt.weights.update_messages import DropWeightsReq, MadeUpSource, StageWeightsReq
 from safetensors.torch import load_file, save_file
 from updated_engine import NUM_TOKENS, PROMPTS, Updated
 
@@ -40,6 +40,21 @@ def test_buckets_serve_after_the_switch(buckets: Buckets) -> None:
     assert updated.checksums() == Updated(buckets.new).checksums() != old
     assert updated.versions.weights.report.verified and updated.versions.weights.report.source == "tensors"
     assert updated.switch(0, "old").success and updated.checksums() == old
+
+
+def test_after_a_reset_all_tensors_must_come(buckets: Buckets) -> None:
+    updated = Updated(buckets.old)
+    reset = StageWeightsReq(request_id="reset", number=1, source=MadeUpSource(random_seed=1))
+    assert updated.ask(reset).success and updated.switch(1).success
+    assert updated.put(buckets.files[0], 2).success
+    reply = updated.seal(2)
+    assert not reply.success and "nothing serves that could stay, and model." in reply.message
+    for index, path in enumerate(buckets.files):
+        assert updated.put(path, 3, is_first=not index).success
+    assert updated.seal(3).success and updated.switch(3).success
+    assert updated.checksums() == Updated(buckets.new).checksums()
+    updated.put(buckets.files[0], 4)
+    assert updated.seal(4).success  # nothing of it is made up any more
 
 
 def test_a_bucket_that_fails_leaves_nothing_and_the_next_session_works(buckets: Buckets, tmp_path: Path) -> None:

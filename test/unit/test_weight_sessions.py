@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.update_report import Staged, UpdateReport
 from ramet.srt.managers.weight_sessions import WeightSessions
-from ramet.srt.managers.weight_update_control import Staged, UpdateReport
 from ramet.srt.weights.update_messages import PickledTensors
 from updated_replicas import Case, Found
 

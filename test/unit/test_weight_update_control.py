@@ -177,11 +177,50 @@ def test_updates_come_one_after_the_other_and_to_their_end_whoever_asked() -> No
 
 def test_the_first_weights_leave_no_way_back_to_none() -> None:
     case = Case()
-    case.control.has_weights = False
-    with pytest.raises(RequestError, match="no weights have come yet"):
+    case.control.await_first()
+    with pytest.raises(RequestError, match="no version before this one is staged"):
         case.rollback()
     case.update("one")
     assert case.take_events() == ["stage 1", "close", "withdraw", "switch 1", "drop 0", "offer", "open", "begin"]
-    assert case.names() == ["one"] and case.control.has_weights
+    assert case.names() == ["one"]
     case.update("two")
     assert case.names() == ["two", "one"] and "begin" not in case.take_events()
+
+
+def test_reset_weights_serve_nothing_are_offered_to_nobody_and_are_no_way_back() -> None:
+    case = Case()
+    case.reset()
+    assert case.take_events() == ["stage 1", "close", "withdraw", "abort", "switch 1"]
+    assert case.replicas.weights_refusal and case.names() == ["reset", "default"]
+    case.rollback()
+    assert case.take_events() == ["close", "withdraw", "switch 0", "drop 1", "offer", "open", "begin"]
+    assert case.replicas.weights_refusal is None and case.names() == ["default"]
+    case.reset()
+    case.update("new")
+    assert case.replicas.weights_refusal is None and case.names() == ["new"] and case.replicas.staged == set()
+
+
+@pytest.mark.parametrize("fault", ["stage_1", "withdraw"])
+def test_a_reset_that_fails_leaves_what_serves(fault: str) -> None:
+    case = Case(**{fault: "no"})
+    with pytest.raises(RequestError):
+        case.reset()
+    assert case.replicas.weights_refusal is None and case.names() == ["default"] and case.replicas.staged == set()
+
+
+def test_after_a_reset_of_which_a_replica_does_not_tell_nothing_is_served() -> None:
+    case = Case(switch_1=ServiceError("no answer"))
+    with pytest.raises(ServiceError):
+        case.reset()
+    assert case.replicas.ended and case.replicas.weights_refusal
+
+
+def test_reset_weights_are_not_offered_when_an_update_fails_at_its_end() -> None:
+    case = Case()
+    case.reset()
+    case.replicas.faults["withdraw"] = "no"
+    case.take_events()
+    with pytest.raises(RequestError):
+        case.update("new")
+    assert not {"offer", "open"} & set(case.take_events())
+    assert case.replicas.weights_refusal and case.names()[0] == "reset"

@@ -65,6 +65,8 @@ class ServerArgs(ServerFlags):
         if self.weights_digest not in (None, "files"):
             parse_digest(str(self.weights_digest), "--weights-digest")
         check_version(self.weight_version, "--weight-version")
+        if self.enable_weights_cpu_backup and not self.enable_memory_saver:
+            raise ValueError("--enable-weights-cpu-backup needs --enable-memory-saver")
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             raise ValueError(f"--chat-template: there is no file {self.chat_template}")
         self.parser_config.check()
@@ -506,4 +508,6 @@ class ServerArgs(ServerFlags):
                 version=self.weight_version,
             ),
             lora=self.lora_config,
+            can_sleep=self.enable_memory_saver,
+            keeps_copy_room=self.enable_weights_cpu_backup,
         )

@@ -356,6 +356,16 @@ class ServerFlags:
         "for /rollback_weights.",
         limit=NOT_NEGATIVE,
     )
+    enable_memory_saver: bool = flag(
+        False,
+        "Let the instance sleep: /release_memory_occupation and /sleep give the memory of weights and KV cache back; "
+        "processes, addresses and CUDA graphs stay.",
+    )
+    enable_weights_cpu_backup: bool = flag(
+        False,
+        "Keep the weights of an instance that sleeps in host memory, from which they come back soonest; what is pinned "
+        "for them stays pinned.",
+    )
     weight_session_timeout: float = flag(
         300.0,
         "Seconds that may pass between two calls of an update by tensors (/begin_weight_update) before it is given up.",

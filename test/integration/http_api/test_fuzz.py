@@ -14,13 +14,15 @@ PATHS = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/
          "/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank",
          "/abort_request", "/start_profile")  # fmt: skip
 ADAPTERS = ("/load_lora_adapter", "/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-# Not asked here: they change what other requests meet, or fetch from elsewhere.
+# Not asked here: they change what other requests meet, fetch from elsewhere, or
+# look at weights, which the fake scheduler has not.
 CHANGING = ("/pause_generation", "/continue_generation", "/update_weight_version", "/update_weights_from_disk",
             "/update_weights_from_instance", "/update_weights_delta", "/rollback_weights",
             "/begin_weight_update", "/end_weight_update", "/update_weights_from_tensor", "/update_weights_from_ipc",
             "/init_weights_update_group", "/update_weights_from_distributed", "/destroy_weights_update_group",
-            "/init_weight_transfer_engine", "/start_weight_update", "/update_weights",
-            "/finish_weight_update")  # fmt: skip
+            "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
+            "/release_memory_occupation", "/resume_memory_occupation",
+            "/weights_checker", "/get_weights_by_name")  # fmt: skip
 # The model generates: it is neither made for embeddings nor for ranks, and takes no adapters.
 REFUSED = ("/encode", "/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/start_profile", *ADAPTERS)
 # Other names of routes that are asked here.

@@ -1,5 +1,8 @@
 """Where answers say which version of the weights they are from, with the fake scheduler behind them."""
 
+import json
+from typing import Any
+
 import httpx
 import openai
 from http_answers import events, generate
@@ -35,6 +38,27 @@ def test_streams_name_the_version_at_the_end_of_each_choice(http: httpx.Client) 
         ends = [one for one in chunks if one["choices"] and one["choices"][0]["finish_reason"]]
         assert [one["metadata"] for one in ends] == [{"weight_version": "default"}] * 2
         assert not any("metadata" in one for one in chunks if one not in ends)
+
+
+def test_anthropics_answers_name_the_version(http: httpx.Client) -> None:
+    """In a stream at its end, as of everything else that is known only then."""
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3}
+    assert http.post("/v1/messages", json=body).json()["metadata"] == {"weight_version": "default"}
+    named = named_events(http, "/v1/messages", body)
+    assert named["message_delta"]["metadata"] == {"weight_version": "default"}
+    assert not any("metadata" in event for kind, event in named.items() if kind != "message_delta")
+
+
+def test_a_streamed_response_names_the_version_at_its_end(http: httpx.Client) -> None:
+    end = named_events(http, "/v1/responses", {"input": "a", "max_output_tokens": 3})["response.incomplete"]
+    assert end["response"]["metadata"] == {"weight_version": "default"}
+
+
+def named_events(http: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The last event of each kind."""
+    text = http.post(path, json=body | {"stream": True}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n") if line.startswith("data: {")]
+    return {event["type"]: event for event in events}
 
 
 def test_openais_own_client_shows_it(client: openai.OpenAI) -> None:

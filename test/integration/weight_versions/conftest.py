@@ -8,7 +8,8 @@ from modelexpress_harness import running_server
 from server_process import ServerProcess
 
 FLAGS = ("--dp-size", "2", "--max-total-tokens", "4096", "--max-running-requests", "4",
-         "--engine-info-bootstrap-port", "0", "--admin-api-key", "admin", "--weight-version", "v1")  # fmt: skip
+         "--engine-info-bootstrap-port", "0", "--admin-api-key", "admin", "--weight-version", "v1",
+         "--enable-memory-saver")  # fmt: skip
 
 
 @pytest.fixture(scope="package")

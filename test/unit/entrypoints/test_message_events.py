@@ -9,6 +9,7 @@ from ramet.srt.entrypoints.anthropic.message_events import MessageEvent, Message
 from ramet.srt.errors import ServiceError
 from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
 
+METADATA = {"weight_version": "default"}
 BEGINNING = {"id": "msg_1", "role": "assistant", "content": [], "stop_reason": None, "usage": {"input_tokens": 3}}
 OUTPUT = [
     Reasoning("let me\nthink"),
@@ -35,7 +36,7 @@ def events_of(*updates: list[Event], **options: Any) -> list[MessageEvent]:
     made = events.begin(BEGINNING)
     for update in updates:
         made += events.add(update)
-    return made + events.end("tool_use", None, {"output_tokens": 9})
+    return made + events.end("tool_use", None, {"output_tokens": 9}, METADATA)
 
 
 def cut(event: Event, places: list[int]) -> list[Event]:
@@ -92,6 +93,7 @@ def test_a_whole_message() -> None:
         "stop_reason": "tool_use",
         "stop_sequence": None,
         "usage": {"input_tokens": 3, "output_tokens": 9},
+        "metadata": METADATA,
     }
 
 

@@ -195,8 +195,8 @@ def test_nothing_is_planned_in_the_time_that_is_measured(case, monkeypatch):
     assert order == ["plan 3", "plan 1", "begin", "end", "begin", "end"]
 
 
-@pytest.mark.parametrize("name, times", [("auto", 1), ("triton", 0)])
-def test_only_an_engine_that_may_choose_does(name, times, monkeypatch):
+@pytest.mark.parametrize("name, asleep, times", [("auto", False, 1), ("triton", False, 0), ("auto", True, 0)])
+def test_only_an_engine_that_may_choose_does(name, asleep, times, monkeypatch):
     from ramet.srt.model_executor.model_runner import ModelRunner
 
     asked = []
@@ -207,6 +207,7 @@ def test_only_an_engine_that_may_choose_does(name, times, monkeypatch):
         max_total_num_tokens=1600,
         req_pool=SimpleNamespace(req_to_page=torch.zeros(3, 63)),
         attn_backend=SimpleNamespace(use_quiet_moment=asked.append),
+        kv_pool=SimpleNamespace(is_put_away=asleep),
     )
     ModelRunner.use_quiet_moment(runner)
     assert asked == [PassLimits(max_tokens=1000, max_keys=1008, num_pages=101)] * times

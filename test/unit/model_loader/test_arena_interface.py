@@ -9,11 +9,29 @@ import pytest
 import torch
 import toy_model as toy
 import xxhash
-from ramet.srt.model_loader.arena import cuda, host_hash
+from ramet.srt.model_loader.arena import base, cuda, host_hash
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.arena.base import LentMemory, SharedFile
+from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
 from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
+from ramet.srt.utils import host_memory
 from ramet.srt.weights.copy_op import CopyOp
+
+
+class FakeMemory:
+    """Stands in for a GPU's memory that can be given back."""
+
+    def __init__(self, buffer):
+        self.buffer = buffer
+        self._nbytes = buffer.nbytes
+
+    def give_back(self):
+        self.buffer = None
+
+    def take(self):
+        self.buffer = torch.full((self._nbytes,), 9, dtype=torch.uint8)
+
+    def take_over(self, other):
+        self.buffer, other.buffer = other.buffer, None
 
 
 def alive():
@@ -155,6 +173,59 @@ def test_a_published_arena_receives_nothing(seed):
         seed.open_receive_buffer()
 
 
+def test_an_arena_that_is_put_away_takes_no_memory_and_comes_back_with_its_copy(arena):
+    arena.memory[:] = data = random_bytes(arena.nbytes)
+    address, file_nbytes = arena.address, host_memory.resident_file_nbytes(arena.own_fd)
+    assert file_nbytes >= arena.nbytes and resident_nbytes(address) > 0
+    arena.put_away(keeps_copy=True)
+    assert resident_nbytes(address) == 0
+    for read in (lambda: arena.memory, lambda: arena.tensor(arena.manifest.entries[0]), arena.share,
+                 arena.byte_tensor, lambda: arena.hash_entries(arena.manifest.entries)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="given back"):
+            read()
+    assert arena.take_back() and arena.memory == data and arena.address == address
+    arena.put_away(keeps_copy=False)
+    assert host_memory.resident_file_nbytes(arena.own_fd) == 0 and not arena.take_back()
+
+
+def test_memory_is_not_given_back_under_those_who_read_it(arena, monkeypatch):
+    monkeypatch.setattr(base, "READERS_TIMEOUT_S", 0.01)
+    with arena.reading():
+        with pytest.raises(RuntimeError, match="read by others for 0.01 s"):
+            arena.put_away(keeps_copy=False)
+        assert not any(arena.memory)
+    arena.put_away(keeps_copy=False)
+    with pytest.raises(RuntimeError, match="given back"), arena.reading():
+        pass
+
+
+def test_other_content_takes_the_place_of_an_arena_that_is_put_away(arena, manifest):
+    stage = arena.open_stage(manifest)
+    stage.memory[:] = data = random_bytes(arena.nbytes)
+    arena.put_away(keeps_copy=True)
+    arena.exchange(stage)
+    assert arena.memory == data and stage.is_put_away and not arena.is_put_away
+    arena.put_away(keeps_copy=False)
+    assert not arena.take_back(), "the copy was of what is there no more"
+
+
+def test_who_has_mapped_the_memory_keeps_it_when_its_owner_puts_it_away(seed, arena):
+    content = bytes(seed.memory)
+    arena.open_shared(seed.share()).map()
+    seed.put_away(keeps_copy=False)
+    assert arena.memory == content
+
+
+def resident_nbytes(address):
+    """Of the mapping at an address, by the kernel's account."""
+    with open("/proc/self/smaps", encoding="ascii") as file:
+        lines = iter(file)
+        for line in lines:
+            if line.startswith(f"{address:x}-"):
+                return next(int(one.split()[1]) * 1024 for one in lines if one.startswith("Rss:"))
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
 # A GPU's memory, with stand-ins for the GPU: test/gpu has the real one
 
 
@@ -162,10 +233,13 @@ def test_a_published_arena_receives_nothing(seed):
 def gpu_arena(manifest, monkeypatch):
     """`calls` says what was waited for and made current."""
     arena = object.__new__(cuda.CudaWeightArena)
-    arena.manifest, arena.is_published, arena.calls = manifest, False, []
+    WeightArena.__init__(arena, manifest)
+    arena.calls = []
     arena.torch_device, arena.stream = torch.device("cuda", 1), "the arena's stream"
-    arena.buffer = torch.zeros(manifest.arena_nbytes + 8, dtype=torch.uint8)
-    arena.nbytes, arena.address = arena.buffer.nbytes, arena.buffer.data_ptr()
+    arena._memory = FakeMemory(torch.zeros(manifest.arena_nbytes + 8, dtype=torch.uint8))
+    arena._copy, arena._has_copy, arena._kind = None, False, FakeMemory
+    arena.nbytes = arena._memory.buffer.nbytes
+    arena.address = arena.buffer.data_ptr()
 
     def current_stream(device):
         return SimpleNamespace(synchronize=lambda: arena.calls.append(("wait", device)))
@@ -187,9 +261,11 @@ def test_a_gpu_arena_exchanges_its_content_by_copies(gpu_arena, manifest, monkey
     stage = object.__new__(cuda.CudaWeightArena)
     stage.__dict__.update(gpu_arena.__dict__)
     contents = [torch.randint(256, (gpu_arena.nbytes,), dtype=torch.uint8) for _ in range(2)]
-    gpu_arena.buffer, stage.buffer, stage.spare = contents[0].clone(), contents[1].clone(), torch.zeros(1000).byte()
+    gpu_arena._memory, stage._memory = FakeMemory(contents[0].clone()), FakeMemory(contents[1].clone())
+    stage.spare = torch.zeros(1000).byte()
     gpu_arena.checksums, stage.checksums = "old", "new"
     gpu_arena.content_digest = stage.content_digest = None
+    assert not gpu_arena.in_host_memory
     gpu_arena.exchange(stage)
     assert torch.equal(gpu_arena.buffer, contents[1]) and torch.equal(stage.buffer, contents[0])
     assert (gpu_arena.checksums, stage.checksums) == ("new", "old")
@@ -201,12 +277,40 @@ def test_a_gpu_arena_stages_only_where_there_is_room(gpu_arena, manifest, monkey
     held = {"mem_get_info": (cuda.STAGE_RESERVE_NBYTES + 5, 1 << 40), "memory_reserved": 10, "memory_allocated": 10}
     for name in held:
         monkeypatch.setattr(torch.cuda, name, lambda _device, name=name: held[name])
-    with pytest.raises(MemoryError, match=r"other weights of rank 0 need .* only 0.00 GB of GPU 1"):
+    monkeypatch.setattr(host_memory, "available_memory_nbytes", lambda: gpu_arena.nbytes - 1)
+    with pytest.raises(MemoryError, match=r"GPU 1 has no room for other weights of rank 0 .* host has none either"):
         gpu_arena.open_stage(manifest)
-    held["memory_reserved"] += gpu_arena.nbytes  # of a stage that was dropped
-    monkeypatch.setattr(cuda, "CudaWeightArena", lambda _manifest, _device: SimpleNamespace())
     monkeypatch.setattr(torch, "empty", lambda nbytes, **_options: nbytes)
-    assert gpu_arena.open_stage(manifest).spare == gpu_arena.nbytes
+    monkeypatch.setattr(cuda, "CudaWeightArena", lambda _manifest, _device, kind: SimpleNamespace(kind=kind))
+    assert gpu_arena.open_stage(manifest).kind is cuda.PinnedMemory
+    held["memory_reserved"] += gpu_arena.nbytes  # of a stage that was dropped
+    stage = gpu_arena.open_stage(manifest)
+    assert stage.kind is FakeMemory and stage.spare == gpu_arena.nbytes
+
+
+def test_a_gpu_arena_is_put_away_and_taken_back(gpu_arena, manifest, monkeypatch):
+    content = gpu_arena.buffer.random_(256).clone()
+    gpu_arena.stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(cuda.CudaWeightArena, "work_context", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(
+        cuda, "PinnedMemory", lambda nbytes, _device: SimpleNamespace(host=torch.zeros(nbytes, dtype=torch.uint8))
+    )
+    assert not gpu_arena.can_be_put_away
+    with pytest.raises(RuntimeError, match="--enable-memory-saver"):
+        gpu_arena.put_away(keeps_copy=False)
+    monkeypatch.setattr(cuda, "ReturnableMemory", FakeMemory)
+    assert gpu_arena.can_be_put_away
+    gpu_arena.put_away(keeps_copy=True)
+    gpu_arena.put_away(keeps_copy=False)  # there is nothing more to give
+    with pytest.raises(RuntimeError, match="given back"):
+        gpu_arena.byte_tensor()
+    assert gpu_arena.take_back() and torch.equal(gpu_arena.buffer, content)
+    gpu_arena.put_away(keeps_copy=False)
+    assert not gpu_arena.take_back() and gpu_arena.is_put_away
+    other = object.__new__(cuda.CudaWeightArena)
+    other.__dict__.update(gpu_arena.__dict__, is_put_away=False, _memory=FakeMemory(content.clone()))
+    gpu_arena.exchange(other)
+    assert torch.equal(gpu_arena.buffer, content) and other.is_put_away and other._memory.buffer is None
 
 
 def test_a_gpu_arena_is_filled_on_its_own_stream(gpu_arena, monkeypatch):
@@ -227,19 +331,19 @@ def test_a_gpu_arena_copies_from_host_memory_and_does_not_map_it(gpu_arena, monk
     assert filled == [([CopyOp(source=0, source_offset=1, target_offset=0, row_nbytes=4)], [17])]
 
 
-def test_a_gpu_arena_shares_a_handle_and_takes_one(gpu_arena, monkeypatch):
-    monkeypatch.setattr(cuda, "lend_memory", lambda address, device: (b"h" * 64, 512))
+def test_a_gpu_arena_shares_a_handle_and_takes_one(gpu_arena):
+    gpu_arena._memory.share = lambda: LentMemory(b"h" * 64, 512)
     share = gpu_arena.share()
     assert share == LentMemory(b"h" * 64, 512)
     memory = gpu_arena.open_shared(share)
     assert isinstance(memory, CudaIpcMemory) and not memory.can_map()
 
 
-def test_a_gpu_that_can_not_be_shared_says_so(gpu_arena, monkeypatch):
-    def refuse(address, device):
+def test_a_gpu_that_can_not_be_shared_says_so(gpu_arena):
+    def refuse():
         raise OSError("cuIpcGetMemHandle: not supported")
 
-    monkeypatch.setattr(cuda, "lend_memory", refuse)
+    gpu_arena._memory.share = refuse
     with pytest.raises(OSError, match="the GPU's memory can't be lent: cuIpcGetMemHandle: not supported"):
         gpu_arena.share()
 

@@ -19,7 +19,7 @@ def gpu(monkeypatch):
     gpu = SimpleNamespace(is_done=lambda: True, calls=[])
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: gpu.calls.append("synchronize"))
     event = SimpleNamespace(record=lambda stream: None, query=lambda: gpu.is_done(), elapsed_time=lambda other: 2500.0)
-    monkeypatch.setattr(cuda_ipc, "_current_context", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_ipc, "current_context", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **options: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: event)
     driver = cuda_ipc.cuda_driver
@@ -30,7 +30,7 @@ def gpu(monkeypatch):
 
 
 def open_memory(share):
-    return CudaIpcMemory(share.cuda_ipc_handle, share.offset, target=0, device=torch.device("cpu"))
+    return CudaIpcMemory(share, target=0, device=torch.device("cpu"))
 
 
 def fill(gpu, seed_is_alive=lambda: True, timeout_s=10.0):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import toy_model as toy
 from ramet.srt.model_loader.arena.allocate import allocate_arena
-from ramet.srt.model_loader.arena.base import LentMemory
+from ramet.srt.model_loader.arena.base import LentFile, LentMemory
 from ramet.srt.model_loader.transport import local_share
 from ramet.srt.model_loader.transport.local_share import LocalShareServer, ShareReply, request_memory
 from ramet.srt.weights.manifest import layout_digest
@@ -110,6 +110,20 @@ def test_a_gpus_memory_is_lent_for_as_long_as_both_sides_live(arena):
         assert closing.is_alive() and memory.seed_is_alive(), "the seed goes on while its memory is read"
     closing.join(5)
     assert not closing.is_alive()
+
+
+def test_a_gpus_memory_goes_by_a_descriptor_as_well(arena):
+    """Which the server closes when its reader has gone."""
+    gpu, fds = GpuArena(arena.manifest), []
+    gpu.share = lambda: fds.append(os.open("/dev/zero", os.O_RDONLY)) or LentFile(fds[-1], 4096)
+    server = LocalShareServer(gpu)
+    with request_memory(server.name, layout_digest(arena.manifest), 5) as memory:
+        assert isinstance(memory.share, LentFile) and memory.share.nbytes == 4096 and memory.share.fd != fds[0]
+        assert os.read(memory.share.fd, 2) == bytes(2) and memory.seed_is_alive()
+    server.close()
+    for fd in (*fds, memory.share.fd):
+        with pytest.raises(OSError):
+            os.fstat(fd)
 
 
 def test_a_seed_that_dies_is_noticed(arena):

@@ -38,3 +38,5 @@ class RunnerConfig:
     num_local_ranks: int  # that share the node's processors and memory
     weights: WeightsConfig
     lora: LoraConfig | None = None  # None: there are no adapters
+    can_sleep: bool = False  # the memory of weights and KV cache can be given back while their addresses stay
+    keeps_copy_room: bool = False  # host memory that was taken for the weights of an instance asleep stays taken

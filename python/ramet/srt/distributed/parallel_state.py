@@ -72,6 +72,21 @@ def min_over_replica(value: int) -> int:
     return int(tensor.item())
 
 
+def gather_over_replica(data: bytes) -> list[bytes]:
+    """What each rank of the replica gives, in the order of the ranks."""
+    if _groups.replica is None:
+        return [data]
+    num_ranks = dist.get_world_size(_groups.replica)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(num_ranks)]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=_groups.replica)
+    lengths = [int(size.item()) for size in sizes]
+    own = torch.zeros(max(lengths), dtype=torch.uint8)
+    own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    gathered = [torch.empty_like(own) for _ in range(num_ranks)]
+    dist.all_gather(gathered, own, group=_groups.replica)
+    return [one[:length].numpy().tobytes() for one, length in zip(gathered, lengths, strict=True)]
+
+
 def send_to_next_stage(tensor: torch.Tensor) -> dist.Work:
     """Begin to send `tensor` to this rank's neighbour in the next pipeline stage. Keep it until the work is done."""
     work = dist.isend(tensor, _groups.parallel.world_rank + _groups.parallel.tp_size)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
 from ramet.srt.entrypoints.encode_request import answer_encode
+from ramet.srt.entrypoints.engine_weights import EngineWeights
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, answer_request, stream_request
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
@@ -34,7 +35,7 @@ STREAM_END = None
 ENDED = "the engine has been shut down"
 
 
-class Engine:
+class Engine(EngineWeights):
     """One instance in this program. Takes every field of ServerArgs; the HTTP ones have no meaning here.
 
     Usable as a context manager. What is still running when the program ends is ended with it.
@@ -160,6 +161,9 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
+
+    def _call(self, work: Callable[[Instance], Coroutine[Any, Any, Result]]) -> Result:
+        return self._core.call(work(self._core.instance))
 
     @staticmethod
     def _request(

@@ -21,6 +21,7 @@ from ramet.srt.utils.http_origin import OriginCheck
 from ramet.srt.utils.net import address_family, format_url, host_from_here
 from ramet.srt.weights.manifest import check_role
 from ramet.srt.weights.registration import (
+    ASLEEP,
     BEING_CHANGED,
     MAX_REGISTRATION_BYTES,
     ControlAddress,
@@ -76,7 +77,7 @@ class EngineInfoBootstrapServer:
         self._parsing = threading.Lock()  # what is made of a registration takes several times its memory
         self._answers: dict[tuple[str, int], bytes] = {}
         self._controls: dict[tuple[str, int], ControlAddress | None] = {}
-        self._suspended: set[str] = set()  # roles whose weights are being changed
+        self._suspended: dict[str, tuple[int, str]] = {}  # roles whose weights can't be had now: status and reason
         self._lock = threading.Lock()
         server = self
 
@@ -134,8 +135,8 @@ class EngineInfoBootstrapServer:
             check_role(role)
         except ValueError as error:
             return 400, _error(str(error))
-        if self.is_suspended(role):
-            return 503, _error(f"the weights of the {role} model {BEING_CHANGED}")
+        if (suspended := self.suspension(role)) is not None:
+            return suspended[0], _error(suspended[1])
         found = self.get_json(role, int(rank))
         if found is None:
             return 404, _error(f"rank {int(rank)} of the {role} model has not registered")
@@ -162,20 +163,25 @@ class EngineInfoBootstrapServer:
                 for key in [key for key in directory if key[0] == role]:
                     del directory[key]
 
-    def suspend(self, role: str) -> None:
-        """Send nobody to the weights of a role for now: its ranks change them, one a little later than the other."""
+    def suspend(self, role: str, *, asleep: bool = False) -> None:
+        """Send nobody to the weights of a role for now: its ranks change them, one a little later than the other.
+
+        Args:
+            asleep: they are put away, and who asks does not wait for them.
+        """
+        reason = f"the weights of the {role} model {ASLEEP if asleep else BEING_CHANGED}"
         with self._lock:
-            self._suspended.add(role)
+            self._suspended[role] = 409 if asleep else 503, reason
 
     def resume(self, role: str) -> None:
         """All ranks have registered what they have now."""
         with self._lock:
-            self._suspended.discard(role)
+            self._suspended.pop(role, None)
 
-    def is_suspended(self, role: str) -> bool:
-        """Whether who asks for weights of the role is to ask again in a moment."""
+    def suspension(self, role: str) -> tuple[int, str] | None:
+        """HTTP status and reason for who asks for weights of the role; None if they can be had."""
         with self._lock:
-            return role in self._suspended
+            return self._suspended.get(role)
 
     def refusal(self, headers: Message, *, registering: bool) -> tuple[int, str] | None:
         """HTTP status and reason if a request with these headers may not ask, or register; None if it may."""

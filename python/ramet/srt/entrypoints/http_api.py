@@ -29,8 +29,10 @@ from ramet.srt.entrypoints.routes.openai import make_openai_router
 from ramet.srt.entrypoints.routes.pauses import make_pause_router
 from ramet.srt.entrypoints.routes.pooling import make_pooling_router
 from ramet.srt.entrypoints.routes.responses import make_responses_router
+from ramet.srt.entrypoints.routes.sleep import make_sleep_router
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
 from ramet.srt.entrypoints.routes.trainer_groups import make_trainer_group_router, make_transfer_router
+from ramet.srt.entrypoints.routes.weight_inspection import make_inspection_router
 from ramet.srt.entrypoints.routes.weight_sessions import make_weight_session_router
 from ramet.srt.entrypoints.routes.weight_updates import make_weight_update_router
 from ramet.srt.entrypoints.routes.weight_versions import make_version_router
@@ -44,8 +46,10 @@ ROUTERS = (
     make_admin_router,
     make_version_router,
     make_pause_router,
+    make_sleep_router,
     make_lora_router,
     make_weight_update_router,
+    make_inspection_router,
     make_weight_session_router,
     make_trainer_group_router,
     make_transfer_router,

@@ -15,7 +15,7 @@ import msgspec
 import ramet
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
-from ramet.srt.configs.parallel_config import check_parallel_sizes
+from ramet.srt.configs.parallel_config import ParallelConfig, check_parallel_sizes
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.layers.attention.requirements import check_attention_backend
@@ -35,17 +35,18 @@ from ramet.srt.weights.control_messages import (
     WeightReply,
     WeightRequest,
 )
-from ramet.srt.weights.registration import BEING_CHANGED
 
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
     from ramet.srt.entrypoints.version_control import VersionControl
+    from ramet.srt.entrypoints.weight_inspection import WeightInspection
     from ramet.srt.lora.adapter_paths import LoraPath
     from ramet.srt.managers.lora_control import LoraControl
     from ramet.srt.managers.metrics import Metrics
     from ramet.srt.managers.pause_control import PauseControl
     from ramet.srt.managers.profile_control import ProfileControl
+    from ramet.srt.managers.sleep_control import SleepControl
     from ramet.srt.managers.tokenizer_manager import TokenizerManager
     from ramet.srt.managers.trainer_group_control import TrainerGroupControl
     from ramet.srt.managers.weight_sessions import WeightSessions
@@ -85,8 +86,10 @@ class Instance:
         self.profiles: ProfileControl
         self.versions: VersionControl
         self.weight_updates: WeightUpdateControl
+        self.inspection: WeightInspection
         self.weight_sessions: WeightSessions
         self.trainer_groups: TrainerGroupControl
+        self.sleep: SleepControl
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
@@ -262,11 +265,13 @@ class Instance:
 
         from ramet.srt.entrypoints.openai.reranker import find_reranker
         from ramet.srt.entrypoints.version_control import VersionControl
+        from ramet.srt.entrypoints.weight_inspection import WeightInspection
         from ramet.srt.managers.lora_control import LoraControl
         from ramet.srt.managers.metrics import Metrics
         from ramet.srt.managers.pause_control import PauseControl
         from ramet.srt.managers.prepare_requests import Limits
         from ramet.srt.managers.profile_control import ProfileControl
+        from ramet.srt.managers.sleep_control import SleepControl
         from ramet.srt.managers.tokenizer_manager import TokenizerManager
         from ramet.srt.managers.trainer_group_control import TrainerGroupControl
         from ramet.srt.managers.weight_sessions import WeightSessions
@@ -311,14 +316,27 @@ class Instance:
         self.profiles = ProfileControl(self.manager)
         has_offers, world_size, weights_turn = self.bootstrap is not None, args.world_size, asyncio.Lock()
         self.versions = VersionControl(
-            self.manager, self.ask_rank_about_weights, world_size if has_offers else 0, weights_turn
+            self.manager,
+            self.ask_rank_about_weights,
+            world_size if has_offers else 0,
+            weights_turn,
+            lambda: self.sleep.is_asleep,
         )
         self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
         self.weight_updates = WeightUpdateControl(
             self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
         )
+        sizes = ParallelConfig.of_rank(0, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
+        self.inspection = WeightInspection(self.manager, sizes)
         self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
         self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
+        self.sleep = SleepControl(
+            self.manager,
+            self.pauses,
+            self.weight_updates,
+            can_sleep=args.enable_memory_saver,
+            keeps_copy=args.enable_weights_cpu_backup,
+        )
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -383,7 +401,7 @@ class Instance:
     def _await_weights(self) -> None:
         """Refuse requests, and tell nobody of the instance, until the first update has been served."""
         self.manager.stop_accepting(NO_WEIGHTS_YET)
-        self.weight_updates.has_weights = False
+        self.weight_updates.await_first()
         if self.gives_weights:
             self.close_for_weights()
 
@@ -405,8 +423,8 @@ class Instance:
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them.
 
-        A pause ends first, so that those that it holds can end. A profile that is being recorded is written after that,
-        which may take minutes.
+        A pause ends first, so that those that it holds can end; those that wait for an instance to wake are aborted. A
+        profile that is being recorded is written after that, which may take minutes.
         """
         if not self.is_head:
             return
@@ -414,7 +432,9 @@ class Instance:
         self.manager.stop_accepting(SHUTTING_DOWN)
         if self._telling:
             await asyncio.wait(self._telling)
-        if self.pauses.is_paused:
+        if self.sleep.is_asleep:
+            self.manager.abort_all()  # what waits for it to wake
+        elif self.pauses.is_paused:
             with contextlib.suppress(ServiceError):
                 await self.pauses.go_on()
         if not await self.manager.drain(self.server_args.drain_timeout):
@@ -461,12 +481,12 @@ class Instance:
         """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered.
 
         Raises:
-            ServiceError: if its weights are being changed.
+            ServiceError: if its weights are being changed, or the instance sleeps.
         """
         if self.bootstrap is None:
             return None
-        if self.bootstrap.is_suspended(role):
-            raise ServiceError(f"the weights of the {role} model {BEING_CHANGED}")
+        if (suspended := self.bootstrap.suspension(role)) is not None:
+            raise ServiceError(suspended[1], status_code=suspended[0])
         return self.bootstrap.get_json(role, rank)
 
     # What others see while the weights change: see weight_update_control.Doors
@@ -476,10 +496,10 @@ class Instance:
         """Whether other instances may come for the weights."""
         return self.bootstrap is not None
 
-    def close_for_weights(self) -> None:
+    def close_for_weights(self, *, asleep: bool = False) -> None:
         """Send nobody to the weights."""
         assert self.bootstrap is not None
-        self.bootstrap.suspend("target")
+        self.bootstrap.suspend("target", asleep=asleep)
 
     def open_for_weights(self) -> None:
         """All ranks have registered their weights anew: others may come."""
@@ -488,7 +508,7 @@ class Instance:
         self._tell_ranks(InstanceReady())
 
     def begin_to_serve(self) -> None:
-        """The first weights are there."""
+        """Weights are there that can serve, after some that could not."""
         self.manager.accept_again(NO_WEIGHTS_YET)
 
     def end(self, line: str) -> None:

@@ -26,9 +26,18 @@ class VersionControl:
         ask_rank: tells a rank that offers its weights something about them.
         num_offers: how many ranks, from 0 on, offer theirs.
         turn: held by whoever changes the weights or their version's name.
+        is_asleep: whether the weights are offered to nobody because the instance sleeps.
     """
 
-    def __init__(self, manager: TokenizerManager, ask_rank: AskRank, num_offers: int, turn: asyncio.Lock):
+    def __init__(
+        self,
+        manager: TokenizerManager,
+        ask_rank: AskRank,
+        num_offers: int,
+        turn: asyncio.Lock,
+        is_asleep: Callable[[], bool] = lambda: False,
+    ):
+        self._is_asleep = is_asleep
         self._manager = manager
         self._ask_rank = ask_rank
         self._num_offers = num_offers
@@ -49,6 +58,8 @@ class VersionControl:
         except ValueError as error:
             raise RequestError(str(error), param="new_version") from None
         async with self._turn:
+            if self._is_asleep():
+                raise RequestError("the instance is asleep: its weights get another name when it is awake")
             old = self._manager.weight_version
             try:
                 await self._rename_offers(version)

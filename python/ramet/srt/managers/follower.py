@@ -12,6 +12,8 @@ from ramet.srt.managers.pulse import Task
 from ramet.srt.managers.role import READY_KEY
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.model_executor.model_runner import ModelRunner
+from ramet.srt.weights.inspection_messages import WeightInspection
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep
 
 FOLLOWER_POLL_S = 1.0
@@ -65,8 +67,10 @@ class Follower:
         elif isinstance(message, LoraMessage):
             assert self._worker.model_runner.lora is not None
             follow(self._worker.model_runner.lora, message)
-        elif isinstance(message, WeightStep):
+        elif isinstance(message, WeightStep | MemoryStep):
             self._worker.model_runner.versions.follow(message)
+        elif isinstance(message, WeightInspection):
+            self._worker.model_runner.inspector.inspect(message)
         elif message is not None:
             self._worker.profiler.follow(message)
         else:

@@ -7,6 +7,8 @@ import msgspec
 from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.lora.adapter import NO_ADAPTER, LoraAdapter, LoraSource
 from ramet.srt.sampling.sampling_params import SamplingParams
+from ramet.srt.weights.inspection_messages import WeightInspection, WeightInspectionOutput
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.report import LoadReport, PublisherStats
 from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
@@ -284,7 +286,10 @@ Message = (
     | UnloadLoraReqInput
     | LoraReqOutput
     | WeightStep
+    | MemoryStep
     | WeightStepOutput
+    | WeightInspection
+    | WeightInspectionOutput
     | GetInternalStateReq
     | GetInternalStateReqOutput
     | BatchTokenIDOutput

@@ -16,6 +16,8 @@ from ramet.srt.managers.io_struct import (
     UnloadLoraReqInput,
 )
 from ramet.srt.utils.net import format_address, is_ipv6
+from ramet.srt.weights.inspection_messages import WeightInspection
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep
 
 SEND_TIMEOUT_MS = 30_000
@@ -31,6 +33,8 @@ PlanMessage = (
     | FinishLoraReq
     | UnloadLoraReqInput
     | WeightStep
+    | MemoryStep
+    | WeightInspection
 )
 _plan_decoder = msgspec.msgpack.Decoder(PlanMessage)
 _result_decoder = msgspec.msgpack.Decoder(BatchResult)

@@ -207,6 +207,13 @@ class Scheduler:
         """End the pause, if there is one."""
         self.is_paused = False
 
+    def give_up_caches(self) -> bool:
+        """Drop every cached prefix, in a pause in which no request holds keys and values; False if one does."""
+        if not self.is_paused or self.running.admitted():
+            return False
+        self.flush_caches()
+        return True
+
     @property
     def num_held(self) -> int:
         """Requests that run or wait, those included that have given their cache back."""

@@ -25,6 +25,13 @@ from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
+from ramet.srt.weights.inspection_messages import (
+    CheckWeightsReq,
+    ReadWeightReq,
+    WeightInspection,
+    WeightInspectionOutput,
+)
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep
 
 IDLE_POLL_S = 1.0
@@ -95,8 +102,10 @@ class SchedulerLoop:
             case RenameWeightsReqInput():
                 scheduler.rename_weights(message.version, abort_all=message.abort_all)
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
-            case _ if isinstance(message, WeightStep):
+            case _ if isinstance(message, WeightStep | MemoryStep):
                 self._weight_updates.handle(message)
+            case ReadWeightReq() | CheckWeightsReq():
+                reply(self._inspect(message))
             case FlushCacheReqInput():
                 reply(self._flush_cache(message))
             case GetInternalStateReq():
@@ -105,6 +114,12 @@ class SchedulerLoop:
                 reply(profile_reply(message.request_id, lambda: self._profile(message)))
             case _:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
+
+    def _inspect(self, message: WeightInspection) -> WeightInspectionOutput:
+        """Look at the weights on every rank of the replica, between the same two passes."""
+        self.scheduler.finish_passes()
+        self.scheduler.passes.tell(message)
+        return self.scheduler.model_runner.inspector.inspect(message)
 
     def _flush_cache(self, message: FlushCacheReqInput) -> FlushCacheReqOutput:
         scheduler = self.scheduler

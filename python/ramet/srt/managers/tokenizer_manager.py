@@ -48,6 +48,8 @@ from ramet.srt.managers.tokenizer_channel import TokenizerChannel
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
+from ramet.srt.weights.inspection_messages import WeightInspection, WeightInspectionOutput
+from ramet.srt.weights.memory_messages import MemoryStep
 from ramet.srt.weights.update_messages import WeightStep, WeightStepOutput
 
 CONTROL_TIMEOUT_S = 10.0
@@ -64,6 +66,8 @@ Question = (
     | ContinueReqInput
     | RenameWeightsReqInput
     | WeightStep
+    | MemoryStep
+    | WeightInspection
 )
 AnyReply = (
     FlushCacheReqOutput
@@ -74,6 +78,7 @@ AnyReply = (
     | ContinueReqOutput
     | RenameWeightsReqOutput
     | WeightStepOutput
+    | WeightInspectionOutput
 )
 Reply = TypeVar("Reply", bound=AnyReply)
 
@@ -102,6 +107,7 @@ class TokenizerManager:
         self.weight_version = ""  # that the instance serves, once it does
         self._refusal: str | None = "the model is still loading"
         self.pause_refusal: str | None = None  # why requests are refused in a pause, where they are
+        self.weights_refusal: str | None = None  # why requests are refused while the weights are none to serve
         self._running: dict[str, tuple[Generation, int]] = {}
         self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
         # Sequence, number of tokens, when they came, and those before them: what the metrics are yet to be told.
@@ -252,7 +258,7 @@ class TokenizerManager:
     # ---- inside ----
 
     def _check_accepting(self) -> None:
-        if (refusal := self._refusal or self.pause_refusal) is not None:
+        if (refusal := self._refusal or self.weights_refusal or self.pause_refusal) is not None:
             raise ServiceError(refusal)
 
     def _send_request(self, request: TokenizedGenerateReqInput) -> None:

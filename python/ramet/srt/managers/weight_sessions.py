@@ -11,13 +11,8 @@ import logging
 from dataclasses import dataclass
 
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_update_control import (
-    Content,
-    Staged,
-    UpdateReport,
-    WeightUpdateControl,
-    check_version_name,
-)
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport
+from ramet.srt.managers.weight_update_control import WeightUpdateControl, check_version_name
 from ramet.srt.weights.update_messages import PutTensorsReq, SealWeightsReq, TensorsSource
 
 logger = logging.getLogger(__name__)
@@ -139,7 +134,8 @@ class WeightSessions:
 
     async def _serve(self, number: int, staged: Staged, version: str | None, abort_all: bool) -> UpdateReport:
         sealed = await self._control.stage(functools.partial(SealWeightsReq, number=number), number)
-        origin = f"tensors on top of {self._control.current.version}" if self._control.has_weights else "tensors"
+        base = self._control.current
+        origin = "tensors" if base.is_made_up else f"tensors on top of {base.version}"
         content = Content(number, version or f"update-{number}", origin, None)
         return await self._control.serve(content, staged + Staged.of(sealed), abort_all=abort_all)
 

@@ -89,6 +89,13 @@ class FoundInstance:
         return _content(_server(self.source, self.config), self.config.timeout_s) == self.content
 
 
+def instance_source(address: str, digest: str | None = None) -> InstanceSource:
+    """The instance at "host:port", "http://host:port" or "https://host:port"; else raises ValueError."""
+    scheme = next((scheme for scheme in SCHEMES if address.startswith(scheme)), "http://")
+    host, port = split_address(address.removeprefix(scheme).rstrip("/"), "the address of an instance")
+    return InstanceSource(host=host, port=port, scheme=SCHEMES[scheme], digest=digest)
+
+
 def find_instance(config: LoadConfig, address: str, digest: str | None) -> FoundInstance:
     """The instance at "host:port", "http://host:port" or "https://host:port".
 
@@ -96,9 +103,7 @@ def find_instance(config: LoadConfig, address: str, digest: str | None) -> Found
         ValueError: if that is no address, or its weights have no checksums.
         WeightTransferError: if it does not answer.
     """
-    scheme = next((scheme for scheme in SCHEMES if address.startswith(scheme)), "http://")
-    host, port = split_address(address.removeprefix(scheme).rstrip("/"), "the address of an instance")
-    source = InstanceSource(host=host, port=port, scheme=SCHEMES[scheme], digest=digest)
+    source = instance_source(address, digest)
     content = _content(_server(source, config), config.timeout_s)
     return FoundInstance(source, address, config, content)
 

@@ -8,16 +8,19 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
+    MadeUpSource,
     OfferWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
@@ -32,9 +35,13 @@ STAGE_TIMEOUT_S = 3700.0
 OFFER_TIMEOUT_S = 120.0
 SWITCH_TIMEOUT_S = 600.0
 DROP_TIMEOUT_S = 60.0
+RESET = "the weights have been reset: an update or a rollback must restore them first"
 Result = TypeVar("Result")
-
 NUM_TRIES = 3  # of a source whose content changes while it is taken
+
+
+class NoRoomError(RequestError):
+    """There is no memory for other weights beside those that serve."""
 
 
 class Doors(Protocol):
@@ -44,8 +51,8 @@ class Doors(Protocol):
     def gives_weights(self) -> bool:
         """Whether other instances may come for the weights."""
 
-    def close_for_weights(self) -> None:
-        """Give the weights to nobody new."""
+    def close_for_weights(self, *, asleep: bool = False) -> None:
+        """Give the weights to nobody new: they change, or the instance sleeps."""
 
     def open_for_weights(self) -> None:
         """The ranks have registered what they have now: others may come."""
@@ -78,63 +85,6 @@ class FoundSource(Protocol):
         Raises:
             ValueError: if nobody can tell any more.
         """
-
-
-@dataclass(frozen=True)
-class Content:
-    """What the ranks have under a number."""
-
-    number: int
-    version: str
-    origin: str
-    model_path: str | None
-    since: float = field(default_factory=time.time)  # unix seconds
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """What came of an update."""
-
-    version: str
-    origin: str
-    pause_s: float
-    num_reqs: int  # that ran or waited at the switch
-    source: str = ""
-    num_bytes: int = 0
-    stage_s: float = 0.0
-    trouble: str = ""  # why others can't take the weights now
-
-    @property
-    def message(self) -> str:
-        way = f"{self.num_bytes} bytes staged from {self.source} in {self.stage_s:.3f} s" if self.source else "staged"
-        words = f"the weights are those of {self.origin} ({self.version}): {way}, a pause of {self.pause_s:.4f} s"
-        return f"{words}; {self.trouble}" if self.trouble else words
-
-
-@dataclass(frozen=True)
-class Staged:
-    """What has come for content, on all ranks."""
-
-    source: str = ""
-    num_bytes: int = 0
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, replies: list[WeightStepOutput]) -> "Staged":
-        """By what all replicas say of one step."""
-        return cls(
-            _joined(reply.source for reply in replies),
-            sum(reply.num_bytes for reply in replies),
-            max(reply.seconds for reply in replies),
-        )
-
-    def __add__(self, other: "Staged") -> "Staged":
-        source = _joined((self.source, other.source))
-        return Staged(source, self.num_bytes + other.num_bytes, self.seconds + other.seconds)
-
-
-def _joined(sources: Iterable[str]) -> str:
-    return "+".join(sorted({part for source in sources for part in source.split("+") if part}))
 
 
 def check_version_name(version: str | None) -> None:
@@ -175,13 +125,23 @@ class WeightUpdateControl:
         self.kept: list[Content] = []  # the newest first
         self._turn = turn
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.has_weights = True
         self.has_session = False  # whether tensors may come for content that is not complete yet
+        self.is_asleep = False  # nobody is told of the weights
+        self.has_weights = True  # False while their memory is given back: what is staged takes its place
 
     @property
     def current(self) -> Content:
         """What serves, by the name that it has now."""
         return replace(self._current, version=self._manager.weight_version)
+
+    def await_first(self) -> None:
+        """Say of what the instance was started with that it is none to serve: the first update brings that."""
+        self._current = replace(self._current, origin="nowhere", is_made_up=True)
+
+    @staticmethod
+    def has_come(content: Content) -> bool:
+        """Whether it is there at all, rather than awaited."""
+        return bool(content.number) or not content.is_made_up
 
     @property
     def model_path(self) -> str:
@@ -208,6 +168,15 @@ class WeightUpdateControl:
         """Switch back to what served before. Raises what `update` raises."""
         return await self.shielded(self._rollback(abort_all))
 
+    async def reset(self) -> UpdateReport:
+        """End all requests, put made-up weights in the place of those that serve, and serve nothing.
+
+        An update or a rollback ends that. Other instances can't come for the weights before.
+
+        Raises what `update` raises; then the instance serves what it has served.
+        """
+        return await self.shielded(self._reset())
+
     async def shielded(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Who has asked may go away: the steps are taken to the end all the same."""
         task = asyncio.create_task(work)
@@ -229,13 +198,12 @@ class WeightUpdateControl:
                 logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
             else:
                 raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
-            content = Content(number, version or f"update-{number}", found.origin, found.model_path)
+            name = version or f"update-{number}"
+            content = Content(number, name, found.origin, found.model_path, found.source)
             return await self.serve(content, Staged.of(staged), abort_all=abort_all)
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
         async with self.turn():
-            if not self.has_weights:
-                raise RequestError("no weights have come yet")
             if not self.kept:
                 raise RequestError("no version before this one is staged (--keep-weight-versions)")
             report = await self._switch_to(self.kept[0], abort_all)
@@ -245,17 +213,19 @@ class WeightUpdateControl:
     # -- Steps of an update, also those of a session: see weight_sessions.py
 
     @contextlib.asynccontextmanager
-    async def turn(self, *, session: bool = False) -> AsyncIterator[None]:
+    async def turn(self, *, session: bool = False, changes: bool = True) -> AsyncIterator[None]:
         """Around an update: nobody else changes weights, their name or adapters meanwhile.
 
         Args:
             session: of the session that is open, if there is one; any other update is refused while there is.
+            changes: the weights are others afterwards, which adapters don't belong to.
 
         Raises:
-            RequestError: if adapters are loaded, or a session is open.
+            RequestError: if adapters are loaded and the weights change, or a session is open.
         """
         async with self._turn, self._adapters_turn:
-            self._check_adapters()
+            if changes:
+                self._check_adapters()
             if self.has_session and not session:
                 raise RequestError("a session (/begin_weight_update) is open: end it first (/end_weight_update)")
             yield
@@ -273,9 +243,24 @@ class WeightUpdateControl:
         except BaseException:
             await self.drop(content.number)
             raise
-        report = replace(report, source=staged.source, num_bytes=staged.num_bytes, stage_s=staged.seconds)
+        report = replace(
+            report,
+            source=staged.source,
+            num_bytes=staged.num_bytes,
+            stage_s=staged.seconds,
+            transfer_s=staged.transfer_s,
+            mode=staged.mode,
+        )
         logger.info("%s", report.message)
         return report
+
+    async def _reset(self) -> UpdateReport:
+        async with self.turn():
+            number = await self.new_number()
+            source = MadeUpSource(random_seed=random.getrandbits(62))
+            staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=source), number)
+            content = Content(number, "reset", "nowhere", None, is_made_up=True)
+            return await self.serve(content, Staged.of(staged), abort_all=True)
 
     def _check_adapters(self) -> None:
         """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
@@ -303,7 +288,9 @@ class WeightUpdateControl:
             raise
         if failure := failure_of(replies):
             await self.drop(number)
-            raise RequestError(f"the weights can't be changed, and are what they were: {failure}")
+            lacks_memory = all(reply.lacks_memory for reply in replies if not reply.success)
+            kind = NoRoomError if lacks_memory else RequestError
+            raise kind(f"the weights can't be changed, and are what they were: {failure}")
         return replies
 
     async def _is_unchanged(self, found: FoundSource, number: int) -> bool:
@@ -316,10 +303,12 @@ class WeightUpdateControl:
     async def _switch_to(self, content: Content, abort_all: bool) -> UpdateReport:
         """Serve what all ranks have staged."""
         try:
-            await self._withdraw()
+            await self.withdraw()
         except BaseException:
-            await self._offer()
+            await self.offer()
             raise
+        if content.is_made_up:
+            self._manager.weights_refusal = RESET
         if abort_all:
             self._manager.abort_all()
         question = functools.partial(SwitchWeightsReq, number=content.number, version=content.version)
@@ -328,18 +317,22 @@ class WeightUpdateControl:
         except ServiceError as error:
             self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
             raise
-        if self.has_weights:
-            self.kept = [self.current, *(one for one in self.kept if one != content)]
+        replaced = self.current
+        self.kept = [one for one in self.kept if one != content]
+        if replaced.is_made_up or not self.has_weights:
+            await self.drop(replaced.number)
+            self.has_weights = True
         else:
-            await self.drop(self._current.number)
+            self.kept.insert(0, replaced)
         self._current = replace(content, since=time.time())
         self._manager.note_weight_version(content.version)
         while len(self.kept) > self._num_kept:
             await self.drop(self.kept.pop().number)
-        trouble = await self._offer()
-        if not self.has_weights:
-            self.has_weights = True
-            self._doors.begin_to_serve()
+        trouble = await self.offer()
+        if not content.is_made_up:
+            self._manager.weights_refusal = None
+            if replaced.is_made_up:
+                self._doors.begin_to_serve()
         return UpdateReport(
             version=content.version,
             origin=content.origin,
@@ -348,17 +341,19 @@ class WeightUpdateControl:
             trouble=trouble,
         )
 
-    async def _withdraw(self) -> None:
+    # -- What others are told
+
+    async def withdraw(self, *, asleep: bool = False) -> None:
         """Tell others that these weights are about to go. Raises RequestError if a rank can't."""
-        if self._doors.gives_weights:
-            self._doors.close_for_weights()
+        if self._doors.gives_weights and not self.is_asleep:
+            self._doors.close_for_weights(asleep=asleep)
             replies = await self._ask(functools.partial(OfferWeightsReq, is_offered=False), OFFER_TIMEOUT_S)
             if failure := failure_of(replies):
                 raise RequestError(f"the weights can't be withdrawn from other instances: {failure}")
 
-    async def _offer(self) -> str:
-        """Let others take what serves now; why they can't, or ""."""
-        if not self._doors.gives_weights:
+    async def offer(self) -> str:
+        """Let others take what serves now, if anything may; why they can't, or ""."""
+        if not self._doors.gives_weights or self.is_asleep or self._current.is_made_up:
             return ""
         try:
             failure = failure_of(await self._ask(functools.partial(OfferWeightsReq, is_offered=True), OFFER_TIMEOUT_S))
@@ -369,6 +364,11 @@ class WeightUpdateControl:
             return f"but other instances can't take them: {failure}"
         self._doors.open_for_weights()
         return ""
+
+    async def drop_kept(self) -> None:
+        """Give up every way back."""
+        while self.kept:
+            await self.drop(self.kept.pop().number)
 
     async def drop(self, number: int) -> None:
         """Forget staged content, on all ranks."""

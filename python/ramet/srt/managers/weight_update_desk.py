@@ -1,8 +1,8 @@
 """Owns what a replica's leader does while the weights change: all its ranks take each step between the same two passes.
 
-Staging, and ending or renewing the offer to other instances, go on beside the passes, on each rank in a thread. They
-are answered when every rank of the replica has told its outcome. A switch is a pause: the passes under way are
-finished, all ranks exchange their content, and the next pass is planned when all have.
+Staging, ending or renewing the offer to other instances, and memory that goes and comes, are steps beside the passes,
+on each rank in a thread. They are answered when every rank of the replica has told its outcome. A switch is a pause:
+the passes under way are finished, all ranks exchange their content, and the next pass is planned when all have.
 """
 
 import logging
@@ -12,14 +12,12 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from ramet.srt.model_executor.weight_update import RankVersions, StepOutcome
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     JoinGroupReq,
     LeaveGroupReq,
-    OfferWeightsReq,
-    PutTensorsReq,
-    SealWeightsReq,
-    StageWeightsReq,
+    LongWeightStep,
     SwitchWeightsReq,
     WeightStep,
     WeightStepOutput,
@@ -33,6 +31,11 @@ class Passing(Protocol):
 
     @property
     def num_unfinished(self) -> int: ...
+
+    @property
+    def is_paused(self) -> bool: ...
+
+    def give_up_caches(self) -> bool: ...
 
     def finish_passes(self) -> None: ...
 
@@ -52,7 +55,7 @@ class WeightUpdateDesk:
         self,
         scheduler: Passing,
         versions: RankVersions,
-        tell: Callable[[WeightStep], None],
+        tell: Callable[[WeightStep | MemoryStep], None],
         reply: Callable[[WeightStepOutput], None],
     ):
         self._scheduler = scheduler
@@ -72,17 +75,9 @@ class WeightUpdateDesk:
         """Whether a trainer is waited for, which may take minutes."""
         return bool(self._joining)
 
-    def handle(self, step: WeightStep) -> None:
+    def handle(self, step: WeightStep | MemoryStep) -> None:
         """Do what the main process asks for; what goes on beside passes is answered by `poll`."""
         match step:
-            case StageWeightsReq() | PutTensorsReq() | SealWeightsReq() | OfferWeightsReq():
-                if self._asked:
-                    text = "another step of an update has not ended yet"
-                    self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=text))
-                    return
-                self._tell(step)
-                self._versions.begin(step)
-                self._asked.append(step.request_id)
             case SwitchWeightsReq():
                 self._switch(step)
             case DropWeightsReq():
@@ -96,6 +91,24 @@ class WeightUpdateDesk:
                 self._tell(step)
                 self._versions.feeds.groups.leave(step.name, step.number)
                 self._reply(WeightStepOutput(request_id=step.request_id, success=True))
+            case _:
+                if (obstacle := self._obstacle(step)) is not None:
+                    self._reply(WeightStepOutput(request_id=step.request_id, success=False, message=obstacle))
+                    return
+                self._tell(step)
+                self._versions.begin(step)
+                self._asked.append(step.request_id)
+
+    def _obstacle(self, step: LongWeightStep | MemoryStep) -> str | None:
+        """Why a step can't be begun now; None if it can."""
+        if self._asked:
+            return "another step of an update has not ended yet"
+        if isinstance(step, ReleaseMemoryReq):
+            if not self._scheduler.is_paused:
+                return "memory is given back in a pause alone"
+            if "kv_cache" in step.tags and not self._scheduler.give_up_caches():
+                return "requests hold keys and values"
+        return None
 
     def poll(self) -> None:
         """Answer what has ended."""
@@ -112,6 +125,9 @@ class WeightUpdateDesk:
             source="+".join(outcome.sources),
             num_bytes=outcome.num_bytes,
             seconds=outcome.seconds,
+            transfer_s=outcome.transfer_s,
+            in_host_memory=outcome.in_host_memory,
+            lacks_memory=outcome.lacks_memory and bool(outcome.failure),
         )
         self._reply(output)
 

@@ -8,6 +8,7 @@ import torch
 
 from ramet.srt.batch.batch_plan import PageWrite
 from ramet.srt.utils.device import to_device
+from ramet.srt.utils.returnable_zeros import ReturnableZeros
 
 
 class ReqToPagePool:
@@ -58,11 +59,23 @@ class MHATokenToKVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        can_be_put_away: bool = False,
     ):
+        """
+        Args:
+            can_be_put_away: whether `put_away` will be called.
+
+        Raises:
+            MemoryError, OSError: if there is no memory that can be given back.
+        """
         shape = (num_layers, 2, (num_pages + 1) * page_size, num_kv_heads, head_dim)
-        self.buffer = (
-            _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        )
+        self._memory = ReturnableZeros(math.prod(shape) * dtype.itemsize, device) if can_be_put_away else None
+        if self._memory is not None:
+            self.buffer = self._memory.tensor.view(dtype).view(*shape)
+        elif device.type == "cpu":
+            self.buffer = _lazy_zeros(shape, dtype)
+        else:
+            self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.page_size = page_size
         # Views, made once: every layer of every pass asks for its own.
         self._layers = [(self.buffer[layer_id, 0], self.buffer[layer_id, 1]) for layer_id in range(num_layers)]
@@ -70,6 +83,30 @@ class MHATokenToKVPool:
     @staticmethod
     def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
+
+    @property
+    def is_put_away(self) -> bool:
+        """Whether there is no memory at the addresses."""
+        return self._memory is not None and not self._memory.is_there
+
+    def put_away(self) -> None:
+        """Give the memory back; the addresses stay, and nobody may read them. Does nothing if there is none.
+
+        Raises:
+            RuntimeError: if it can't be given back.
+        """
+        if self._memory is None:
+            raise RuntimeError("the memory of the KV cache can only be given back with --enable-memory-saver")
+        self._memory.give_back()
+
+    def take_back(self) -> None:
+        """Have memory at the addresses again, all zeros. Does nothing if there is some.
+
+        Raises:
+            MemoryError: if there is not enough; nothing has changed then.
+        """
+        if self._memory is not None:
+            self._memory.take()
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer: views [num_slots, num_kv_heads, head_dim]."""

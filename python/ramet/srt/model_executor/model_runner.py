@@ -30,7 +30,9 @@ from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
+from ramet.srt.model_executor.rank_memory import RankMemory
 from ramet.srt.model_executor.rank_weights import OfferedWeights, RankWeights, find_own_head
+from ramet.srt.model_executor.weight_inspection import WeightInspector
 from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -101,7 +103,7 @@ class ModelRunner:
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
         num_pages = self._num_kv_pages(free_bytes, attention)
         backend_class = choose_attn_backend(config.attention_backend, attention)
-        self.arena = allocate_arena(self.manifest, device)
+        self.arena = allocate_arena(self.manifest, device, can_be_put_away=config.can_sleep)
         self.arena.bind(self.model)
         if self.lora is not None:
             self.lora.allocate(max(CHUNK_SIZES[-1], MAX_BATCH_SIZE) if device.type == "cuda" else 0)
@@ -118,7 +120,10 @@ class ModelRunner:
             if device.type == "cuda":
                 self._prepare_kernels()
                 on_phase("graphs")
-            self.versions = RankVersions(loading.result(), open_checkpoint)
+            keeps_room = config.keeps_copy_room
+            memory = RankMemory(weights, model_config.path, self.kv_pool, open_checkpoint, keeps_room=keeps_room)
+            self.versions = RankVersions(loading.result(), open_checkpoint, memory)
+        self.inspector = WeightInspector(self.versions)
         on_phase("weights")
 
     def _build_model(self) -> None:
@@ -191,6 +196,7 @@ class ModelRunner:
             head_dim=attention.head_dim,
             dtype=attention.dtype,
             device=self.device,
+            can_be_put_away=self.config.can_sleep,
         )
         max_pages = -(-self.max_req_len // self.page_size)
         has_two_ropes = self.model_config.rope.switch_len is not None
@@ -259,7 +265,7 @@ class ModelRunner:
 
     def use_quiet_moment(self) -> None:
         """Nothing has been to do for a moment: begin what makes later passes faster, beside them."""
-        if self.config.attention_backend != "auto":
+        if self.config.attention_backend != "auto" or self.kv_pool.is_put_away:
             return
         page_size = self.page_size
         limits = PassLimits(
@@ -306,7 +312,7 @@ class ModelRunner:
         if isinstance(weights, OfferedWeights):
             raise RuntimeError("the weights are offered already")
         self.versions.offer_again = functools.partial(self.publish, bootstrap_url, load_probe)
-        if self.versions.is_empty:
+        if self.versions.arena.is_made_up:
             return  # the first update offers what it has brought
         self.versions.weights = weights.offer(load_probe)
         if self.lora is not None:

@@ -16,10 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
-from ramet.srt.configs.load_config import NO_WEIGHTS, LoadConfig
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
+from ramet.srt.model_executor.rank_memory import RankMemory, instance_config
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
 from ramet.srt.model_executor.tensor_feeds import TensorFeeds
 from ramet.srt.model_executor.weight_delta import stage_delta
@@ -28,13 +29,13 @@ from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
-from ramet.srt.model_loader.loader import get_model_loader
+from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
-from ramet.srt.utils.net import SeedAddress
 from ramet.srt.utils.threads import run_beside
-from ramet.srt.weights.errors import name_some
+from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DeltaFile,
@@ -43,6 +44,7 @@ from ramet.srt.weights.update_messages import (
     JoinGroupReq,
     LeaveGroupReq,
     LongWeightStep,
+    MadeUpSource,
     OfferWeightsReq,
     PutTensorsReq,
     SealWeightsReq,
@@ -57,7 +59,12 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
-WORDS = {OfferWeightsReq: "the offer of weights", JoinGroupReq: "meeting a trainer"}
+NAMES = {  # of steps other than those toward new weights
+    OfferWeightsReq: "the offer of weights",
+    JoinGroupReq: "meeting a trainer",
+    ReleaseMemoryReq: "giving memory back",
+    ResumeMemoryReq: "taking memory again",
+}
 FIRST = 0  # the number of the content that the rank was started with
 
 
@@ -68,6 +75,9 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     sources: tuple[str, ...] = ()
     num_bytes: int = 0
     seconds: float = 0.0
+    transfer_s: float = 0.0
+    in_host_memory: bool = False
+    lacks_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,13 +94,15 @@ class RankVersions:
     Args:
         weights: what serves.
         open_checkpoint: opens files as checkpoints of the rank's model.
+        memory: gives memory back, and takes it again.
     """
 
-    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener):
+    def __init__(self, weights: LoadedWeights, open_checkpoint: CheckpointOpener, memory: RankMemory):
         self.weights: LoadedWeights | OfferedWeights = weights
         self.current = FIRST
         self.offer_again: Callable[[], None] | None = None  # of an instance that gives its weights
         self._open_checkpoint = open_checkpoint
+        self._memory = memory
         self._arriving = weights.weights
         self._parallel = self._arriving.manifest.parallel
         self._staged: dict[int, StagedWeights] = {}
@@ -100,11 +112,6 @@ class RankVersions:
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._job: Future[StepOutcome] | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no weights have come yet."""
-        return self.current == FIRST and self._arriving.config.load.load_format == NO_WEIGHTS
 
     @property
     def arena(self) -> WeightArena:
@@ -117,13 +124,14 @@ class RankVersions:
 
     # -- Steps that go on beside passes
 
-    def begin(self, step: LongWeightStep) -> None:
+    def begin(self, step: LongWeightStep | MemoryStep) -> None:
         """Begin a step in a thread. All ranks of the replica do, one step after the other."""
         job = self._job = Future[StepOutcome]()
 
         def run() -> None:
             with self._turn:
                 job.set_result(self._run(step))
+                self._prepare_offer()
 
         threading.Thread(target=run, name="change-weights", daemon=True).start()
 
@@ -145,7 +153,16 @@ class RankVersions:
         assert self._job is not None
         return self._job.result()
 
-    def _run(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
+    def _prepare_offer(self) -> None:
+        """Have ready what takes longest of offering other weights, while there are some that may come to serve."""
+        if self.offer_again is None or not self._staged:
+            return
+        try:
+            self._arriving.prepare_offer()
+        except (WeightTransferError, OSError) as error:  # the offer itself will fail, and say so
+            logger.warning("rank %d: an offer can't be prepared: %s", self._parallel.world_rank, one_line(error))
+
+    def _run(self, step: LongWeightStep | MemoryStep | JoinGroupReq) -> StepOutcome:
         outcome = self._take(step)
         try:
             return self._gather(step.request_id, outcome)
@@ -169,9 +186,9 @@ class RankVersions:
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
         return _together(outcomes)
 
-    def _take(self, step: LongWeightStep | JoinGroupReq) -> StepOutcome:
+    def _take(self, step: LongWeightStep | MemoryStep | JoinGroupReq) -> StepOutcome:
         rank = self._parallel.world_rank
-        what = WORDS.get(type(step), "staging weights")
+        what = NAMES.get(type(step), "staging weights")
         try:
             self.arena.make_current()
             match step:
@@ -182,16 +199,26 @@ class RankVersions:
                 case SealWeightsReq():
                     return self._seal(step)
                 case OfferWeightsReq():
-                    self._offer(step.is_offered)
+                    return self._offer(step.is_offered)
                 case JoinGroupReq():
                     self.feeds.groups.join(step)
+                    return StepOutcome()
+                case _:
+                    return self._move_memory(step)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             logger.warning("rank %d: %s failed: %s", rank, what, one_line(error))
-            return StepOutcome(failure=one_line(error))
+            lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            return StepOutcome(failure=one_line(error), lacks_memory=lacks_memory)
         except Exception as error:  # the reason is answered; what serves has not been touched
             logger.exception("rank %d: %s failed", rank, what)
             return StepOutcome(failure=repr(error))
-        return StepOutcome()
+
+    def _move_memory(self, step: MemoryStep) -> StepOutcome:
+        if isinstance(self.weights, OfferedWeights):
+            raise RuntimeError("weights that others may take can't be put away")
+        moved = self._memory.take(step)
+        sources = (moved.source,) if moved.source else ()
+        return StepOutcome(sources=sources, num_bytes=moved.num_bytes, seconds=moved.seconds)
 
     def _stage(self, step: StageWeightsReq) -> StepOutcome:
         start = time.perf_counter()
@@ -204,7 +231,13 @@ class RankVersions:
             raise ValueError(f"what was staged is not what its source has: {name_some(wrong)} differ")
         stage.checksums = checksums
         self._keep(step.number, stage, report)
-        return StepOutcome(sources=(report.source,), num_bytes=report.num_bytes, seconds=time.perf_counter() - start)
+        return StepOutcome(
+            sources=(report.source,),
+            num_bytes=report.num_bytes,
+            seconds=time.perf_counter() - start,
+            transfer_s=report.transfer_seconds,
+            in_host_memory=stage.in_host_memory,
+        )
 
     def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
         with self._lock:
@@ -220,7 +253,7 @@ class RankVersions:
         if stage is None and not step.is_first:
             raise ValueError("what has come before of these weights is lost")
         if stage is None:
-            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole, is_first=self.is_empty)
+            stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole)
         before = stage.num_bytes
         with contextlib.closing(self.feeds.open(step.source)) as tensors:
             for name, tensor in tensors:
@@ -243,22 +276,27 @@ class RankVersions:
         seconds = time.perf_counter() - start
         report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
-        return StepOutcome(seconds=seconds)
+        return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
         base = self._arriving.config.load
         opener = self._open_checkpoint.anew()
+        if isinstance(source, MadeUpSource):
+            stage = self.arena.open_stage(self._manifest(""))
+            stage.is_made_up = True
+            loader = DummyModelLoader(source.random_seed)
+            return stage, loader.load_weights(stage.manifest, stage, "").report
         if isinstance(source, InstanceSource):
             stage = self.arena.open_stage(self._manifest(""))
-            config = _instance_config(base, source)
+            config = instance_config(base, source)
             report = get_model_loader(config, open_checkpoint=opener).load_weights(stage.manifest, stage, "").report
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
             return stage, report
         if isinstance(source, DeltaFile):
-            if self.is_empty:
-                raise ValueError("no weights have come yet on which a delta could belong")
+            if self.arena.is_made_up:
+                raise ValueError("no weights are there on which a delta could belong")
             return stage_delta(source, self.arena, self._manifest(""), opener.whole)
         folder = resolve_model_path(source.path, source.revision)
         stamps = file_stamps(folder)
@@ -282,13 +320,14 @@ class RankVersions:
         manifest = self._arriving.manifest
         return msgspec.structs.replace(manifest, revision=revision, checksums=None, weight_version=DEFAULT_VERSION)
 
-    def _offer(self, is_offered: bool) -> None:
+    def _offer(self, is_offered: bool) -> StepOutcome:
         if isinstance(self.weights, OfferedWeights) == is_offered:
-            return
+            return StepOutcome()
         if isinstance(self.weights, OfferedWeights):
             self.weights = self.weights.withdraw()
         elif self.offer_again is not None:
             self.offer_again()
+        return StepOutcome()
 
     # -- Steps between two passes
 
@@ -324,7 +363,7 @@ class RankVersions:
             if self._staged.pop(number, None) is None and self._open.pop(number, None) is None:
                 self._dropped.add(number)
 
-    def follow(self, step: WeightStep) -> None:
+    def follow(self, step: WeightStep | MemoryStep) -> None:
         """Do what the replica's leader says."""
         match step:
             case SwitchWeightsReq():
@@ -339,20 +378,6 @@ class RankVersions:
                 self.begin(step)
 
 
-def _instance_config(base: LoadConfig, source: InstanceSource) -> LoadConfig:
-    return dataclasses.replace(
-        base,
-        load_format="remote_instance",
-        seeds=(SeedAddress(source.host, source.port, source.scheme),),
-        send_weights_group_ports=(),
-        fallback="error",
-        weights_digest=source.digest,
-        shows_keys=not source.is_listed,
-        is_update=True,
-        modelexpress_url=None,
-    )
-
-
 def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
     """What came of a step on several ranks; all reasons are told once."""
     failures: dict[str, list[str]] = {}
@@ -365,4 +390,7 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
+        transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
+        in_host_memory=any(outcome.in_host_memory for outcome in outcomes.values()),
+        lacks_memory=all(outcome.lacks_memory for outcome in outcomes.values() if outcome.failure),
     )

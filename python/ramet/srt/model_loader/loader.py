@@ -65,6 +65,7 @@ class NoWeightsLoader:
     def load_weights(self, manifest: WeightManifest, arena: WeightArena, _model_path: str) -> LoadResult:
         """Clear the arena; see ModelLoader. The path is not read."""
         arena.prepare_fill([(0, manifest.arena_nbytes)])
+        arena.is_made_up = True
         return LoadResult(LoadReport(source="none", num_bytes=0, seconds=0.0, verified=False))
 
 

@@ -60,7 +60,6 @@ class TensorStage:
         manifest: of the stage.
         whole: the model that all ranks hold together.
         is_known: whether somebody else makes sure that what comes belongs together.
-        is_first: whether nothing serves yet, so that everything must come.
 
     Raises:
         MemoryError: if there is no room for it.
@@ -73,14 +72,12 @@ class TensorStage:
         whole: WholeModel,
         *,
         is_known: bool = False,
-        is_first: bool = False,
     ):
         self.is_known = is_known
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
         self.num_bytes = 0  # that have come
         self._serving = serving
-        self._is_first = is_first
         self._whole = whole
         self._device = self.arena.byte_tensor().device
         self._received: set[str] = set()  # names of checkpoint tensors, as boxes have them
@@ -200,10 +197,11 @@ class TensorStage:
             self._check_modules()
             self._check_head()
             self._check_stacks()
-        if self._is_first and (lacking := self._boxes.keys() - self._received):
-            raise ValueError(f"the first weights must be whole, and {name_some(sorted(lacking))} have not come")
+        missing = self._boxes.keys() - self._received
+        if missing and self._serving.is_made_up:
+            raise ValueError(f"nothing serves that could stay, and {name_some(sorted(missing))} did not come")
         with self.arena.work_context():
-            for name in self._boxes.keys() - self._received:
+            for name in missing:
                 for entry, box in self._boxes[name]:
                     self._write(entry, box.target, self._serving.tensor(entry)[_slices(box.target)])
             self.arena.synchronize()

@@ -1,4 +1,4 @@
-"""Owns the calls into the CUDA driver: lending a GPU's memory to another process, and queueing copies.
+"""Owns the calls into the CUDA driver: how they are made, lending a GPU's memory by handle, and queueing copies.
 
 The driver's API is used directly (cuda.h; CUDA Driver API reference, "Memory Management"), because with it a handle is
 opened and closed exactly when we say. A CUDA context must be current in the calling thread.
@@ -9,6 +9,7 @@ import functools
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class _IpcHandle(ctypes.Structure):
@@ -46,6 +47,7 @@ def _driver_with_lock() -> ctypes.CDLL:
 
 def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
     address, size, stream = ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+    handle, flags = ctypes.c_uint64, ctypes.c_ulonglong  # of virtual memory
     signatures = {
         "cuInit": [ctypes.c_uint],
         "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
@@ -60,14 +62,34 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
         "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
         "cuMemcpy2DAsync_v2": [ctypes.POINTER(Copy2D), stream],
+        "cuCtxSynchronize": [],
+        "cuDeviceGetAttribute": [ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int],
+        "cuMemGetAllocationGranularity": [ctypes.POINTER(size), ctypes.c_void_p, ctypes.c_int],
+        "cuMemAddressReserve": [ctypes.POINTER(address), size, size, address, flags],
+        "cuMemAddressFree": [address, size],
+        "cuMemCreate": [ctypes.POINTER(handle), size, ctypes.c_void_p, flags],
+        "cuMemRelease": [handle],
+        "cuMemMap": [address, size, size, handle, flags],
+        "cuMemUnmap": [address, size],
+        "cuMemSetAccess": [address, size, ctypes.c_void_p, size],
+        "cuMemExportToShareableHandle": [ctypes.c_void_p, handle, ctypes.c_int, flags],
+        "cuMemImportFromShareableHandle": [ctypes.POINTER(handle), ctypes.c_void_p, ctypes.c_int],
     }
     for name, argtypes in signatures.items():
         getattr(driver, name).argtypes = argtypes
     return driver
 
 
+class DeviceMemoryError(OSError, MemoryError):
+    """The GPU has no more memory."""
+
+
 def call_driver(name: str, *arguments: object) -> None:
-    """Call a function of the driver by its C name. Raises OSError, with the driver's own words, if it fails."""
+    """Call a function of the driver by its C name.
+
+    Raises:
+        OSError: with the driver's own words, if it fails; DeviceMemoryError for want of memory.
+    """
     _check(name, getattr(_driver(), name)(*arguments))
 
 
@@ -75,7 +97,8 @@ def _check(name: str, code: int) -> None:
     if code != 0:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise OSError(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
+        kind = DeviceMemoryError if code == _OUT_OF_MEMORY else OSError
+        raise kind(f"{name}: {(text.value or b'unknown error').decode()} (CUDA error {code})")
 
 
 def is_installed() -> bool:

@@ -1,6 +1,7 @@
-"""Owns getting small things to the device and back without making the host wait."""
+"""Owns getting small things to the device and back without making the host wait, and whose context a thread is in."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +13,14 @@ def to_device(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.d
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def current_context(device: torch.device) -> Iterator[None]:
+    """Make a GPU's CUDA context the calling thread's, for calls into the driver."""
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
+        yield
 
 
 class HostCopies:

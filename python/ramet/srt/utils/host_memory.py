@@ -107,6 +107,11 @@ def map_nothing_at(address: int, nbytes: int) -> None:
     _mmap(address, nbytes, PROT_READ_WRITE, flags, -1)
 
 
+def map_no_access_at(address: int, nbytes: int) -> None:
+    """Keep a range of addresses without any memory, in one step: whoever reads or writes there ends the process."""
+    _mmap(address, nbytes, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED, -1)
+
+
 def unmap(address: int, nbytes: int) -> None:
     if _libc.munmap(address, nbytes):
         raise _os_error(f"cannot unmap {nbytes} bytes")

@@ -28,14 +28,17 @@ class SocketFolder:
         remove_abandoned_folders()
         while True:
             self.path = tempfile.mkdtemp(prefix=PREFIX)
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue  # another start took it for an abandoned one
             try:
                 if _lock(self._fd) and _is_at(self.path, self._fd):
                     return
             except OSError as error:  # then nobody else can lock it, and remove it, either
                 logger.debug("%s can't be locked: %s", self.path, error)
                 return
-            os.close(self._fd)  # another start took it for an abandoned one before it was locked
+            os.close(self._fd)  # the same, a moment later
 
     def close(self) -> None:
         """Remove the folder. Idempotent."""

@@ -7,6 +7,7 @@ from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import WeightManifest, check_manifest, check_role
 
 BEING_CHANGED = "are being changed: ask again in a moment"
+ASLEEP = "are put away: the instance is asleep"
 MAX_CHECKSUM_REGIONS = 4096  # in one request; a client that wants more asks again
 MAX_REGISTRATION_BYTES = 64 << 20  # tens of thousands of tensors with their boxes
 MAX_REGISTRATION_VALUES = 2 << 20  # in one, by the commas that it has

@@ -38,6 +38,12 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
+class MadeUpSource(msgspec.Struct, frozen=True, kw_only=True, tag="made_up"):
+    """Weights of nobody's model, which must never serve: what restores weights must then replace all of them."""
+
+    random_seed: int
+
+
 class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     """What has changed, in a file that every rank can read (a copy on each node will do): see weights/delta.py."""
 
@@ -47,7 +53,7 @@ class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     stamp: FileStamp
 
 
-WeightSource = FilesSource | InstanceSource | DeltaFile
+WeightSource = FilesSource | InstanceSource | DeltaFile | MadeUpSource
 
 
 class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast"):
@@ -158,8 +164,11 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     source: str = ""  # of what was staged, as a LoadReport has it
     num_bytes: int = 0  # that came, on all ranks
     seconds: float = 0.0  # that staging took
+    transfer_s: float = 0.0  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_s: float = 0.0  # between two passes, for a switch
     num_reqs: int = 0  # that ran or waited at a switch
+    in_host_memory: bool = False  # some of what was staged is in host memory, for want of room on a GPU
+    lacks_memory: bool = False  # all that it has failed for
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ramet.srt.entrypoints.http.answers import Answer
+from ramet.srt.entrypoints.http.answers import Answer, AnswerMetadata
 
 
 class TextAnswer(Answer):
@@ -58,6 +58,7 @@ class MessageAnswer(Answer):
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: MessageUsage
+    metadata: AnswerMetadata  # in a stream with `message_delta`
 
 
 class TokenCount(Answer):

@@ -54,12 +54,18 @@ class MessageEvents:
                 made.append(self._delta("input_json_delta", "partial_json", event.text))
         return made
 
-    def end(self, stop_reason: str, stop_sequence: str | None, usage: Mapping[str, Any]) -> list[MessageEvent]:
-        """The last events."""
+    def end(
+        self, stop_reason: str, stop_sequence: str | None, usage: Mapping[str, Any], metadata: Mapping[str, Any]
+    ) -> list[MessageEvent]:
+        """The last events.
+
+        Args:
+            metadata: which weights have answered; no field of Anthropic's.
+        """
         delta = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
         return [
             *self._close(),
-            {"type": "message_delta", "delta": delta, "usage": dict(usage)},
+            {"type": "message_delta", "delta": delta, "usage": dict(usage), "metadata": dict(metadata)},
             {"type": "message_stop"},
         ]
 
@@ -107,6 +113,7 @@ def whole_message(events: Iterable[MessageEvent]) -> dict[str, Any]:
         elif event["type"] == "message_delta":
             message |= event["delta"]
             message["usage"] = message["usage"] | event["usage"]
+            message["metadata"] = event["metadata"]
     for block, texts in zip(message["content"], pieces, strict=True):
         text = "".join(texts)
         if block["type"] == "tool_use":

@@ -14,6 +14,7 @@ from ramet.srt.entrypoints.anthropic.error_shape import error_body_of
 from ramet.srt.entrypoints.anthropic.message_events import MessageEvent, MessageEvents, whole_message
 from ramet.srt.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest, ThinkingOn
 from ramet.srt.entrypoints.http.event_stream import encode_named_event, event_stream, json_response, until_disconnect
+from ramet.srt.entrypoints.openai.serving_base import version_metadata
 from ramet.srt.entrypoints.openai.serving_chat import ChatServing, PreparedChat
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
@@ -69,7 +70,8 @@ class MessagesServing:
                     if update.finish_reason is not None:
                         stop = stop_of(update.finish_reason, sequence)
                         details = {"thinking_tokens": run.num_reasoning_tokens(0)}
-                        for event in events.end(*stop, {**usage(sequence), "output_tokens_details": details}):
+                        counts = {**usage(sequence), "output_tokens_details": details}
+                        for event in events.end(*stop, counts, version_metadata(run.sequences)):
                             yield event
 
     def _beginning(self, sequence: RunningSequence) -> dict[str, Any]:

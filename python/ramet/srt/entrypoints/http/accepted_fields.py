@@ -253,6 +253,10 @@ WEIGHT_UPDATE = _table(
            "recapture_cuda_graph"),
     *_only("SGLang", "how files are read", "load_format", values=("auto", "safetensors")),
 )  # fmt: skip
+WEIGHTS_CHECKER = _table(
+    *_only("SGLang", "tensors that are left out of a comparison", "skip_tensor_list"),
+    *_only("SGLang", "a comparison of numbers; here bytes are compared", "allow_quant_error"),
+)
 
 TRANSFER = _table(*_free("vLLM", "how many buffers a trainer sends from", "packed_num_buffers"))
 
@@ -288,8 +292,20 @@ TABLES: Mapping[str, Table] = {
     "The body of `POST /continue_generation`": CONTINUE,
     "The bodies of updates of weights": WEIGHT_UPDATE,
     "`init_info` and `update_info` of vLLM's": TRANSFER,
+    "The body of `POST /weights_checker`": WEIGHTS_CHECKER,
 }
-_BODIES = (CHAT, COMPLETIONS, GENERATE, SAMPLING, POOLING, MESSAGES, RESPONSES, CONTINUE, WEIGHT_UPDATE)
+_BODIES = (
+    CHAT,
+    COMPLETIONS,
+    GENERATE,
+    SAMPLING,
+    POOLING,
+    MESSAGES,
+    RESPONSES,
+    CONTINUE,
+    WEIGHT_UPDATE,
+    WEIGHTS_CHECKER,
+)
 _PARTS = tuple(table for table in TABLES.values() if table not in _BODIES)
 
 

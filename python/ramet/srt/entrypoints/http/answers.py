@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ramet.srt.managers.update_report import UpdateMode
+
 
 class Answer(BaseModel):
     """A JSON object with exactly these fields."""
@@ -264,7 +266,7 @@ class ModelList(Answer):
 class Status(Answer):
     """How the instance is."""
 
-    status: Literal["ready", "paused"]
+    status: Literal["ready", "paused", "asleep"]
 
 
 class SglangOutcome(Answer):
@@ -284,6 +286,35 @@ class PauseState(Answer):
     """Whether generation is paused."""
 
     is_paused: bool
+
+
+class SleepOutcome(Answer):
+    """How an instance has fallen asleep; vLLM's `status` and `level`, and what it gave back."""
+
+    status: Literal["sleeping"]
+    level: int
+    tags: list[str]
+    num_bytes: int
+    seconds: float
+
+
+class WakeOutcome(Answer):
+    """How it has woken, in the same way; `tags` are those that were asked for."""
+
+    status: Literal["awake", "sleeping"]
+    tags: list[str] | None
+    missing: list[str]  # what is still given back
+    source: str  # of the weights: host_memory, checkpoint, local_copy, …
+    num_bytes: int
+    seconds: float
+    message: str  # why other instances can't take the weights now
+
+
+class SleepState(Answer):
+    """Whether the instance sleeps, and which memory is given back."""
+
+    is_sleeping: bool
+    tags: list[str]
 
 
 class Version(Answer):
@@ -353,10 +384,11 @@ class WeightsChanged(Answer):
     message: str
     num_paused_requests: int  # that ran or waited at the switch
     weight_version: str  # that serves now
-    mode: Literal["staged"]  # beside what served before
+    mode: UpdateMode  # beside what served before, in memory of the host, or in its place
     source: str  # as in load reports; "" for what was staged before
     num_bytes: int  # that came, on all ranks
     stage_seconds: float  # serving went on meanwhile
+    transfer_seconds: float  # of these, those in which bytes moved; 0 where that is not taken apart
     pause_seconds: float  # in which no pass was computed
 
 
@@ -410,6 +442,34 @@ class WorldSize(Answer):
     """How many ranks an instance has."""
 
     world_size: int
+
+
+class RankPlace(Answer):
+    """A rank's parallel coordinates."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    pp_rank: int
+    pp_size: int
+    rank: int
+    size: int
+
+
+class RankChecksums(Answer):
+    """What one rank has."""
+
+    checksums: dict[str, str]  # 16 hex digits of each tensor
+    per_gpu_checksum: str  # SHA-256 over them
+    parallelism_info: RankPlace
+
+
+class WeightsChecked(Done):
+    """What has been done; and after `checksum`, what all ranks have."""
+
+    ranks: list[RankChecksums] | None = None
+    per_engine_checksum: str | None = None  # SHA-256 over theirs
 
 
 class VersionOutcome(Done):

@@ -27,6 +27,11 @@ ADMIN_PATHS = frozenset(
         "/pause",
         "/resume",
         "/is_paused",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
         "/update_weight_version",
         "/update_weights_from_disk",
         "/update_weights_from_instance",
@@ -44,6 +49,8 @@ ADMIN_PATHS = frozenset(
         "/finish_weight_update",
         "/update_weights_from_tensor",
         "/weight_versions",
+        "/get_weights_by_name",
+        "/weights_checker",
     }
 )
 

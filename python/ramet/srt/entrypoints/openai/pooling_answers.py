@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ramet.srt.entrypoints.http.answers import Answer
+from ramet.srt.entrypoints.http.answers import Answer, AnswerMetadata
 
 
 class PoolingUsage(Answer):
@@ -27,6 +27,7 @@ class EmbeddingList(Answer):
     data: list[Embedding]
     model: str
     usage: PoolingUsage
+    metadata: AnswerMetadata
 
 
 class StopReason(Answer):
@@ -43,6 +44,7 @@ class EncodeMetaInfo(Answer):
     prompt_tokens: int
     cached_tokens: int
     e2e_latency: float
+    weight_version: str
 
 
 class NativeEmbedding(Answer):
@@ -69,6 +71,7 @@ class ScoreList(Answer):
     model: str
     data: list[Score]
     usage: PoolingUsage
+    metadata: AnswerMetadata
 
 
 class LabelScores(Answer):
@@ -77,6 +80,7 @@ class LabelScores(Answer):
     scores: list[list[float]]
     model: str
     usage: PoolingUsage
+    metadata: AnswerMetadata
     object: Literal["scoring"]
 
 
@@ -101,3 +105,4 @@ class Ranking(Answer):
     model: str
     results: list[RankedDocument]
     usage: PoolingUsage
+    metadata: AnswerMetadata

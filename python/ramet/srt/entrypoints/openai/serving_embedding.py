@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.event_stream import json_response, until_disconnect
 from ramet.srt.entrypoints.openai.pooling_protocol import EmbeddingRequest
-from ramet.srt.entrypoints.openai.serving_pooling import PoolingServing, embedding_pooling, floats, pooling_usage
+from ramet.srt.entrypoints.openai.serving_pooling import PoolingServing, embedding_pooling, floats, pooling_account
 
 
 class EmbeddingServing(PoolingServing):
@@ -38,5 +38,5 @@ class EmbeddingServing(PoolingServing):
             shown: Any = base64.b64encode(vector).decode() if body.encoding_format == "base64" else floats(vector)
             item = {"object": "embedding", "index": index, "embedding": shown}
             data.append(msgspec.Raw(msgspec.json.encode(item)))
-        answer = {"object": "list", "data": data, "model": self.model_name, "usage": pooling_usage(sequences)}
-        return json_response(answer)
+        answer = {"object": "list", "data": data, "model": self.model_name}
+        return json_response({**answer, **pooling_account(sequences)})

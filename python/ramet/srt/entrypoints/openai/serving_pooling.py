@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ramet.srt.batch.batch_plan import Pooling
-from ramet.srt.entrypoints.openai.serving_base import OpenAIServing
+from ramet.srt.entrypoints.openai.serving_base import OpenAIServing, version_metadata
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.prepare_requests import Limits, SequenceInput, check_task
@@ -99,10 +99,13 @@ def floats(vector: bytes) -> tuple[float, ...]:
     return struct.unpack(f"<{len(vector) // 4}f", vector)
 
 
-def pooling_usage(sequences: Sequence[RunningSequence]) -> dict[str, Any]:
-    """Token counts of a request without output."""
+def pooling_account(sequences: Sequence[RunningSequence]) -> dict[str, Any]:
+    """Token counts of a request without output, and which weights have answered it."""
     num_tokens = sum(sequence.prompt_tokens for sequence in sequences)
-    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        "metadata": version_metadata(sequences),
+    }
 
 
 def instruction_of(instruct: str | None, instruction: str | None) -> str | None:

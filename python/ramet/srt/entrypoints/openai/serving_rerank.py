@@ -16,7 +16,7 @@ from ramet.srt.entrypoints.openai.serving_pooling import (
     PoolingServing,
     check_joined_size,
     instruction_of,
-    pooling_usage,
+    pooling_account,
 )
 from ramet.srt.errors import RequestError
 from ramet.srt.managers.generation import RunningSequence
@@ -87,5 +87,5 @@ class RerankServing(PairServing):
             for result in results:
                 result["document"] = {"text": documents[result["index"]]}
         head = answer_head("", "rerank", self.model_name)
-        answer = {"id": head["id"], "model": self.model_name, "results": results, "usage": pooling_usage(sequences)}
-        return json_response(answer)
+        answer = {"id": head["id"], "model": self.model_name, "results": results}
+        return json_response({**answer, **pooling_account(sequences)})

@@ -10,7 +10,7 @@ from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.entrypoints.http.event_stream import json_response, until_disconnect
 from ramet.srt.entrypoints.openai.pooling_protocol import Prompt, ScoreRequest, as_list, named
 from ramet.srt.entrypoints.openai.serving_base import answer_head
-from ramet.srt.entrypoints.openai.serving_pooling import check_joined_size, floats, instruction_of, pooling_usage
+from ramet.srt.entrypoints.openai.serving_pooling import check_joined_size, floats, instruction_of, pooling_account
 from ramet.srt.entrypoints.openai.serving_rerank import PairServing
 from ramet.srt.errors import RequestError
 
@@ -62,7 +62,7 @@ class ScoreServing(PairServing):
         scores, sequences = await self.score_pairs(queries, documents, instruction, names, first)
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
         head = answer_head("list", "score", self.model_name)
-        return json_response({**head, "data": data, "usage": pooling_usage(sequences)})
+        return json_response({**head, "data": data, **pooling_account(sequences)})
 
     async def _score_labels(self, body: ScoreRequest) -> Response:
         """SGLang's: the probabilities of labels as the token behind the query and each item."""
@@ -82,8 +82,8 @@ class ScoreServing(PairServing):
         prompts = [(name, _joined(query, item, bool(body.item_first))) for name, item in items]
         sequences = await self.pool(prompts, Pooling(label_token_ids=labels))
         scores = [_probabilities(sequence.vector, bool(body.apply_softmax)) for sequence in sequences]
-        answer = {"scores": scores, "model": self.model_name, "usage": pooling_usage(sequences), "object": "scoring"}
-        return json_response(answer)
+        answer = {"scores": scores, "model": self.model_name, "object": "scoring"}
+        return json_response({**answer, **pooling_account(sequences)})
 
 
 def _items(body: ScoreRequest) -> list[tuple[str, Prompt]]:

@@ -44,8 +44,10 @@ def make_health_router(instance: Instance) -> APIRouter:
             raise ServiceError(refusal)
 
     def status() -> Response:
-        """A pause is no sickness: whoever restarts what is not well must leave it alone."""
-        return json_response({"status": "paused" if instance.pauses.is_paused else "ready"})
+        """A pause is no sickness, nor is sleep: whoever restarts what is not well must leave it alone."""
+        if instance.sleep.is_asleep:
+            return json_response({"status": "asleep"})
+        return json_response({"status": "paused" if instance.pauses.holds_requests else "ready"})
 
     @router.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:

@@ -13,7 +13,8 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.weight_sessions import BeginBody, answer_tensors
-from ramet.srt.entrypoints.routes.weight_updates import Version, refusal
+from ramet.srt.entrypoints.routes.weight_updates import refusal
+from ramet.srt.entrypoints.weight_calls import Version
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.trainer_group_control import Group
 from ramet.srt.weights.manifest import element_size

@@ -14,9 +14,10 @@ from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.routes.weight_updates import Version, answer_update, refusal, updated
+from ramet.srt.entrypoints.routes.weight_updates import answer_update, refusal, updated
+from ramet.srt.entrypoints.weight_calls import Version
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.weight_update_control import Staged, UpdateReport
+from ramet.srt.managers.update_report import Staged, UpdateReport
 from ramet.srt.utils.net import host_identity, is_own_address
 from ramet.srt.weights.update_messages import PickledTensors
 

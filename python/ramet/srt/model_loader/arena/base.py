@@ -1,8 +1,9 @@
 """Owns what an arena is to everybody else: a rank's weights at addresses that stay, on a device that it alone knows."""
 
 import contextlib
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from ramet.srt.weights.copy_op import CopyOp
+
+
+READERS_TIMEOUT_S = 10.0  # for those who read the memory before it is given back
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,15 @@ class LentMemory:
     offset: int  # of the arena in the memory that the handle opens
 
 
-MemoryShare = SharedFile | LentMemory
+@dataclass(frozen=True)
+class LentFile:
+    """The same by a descriptor, of memory whose pages can be given back; the arena is at its beginning."""
+
+    fd: int  # whoever has it closes it
+    nbytes: int  # of all of the memory
+
+
+MemoryShare = SharedFile | LentMemory | LentFile
 
 
 class WeightArena(ABC):
@@ -52,6 +64,10 @@ class WeightArena(ABC):
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
         self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
         self.is_published = False
+        self.is_put_away = False  # there is no memory at the addresses
+        self._num_readers = 0  # beside passes
+        self._readers_changed = threading.Condition()
+        self.is_made_up = False  # of content that must never serve, nor be a part of what does
 
     @property
     def content_digest_text(self) -> str:
@@ -198,6 +214,84 @@ class WeightArena(ABC):
         """Declare the content final: from now on others may read it, and no source may fill it."""
         self.is_published = True
 
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether this is a stage in host memory of an arena that is elsewhere."""
+        return False
+
+    # Without memory
+
+    @property
+    def can_be_put_away(self) -> bool:
+        """Whether the memory can be given back while the addresses stay."""
+        return True
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what reads the memory beside passes: so long it is not given back.
+
+        Raises:
+            RuntimeError: if it has been.
+        """
+        with self._readers_changed:
+            self._require_memory()
+            self._num_readers += 1
+        try:
+            yield
+        finally:
+            with self._readers_changed:
+                self._num_readers -= 1
+                self._readers_changed.notify_all()
+
+    def put_away(self, *, keeps_copy: bool) -> None:
+        """Give the memory back; the addresses stay, and nobody may read them. What others have mapped is left to them.
+
+        For a moment when no pass runs. Does nothing if there is no memory.
+
+        Args:
+            keeps_copy: have the content in host memory, for `take_back`.
+
+        Raises:
+            MemoryError: if there is none for the copy; nothing has changed then.
+            RuntimeError: if the memory can't be given back, or somebody reads it for too long.
+        """
+        with self._readers_changed:
+            if self.is_put_away:
+                return
+            if not self._readers_changed.wait_for(lambda: not self._num_readers, READERS_TIMEOUT_S):
+                raise RuntimeError(f"the weights have been read by others for {READERS_TIMEOUT_S:g} s: try again")
+            self._give_back(keeps_copy=keeps_copy)
+            self.is_put_away, self.is_published = True, False
+
+    @abstractmethod
+    def _give_back(self, *, keeps_copy: bool) -> None:
+        """See `put_away`."""
+
+    @abstractmethod
+    def take_back(self) -> bool:
+        """Have memory at the addresses again, with what `put_away` has copied. Whether that is sound, callers find out.
+
+        Returns:
+            False, and nothing changes, if there is no copy.
+
+        Raises:
+            MemoryError: if there is not enough; nothing has changed then.
+        """
+
+    @abstractmethod
+    def drop_copy(self, *, keeps_room: bool = False) -> None:
+        """Forget the copy in host memory, if there is one.
+
+        Args:
+            keeps_room: its memory stays, for the next one.
+        """
+
+    def _require_memory(self) -> None:
+        if self.is_put_away:
+            raise RuntimeError("the memory of the weights has been given back")
+
+    # Other content
+
     @abstractmethod
     def open_stage(self, manifest: WeightManifest) -> "WeightArena":
         """Memory for other content of the same layout, which can take the place of what is here; see `exchange`.
@@ -210,12 +304,12 @@ class WeightArena(ABC):
         """Show what `staged` holds at the addresses that this arena has, which keeps what was here instead.
 
         For a moment when nobody reads the weights. The content is nobody's but the own process's afterwards, until it
-        is published.
+        is published. Where this arena had no memory, `staged` has none afterwards.
 
         Raises:
             OSError: if the kernel refuses; nothing has changed then.
         """
-        for name in ("manifest", "checksums", "content_digest", "is_published"):
+        for name in ("manifest", "checksums", "content_digest", "is_published", "is_put_away", "is_made_up"):
             mine, theirs = getattr(self, name), getattr(staged, name)
             setattr(self, name, theirs)
             setattr(staged, name, mine)

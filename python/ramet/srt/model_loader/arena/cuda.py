@@ -5,11 +5,12 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ramet.srt.model_loader.arena.base import (
+    LentFile,
     LentMemory,
     MemoryShare,
     ReceiveBuffer,
@@ -19,7 +20,8 @@ from ramet.srt.model_loader.arena.base import (
     SharedFile,
     WeightArena,
 )
-from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory, lend_memory
+from ramet.srt.model_loader.arena.cuda_ipc import CudaIpcMemory
+from ramet.srt.model_loader.arena.cuda_memory import CudaMemory, PinnedMemory, ReturnableMemory, SegmentMemory
 from ramet.srt.model_loader.arena.cuda_pinned import pin_memory, unpin_memory
 from ramet.srt.model_loader.arena.cuda_reader import fill_cuda_from_files
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
@@ -36,7 +38,7 @@ EXCHANGED_NBYTES = 64 << 20  # by one set of copies
 
 
 class CudaWeightArena(WeightArena):
-    """An arena in one segment of the caching allocator, so that one handle and one registration cover it.
+    """An arena in one piece of memory, so that one handle and one registration cover it.
 
     Copies into it run on `stream`, which belongs to a pool of its own: it is never one that captures a graph.
     """
@@ -46,13 +48,33 @@ class CudaWeightArena(WeightArena):
     checksum_algorithm = "mix64"
     watched_nbytes = 8 << 30  # a few milliseconds
 
-    def __init__(self, manifest: WeightManifest, device: str) -> None:
+    def __init__(
+        self, manifest: WeightManifest, device: str, kind: Callable[[int, torch.device], CudaMemory] = SegmentMemory
+    ) -> None:
+        """
+        Args:
+            kind: makes the memory.
+
+        Raises:
+            MemoryError: if there is not enough.
+        """
         super().__init__(manifest)
         self.torch_device = torch.device(device)
         if self.torch_device.index is None:
             self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.gpu_id = self.torch_device.index
         self.nbytes = max(SEGMENT_ALIGNMENT, align_up(manifest.arena_nbytes, SEGMENT_ALIGNMENT))
+        self._kind = kind
+        if kind is not PinnedMemory:
+            self._check_free(manifest)
+        self._memory = kind(self.nbytes, self.torch_device)
+        self.address = self._memory.buffer.data_ptr()
+        self.stream = torch.cuda.Stream(self.torch_device, priority=-1)
+        self.spare: torch.Tensor | None = None  # of a stage: uint8, for what is on its way to the other side
+        self._copy: PinnedMemory | None = None  # room for one
+        self._has_copy = False
+
+    def _check_free(self, manifest: WeightManifest) -> None:
         free, total = free_nbytes(self.torch_device), torch.cuda.mem_get_info(self.torch_device)[1]
         if self.nbytes > free:
             raise MemoryError(
@@ -60,10 +82,12 @@ class CudaWeightArena(WeightArena):
                 f"{total / 1e9:.2f} GB of GPU {self.torch_device.index} only {free / 1e9:.2f} GB are free; "
                 "nvidia-smi shows who has the rest"
             )
-        self.buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.torch_device)
-        self.address = self.buffer.data_ptr()
-        self.stream = torch.cuda.Stream(self.torch_device, priority=-1)
-        self.spare: torch.Tensor | None = None  # of a stage: uint8, for what is on its way to the other side
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """All bytes: uint8, [nbytes]."""
+        self._require_memory()
+        return self._memory.buffer
 
     def tensor(self, entry: WeightEntry) -> torch.Tensor:
         dtype = getattr(torch, entry.dtype)
@@ -132,21 +156,75 @@ class CudaWeightArena(WeightArena):
         """Nobody but this process writes to the arena itself: there is nothing to part from."""
         self._require_private()
 
+    @property
+    def in_host_memory(self) -> bool:
+        return isinstance(self._memory, PinnedMemory)
+
+    @property
+    def can_be_put_away(self) -> bool:
+        return isinstance(self._memory, ReturnableMemory)
+
+    def _give_back(self, *, keeps_copy: bool) -> None:
+        if not isinstance(self._memory, ReturnableMemory):
+            raise RuntimeError("the memory of the weights can only be given back with --enable-memory-saver")
+        if keeps_copy:
+            if self._copy is None:
+                self._copy = PinnedMemory(self.nbytes, self.torch_device)
+            with self.work_context():
+                self._copy.host.copy_(self.buffer, non_blocking=True)
+            self.stream.synchronize()
+        else:
+            self._copy = None
+        self._memory.give_back()
+        self._has_copy = keeps_copy
+
+    def take_back(self) -> bool:
+        if not self._has_copy:
+            return False
+        assert self._copy is not None and isinstance(self._memory, ReturnableMemory)
+        self._memory.take()
+        self.is_put_away = False
+        with self.work_context():
+            self.buffer.copy_(self._copy.host, non_blocking=True)
+        self.stream.synchronize()
+        return True
+
+    def drop_copy(self, *, keeps_room: bool = False) -> None:
+        self._has_copy = False
+        if not keeps_room:
+            self._copy = None
+
     def open_stage(self, manifest: WeightManifest) -> "CudaWeightArena":
-        free = free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES
-        if self.nbytes > free:
+        """In device memory, if there is enough; otherwise in host memory, of an arena that has its own."""
+        device = str(self.torch_device)
+        if self.is_put_away:
+            return CudaWeightArena(manifest, device, self._kind)
+        kind = self._kind
+        if self.nbytes > free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES:
+            kind = PinnedMemory
+        try:
+            stage = CudaWeightArena(manifest, device, kind)
+        except MemoryError as error:
             raise MemoryError(
-                f"other weights of rank {manifest.parallel.world_rank} need {self.nbytes / 1e9:.2f} GB beside those "
-                f"that serve, and only {max(0, free) / 1e9:.2f} GB of GPU {self.gpu_id} can be taken for them: "
-                "lower --mem-fraction-static"
-            )
-        stage = CudaWeightArena(manifest, str(self.torch_device))
+                f"GPU {self.gpu_id} has no room for other weights of rank {manifest.parallel.world_rank} beside those "
+                f"that serve (lower --mem-fraction-static), and the host has none either: {error}"
+            ) from error
         stage.spare = torch.empty(min(EXCHANGED_NBYTES, self.nbytes), dtype=torch.uint8, device=self.torch_device)
         return stage
 
     def exchange(self, staged: WeightArena) -> None:
         """Behind the passes that are queued on the calling thread's stream; it waits for them, and for the copies."""
-        assert isinstance(staged, CudaWeightArena) and staged.nbytes == self.nbytes and staged.spare is not None
+        assert isinstance(staged, CudaWeightArena) and staged.nbytes == self.nbytes
+        if self.is_put_away:
+            assert isinstance(self._memory, ReturnableMemory) and isinstance(staged._memory, ReturnableMemory)
+            self._memory.take_over(staged._memory)
+        else:
+            self._exchange_bytes(staged)
+        self.drop_copy(keeps_room=True)
+        super().exchange(staged)
+
+    def _exchange_bytes(self, staged: "CudaWeightArena") -> None:
+        assert staged.spare is not None
         pairs = zip(self.buffer.split(EXCHANGED_NBYTES), staged.buffer.split(EXCHANGED_NBYTES), strict=True)
         for mine, theirs in pairs:
             kept = staged.spare[: len(mine)]
@@ -154,18 +232,18 @@ class CudaWeightArena(WeightArena):
             mine.copy_(theirs)
             theirs.copy_(kept)
         self.synchronize()
-        super().exchange(staged)
 
-    def share(self) -> LentMemory:
+    def share(self) -> LentMemory | LentFile:
+        self._require_memory()
         try:
-            return LentMemory(*lend_memory(self.address, self.torch_device))
+            return self._memory.share()
         except OSError as error:
             raise OSError(f"the GPU's memory can't be lent: {error}") from error
 
     def open_shared(self, share: MemoryShare) -> SeedMemory:
         if isinstance(share, SharedFile):
             return SeedFile(self, share.fd)
-        return CudaIpcMemory(share.cuda_ipc_handle, share.offset, self.address, self.torch_device)
+        return CudaIpcMemory(share, self.address, self.torch_device)
 
     def gather(self, ranges: Sequence[ByteRange]) -> bytes:
         with torch.cuda.device(self.torch_device), self.work_context():

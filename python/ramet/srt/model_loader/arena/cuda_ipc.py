@@ -2,24 +2,17 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ramet.srt.model_loader.arena import cuda_copies
-from ramet.srt.model_loader.arena.base import SeedMemory
-from ramet.srt.utils import cuda_driver
+from ramet.srt.model_loader.arena.base import LentFile, LentMemory, SeedMemory
+from ramet.srt.utils import cuda_driver, cuda_virtual_memory
+from ramet.srt.utils.device import current_context
 from ramet.srt.weights.copy_op import CopyOp, join_neighbours
 
 POLL_S = 0.0005
-
-
-@contextlib.contextmanager
-def _current_context(device: torch.device) -> Iterator[None]:
-    """Make a device's CUDA context the calling thread's, for calls into the driver."""
-    with torch.cuda.device(device):
-        torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
-        yield
 
 
 def lend_memory(address: int, device: torch.device) -> tuple[bytes, int]:
@@ -28,34 +21,39 @@ def lend_memory(address: int, device: torch.device) -> tuple[bytes, int]:
     Raises:
         OSError: if the memory can't be lent to other processes.
     """
-    with _current_context(device):
+    with current_context(device):
         return cuda_driver.export_memory(address)
 
 
 class CudaIpcMemory(SeedMemory):
     """Another process's memory. Every copy out of it ends before its call does."""
 
-    def __init__(self, handle: bytes, offset: int, target: int, device: torch.device) -> None:
+    def __init__(self, share: LentMemory | LentFile, target: int, device: torch.device) -> None:
         """
         Args:
-            offset: of the seed's arena in the memory that the handle opens.
             target: address of the arena that it is copied to.
             device: the GPU of that arena, which has to see the memory.
         """
-        self._handle = handle
-        self._offset = offset
+        self._share = share
         self._target = target
         self._device = device
-        self._address: int | None = None  # while it is open
+        self._closers = contextlib.ExitStack()
+        self._address: int | None = None  # of the seed's arena here, while it is open
 
     def open(self) -> None:
         self._opened()
 
     def _opened(self) -> int:
-        """The memory's address here. Raises OSError if it can't be opened."""
+        """The address of the seed's arena here. Raises OSError if the memory can't be opened."""
         if self._address is None:
-            with _current_context(self._device):
-                self._address = cuda_driver.open_memory(self._handle)
+            with current_context(self._device):
+                if isinstance(share := self._share, LentFile):
+                    opened = cuda_virtual_memory.imported(share.fd, share.nbytes, self._device.index)
+                    self._address = self._closers.enter_context(opened)
+                else:
+                    opened_at = cuda_driver.open_memory(share.cuda_ipc_handle)
+                    self._closers.callback(cuda_driver.close_memory, opened_at)
+                    self._address = opened_at + share.offset
         return self._address
 
     def copy(self, ops: Sequence[CopyOp], seed_is_alive: Callable[[], bool], timeout_s: float) -> float:
@@ -64,18 +62,18 @@ class CudaIpcMemory(SeedMemory):
         The copies run on a stream of their own, beside whatever the seed computes and other sources copy. The memory
         is closed before this returns, whatever happens.
         """
-        source = self._opened() + self._offset
-        with _current_context(self._device):
+        source = self._opened()
+        with current_context(self._device):
             try:
                 return _copy(_join(ops), source, self._target, self._device, seed_is_alive, timeout_s)
             finally:
                 self.close()
 
     def close(self) -> None:
-        address, self._address = self._address, None
-        if address is not None:
-            with _current_context(self._device):
-                cuda_driver.close_memory(address)
+        if self._address is not None:
+            self._address = None
+            with current_context(self._device):
+                self._closers.close()
 
 
 def _join(ops: Sequence[CopyOp]) -> list[CopyOp]:

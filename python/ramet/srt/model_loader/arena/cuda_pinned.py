@@ -6,12 +6,12 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: for every context
+_REGISTER_FLAGS = 1 | 2  # cudaHostRegisterPortable, for every context, and cudaHostRegisterMapped, for kernels, too
 
 
 def pin_memory(memory: torch.Tensor) -> bool:
     """Pin a tensor's memory, which starts at a page, in the current device's context. False if the driver refuses."""
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _REGISTER_PORTABLE)
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, _REGISTER_FLAGS)
     if int(code) != 0:
         logger.warning("%.0f MB of memory can't be pinned (CUDA error %s): copies to the GPU take longer",
                        memory.nbytes / 1e6, code)  # fmt: skip

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ramet.srt.model_loader.arena import host_hash
 from ramet.srt.model_loader.arena.base import (
-    LentMemory,
     MemoryShare,
     ReceiveBuffer,
     ReceiveWindow,
@@ -52,11 +51,13 @@ class HostWeightArena(WeightArena):
         self._buffer = host_memory.view_memory(self.address, self.nbytes)
         weakref.finalize(self._buffer, host_memory.unmap, self.address, self.nbytes).atexit = False
         self._files = _Files(host_memory.create_memfd("ramet-weights", self.nbytes))
+        self._copy: _Files | None = None  # while it is put away: what it has shown
         self._show(self._files)
 
     @property
     def memory(self) -> memoryview:
         """All bytes of the arena, writable."""
+        self._require_memory()
         return memoryview(self._buffer).cast("B")
 
     @property
@@ -67,6 +68,7 @@ class HostWeightArena(WeightArena):
     def tensor(self, entry: WeightEntry) -> "torch.Tensor":
         import torch
 
+        self._require_memory()
         dtype = getattr(torch, entry.dtype)
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
@@ -103,7 +105,7 @@ class HostWeightArena(WeightArena):
     def byte_tensor(self) -> "torch.Tensor":
         import torch
 
-        return torch.frombuffer(self._buffer, dtype=torch.uint8)
+        return torch.frombuffer(self.memory, dtype=torch.uint8)
 
     def gather(self, ranges: Sequence[ByteRange]) -> bytes:
         return b"".join(self.memory[start:stop] for start, stop in ranges)
@@ -134,10 +136,11 @@ class HostWeightArena(WeightArena):
 
     def share(self) -> SharedFile:
         """The file whose content the arena shows, which may be another process's."""
+        self._require_memory()
         return SharedFile(self._files.shown_fd)
 
     def open_shared(self, share: MemoryShare) -> "HostSeedFile":
-        if isinstance(share, LentMemory):
+        if not isinstance(share, SharedFile):
             raise ValueError("the seed's memory is on a GPU, this instance's is not")
         return HostSeedFile(self, share.fd)
 
@@ -183,6 +186,22 @@ class HostWeightArena(WeightArena):
             host_memory.seal_for_sharing(self.own_fd)
         super().publish()
 
+    def _give_back(self, *, keeps_copy: bool) -> None:
+        """The pages go with the last file that has them; a copy is the file itself, which nobody shows."""
+        empty = _Files(host_memory.create_memfd("ramet-weights", self.nbytes))  # takes no memory yet
+        self._show(empty, is_put_away=True)
+        self._copy, self._files = self._files if keeps_copy else None, empty
+
+    def take_back(self) -> bool:
+        if self._copy is None:
+            return False
+        self._show(self._copy)
+        self._files, self._copy, self.is_put_away = self._copy, None, False
+        return True
+
+    def drop_copy(self, *, keeps_room: bool = False) -> None:  # noqa: ARG002  there is never more than what is there
+        self._copy = None
+
     def open_stage(self, manifest: WeightManifest) -> "HostWeightArena":
         return HostWeightArena(manifest)
 
@@ -191,11 +210,12 @@ class HostWeightArena(WeightArena):
         assert isinstance(staged, HostWeightArena) and staged.nbytes == self.nbytes
         self._show(staged._files)
         try:
-            staged._show(self._files)
+            staged._show(self._files, is_put_away=self.is_put_away)
         except OSError:
-            self._show(self._files)
+            self._show(self._files, is_put_away=self.is_put_away)
             raise
         self._files, staged._files = staged._files, self._files
+        self.drop_copy()
         super().exchange(staged)
 
     def open_receive_buffer(self) -> ReceiveBuffer:
@@ -206,8 +226,15 @@ class HostWeightArena(WeightArena):
         self._require_private()
         return HostReceiveWindow(self, max_batch_nbytes)
 
-    def _show(self, files: "_Files") -> None:
-        """Put files' content at the arena's addresses, in one step; of a sealed file so that writes would stay here."""
+    def _show(self, files: "_Files", *, is_put_away: bool = False) -> None:
+        """Put files' content at the arena's addresses, in one step; of a sealed file so that writes would stay here.
+
+        Args:
+            is_put_away: put nothing there that could be read.
+        """
+        if is_put_away:
+            host_memory.map_no_access_at(self.address, self.nbytes)
+            return
         private = host_memory.is_sealed_for_sharing(files.shown_fd)
         host_memory.map_file_at(self.address, self.nbytes, files.shown_fd, private=private)
 

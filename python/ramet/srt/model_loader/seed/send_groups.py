@@ -215,7 +215,7 @@ class _Transfer:
             if self._error:
                 return
             group.timeout_s = self._timeout_s
-            with self._arena.work_context():
+            with self._arena.reading(), self._arena.work_context():
                 if self.warms_up:
                     group.warm_up()
                 start = time.perf_counter()

@@ -231,7 +231,7 @@ class SeedRequests:
             return DigestTableOutput(**part_of_table(self._arena.content_digest, request.first))
         if isinstance(request, SendWeightsReq):
             return self._send_groups().send(request.transfer_id)
-        with self._computing:  # one after the other: the rank's own passes need the time
+        with self._computing, self._arena.reading():  # one after the other: the rank's own passes need the time
             self._checksums.check_size(request.regions)
             checksums = self._checksums.compute(request.regions)
         return WeightChecksumsOutput(algorithm=self._checksums.algorithm, checksums=checksums)

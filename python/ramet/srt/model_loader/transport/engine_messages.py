@@ -18,12 +18,13 @@ class StartEngine(msgspec.Struct, frozen=True, tag=True):
 
 
 class OfferMemory(msgspec.Struct, frozen=True, tag=True):
-    """Let others read memory: the attached file, or a GPU's by its handle."""
+    """Let others read memory: the attached file, or a GPU's by its handle or as the attached descriptor."""
 
     nbytes: int
     address: int = 0  # where it must be seen; 0: anywhere
     cuda_ipc_handle: bytes = b""
     offset: int = 0  # in what the handle opens
+    gpu_id: int = -1  # of the GPU whose memory the descriptor is; -1: a file
 
 
 class OpenWindow(msgspec.Struct, frozen=True, tag=True):

@@ -25,7 +25,7 @@ from ramet.srt.model_loader.transport.engine_messages import (
     StartEngine,
 )
 from ramet.srt.model_loader.transport.mooncake_engine import EngineError, EngineMissingError, MooncakeEngine
-from ramet.srt.utils import cuda_driver, host_memory
+from ramet.srt.utils import cuda_driver, cuda_virtual_memory, host_memory
 from ramet.srt.utils.helper_process import begin_helper
 
 MAX_READS = 8  # at a time: more ranks are not read at once
@@ -91,9 +91,12 @@ class _Server:
 
 def _map_offered(request: OfferMemory, fds: list[int]) -> int:
     """Where offered memory is seen here: never to be written, where the memory is the host's."""
-    if not request.cuda_ipc_handle:
+    if request.gpu_id >= 0:
+        address = cuda_virtual_memory.import_for_good(fds[0], request.nbytes, request.gpu_id, request.address)
+    elif not request.cuda_ipc_handle:
         return host_memory.map_file_read_only(fds[0], request.nbytes, request.address)
-    address = cuda_driver.open_memory(request.cuda_ipc_handle) + request.offset
+    else:
+        address = cuda_driver.open_memory(request.cuda_ipc_handle) + request.offset
     if request.address not in (0, address):
         raise OSError(f"the GPU's memory is seen at {address:#x} now, and was at {request.address:#x}")
     return address

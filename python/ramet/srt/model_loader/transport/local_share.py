@@ -1,7 +1,7 @@
 """Owns handing an arena's memory to another process of the same user on the same host. Maps and copies nothing.
 
 Host memory goes as a file descriptor (unix(7), SCM_RIGHTS) and outlives its process. A GPU's memory goes as a CUDA IPC
-handle and is read while the connection stands: so both sides know when the other one is gone.
+handle, or as a descriptor too, and is read while the connection stands: so both sides know when the other one is gone.
 """
 
 import logging
@@ -11,7 +11,7 @@ import threading
 
 import msgspec
 
-from ramet.srt.model_loader.arena.base import LentMemory, MemoryShare, SharedFile, WeightArena
+from ramet.srt.model_loader.arena.base import LentFile, LentMemory, MemoryShare, SharedFile, WeightArena
 from ramet.srt.utils.local_socket import ConnectionThreads, listen_on_abstract_name, peer_uid
 from ramet.srt.weights.manifest import layout_digest
 
@@ -34,6 +34,7 @@ class ShareReply(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     cuda_ipc_handle: bytes = b""
     offset: int = 0  # of the arena in the memory that the handle opens
+    gpu_nbytes: int = 0  # of a GPU's memory, which the attached descriptor is then
 
 
 class LocalShareServer:
@@ -83,14 +84,19 @@ class LocalShareServer:
             case SharedFile(fd):
                 socket.send_fds(connection, [msgspec.msgpack.encode(ShareReply())], [fd])
             case LentMemory(handle, offset):
-                self._lend(connection, ShareReply(cuda_ipc_handle=handle, offset=offset))
+                self._lend(connection, ShareReply(cuda_ipc_handle=handle, offset=offset), [])
+            case LentFile(fd, nbytes):
+                try:
+                    self._lend(connection, ShareReply(gpu_nbytes=nbytes), [fd])
+                finally:
+                    os.close(fd)
 
-    def _lend(self, connection: socket.socket, reply: ShareReply) -> None:
+    def _lend(self, connection: socket.socket, reply: ShareReply, fds: list[int]) -> None:
         """Send a handle and wait until the client has closed the connection."""
         with self._no_readers:
             self._readers.add(connection)
         try:
-            connection.send(msgspec.msgpack.encode(reply))
+            socket.send_fds(connection, [msgspec.msgpack.encode(reply)], fds)
             connection.settimeout(None)  # as long as the client lives: its end ends the connection
             connection.recv(1)
         finally:
@@ -111,7 +117,7 @@ class OfferedMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if isinstance(self.share, SharedFile):
+        if isinstance(self.share, SharedFile | LentFile):
             os.close(self.share.fd)
         self._connection.close()
 
@@ -147,9 +153,15 @@ def request_memory(name: str, digest: str, timeout_s: float) -> OfferedMemory:
             raise ValueError(reply.error or "the seed sent no memory")
         for fd in fds:
             os.set_inheritable(fd, False)
-        return OfferedMemory(connection, SharedFile(fds[0]) if fds else LentMemory(reply.cuda_ipc_handle, reply.offset))
+        return OfferedMemory(connection, _shared(reply, fds))
     except BaseException:
         for fd in fds:
             os.close(fd)
         connection.close()
         raise
+
+
+def _shared(reply: ShareReply, fds: list[int]) -> MemoryShare:
+    if not fds:
+        return LentMemory(reply.cuda_ipc_handle, reply.offset)
+    return LentFile(fds[0], reply.gpu_nbytes) if reply.gpu_nbytes else SharedFile(fds[0])

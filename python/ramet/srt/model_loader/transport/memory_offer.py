@@ -1,11 +1,12 @@
 """Owns an arena's memory on offer to other hosts: a transport process that serves it, and the next when that ends."""
 
 import logging
+import os
 import socket
 import threading
 
 from ramet.srt.environ import envs
-from ramet.srt.model_loader.arena.base import LentMemory, SharedFile, WeightArena
+from ramet.srt.model_loader.arena.base import LentFile, LentMemory, SharedFile, WeightArena
 from ramet.srt.model_loader.transport.engine_messages import StartEngine
 from ramet.srt.model_loader.transport.mooncake_engine import EngineError, MooncakeEngine, choose_protocol
 from ramet.srt.model_loader.transport.transport_process import (
@@ -127,6 +128,11 @@ def _offer(arena: WeightArena, process: TransportProcess, address: int) -> int:
             return process.offer_file(fd, arena.nbytes, address)
         case LentMemory(handle, offset):
             return process.offer_gpu_memory(handle, offset, arena.nbytes, address)
+        case LentFile(fd, nbytes):
+            try:
+                return process.offer_gpu_file(fd, nbytes, arena.gpu_id, address)
+            finally:
+                os.close(fd)
 
 
 class OfferFromHere:

@@ -120,6 +120,14 @@ class TransportProcess:
         request = OfferMemory(nbytes, address, cuda_ipc_handle=handle, offset=offset)
         return self._register(request, [])
 
+    def offer_gpu_file(self, fd: int, nbytes: int, gpu_id: int, address: int = 0) -> int:
+        """The same of memory that goes by a descriptor.
+
+        Args:
+            nbytes: of all of the memory.
+        """
+        return self._register(OfferMemory(nbytes, address, gpu_id=gpu_id), [fd])
+
     def open_window(self, fds: Sequence[int], nbytes: Sequence[int]) -> int:
         """Get ready to receive into files, one behind the other; returns the address of the first one's first byte.
 

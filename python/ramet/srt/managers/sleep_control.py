@@ -1,0 +1,254 @@
+"""Owns putting an instance to sleep and waking it, on all ranks of all replicas or on none: the main process's side.
+
+An instance that sleeps is paused, nobody is told of its weights, and the memory of those tags is given back that were
+named. It wakes when all of them have been taken again; whatever fails before that leaves it asleep.
+"""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.managers.pause_control import PauseControl, SleepMode
+from ramet.srt.managers.tokenizer_manager import TokenizerManager
+from ramet.srt.managers.update_report import Staged, UpdateReport
+from ramet.srt.managers.weight_sources import instance_source
+from ramet.srt.managers.weight_update_control import FoundSource, NoRoomError, WeightUpdateControl, failure_of
+from ramet.srt.weights.memory_messages import (
+    MEMORY_TAGS,
+    MemoryStep,
+    MemoryTag,
+    ReleaseMemoryReq,
+    ResumeMemoryReq,
+    StartSource,
+    WakeSource,
+)
+from ramet.srt.weights.update_messages import FilesSource, InstanceSource, WeightStepOutput
+
+logger = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 600.0  # host memory for a copy of the weights takes its time to be pinned
+RESUME_TIMEOUT_S = 3700.0
+WEIGHTS: MemoryTag = "weights"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What memory has gone or come."""
+
+    tags: tuple[MemoryTag, ...]  # that are given back now
+    num_bytes: int = 0  # that were given back, or came as weights
+    source: str = ""  # of weights that came
+    seconds: float = 0.0
+    trouble: str = ""  # why others can't take the weights now
+
+
+class SleepControl:
+    """Sleeps and wakes, one after the other, and never while weights change.
+
+    Args:
+        can_sleep: whether the ranks have memory that can be given back.
+        keeps_copy: whether weights are copied to host memory when nobody says it.
+    """
+
+    def __init__(
+        self,
+        manager: TokenizerManager,
+        pauses: PauseControl,
+        updates: WeightUpdateControl,
+        *,
+        can_sleep: bool,
+        keeps_copy: bool,
+    ):
+        self._manager = manager
+        self._pauses = pauses
+        self._updates = updates
+        self._can_sleep = can_sleep
+        self._keeps_copy = keeps_copy
+        self._others: set[MemoryTag] = set()  # that are given back, beside weights
+        self._has_copy = False
+        self._awaits_update = False  # it sleeps because weights are missing, and nobody has asked for it
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the instance sleeps, or is about to."""
+        return self._updates.is_asleep
+
+    @property
+    def tags(self) -> tuple[MemoryTag, ...]:
+        """What is given back."""
+        gone = self._others if self._updates.has_weights else self._others | {WEIGHTS}
+        return tuple(tag for tag in MEMORY_TAGS if tag in gone)
+
+    async def release(self, tags: Collection[MemoryTag], mode: SleepMode, *, keeps_copy: bool | None = None) -> Moved:
+        """Put the instance to sleep; give the memory of the tags back, if there are any.
+
+        Args:
+            mode: what becomes of requests.
+            keeps_copy: of the weights, in host memory; None: as the instance was started.
+
+        Raises:
+            RequestError: if it can't be done; what is not said to sleep then is as it was.
+            ServiceError: if a replica does not answer.
+        """
+        if tags and not self._can_sleep:
+            raise RequestError("memory is only given back by an instance that was started with --enable-memory-saver")
+        copies = self._keeps_copy if keeps_copy is None else keeps_copy
+        return await self._updates.shielded(self._release([tag for tag in MEMORY_TAGS if tag in tags], mode, copies))
+
+    async def resume(self, tags: Collection[MemoryTag] | None, address: str | None = None) -> Moved:
+        """Take the memory of the tags again, with the weights that were in it. Wakes when nothing is missing any more.
+
+        Args:
+            tags: None: all.
+            address: of an instance that has the weights, to be asked before others.
+
+        Raises:
+            RequestError: if it can't be done: the instance sleeps on, with the same memory given back.
+            ServiceError: if a replica does not answer: it sleeps on, too.
+        """
+        chosen = [tag for tag in MEMORY_TAGS if tags is None or tag in tags]
+        try:
+            asked: list[WakeSource] = [] if address is None else [instance_source(address)]
+        except ValueError as error:
+            raise RequestError(str(error), param="address") from None
+        return await self._updates.shielded(self._resume(chosen, asked))
+
+    async def update(
+        self, find: Callable[[], FoundSource], version: str | None, *, abort_all: bool, in_place: bool
+    ) -> UpdateReport:
+        """As WeightUpdateControl.update.
+
+        Args:
+            in_place: the weights that serve may be given up in a pause where there is no room for others beside them.
+                If those don't come, the old ones are taken again; if that fails, too, the instance sleeps until it is
+                updated or woken.
+        """
+        update = functools.partial(self._updates.update, find, version, abort_all=abort_all)
+        try:
+            report = await update()
+        except NoRoomError as error:
+            if not in_place or not self._updates.has_weights:
+                raise
+            logger.info("the weights that serve make room for others: %s", error)
+        else:
+            if self._awaits_update:
+                await self.resume(())
+            return report
+        return await self._updates.shielded(self._update_in_place(update))
+
+    async def _update_in_place(self, update: Callable[[], Awaitable[UpdateReport]]) -> UpdateReport:
+        begun = time.perf_counter()
+        was_asleep = self.is_asleep
+        await self._release([WEIGHTS], "keep", copies=False)
+        try:
+            report = await update()
+        except (RequestError, ServiceError) as error:
+            try:
+                await self._resume([WEIGHTS], [])
+            except (RequestError, ServiceError) as second:
+                self._awaits_update = not was_asleep
+                await self._pauses.fall_asleep("abort")
+                gone = f"the old weights are gone, too, and the instance sleeps until others come: {second}"
+                raise RequestError(f"{error}; {gone}") from None
+            raise
+        if not was_asleep:
+            await self._resume([], [])
+        return replace(report, mode="in_place", pause_s=time.perf_counter() - begun)
+
+    async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
+        begun = time.perf_counter()
+        async with self._updates.turn(changes=False):
+            new = [tag for tag in tags if tag not in self.tags]
+            if self._updates.current.is_made_up:
+                raise RequestError("no weights are there that can serve: an instance sleeps with such weights alone")
+            await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
+            was_asleep = self.is_asleep
+            try:
+                await self._updates.withdraw(asleep=True)
+                self._updates.is_asleep = True
+                question = functools.partial(ReleaseMemoryReq, tags=new, keeps_copy=copies)
+                replies = await self._ask(question, RELEASE_TIMEOUT_S)
+            except BaseException:
+                await self._undo(new, was_asleep)
+                raise
+            if failure := failure_of(replies):
+                await self._undo(new, was_asleep)
+                raise RequestError(f"the instance can't sleep: {failure}")
+            self._note_gone(new, copies)
+            if WEIGHTS in new:
+                await self._updates.drop_kept()
+            moved = Moved(self.tags, Staged.of(replies).num_bytes, seconds=time.perf_counter() - begun)
+            logger.info("asleep after %.3f s: %d bytes given back (%s)",
+                        moved.seconds, moved.num_bytes, ", ".join(new) or "none")  # fmt: skip
+            return moved
+
+    def _note_gone(self, tags: Sequence[MemoryTag], copies: bool) -> None:
+        self._others |= {tag for tag in tags if tag != WEIGHTS}
+        if WEIGHTS in tags:
+            self._updates.has_weights, self._has_copy = False, copies
+
+    async def _undo(self, tags: list[MemoryTag], was_asleep: bool) -> None:
+        """Have back what some ranks may have given back. If that fails, the instance sleeps, and says so."""
+        self._note_gone(tags, copies=True)
+        try:
+            await self._take(tags, [])
+            if not was_asleep:
+                await self._wake()
+        except (RequestError, ServiceError) as error:
+            self._updates.is_asleep = True
+            logger.error("a sleep that has failed can't be undone, so the instance sleeps: %s", error)
+
+    async def _resume(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Moved:
+        begun = time.perf_counter()
+        async with self._updates.turn(changes=False):
+            if not self.is_asleep:
+                return Moved(())
+            came = await self._take([tag for tag in tags if tag in self.tags], asked)
+            trouble = "" if self.tags else await self._wake()
+            seconds = time.perf_counter() - begun
+            state = f"asleep ({', '.join(self.tags)})" if self.tags else "awake"
+            weights = f", {came.num_bytes} bytes of weights from {came.source}" if came.source else ""
+            logger.info("%s after %.3f s%s", state, seconds, weights)
+            return Moved(self.tags, came.num_bytes, came.source, seconds, trouble)
+
+    async def _take(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Staged:
+        """Raises RequestError if a rank can't: then all ranks have given it back again."""
+        if not tags:
+            return Staged()
+        question = functools.partial(ResumeMemoryReq, tags=tags, sources=[*asked, *self._known_sources()])
+        replies = await self._ask(question, RESUME_TIMEOUT_S)
+        if failure := failure_of(replies):
+            with contextlib.suppress(ServiceError):  # what a rank has taken is taken from it when it is asked again
+                again = functools.partial(ReleaseMemoryReq, tags=tags, keeps_copy=self._has_copy)
+                await self._ask(again, RELEASE_TIMEOUT_S)
+            raise RequestError(f"the instance can't wake, and sleeps on: {failure}")
+        self._others -= set(tags)
+        if WEIGHTS in tags:
+            self._updates.has_weights, self._has_copy = True, False
+        return Staged.of(replies)
+
+    def _known_sources(self) -> list[WakeSource]:
+        """Where the weights that serve are from."""
+        match self._updates.current:
+            case content if content.number == 0:
+                return [StartSource()]
+            case content if isinstance(content.source, FilesSource):
+                return [msgspec.structs.replace(content.source, files=[])]  # checksums tell what they are
+            case content if isinstance(content.source, InstanceSource):
+                return [content.source]
+        return []
+
+    async def _wake(self) -> str:
+        """Serve again; why others can't take the weights, or "". Raises ServiceError if a replica does not answer."""
+        await self._pauses.wake()
+        self._updates.is_asleep = self._awaits_update = False
+        return await self._updates.offer()
+
+    async def _ask(self, question: Callable[..., MemoryStep], timeout_s: float) -> list[WeightStepOutput]:
+        return await self._manager.ask_all(question, WeightStepOutput, timeout_s)

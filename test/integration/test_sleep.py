@@ -1,0 +1,175 @@
+"""Servers that sleep and wake: what requests, clones and updates meet meanwhile, and what faults leave."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import httpx
+import pytest
+from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedRefused, SeedServer, fetch_seed_answer
+from ramet.srt.utils.net import SeedAddress
+from seed_server import SeedServerProcess
+from server_process import Background, ServerProcess, assert_nothing_left
+from updated_servers import GREEDY, PROMPT, SEED, SMALL, Case, checksums, post, ranks_of, tokens, update, versions
+
+SAVER = "--enable-memory-saver"
+NAME = ("--served-model-name", "random")  # as seeds of tests call it
+LONG = {**GREEDY, "max_new_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return Case(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def server(case, tmp_path_factory):
+    """Two ranks, whose weights others can take."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with ServerProcess(case.models["old"], log, "--tp-size", "2", SEED, SAVER, *NAME, *SMALL, fake=False) as process:
+        yield process.wait_ready()
+        assert "Traceback" not in process.output
+
+
+def get(server, path):
+    return httpx.get(f"{server.url}{path}")
+
+
+def fall_asleep(server, **body):
+    answer = post(server, "/release_memory_occupation", **body)
+    assert (answer.status_code, answer.json()) == (200, None), answer.text
+
+
+def wake(server, **body):
+    answer = post(server, "/resume_memory_occupation", **body)
+    assert (answer.status_code, answer.json()) == (200, None), answer.text
+
+
+def test_requests_wait_for_it_to_wake_and_others_go_elsewhere(case, server):
+    before, long = checksums(server), post(server, "/generate", input_ids=PROMPT, sampling_params=LONG).json()
+    stream = Background(server.url, input_ids=PROMPT, sampling_params=LONG)
+    stream.begun.wait(30)
+    fall_asleep(server)
+    assert get(server, "/is_sleeping").json() == {"is_sleeping": True, "tags": ["weights", "kv_cache", "cuda_graph"]}
+    assert get(server, "/ready").status_code == 503 and "asleep" in get(server, "/ready").text
+    for path in ("/health", "/health_generate", "/ping"):
+        assert get(server, path).json() == {"status": "asleep"}
+    late = Background(server.url, input_ids=PROMPT, sampling_params=GREEDY)
+    answer = get(server, "/remote_instance_transfer_engine_info?rank=0")
+    assert answer.status_code == 409 and "asleep" in answer.text
+    seed, begun = SeedServer(SeedAddress("127.0.0.1", int(server.url.rpartition(":")[2]))), time.monotonic()
+    with pytest.raises(SeedRefused, match="asleep"):
+        fetch_seed_answer(seed, 0, "target", timeout_s=60)
+    assert time.monotonic() - begun < 30, "a clone does not wait for an instance that sleeps"
+    for path in ("/continue_generation", "/resume"):
+        answer = post(server, path)
+        assert answer.status_code == 400 and "wake it first" in answer.text
+    answer = post(server, "/update_weight_version", new_version="x")
+    assert answer.status_code == 400 and "asleep" in answer.text
+    assert len(stream.lines) < 401 and not late.begun.is_set()
+    wake(server)
+    assert get(server, "/is_sleeping").json() == {"is_sleeping": False, "tags": []}
+    assert get(server, "/ready").status_code == 200 and get(server, "/is_paused").json() == {"is_paused": False}
+    assert f'"output_ids":{long["output_ids"]}'.replace(" ", "") in stream.join()[-2]
+    late.join()
+    assert checksums(server) == before and tokens(server) == case.tokens["old"]
+
+
+def test_vllms_routes_refuse_requests_and_wake_in_parts(case, server):
+    """From host memory, and an update of weights that are away needs no others."""
+    stream = Background(server.url, input_ids=PROMPT, sampling_params=LONG)
+    stream.begun.wait(30)
+    answer = httpx.post(f"{server.url}/sleep").json()
+    assert (answer["status"], answer["level"]) == ("sleeping", 1) and answer["num_bytes"] > 0
+    assert '"type":"abort"' in stream.join()[-2]
+    answer = post(server, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
+    assert answer.status_code == 503 and "asleep" in answer.text
+    answer = httpx.post(f"{server.url}/wake_up?tags=weights&tags=scheduling").json()
+    assert answer["status"] == "sleeping" and answer["missing"] == ["kv_cache", "cuda_graph"]
+    assert answer["source"] == "host_memory"
+    answer = httpx.post(f"{server.url}/wake_up").json()
+    assert answer["status"] == "awake" and answer["tags"] is None and not answer["missing"]
+    assert tokens(server) == case.tokens["old"]
+
+    assert httpx.post(f"{server.url}/sleep?level=2&mode=wait").json()["status"] == "sleeping"
+    answer = update(server, case.models["new"], weight_version="new")
+    assert versions(server) == [("new", True)] and get(server, "/is_sleeping").json()["tags"] == [
+        "kv_cache", "cuda_graph"]  # fmt: skip
+    assert get(server, "/remote_instance_transfer_engine_info?rank=0").status_code == 409
+    assert httpx.post(f"{server.url}/wake_up").json()["status"] == "awake"
+    assert tokens(server) == case.tokens["new"]
+    update(server, case.models["old"], weight_version="default")
+    fall_asleep(server)
+    assert versions(server) == [("default", True)], "the way back needs memory, too"
+    wake(server)
+    assert tokens(server) == case.tokens["old"]
+
+    assert httpx.post(f"{server.url}/sleep?level=0&mode=keep").json()["num_bytes"] == 0
+    assert get(server, "/is_sleeping").json() == {"is_sleeping": True, "tags": []}
+    assert httpx.post(f"{server.url}/wake_up?tags=scheduling").json()["status"] == "awake"
+    for query, words in (("level=3", "level"), ("mode=retract", "mode"), ("tags=weights", "tags is unknown")):
+        answer = httpx.post(f"{server.url}/sleep?{query}")
+        assert answer.status_code == 400 and words in answer.text
+    answer = post(server, "/release_memory_occupation", tags=["weight"])
+    assert answer.status_code == 400 and "kv_cache" in answer.text
+    assert not get(server, "/is_sleeping").json()["is_sleeping"]
+
+
+def test_it_sleeps_on_while_its_weights_can_be_had_nowhere(case, server):
+    file = case.models["old"] / "model.safetensors"
+    fall_asleep(server)
+    hidden = file.rename(file.with_suffix(".hidden"))
+    for _ in range(2):
+        answer = post(server, "/resume_memory_occupation")
+        assert answer.status_code == 400 and "sleeps on: rank 0, 1:" in answer.text
+        assert get(server, "/is_sleeping").json()["tags"] and get(server, "/ready").status_code == 503
+    hidden.rename(file)
+    with SeedServerProcess(case.models["old"], {}) as peer:
+        file.rename(hidden)
+        wake(server, address=f"127.0.0.1:{peer.port}")
+    hidden.rename(file)
+    assert tokens(server) == case.tokens["old"]
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+def test_a_rank_that_is_killed_asleep_or_waking_ends_the_instance(case, tmp_path, seed):
+    random_ = random.Random(seed)
+    with ServerProcess(case.models["old"], tmp_path / "log", "--tp-size", "2", SAVER, *SMALL, fake=False) as one:
+        children = one.wait_ready().children()
+        fall_asleep(one)
+        victim, is_waking = random_.choice(ranks_of(one)), random_.random() < 0.6
+        answers = []
+
+        def ask():
+            with pytest.raises(httpx.TransportError):
+                while True:
+                    answers.append(post(one, "/resume_memory_occupation").status_code)
+                    answer = post(one, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
+                    if answer.status_code == 200:
+                        answers.append(answer.json()["output_ids"])
+                    answers.append(post(one, "/release_memory_occupation").status_code)
+
+        asking = threading.Thread(target=ask)
+        if is_waking:
+            asking.start()
+            time.sleep(random_.uniform(0.0, 0.3))
+        os.kill(victim, signal.SIGKILL)
+        assert one.wait_exit(30) != 0
+        if is_waking:
+            asking.join()
+        assert all(one in (200, 503, 400, case.tokens["old"]) for one in answers)
+    assert_nothing_left(one, children)
+    assert "was killed by SIGKILL" in one.output
+
+
+def test_sigterm_ends_it_asleep_with_those_who_wait(server):
+    """The last one of this server."""
+    fall_asleep(server)
+    late = Background(server.url, input_ids=PROMPT, sampling_params=GREEDY)
+    while '"num_waiting_reqs":1' not in get(server, "/v1/loads").text.replace(" ", ""):
+        time.sleep(0.01)
+    server.signal()
+    assert server.wait_exit(20) == 0
+    assert '"type":"abort"' in late.join()[-2]
