@@ -78,6 +78,18 @@ def test_parts_of_fused_matrices_are_held_as_they_are(folders, tmp_path, kind):
     check(*pm.write(folders["phi3"], tmp_path / "packed", KINDS[kind]), [*sm.all_ranks(1), *sm.all_ranks(2)])
 
 
+@pytest.mark.parametrize("name", ["mlp.gate_up_proj.qweight", "mlp.gate_up_proj.scales", "self_attn.qkv_proj.qzeros"])
+def test_a_fused_tensor_of_one_part_is_no_part_of_each(folders, tmp_path, name):
+    folder, _ = pm.write(folders["phi3"], tmp_path / "packed", KINDS["awq"])
+    name = f"model.layers.1.{name}"
+
+    def halve(tensors):
+        tensors[name] = tensors[name].chunk(2, dim=1)[0].contiguous()
+
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\..*"):
+        fp8.load_model(changed(folder, tmp_path / "other", halve))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ONE_OF_A_KIND)
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):

@@ -9,10 +9,8 @@ from ramet.srt.configs.harmless_keys import ANY
 from ramet.srt.configs.model_family import ExpertTraits, ModelFamily
 
 TEXT = "text_config"  # the key of the text model's config
-PREFIXES = (
-    "model.language_model.",
-    "language_model.model.",
-)  # of the text model's modules: transformers' since 4.52, before
+# Of the text model's modules: since transformers 4.52, and before.
+PREFIXES = ("model.language_model.", "language_model.model.")
 # Keys of the whole that mean more than the text model's own.
 OF_THE_WHOLE = ("dtype", "torch_dtype", "quantization_config", "compression_config", "transformers_version")
 # What the text model's config has in vain: the whole's counts, or none.

@@ -49,7 +49,7 @@ def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:
 def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation: str = "") -> torch.Tensor:
     """x W^T + b by that kernel, or with an activation's name act(first half) * second half of it."""
     if isinstance(weight, QuantizedWeight):
-        multiply = packed_row if weight.format.numbers == "uint" else multiply_row_in_fp8
+        multiply = multiply_row_in_fp8 if weight.format.numbers == "e4m3" else packed_row
         return multiply(x, weight, bias, activation)
     from ramet.srt.layers.kernels.gemv import gemv
 

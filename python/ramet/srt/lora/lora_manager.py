@@ -107,9 +107,7 @@ class LoraManager:
         self._loading: dict[int, Future[RankAdapter]] = {}
         self._loaded: dict[int, RankAdapter] = {}
         self.tokens: LoraTokens  # of a pass
-        self._attention_tokens: (
-            LoraTokens  # those whose attention this rank computes: all, unless that is data-parallel
-        )
+        self._attention_tokens: LoraTokens  # those whose attention this rank computes: mostly all
 
     def _parts_of_all_ranks(self, model: nn.Module) -> dict[str, LoraPart]:
         """As one rank would hold them, by their names."""

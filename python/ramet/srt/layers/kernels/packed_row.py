@@ -13,16 +13,17 @@ from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
 from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 
-# (words beside each other, those of them that a thread has, rows of words that it has, pieces of columns, stages of the
-# loads, warps, programs for a multiprocessor). A thread has all steps where words / its words * pieces = 32 * warps.
-Tile = tuple[int, int, int, int, int, int, int]
+# (words beside each other, runs of rows, rows of words in a run, those of them that are loaded before they are used,
+# warps, programs for a multiprocessor). A thread has words * runs / (32 * warps) words of a row, at most four.
+Tile = tuple[int, int, int, int, int, int]
 TILES: dict[bool, Tile] = {
-    True: (64, 2, 16, 4, 3, 4, 4),
-    False: (128, 4, 4, 4, 3, 4, 4),
+    True: (64, 4, 16, 8, 4, 4),
+    False: (128, 4, 8, 4, 4, 4),
 }  # by whether words hold outputs
-INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 4, 4, 8, 1, 4, 1), False: (32, 4, 4, 8, 1, 4, 1)}
-MOST_SPLITS = 64
+INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 8, 4, 2, 4, 1), False: (32, 8, 4, 2, 4, 1)}
+MOST_SPLITS = 32
 SPLITS_AT_ONCE = tl.constexpr(16)  # that are added up
+MOST_REGISTERS = 128  # of a thread; the compiler would take more, for loads that it moves ahead
 # Numbers are used where they are in a word, as the bits of a float32: up to 24 bits are that many times 2^-149, with
 # neither a shift nor a conversion. The product is brought back in two steps, since a float32 holds no 2^149.
 X_UNIT = tl.constexpr(2.0**80)
@@ -46,92 +47,70 @@ def _numbers_at(words, PLACE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _step_of(tile, step: tl.constexpr):
-    """One step of words [steps, ...]. As a thread has all steps, the compiler leaves nothing of the sum."""
-    steps = tl.arange(0, tile.shape[0])[:, None, None]
-    return tl.sum(tl.where(steps == step, tile, 0), axis=0)
-
-
-@triton.jit
 def _load(ptrs, mask, IS_WHOLE: tl.constexpr):
     return tl.load(ptrs) if IS_WHOLE else tl.load(ptrs, mask=mask, other=0)
 
 
 @triton.jit
 def _load_words(
-    values_ptr, piece, word_outputs, num_word_rows, num_words, stride, STEPS: tl.constexpr, IS_WHOLE: tl.constexpr
+    ptrs, rows, num_word_rows, mask, stride, FIRST: tl.constexpr, NUM: tl.constexpr, IS_WHOLE: tl.constexpr
 ):
-    """Words [steps, pieces, words]."""
-    rows = piece[None, :] * STEPS + tl.arange(0, STEPS)[:, None]
-    ptrs = values_ptr + (rows * stride)[:, :, None] + word_outputs[None, None, :]
-    return _load(ptrs, (rows < num_word_rows)[:, :, None] & (word_outputs < num_words)[None, None, :], IS_WHOLE)
+    """NUM rows of words [runs, words], the first of them FIRST rows after `rows`: all on their way at once.
 
-
-@triton.jit
-def _prefetch_words(
-    values_ptr, piece, first_word, num_word_rows, num_words, stride, STEPS: tl.constexpr, WORDS: tl.constexpr
-):
-    """Bring the words of pieces into the L2 cache, a sector of 32 bytes with each instruction."""
-    rows = tl.minimum(piece[None, :] * STEPS + tl.arange(0, STEPS)[:, None], num_word_rows - 1)
-    word_outputs = tl.minimum(first_word + tl.arange(0, WORDS // 8) * 8, num_words - 1)
-    ptrs = values_ptr + (rows * stride)[:, :, None] + word_outputs[None, None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+    Each row is a load of its own: the rows of one tensor would be spread over threads, and brought together through
+    shared memory.
+    """
+    words: tl.tuple = ()
+    for step in tl.static_range(FIRST, FIRST + NUM):
+        words += (_load(ptrs + step * stride, (rows + step < num_word_rows) & mask, IS_WHOLE),)
+    return words
 
 
 @triton.jit
 def _load_x(x_ptr, columns, num_columns, IS_WHOLE: tl.constexpr):
-    return _load(x_ptr + columns, columns < num_columns, IS_WHOLE).to(tl.float32) * X_UNIT
+    return _load(x_ptr + columns, columns < num_columns, IS_WHOLE).to(tl.float32)
 
 
 @triton.jit
-def _sum_outputs_of_words(words, zeros, x_ptr, first_rows, num_columns, IS_WHOLE: tl.constexpr):
-    """Of AWQ's words [steps, pieces, words]: the sums over the steps of x times number less zero, [pieces, outputs].
+def _add_word(
+    sums, word, x_ptr, x_sums, column, num_columns, BITS: tl.constexpr, PACKS_ROWS: tl.constexpr, IS_WHOLE: tl.constexpr
+):
+    """Sums of x times number, one for each place of AWQ's words and one in all for GPTQ's; and that of x. One row more.
 
-    In a word are the outputs 0, 2, 4, 6, 1, 3, 5, 7.
+    In a word of GPTQ are columns of one output.
     """
-    sums = tl.zeros([words.shape[1], words.shape[2]], tl.float32)
-    x_sums = tl.zeros([words.shape[1], 1], tl.float32)
-    sums_1, sums_2, sums_3, sums_4, sums_5, sums_6, sums_7 = sums, sums, sums, sums, sums, sums, sums
-    for step in tl.static_range(words.shape[0]):
-        word = _step_of(words, step)
-        x = _load_x(x_ptr, first_rows + step, num_columns, IS_WHOLE)
-        x_sums += x
-        sums += x * _numbers_at(word, 0, 4)
-        sums_2 += x * _numbers_at(word, 1, 4)
-        sums_4 += x * _numbers_at(word, 2, 4)
-        sums_6 += x * _numbers_at(word, 3, 4)
-        sums_1 += x * _numbers_at(word, 4, 4)
-        sums_3 += x * _numbers_at(word, 5, 4)
-        sums_5 += x * _numbers_at(word, 6, 4)
-        sums_7 += x * _numbers_at(word, 7, 4)
-    sums_04 = tl.join(_less_zeros(sums, zeros, x_sums, 0), _less_zeros(sums_4, zeros, x_sums, 2))
-    sums_26 = tl.join(_less_zeros(sums_2, zeros, x_sums, 1), _less_zeros(sums_6, zeros, x_sums, 3))
-    sums_15 = tl.join(_less_zeros(sums_1, zeros, x_sums, 4), _less_zeros(sums_5, zeros, x_sums, 6))
-    sums_37 = tl.join(_less_zeros(sums_3, zeros, x_sums, 5), _less_zeros(sums_7, zeros, x_sums, 7))
-    sums = tl.join(tl.join(sums_04, sums_26), tl.join(sums_15, sums_37))
-    return tl.reshape(sums, (words.shape[1], words.shape[2] * 8))
-
-
-@triton.jit
-def _less_zeros(sums, zeros, x_sums, PLACE: tl.constexpr):
-    return (sums - _numbers_at(zeros, PLACE, 4) * x_sums) * _place_unit(PLACE, 4)
-
-
-@triton.jit
-def _sum_columns_of_words(words, zeros, x_ptr, first_rows, num_columns, BITS: tl.constexpr, IS_WHOLE: tl.constexpr):
-    """The same of GPTQ's words, in each of which are columns of one output; `zeros` are such of the place 0."""
-    NUM: tl.constexpr = 32 // BITS
-    sums = tl.zeros([words.shape[1], words.shape[2]], tl.float32)
-    x_sums = tl.zeros([words.shape[1], 1], tl.float32)
-    for step in tl.static_range(words.shape[0]):
-        word = _step_of(words, step)
-        for place in tl.static_range(NUM):
-            x = _load_x(x_ptr, (first_rows + step) * NUM + place, num_columns, IS_WHOLE)
+    new: tl.tuple = ()
+    total = sums[0]
+    for place in tl.static_range(32 // BITS):
+        if place == 0 or not PACKS_ROWS:
+            x = _load_x(x_ptr, column + place, num_columns, IS_WHOLE)
             x_sums += x
-            sums += x * _place_unit(place, BITS) * _numbers_at(word, place, BITS)
-    return sums - _numbers_at(zeros, 0, BITS) * x_sums
+        if PACKS_ROWS:
+            new += (sums[place] + x * X_UNIT * _numbers_at(word, place, BITS),)
+        else:
+            total += x * (X_UNIT * _place_unit(place, BITS)) * _numbers_at(word, place, BITS)
+    if not PACKS_ROWS:
+        new = (total,)
+    return new, x_sums
+
+
+@triton.jit
+def _outputs_of(sums, zeros, less_x, BITS: tl.constexpr, PACKS_ROWS: tl.constexpr):
+    """The sums for places, less those with zeros, as [runs, outputs].
+
+    AWQ has the outputs 0, 2, 4, 6, 1, 3, 5, 7 in a word. That it is one `fma` keeps the compiler from computing the sum
+    of x once more, for the threads that load GPTQ's zeros.
+    """
+    outs: tl.tuple = ()
+    for place in tl.static_range(32 // BITS if PACKS_ROWS else 1):
+        out = tl.fma(_numbers_at(zeros, place, BITS), less_x, sums[place])
+        outs += (out * _place_unit(place, BITS),)
+    out = outs[0]
+    if PACKS_ROWS:
+        even = tl.join(tl.join(outs[0], outs[2]), tl.join(outs[1], outs[3]))
+        odd = tl.join(tl.join(outs[4], outs[6]), tl.join(outs[5], outs[7]))
+        out = tl.reshape(tl.join(even, odd), (zeros.shape[0], zeros.shape[1] * 8))
+    return out
 
 
 @triton.jit
@@ -143,7 +122,7 @@ def _sum_columns(
     word_outputs,
     outputs,
     first_output,
-    first_piece,
+    first_row,
     num_outputs,
     num_columns,
     first_column,
@@ -156,38 +135,62 @@ def _sum_columns(
     PACKS_ROWS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    RUNS: tl.constexpr,
     STEPS: tl.constexpr,
-    PIECES: tl.constexpr,
-    STAGES: tl.constexpr,
+    LOADS: tl.constexpr,
 ):
     """The outputs from `first_output` on for the program's columns."""
     NUM: tl.constexpr = 32 // BITS
-    ROW_COLUMNS: tl.constexpr = 1 if PACKS_ROWS else NUM
+    PLACES: tl.constexpr = NUM if PACKS_ROWS else 1
+    ROW_COLUMNS: tl.constexpr = NUM // PLACES
     num_word_rows = num_columns // ROW_COLUMNS
-    num_words = num_outputs // NUM if PACKS_ROWS else num_outputs
-    piece = first_piece + tl.arange(0, PIECES)
+    words_mask = (word_outputs < num_outputs // PLACES)[None, :]
     mask = (outputs < num_outputs)[None, :]
-    matrix_outputs = first_output + outputs
-    places = (matrix_outputs % NUM * BITS)[None, :]
-    totals = tl.zeros([PIECES, outputs.shape[0]], tl.float32)
-    for _ in tl.range(0, num_iterations, num_stages=STAGES):
-        words = _load_words(values_ptr, piece, word_outputs, num_word_rows, num_words, value_stride, STEPS, IS_WHOLE)
-        groups = (first_column + piece * (STEPS * ROW_COLUMNS)) // GROUP_COLUMNS
-        group_mask = (piece * STEPS < num_word_rows)[:, None] & mask
-        scales = _load(scales_ptr + (groups * scale_stride)[:, None] + matrix_outputs[None, :], group_mask, IS_WHOLE)
-        zero_ptrs = zeros_ptr + (groups * zero_stride)[:, None]
-        first_rows = (piece * STEPS)[:, None]
-        if PACKS_ROWS:
-            zero_mask = (piece * STEPS < num_word_rows)[:, None] & (word_outputs < num_words)[None, :]
-            zero_words = first_output // NUM + word_outputs
-            zeros = _load(zero_ptrs + zero_words[None, :], zero_mask, IS_WHOLE) + ZERO_ONES
-            sums = _sum_outputs_of_words(words, zeros, x_ptr, first_rows, num_columns, IS_WHOLE)
-        else:
-            zeros = _load(zero_ptrs + (matrix_outputs // NUM)[None, :], group_mask, IS_WHOLE) + ZERO_ONES
-            sums = _sum_columns_of_words(words, zeros >> places, x_ptr, first_rows, num_columns, BITS, IS_WHOLE)
-        totals += scales * sums
-        piece += PIECES
+    totals = tl.zeros([RUNS, outputs.shape[0]], tl.float32)
+    rows = (first_row + tl.arange(0, RUNS) * STEPS)[:, None]
+    for _ in range(num_iterations):
+        ptrs = values_ptr + rows * value_stride + word_outputs[None, :]
+        words = _load_words(ptrs, rows, num_word_rows, words_mask, value_stride, 0, LOADS, IS_WHOLE)
+        groups = (first_column + rows * ROW_COLUMNS) // GROUP_COLUMNS
+        scale_ptrs = scales_ptr + groups * scale_stride + (first_output + outputs)[None, :]
+        scales = _load(scale_ptrs, (rows < num_word_rows) & mask, IS_WHOLE)
+        zero_words = first_output // NUM + (word_outputs if PACKS_ROWS else word_outputs // NUM)
+        zero_ptrs = zeros_ptr + groups * zero_stride + zero_words[None, :]
+        zeros = _load(zero_ptrs, (rows < num_word_rows) & words_mask, IS_WHOLE) + ZERO_ONES
+        if not PACKS_ROWS:
+            zeros = zeros >> ((first_output + word_outputs) % NUM * BITS)[None, :]
+        sums: tl.tuple = ()
+        for _ in tl.static_range(PLACES):
+            sums += (tl.zeros([RUNS, word_outputs.shape[0]], tl.float32),)
+        x_sums = tl.zeros([RUNS, word_outputs.shape[0]], tl.float32)  # alike for all words, and so computed once
+        for first in tl.static_range(0, STEPS, LOADS):
+            next_words = words
+            if first + LOADS < STEPS:
+                next_words = _load_words(
+                    ptrs, rows, num_word_rows, words_mask, value_stride, first + LOADS, LOADS, IS_WHOLE
+                )
+            for step in tl.static_range(LOADS):
+                column = (rows + first + step) * ROW_COLUMNS
+                sums, x_sums = _add_word(
+                    sums, words[step], x_ptr, x_sums, column, num_columns, BITS, PACKS_ROWS, IS_WHOLE
+                )
+            words = next_words
+        totals += scales * _outputs_of(sums, zeros, x_sums * -X_UNIT, BITS, PACKS_ROWS)
+        rows += RUNS * STEPS
     return tl.sum(totals, axis=0) * OUT_UNIT
+
+
+@triton.jit
+def _prefetch_words(
+    values_ptr, first_row, first_word, num_word_rows, num_words, stride, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    """Bring words into the L2 cache, a sector of 32 bytes with each instruction."""
+    rows = tl.minimum(first_row + tl.arange(0, ROWS), num_word_rows - 1)
+    words = tl.minimum(first_word + tl.arange(0, WORDS // 8) * 8, num_words - 1)
+    ptrs = values_ptr + rows[:, None] * stride + words[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -201,7 +204,7 @@ def _add_partial(partial_ptrs, mask, stride, num_splits, AT_ONCE: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_iterations", "num_splits"])
 def _packed_row_kernel(
     x_ptr,
     values_ptr,
@@ -227,16 +230,15 @@ def _packed_row_kernel(
     ACTIVATION: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    THREAD_WORDS: tl.constexpr,
+    RUNS: tl.constexpr,
     STEPS: tl.constexpr,
-    PIECES: tl.constexpr,
+    LOADS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program makes the outputs of BLOCK_WORDS words, with ACTIVATION those of both halves, from some columns.
 
-    A thread has STEPS rows of words at a time, all in one group of columns; PIECES such runs lie after each other.
+    It walks over RUNS runs of STEPS rows of words at a time, each of them in one group of columns.
     Each program leaves its sums, and the last one of a tile adds them up, always in the same order. `counts` tells how
     many of a tile have come, and is zero again after. Strides are those from row to row of words or groups.
     The first words go to the L2 cache before the wait for the kernel that makes x: nothing writes weights.
@@ -245,29 +247,29 @@ def _packed_row_kernel(
     WORD_OUTPUTS: tl.constexpr = NUM if PACKS_ROWS else 1
     NUM_HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
     tile, part = tl.program_id(0), tl.program_id(1)
-    word_outputs = tl.max_contiguous(tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS), THREAD_WORDS)
+    word_outputs = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     outputs = tile * (BLOCK_WORDS * WORD_OUTPUTS) + tl.arange(0, BLOCK_WORDS * WORD_OUTPUTS)
     mask = outputs < num_outputs
-    first_piece = part * num_iterations * PIECES
+    first_row = part * num_iterations * (RUNS * STEPS)
     if EARLY:
-        piece = first_piece + tl.arange(0, PIECES)
-        num_word_rows, num_words = num_columns * WORD_OUTPUTS // NUM, num_outputs // WORD_OUTPUTS
-        first_word = tile * BLOCK_WORDS
-        _prefetch_words(values_ptr, piece, first_word, num_word_rows, num_words, value_stride, STEPS, BLOCK_WORDS)
+        _prefetch_words(
+            values_ptr, first_row, tile * BLOCK_WORDS, num_columns * WORD_OUTPUTS // NUM, num_outputs // WORD_OUTPUTS,
+            value_stride, RUNS * STEPS, BLOCK_WORDS,
+        )  # fmt: skip
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     out = _sum_columns(
-        x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, 0, first_piece, num_outputs, num_columns,
+        x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, 0, first_row, num_outputs, num_columns,
         first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS, PACKS_ROWS,
-        ZERO_ONES, IS_WHOLE, STEPS, PIECES, STAGES,
+        ZERO_ONES, IS_WHOLE, RUNS, STEPS, LOADS,
     )  # fmt: skip
     up = out
     if NUM_HALVES == 2:
         values_ptr += num_outputs // WORD_OUTPUTS
         up = _sum_columns(
-            x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, num_outputs, first_piece, num_outputs,
+            x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, num_outputs, first_row, num_outputs,
             num_columns, first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS,
-            PACKS_ROWS, ZERO_ONES, IS_WHOLE, STEPS, PIECES, STAGES,
+            PACKS_ROWS, ZERO_ONES, IS_WHOLE, RUNS, STEPS, LOADS,
         )  # fmt: skip
     is_last = True
     if IS_SPLIT:
@@ -312,7 +314,7 @@ def launch_packed_row(
     x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None, activation: str, tile: Tile
 ) -> torch.Tensor:
     """The launch, with the tile that one program takes."""
-    block_words, thread_words, steps, pieces, stages, num_warps, num_programs = tile
+    block_words, runs, steps, loads, num_warps, num_programs = tile
     num_matrix_outputs, num_columns, first_column, group_columns = packed.sizes
     constants = {name: packed.constants[name] for name in ("BITS", "PACKS_ROWS", "ZERO_ONES")}
     num = 32 // constants["BITS"]
@@ -321,9 +323,12 @@ def launch_packed_row(
     while group_columns % (steps * row_columns) or first_column % (steps * row_columns):
         steps //= 2
     num_tiles = triton.cdiv(num_outputs, block_words * word_outputs)
-    num_blocks = triton.cdiv(num_columns, steps * row_columns * pieces)
+    num_blocks = triton.cdiv(num_columns, runs * steps * row_columns)
     wanted = 1 if num_tiles > MAX_TILES else num_programs * num_multiprocessors(x.device) // num_tiles
     num_iterations = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks, MOST_SPLITS)))
+    # Rather somewhat fewer splits than some columns that are not there: those would mask all loads.
+    whole = (number for number in range(num_iterations, 2 * num_iterations) if num_blocks % number == 0)
+    num_iterations = next(whole, num_iterations)
     splits = triton.cdiv(num_blocks, num_iterations)
     out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
     partial = counts = out  # not touched
@@ -337,8 +342,8 @@ def launch_packed_row(
         first_column, packed.strides[1], packed.strides[3], packed.strides[5], num_iterations,
         splits, GROUP_COLUMNS=group_columns, **constants, HAS_BIAS=bias is not None, ACTIVATION=activation,
         IS_WHOLE=num_outputs % (block_words * word_outputs) == 0
-        and num_columns == splits * num_iterations * pieces * steps * row_columns,
-        BLOCK_WORDS=block_words, THREAD_WORDS=thread_words, STEPS=steps, PIECES=pieces, IS_SPLIT=splits > 1,
-        STAGES=stages, EARLY=early, num_warps=num_warps, **({"launch_pdl": True} if early else {}),
+        and num_columns == splits * num_iterations * runs * steps * row_columns,
+        BLOCK_WORDS=block_words, RUNS=runs, STEPS=steps, LOADS=min(loads, steps), IS_SPLIT=splits > 1,
+        EARLY=early, num_warps=num_warps, maxnreg=MOST_REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

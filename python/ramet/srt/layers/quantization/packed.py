@@ -35,19 +35,32 @@ def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor |
 
 
 def takes_packed_row(weight: QuantizedWeight) -> bool:
-    """Whether a kernel of its own multiplies a single row with a matrix: words that lie one output after the other."""
+    """Whether a kernel of its own multiplies a single row with a matrix."""
     weight_format, (num_rows, num_columns) = weight.format, weight.shape
-    if not weight_format.values.is_transposed or weight_format.zeros is None or not fits_packed_kernel(weight):
+    if weight_format.column_groups is not None or not fits_packed_kernel(weight):
+        return False
+    if not weight_format.values.is_transposed:
+        from ramet.srt.layers.kernels.packed_gemv import takes_group
+
+        index = weight.layout.indices["scales"]
+        is_whole = takes_group(index.columns, weight_format.bits) and index.first_column == 0
+        return is_whole and num_rows * num_columns <= MOST_NUMBERS
+    if weight_format.zeros is None:
         return False
     has_halves = num_rows % (2 * 32 // weight_format.bits) == 0  # of whole words, as gate and up are
-    return weight_format.column_groups is None and has_halves and num_rows * num_columns <= MOST_NUMBERS
+    return has_halves and num_rows * num_columns <= MOST_NUMBERS
 
 
 def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     """x W^T + b for a single row, or with an activation's name act(first half) * second half of it."""
+    arguments = _arguments(weight.as_stack())
+    if not weight.format.values.is_transposed:
+        from ramet.srt.layers.kernels.packed_gemv import packed_gemv
+
+        return packed_gemv(x, arguments, bias, activation)
     from ramet.srt.layers.kernels.packed_row import packed_row
 
-    return packed_row(x, _arguments(weight.as_stack()), bias, activation)
+    return packed_row(x, arguments, bias, activation)
 
 
 def packed_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -9,10 +9,12 @@ import math
 import re
 from collections.abc import Mapping
 
+from ramet.srt.configs.weight_format import OF_COLUMNS
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 
 FUSED = re.compile(r"(?P<prefix>.+)\.(?P<name>qkv_proj|gate_up_proj)\.(?P<kind>\w+)")
+OF_A_MATRIX = (*SCALE_SUFFIXES, "_scale_2")  # ends of names of scales that may be of a whole matrix
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -57,8 +59,8 @@ def _split(
     found = [_like(info.shape, shape) for shape in shapes if shape is not None]
     if len(found) < len(names):
         return {name: info}
-    if math.prod(info.shape) == 1 or all(shape == info.shape for shape in found):
-        return dict.fromkeys(names, info)  # a scale of the whole matrix, or something of its columns
+    if _is_of_all(name, info):
+        return dict.fromkeys(names, info)
     dim = _seam(info.shape, found)
     if dim is None:
         return {name: info}
@@ -73,6 +75,11 @@ def _split(
     return {
         part: info.part(dim, stop - shape[dim], stop) for part, shape, stop in zip(names, found, stops, strict=True)
     }
+
+
+def _is_of_all(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor says the same of each part: a scale of the whole matrix, or something of its columns."""
+    return name.endswith(OF_COLUMNS) or (name.endswith(OF_A_MATRIX) and math.prod(info.shape) == 1)
 
 
 def _like(whole: tuple[int, ...], part: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from ramet.srt.configs.weight_format import OF_COLUMNS, TRANSPOSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
-from ramet.srt.model_loader.checkpoint.fused_tensors import fused_parts
+from ramet.srt.model_loader.checkpoint.fused_tensors import OF_A_MATRIX, fused_parts
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, has_transposed_experts, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
@@ -61,7 +61,7 @@ class _Target(NamedTuple):
     @property
     def is_repeated(self) -> bool:
         """Whether the table has one number for all that the boxes fill: the scale of a whole matrix."""
-        is_scale = self.tensor.name.endswith((*SCALE_SUFFIXES, "_scale_2"))
+        is_scale = self.tensor.name.endswith(OF_A_MATRIX)
         return is_scale and self.matrix is None and math.prod(self.tensor.shape) == 1
 
     def place(self, holding: Holding) -> Holding:
