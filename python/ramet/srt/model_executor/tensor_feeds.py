@@ -53,7 +53,7 @@ class TensorFeeds:
         """What load reports and answers call such a source."""
         match source:
             case PickledTensors():
-                return "tensor"
+                return "tensors"
 
 
 def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:
