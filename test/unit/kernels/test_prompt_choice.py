@@ -223,6 +223,7 @@ def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
     follower = Follower(SimpleNamespace(model_runner=runner), ran.append, plans, 4, lambda: None)
     leader = SimpleNamespace(
         lora=(),
+        weight_updates=SimpleNamespace(is_joining=False),
         has_work=False,
         _can_go_on=False,
         _spare_s=lambda: 0.0,
