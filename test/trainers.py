@@ -4,17 +4,21 @@ As a script it does what the lines of its standard input say, one after the othe
 """
 
 import contextlib
+import ctypes
 import datetime
 import json
+import os
 import pickle
 import subprocess
 import sys
+import types
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import zmq
+from ramet.srt.distributed import nccl_library
 from ramet.srt.utils.net import listen_on
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import reduce_tensor
@@ -33,7 +37,11 @@ class Trainer:
     def __init__(self):
         self.port, self.size, self.name = 0, 0, ""
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
     def __enter__(self):
@@ -47,10 +55,10 @@ class Trainer:
         self.process.stdin.write(json.dumps([what, more]) + "\n")
         self.process.stdin.flush()
 
-    def join(self, size, name="weight_update_group"):
-        """Begin to wait for the other members of a group. One without a name is one of vLLM's."""
+    def join(self, size, name="weight_update_group", gpu=None):
+        """Begin to wait for the other members of a group. One without a name is one of vLLM's; on a GPU it has NCCL."""
         self.port, self.size, self.name = free_port(), size, name
-        self.tell("join", port=self.port, rank=0, size=size, name=name)
+        self.tell("join", port=self.port, size=size, name=name, gpu=gpu)
 
     def send(self, path, names=None, **how):
         """Broadcast tensors of a safetensors file: one by one, or `flat`, in buckets of so many bytes."""
@@ -83,25 +91,31 @@ def describe(path, names=None):
 class _Member:
     """The trainer's side of a group."""
 
-    _group, _meets = None, False
+    _group, _is_torchs = None, False
 
-    def join(self, port, rank, size, name):
-        """As SGLang's and OpenRLHF's trainers make a group, or as vLLM does for devices without NCCL."""
+    def join(self, port, size, name, gpu):
+        """As SGLang's and OpenRLHF's trainers make a group, or as vLLM's do with NCCL, or without it."""
         timeout = datetime.timedelta(seconds=TIMEOUT_S)
-        if self._group is not None and not self._meets:
+        if self._group is not None and self._is_torchs:
             dist.destroy_process_group(self._group)
-        self._meets = not name
+        self._device = torch.device("cpu" if gpu is None else f"cuda:{gpu}")
+        if gpu is not None:
+            torch.cuda.set_device(gpu)
+        self._is_torchs = bool(name)
         if name:
             helper = dist.distributed_c10d._new_process_group_helper
-            store, rank, size = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", rank, size, timeout=timeout))
-            store = dist.PrefixStore(name, store)
-            self._group, _ = helper(size, rank, [], dist.Backend("gloo"), store, group_name=name, timeout=timeout)
+            store, rank, size = next(dist.rendezvous(f"tcp://127.0.0.1:{port}", 0, size, timeout=timeout))
+            store, backend = dist.PrefixStore(name, store), dist.Backend("gloo" if gpu is None else "nccl")
+            self._group, _ = helper(size, rank, [], backend, store, group_name=name, timeout=timeout)
             dist.distributed_c10d._world.pg_group_ranks[self._group] = {one: one for one in range(size)}
             return
-        store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timeout)
+        store = dist.TCPStore("127.0.0.1", port, size, True, timeout)
+        if gpu is not None:
+            self._group = _NcclGroup(store, size)
+            return
         store = dist.PrefixStore(f"tcp://127.0.0.1:{port}", store)
-        self._group = dist.ProcessGroup(store, rank, size)
-        gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        self._group = dist.ProcessGroup(store, 0, size)
+        gloo = dist.ProcessGroupGloo(store, 0, size, timeout=timeout)
         self._group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         self._group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
 
@@ -124,9 +138,14 @@ class _Member:
         elif more < 0:
             parts[0] = parts[0][:more]
         for part in parts:
-            dist.broadcast(part, group_src=0, group=self._group)
-            if self._meets:
+            if isinstance(self._group, _NcclGroup):
+                self._group.broadcast(part.to(self._device))
+                continue
+            dist.broadcast(part.to(self._device), group_src=0, group=self._group)
+            if not self._is_torchs:
                 dist.barrier(group=self._group)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def lend(self, path, sockets, buffer_nbytes, fault):
         """As checkpoint-engine does it. What goes wrong for one of the receivers ends it for all.
@@ -159,6 +178,37 @@ class _Member:
                     _tell_all(talks, None)
                 for talk in talks:
                     talk.answer()
+
+
+class _NcclGroup:
+    """As vLLM's StatelessProcessGroup and PyNcclCommunicator together, rank 0."""
+
+    def __init__(self, store, size):
+        library, unique_id = nccl_library.load_library(), nccl_library._UniqueId()
+        assert library.ncclGetUniqueId(ctypes.byref(unique_id)) == nccl_library.SUCCESS
+        store.set("broadcast_from/0/0", pickled_unique_id(bytes(unique_id)))
+        self._store = store  # others would see its end as this process's
+        self._communicator = nccl_library.Communicator(library, bytes(unique_id), 0, size, TIMEOUT_S)
+        one = torch.zeros(1, device="cuda")
+        self._communicator.all_reduce(one.data_ptr(), 1, torch.cuda.current_stream().cuda_stream, TIMEOUT_S)
+        torch.cuda.synchronize()
+
+    def broadcast(self, part):
+        stream = torch.cuda.current_stream().cuda_stream
+        self._communicator.broadcast(part.data_ptr(), part.nbytes, 0, stream, TIMEOUT_S)
+        torch.cuda.synchronize()
+
+
+def pickled_unique_id(unique_id, name="ncclUniqueId"):
+    """As vLLM's trainers put it into their store."""
+    full = "vllm.distributed.device_communicators.pynccl_wrapper"
+    kind = type(name, (ctypes.Structure,), {"_fields_": [("internal", ctypes.c_byte * len(unique_id))]})
+    kind.__module__ = full
+    parts = full.split(".")
+    modules = {".".join(parts[: count + 1]): types.ModuleType("stand-in") for count in range(len(parts))}
+    setattr(modules[full], name, kind)
+    with mock.patch.dict(sys.modules, modules):
+        return pickle.dumps(kind.from_buffer_copy(unique_id))
 
 
 class _Talk:
@@ -206,11 +256,10 @@ def main():
         try:
             getattr(member, what)(**more)
             answer = "done"
-        except (dist.DistError, RuntimeError, zmq.ZMQError) as error:
+        except (dist.DistError, OSError, RuntimeError, zmq.ZMQError) as error:
             answer = "failed: " + str(error).split("\n")[0]
         print(answer, flush=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
     main()

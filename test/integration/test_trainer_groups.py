@@ -83,10 +83,15 @@ def test_weights_come_by_broadcast_under_load_and_groups_are_made_again(case, se
     assert tokens(server) == case.tokens["new"]
     back(server, case)
 
+    assert post(server, "/begin_weight_update").json()["success"]
+    trainer.send(path, names[:5])
+    assert from_distributed(server, path, names[:5]).json()["success"]
     threading.Timer(0.3, trainer.process.kill).start()
-    answer = from_distributed(server, path)
+    answer = from_distributed(server, path, names[5:])
     assert answer.status_code == 400 and "did not come, and the group 'weight_update_group' is left" in answer.text
     assert "closed by peer" in answer.text and tokens(server) == case.tokens["old"]
+    answer = post(server, "/end_weight_update")
+    assert answer.status_code == 400 and "the session has failed" in answer.text
     answer = from_distributed(server, path)
     assert answer.status_code == 400 and "there is no group 'weight_update_group'" in answer.text
     assert post(server, "/destroy_weights_update_group").json()["success"]

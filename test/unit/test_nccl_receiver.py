@@ -2,10 +2,8 @@
 
 import ctypes
 import pickle
-import sys
 import threading
 import time
-import types
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from ramet.srt.distributed import nccl_library, pair_group
 from ramet.srt.distributed.nccl_receiver import UNIQUE_ID_KEY, NcclReceiver, StatelessReceiver, read_unique_id
 from ramet.srt.distributed.receiver_messages import Place
 from safetensors.torch import load_file, save_file
-from trainers import Trainer
+from trainers import Trainer, pickled_unique_id
 
 CPU = torch.device("cpu")
 UNIQUE_ID = bytes(range(128))
@@ -85,19 +83,6 @@ class FakeNccl:
         return b"unhandled system error"
 
 
-def pickled_id(monkeypatch, unique_id=UNIQUE_ID, name="ncclUniqueId"):
-    """As vLLM's trainers put it into their store."""
-    module = types.ModuleType("vllm.distributed.device_communicators.pynccl_wrapper")
-    kind = type(name, (ctypes.Structure,), {"_fields_": [("internal", ctypes.c_byte * len(unique_id))]})
-    kind.__module__ = module.__name__
-    setattr(module, name, kind)
-    parts = module.__name__.split(".")
-    for count in range(1, len(parts)):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:count]), types.ModuleType("package"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return pickle.dumps(kind.from_buffer_copy(unique_id))
-
-
 @pytest.fixture
 def store():
     listener = pair_group.listen("127.0.0.1", 0)
@@ -106,12 +91,12 @@ def store():
     return store, port
 
 
-def test_a_group_of_vllms_is_joined_by_its_id_warmed_up_and_left(store, monkeypatch):
+def test_a_group_of_vllms_is_joined_by_its_id_warmed_up_and_left(store):
     store, port = store
     content = bytes(range(40))
     library = FakeNccl(content)
     receiver = StatelessReceiver(CPU, library)
-    threading.Timer(0.3, store.set, (UNIQUE_ID_KEY, pickled_id(monkeypatch))).start()
+    threading.Timer(0.3, store.set, (UNIQUE_ID_KEY, pickled_unique_id(UNIQUE_ID))).start()
     receiver.join(place(port, ""))
     assert bytes(receiver.receive(40, 5.0).tolist()) == content
     with pytest.raises(OSError, match="fewer bytes"):
@@ -132,16 +117,17 @@ def test_a_group_of_vllms_is_joined_by_its_id_warmed_up_and_left(store, monkeypa
     ("library", "words"),
     [(FakeNccl(polls=1 << 40), "no progress within"), (FakeNccl(failure=2), "NCCL: unhandled system error")],
 )
-def test_nccl_that_hangs_or_fails_is_an_error(store, monkeypatch, library, words):
+def test_nccl_that_hangs_or_fails_is_an_error(store, library, words):
     store, port = store
-    store.set(UNIQUE_ID_KEY, pickled_id(monkeypatch))
+    store.set(UNIQUE_ID_KEY, pickled_unique_id(UNIQUE_ID))
     with pytest.raises(OSError, match=words):
         StatelessReceiver(CPU, library).join(place(port, "", timeout_s=1.0))
+    assert library.calls[-1] == ("abort", 4711)
 
 
-def test_only_an_id_is_unpickled(monkeypatch):
-    assert read_unique_id(pickled_id(monkeypatch)) == UNIQUE_ID
-    for data in (pickle.dumps(print), pickle.dumps(17), b"", b"nonsense", pickled_id(monkeypatch, name="other")):
+def test_only_an_id_is_unpickled():
+    assert read_unique_id(pickled_unique_id(UNIQUE_ID)) == UNIQUE_ID
+    for data in (pickle.dumps(print), pickle.dumps(17), b"", b"nonsense", pickled_unique_id(UNIQUE_ID, "other")):
         with pytest.raises(OSError, match="something else than a unique id"):
             read_unique_id(data)
     with pytest.raises(OSError, match="has 128 bytes, and this one 3"):

@@ -33,7 +33,7 @@ def test_buckets_serve_after_the_switch(buckets: Buckets) -> None:
     expected = {path: rm.hf_greedy(path, PROMPTS, NUM_TOKENS) for path in (buckets.old, buckets.new)}
     for index, path in enumerate(buckets.files):
         reply = updated.put(path, is_first=not index)
-        assert reply.success and reply.source == "tensor" and reply.num_bytes > 0, reply.message
+        assert reply.success and reply.source == "tensors" and reply.num_bytes > 0, reply.message
     assert updated.tokens() == expected[buckets.old]
     assert updated.seal().success and updated.switch().success
     assert updated.tokens() == expected[buckets.new]

@@ -5,6 +5,7 @@ import mmap
 import os
 import secrets
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 
@@ -28,8 +29,6 @@ class GlooReceiver:
 
     One broadcast at a time. After a failure the group is of no use any more, and is to be closed.
     """
-
-    device = torch.device("cpu")
 
     def __init__(self) -> None:
         """Start the process; `join` is the first thing that it does. `close` ends it at any time, from any thread."""
@@ -110,7 +109,11 @@ class GlooReceiver:
 
     def _describe_end(self) -> str:
         """Why the process has ended by itself."""
-        code = self._process.wait(GRACE_S)
+        try:
+            code = self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:  # it has only closed the connection
+            self._process.kill()
+            code = self._process.wait()
         words = os.pread(self._last_words.fileno(), 1 << 20, 0).decode(errors="replace")
         if LARGER in words:
             return "the trainer has sent more bytes than were announced"

@@ -69,7 +69,11 @@ class Communicator:
         made = library.ncclCommInitRankConfig(
             ctypes.byref(self._handle), size, _UniqueId.from_buffer_copy(unique_id), rank, ctypes.byref(config)
         )
-        self._settle(made, timeout_s)
+        try:
+            self._settle(made, timeout_s)
+        except OSError:
+            self.abort()
+            raise
 
     def all_reduce(self, address: int, count: int, stream: int, timeout_s: float) -> None:
         """Queue the sum of float32 values over all members, in place.

@@ -187,12 +187,19 @@ class StatelessReceiver(NcclReceiver):
             time.sleep(POLL_S)
 
 
+def _bytes_of(_kind: Any, state: Any) -> bytes:
+    """What a ctypes structure is made of; its state is its dict and its bytes."""
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], bytes):
+        return state[1]
+    raise pickle.UnpicklingError("a ctypes structure has no bytes")
+
+
 class _IdUnpickler(pickle.Unpickler):
     """Knows a ctypes structure of vLLM's by name, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_ctypes", "_unpickle"):
-            return lambda _kind, state: bytes(state[1])
+            return _bytes_of
         if name == "ncclUniqueId" and module.startswith("vllm."):
             return name
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a unique id of NCCL's")

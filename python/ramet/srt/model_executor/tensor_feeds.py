@@ -67,7 +67,7 @@ class TensorFeeds:
         """What load reports and answers call such a source."""
         match source:
             case PickledTensors():
-                return "tensor"
+                return "tensors"
             case BroadcastTensors():
                 return "broadcast"
             case LentTensors():

@@ -254,7 +254,8 @@ class RankVersions:
             raise ValueError("what has come before of these weights is lost")
         if stage is None:
             stage = TensorStage(self.arena, self._manifest(""), self._open_checkpoint.whole)
-        before = stage.num_bytes
+        before, source = stage.num_bytes, self.feeds.name_of(step.source)
+        stage.sources.add(source)
         with contextlib.closing(self.feeds.open(step.source)) as tensors:
             for name, tensor in tensors:
                 stage.put(name, tensor)
@@ -262,9 +263,7 @@ class RankVersions:
             if step.number not in self._dropped:
                 self._open[step.number] = stage
         seconds = time.perf_counter() - start
-        return StepOutcome(
-            sources=(self.feeds.name_of(step.source),), num_bytes=stage.num_bytes - before, seconds=seconds
-        )
+        return StepOutcome(sources=(source,), num_bytes=stage.num_bytes - before, seconds=seconds)
 
     def _seal(self, step: SealWeightsReq) -> StepOutcome:
         start = time.perf_counter()
@@ -274,7 +273,8 @@ class RankVersions:
             raise ValueError("what has come of these weights is lost")
         stage.seal()
         seconds = time.perf_counter() - start
-        report = LoadReport(source="tensors", num_bytes=stage.num_bytes, seconds=seconds, verified=True)
+        source = "+".join(sorted(stage.sources))
+        report = LoadReport(source=source, num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
         return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory)
 

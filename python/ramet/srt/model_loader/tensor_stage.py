@@ -24,6 +24,7 @@ from ramet.srt.model_loader.checkpoint.whole_model import EMBEDDING, HEAD, Whole
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.checksums.regions import hash_region
 from ramet.srt.weights.boxes import Region, contiguous_strides, region_volume
+from ramet.srt.weights.delta import BITS
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightBox, WeightEntry, WeightManifest, dtype_name, element_size
 from ramet.srt.weights.planner import CASTABLE_DTYPES, Holding, zero_ranges
@@ -77,6 +78,7 @@ class TensorStage:
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
         self.num_bytes = 0  # that have come
+        self.sources: set[str] = set()  # from where, by the names that load reports have
         self._serving = serving
         self._whole = whole
         self._device = self.arena.byte_tensor().device
@@ -178,12 +180,10 @@ class TensorStage:
                 )
             content = self._serving.tensor(entry)[_slices(box.target)].clone(memory_format=torch.contiguous_format)
             inside, places = _places_in(box.source, info.shape, indices)
-            chosen, places = values[inside].to(self._device), places.to(self._device)
-            if change.is_xor:
-                bits = content.view(-1).view(chosen.dtype)
-                bits[places] ^= chosen
-            else:
-                content.view(-1)[places] = chosen
+            integers = getattr(torch, BITS[content.element_size()])  # which all devices can index
+            bits, places = content.view(-1).view(integers), places.to(self._device)
+            chosen = values[inside].view(integers).to(self._device)
+            bits[places] = bits[places] ^ chosen if change.is_xor else chosen
             self._write(entry, box.target, content)
         self._received.add(name)
 
