@@ -157,6 +157,11 @@ def test_what_is_refused_or_never_ended_changes_nothing(case, server):
     ):
         answer = send(server, sent)
         assert answer.status_code == 400 and words in answer.json()["message"], answer.text
+    others = [list(tensors.items()), [*tensors.items()][:-1] + [(norm, tensors[norm] + 1)]]
+    assert others[0][-1][0] == norm
+    payloads = [base64.b64encode(forked(one)).decode() for one in others]
+    answer = post(server, "/update_weights_from_tensor", serialized_named_tensors=payloads)
+    assert answer.status_code == 400 and "the ranks were not sent the same tensors" in answer.text
     hostile = base64.b64encode(b"cos\nsystem\n.").decode()
     answer = post(server, "/update_weights_from_tensor", serialized_named_tensors=[hostile])
     assert answer.status_code == 400 and "it names os.system" in answer.text
