@@ -99,15 +99,8 @@ def test_a_session_of_several_buckets(case, server):
 def test_a_trainer_that_is_killed_changes_nothing(case, server):
     """In the middle of a session, with its shared memory."""
     before = checksums(server)
-    trainer = subprocess.Popen(
-        [
-            sys.executable,
-            str(Path(__file__).parents[1] / "pickled_tensors.py"),
-            case.models["new"] / "model.safetensors",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    script, path = Path(__file__).parents[1] / "pickled_tensors.py", case.models["new"] / "model.safetensors"
+    trainer = subprocess.Popen([sys.executable, script, path, "cpu"], stdout=subprocess.PIPE, text=True)
     payloads = [trainer.stdout.readline().strip() for _ in range(2)]
     trainer.kill()
     trainer.wait()
