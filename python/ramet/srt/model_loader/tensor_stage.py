@@ -113,6 +113,8 @@ class TensorStage:
             raise ValueError(f"{SENT}: {name} is a {tensor.layout} tensor on {tensor.device}")
         nbytes = tensor.numel() * element_size(dtype)
         whole = {name: TensorInfo(dtype, tuple(tensor.shape), 0, nbytes)}
+        if tensor.device.type == self._device.type:
+            tensor = tensor.to(self._device)  # from another GPU
         with self.arena.work_context():
             content = tensor.detach().contiguous().view(-1).view(torch.uint8)
             if may_be_idle(name, self._whole):
