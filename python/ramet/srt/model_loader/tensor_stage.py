@@ -71,6 +71,7 @@ class TensorStage:
         self.is_known = is_known
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
+        self.arena.populate()  # a copy that meets new pages takes several times as long
         self.num_bytes = 0  # that have come
         self.sources: set[str] = set()  # from where, by the names that load reports have
         self._serving = serving
