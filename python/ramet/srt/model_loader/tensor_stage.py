@@ -104,7 +104,7 @@ class TensorStage:
             ValueError: if the model has no place for it, or for one of its shape or type, or it has come before.
         """
         if isinstance(tensor, RankPart):
-            self._put_part(name, tensor.tensor)
+            self._put_part(name, tensor.tensor.detach())
             return
         if isinstance(tensor, ElementChange):
             self._change(whole_name(name), tensor)
