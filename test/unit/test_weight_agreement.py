@@ -11,7 +11,8 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import WeightsConfig
 from ramet.srt.model_executor import weight_update
 from ramet.srt.model_executor.rank_weights import LoadedWeights, RankWeights
-from ramet.srt.model_executor.weight_update import RankVersions, StepOutcome
+from ramet.srt.model_executor.step_outcome import StepOutcome
+from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.weights.report import LoadReport
@@ -48,7 +49,8 @@ def make_versions(board: Board, rank: int) -> RankVersions:
     arena = allocate_arena(manifest, "cpu")
     weights = RankWeights(config, LoadContext(board=board), manifest, arena, torch.device("cpu"))
     report = LoadReport(source="dummy", num_bytes=0, seconds=0.0)
-    return RankVersions(LoadedWeights(weights, report, None), CheckpointOpener(lambda: None))  # type: ignore[arg-type, return-value]
+    loaded = LoadedWeights(weights, report, None)
+    return RankVersions(loaded, CheckpointOpener(lambda: None), memory=None)  # type: ignore[arg-type, return-value]
 
 
 def outcome_of(board: Board, rank: int, own: StepOutcome, monkeypatch: pytest.MonkeyPatch) -> StepOutcome:

@@ -76,10 +76,7 @@ class UpdateFromInstanceBody(UpdateBody):
 
 async def update_from_disk(instance: Instance, body: UpdateFromDiskBody) -> UpdateReport:
     """Serve other weights, from files. Raises what WeightUpdateControl.update raises."""
-    quantization = instance.server_args.quantization
-    find = functools.partial(
-        find_files, instance.model_config, quantization, body.model_path, body.revision, body.digest
-    )
+    find = functools.partial(find_files, instance.model_config, body.model_path, body.revision, body.digest)
     abort_all = bool(body.abort_all_requests)
     in_place = body.mode == "in_place"
     return await instance.sleep.update(find, body.weight_version, abort_all=abort_all, in_place=in_place)

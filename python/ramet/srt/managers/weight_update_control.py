@@ -19,6 +19,7 @@ from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.managers.update_report import Content, Staged, UpdateReport
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
+    OTHER_TENSORS,
     DropWeightsReq,
     MadeUpSource,
     OfferWeightsReq,
@@ -288,8 +289,8 @@ class WeightUpdateControl:
             raise
         if failure := failure_of(replies):
             await self.drop(number)
-            lacks_memory = all(reply.lacks_memory for reply in replies if not reply.success)
-            kind = NoRoomError if lacks_memory else RequestError
+            lacking = [reply.lacks_memory for reply in replies if not reply.success]
+            kind = NoRoomError if lacking and all(lacking) else RequestError
             raise kind(f"the weights can't be changed, and are what they were: {failure}")
         return replies
 
@@ -391,4 +392,7 @@ class WeightUpdateControl:
 
 def failure_of(replies: list[WeightStepOutput]) -> str:
     """Why not all replicas have taken a step; "" if they have."""
-    return "; ".join(dict.fromkeys(reply.message for reply in replies if not reply.success))
+    failures = dict.fromkeys(reply.message for reply in replies if not reply.success)
+    if not failures and len({reply.received for reply in replies}) > 1:
+        return OTHER_TENSORS
+    return "; ".join(failures)

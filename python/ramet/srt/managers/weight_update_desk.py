@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol
 
-from ramet.srt.model_executor.weight_update import RankVersions, StepOutcome
+from ramet.srt.model_executor.step_outcome import StepOutcome
+from ramet.srt.model_executor.weight_update import RankVersions
 from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
@@ -127,7 +128,8 @@ class WeightUpdateDesk:
             seconds=outcome.seconds,
             transfer_s=outcome.transfer_s,
             in_host_memory=outcome.in_host_memory,
-            lacks_memory=outcome.lacks_memory and bool(outcome.failure),
+            lacks_memory=outcome.lacks_memory,
+            received=outcome.received,
         )
         self._reply(output)
 

@@ -22,6 +22,7 @@ from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
 from ramet.srt.model_executor.rank_memory import RankMemory, instance_config
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
+from ramet.srt.model_executor.step_outcome import StepOutcome, together
 from ramet.srt.model_executor.tensor_feeds import TensorFeeds
 from ramet.srt.model_executor.weight_delta import stage_delta
 from ramet.srt.model_loader.arena.base import WeightArena
@@ -66,18 +67,6 @@ NAMES = {  # of steps other than those toward new weights
     ResumeMemoryReq: "taking memory again",
 }
 FIRST = 0  # the number of the content that the rank was started with
-
-
-class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What came of a step on some ranks."""
-
-    failure: str = ""
-    sources: tuple[str, ...] = ()
-    num_bytes: int = 0
-    seconds: float = 0.0
-    transfer_s: float = 0.0
-    in_host_memory: bool = False
-    lacks_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +173,7 @@ class RankVersions:
                 text = board.await_announcement(f"{key}/{rank}", OTHERS_TIMEOUT_S)
                 late = StepOutcome(failure=f"it has not ended within {OTHERS_TIMEOUT_S:g} s")
                 outcomes[rank] = late if text is None else msgspec.json.decode(text, type=StepOutcome)
-        return _together(outcomes)
+        return together(outcomes)
 
     def _take(self, step: LongWeightStep | MemoryStep | JoinGroupReq) -> StepOutcome:
         rank = self._parallel.world_rank
@@ -276,7 +265,7 @@ class RankVersions:
         source = "+".join(sorted(stage.sources))
         report = LoadReport(source=source, num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
-        return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory)
+        return StepOutcome(seconds=seconds, in_host_memory=stage.arena.in_host_memory, received=stage.received_digest)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -376,21 +365,3 @@ class RankVersions:
                 self.feeds.groups.leave(step.name, step.number)
             case _:
                 self.begin(step)
-
-
-def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
-    """What came of a step on several ranks; all reasons are told once."""
-    failures: dict[str, list[str]] = {}
-    for rank, outcome in outcomes.items():
-        if outcome.failure:
-            failures.setdefault(outcome.failure, []).append(str(rank))
-    words = [f"rank {', '.join(ranks)}: {failure}" for failure, ranks in failures.items()]
-    return StepOutcome(
-        failure="; ".join(words),
-        sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
-        num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
-        seconds=max(outcome.seconds for outcome in outcomes.values()),
-        transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
-        in_host_memory=any(outcome.in_host_memory for outcome in outcomes.values()),
-        lacks_memory=all(outcome.lacks_memory for outcome in outcomes.values() if outcome.failure),
-    )

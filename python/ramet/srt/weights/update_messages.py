@@ -2,6 +2,8 @@
 
 import msgspec
 
+OTHER_TENSORS = "the ranks were not sent the same tensors"
+
 
 class FileStamp(msgspec.Struct, frozen=True, array_like=True):
     """What tells that a file is still the one that was read."""
@@ -169,6 +171,7 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_reqs: int = 0  # that ran or waited at a switch
     in_host_memory: bool = False  # some of what was staged is in host memory, for want of room on a GPU
     lacks_memory: bool = False  # all that it has failed for
+    received: str = ""  # a digest of the tensors that have come to each of them
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes
