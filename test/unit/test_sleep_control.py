@@ -130,9 +130,27 @@ async def test_a_pause_that_comes_while_it_sleeps_lasts_too(case: Case) -> None:
     assert not case.sleep.is_asleep and case.pauses.reason == "generation is paused"
 
 
+async def test_requests_keep_the_cache_that_stays(case: Case) -> None:
+    await case.sleep.release(["weights"], "keep")
+    await case.sleep.release(["kv_cache"], "keep")
+    await case.sleep.release(["weights"], "keep")
+    assert [one for one in case.replicas.events if "pause" in one] == ["pause in_place", *["pause retract"] * 2]
+
+
+async def test_a_pause_does_not_end_that_becomes_a_sleep(case: Case) -> None:
+    await case.pauses.pause("in_place")
+    async with case.pauses._turn:
+        ending = asyncio.create_task(case.pauses.go_on())
+        await asyncio.sleep(0)
+        case.pauses._is_asleep = True
+    with pytest.raises(RequestError, match="asleep"):
+        await ending
+    assert "go on" not in case.replicas.events
+
+
 async def test_requests_may_end_before(case: Case) -> None:
     await case.sleep.release(MEMORY_TAGS, "wait")
-    assert case.replicas.take_events() == ["idle", "pause in_place", *FALL_ASLEEP[1:]]
+    assert case.replicas.take_events() == ["idle", "pause retract", *FALL_ASLEEP[1:]]
     assert case.replicas.pause_refusal == SLEEP_REFUSAL
     case.replicas.num_running = 1
     with pytest.raises(RequestError, match="would never end"):
@@ -276,8 +294,6 @@ async def test_what_is_refused(case: Case) -> None:
     with pytest.raises(RequestError, match="session"):
         await case.sleep.release(["weights"], "keep")
     case.updates.has_session = False
-    with pytest.raises(RequestError, match="KV cache that is given back"):
-        await case.sleep.release(["kv_cache"], "in_place")
     assert case.replicas.events == [] and not case.sleep.is_asleep
 
 

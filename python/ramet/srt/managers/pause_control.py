@@ -18,8 +18,7 @@ PAUSE_TIMEOUT_S = 60.0  # for the passes under way to end
 REFUSAL = "generation is paused, and requests are refused until it is resumed"
 SLEEP_REFUSAL = "the instance is asleep, and requests are refused until it wakes"
 
-# What becomes of requests while an instance sleeps: WIRE, vLLM's words. "in_place": they keep their KV cache.
-SleepMode = Literal["abort", "wait", "keep", "in_place"]
+SleepMode = Literal["abort", "wait", "keep"]  # what becomes of requests: WIRE, vLLM's words
 
 
 class PauseControl:
@@ -123,23 +122,28 @@ class PauseControl:
             RequestError: if the instance sleeps.
             ServiceError: if a replica does not answer: then the pause lasts.
         """
-        if self._is_asleep:
-            raise RequestError("the instance is asleep: wake it first (/resume_memory_occupation, /wake_up)")
+        self._check_awake()
         self._overtake()
         async with self._turn:
+            self._check_awake()  # it may have fallen asleep since
             await self._go_on()
+
+    def _check_awake(self) -> None:
+        if self._is_asleep:
+            raise RequestError("the instance is asleep: wake it first (/resume_memory_occupation, /wake_up)")
 
     async def _go_on(self) -> None:
         await self._manager.ask_all(ContinueReqInput, ContinueReqOutput)
         self._is_asked_for = self._is_asleep = False
         self._manager.pause_refusal = None
 
-    async def fall_asleep(self, mode: SleepMode) -> None:
+    async def fall_asleep(self, mode: SleepMode, *, keeps_cache: bool = False) -> None:
         """Pause until `wake`. An instance that is asleep may do it again, with another mode.
 
         Args:
             mode: "abort" ends the requests that are there, "wait" lets them end first, and both refuse those that come;
-                "keep" has all of them wait: those that run start over from their tokens when the instance wakes.
+                "keep" has all of them wait.
+            keeps_cache: those that run and wait keep their KV cache; else they start over from their tokens afterwards.
 
         Raises:
             RequestError, ServiceError: as pauses do. Nothing has changed then.
@@ -153,7 +157,8 @@ class PauseControl:
                 self._check_not(overtaken)
             self._is_asleep = True
             try:
-                await self._pause(_PAUSES[mode], SLEEP_REFUSAL if mode in ("abort", "wait") else None)
+                pause_mode: PauseMode = "abort" if mode == "abort" else "in_place" if keeps_cache else "retract"
+                await self._pause(pause_mode, None if mode == "keep" else SLEEP_REFUSAL)
             except BaseException:
                 if not (was_asleep or self._is_asked_for):
                     with contextlib.suppress(ServiceError):
@@ -171,6 +176,3 @@ class PauseControl:
                 self._manager.pause_refusal = self._refusal_awake
             elif self._is_asleep:
                 await self._go_on()
-
-
-_PAUSES: dict[SleepMode, PauseMode] = {"abort": "abort", "wait": "in_place", "keep": "retract", "in_place": "in_place"}

@@ -145,14 +145,14 @@ class SleepControl:
     async def _update_in_place(self, update: Callable[[], Awaitable[UpdateReport]]) -> UpdateReport:
         begun = time.perf_counter()
         was_asleep = self.is_asleep
-        await self._release([WEIGHTS], "keep" if "kv_cache" in self.tags else "in_place", copies=False)
+        await self._release([WEIGHTS], "keep", copies=False)
         try:
             report = await update()
         except (RequestError, ServiceError) as error:
             try:
                 await self._resume([WEIGHTS], [])
             except (RequestError, ServiceError) as second:
-                self._awaits_update = True
+                self._awaits_update = not was_asleep
                 await self._pauses.fall_asleep("abort")
                 gone = f"the old weights are gone, too, and the instance sleeps until others come: {second}"
                 raise RequestError(f"{error}; {gone}") from None
@@ -167,9 +167,7 @@ class SleepControl:
             new = [tag for tag in tags if tag not in self.tags]
             if self._updates.current.is_made_up:
                 raise RequestError("the weights have been reset: an instance sleeps with weights that can serve")
-            if mode == "in_place" and "kv_cache" in (*self.tags, *new):
-                raise RequestError("requests can't keep a KV cache that is given back")
-            await self._pauses.fall_asleep(mode)
+            await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
             was_asleep = self.is_asleep
             try:
                 await self._updates.withdraw(asleep=True)

@@ -90,7 +90,8 @@ class RankMemory:
         if "weights" in step.tags and not arena.is_put_away:
             arena.checksums = arena.checksums or compute_checksums(arena.manifest, arena)
             arena.put_away(keeps_copy=step.keeps_copy)
-            num_bytes += arena.nbytes
+            is_kept = step.keeps_copy and device.type == "cpu"  # the copy is the memory itself
+            num_bytes += 0 if is_kept else arena.nbytes
         if "kv_cache" in step.tags and not self._kv_pool.is_put_away:
             self._kv_pool.put_away()
             num_bytes += self._kv_pool.buffer.nbytes
