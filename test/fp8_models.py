@@ -33,11 +33,11 @@ def load_model(folder: Path, parallel: ParallelConfig | None = None, quantizatio
     return model
 
 
-def load_arena(folder: Path, model: Any) -> WeightArena:
+def load_arena(folder: Path, model: Any, device: str = "cpu") -> WeightArena:
     """The weights of one rank's model."""
     manifest = sm.make_manifest(model)
     whole = describe_whole_model(model.config, manifest)
-    return sm.load_from_disk(folder, manifest, lambda path: CheckpointSource(path, whole))
+    return sm.load_from_disk(folder, manifest, lambda path: CheckpointSource(path, whole), device)
 
 
 def load(folder: Path, parallel: ParallelConfig | None = None) -> dict[str, torch.nn.Parameter]:

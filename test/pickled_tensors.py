@@ -49,14 +49,14 @@ def flat_bucket(tensors: dict[str, torch.Tensor], *, is_bytes: bool = False) -> 
     return {"flattened_tensor": torch.cat(flats), "metadata": parts}
 
 
-def lend(path: str) -> None:
+def lend(path: str, device: str) -> None:
     """A trainer: print a file's tensors, pickled for two ranks, and keep them."""
     torch.multiprocessing.set_sharing_strategy("file_system")
-    tensors = list(load_file(path).items())
+    tensors = list(load_file(path, device).items())
     for _ in range(2):
         print(base64.b64encode(forked(tensors)).decode(), flush=True)
     sys.stdin.read()
 
 
 if __name__ == "__main__":
-    lend(sys.argv[1])
+    lend(*sys.argv[1:])

@@ -76,10 +76,13 @@ def random_checkpoint(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> d
 
 
 def load_from_disk(
-    folder: str | Path, manifest: WeightManifest, open_checkpoint: OpenCheckpoint = CheckpointSource
+    folder: str | Path,
+    manifest: WeightManifest,
+    open_checkpoint: OpenCheckpoint = CheckpointSource,
+    device: str = "cpu",
 ) -> WeightArena:
     """A rank's arena filled from the files in `folder`."""
-    arena = allocate_arena(manifest, "cpu")
+    arena = allocate_arena(manifest, device)
     get_model_loader(LoadConfig(), open_checkpoint=open_checkpoint).load_weights(manifest, arena, str(folder))
     return arena
 

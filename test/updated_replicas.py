@@ -42,6 +42,7 @@ class Replicas:
         self.weight_version = "default"
         self.adapters = SimpleNamespace(names=list)
         self.ended = ""
+        self.received = ["a", "a"]  # by the two replicas
 
     async def ask_all(self, question: Callable[..., Any], kind: Any, timeout_s: float) -> list[WeightStepOutput]:
         await asyncio.sleep(0)
@@ -63,7 +64,8 @@ class Replicas:
         elif isinstance(step, DropWeightsReq):
             self.staged.discard(step.number)
         if isinstance(step, SealWeightsReq):
-            return [WeightStepOutput(request_id="0", success=not fault, message=fault)]
+            said = [WeightStepOutput(request_id="0", success=True, received=one) for one in self.received]
+            return [*said, WeightStepOutput(request_id="1", success=False, message=fault)] if fault else said
         first = WeightStepOutput(request_id="0", success=True, num_bytes=10, source="checkpoint", pause_s=0.5)
         return [first, WeightStepOutput(request_id="1", success=not fault, message=fault, num_bytes=5, num_reqs=2)]
 

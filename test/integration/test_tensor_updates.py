@@ -99,15 +99,8 @@ def test_a_session_of_several_buckets(case, server):
 def test_a_trainer_that_is_killed_changes_nothing(case, server):
     """In the middle of a session, with its shared memory."""
     before = checksums(server)
-    trainer = subprocess.Popen(
-        [
-            sys.executable,
-            str(Path(__file__).parents[1] / "pickled_tensors.py"),
-            case.models["new"] / "model.safetensors",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    script, path = Path(__file__).parents[1] / "pickled_tensors.py", case.models["new"] / "model.safetensors"
+    trainer = subprocess.Popen([sys.executable, script, path, "cpu"], stdout=subprocess.PIPE, text=True)
     payloads = [trainer.stdout.readline().strip() for _ in range(2)]
     trainer.kill()
     trainer.wait()
@@ -157,6 +150,11 @@ def test_what_is_refused_or_never_ended_changes_nothing(case, server):
     ):
         answer = send(server, sent)
         assert answer.status_code == 400 and words in answer.json()["message"], answer.text
+    others = [list(tensors.items()), [*tensors.items()][:-1] + [(norm, tensors[norm] + 1)]]
+    assert others[0][-1][0] == norm
+    payloads = [base64.b64encode(forked(one)).decode() for one in others]
+    answer = post(server, "/update_weights_from_tensor", serialized_named_tensors=payloads)
+    assert answer.status_code == 400 and "the ranks were not sent the same tensors" in answer.text
     hostile = base64.b64encode(b"cos\nsystem\n.").decode()
     answer = post(server, "/update_weights_from_tensor", serialized_named_tensors=[hostile])
     assert answer.status_code == 400 and "it names os.system" in answer.text

@@ -11,6 +11,7 @@ from ramet.srt.utils.net import (
     format_url,
     host_from_here,
     is_loopback,
+    is_own_address,
     local_address,
     reachable_host,
     split_address,
@@ -61,6 +62,13 @@ def test_a_server_on_all_addresses_is_reached_at_one() -> None:
 def test_loopback() -> None:
     assert all(is_loopback(host) for host in ("127.0.0.1", "127.3.2.1", "localhost", "::1"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "10.0.0.1", "::"))
+
+
+def test_this_hosts_addresses_are_its_own() -> None:
+    for host in ("127.0.0.1", "127.0.0.9", reachable_host("0.0.0.0")):
+        assert is_own_address(host)
+    for host in ("192.0.2.1", "2001:db8::1"):  # which are nobody's
+        assert not is_own_address(host)
 
 
 def test_the_address_that_a_peer_sees() -> None:

@@ -102,6 +102,14 @@ def test_a_bucket_that_fails_ends_the_session_and_what_comes_late_is_no_update(f
     assert case.names() == ["update-2", "default"]
 
 
+def test_replicas_that_were_sent_other_tensors_keep_what_they_have() -> None:
+    case = Case()
+    case.replicas.received = ["a", "b"]
+    with pytest.raises(RequestError, match="were not sent the same tensors"):
+        run(case, put)
+    assert case.take_events() == ["put 1", "seal 1", "drop 1"] and case.names() == ["default"]
+
+
 @pytest.mark.parametrize("fault", [{"seal_1": "not what was sent"}, {"withdraw": "not what was sent"}])
 def test_an_end_that_fails_changes_nothing(fault: Any) -> None:
     async def script(sessions: WeightSessions) -> None:

@@ -75,10 +75,14 @@ def test_tensors_come_out_as_they_went_in(dump: Any, kind: Any) -> None:
 
 
 def test_each_rank_takes_its_own_of_several() -> None:
+    before = shared_files()
     tensors = [torch.full((3,), float(rank)) for rank in range(2)]
     payload = forked([("a", LocalSerializedTensor([forked(tensor) for tensor in tensors]))])
     for rank in range(2):
         assert torch.equal(read(payload, tp_rank=rank)["a"], tensors[rank])
+    tensors.clear()
+    assert shared_files() == before
+    tensors = [torch.zeros(3)]
     with pytest.raises(ValueError, match="tensors for 1 ranks and none for rank 1"):
         read(forked([("a", LocalSerializedTensor([forked(tensors[0])]))]), tp_rank=1)
 
@@ -210,11 +214,11 @@ def hostile() -> list[Any]:
         pytest.param(pickle.dumps([("a", 1 << 90)]), "beyond 64 bits", id="long"),
         pytest.param(pickle.dumps([("a", Evil(torch.load, "{path}"))]), "names torch.serialization.load", id="load"),
         pytest.param(pickle.dumps(Evil(torch.Tensor, 1 << 40)), "no list of names|where list or tuple", id="huge"),
-        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor.storage(), 0, (1 << 40,), (1,), False, {}))]),
+        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor._typed_storage(), 0, (1 << 40,), (1,), False, {}))]),
                      "reaches beyond its memory", id="huge size"),
-        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor.storage(), 0, (1 << 40,), (0,), False, {}))]),
+        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor._typed_storage(), 0, (1 << 40,), (0,), False, {}))]),
                      "reaches beyond its memory", id="repeated"),
-        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor.storage(), -1, (2,), (1,), False, {}))]),
+        pytest.param(pickle.dumps([("a", Evil(rebuild, tensor._typed_storage(), -1, (2,), (1,), False, {}))]),
                      "not negative", id="negative"),
         pytest.param(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 50) + b"x.", "is broken", id="huge bytes"),
         pytest.param(b"\x80\x04\x8d" + struct.pack("<Q", 1 << 63) + b"x.", "is broken", id="huge text"),

@@ -213,6 +213,20 @@ def test_a_tied_head_may_come_with_its_embedding_alone(pair: list[Path]) -> None
             Rank(pair[0]).put(sent).sealed()
 
 
+def test_ranks_can_tell_whether_the_same_has_come_to_them(pair: list[Path]) -> None:
+    """Whatever part of it they keep, in whatever order it came."""
+    sent = {name: tensor for name, tensor in tensors_of(pair[1]).items() if name != EMBEDDING}
+    first, second = (Rank(pair[0], parallel).stage for parallel in sm.all_ranks(2))
+    for name in sent:
+        first.put(name, sent[name])
+    for name in reversed(sent):
+        second.put(name, sent[name])
+    assert first.received_digest == second.received_digest
+    first.put(EMBEDDING, tensors_of(pair[1])[EMBEDDING])
+    second.put(EMBEDDING, tensors_of(pair[1])[EMBEDDING] + 1)
+    assert first.received_digest != second.received_digest
+
+
 def test_views_and_wider_types_are_taken(pair: list[Path]) -> None:
     """A tensor that is no row-major memory, and one in float32, which is cast as at load."""
     sent = tensors_of(pair[1])

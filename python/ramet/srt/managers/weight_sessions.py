@@ -121,6 +121,8 @@ class WeightSessions:
     async def _end(self, version: str | None) -> UpdateReport:
         async with self._turn:
             session, self._session = self._session, None
+            if self._watch is not None:
+                self._watch.cancel()
             if session is None:
                 raise RequestError("no session is open: /begin_weight_update opens one")
             if session.failure:

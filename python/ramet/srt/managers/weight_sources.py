@@ -30,14 +30,11 @@ class FoundFiles:
         return True
 
 
-def find_files(
-    config: ModelConfig, quantization: str | None, path: str, revision: str | None, digest: str | None
-) -> FoundFiles:
+def find_files(config: ModelConfig, path: str, revision: str | None, digest: str | None) -> FoundFiles:
     """The checkpoint of a folder or hub id, if its model is computed as the one that serves.
 
     Args:
-        config: of the model that serves.
-        quantization: that was asked for at the start.
+        config: of the model that serves, as its files have it: what ranks quantise while they read says nothing here.
 
     Raises:
         ValueError: if there is none, or it is of another model.
@@ -46,7 +43,7 @@ def find_files(
     files = file_stamps(folder)
     if os.path.exists(os.path.join(folder, "config.json")):  # a trainer may write weights alone
         is_embedding = config.embedding is not None
-        other = ModelConfig.from_path(folder, dtype=config.dtype, quantization=quantization, is_embedding=is_embedding)
+        other = ModelConfig.from_path(folder, dtype=config.dtype, is_embedding=is_embedding)
         if different := config.differences(other):
             raise ValueError(f"{folder} is another model than the one that serves: its {', '.join(different)} differs")
     source = FilesSource(path=path, revision=revision, digest=digest, host_identity=host_identity(), files=files)

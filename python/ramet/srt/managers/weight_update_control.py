@@ -17,6 +17,7 @@ from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
+    OTHER_TENSORS,
     DropWeightsReq,
     OfferWeightsReq,
     StageWeightsReq,
@@ -391,4 +392,7 @@ class WeightUpdateControl:
 
 def failure_of(replies: list[WeightStepOutput]) -> str:
     """Why not all replicas have taken a step; "" if they have."""
-    return "; ".join(dict.fromkeys(reply.message for reply in replies if not reply.success))
+    failures = dict.fromkeys(reply.message for reply in replies if not reply.success)
+    if not failures and len({reply.received for reply in replies}) > 1:
+        return OTHER_TENSORS
+    return "; ".join(failures)

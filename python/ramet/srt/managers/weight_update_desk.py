@@ -112,6 +112,7 @@ class WeightUpdateDesk:
             source="+".join(outcome.sources),
             num_bytes=outcome.num_bytes,
             seconds=outcome.seconds,
+            received=outcome.received,
         )
         self._reply(output)
 

@@ -95,7 +95,7 @@ def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:
     if isinstance(found, Bucket) != (source.load_format == "flattened_bucket"):
         kind = "a flat bucket" if isinstance(found, Bucket) else "no flat bucket"
         raise ValueError(f"the pickle holds {kind}, but the load_format is {source.load_format!r}")
-    is_first = parallel.dp_rank == parallel.pp_rank == 0  # of those that have this payload
+    is_first = parallel.dp_rank == parallel.pp_rank == 0  # of those that open the same memory
     takes_over = is_first and (is_own or parallel.tp_rank == 0)
     if isinstance(found, Bucket):
         flat = found.flat.open(takes_over=takes_over)
@@ -104,7 +104,7 @@ def _open_pickle(source: PickledTensors, parallel: ParallelConfig) -> Tensors:
             yield part.name, _cut_out(flat, part)
         return
     for name, pickled in found:
-        tensor = pickled.open(takes_over=takes_over)
+        tensor = pickled.open(takes_over=takes_over or is_first and pickled.is_of_rank)
         _await_arrival(tensor)
         yield name, RankPart(tensor) if source.load_format == "direct" else tensor
 

@@ -37,6 +37,7 @@ from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
+    OTHER_TENSORS,
     DeltaFile,
     DropWeightsReq,
     InstanceSource,
@@ -68,6 +69,7 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     sources: tuple[str, ...] = ()
     num_bytes: int = 0
     seconds: float = 0.0
+    received: str = ""  # a digest of the tensors that have come, which must be the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class RankVersions:
         source = "+".join(sorted(stage.sources))
         report = LoadReport(source=source, num_bytes=stage.num_bytes, seconds=seconds, verified=True)
         self._keep(step.number, stage.arena, report)
-        return StepOutcome(seconds=seconds)
+        return StepOutcome(seconds=seconds, received=stage.received_digest)
 
     def _fill(self, source: WeightSource) -> tuple[WeightArena, LoadReport]:
         """A new arena with what the source has. Raises ValueError if it has something else than is needed."""
@@ -360,9 +362,13 @@ def _together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         if outcome.failure:
             failures.setdefault(outcome.failure, []).append(str(rank))
     words = [f"rank {', '.join(ranks)}: {failure}" for failure, ranks in failures.items()]
+    received = {outcome.received for outcome in outcomes.values()}
+    if not words and len(received) > 1:
+        words.append(OTHER_TENSORS)
     return StepOutcome(
         failure="; ".join(words),
         sources=tuple(sorted({source for outcome in outcomes.values() for source in outcome.sources})),
         num_bytes=sum(outcome.num_bytes for outcome in outcomes.values()),
         seconds=max(outcome.seconds for outcome in outcomes.values()),
+        received=min(received),
     )

@@ -107,6 +107,7 @@ class PickledTensor:
     offset: int  # in elements, as the strides
     size: tuple[int, ...]
     stride: tuple[int, ...]
+    is_of_rank: bool = False  # whether it is one of several, of which each rank opens its own
 
     def open(self, *, takes_over: bool) -> torch.Tensor:
         """The tensor, in the sender's memory where it is not in the payload.

@@ -11,7 +11,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ramet.srt.model_loader.pickled_values import Call, Name, PickleError, Reference, is_named, read_values
@@ -208,7 +208,7 @@ class _Reader:
         if is_named(value, (PARAMETER,)):
             value = _args(value, 3)[0]
         if isinstance(value, Call) and value.function.name == FOR_RANKS:
-            value = self._of_rank(value)
+            return replace(self.tensor(self._of_rank(value)), is_of_rank=True)
         if is_named(value, (SHARED_TENSOR,)):
             _, storage, place = _args(value, 3)
             dtype, memory = self._typed(storage)

@@ -4,6 +4,7 @@ What does not come stays as it is in the arena that serves. Everything that is d
 model, so that all ranks decide the same, each for its part.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.arena.host_hash import hash_content
 from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS, check_some
 from ramet.srt.model_loader.checkpoint.idle_tensors import check_idle, may_be_idle
@@ -78,6 +80,7 @@ class TensorStage:
         self.is_known = is_known
         self.arena = serving.open_stage(manifest)
         self.arena.prepare_fill(zero_ranges(manifest))
+        self.arena.populate()  # a copy that meets new pages takes several times as long
         self.num_bytes = 0  # that have come
         self.sources: set[str] = set()  # from where, by the names that load reports have
         self._serving = serving
@@ -86,6 +89,7 @@ class TensorStage:
         self._device = self.arena.byte_tensor().device
         self._received: set[str] = set()  # names of checkpoint tensors, as boxes have them
         self._written: list[Written] = []
+        self._came: dict[str, str] = {}  # checksums of whole tensors, by the names by which they came
         self._tied: dict[str, tuple[torch.dtype, torch.Size, str]] = {}  # what has come of head and embedding
         self._boxes: dict[str, list[tuple[WeightEntry, WeightBox]]] = {}
         for entry in manifest.entries:
@@ -110,7 +114,7 @@ class TensorStage:
             ValueError: if the model has no place for it, or for one of its shape or type, or it has come before.
         """
         if isinstance(tensor, RankPart):
-            self._put_part(name, tensor.tensor)
+            self._put_part(name, tensor.tensor.detach())
             return
         if isinstance(tensor, ElementChange):
             self._change(whole_name(name), tensor)
@@ -120,6 +124,8 @@ class TensorStage:
             raise ValueError(f"{SENT}: {name} is a {tensor.layout} tensor on {tensor.device}")
         nbytes = tensor.numel() * element_size(dtype)
         whole = {name: TensorInfo(dtype, tuple(tensor.shape), 0, nbytes)}
+        if tensor.device.type == self._device.type:
+            tensor = tensor.to(self._device)  # from another GPU
         with self.arena.work_context():
             content = tensor.detach().contiguous().view(-1).view(torch.uint8)
             if may_be_idle(name, self._whole):
@@ -127,6 +133,7 @@ class TensorStage:
                 return
             parts = settle_names(SENT, whole, self._whole)
             check_some({part: (SENT, info) for part, info in parts.items()}, self._whole)
+            self._came[f"{name} {dtype} {list(tensor.shape)}"] = self._hash(content)
             for part, info in parts.items():
                 view = content[info.offset : info.offset + info.nbytes].view(tensor.dtype).view(info.shape)
                 self._place(part, view)
@@ -187,6 +194,11 @@ class TensorStage:
             self._write(entry, box.target, content)
         self._received.add(name)
 
+    @property
+    def received_digest(self) -> str:
+        """The same on all ranks if the same whole tensors have come to them."""
+        return hashlib.sha256(repr(sorted(self._came.items())).encode()).hexdigest()
+
     def seal(self) -> None:
         """Take over what has not come, and make sure of all that stands here; the arena has its checksums then.
 
@@ -215,7 +227,7 @@ class TensorStage:
         if name in self._received:
             raise ValueError(f"{SENT}: {name} has come before")
         if name in (HEAD, EMBEDDING) and self._whole.is_tied and self._whole.has_head:
-            self._tied[name] = view.dtype, view.shape, self.arena.hash_content(view.to(self._device).contiguous())
+            self._tied[name] = view.dtype, view.shape, self._hash(view)
         is_made = name in self._whole.quantised and dtype_name(view.dtype) != self._whole.dtypes[name]
         for entry, box in self._boxes.get(name, ()):
             if not region_volume(box.source):
@@ -232,6 +244,10 @@ class TensorStage:
         source = values.to(self._device, target.dtype).reshape(target.shape).contiguous()
         target.copy_(source)
         self._written.append((entry, region, self.arena.hash_content(source)))
+
+    def _hash(self, content: torch.Tensor) -> str:
+        """The checksum of a contiguous tensor, where it lies."""
+        return hash_content(content) if content.device.type == "cpu" else self.arena.hash_content(content)
 
     def _held(self, entry: WeightEntry, region: Region, values: dict[str, str]) -> str:
         """The checksum of a region as it is now; `values` are those of whole entries."""

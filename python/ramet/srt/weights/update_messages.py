@@ -2,6 +2,8 @@
 
 import msgspec
 
+OTHER_TENSORS = "the ranks were not sent the same tensors"
+
 
 class FileStamp(msgspec.Struct, frozen=True, array_like=True):
     """What tells that a file is still the one that was read."""
@@ -160,6 +162,7 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     seconds: float = 0.0  # that staging took
     pause_s: float = 0.0  # between two passes, for a switch
     num_reqs: int = 0  # that ran or waited at a switch
+    received: str = ""  # a digest of the tensors that have come to each of them
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes

@@ -82,10 +82,7 @@ def make_weight_update_router(instance: Instance) -> APIRouter:
     @router.post("/update_weights_from_disk", responses={200: {"model": WeightsChanged}})
     async def update_weights_from_disk(body: UpdateFromDiskBody) -> Response:
         """Serve other weights of the same model, from files. Requests go on while they are read."""
-        quantization, digest = args.quantization, body.digest
-        find = functools.partial(
-            find_files, instance.model_config, quantization, body.model_path, body.revision, digest
-        )
+        find = functools.partial(find_files, instance.model_config, body.model_path, body.revision, body.digest)
         abort_all = bool(body.abort_all_requests)
         return await answer_update(instance.weight_updates.update(find, body.weight_version, abort_all=abort_all))
 
