@@ -168,7 +168,7 @@ def test_a_trainer_that_starts_again_takes_the_place_of_itself(case, server, tra
     assert tokens(server) == case.tokens["old"]
 
 
-@pytest.mark.parametrize("flat", [None, 4000])
+@pytest.mark.parametrize("flat", [pytest.param(None, marks=pytest.mark.slow), 4000])
 def test_vllms_routes_publish_the_version_at_the_end(case, server, trainer, flat):
     path = weights(case)
     size = httpx.get(f"{server.url}/get_world_size").json()["world_size"]
