@@ -9,9 +9,11 @@ from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import ContinueReqInput, ContinueReqOutput, PauseReqInput, PauseReqOutput
 from ramet.srt.managers.pause_control import SLEEP_REFUSAL, PauseControl
 from ramet.srt.managers.sleep_control import SleepControl
+from ramet.srt.managers.update_report import UpdateReport
+from ramet.srt.managers.weight_sessions import WeightSessions
 from ramet.srt.managers.weight_update_control import WeightUpdateControl
 from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryStep, ReleaseMemoryReq, ResumeMemoryReq, StartSource
-from ramet.srt.weights.update_messages import FilesSource, FileStamp, InstanceSource, WeightStepOutput
+from ramet.srt.weights.update_messages import FilesSource, FileStamp, InstanceSource, PickledTensors, WeightStepOutput
 from updated_replicas import Found, Replicas
 
 BOTH = [set(), set()]
@@ -247,15 +249,23 @@ async def test_what_served_comes_back_when_its_place_is_not_taken(case: Case) ->
     assert not case.sleep.is_asleep and case.updates.current.number == 0
 
 
-async def test_without_the_old_weights_and_the_new_ones_it_sleeps_until_an_update(case: Case) -> None:
+@pytest.mark.parametrize("by_tensors", [False, True])
+async def test_without_the_old_weights_and_the_new_ones_it_sleeps_until_an_update(case: Case, by_tensors: bool) -> None:
     case.replicas.faults = {"stage 1": NO_ROOM, "stage 2": "a wrong byte", "resume": "the files are gone"}
     with pytest.raises(RequestError, match="a wrong byte; the old weights are gone, too, .* the files are gone"):
         await update(case)
     assert case.sleep.is_asleep and case.sleep.tags == ("weights",) and case.pauses.is_paused
     assert case.replicas.take_events()[-3:] == ["resume", "release", "pause abort"]
     assert case.replicas.pause_refusal == SLEEP_REFUSAL
-    report = await update(case)
-    assert case.replicas.take_events() == ["stage 3", "switch 3", "drop 0", "go on", "offer", "open"]
+    if by_tensors:
+        sessions = WeightSessions(case.updates, 60.0, case.sleep.note_updated)
+        source = PickledTensors(payloads=[], load_format=None, host_identity="")
+        report = await sessions.put(source, None, abort_all=False)
+        assert isinstance(report, UpdateReport) and report.origin == "tensors"
+    else:
+        report = await update(case)
+    staged = ["put 3", "seal 3"] if by_tensors else ["stage 3"]
+    assert case.replicas.take_events() == [*staged, "switch 3", "drop 0", "go on", "offer", "open"]
     assert report.mode == "staged" and not case.sleep.is_asleep and case.replicas.pause_refusal is None
 
 

@@ -16,9 +16,13 @@ SWITCH = ["close", "withdraw", "switch 1", "offer", "open"]
 Script = Callable[[WeightSessions], Awaitable[Any]]
 
 
+async def note_updated() -> None:
+    """Nobody sleeps here."""
+
+
 def run(case: Case, script: Script, timeout_s: float = 60.0) -> Any:
     async def begin() -> Any:
-        return await script(WeightSessions(case.control, timeout_s))
+        return await script(WeightSessions(case.control, timeout_s, note_updated))
 
     return asyncio.run(case._alone(begin))
 

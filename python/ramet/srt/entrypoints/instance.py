@@ -328,8 +328,6 @@ class Instance:
         )
         sizes = ParallelConfig.of_rank(0, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
         self.inspection = WeightInspection(self.manager, sizes)
-        self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout)
-        self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
         self.sleep = SleepControl(
             self.manager,
             self.pauses,
@@ -337,6 +335,8 @@ class Instance:
             can_sleep=args.enable_memory_saver,
             keeps_copy=args.enable_weights_cpu_backup,
         )
+        self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout, self.sleep.note_updated)
+        self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")

@@ -137,10 +137,14 @@ class SleepControl:
                 raise
             logger.info("the weights that serve make room for others: %s", error)
         else:
-            if self._awaits_update:
-                await self.resume(())
+            await self.note_updated()
             return report
         return await self._updates.shielded(self._update_in_place(update))
+
+    async def note_updated(self) -> None:
+        """Weights have come that can serve: an instance that sleeps only for want of them wakes."""
+        if self._awaits_update:
+            await self.resume(())
 
     async def _update_in_place(self, update: Callable[[], Awaitable[UpdateReport]]) -> UpdateReport:
         begun = time.perf_counter()

@@ -8,6 +8,7 @@ it or begins another, so that a tensor that comes late is not taken for an updat
 import asyncio
 import functools
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ramet.srt.errors import RequestError, ServiceError
@@ -38,11 +39,15 @@ class WeightSessions:
 
     Args:
         timeout_s: between two calls of a session.
+        note_updated: called when other weights serve.
     """
 
-    def __init__(self, control: WeightUpdateControl, timeout_s: float):
+    def __init__(
+        self, control: WeightUpdateControl, timeout_s: float, note_updated: Callable[[], Awaitable[None]]
+    ) -> None:
         self._control = control
         self._timeout_s = timeout_s
+        self._note_updated = note_updated
         self._session: Session | None = None
         self._turn = asyncio.Lock()  # held by the call that is being answered
         self._watch: asyncio.Task[None] | None = None
@@ -66,7 +71,10 @@ class WeightSessions:
             ServiceError: if a replica does not answer.
         """
         check_version_name(version)
-        return await self._control.shielded(self._put(source, version, abort_all))
+        report = await self._control.shielded(self._put(source, version, abort_all))
+        if isinstance(report, UpdateReport):
+            await self._note_updated()
+        return report
 
     async def end(self, version: str | None = None) -> UpdateReport:
         """Serve what has come.
@@ -76,7 +84,9 @@ class WeightSessions:
             ServiceError: if a replica does not answer.
         """
         check_version_name(version)
-        return await self._control.shielded(self._end(version))
+        report = await self._control.shielded(self._end(version))
+        await self._note_updated()
+        return report
 
     async def _begin(self) -> None:
         async with self._turn:
@@ -137,7 +147,8 @@ class WeightSessions:
     async def _serve(self, number: int, staged: Staged, version: str | None, abort_all: bool) -> UpdateReport:
         sealed = await self._control.stage(functools.partial(SealWeightsReq, number=number), number)
         base = self._control.current
-        origin = "tensors" if base.is_made_up else f"tensors on top of {base.version}"
+        has_base = self._control.has_weights and not base.is_made_up
+        origin = f"tensors on top of {base.version}" if has_base else "tensors"
         content = Content(number, version or f"update-{number}", origin, None)
         return await self._control.serve(content, staged + Staged.of(sealed), abort_all=abort_all)
 
