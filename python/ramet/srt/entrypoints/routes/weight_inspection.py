@@ -7,10 +7,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.accepted_fields import WEIGHTS_CHECKER, Table
-from ramet.srt.entrypoints.http.answers import WeightsChecked
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
+from ramet.srt.entrypoints.http.weight_answers import WeightsChecked
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.weight_updates import refusal
 from ramet.srt.errors import RequestError, ServiceError

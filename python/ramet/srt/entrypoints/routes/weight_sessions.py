@@ -9,10 +9,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ramet.srt.entrypoints.http.accepted_fields import WEIGHT_UPDATE, Table
-from ramet.srt.entrypoints.http.answers import TensorsTaken, WeightsChanged, WeightSessionOpened
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody
+from ramet.srt.entrypoints.http.weight_answers import TensorsTaken, WeightsChanged, WeightSessionOpened
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.weight_updates import answer_update, refusal, updated
 from ramet.srt.entrypoints.weight_calls import Version

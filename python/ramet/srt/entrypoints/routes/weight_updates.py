@@ -6,9 +6,9 @@ import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.answers import WeightsChanged, WeightVersions
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
+from ramet.srt.entrypoints.http.weight_answers import WeightsChanged, WeightVersions
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.weight_calls import (
     RollbackBody,

@@ -3,10 +3,10 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.answers import VersionOutcome, WeightInfo
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
+from ramet.srt.entrypoints.http.weight_answers import VersionOutcome, WeightInfo
 from ramet.srt.entrypoints.instance import Instance
 
 
