@@ -17,7 +17,7 @@ from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 # warps, programs for a multiprocessor). A thread has words * runs / (32 * warps) words of a row, at most four.
 Tile = tuple[int, int, int, int, int, int]
 TILES: dict[bool, Tile] = {
-    True: (64, 4, 16, 8, 4, 4),
+    True: (32, 8, 16, 8, 8, 4),
     False: (128, 4, 8, 4, 4, 4),
 }  # by whether words hold outputs
 INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 8, 4, 2, 4, 1), False: (32, 8, 4, 2, 4, 1)}
@@ -75,9 +75,9 @@ def _load_x(x_ptr, columns, num_columns, IS_WHOLE: tl.constexpr):
 def _add_word(
     sums, word, x_ptr, x_sums, column, num_columns, BITS: tl.constexpr, PACKS_ROWS: tl.constexpr, IS_WHOLE: tl.constexpr
 ):
-    """Sums of x times number, one for each place of AWQ's words and one in all for GPTQ's; and that of x. One row more.
+    """Add a row of words to the sums of x times number, and its x to their sum.
 
-    In a word of GPTQ are columns of one output.
+    There is a sum for each place of AWQ's words; one in all for GPTQ's, in each of which are columns of one output.
     """
     new: tl.tuple = ()
     total = sums[0]
