@@ -329,6 +329,8 @@ async def test_a_scheduler_that_dies_leaves_nobody_waiting(front: Front) -> None
     assert await front.manager.drain(WAIT_S)
     with pytest.raises(ServiceError, match="the scheduler has died"):
         await front.manager.generate([prompt()])
+    with pytest.raises(ServiceError, match="the scheduler has died"):
+        await soon(front.manager.flush_cache())  # nobody is there who could answer
 
 
 async def test_draining_waits_for_what_runs(front: Front) -> None:

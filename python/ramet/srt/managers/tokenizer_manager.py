@@ -115,6 +115,7 @@ class TokenizerManager:
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
+        self._end: ServiceError | None = None  # why nobody answers any more
         self._channel = TokenizerChannel(port_args)
         self._controller = DataParallelController(load_balance_method)
         self._tell_detokenizer = self._channel.connect(port_args.detokenizer_ipc_name)
@@ -168,7 +169,8 @@ class TokenizerManager:
         return True
 
     def fail_all(self, error: ServiceError) -> None:
-        """Give up every running request: their clients get `error`."""
+        """Give up every running request, and every question to a replica, of now or later: who asks gets `error`."""
+        self._end = error
         for generation in {id(generation): generation for generation, _ in self._running.values()}.values():
             generation.fail(error)
         for future in self._replies.values():
@@ -348,6 +350,8 @@ class TokenizerManager:
         kind: type[Reply],
         timeout_s: float,
     ) -> Reply:
+        if self._end is not None:
+            raise ServiceError(str(self._end))
         request_id = message.request_id
         future: asyncio.Future[AnyReply] = asyncio.get_running_loop().create_future()
         self._replies[request_id] = future

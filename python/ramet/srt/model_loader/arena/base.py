@@ -221,11 +221,6 @@ class WeightArena(ABC):
 
     # Without memory
 
-    @property
-    def can_be_put_away(self) -> bool:
-        """Whether the memory can be given back while the addresses stay."""
-        return True
-
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Around what reads the memory beside passes: so long it is not given back.

@@ -160,10 +160,6 @@ class CudaWeightArena(WeightArena):
     def in_host_memory(self) -> bool:
         return isinstance(self._memory, PinnedMemory)
 
-    @property
-    def can_be_put_away(self) -> bool:
-        return isinstance(self._memory, ReturnableMemory)
-
     def _give_back(self, *, keeps_copy: bool) -> None:
         if not isinstance(self._memory, ReturnableMemory):
             raise RuntimeError("the memory of the weights can only be given back with --enable-memory-saver")
