@@ -4,8 +4,29 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "RAMET_DIGEST_DIR" not in os.environ:
     os.environ["RAMET_DIGEST_DIR"] = tempfile.mkdtemp(prefix="ramet-digests-")
     atexit.register(shutil.rmtree, os.environ["RAMET_DIGEST_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Tests speak of texts that are no Unicode; a process that runs tests beside others can't send them to pytest's."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    """The same with "\\ud800" for such a character."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_encodable(one) for one in value]
+    return tuple(map(_encodable, value)) if isinstance(value, tuple) else value

@@ -84,15 +84,16 @@ def test_what_a_script_has_started_ends_with_it_when_its_time_is_over(tmp_path):
 def test_processes_that_end_meanwhile_do_not_count(monkeypatch):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    zombie = subprocess.Popen(["true"])
-    try:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["true"]) as zombie, subprocess.Popen(["cat"], stdin=pipe, stdout=pipe) as idle:
+        idle.stdin.write(b"\n")
+        idle.stdin.flush()
+        idle.stdout.read(1)  # from here on it opens nothing
         os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # has ended, and is not taken away
         monkeypatch.setattr(soak_clones, "process_tree", lambda root: [root])
-        alone = soak_clones.take_sample(os.getpid(), None)
+        alone = soak_clones.take_sample(idle.pid, None)
         monkeypatch.setattr(soak_clones, "process_tree", lambda root: [root, ended.pid, zombie.pid])
-        beside = soak_clones.take_sample(os.getpid(), None)
-    finally:
-        zombie.wait()
+        beside = soak_clones.take_sample(idle.pid, None)
     assert (beside.num_threads, beside.num_files) == (alone.num_threads, alone.num_files) and beside.host_bytes > 0
 
 

@@ -178,6 +178,12 @@ def own_nbytes(address, nbytes):
     return found
 
 
+@pytest.fixture(scope="module")
+def revised_seed():
+    with SeedProcess(fields={"revision": "r1"}) as seed:
+        yield seed
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -192,9 +198,9 @@ def own_nbytes(address, nbytes):
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "off"])
-def test_what_two_sides_disagree_on_is_refused(change, reason, mode):
-    with SeedProcess(fields={"revision": "r1"}) as seed, pytest.raises(WeightTransferError, match=reason):
-        Client(seed.port, change, local_mode=mode).load()
+def test_what_two_sides_disagree_on_is_refused(revised_seed, change, reason, mode):
+    with pytest.raises(WeightTransferError, match=reason):
+        Client(revised_seed.port, change, local_mode=mode).load()
 
 
 def test_defect_6_float16_is_never_read_as_bfloat16():
