@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
+from ramet.srt.layers.kernels.runtime import can_launch_early, dot_precision, is_interpreted, next_power_of_2
 
 FEW_TOKENS = 256  # what is run before the first request has fewer and more
 MIN_SPLIT_COLUMNS = 1024  # of the input, that one program sums up
@@ -35,8 +35,12 @@ def _shrink_kernel(
     BLOCK_RANK: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """inner[split, token, part] = scale * x A^T for a block of ranks, summed over the split's columns of x."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     slot = tl.program_id(2)
     part = tl.program_id(1) % num_parts
     split = tl.program_id(1) // num_parts % num_splits
@@ -82,8 +86,12 @@ def _expand_kernel(
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """y += inner B^T, for a block of outputs of one part."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     slot = tl.program_id(2)
     block_ptr = blocks_ptr + 3 * tl.program_id(1)
     part = tl.load(block_ptr)
@@ -150,6 +158,8 @@ def add_adapters(
     inner = torch.empty((num_splits, num_tokens, num_parts, rank), dtype=torch.float32, device=x.device)
     num_blocks = triton.cdiv(num_tokens, block_tokens)
     precision = dot_precision(x.dtype)
+    early = can_launch_early(x.device)
+    launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
     _shrink_kernel[(num_blocks, num_parts * num_splits * triton.cdiv(rank, block_rank), num_slots)](
         x,
         slots,
@@ -166,6 +176,7 @@ def add_adapters(
         BLOCK_RANK=block_rank,
         BLOCK_COLUMNS=block_columns,
         PRECISION=precision,
+        **launch,
     )
     _expand_kernel[(num_blocks, len(blocks), num_slots)](
         inner,
@@ -183,4 +194,5 @@ def add_adapters(
         BLOCK_RANK=block_rank,
         BLOCK_OUTPUTS=block_outputs,
         PRECISION=precision,
+        **launch,
     )
