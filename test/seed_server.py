@@ -1,6 +1,5 @@
 """Owns a seed instance inside of a test: the arenas of all its ranks, their registrations, and its HTTP routes."""
 
-import functools
 import json
 import socket
 import sys
@@ -19,8 +18,8 @@ from fp8_models import load_arena
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
-from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.weights import make_weight_router
+from ramet.srt.entrypoints.weight_doors import WeightDoors
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.loader import get_model_loader
@@ -57,8 +56,7 @@ def make_weight_app(bootstrap: EngineInfoBootstrapServer, asked: list[str], hidd
     registration = bootstrap.get("target", 0) or {}
     parallel = registration.get("manifest", {}).get("parallel", {})
     sizes = SimpleNamespace(tp_size=parallel.get("tp_size", 1), pp_size=parallel.get("pp_size", 1))
-    instance = SimpleNamespace(bootstrap=bootstrap, server_args=sizes)
-    instance.ask_rank_about_weights = functools.partial(Instance.ask_rank_about_weights, instance)
+    instance = SimpleNamespace(doors=WeightDoors(bootstrap, 0, is_listed=False), server_args=sizes)
     app.include_router(make_weight_router(instance))
     return app
 

@@ -111,7 +111,9 @@ class Case:
         self.replicas = Replicas({name.replace("_", " "): fault for name, fault in faults.items()})
         manager: Any = self.replicas
         turn = asyncio.Lock()
-        self.control = WeightUpdateControl(manager, "start", num_kept, self.replicas, turn, self.adapters_turn)
+        self.control = WeightUpdateControl(
+            manager, "start", num_kept, self.replicas, self.replicas, turn, self.adapters_turn
+        )
 
     def update(self, version: str | None = None, found: Any = None, **options: Any) -> UpdateReport:
         chosen = found or Found()

@@ -66,7 +66,9 @@ class Case:
         self.replicas = Sleepers()
         manager: Any = self.replicas
         self.pauses = PauseControl(manager)
-        self.updates = WeightUpdateControl(manager, "start", 1, self.replicas, asyncio.Lock(), asyncio.Lock())
+        self.updates = WeightUpdateControl(
+            manager, "start", 1, self.replicas, self.replicas, asyncio.Lock(), asyncio.Lock()
+        )
         self.sleep = SleepControl(manager, self.pauses, self.updates, can_sleep=can_sleep, keeps_copy=keeps_copy)
 
     async def update(self, source: Any = None) -> None:

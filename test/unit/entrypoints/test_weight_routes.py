@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.weights import make_weight_router
+from ramet.srt.entrypoints.weight_doors import WeightDoors
 from ramet.srt.weights.control_messages import DigestTableOutput, WeightChecksumsOutput
 from ramet.srt.weights.registration import ControlAddress
 
@@ -36,7 +37,7 @@ async def test_one_at_a_time(path: str, body: dict[str, Any], reply: Any) -> Non
         num_asking -= 1
         return reply
 
-    instance: Any = SimpleNamespace(ask_rank_about_weights=ask)
+    instance: Any = SimpleNamespace(doors=SimpleNamespace(ask_rank=ask))
     app = FastAPI()
     app.include_router(make_weight_router(instance))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://seed") as client:
@@ -60,7 +61,8 @@ async def test_one_at_a_time(path: str, body: dict[str, Any], reply: Any) -> Non
 async def test_numbers_that_no_message_can_hold_are_the_clients_mistake(path: str, body: dict[str, Any]) -> None:
     instance = Instance.__new__(Instance)  # its only part here: where its rank listens
     address = ControlAddress(token="x", name="no such socket")
-    instance.bootstrap = cast(Any, SimpleNamespace(control_address=lambda _role, _rank: address))
+    bootstrap = cast(Any, SimpleNamespace(control_address=lambda _role, _rank: address))
+    instance.doors = WeightDoors(bootstrap, 0, is_listed=False)
     instance.server_args = cast(Any, SimpleNamespace(tp_size=1, pp_size=1))
     app = FastAPI()
     install_error_handlers(app)

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from modelexpress_harness import make_manifest
 from ramet.srt.configs.load_config import LoadConfig
-from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.modelexpress_start import prepare_modelexpress
 from ramet.srt.modelexpress.source_identity import compute_source_id, make_source_identity
 from ramet.srt.server_args import ServerArgs
 
@@ -115,6 +115,6 @@ def test_an_instance_that_others_would_look_for_on_themselves_warns(
 ) -> None:
     args = make_args({"url": url}, **CLIENT, host=host)
     assert args.modelexpress is not None
-    Instance(args, 0.0)._prepare_modelexpress(args.modelexpress)
+    prepare_modelexpress(args, args.modelexpress)
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == is_told and all(f"it is at {host}" in line and "--host" in line for line in lines)

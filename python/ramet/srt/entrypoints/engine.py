@@ -21,6 +21,7 @@ from ramet.srt.entrypoints.encode_request import answer_encode
 from ramet.srt.entrypoints.engine_weights import EngineWeights
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, answer_request, stream_request
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.instance_info import server_info
 from ramet.srt.entrypoints.openai.pooling_protocol import EncodeReqInput
 from ramet.srt.errors import ServiceError
 from ramet.srt.lora.adapter_paths import LoraPath
@@ -336,7 +337,7 @@ class EngineCore:
 
     async def server_info(self) -> Output:
         """What /get_server_info answers."""
-        return self.instance.server_info(await self.instance.manager.internal_states())
+        return server_info(self.instance, await self.instance.manager.internal_states())
 
     async def flush_cache(self) -> bool:
         """Whether the prefix cache was dropped."""

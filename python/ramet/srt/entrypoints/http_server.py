@@ -17,6 +17,7 @@ from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.entrypoints.instance_info import ready_line
 from ramet.srt.entrypoints.listener import BACKLOG, shares
 from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
@@ -84,7 +85,7 @@ class HttpServer:
             serving = asyncio.create_task(self._server.serve(sockets=shares(self._listener)))
             serving.add_done_callback(lambda _task: self._end.set())
             if await instance.wait_ready(self._end):
-                logger.info(instance.ready_line())
+                logger.info(ready_line(instance))
                 gc.freeze()  # what there is now stays: the collector need not keep requests waiting to look through it
                 await self._end.wait()
                 if instance.death is None:

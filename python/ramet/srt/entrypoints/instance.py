@@ -5,39 +5,25 @@ The HTTP server and `Engine` are both thin layers over it.
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-import ramet
 from ramet.srt.configs.model_config import ModelConfig
-from ramet.srt.configs.modelexpress_config import ModelExpressConfig, resolve_address
-from ramet.srt.configs.parallel_config import ParallelConfig, check_parallel_sizes
+from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
+from ramet.srt.entrypoints.modelexpress_start import prepare_modelexpress
+from ramet.srt.entrypoints.read_model import read_model
+from ramet.srt.entrypoints.weight_doors import WeightDoors, start_bootstrap
 from ramet.srt.errors import RequestError, ServiceError, one_line
-from ramet.srt.layers.attention.requirements import check_attention_backend
-from ramet.srt.lora.adapter import lora_role
-from ramet.srt.managers.io_struct import GetInternalStateReqOutput, SchedulerReady
-from ramet.srt.model_loader.seed.control import ask_rank
-from ramet.srt.modelexpress.settings import check_environment, check_installed
+from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.observability.progress import Progress
-from ramet.srt.sampling.sampling_defaults import read_sampling_defaults
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path
-from ramet.srt.utils.net import format_url, is_loopback, reachable_host, split_address
-from ramet.srt.weights.control_messages import (
-    InstanceReady,
-    InstanceStopping,
-    WeightControlError,
-    WeightReply,
-    WeightRequest,
-)
+from ramet.srt.utils.hub import resolve_tokenizer_path
+from ramet.srt.utils.net import format_url
+from ramet.srt.weights.control_messages import InstanceReady, InstanceStopping
 
 if TYPE_CHECKING:
-    from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
     from ramet.srt.entrypoints.version_control import VersionControl
     from ramet.srt.entrypoints.weight_inspection import WeightInspection
@@ -56,11 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0  # for aborted requests to end after a drain that has taken too long
-TELL_TIMEOUT_S = 5.0  # for a rank to note that the instance is healthy, or about to end
 MODELEXPRESS_GRACE_S = 1.0
 NO_WEIGHTS_YET = "no weights have come yet"
 SHUTTING_DOWN = "the server is shutting down"
-SECRET_FIELDS = ("api_key", "admin_api_key")
 
 
 class Instance:
@@ -73,7 +57,7 @@ class Instance:
         self.server_args = server_args
         self.progress = Progress(launch_time)
         self.schedulers: list[SchedulerReady] = []
-        self.bootstrap: EngineInfoBootstrapServer | None = None  # of an instance that gives its weights
+        self.doors = WeightDoors(None, 0, is_listed=False)  # open in an instance that gives its weights
         self.modelexpress: ModelExpressServer | None = None  # the metadata server, if it runs in this process
         self.death: str | None = None  # the one line about the child whose end has ended the instance
         self.manager: TokenizerManager
@@ -95,7 +79,6 @@ class Instance:
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._turning: asyncio.Task[None] | None = None  # shows that the event loop does
-        self._telling: set[asyncio.Task[None]] = set()  # ranks about the instance
 
     @property
     def is_head(self) -> bool:
@@ -119,114 +102,24 @@ class Instance:
             LaunchError: if a process can't be started.
         """
         args = self.server_args
-        check_attention_backend(args.attention_backend)
-        folder = resolve_model_path(args.model_path, args.revision, weights=False)
-        self.model_config = ModelConfig.from_path(
-            folder,
-            dtype=args.dtype,
-            context_length=args.context_length,
-            tokenizer_path=None
-            if args.tokenizer_path is None
-            else resolve_tokenizer_path(args.tokenizer_path, "", None),
-            is_embedding=args.is_embedding,
-        )
-        if args.sampling_defaults == "model":
-            self.sampling_defaults = read_sampling_defaults(folder, self.model_config.vocab_size)
-        check_parallel_sizes(
-            self.model_config,
-            tp_size=args.tp_size,
-            pp_size=args.pp_size,
-            ep_size=args.ep_size,
-            attn_dp_size=args.attn_dp_size,
-        )
-        if idle := self.model_config.idle_window_keys:
-            architecture = self.model_config.architecture
-            logger.warning("no effect in a %s, as in transformers: %s of config.json", architecture, ", ".join(idle))
-        embedding = self.model_config.embedding
-        if embedding is not None and embedding.default_prompt is not None:
-            logger.warning(
-                "config_sentence_transformers.json names a default prompt, %r, which sentence-transformers puts before "
-                "each text: here clients write it themselves",
-                embedding.default_prompt,
-            )
-        rope = self.model_config.rope
-        if rope.ignored_theta is not None:
-            logger.warning(
-                "rope_theta is %g, as in transformers: rope_scaling of config.json stands in place of rope_parameters "
-                "and its rope_theta %g; write it into rope_scaling if that is meant",
-                rope.theta,
-                rope.ignored_theta,
-            )
+        self.model_config, self.sampling_defaults = read_model(args)
         if args.has_lora:
             from ramet.srt.entrypoints.start_adapters import read_lora_paths
 
             self._lora_paths, self.server_args = read_lora_paths(args)
             args = self.server_args
-        bootstrap_url = None
         if args.modelexpress is not None:
-            self._prepare_modelexpress(args.modelexpress)
+            self.modelexpress, self.server_args = prepare_modelexpress(args, args.modelexpress)
+        bootstrap_url = None
         if args.is_seed and self.is_head:
-            self.bootstrap = self._start_bootstrap()
-            bootstrap_url = self.bootstrap.url
+            bootstrap, self.server_args = start_bootstrap(self.server_args)
+            self.doors = WeightDoors(bootstrap, args.world_size, is_listed=args.modelexpress is not None)
+            bootstrap_url = bootstrap.url
         elif args.is_seed:
             bootstrap_url = format_url(args.head_host, args.engine_info_bootstrap_port)
         self._children = ChildProcesses(self._scheduler_module)
         self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
-
-    def _prepare_modelexpress(self, config: ModelExpressConfig) -> None:
-        """Start the metadata server if this instance has one, and pass on what the ranks need to know of it.
-
-        Raises:
-            ValueError: if it can't start, or a file that the environment names can't be read.
-        """
-        check_environment()
-        if self.is_head and not config.is_embedded:
-            self._warn_of_loopback(resolve_address(config.url))
-        if config.is_embedded:
-            check_installed()
-            from ramet.srt.entrypoints.embedded_modelexpress import start_embedded_server
-
-            args = self.server_args
-            self.modelexpress, url = start_embedded_server(config, args.host, args.head_host, self.is_head)
-            config = dataclasses.replace(config, url=url, source=not args.takes_weights_from_instances)
-        self.server_args = dataclasses.replace(self.server_args, modelexpress_config=config.to_json())
-
-    def _warn_of_loopback(self, server_address: str) -> None:
-        args = self.server_args
-        host = args.host if args.nnodes > 1 else reachable_host(args.host)
-        if is_loopback(host) and not is_loopback(split_address(server_address, "url")[0]):
-            logger.warning(
-                "this instance says to the ModelExpress server %s that it is at %s: other hosts would look for it on "
-                "themselves; start it with --host and an address of this host",
-                server_address,
-                host,
-            )
-
-    def _start_bootstrap(self) -> "EngineInfoBootstrapServer":
-        from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
-
-        args = self.server_args
-        try:
-            bootstrap = EngineInfoBootstrapServer(
-                args.host,
-                args.engine_info_bootstrap_port,
-                admin_api_key=args.admin_api_key,
-                api_key=args.api_key,
-                num_ranks=args.world_size,
-                allowed_hosts=args.allowed_host_names,
-            )
-        except OSError as error:
-            raise ValueError(error.strerror) from None
-        if args.registration_key is None and not is_loopback(args.host):
-            logger.warning(
-                "whoever reaches port %d of %s can register weights in place of this instance's: --api-key or "
-                "--admin-api-key closes it",
-                bootstrap.port,
-                args.host,
-            )
-        self.server_args = dataclasses.replace(self.server_args, engine_info_bootstrap_port=bootstrap.port)
-        return bootstrap
 
     def open(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:
         """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
@@ -314,17 +207,19 @@ class Instance:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
         self.pauses = PauseControl(self.manager)
         self.profiles = ProfileControl(self.manager)
-        has_offers, world_size, weights_turn = self.bootstrap is not None, args.world_size, asyncio.Lock()
+        world_size, weights_turn = args.world_size, asyncio.Lock()
         self.versions = VersionControl(
             self.manager,
-            self.ask_rank_about_weights,
-            world_size if has_offers else 0,
+            self.doors.ask_rank,
+            world_size if self.doors.gives_weights else 0,
             weights_turn,
             lambda: self.sleep.is_asleep,
         )
-        self.lora = LoraControl(self.manager, args.model_name, args.has_lora, args.load_config(), self._forget_adapter)
+        self.lora = LoraControl(
+            self.manager, args.model_name, args.has_lora, args.load_config(), self.doors.forget_adapter
+        )
         self.weight_updates = WeightUpdateControl(
-            self.manager, args.model_path, args.keep_weight_versions, self, weights_turn, self.lora.turn
+            self.manager, args.model_path, args.keep_weight_versions, self.doors, self, weights_turn, self.lora.turn
         )
         sizes = ParallelConfig.of_rank(0, tp_size=args.tp_size, pp_size=args.pp_size, dp_size=args.dp_size)
         self.inspection = WeightInspection(self.manager, sizes)
@@ -377,11 +272,6 @@ class Instance:
         except (RequestError, ServiceError) as error:
             raise LaunchError(str(error)) from None
 
-    def _forget_adapter(self, name: str) -> None:
-        """No instance shall come for an adapter any more."""
-        if self.bootstrap is not None:
-            self.bootstrap.forget(lora_role(name))
-
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
         for scheduler in schedulers:
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
@@ -396,29 +286,14 @@ class Instance:
             if self.server_args.awaits_weights:
                 self._await_weights()
                 return
-        self._tell_ranks(InstanceReady())
+        self.doors.tell_ranks(InstanceReady())
 
     def _await_weights(self) -> None:
         """Refuse requests, and tell nobody of the instance, until the first update has been served."""
         self.manager.stop_accepting(NO_WEIGHTS_YET)
         self.weight_updates.await_first()
-        if self.gives_weights:
-            self.close_for_weights()
-
-    def _tell_ranks(self, news: InstanceReady | InstanceStopping) -> None:
-        """Tell every rank of every node that other instances are told about. Waits for nothing."""
-        if self.bootstrap is None or self.server_args.modelexpress is None:
-            return
-        for rank in range(self.server_args.world_size):
-            task = asyncio.create_task(self._tell_rank(rank, news))
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
-
-    async def _tell_rank(self, rank: int, news: InstanceReady | InstanceStopping) -> None:
-        try:
-            await self.ask_rank_about_weights("target", rank, news, TELL_TIMEOUT_S)
-        except (RequestError, ServiceError) as error:
-            logger.warning("rank %d could not be told of %s: %s", rank, type(news).__name__, error)
+        if self.doors.gives_weights:
+            self.doors.close_for_weights()
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them.
@@ -428,10 +303,9 @@ class Instance:
         """
         if not self.is_head:
             return
-        self._tell_ranks(InstanceStopping())
+        self.doors.tell_ranks(InstanceStopping())
         self.manager.stop_accepting(SHUTTING_DOWN)
-        if self._telling:
-            await asyncio.wait(self._telling)
+        await self.doors.wait_told()
         if self.sleep.is_asleep:
             self.manager.abort_all()  # what waits for it to wake
         elif self.pauses.is_paused:
@@ -467,8 +341,7 @@ class Instance:
         """End the children and the bootstrap server. May be called from any thread, and again."""
         if self._children is not None:
             self._children.stop()
-        if self.bootstrap is not None:
-            self.bootstrap.close()
+        self.doors.shut()
         if self.modelexpress is not None:
             self.modelexpress.close(MODELEXPRESS_GRACE_S)
 
@@ -477,35 +350,7 @@ class Instance:
         if self._children is not None:
             self._children.kill()
 
-    def transfer_engine_info(self, role: str, rank: int) -> bytes | None:
-        """What /remote_instance_transfer_engine_info answers for a rank, as JSON; None if it has not registered.
-
-        Raises:
-            ServiceError: if its weights are being changed, or the instance sleeps.
-        """
-        if self.bootstrap is None:
-            return None
-        if (suspended := self.bootstrap.suspension(role)) is not None:
-            raise ServiceError(suspended[1], status_code=suspended[0])
-        return self.bootstrap.get_json(role, rank)
-
-    # What others see while the weights change: see weight_update_control.Doors
-
-    @property
-    def gives_weights(self) -> bool:
-        """Whether other instances may come for the weights."""
-        return self.bootstrap is not None
-
-    def close_for_weights(self, *, asleep: bool = False) -> None:
-        """Send nobody to the weights."""
-        assert self.bootstrap is not None
-        self.bootstrap.suspend("target", asleep=asleep)
-
-    def open_for_weights(self) -> None:
-        """All ranks have registered their weights anew: others may come."""
-        assert self.bootstrap is not None
-        self.bootstrap.resume("target")
-        self._tell_ranks(InstanceReady())
+    # What changes of weights need of it: see weight_update_control.Life
 
     def begin_to_serve(self) -> None:
         """Weights are there that can serve, after some that could not."""
@@ -515,72 +360,6 @@ class Instance:
         """The instance can't go on."""
         logger.critical("%s", line)
         self._on_death(line)
-
-    async def ask_rank_about_weights(
-        self, role: str, rank: int, request: WeightRequest, timeout_s: float
-    ) -> WeightReply:
-        """What a rank, on whatever node, replies to a request about its weights.
-
-        Raises:
-            RequestError: if there is no such rank, or it refuses.
-            ServiceError: if it does not answer within `timeout_s`.
-        """
-        address = None if self.bootstrap is None else self.bootstrap.control_address(role, rank)
-        if address is None:
-            raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
-        try:
-            reply = await ask_rank(address, request, timeout_s)
-        except OverflowError:  # JSON has larger numbers than the message to the rank
-            raise RequestError("a number in the body is beyond 64 bits") from None
-        except (OSError, TimeoutError) as error:
-            cause = (
-                f"has not answered within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"is gone: {error}"
-            )
-            raise ServiceError(f"rank {rank} {cause}") from None
-        if isinstance(reply, WeightControlError):
-            raise ServiceError(reply.message) if reply.is_busy else RequestError(reply.message)
-        return reply
-
-    def server_info(self, states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:
-        """What /get_server_info shows: configuration without the keys, limits, weights, start-up phases, load."""
-        args = {
-            name: value for name, value in dataclasses.asdict(self.server_args).items() if name not in SECRET_FIELDS
-        }
-        return {
-            **args,
-            "weight_version": self.manager.weight_version,
-            "version": ramet.__version__,
-            "max_total_num_tokens": self.schedulers[0].max_total_num_tokens,
-            "max_req_len": self.schedulers[0].max_req_len,
-            "ranks": [_without(scheduler, "type") for scheduler in self.schedulers],
-            "startup_phases": self.progress.phases,
-            "internal_states": [_without(state, "type", "request_id") for state in states],
-        }
-
-    def model_info(self) -> dict[str, Any]:
-        """What /get_model_info shows."""
-        return {
-            "model_path": self.weight_updates.model_path,
-            "served_model_name": self.server_args.model_name,
-            "tokenizer_path": self.server_args.tokenizer_path or self.server_args.model_path,
-            "is_generation": self.model_config.embedding is None,
-            "architecture": self.model_config.architecture,
-            "dtype": self.model_config.dtype,
-            "context_length": self.model_config.context_len,
-            "vocab_size": self.model_config.vocab_size,
-            "default_sampling_params": self.sampling_defaults,
-            "weight_version": self.manager.weight_version,
-        }
-
-    def ready_line(self) -> str:
-        """The log line of a start that has come to its end."""
-        reports = [scheduler.load_report for scheduler in self.schedulers]  # of this node's ranks
-        num_bytes, seconds = sum(report.num_bytes for report in reports), max(report.seconds for report in reports)
-        return (
-            f"ready on {self.server_args.url()} {self.progress.phases['ready']:.2f} s after the launch; weights from "
-            f"{', '.join(sorted({report.source for report in reports}))}: {num_bytes / 1e9:.3f} GB in {seconds:.3f} s "
-            f"({num_bytes / max(seconds, 1e-9) / 1e9:.2f} GB/s)"
-        )
 
     def _receiver_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -594,8 +373,3 @@ async def _ends_before(task: "asyncio.Task[Any]", event: asyncio.Event) -> bool:
     await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     return task.done()
-
-
-def _without(message: msgspec.Struct, *names: str) -> dict[str, Any]:
-    """The message's fields as JSON values, but those with `names`."""
-    return {name: value for name, value in msgspec.to_builtins(message).items() if name not in names}

@@ -58,6 +58,10 @@ class Doors(Protocol):
     def open_for_weights(self) -> None:
         """The ranks have registered what they have now: others may come."""
 
+
+class Life(Protocol):
+    """What a change of weights can do to an instance."""
+
     def end(self, line: str, /) -> None:
         """The instance can't go on."""
 
@@ -103,6 +107,8 @@ class WeightUpdateControl:
     Args:
         origin: where what the instance was started with is from.
         num_kept: contents that stay staged for a way back.
+        doors: those to other instances.
+        life: of the instance that the replicas are of.
         turn: held by whoever changes the weights or their version's name.
         adapters_turn: held by whoever loads adapters: none is loaded while weights change.
     """
@@ -113,11 +119,13 @@ class WeightUpdateControl:
         origin: str,
         num_kept: int,
         doors: Doors,
+        life: Life,
         turn: asyncio.Lock,
         adapters_turn: asyncio.Lock,
     ):
         self._manager = manager
         self._doors = doors
+        self._life = life
         self._num_kept = num_kept
         self._own_path = origin
         self._adapters_turn = adapters_turn
@@ -316,7 +324,7 @@ class WeightUpdateControl:
         try:
             replies = await self._ask(question, SWITCH_TIMEOUT_S)
         except ServiceError as error:
-            self._doors.end(f"a replica has not said whether it has switched to other weights: {error}")
+            self._life.end(f"a replica has not said whether it has switched to other weights: {error}")
             raise
         replaced = self.current
         self.kept = [one for one in self.kept if one != content]
@@ -333,7 +341,7 @@ class WeightUpdateControl:
         if not content.is_made_up:
             self._manager.weights_refusal = None
             if replaced.is_made_up:
-                self._doors.begin_to_serve()
+                self._life.begin_to_serve()
         return UpdateReport(
             version=content.version,
             origin=content.origin,

@@ -82,7 +82,7 @@ def make_lora_router(instance: Instance) -> APIRouter:
     @router.get(LIST_PATH)
     async def remote_instance_lora_adapters() -> Response:
         """The adapters that this instance gives to others; see docs/wire.md."""
-        if instance.bootstrap is None:
+        if not instance.doors.gives_weights:
             raise RequestError(
                 "this instance gives nothing away (--remote-instance-weight-loader-start-seed-via-transfer-engine)",
                 status_code=404,

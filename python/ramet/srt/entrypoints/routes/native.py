@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse, Response
 
 import ramet
+from ramet.srt.entrypoints import instance_info
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, answer_request, stream_request
 from ramet.srt.entrypoints.http.answers import Loads, ModelInfo, NativeOutput, ReplicaLoad, Version
 from ramet.srt.entrypoints.http.docs_page import docs_response
@@ -36,13 +37,13 @@ def make_native_router(instance: Instance) -> APIRouter:
     @router.get("/get_model_info", responses={200: {"model": ModelInfo}}, deprecated=True)
     async def model_info() -> Response:
         """What is served."""
-        return json_response(instance.model_info())
+        return json_response(instance_info.model_info(instance))
 
     @router.get("/server_info")
     @router.get("/get_server_info", deprecated=True)
     async def server_info() -> Response:
         """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers."""
-        return json_response(instance.server_info(await instance.manager.internal_states()))
+        return json_response(instance_info.server_info(instance, await instance.manager.internal_states()))
 
     @router.get("/get_load", responses={200: {"model": list[ReplicaLoad]}})
     async def get_load() -> Response:
@@ -71,7 +72,7 @@ def make_native_router(instance: Instance) -> APIRouter:
         rank: Annotated[int, Query(ge=0, le=2**31 - 1)], role: str = "target"
     ) -> Response:
         """Where another instance finds the weights of this instance's `rank`. WIRE: SGLang's bootstrap protocol."""
-        info = instance.transfer_engine_info(role, rank)
+        info = instance.doors.transfer_engine_info(role, rank)
         if info is None:
             raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
         return Response(info, media_type="application/json")

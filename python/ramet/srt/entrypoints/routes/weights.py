@@ -60,7 +60,7 @@ def make_weight_router(instance: Instance) -> APIRouter:
             )
         question = WeightChecksumsReq(regions=body.regions)
         async with checksums_turn:
-            reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+            reply = await instance.doors.ask_rank(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
         assert isinstance(reply, WeightChecksumsOutput)
         return json_response({"algorithm": reply.algorithm, "checksums": reply.checksums})
 
@@ -73,7 +73,7 @@ def make_weight_router(instance: Instance) -> APIRouter:
         body = _decode(await request.body(), DigestTableRequest)
         question = DigestTableReq(first=body.first)
         async with digest_turn:
-            reply = await instance.ask_rank_about_weights(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
+            reply = await instance.doors.ask_rank(body.role, body.rank, question, CHECKSUMS_TIMEOUT_S)
         assert isinstance(reply, DigestTableOutput)
         answer = DigestTableAnswer(num_tensors=reply.num_tensors, tensors=reply.tensors)
         return json_response(msgspec.to_builtins(answer))
@@ -194,9 +194,7 @@ def _parse_ports(text: str) -> list[int]:
 
 async def _ask_all(instance: Instance, role: str, requests: dict[int, Any]) -> list[Any]:
     """Each rank's reply; the first failure, once all have ended, as an exception."""
-    questions = [
-        instance.ask_rank_about_weights(role, rank, request, SEND_TIMEOUT_S) for rank, request in requests.items()
-    ]
+    questions = [instance.doors.ask_rank(role, rank, request, SEND_TIMEOUT_S) for rank, request in requests.items()]
     replies = await asyncio.gather(*questions, return_exceptions=True)
     for reply in replies:
         if isinstance(reply, BaseException):
