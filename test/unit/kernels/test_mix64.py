@@ -47,9 +47,10 @@ def test_an_arena_hashes_entries_and_rows_on_its_own_stream(device, monkeypatch)
 
     data = random.Random(1).randbytes(400)
     arena = object.__new__(CudaWeightArena)
-    arena.buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    arena.is_put_away, arena._memory = False, SimpleNamespace(buffer=buffer)
     if device.type == "cuda":
-        arena.torch_device, arena.stream = arena.buffer.device, torch.cuda.Stream()
+        arena.torch_device, arena.stream = buffer.device, torch.cuda.Stream()
         arena.stream.wait_stream(torch.cuda.current_stream())
     else:
         used = []
