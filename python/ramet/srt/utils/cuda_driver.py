@@ -59,6 +59,8 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuIpcGetMemHandle": [ctypes.POINTER(_IpcHandle), address],
         "cuIpcOpenMemHandle_v2": [ctypes.POINTER(address), _IpcHandle, ctypes.c_uint],
         "cuIpcCloseMemHandle": [address],
+        "cuMemHostRegister_v2": [ctypes.c_void_p, size, ctypes.c_uint],
+        "cuMemHostUnregister": [ctypes.c_void_p],
         "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
         "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
         "cuMemcpy2DAsync_v2": [ctypes.POINTER(Copy2D), stream],

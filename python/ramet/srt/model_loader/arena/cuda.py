@@ -298,8 +298,8 @@ class CudaReceiveWindow(ReceiveWindow):
         self._closers.callback(os.close, fd)
         with torch.cuda.device(arena.torch_device):
             # Unpinned memory works too: its copies only keep the calling thread waiting.
-            if pin_memory(self._memory):
-                self._closers.callback(unpin_memory, self._memory)
+            if pin_memory(self._memory, arena.torch_device):
+                self._closers.callback(unpin_memory, self._memory, arena.torch_device)
             self._copied = [torch.cuda.Event() for _ in range(NUM_RECEIVE_BATCHES)]
         self._count = 0
 

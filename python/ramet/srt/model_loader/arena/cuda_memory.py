@@ -84,18 +84,21 @@ class PinnedMemory(CudaMemory):
         finally:
             os.close(fd)
         self.host = torch.frombuffer(mapping, dtype=torch.uint8)
-        with torch.cuda.device(device):
-            if not pin_memory(self.host):
-                raise MemoryError(f"the driver does not pin {nbytes / 1e9:.2f} GB of host memory")
-        weakref.finalize(self, _unpin, self.host).atexit = False
-        self.buffer = torch.as_tensor(_SeenByGpu(self.host), device=device)
+        if not pin_memory(self.host, device):
+            raise MemoryError(f"the driver does not pin {nbytes / 1e9:.2f} GB of host memory")
+        seen = _SeenByGpu(self.host)
+        weakref.finalize(seen, _unpin, self.host, device).atexit = False
+        self.buffer = torch.as_tensor(seen, device=device)
 
     def share(self) -> LentMemory:
         raise OSError("host memory that waits to become a GPU's is not lent")
 
 
 class _SeenByGpu:
-    """A tensor on the host as one on the GPU: pinned memory has one address (CUDA C++ guide, unified addressing)."""
+    """A tensor on the host as one on the GPU: pinned memory has one address (CUDA C++ guide, unified addressing).
+
+    torch keeps it as long as any view of that.
+    """
 
     def __init__(self, host: torch.Tensor) -> None:
         self._host = host
@@ -108,7 +111,8 @@ class _SeenByGpu:
         }
 
 
-def _unpin(memory: torch.Tensor) -> None:
+def _unpin(memory: torch.Tensor, device: torch.device) -> None:
+    """In whatever thread."""
     with contextlib.suppress(RuntimeError):
-        torch.cuda.synchronize()
-        unpin_memory(memory)
+        torch.cuda.synchronize(device)
+        unpin_memory(memory, device)
