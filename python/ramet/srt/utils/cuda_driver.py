@@ -4,8 +4,10 @@ The driver's API is used directly (cuda.h; CUDA Driver API reference, "Memory Ma
 opened and closed exactly when we say. A CUDA context must be current in the calling thread.
 """
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
@@ -53,6 +55,8 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
         "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
         "cuCtxSetCurrent": [ctypes.c_void_p],
+        "cuCtxPushCurrent_v2": [ctypes.c_void_p],
+        "cuCtxPopCurrent_v2": [ctypes.POINTER(ctypes.c_void_p)],
         "cuEventRecord": [ctypes.c_void_p, stream],
         "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
         "cuMemGetAddressRange_v2": [ctypes.POINTER(address), ctypes.POINTER(size), address],
@@ -123,6 +127,16 @@ def retain_primary_context(gpu_id: int) -> None:
 def use_primary_context(gpu_id: int) -> None:
     """The same, and make it the calling thread's. Raises OSError as that does."""
     call_driver("cuCtxSetCurrent", _retain_primary_context(gpu_id))
+
+
+@contextlib.contextmanager
+def primary_context(gpu_id: int) -> Iterator[None]:
+    """The same for a while; the thread has the context afterwards that it had before. Raises OSError as that does."""
+    call_driver("cuCtxPushCurrent_v2", _retain_primary_context(gpu_id))
+    try:
+        yield
+    finally:
+        call_driver("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 def _retain_primary_context(gpu_id: int) -> ctypes.c_void_p:
