@@ -7,6 +7,7 @@ import pytest
 import torch
 from ramet.srt.model_loader.arena import cuda_pinned
 from ramet.srt.model_loader.arena.cuda_memory import PinnedMemory
+from ramet.srt.utils.device import take_all_free
 
 GPU = torch.device("cuda", 1)
 
@@ -47,6 +48,22 @@ def test_pinned_memory_stays_as_long_as_anything_sees_it(pinned):
     del seen
     gc.collect()
     assert not pinned
+
+
+def test_what_torch_has_kept_is_given_back_where_it_is_needed(monkeypatch):
+    free, calls = [1], []
+
+    def take():
+        if not free:
+            raise MemoryError
+        return free.pop()
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty") or free.append(2))
+    assert take_all_free(take) == 1 and not calls
+    assert take_all_free(take) == 2 and calls == ["empty"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(MemoryError):
+        take_all_free(take)
 
 
 def test_what_is_not_pinned_is_too_much_and_nothing_else(pinned):

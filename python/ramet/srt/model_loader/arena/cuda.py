@@ -195,11 +195,13 @@ class CudaWeightArena(WeightArena):
         device = str(self.torch_device)
         if self.is_put_away:
             return CudaWeightArena(manifest, device, self._kind)
-        kind = self._kind
-        if self.nbytes > free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES:
-            kind = PinnedMemory
+        stage = None
+        if self.nbytes <= free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES:
+            # What counts as free may be in pieces, or belong to graphs.
+            with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
+                stage = CudaWeightArena(manifest, device, self._kind)
         try:
-            stage = CudaWeightArena(manifest, device, kind)
+            stage = stage or CudaWeightArena(manifest, device, PinnedMemory)
         except MemoryError as error:
             raise MemoryError(
                 f"GPU {self.gpu_id} has no room for other weights of rank {manifest.parallel.world_rank} beside those "

@@ -13,7 +13,7 @@ from ramet.srt.model_loader.arena.cuda_ipc import lend_memory
 from ramet.srt.model_loader.arena.cuda_pinned import pin_memory, unpin_memory
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.cuda_virtual_memory import VirtualMemory
-from ramet.srt.utils.device import current_context
+from ramet.srt.utils.device import current_context, take_all_free
 
 
 class CudaMemory(ABC):
@@ -43,9 +43,8 @@ class ReturnableMemory(CudaMemory):
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises MemoryError if the GPU has not so much, OSError if it has no such memory."""
         self._device = device
-        torch.cuda.empty_cache()  # what is left of earlier allocations is not the driver's to give
         with current_context(device):
-            self._memory = VirtualMemory(nbytes, device.index)
+            self._memory = take_all_free(lambda: VirtualMemory(nbytes, device.index))
             self.buffer = torch.as_tensor(self._memory, device=device)[:nbytes]
 
     def give_back(self) -> None:
@@ -55,9 +54,8 @@ class ReturnableMemory(CudaMemory):
 
     def take(self) -> None:
         """Raises MemoryError if the GPU has not so much."""
-        torch.cuda.empty_cache()
         with current_context(self._device):
-            self._memory.take()
+            take_all_free(self._memory.take)
 
     def take_over(self, other: "ReturnableMemory") -> None:
         """Show what `other` has here, where there is nothing. Raises OSError if the driver refuses."""
