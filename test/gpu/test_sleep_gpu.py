@@ -10,9 +10,10 @@ import torch
 import toy_model as toy
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.cuda import CudaWeightArena
-from ramet.srt.model_loader.arena.cuda_memory import PinnedMemory
+from ramet.srt.model_loader.arena.cuda_memory import PinnedMemory, SegmentMemory
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.loader import DummyModelLoader
+from ramet.srt.utils.cuda_driver import call_driver
 from ramet.srt.utils.cuda_virtual_memory import VirtualMemory, imported
 from ramet.srt.utils.device import current_context
 from ramet.srt.weights.copy_op import CopyOp
@@ -65,7 +66,8 @@ def test_memory_is_imported_by_its_descriptor() -> None:
             with imported(fd, memory.nbytes, 0) as address:
                 assert address != memory.address
                 seen = torch.empty_like(tensor)
-                torch.cuda.cudart().cudaMemcpy(seen.data_ptr(), address, memory.nbytes, 3)
+                stream = torch.cuda.current_stream(DEVICE)
+                call_driver("cuMemcpyDtoDAsync_v2", seen.data_ptr(), address, memory.nbytes, stream.cuda_stream)
                 assert torch.equal(seen, tensor)
         finally:
             os.close(fd)
@@ -104,7 +106,7 @@ def test_other_weights_wait_in_host_memory(arena) -> None:
     for keeps in (arena, allocate_arena(arena.manifest, "cuda")):
         DummyModelLoader(3).load_weights(arena.manifest, keeps, "")
         stage = CudaWeightArena(arena.manifest, "cuda", PinnedMemory)
-        stage.spare = torch.empty(1 << 16, dtype=torch.uint8, device=DEVICE)
+        stage.spare = torch.empty(stage.nbytes, dtype=torch.uint8, device=DEVICE)
         assert stage.in_host_memory
         DummyModelLoader(4).load_weights(arena.manifest, stage, "")
         other = compute_checksums(arena.manifest, stage).values
@@ -113,8 +115,9 @@ def test_other_weights_wait_in_host_memory(arena) -> None:
         assert compute_checksums(arena.manifest, stage).values == before
 
 
-def test_another_arena_takes_what_is_lent_by_a_descriptor(arena) -> None:
-    other = allocate_arena(arena.manifest, "cuda")
+@pytest.mark.parametrize("kind", [SegmentMemory, PinnedMemory])
+def test_another_arena_takes_what_is_lent_by_a_descriptor(arena, kind) -> None:
+    other = CudaWeightArena(arena.manifest, "cuda", kind)
     share = arena.share()
     try:
         op = CopyOp(source=0, source_offset=0, target_offset=0, row_nbytes=arena.nbytes)

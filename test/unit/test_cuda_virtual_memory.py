@@ -1,5 +1,6 @@
 """Device memory that comes and goes at addresses that stay, with a stand-in for the driver that keeps its rules."""
 
+import contextlib
 import ctypes
 import gc
 
@@ -92,7 +93,7 @@ class Driver:
 def driver(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(cuda_virtual_memory, "call_driver", driver)
-    monkeypatch.setattr(cuda_virtual_memory, "use_primary_context", lambda gpu_id: None)
+    monkeypatch.setattr(cuda_virtual_memory, "primary_context", lambda gpu_id: contextlib.nullcontext())
     yield driver
     gc.collect()
     assert driver.free == FREE and not driver.shown and not driver.reserved
@@ -170,6 +171,8 @@ def test_what_cannot_be_imported_is_let_go(driver, refused):
     driver.refused = refused
     with pytest.raises(OSError, match=refused), imported(fd, memory.nbytes, 1):
         pass
+    with pytest.raises(OSError, match=refused):
+        import_for_good(fd, memory.nbytes, 1)
     driver.refused = ""
     assert list(driver.shown) == [memory.address] and driver.counts[fd - 100][0] == 2
 

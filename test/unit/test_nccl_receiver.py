@@ -113,6 +113,19 @@ def test_a_group_of_vllms_is_joined_by_its_id_warmed_up_and_left(store):
     ]
 
 
+def test_what_is_broken_off_has_not_come(store):
+    """NCCL ends what it was at then, and the GPU knows no difference."""
+    store, port = store
+    store.set(UNIQUE_ID_KEY, pickled_unique_id(UNIQUE_ID))
+    library = FakeNccl(bytes(40))
+    receiver = StatelessReceiver(CPU, library)
+    receiver.join(place(port, ""))
+    begin = library.ncclBroadcast
+    library.ncclBroadcast = lambda *call: receiver.close() or begin(*call)
+    with pytest.raises(OSError, match="was left meanwhile"):
+        receiver.receive(40, 5.0)
+
+
 @pytest.mark.parametrize(
     ("library", "words"),
     [(FakeNccl(polls=1 << 40), "no progress within"), (FakeNccl(failure=2), "NCCL: unhandled system error")],

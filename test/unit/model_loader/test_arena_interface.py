@@ -287,6 +287,17 @@ def test_a_gpu_arena_stages_only_where_there_is_room(gpu_arena, manifest, monkey
     stage = gpu_arena.open_stage(manifest)
     assert stage.kind is FakeMemory and stage.spare == gpu_arena.nbytes
 
+    refusals = [MemoryError("what is free belongs to graphs"), torch.OutOfMemoryError("or is in pieces")]
+
+    def only_on_host(_manifest, _device, kind):
+        if kind is not cuda.PinnedMemory:
+            raise refusals.pop()
+        return SimpleNamespace(kind=kind)
+
+    monkeypatch.setattr(cuda, "CudaWeightArena", only_on_host)
+    while refusals:
+        assert gpu_arena.open_stage(manifest).kind is cuda.PinnedMemory
+
 
 def test_a_gpu_arena_is_put_away_and_taken_back(gpu_arena, manifest, monkeypatch):
     content = gpu_arena.buffer.random_(256).clone()

@@ -4,6 +4,7 @@ Communicators are made without blocking, so that each call returns and every wai
 """
 
 import ctypes
+import threading
 import time
 from typing import Any
 
@@ -65,6 +66,7 @@ class Communicator:
             raise OSError(f"a unique id of NCCL's has {UNIQUE_ID_BYTES} bytes, and this one {len(unique_id)}")
         self._library = library
         self._handle = ctypes.c_void_p()
+        self._lock = threading.Lock()  # around each use of the handle: none begins or goes on once it is given back
         config = _Config(ctypes.sizeof(_Config), CONFIG_MAGIC, CONFIG_VERSION, 0)
         made = library.ncclCommInitRankConfig(
             ctypes.byref(self._handle), size, _UniqueId.from_buffer_copy(unique_id), rank, ctypes.byref(config)
@@ -81,24 +83,29 @@ class Communicator:
         Raises:
             OSError: if NCCL can't, or not in time.
         """
-        begun = self._library.ncclAllReduce(address, address, count, FLOAT32, SUM, self._handle, stream)
+        with self._lock:
+            begun = self._library.ncclAllReduce(address, address, count, FLOAT32, SUM, self._handle, stream)
         self._settle(begun, timeout_s)
 
     def broadcast(self, address: int, nbytes: int, root: int, stream: int, timeout_s: float) -> None:
         """Queue what `root` broadcasts next. Raises OSError as `all_reduce`."""
-        begun = self._library.ncclBroadcast(address, address, nbytes, UINT8, root, self._handle, stream)
+        with self._lock:
+            begun = self._library.ncclBroadcast(address, address, nbytes, UINT8, root, self._handle, stream)
         self._settle(begun, timeout_s)
 
     def check(self) -> bool:
         """Whether nothing is being begun any more. Raises OSError if something has gone wrong by itself."""
         state = ctypes.c_int()
-        self._expect(self._library.ncclCommGetAsyncError(self._handle, ctypes.byref(state)))
+        with self._lock:
+            result = self._library.ncclCommGetAsyncError(self._handle, ctypes.byref(state))
+        self._expect(result)
         self._expect(state.value)
         return state.value != IN_PROGRESS
 
     def abort(self) -> None:
-        """Break off what is under way, and leave."""
-        handle, self._handle = self._handle, ctypes.c_void_p()
+        """Break off what is under way, and leave. May be called from any thread."""
+        with self._lock:
+            handle, self._handle = self._handle, ctypes.c_void_p()
         if handle:
             self._library.ncclCommAbort(handle)
 

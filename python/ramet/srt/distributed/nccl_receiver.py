@@ -73,6 +73,8 @@ class NcclReceiver:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))  # its memory may have been another's
         self._within(timeout_s, work)
+        if self._is_closed:  # what was broken off looks as if it had ended
+            raise OSError(LEFT)
         return content
 
     def close(self) -> None:

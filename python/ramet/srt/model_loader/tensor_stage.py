@@ -124,9 +124,9 @@ class TensorStage:
             raise ValueError(f"{SENT}: {name} is a {tensor.layout} tensor on {tensor.device}")
         nbytes = tensor.numel() * element_size(dtype)
         whole = {name: TensorInfo(dtype, tuple(tensor.shape), 0, nbytes)}
-        if tensor.device.type == self._device.type:
-            tensor = tensor.to(self._device)  # from another GPU
         with self.arena.work_context():
+            if tensor.device.type == self._device.type:
+                tensor = tensor.to(self._device)  # from another GPU: the stream that is current here waits for it
             content = tensor.detach().contiguous().view(-1).view(torch.uint8)
             parts = self._settle(whole)
             for part in [part for part in parts if may_be_idle(part, self._whole)]:

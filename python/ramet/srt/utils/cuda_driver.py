@@ -4,8 +4,10 @@ The driver's API is used directly (cuda.h; CUDA Driver API reference, "Memory Ma
 opened and closed exactly when we say. A CUDA context must be current in the calling thread.
 """
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
@@ -53,12 +55,16 @@ def _declare(driver: ctypes.CDLL) -> ctypes.CDLL:
         "cuDeviceGet": [ctypes.POINTER(ctypes.c_int), ctypes.c_int],
         "cuDevicePrimaryCtxRetain": [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int],
         "cuCtxSetCurrent": [ctypes.c_void_p],
+        "cuCtxPushCurrent_v2": [ctypes.c_void_p],
+        "cuCtxPopCurrent_v2": [ctypes.POINTER(ctypes.c_void_p)],
         "cuEventRecord": [ctypes.c_void_p, stream],
         "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
         "cuMemGetAddressRange_v2": [ctypes.POINTER(address), ctypes.POINTER(size), address],
         "cuIpcGetMemHandle": [ctypes.POINTER(_IpcHandle), address],
         "cuIpcOpenMemHandle_v2": [ctypes.POINTER(address), _IpcHandle, ctypes.c_uint],
         "cuIpcCloseMemHandle": [address],
+        "cuMemHostRegister_v2": [ctypes.c_void_p, size, ctypes.c_uint],
+        "cuMemHostUnregister": [ctypes.c_void_p],
         "cuMemcpyDtoDAsync_v2": [address, address, size, stream],
         "cuMemcpyHtoDAsync_v2": [address, ctypes.c_void_p, size, stream],
         "cuMemcpy2DAsync_v2": [ctypes.POINTER(Copy2D), stream],
@@ -121,6 +127,16 @@ def retain_primary_context(gpu_id: int) -> None:
 def use_primary_context(gpu_id: int) -> None:
     """The same, and make it the calling thread's. Raises OSError as that does."""
     call_driver("cuCtxSetCurrent", _retain_primary_context(gpu_id))
+
+
+@contextlib.contextmanager
+def primary_context(gpu_id: int) -> Iterator[None]:
+    """The same for a while; the thread has the context afterwards that it had before. Raises OSError as that does."""
+    call_driver("cuCtxPushCurrent_v2", _retain_primary_context(gpu_id))
+    try:
+        yield
+    finally:
+        call_driver("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
 
 def _retain_primary_context(gpu_id: int) -> ctypes.c_void_p:

@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 
-from ramet.srt.utils.cuda_driver import call_driver, use_primary_context
+from ramet.srt.utils.cuda_driver import call_driver, primary_context
 
 # Values of cuda.h.
 _ALLOCATION_PINNED = 1
@@ -165,8 +165,7 @@ class _Place:
 
     def free(self, gpu_id: int) -> None:
         """Give addresses and memory back, in whatever thread. What the driver says to that changes nothing."""
-        with contextlib.suppress(OSError):
-            use_primary_context(gpu_id)
+        with contextlib.suppress(OSError), primary_context(gpu_id):
             if self.handle is not None:
                 call_driver("cuCtxSynchronize")
                 call_driver("cuMemRelease", self.hide())
@@ -185,14 +184,8 @@ def imported(fd: int, nbytes: int, gpu_id: int) -> Iterator[int]:
     Raises:
         OSError: if it may not see it, or the memory is gone.
     """
-    handle = _import(fd)
     with contextlib.ExitStack() as undo:
-        undo.callback(call_driver, "cuMemRelease", handle)
-        place = _Place(_reserve(nbytes), nbytes)
-        undo.callback(call_driver, "cuMemAddressFree", place.address, nbytes)
-        place.show(handle, gpu_id)
-        undo.callback(place.hide)
-        yield place.address
+        yield _import_at(fd, nbytes, gpu_id, 0, undo)
 
 
 def import_for_good(fd: int, nbytes: int, gpu_id: int, address: int = 0) -> int:
@@ -201,16 +194,22 @@ def import_for_good(fd: int, nbytes: int, gpu_id: int, address: int = 0) -> int:
     Args:
         address: where the memory is wished to be; 0: anywhere.
     """
-    place = _Place(_reserve(nbytes, address), nbytes)
-    place.show(_import(fd), gpu_id)
-    return place.address
+    with contextlib.ExitStack() as undo:
+        found = _import_at(fd, nbytes, gpu_id, address, undo)
+        undo.pop_all()
+    return found
 
 
-def _import(fd: int) -> int:
+def _import_at(fd: int, nbytes: int, gpu_id: int, wish: int, undo: contextlib.ExitStack) -> int:
     handle = ctypes.c_uint64()
     # The pointer that the driver asks for is the descriptor itself.
     call_driver("cuMemImportFromShareableHandle", ctypes.byref(handle), fd, _HANDLE_FILE_DESCRIPTOR)
-    return handle.value
+    undo.callback(call_driver, "cuMemRelease", handle.value)
+    place = _Place(_reserve(nbytes, wish), nbytes)
+    undo.callback(call_driver, "cuMemAddressFree", place.address, nbytes)
+    place.show(handle.value, gpu_id)
+    undo.callback(place.hide)
+    return place.address
 
 
 def _properties(gpu_id: int) -> _AllocationProperties:

@@ -1,10 +1,13 @@
 """Owns getting small things to the device and back without making the host wait, and whose context a thread is in."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
+
+Taken = TypeVar("Taken")
 
 
 def to_device(values: Sequence | np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -21,6 +24,20 @@ def current_context(device: torch.device) -> Iterator[None]:
     with torch.cuda.device(device):
         torch.cuda.mem_get_info(device)  # choosing a device does not bind its context; the first runtime call does
         yield
+
+
+def take_all_free(take: Callable[[], Taken]) -> Taken:
+    """Take memory from the driver; if there is not enough, once more with what torch has kept of earlier allocations.
+
+    Not before: passes would have to allocate it again, and all work waits while torch gives it back.
+
+    Raises:
+        MemoryError: if there is not enough then.
+    """
+    with contextlib.suppress(MemoryError):
+        return take()
+    torch.cuda.empty_cache()
+    return take()
 
 
 class HostCopies:

@@ -6,7 +6,7 @@ import torch
 
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.cuda_virtual_memory import VirtualMemory
-from ramet.srt.utils.device import current_context
+from ramet.srt.utils.device import current_context, take_all_free
 
 
 class ReturnableZeros:
@@ -23,7 +23,7 @@ class ReturnableZeros:
         self.is_there = True
         if device.type == "cuda":
             with current_context(device):
-                self._gpu = VirtualMemory(nbytes, device.index)
+                self._gpu = take_all_free(lambda: VirtualMemory(nbytes, device.index))
                 whole = torch.as_tensor(self._gpu, device=device)
             self.tensor = whole[:nbytes].zero_()  # uint8, [nbytes]
             return
@@ -53,7 +53,7 @@ class ReturnableZeros:
             return
         if self._gpu is not None:
             with current_context(self._device):
-                self._gpu.take()
+                take_all_free(self._gpu.take)
             self.tensor.zero_()
             torch.cuda.current_stream(self._device).synchronize()  # passes run on other streams
         else:

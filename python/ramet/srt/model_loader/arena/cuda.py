@@ -195,11 +195,13 @@ class CudaWeightArena(WeightArena):
         device = str(self.torch_device)
         if self.is_put_away:
             return CudaWeightArena(manifest, device, self._kind)
-        kind = self._kind
-        if self.nbytes > free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES:
-            kind = PinnedMemory
+        stage = None
+        if self.nbytes <= free_nbytes(self.torch_device) - STAGE_RESERVE_NBYTES:
+            # What counts as free may be in pieces, or belong to graphs.
+            with contextlib.suppress(MemoryError, torch.OutOfMemoryError):
+                stage = CudaWeightArena(manifest, device, self._kind)
         try:
-            stage = CudaWeightArena(manifest, device, kind)
+            stage = stage or CudaWeightArena(manifest, device, PinnedMemory)
         except MemoryError as error:
             raise MemoryError(
                 f"GPU {self.gpu_id} has no room for other weights of rank {manifest.parallel.world_rank} beside those "
@@ -298,8 +300,8 @@ class CudaReceiveWindow(ReceiveWindow):
         self._closers.callback(os.close, fd)
         with torch.cuda.device(arena.torch_device):
             # Unpinned memory works too: its copies only keep the calling thread waiting.
-            if pin_memory(self._memory):
-                self._closers.callback(unpin_memory, self._memory)
+            if pin_memory(self._memory, arena.torch_device):
+                self._closers.callback(unpin_memory, self._memory, arena.torch_device)
             self._copied = [torch.cuda.Event() for _ in range(NUM_RECEIVE_BATCHES)]
         self._count = 0
 

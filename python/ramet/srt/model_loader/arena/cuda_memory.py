@@ -13,7 +13,7 @@ from ramet.srt.model_loader.arena.cuda_ipc import lend_memory
 from ramet.srt.model_loader.arena.cuda_pinned import pin_memory, unpin_memory
 from ramet.srt.utils import host_memory
 from ramet.srt.utils.cuda_virtual_memory import VirtualMemory
-from ramet.srt.utils.device import current_context
+from ramet.srt.utils.device import current_context, take_all_free
 
 
 class CudaMemory(ABC):
@@ -43,9 +43,8 @@ class ReturnableMemory(CudaMemory):
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises MemoryError if the GPU has not so much, OSError if it has no such memory."""
         self._device = device
-        torch.cuda.empty_cache()  # what is left of earlier allocations is not the driver's to give
         with current_context(device):
-            self._memory = VirtualMemory(nbytes, device.index)
+            self._memory = take_all_free(lambda: VirtualMemory(nbytes, device.index))
             self.buffer = torch.as_tensor(self._memory, device=device)[:nbytes]
 
     def give_back(self) -> None:
@@ -55,9 +54,8 @@ class ReturnableMemory(CudaMemory):
 
     def take(self) -> None:
         """Raises MemoryError if the GPU has not so much."""
-        torch.cuda.empty_cache()
         with current_context(self._device):
-            self._memory.take()
+            take_all_free(self._memory.take)
 
     def take_over(self, other: "ReturnableMemory") -> None:
         """Show what `other` has here, where there is nothing. Raises OSError if the driver refuses."""
@@ -84,18 +82,21 @@ class PinnedMemory(CudaMemory):
         finally:
             os.close(fd)
         self.host = torch.frombuffer(mapping, dtype=torch.uint8)
-        with torch.cuda.device(device):
-            if not pin_memory(self.host):
-                raise MemoryError(f"the driver does not pin {nbytes / 1e9:.2f} GB of host memory")
-        weakref.finalize(self, _unpin, self.host).atexit = False
-        self.buffer = torch.as_tensor(_SeenByGpu(self.host), device=device)
+        if not pin_memory(self.host, device):
+            raise MemoryError(f"the driver does not pin {nbytes / 1e9:.2f} GB of host memory")
+        seen = _SeenByGpu(self.host)
+        weakref.finalize(seen, _unpin, self.host, device).atexit = False
+        self.buffer = torch.as_tensor(seen, device=device)
 
     def share(self) -> LentMemory:
         raise OSError("host memory that waits to become a GPU's is not lent")
 
 
 class _SeenByGpu:
-    """A tensor on the host as one on the GPU: pinned memory has one address (CUDA C++ guide, unified addressing)."""
+    """A tensor on the host as one on the GPU: pinned memory has one address (CUDA C++ guide, unified addressing).
+
+    torch keeps it as long as any view of that.
+    """
 
     def __init__(self, host: torch.Tensor) -> None:
         self._host = host
@@ -108,7 +109,8 @@ class _SeenByGpu:
         }
 
 
-def _unpin(memory: torch.Tensor) -> None:
+def _unpin(memory: torch.Tensor, device: torch.device) -> None:
+    """In whatever thread."""
     with contextlib.suppress(RuntimeError):
-        torch.cuda.synchronize()
-        unpin_memory(memory)
+        torch.cuda.synchronize(device)
+        unpin_memory(memory, device)
