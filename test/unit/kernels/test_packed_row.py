@@ -80,7 +80,7 @@ def test_which_it_takes():
         return takes_packed_row(make_weight(kind, [torch.ones(shape)])[0][0])
 
     assert takes(pm.awq()) and takes(pm.gptq(8)) and takes(pm.gptq(), (16, 64))
-    refused = [pm.gptq(desc_act=True), pm.ct_packed(has_zeros=True), pm.ct_int8(), pm.mxfp4(), pm.awq(20)]
+    refused = [pm.gptq(desc_act=True), pm.ct_packed(has_zeros=True, actorder="group"), pm.awq(20)]
     assert not any(takes(kind) for kind in refused)
 
 
