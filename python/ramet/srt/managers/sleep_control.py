@@ -130,6 +130,9 @@ class SleepControl:
                 updated or woken.
         """
         update = functools.partial(self._updates.update, find, version, abort_all=abort_all)
+        return await self._updates.shielded(self._update(update, in_place))
+
+    async def _update(self, update: Callable[[], Awaitable[UpdateReport]], in_place: bool) -> UpdateReport:
         try:
             report = await update()
         except NoRoomError as error:
@@ -139,7 +142,7 @@ class SleepControl:
         else:
             await self.note_updated()
             return report
-        return await self._updates.shielded(self._update_in_place(update))
+        return await self._update_in_place(update)
 
     async def note_updated(self) -> None:
         """Weights have come that can serve: an instance that sleeps only for want of them wakes."""
