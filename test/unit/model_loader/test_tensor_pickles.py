@@ -190,6 +190,7 @@ def test_lent_memory_of_a_gpu_is_understood(monkeypatch: pytest.MonkeyPatch) -> 
         ({"counter": b"/etc/x"}, "counter of lent memory is none of torch's"),
         ({"device": 3}, "the GPU 3, which is not among this rank's 0"),
         ({"device": "GPU-1"}, "the GPU GPU-1, which is not among"),
+        ({"device": -1}, "the GPU -1, which is not among"),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(ValueError, match=words):
