@@ -67,6 +67,7 @@ class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast
     shapes: list[list[int]]
     bucket_nbytes: int | None = None  # several in one broadcast, which ends with the tensor that exceeds so many bytes
     timeout_s: float = 300.0  # for each broadcast
+    call: int = 0  # which it is of those that a trainer has made since the group was made; 0: nobody counts
 
 
 class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
