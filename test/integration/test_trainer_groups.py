@@ -117,8 +117,14 @@ def test_what_is_not_what_was_announced_is_refused(case, server, trainer):
     trainer.send(path, names[:3])
     answer = from_distributed(server, path, timeout_s=1.0)  # sends fewer than it said
     assert answer.status_code == 400 and "did not come" in answer.text and tokens(server) == case.tokens["old"]
+    trainer.wait()
+    join(server, trainer)
+    trainer.send(path)
     answer = post(server, "/update_weights_from_distributed", names=names, dtypes=dtypes[1:], shapes=shapes)
     assert answer.status_code == 400 and "do not belong together" in answer.text
+    answer = from_distributed(server, path)  # what has been sent was not for this one
+    assert answer.status_code == 400 and "has not been received" in answer.text
+    assert tokens(server) == case.tokens["old"]
     answer = post(server, "/update_weights_from_distributed", names=["a"], dtypes=["complex64"], shapes=[[1]])
     assert answer.status_code == 400 and "unknown dtype" in answer.text
 

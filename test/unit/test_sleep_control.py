@@ -271,6 +271,30 @@ async def test_without_the_old_weights_and_the_new_ones_it_sleeps_until_an_updat
     assert report.mode == "staged" and not case.sleep.is_asleep and case.replicas.pause_refusal is None
 
 
+async def test_nobody_comes_between_while_what_serves_makes_room(case: Case) -> None:
+    """A session that is begun meanwhile opens afterwards: it keeps the update from nothing, nor the instance asleep."""
+    case.replicas.faults = {"stage 1": NO_ROOM}
+    sessions = WeightSessions(case.updates, 60.0, case.sleep.note_updated)
+    updating = asyncio.create_task(update(case))
+    while "stage 1" not in case.replicas.events:
+        await asyncio.sleep(0)
+    await sessions.begin()
+    assert (await updating).mode == "in_place" and not case.sleep.is_asleep
+
+
+async def test_it_wakes_also_if_who_has_updated_it_has_gone_away(case: Case) -> None:
+    case.replicas.faults = {"stage 1": NO_ROOM, "stage 2": "a wrong byte", "resume": "the files are gone"}
+    with pytest.raises(RequestError, match="the old weights are gone"):
+        await update(case)
+    caller = asyncio.create_task(update(case))
+    while "stage 3" not in case.replicas.events:
+        await asyncio.sleep(0)
+    caller.cancel()
+    async with asyncio.timeout(10):
+        while case.sleep.is_asleep:
+            await asyncio.sleep(0.01)
+
+
 async def test_any_other_failure_gives_nothing_up(case: Case) -> None:
     case.replicas.faults = {"stage 1": "a wrong byte"}
     with pytest.raises(RequestError, match="a wrong byte"):

@@ -142,3 +142,19 @@ def test_the_rest_is_received_when_a_tensor_is_refused_and_a_failure_leaves_the_
     with pytest.raises(OSError, match="a did not come, and the group 'group' is left: nothing came"):
         list(groups.receive(SOURCE))
     assert receiver.closed.is_set()
+
+
+def test_what_was_sent_with_a_call_that_was_refused_is_not_taken_for_the_next_ones(receivers):
+    """It lies in the sockets: bytes of the step before, of the same sizes."""
+    groups = TrainerGroups(0, torch.device("cpu"))
+    receiver = joined(groups, receivers, 1)
+    for call in (1, 2):
+        list(groups.receive(msgspec.structs.replace(SOURCE, call=call)))
+    receiver.received.clear()
+    with pytest.raises(
+        OSError, match="with 1 calls that were refused has not been received: the group 'group' is left"
+    ):
+        list(groups.receive(msgspec.structs.replace(SOURCE, call=4)))
+    assert receiver.closed.is_set() and not receiver.received
+    joined(groups, receivers, 2)
+    list(groups.receive(msgspec.structs.replace(SOURCE, call=1)))

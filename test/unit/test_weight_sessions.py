@@ -144,6 +144,25 @@ def test_adapters_keep_a_session_from_beginning_and_from_ending() -> None:
     assert case.take_events() == ["put 1", "drop 1"]
 
 
+def test_a_session_may_be_discarded() -> None:
+    """Whose trainer has gone, and which nobody else can complete."""
+
+    async def script(sessions: WeightSessions) -> None:
+        with pytest.raises(RequestError, match="no session is open"):
+            await sessions.discard()
+        await sessions.begin()
+        await put(sessions)
+        await sessions.discard()
+        assert case.take_events() == ["put 1", "drop 1"] and case.names() == ["default"]
+        await sessions.begin()
+        await put(sessions, "again")
+        await sessions.end()
+
+    case = Case()
+    run(case, script)
+    assert case.names() == ["again", "default"]
+
+
 def test_a_session_that_nobody_goes_on_with_is_given_up() -> None:
     """And not one whose calls come in time."""
 

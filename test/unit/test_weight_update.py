@@ -195,6 +195,14 @@ def test_bytes_that_are_not_those_of_the_files_are_refused(
     assert not reply.success and "is not in memory what it is in the files" in reply.message
 
 
+def test_ranks_whose_files_are_others_of_the_same_size_find_out(updated: Updated, models: dict[str, Path]) -> None:
+    """On another node nothing but names and sizes of the files is known."""
+    sizes = [[(one.name, one.nbytes) for one in file_stamps(str(models[name]))] for name in ("old", "new")]
+    assert sizes[0] == sizes[1]
+    told = [updated.stage(models[name], number).received for number, name in enumerate(("old", "new", "old"), 1)]
+    assert told[0] == told[2] != told[1] and all(told)
+
+
 def test_a_digest_is_insisted_on(updated: Updated, models: dict[str, Path]) -> None:
     reply = updated.stage(models["new"], digest="0" * 64)
     assert not reply.success and "have the digest" in reply.message

@@ -16,11 +16,12 @@ import torch
 from pickled_tensors import LocalSerializedTensor, flat_bucket, forked
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_executor.tensor_feeds import TensorFeeds
-from ramet.srt.model_loader import pickled_values
-from ramet.srt.model_loader.pickled_values import PickleError
+from ramet.srt.model_loader.checkpoint_engine import GivenUpError, _read_step
 from ramet.srt.model_loader.tensor_memory import CudaMemory
 from ramet.srt.model_loader.tensor_pickles import read_tensors
+from ramet.srt.utils import pickled_values
 from ramet.srt.utils.net import host_identity
+from ramet.srt.utils.pickled_values import PickleError
 from ramet.srt.weights.update_messages import PickledTensors
 
 
@@ -189,6 +190,7 @@ def test_lent_memory_of_a_gpu_is_understood(monkeypatch: pytest.MonkeyPatch) -> 
         ({"counter": b"/etc/x"}, "counter of lent memory is none of torch's"),
         ({"device": 3}, "the GPU 3, which is not among this rank's 0"),
         ({"device": "GPU-1"}, "the GPU GPU-1, which is not among"),
+        ({"device": -1}, "the GPU -1, which is not among"),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         with pytest.raises(ValueError, match=words):
@@ -267,6 +269,33 @@ def test_a_pickle_may_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(pickled_values, "MAX_OPERATIONS", 100)
     with pytest.raises(PickleError, match="more than 100 operations"):
         read_tensors(pickle.dumps(list(range(1000))), 0)
+
+
+def laughs() -> list[Any]:
+    """A list that holds another one ten times, and so on: little to send, and 10^30 places to go through."""
+    value: list[Any] = []
+    for _ in range(30):
+        value = [value] * 10
+    return value
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (pickle.dumps([("a", laughs())]), "a list where a tensor belongs"),
+        (pickle.dumps([("a", Evil(torch.Tensor, laughs()))]), "has torch.Tensor where a tensor belongs"),
+        (saved([laughs()], _use_new_zipfile_serialization=False), "no list of names with tensors"),
+    ],
+    ids=["list", "call", "old file"],
+)
+def test_lists_that_hold_each_other_are_not_gone_through(payload: bytes, words: str) -> None:
+    with pytest.raises(PickleError, match=words):
+        read_tensors(payload, 0)
+
+
+def test_what_a_sender_says_as_it_gives_up_is_not_either() -> None:
+    with pytest.raises(GivenUpError, match="RuntimeError: no$"):
+        _read_step(pickle.dumps(RuntimeError("no", laughs())))
 
 
 def test_another_host_has_no_part_in_it() -> None:

@@ -214,6 +214,17 @@ def test_a_rank_takes_what_it_holds_by_its_own_names(pair: list[Path]) -> None:
         rank.put({"model.layers.0.mlp.up_proj.weight": RankPart(torch.zeros(1))})
 
 
+def test_ranks_that_get_parts_of_other_tensors_find_out(pair: Any) -> None:
+    """Each has bytes of its own, so that names are all that can be compared."""
+    told = []
+    for parallel, num_parts in zip(sm.all_ranks(2) * 2, (3, 3, 3, 2), strict=True):
+        rank = Rank(pair[0], parallel)
+        other = fp8_models.load_arena(pair[1], rank.model)
+        rank.put({entry.name: RankPart(other.tensor(entry)) for entry in other.manifest.entries[:num_parts]})
+        told.append(rank.stage.received_digest)
+    assert told[0] == told[1] == told[2] != told[3]
+
+
 def bad(name: str, tensor: torch.Tensor, words: str) -> Any:
     return pytest.param({name: tensor}, words, id=words[:40])
 

@@ -6,7 +6,6 @@ All that could hang in NCCL runs in threads of its own, so that whoever waits ca
 import contextlib
 import functools
 import io
-import pickle
 import socket
 import time
 from collections.abc import Callable
@@ -22,12 +21,14 @@ from ramet.srt.distributed.node_pulse import first_line
 from ramet.srt.distributed.receiver_messages import Place
 from ramet.srt.distributed.trainer_store import wait_for_listener
 from ramet.srt.utils.net import local_address
+from ramet.srt.utils.pickled_values import Call, Name, PickleError, read_values
 from ramet.srt.utils.threads import run_beside
 
 GRACE_S = 3.0  # for a deadline inside of the work to be found there
 PROBE_PERIOD_S, PROBE_TIMEOUT_S = 1.0, 2.0
 POLL_S = 0.0005
 UNIQUE_ID_KEY = "broadcast_from/0/0"  # of vLLM's StatelessProcessGroup: the first object that rank 0 broadcasts
+UNPICKLE = Name("_ctypes", "_unpickle")  # what a ctypes structure is pickled as a call of
 
 Result = TypeVar("Result")
 
@@ -189,30 +190,18 @@ class StatelessReceiver(NcclReceiver):
             time.sleep(POLL_S)
 
 
-def _bytes_of(_kind: Any, state: Any) -> bytes:
-    """What a ctypes structure is made of; its state is its dict and its bytes."""
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], bytes):
-        return state[1]
-    raise pickle.UnpicklingError("a ctypes structure has no bytes")
-
-
-class _IdUnpickler(pickle.Unpickler):
-    """Knows a ctypes structure of vLLM's by name, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_ctypes", "_unpickle"):
-            return _bytes_of
-        if name == "ncclUniqueId" and module.startswith("vllm."):
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a unique id of NCCL's")
+def _is_known(name: Name) -> bool:
+    return name == UNPICKLE or (name.name == "ncclUniqueId" and name.module.startswith("vllm."))
 
 
 def read_unique_id(data: bytes) -> bytes:
-    """The bytes of a pickled ncclUniqueId of vLLM's. Raises OSError if it is something else."""
+    """The bytes of a pickled ncclUniqueId of vLLM's: a ctypes structure. Raises OSError if it is something else."""
     try:
-        unique_id = _IdUnpickler(io.BytesIO(data)).load()
-    except (pickle.UnpicklingError, ValueError, TypeError, IndexError, KeyError, AttributeError, EOFError) as error:
+        made = read_values(io.BytesIO(data), _is_known)
+    except PickleError as error:
         raise OSError(f"the trainer's store has something else than a unique id of NCCL's: {error}") from None
-    if not isinstance(unique_id, bytes):
-        raise OSError("the trainer's store has something else than a unique id of NCCL's")
-    return unique_id
+    # A structure is made of its kind and its state: its dict, and the bytes.
+    match made:
+        case Call(function=function, args=(Name(), (_, bytes(content)))) if function == UNPICKLE:
+            return content
+    raise OSError("the trainer's store has something else than a unique id of NCCL's")

@@ -18,7 +18,13 @@ from ramet.srt.managers.pause_control import PauseControl, SleepMode
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.managers.update_report import Staged, UpdateReport
 from ramet.srt.managers.weight_sources import instance_source
-from ramet.srt.managers.weight_update_control import FoundSource, NoRoomError, WeightUpdateControl, failure_of
+from ramet.srt.managers.weight_update_control import (
+    FoundSource,
+    NoRoomError,
+    WeightUpdateControl,
+    check_version_name,
+    failure_of,
+)
 from ramet.srt.weights.memory_messages import (
     MEMORY_TAGS,
     MemoryStep,
@@ -129,17 +135,23 @@ class SleepControl:
                 If those don't come, the old ones are taken again; if that fails, too, the instance sleeps until it is
                 updated or woken.
         """
-        update = functools.partial(self._updates.update, find, version, abort_all=abort_all)
-        try:
-            report = await update()
-        except NoRoomError as error:
-            if not in_place or not self._updates.has_weights:
-                raise
-            logger.info("the weights that serve make room for others: %s", error)
-        else:
-            await self.note_updated()
-            return report
-        return await self._updates.shielded(self._update_in_place(update))
+        check_version_name(version)
+        return await self._updates.shielded(self._update(find, version, abort_all, in_place))
+
+    async def _update(
+        self, find: Callable[[], FoundSource], version: str | None, abort_all: bool, in_place: bool
+    ) -> UpdateReport:
+        async with self._updates.turn():
+            update = functools.partial(self._updates.update_now, find, version, abort_all)
+            try:
+                report = await update()
+            except NoRoomError as error:
+                if not in_place or not self._updates.has_weights:
+                    raise
+                logger.info("the weights that serve make room for others: %s", error)
+                return await self._update_in_place(update)
+        await self.note_updated()
+        return report
 
     async def note_updated(self) -> None:
         """Weights have come that can serve: an instance that sleeps only for want of them wakes."""
@@ -147,14 +159,15 @@ class SleepControl:
             await self.resume(())
 
     async def _update_in_place(self, update: Callable[[], Awaitable[UpdateReport]]) -> UpdateReport:
+        """Nobody comes between giving up what serves and serving something again."""
         begun = time.perf_counter()
         was_asleep = self.is_asleep
-        await self._release([WEIGHTS], "keep", copies=False)
+        await self._release_now([WEIGHTS], "keep", copies=False)
         try:
             report = await update()
         except (RequestError, ServiceError) as error:
             try:
-                await self._resume([WEIGHTS], [])
+                await self._resume_now([WEIGHTS], [])
             except (RequestError, ServiceError) as second:
                 self._awaits_update = not was_asleep
                 await self._pauses.fall_asleep("abort")
@@ -162,35 +175,38 @@ class SleepControl:
                 raise RequestError(f"{error}; {gone}") from None
             raise
         if not was_asleep:
-            await self._resume([], [])
+            await self._resume_now([], [])
         return replace(report, mode="in_place", pause_s=time.perf_counter() - begun)
 
     async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
-        begun = time.perf_counter()
         async with self._updates.turn(changes=False):
-            new = [tag for tag in tags if tag not in self.tags]
-            if self._updates.current.is_made_up:
-                raise RequestError("no weights are there that can serve: an instance sleeps with such weights alone")
-            await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
-            was_asleep = self.is_asleep
-            try:
-                await self._updates.withdraw(asleep=True)
-                self._updates.is_asleep = True
-                question = functools.partial(ReleaseMemoryReq, tags=new, keeps_copy=copies)
-                replies = await self._ask(question, RELEASE_TIMEOUT_S)
-            except BaseException:
-                await self._undo(new, was_asleep)
-                raise
-            if failure := failure_of(replies):
-                await self._undo(new, was_asleep)
-                raise RequestError(f"the instance can't sleep: {failure}")
-            self._note_gone(new, copies)
-            if WEIGHTS in new:
-                await self._updates.drop_kept()
-            moved = Moved(self.tags, Staged.of(replies).num_bytes, seconds=time.perf_counter() - begun)
-            logger.info("asleep after %.3f s: %d bytes given back (%s)",
-                        moved.seconds, moved.num_bytes, ", ".join(new) or "none")  # fmt: skip
-            return moved
+            return await self._release_now(tags, mode, copies)
+
+    async def _release_now(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
+        begun = time.perf_counter()
+        new = [tag for tag in tags if tag not in self.tags]
+        if self._updates.current.is_made_up:
+            raise RequestError("no weights are there that can serve: an instance sleeps with such weights alone")
+        await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
+        was_asleep = self.is_asleep
+        try:
+            await self._updates.withdraw(asleep=True)
+            self._updates.is_asleep = True
+            question = functools.partial(ReleaseMemoryReq, tags=new, keeps_copy=copies)
+            replies = await self._ask(question, RELEASE_TIMEOUT_S)
+        except BaseException:
+            await self._undo(new, was_asleep)
+            raise
+        if failure := failure_of(replies):
+            await self._undo(new, was_asleep)
+            raise RequestError(f"the instance can't sleep: {failure}")
+        self._note_gone(new, copies)
+        if WEIGHTS in new:
+            await self._updates.drop_kept()
+        moved = Moved(self.tags, Staged.of(replies).num_bytes, seconds=time.perf_counter() - begun)
+        logger.info("asleep after %.3f s: %d bytes given back (%s)",
+                    moved.seconds, moved.num_bytes, ", ".join(new) or "none")  # fmt: skip
+        return moved
 
     def _note_gone(self, tags: Sequence[MemoryTag], copies: bool) -> None:
         self._others |= {tag for tag in tags if tag != WEIGHTS}
@@ -209,17 +225,20 @@ class SleepControl:
             logger.error("a sleep that has failed can't be undone, so the instance sleeps: %s", error)
 
     async def _resume(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Moved:
-        begun = time.perf_counter()
         async with self._updates.turn(changes=False):
-            if not self.is_asleep:
-                return Moved(())
-            came = await self._take([tag for tag in tags if tag in self.tags], asked)
-            trouble = "" if self.tags else await self._wake()
-            seconds = time.perf_counter() - begun
-            state = f"asleep ({', '.join(self.tags)})" if self.tags else "awake"
-            weights = f", {came.num_bytes} bytes of weights from {came.source}" if came.source else ""
-            logger.info("%s after %.3f s%s", state, seconds, weights)
-            return Moved(self.tags, came.num_bytes, came.source, seconds, trouble)
+            return await self._resume_now(tags, asked)
+
+    async def _resume_now(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Moved:
+        begun = time.perf_counter()
+        if not self.is_asleep:
+            return Moved(())
+        came = await self._take([tag for tag in tags if tag in self.tags], asked)
+        trouble = "" if self.tags else await self._wake()
+        seconds = time.perf_counter() - begun
+        state = f"asleep ({', '.join(self.tags)})" if self.tags else "awake"
+        weights = f", {came.num_bytes} bytes of weights from {came.source}" if came.source else ""
+        logger.info("%s after %.3f s%s", state, seconds, weights)
+        return Moved(self.tags, came.num_bytes, came.source, seconds, trouble)
 
     async def _take(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Staged:
         """Raises RequestError if a rank can't: then all ranks have given it back again."""

@@ -42,6 +42,7 @@ class TrainerGroupControl:
         self._world_size = world_size
         self._numbers: dict[str, int] = {}  # of groups that have been joined, by name; a rank may have left since
         self._last_number = 0
+        self._num_calls: dict[str, int] = {}  # in which trainers have said what they broadcast, by the group's name
 
     async def join(self, group: Group) -> None:
         """Have every rank meet the trainer and the other members, in the place of a group of that name.
@@ -71,8 +72,19 @@ class TrainerGroupControl:
             raise RequestError(f"there is no group {name!r}", param="group_name")
         await self._control.shielded(self._leave(name, self._numbers[name]))
 
+    def count_call(self, name: str) -> int:
+        """Note that a trainer says what it broadcasts in a group, whatever comes of it; which call it is.
+
+        It may have sent it already. Of what nobody has received the next call would get the bytes for its own.
+        0 where there is no such group.
+        """
+        if name in self._num_calls:
+            self._num_calls[name] += 1
+        return self._num_calls.get(name, 0)
+
     async def _join(self, group: Group) -> None:
         self._last_number += 1
+        self._num_calls[group.name] = 0
         number = self._numbers[group.name] = self._last_number
         question = functools.partial(
             JoinGroupReq,
@@ -100,5 +112,6 @@ class TrainerGroupControl:
     async def _leave(self, name: str, number: int) -> None:
         if self._numbers.get(name) == number:
             del self._numbers[name]
+            self._num_calls.pop(name, None)
         question = functools.partial(LeaveGroupReq, name=name, number=number)
         await self._manager.ask_all(question, WeightStepOutput, LEAVE_TIMEOUT_S)

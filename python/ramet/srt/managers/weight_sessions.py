@@ -8,8 +8,9 @@ it or begins another, so that a tensor that comes late is not taken for an updat
 import asyncio
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.update_report import Content, Staged, UpdateReport
@@ -18,6 +19,7 @@ from ramet.srt.weights.update_messages import PutTensorsReq, SealWeightsReq, Ten
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 NEXT = "/end_weight_update or /begin_weight_update comes next"
 
 
@@ -71,10 +73,7 @@ class WeightSessions:
             ServiceError: if a replica does not answer.
         """
         check_version_name(version)
-        report = await self._control.shielded(self._put(source, version, abort_all))
-        if isinstance(report, UpdateReport):
-            await self._note_updated()
-        return report
+        return await self._control.shielded(self._noted(self._put(source, version, abort_all)))
 
     async def end(self, version: str | None = None) -> UpdateReport:
         """Serve what has come.
@@ -84,8 +83,20 @@ class WeightSessions:
             ServiceError: if a replica does not answer.
         """
         check_version_name(version)
-        report = await self._control.shielded(self._end(version))
-        await self._note_updated()
+        return await self._control.shielded(self._noted(self._end(version)))
+
+    async def discard(self) -> None:
+        """Serve nothing of what has come: for whoever finds a session open whose trainer has gone.
+
+        Raises:
+            RequestError: if no session is open.
+        """
+        await self._control.shielded(self._discard())
+
+    async def _noted(self, work: Coroutine[Any, Any, Result]) -> Result:
+        report = await work
+        if isinstance(report, UpdateReport):
+            await self._note_updated()
         return report
 
     async def _begin(self) -> None:
@@ -123,13 +134,26 @@ class WeightSessions:
             staged = Staged.of(await self._control.stage(question, number))
             return await self._serve(number, staged, version, abort_all)
 
+    def _take(self) -> Session:
+        """The session, which is none any more. Raises RequestError if there is none."""
+        session, self._session = self._session, None
+        if self._watch is not None:
+            self._watch.cancel()
+        if session is None:
+            raise RequestError("no session is open: /begin_weight_update opens one")
+        return session
+
+    async def _discard(self) -> None:
+        async with self._turn:
+            session = self._take()
+            try:
+                await self._control.drop(session.number)
+            finally:
+                self._control.has_session = False
+
     async def _end(self, version: str | None) -> UpdateReport:
         async with self._turn:
-            session, self._session = self._session, None
-            if self._watch is not None:
-                self._watch.cancel()
-            if session is None:
-                raise RequestError("no session is open: /begin_weight_update opens one")
+            session = self._take()
             if session.failure:
                 raise RequestError(session.failure)
             try:

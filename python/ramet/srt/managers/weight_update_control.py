@@ -195,21 +195,22 @@ class WeightUpdateControl:
 
     async def _update(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
         async with self.turn():
-            for _ in range(NUM_TRIES):
-                found = await self._in_thread(find)
-                number = await self.new_number()
-                staged = await self.stage(
-                    functools.partial(StageWeightsReq, number=number, source=found.source), number
-                )
-                if await self._is_unchanged(found, number):
-                    break
-                await self.drop(number)
-                logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
-            else:
-                raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
-            name = version or f"update-{number}"
-            content = Content(number, name, found.origin, found.model_path, found.source)
-            return await self.serve(content, Staged.of(staged), abort_all=abort_all)
+            return await self.update_now(find, version, abort_all)
+
+    async def update_now(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
+        """As `update`, for whoever has the turn."""
+        for _ in range(NUM_TRIES):
+            found = await self._in_thread(find)
+            number = await self.new_number()
+            staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=found.source), number)
+            if await self._is_unchanged(found, number):
+                break
+            await self.drop(number)
+            logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
+        else:
+            raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
+        content = Content(number, version or f"update-{number}", found.origin, found.model_path, found.source)
+        return await self.serve(content, Staged.of(staged), abort_all=abort_all)
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
         async with self.turn():

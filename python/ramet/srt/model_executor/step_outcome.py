@@ -15,7 +15,7 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_s: float = 0.0
     in_host_memory: bool = False
     lacks_memory: bool = False
-    received: str = ""  # a digest of the tensors that have come, which must be the same on all ranks
+    received: str = ""  # a digest of the tensors that have come or the files, which must be the same on all ranks
 
 
 def together(outcomes: dict[int, StepOutcome]) -> StepOutcome:

@@ -9,10 +9,10 @@ import torch
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.model_executor.trainer_groups import TrainerGroups
 from ramet.srt.model_loader.checkpoint_engine import receive_lent
-from ramet.srt.model_loader.pickled_values import PickleError
 from ramet.srt.model_loader.tensor_pickles import Bucket, BucketPart, read_tensors
 from ramet.srt.model_loader.tensor_stage import RankPart
 from ramet.srt.utils.net import host_identity
+from ramet.srt.utils.pickled_values import PickleError
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import dtype_name
 from ramet.srt.weights.update_messages import BroadcastTensors, LentTensors, PickledTensors, TensorsSource

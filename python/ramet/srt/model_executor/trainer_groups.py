@@ -45,6 +45,7 @@ class TrainerGroups:
         self._world_rank = world_rank
         self._device = device
         self._members: dict[str, tuple[int, Receiver]] = {}  # with the group's number, by its name
+        self._num_calls: dict[str, int] = {}  # in which something was received
         self._left: set[int] = set()  # numbers of groups that were left before they were joined
         self._lock = threading.Lock()
 
@@ -62,6 +63,7 @@ class TrainerGroups:
                 raise OSError(LEFT)
             _, old = self._members.get(step.name, (0, None))
             self._members[step.name] = step.number, receiver
+            self._num_calls[step.name] = 0
         if old is not None:
             old.close()
         # vLLM's have no name of their own on the way.
@@ -107,6 +109,7 @@ class TrainerGroups:
             raise ValueError(
                 f"there is no group {source.group!r} with a trainer, or none any more: it must be made first"
             )
+        self._check_call(source, receiver)
         broadcasts = expected_broadcasts(source)
         try:
             for broadcast in broadcasts:
@@ -116,6 +119,21 @@ class TrainerGroups:
                 for broadcast in broadcasts:
                     self._next(receiver, broadcast, source)
             raise
+
+    def _check_call(self, source: BroadcastTensors, receiver: Receiver) -> None:
+        """Leave the group, and raise OSError, if calls before were refused and what was sent in them is still to come.
+
+        It would be taken for what this one says: of the same size, and of an earlier step.
+        """
+        with self._lock:
+            missed = source.call - self._num_calls.get(source.group, 0) - 1 if source.call else 0
+            self._num_calls[source.group] = source.call
+        if missed:
+            self._forget(source.group, receiver)
+            raise OSError(
+                f"what a trainer may have sent with {missed} calls that were refused has not been received: the group "
+                f"{source.group!r} is left, and must be made again"
+            )
 
     def _next(self, receiver: Receiver, broadcast: list[Expected], source: BroadcastTensors) -> torch.Tensor:
         try:

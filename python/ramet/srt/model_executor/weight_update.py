@@ -27,7 +27,7 @@ from ramet.srt.model_executor.tensor_feeds import TensorFeeds
 from ramet.srt.model_executor.weight_delta import stage_delta
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
-from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps
+from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps, sample_files
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
 from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
@@ -41,6 +41,7 @@ from ramet.srt.weights.report import LoadReport, summarize
 from ramet.srt.weights.update_messages import (
     DeltaFile,
     DropWeightsReq,
+    FilesSource,
     InstanceSource,
     JoinGroupReq,
     LeaveGroupReq,
@@ -226,6 +227,7 @@ class RankVersions:
             seconds=time.perf_counter() - start,
             transfer_s=report.transfer_seconds,
             in_host_memory=stage.in_host_memory,
+            received=_mark_of(step.source, report),
         )
 
     def _keep(self, number: int, stage: WeightArena, report: LoadReport) -> None:
@@ -365,3 +367,13 @@ class RankVersions:
                 self.feeds.groups.leave(step.name, step.number)
             case _:
                 self.begin(step)
+
+
+def _mark_of(source: WeightSource, report: LoadReport) -> str:
+    """What must be the same on all ranks: each node reads files of its own, of which stamps tell little elsewhere."""
+    match source:
+        case DeltaFile():
+            return report.digest
+        case FilesSource():
+            return sample_files(resolve_model_path(source.path, source.revision))
+    return ""

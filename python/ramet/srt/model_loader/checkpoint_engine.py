@@ -20,9 +20,9 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ramet.srt.model_loader.pickled_values import Call, Name, PickleError, is_named, read_values
 from ramet.srt.model_loader.tensor_memory import CudaMemory, HeldBytes, PickledTensor
 from ramet.srt.model_loader.tensor_pickles import SIZE, read_handle
+from ramet.srt.utils.pickled_values import Call, Name, PickleError, is_named, read_values
 from ramet.srt.weights.manifest import DTYPE_BYTES, element_size
 
 END_GRACE_S = 5.0  # for the second None, which senders before 0.4 don't send
@@ -176,7 +176,7 @@ def _read_step(message: bytes) -> Any:
     """A list, or None. Raises PickleError if it is neither, GivenUpError if it is an exception."""
     value = read_values(io.BytesIO(message), _is_known)
     if isinstance(value, Call) and _is_exception(value.function):
-        words = " ".join(str(one) for one in value.args)
+        words = " ".join(str(one) for one in value.args if isinstance(one, str | int))
         raise GivenUpError(f"the sender has given up: {value.function.name}: {words[:500]}")
     return value
 

@@ -86,7 +86,7 @@ class CudaMemory:
     def _index(self) -> int:
         num_gpus = torch.cuda.device_count()
         if isinstance(self.device, int):
-            known = self.device if self.device < num_gpus else None
+            known = self.device if 0 <= self.device < num_gpus else None
         else:
             uuids = [str(torch.cuda.get_device_properties(index).uuid) for index in range(num_gpus)]
             known = uuids.index(self.device) if self.device in uuids else None

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ramet.srt.model_loader.pickled_values import Call, Name, PickleError, Reference, is_named, read_values
 from ramet.srt.model_loader.tensor_memory import CudaMemory, HeldBytes, Memory, PickledTensor, SharedMemory
+from ramet.srt.utils.pickled_values import Call, Name, PickleError, Reference, is_named, read_values
 from ramet.srt.weights.manifest import DTYPE_BYTES, element_size
 
 TYPED_STORAGES = {
@@ -157,7 +157,7 @@ def _read_old_file(payload: bytes) -> tuple[Any, Mapping[str, memoryview]]:
         raise PickleError("it is of another protocol, or from another kind of host")
     value = read_values(file, _is_known, has_references=True)
     keys = [_is(key, str) for key in _is(read_values(file, _is_known), list)]
-    sizes = _element_sizes(value, {})
+    sizes = _element_sizes(value)
     held, start = {}, file.tell()
     for key in keys:
         nbytes = int.from_bytes(payload[start : start + 8], "little") * sizes.get(key, 1)
@@ -168,15 +168,21 @@ def _read_old_file(payload: bytes) -> tuple[Any, Mapping[str, memoryview]]:
     return value, held
 
 
-def _element_sizes(value: Any, found: dict[str, int], depth: int = 0) -> dict[str, int]:
+def _element_sizes(value: Any) -> dict[str, int]:
     """Bytes of an element of all storages that a value refers to."""
-    if isinstance(value, Reference):
-        key, dtype, _ = _reference(value)
-        found[key] = element_size(dtype)
-    elif depth < MAX_DIMS:
-        inner = value.values() if isinstance(value, dict) else value.args if isinstance(value, Call) else value
-        for one in inner if isinstance(inner, tuple | list) or isinstance(value, dict) else ():
-            _element_sizes(one, found, depth + 1)
+    found: dict[str, int] = {}
+    left, seen = [value], {id(value)}
+    while left:  # each once: a few lists that hold each other many times have more paths than anybody can walk
+        one = left.pop()
+        if isinstance(one, Reference):
+            key, dtype, _ = _reference(one)
+            found[key] = element_size(dtype)
+            continue
+        inner = one.values() if isinstance(one, dict) else one.args if isinstance(one, Call) else one
+        for part in inner if isinstance(inner, tuple | list) or isinstance(one, dict) else ():
+            if id(part) not in seen:
+                seen.add(id(part))
+                left.append(part)
     return found
 
 
@@ -187,7 +193,7 @@ def _reference(value: Reference) -> tuple[str, str, int]:
         raise PickleError("it refers to what is no storage")
     dtype = TYPED_STORAGES.get(key[1].name)
     if dtype is None or key[3] != "cpu" or key[5:] not in ((), (None,)):
-        raise PickleError(f"it has a storage {key[1]} on {key[3]!r}, which can't be sent by value")
+        raise PickleError(f"it has a storage {key[1]} on {_words(key[3])}, which can't be sent by value")
     return _is(key[2], str), dtype, _natural(key[4])
 
 
@@ -336,4 +342,12 @@ def _is(value: Any, *kinds: Callable[..., Any]) -> Any:
 
 
 def _words(value: Any) -> str:
-    return str(value.function if isinstance(value, Call) else value)[:100]
+    """A value in a message: a container by its kind, as it may hold others, and those again, without end."""
+    match value:
+        case Call():
+            return str(value.function)
+        case str() | bytes():
+            return str(value[:100])
+        case bool() | int() | None | Name():
+            return str(value)
+    return f"a {type(value).__name__}"

@@ -2,7 +2,7 @@
 
 import msgspec
 
-OTHER_TENSORS = "the ranks were not sent the same tensors"
+OTHER_TENSORS = "the ranks were not sent the same tensors, or have not found the same files"
 
 
 class FileStamp(msgspec.Struct, frozen=True, array_like=True):
@@ -67,6 +67,7 @@ class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast
     shapes: list[list[int]]
     bucket_nbytes: int | None = None  # several in one broadcast, which ends with the tensor that exceeds so many bytes
     timeout_s: float = 300.0  # for each broadcast
+    call: int = 0  # which it is of those that a trainer has made since the group was made; 0: nobody counts
 
 
 class PickledTensors(msgspec.Struct, frozen=True, kw_only=True, tag="pickled_tensors"):
@@ -171,7 +172,7 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_reqs: int = 0  # that ran or waited at a switch
     in_host_memory: bool = False  # some of what was staged is in host memory, for want of room on a GPU
     lacks_memory: bool = False  # all that it has failed for
-    received: str = ""  # a digest of the tensors that have come to each of them
+    received: str = ""  # a digest of the tensors that have come to each of them, or of the files that it has found
 
 
 LongWeightStep = StageWeightsReq | PutTensorsReq | SealWeightsReq | OfferWeightsReq  # goes on beside passes

@@ -176,6 +176,7 @@ def make_trainer_group_router(instance: Instance) -> APIRouter:
         """Receive what the trainer broadcasts: into a session, or as an update of its own."""
         source = BroadcastTensors(
             group=body.group_name,
+            call=instance.trainer_groups.count_call(body.group_name),
             names=body.names,
             dtypes=_listed(body.names, body.dtypes, "dtypes", body.shapes),
             shapes=body.shapes,
@@ -232,6 +233,7 @@ def make_transfer_router(instance: Instance) -> APIRouter:
         packing: Packing = agreed[0] if info.packed is None else info
         source = BroadcastTensors(
             group=STATELESS,
+            call=instance.trainer_groups.count_call(STATELESS),
             names=info.names,
             dtypes=_listed(info.names, info.dtype_names, "update_info.dtype_names", info.shapes),
             shapes=info.shapes,

@@ -50,6 +50,7 @@ class EndBody(RequestBody):
     foreign: ClassVar[Table] = WEIGHT_UPDATE
 
     weight_version: Version | None = None
+    discard: bool | None = False  # serve nothing of what has come: the trainer has gone
 
 
 def make_weight_session_router(instance: Instance) -> APIRouter:
@@ -67,8 +68,15 @@ def make_weight_session_router(instance: Instance) -> APIRouter:
 
     @router.post("/end_weight_update", responses={200: {"model": WeightsChanged}})
     async def end_weight_update(body: EndBody | None = None) -> Response:
-        """Serve what has come since the session was opened, on top of what served."""
-        return await answer_update(instance.weight_sessions.end(body.weight_version if body is not None else None))
+        """Serve what has come since the session was opened, on top of what served; or forget it."""
+        body = body or EndBody()
+        if not body.discard:
+            return await answer_update(instance.weight_sessions.end(body.weight_version))
+        try:
+            await instance.weight_sessions.discard()
+        except (RequestError, ServiceError) as error:
+            return refusal(error)
+        return json_response({"success": True, "message": "nothing has come of the session"})
 
     @router.post("/update_weights_from_tensor", responses={200: {"model": TensorsTaken}})
     async def update_weights_from_tensor(body: FromTensorBody, request: Request) -> Response:
