@@ -20,7 +20,7 @@ def test_an_instance_that_quantises_takes_plain_files_and_no_others(
     def stop(*_args: object, **_options: object) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr("ramet.srt.entrypoints.instance.check_parallel_sizes", stop)
+    monkeypatch.setattr("ramet.srt.entrypoints.instance.ChildProcesses", stop)
     with pytest.raises(InterruptedError):
         instance.start()
     assert find_files(instance.model_config, str(new), None, None).model_path == str(new)
