@@ -50,7 +50,7 @@ EXTRAS = {
         "pytest-timeout>=2.3.1",
         "pytest-xdist>=3.8",
         "ruff>=0.9",
-        "triton>=3.4; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
+        "triton>=3.6; platform_system == 'Linux'",  # the kernels' tests run in its interpreter, without a GPU
         "transformers>=5.0",
         "types-requests>=2.31",
     ],

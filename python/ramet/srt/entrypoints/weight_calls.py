@@ -139,7 +139,7 @@ def versions_answer(instance: Instance) -> dict[str, Any]:
         {
             "weight_version": one.version,
             "origin": one.origin,
-            "is_serving": one is current,
+            "is_serving": one is current and not one.is_made_up,
             "since": one.since,
         }
         for one in (current, *control.kept)

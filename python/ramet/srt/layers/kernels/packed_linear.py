@@ -1,7 +1,7 @@
 """Owns products with weights of four and eight bits, which are brought to the type of x in registers.
 
-One kernel multiplies few and many rows, or those of experts, in matrix units; one a single row, bound by reading the
-weights. How weights are read is in packed_weights.py.
+One kernel multiplies few and many rows, or those of experts, in matrix units. How weights are read is in
+packed_weights.py; packed_gemv.py and packed_row.py multiply a single row with most of them.
 """
 
 import torch
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ramet.srt.layers.kernels.grouped_linear import find_tile, max_tiles
 from ramet.srt.layers.kernels.packed_weights import PackedArguments, weights_tile
-from ramet.srt.layers.kernels.runtime import can_launch_early, dot_precision, is_interpreted, next_power_of_2
+from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
 
 FEW_ROWS = 16  # of a group, on average
 # (rows, outputs, columns, warps, stages) of one program.
@@ -19,8 +19,6 @@ FEW_ROWS_TILE = (16, 64, 128, 4, 4)
 MANY_ROWS_TILE = (64, 128, 64, 4, 3)
 FLOAT32_TILE = (16, 32, 64, 4, 2)
 COLUMN_GROUPS_STAGES = 2  # where each column says its group: a stage holds a scale for each number
-ONE_ROW_TILE = (8, 512, 4)  # (outputs, columns, warps)
-INTERPRETED_ROW_TILE = (8, 64, 4)
 
 
 @triton.jit
@@ -125,85 +123,6 @@ def _grouped_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_mask & (outputs < num_rows)[None, :])
 
 
-@triton.jit
-def _row_kernel(
-    x_ptr,
-    out_ptr,
-    values_ptr,
-    scales_ptr,
-    outer_ptr,
-    zeros_ptr,
-    parts_ptr,
-    column_groups_ptr,
-    num_rows,
-    num_columns,
-    first_column,
-    group_columns,
-    value_row_stride,
-    value_column_stride,
-    scale_row_stride,
-    scale_column_stride,
-    zero_row_stride,
-    zero_column_stride,
-    NUMBERS: tl.constexpr,
-    BITS: tl.constexpr,
-    PACKS_ROWS: tl.constexpr,
-    AWQ: tl.constexpr,
-    SCALES: tl.constexpr,
-    OUTER: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_COLUMN_GROUPS: tl.constexpr,
-    ZERO_ONES: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One program makes BLOCK_OUTPUTS outputs of the only row."""
-    NUM: tl.constexpr = 32 // BITS
-    first_row = tl.program_id(0) * BLOCK_OUTPUTS
-    columns = tl.reshape(tl.arange(0, BLOCK_COLUMNS), (1, BLOCK_COLUMNS // NUM, NUM))
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    acc = tl.zeros([BLOCK_OUTPUTS, BLOCK_COLUMNS // NUM, NUM], tl.float32)
-    for first in range(0, num_columns, BLOCK_COLUMNS):
-        x = tl.load(x_ptr + first + columns, mask=first + columns < num_columns, other=0.0).to(tl.float32)
-        acc += x * weights_tile(
-            values_ptr,
-            scales_ptr,
-            outer_ptr,
-            zeros_ptr,
-            parts_ptr,
-            column_groups_ptr,
-            first_row,
-            first,
-            num_rows,
-            num_columns,
-            first_column,
-            group_columns,
-            value_row_stride,
-            value_column_stride,
-            scale_row_stride,
-            scale_column_stride,
-            zero_row_stride,
-            zero_column_stride,
-            NUMBERS,
-            BITS,
-            PACKS_ROWS,
-            AWQ,
-            SCALES,
-            OUTER,
-            HAS_ZEROS,
-            HAS_COLUMN_GROUPS,
-            ZERO_ONES,
-            BLOCK_OUTPUTS,
-            BLOCK_COLUMNS,
-        )
-    outputs = first_row + tl.arange(0, BLOCK_OUTPUTS)
-    out = tl.sum(tl.sum(acc, axis=2), axis=1)
-    tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=outputs < num_rows)
-
-
 def packed_linear(x: torch.Tensor, packed: PackedArguments, ends: torch.Tensor | None) -> torch.Tensor:
     """x W^T with the W of each row's group; see ramet.srt.layers.grouped_linear.
 
@@ -216,15 +135,6 @@ def packed_linear(x: torch.Tensor, packed: PackedArguments, ends: torch.Tensor |
     assert x.is_contiguous() and x.shape[1] == packed.sizes[1]
     out = torch.empty((num_rows, output_size), dtype=x.dtype, device=x.device)
     if num_rows == 0:
-        return out
-    if ends is None and num_rows == 1:
-        outputs, columns, num_warps = INTERPRETED_ROW_TILE if is_interpreted() else ONE_ROW_TILE
-        early = can_launch_early(x.device)
-        _row_kernel[(triton.cdiv(output_size, outputs),)](
-            x, out, *packed.pointers, *packed.sizes, *packed.strides, **packed.constants,
-            BLOCK_OUTPUTS=outputs, BLOCK_COLUMNS=columns, EARLY=early, num_warps=num_warps,
-            **({"launch_pdl": True} if early else {}),
-        )  # fmt: skip
         return out
     rows, outputs, columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
     if packed.constants["HAS_COLUMN_GROUPS"]:
