@@ -1,4 +1,4 @@
-"""A single row times weights of four bits on a GPU: in a graph, and the same numbers each time."""
+"""Few rows times weights of four bits on a GPU: in a graph, and the same numbers each time."""
 
 import packed_models as pm
 import pytest
@@ -74,3 +74,16 @@ def test_product(kind, num_outputs, num_columns, dtype, activation):
             out.fill_(float("nan"))
         graph.replay()
         assert all(torch.equal(out, first) for out in outs), "the order of the sums is always the same"
+
+
+@pytest.mark.parametrize("num_rows", [3, 16, 50])
+@pytest.mark.parametrize(("num_outputs", "num_columns"), [(6144, 4096), (1040, 1824)], ids=str)
+def test_few_rows_of_awq(num_rows, num_outputs, num_columns):
+    torch.manual_seed(0)
+    weight = random_weight(KINDS["awq"], num_outputs, num_columns)
+    x = torch.randn(num_rows, num_columns, device="cuda").bfloat16() / num_columns**0.5
+    bias = torch.randn(num_outputs, device="cuda").bfloat16()
+    expected = x.double() @ dequantize(weight, torch.float32).double().T + bias
+    y = project(x, weight, bias)
+    assert float((y.double() - expected).norm() / expected.norm()) < 5e-3
+    assert torch.equal(project(x, weight, bias), y)

@@ -6,7 +6,7 @@ import random_models as rm
 import torch
 from engine_harness import EngineHarness
 from lora_adapters import make_adapter, merge_adapter
-from ramet.srt.layers.lora import BLOCK_OUTPUTS, NO_SLOT, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes
+from ramet.srt.layers.lora import BLOCK_OUTPUTS, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes, sort_by_slot
 from ramet.srt.weights.manifest import WeightBox
 
 NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 70, 40
@@ -63,12 +63,12 @@ def test_kernels(device, token_slots, monkeypatch):
     from ramet.srt.layers.kernels import lora
 
     monkeypatch.setattr(lora, "MIN_SPLIT_COLUMNS", 16)  # several splits
-    slots, products = make_layer(device, LoraTokens(0, device))
+    slots, products = make_layer(device, LoraTokens(0, NUM_SLOTS, device))
     x, y = random_pass(len(token_slots))
     expected = expect(x, y, token_slots, products)
-    indices = torch.tensor(token_slots, dtype=torch.int32, device=device)
+    by_slot = torch.from_numpy(sort_by_slot(np.array(token_slots), NUM_SLOTS)).to(device)
     x, y = x.to(device), y.to(device)
-    lora.add_adapters(x, y, indices, slots.a, slots.b, slots.scales, slots.blocks, BLOCK_OUTPUTS)
+    lora.add_adapters(x, y, by_slot, slots.a, slots.b, slots.scales, slots.blocks, BLOCK_OUTPUTS)
     torch.testing.assert_close(y.cpu(), expected, atol=1e-4, rtol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_an_engine_whose_layers_take_the_kernels(device, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("token_slots", CASES.values(), ids=CASES)
 def test_on_cpus(token_slots):
-    tokens = LoraTokens(0, torch.device("cpu"))
+    tokens = LoraTokens(0, NUM_SLOTS, torch.device("cpu"))
     slots, products = make_layer(torch.device("cpu"), tokens)
     x, y = random_pass(len(token_slots))
     expected = expect(x, y, token_slots, products)
@@ -112,7 +112,7 @@ def test_on_cpus(token_slots):
 
 def test_a_slot_is_taken_by_another_adapter():
     """Nothing of the one before is left: of its larger rank, and of a part that the new one has nothing for."""
-    tokens = LoraTokens(0, torch.device("cpu"))
+    tokens = LoraTokens(0, NUM_SLOTS, torch.device("cpu"))
     slots, _ = make_layer(torch.device("cpu"), tokens)
     x, y = random_pass(2)
     tokens.begin(np.array([0, 0], dtype=np.int32))
@@ -126,13 +126,16 @@ def test_a_slot_is_taken_by_another_adapter():
 
 
 def test_captured_passes_read_what_is_staged():
-    tokens = LoraTokens(4, torch.device("cpu"))
+    tokens = LoraTokens(4, NUM_SLOTS, torch.device("cpu"))
     tokens.begin_capture()
-    address = tokens.slots.data_ptr()
-    tokens.stage(np.array([1, 2], dtype=np.int32))
-    assert tokens.slots.tolist() == [1, 2, NO_SLOT, NO_SLOT]
+    address = tokens.by_slot.data_ptr()
+    tokens.begin(np.array([2, 0, 1, 2, 0, 0, 1], dtype=np.int32))  # a longer pass, which is not captured
+    tokens.stage(np.array([2, -1, 1, 2, 0, 0], dtype=np.int32))  # padded with tokens that are none
+    tokens.begin_capture()
+    starts, order = tokens.by_slot[: NUM_SLOTS + 1].tolist(), tokens.by_slot[NUM_SLOTS + 1 :].tolist()
+    assert starts == [1, 1, 2, 4] and order == [1, 2, 0, 3]
     tokens.stage(None)
-    assert tokens.slots.tolist() == [NO_SLOT] * 4 and tokens.slots.data_ptr() == address
+    assert not tokens.by_slot[: NUM_SLOTS + 1].any() and tokens.by_slot.data_ptr() == address
 
 
 def test_parts_of_a_fused_layer():
@@ -145,5 +148,5 @@ def test_parts_of_a_fused_layer():
     first, second = parts_of(boxes)
     assert (first.name, first.rows, first.outputs) == ("x.qkv", ((0, 8), (16, 20)), ((0, 8), (8, 12)))
     assert (second.name, second.num_rows) == ("x.gate", 2)
-    slots = LoraSlots([first, second], 2, 3, torch.float32, torch.device("cpu"), LoraTokens(0, torch.device("cpu")))
+    slots = LoraSlots([first, second], 2, 3, torch.float32, torch.device("cpu"), LoraTokens(0, 2, torch.device("cpu")))
     assert slots_nbytes([first, second], 2, 3, 4) == slots.a.nbytes + slots.b.nbytes

@@ -1,4 +1,4 @@
-"""The kernel for a single row and words that lie one output after the other, against what the numbers stand for."""
+"""The kernels for few rows and words that lie one output after the other, against what the numbers stand for."""
 
 import packed_models as pm
 import pytest
@@ -23,12 +23,14 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(16, 32), (32, 256), (80, 176)]
 
 
-def check(device, kind, shape, dtype=torch.float32, *, columns=None, has_bias=False, activation="", scale=1.0):
+def check(
+    device, kind, shape, dtype=torch.float32, *, columns=None, num_rows=1, has_bias=False, activation="", scale=1.0
+):
     generator = torch.Generator().manual_seed(0)
     weight, plain = make_weight(KINDS[kind], [torch.randn(shape, generator=generator)], columns)
     weight, plain = on_device(weight[0], device), plain[0].to(device)
     assert takes_packed_row(weight)
-    x = (torch.randn(1, plain.shape[1], generator=generator) * scale).to(device, dtype)
+    x = (torch.randn(num_rows, plain.shape[1], generator=generator) * scale).to(device, dtype)
     bias = torch.randn(shape[0], generator=generator).to(device, dtype) if has_bias else None
     expected = torch.nn.functional.linear(x.float(), plain, None if bias is None else bias.float())
     if activation:
@@ -67,6 +69,12 @@ def test_gated(device, kind, shape, has_bias):
 @pytest.mark.parametrize("kind", ["awq", "gptq", "gptq of 8 bits"])
 def test_a_rank_that_begins_within_a_group(device, kind):
     check(device, kind, (16, 224), columns=(56, 224))
+
+
+@pytest.mark.parametrize("num_rows", [2, 21])
+@pytest.mark.parametrize("kind", ["awq", "awq in groups of 32"])
+def test_few_rows(device, kind, num_rows):
+    check(device, kind, (80, 176), num_rows=num_rows, has_bias=True)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e6])

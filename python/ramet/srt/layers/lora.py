@@ -28,10 +28,13 @@ class LoraTokens:
         num_captured: tokens that a captured pass has at most; 0: none is captured.
     """
 
-    def __init__(self, num_captured: int, device: torch.device):
-        self._fixed = torch.full((num_captured,), NO_SLOT, dtype=torch.int32, device=device)
+    def __init__(self, num_captured: int, num_slots: int, device: torch.device):
+        self._num_slots = num_slots
+        self._fixed = torch.zeros(num_slots + 1 + num_captured, dtype=torch.int32, device=device)
         self._device = device
-        self.slots = self._fixed  # int32 [at least num_tokens]
+        # int32: where the tokens of each slot begin in what follows, and where the last ones end; then at least all
+        # tokens of the pass, sorted by their slots.
+        self.by_slot = self._fixed
         self.groups: list[tuple[int, torch.Tensor | None]] = []  # on CPUs: a slot, and its tokens; None: all of them
         self.is_empty = True  # no token has a slot
 
@@ -51,20 +54,37 @@ class LoraTokens:
             self.groups = [
                 (slot, None if is_alone else torch.from_numpy(np.flatnonzero(slots == slot))) for slot in present
             ]
-        self.slots = to_device(slots, torch.int32, self._device)
+        self.by_slot = to_device(sort_by_slot(slots, self._num_slots), torch.int32, self._device)
 
     def begin_capture(self) -> None:
         """A pass begins that is captured: it reads what `stage` has put there before each replay."""
         self.is_empty = False
-        self.slots = self._fixed
+        self.by_slot = self._fixed
 
     def stage(self, slots: np.ndarray | None) -> None:
         """Put the slots of the next replay's tokens where captured passes read them; those behind them get none."""
-        num_tokens = len(self._fixed)
-        padded = np.full(num_tokens, NO_SLOT, dtype=np.int32)
+        padded = np.zeros(len(self._fixed), dtype=np.int32)
         if slots is not None:
-            padded[: len(slots)] = slots[:num_tokens]
+            num_captured = len(padded) - self._num_slots - 1
+            by_slot = sort_by_slot(slots[:num_captured], self._num_slots)
+            padded[: len(by_slot)] = by_slot
         self._fixed.copy_(to_device(padded, torch.int32, self._device))
+
+    @property
+    def num_tokens(self) -> int:
+        """The most that the pass may have."""
+        return len(self.by_slot) - self._num_slots - 1
+
+
+def sort_by_slot(slots: np.ndarray, num_slots: int) -> np.ndarray:
+    """See LoraTokens.by_slot.
+
+    Args:
+        slots: int32 [num_tokens], NO_SLOT or below num_slots.
+    """
+    order = np.argsort(slots, kind="stable")
+    starts = np.searchsorted(slots[order], np.arange(num_slots + 1))
+    return np.concatenate([starts, order]).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -166,9 +186,10 @@ class LoraSlots:
         if use_kernels(x):
             from ramet.srt.layers.kernels.lora import add_adapters
 
-            slots = self._tokens.slots[: x.shape[0]]
-            assert len(slots) == len(x), "rows of another pass than the one that has begun"
-            add_adapters(x.contiguous(), y, slots, self.a, self.b, self.scales, self.blocks, BLOCK_OUTPUTS)
+            assert len(x) <= self._tokens.num_tokens, "rows of another pass than the one that has begun"
+            add_adapters(
+                x.contiguous(), y, self._tokens.by_slot, self.a, self.b, self.scales, self.blocks, BLOCK_OUTPUTS
+            )
             return y
         for slot, tokens in self._tokens.groups:
             self._add_slot(slot, x if tokens is None else x[tokens], y, tokens)

@@ -16,7 +16,7 @@ from ramet.srt.layers.fp8_matmul import (
 from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.packed import MOST_ROWS, packed_linear, packed_row, takes_packed_row
+from ramet.srt.layers.quantization.packed import most_rows, packed_row, packed_rows, takes_packed_row
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 
@@ -91,12 +91,11 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         return fp8_linear(x, weight, bias)
     is_packed = weight.format.numbers != "e4m3"
     has_row_scales = weight.format.multiplies_fp8 and not weight.format.has_blocks
-    if has_row_scales or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > MOST_ROWS):
+    if has_row_scales or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > most_rows(weight)):
         # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
         return project(x, dequantize(weight, x.dtype), bias)
     if is_packed:
-        y = packed_linear(x.contiguous(), weight.as_stack(), None)
-    else:
-        ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
-        y = multiply_as_it_is(x.contiguous(), weight.as_stack(), ends)
+        return packed_rows(x.contiguous(), weight, bias)
+    ends = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+    y = multiply_as_it_is(x.contiguous(), weight.as_stack(), ends)
     return y if bias is None else y + bias

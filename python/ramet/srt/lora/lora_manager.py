@@ -129,9 +129,9 @@ class LoraManager:
             num_captured: see LoraTokens.
         """
         config, device = self._config, self._device
-        self.tokens = self._attention_tokens = LoraTokens(num_captured, device)
+        self.tokens = self._attention_tokens = LoraTokens(num_captured, config.max_loras_per_batch, device)
         if self._parallel.attn_dp_size > 1:
-            self._attention_tokens = LoraTokens(num_captured, device)
+            self._attention_tokens = LoraTokens(num_captured, config.max_loras_per_batch, device)
         for layer, parts in self._layers.items():
             tokens = self._attention_tokens if layer in self._of_attention else self.tokens
             layer.lora = LoraSlots(parts, config.max_loras_per_batch, config.max_lora_rank, self._dtype, device, tokens)

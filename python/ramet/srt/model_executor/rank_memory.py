@@ -107,13 +107,16 @@ class RankMemory:
         return self._arena.manifest.parallel.world_rank
 
     def _resume(self, step: ResumeMemoryReq) -> Moved:
-        if "kv_cache" in step.tags:
+        begun = time.perf_counter()
+        if "kv_cache" in step.tags and self._kv_pool.is_put_away:
             self._kv_pool.take_back()
+            logger.info("rank %d: the KV cache is back after %.3f s", self._rank, time.perf_counter() - begun)
         if "weights" not in step.tags or not self._arena.is_put_away:
             return Moved(0)
         report = self._wake_weights(step.sources)
         self._arena.drop_copy(keeps_room=self._keeps_room)
-        logger.info("rank %d: the weights are back, %s", self._rank, summarize(report))
+        seconds = time.perf_counter() - begun
+        logger.info("rank %d: the weights are back after %.3f s, %s", self._rank, seconds, summarize(report))
         return Moved(report.num_bytes, report.source)
 
     def _wake_weights(self, sources: list[WakeSource]) -> LoadReport:

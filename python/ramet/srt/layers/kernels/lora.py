@@ -1,7 +1,7 @@
 """Owns what adapters add to a linear layer's output, where each token of a pass may have another adapter or none.
 
-Which slot a token takes is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for a
-block of tokens and one slot, and ends at once where no token of the block takes it.
+Which tokens take a slot is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for one
+slot and a block of its tokens, and ends at once where it has not so many.
 """
 
 import torch
@@ -17,11 +17,22 @@ MIN_DOT, MAX_RANKS = 16, 64  # rows of A that one program takes: at least what a
 MAX_TILE_BYTES = 8192  # of A
 
 
+@triton.jit
+def _tokens_of(by_slot_ptr, slot, num_slots, BLOCK_TOKENS: tl.constexpr):
+    """A block of a slot's tokens, which of them there are, and whether there is one."""
+    first = tl.load(by_slot_ptr + slot) + tl.program_id(0) * BLOCK_TOKENS
+    stop = tl.load(by_slot_ptr + slot + 1)
+    places = first + tl.arange(0, BLOCK_TOKENS)
+    is_mine = places < stop
+    tokens = tl.load(by_slot_ptr + num_slots + 1 + places, mask=is_mine, other=0)
+    return tokens.to(tl.int64), is_mine, first < stop
+
+
 # Passes of many sizes are captured: none may find that its size needs a kernel of its own.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _shrink_kernel(
     x_ptr,
-    slots_ptr,
+    by_slot_ptr,
     a_ptr,
     scales_ptr,
     inner_ptr,
@@ -45,12 +56,10 @@ def _shrink_kernel(
     part = tl.program_id(1) % num_parts
     split = tl.program_id(1) // num_parts % num_splits
     first_rank = tl.program_id(1) // num_parts // num_splits * BLOCK_RANK
-    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    is_mine = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1) == slot
+    tokens, is_mine, has_tokens = _tokens_of(by_slot_ptr, slot, tl.num_programs(2), BLOCK_TOKENS)
     scale = tl.load(scales_ptr + slot * num_parts + part)
-    if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
+    if (not has_tokens) | (scale == 0.0):
         return
-    tokens = tokens.to(tl.int64)
     ranks = first_rank + tl.arange(0, BLOCK_RANK)
     rank_mask = ranks < rank
     columns = tl.arange(0, BLOCK_COLUMNS)
@@ -72,7 +81,7 @@ def _shrink_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_kernel(
     inner_ptr,
-    slots_ptr,
+    by_slot_ptr,
     b_ptr,
     scales_ptr,
     blocks_ptr,
@@ -95,12 +104,10 @@ def _expand_kernel(
     slot = tl.program_id(2)
     block_ptr = blocks_ptr + 3 * tl.program_id(1)
     part = tl.load(block_ptr)
-    tokens = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    is_mine = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=-1) == slot
+    tokens, is_mine, has_tokens = _tokens_of(by_slot_ptr, slot, tl.num_programs(2), BLOCK_TOKENS)
     scale = tl.load(scales_ptr + slot * num_parts + part)
-    if (tl.max(is_mine.to(tl.int32), axis=0) == 0) | (scale == 0.0):
+    if (not has_tokens) | (scale == 0.0):
         return
-    tokens = tokens.to(tl.int64)
     outputs = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_OUTPUTS)
     output_mask = outputs < tl.load(block_ptr + 2)
     b_rows = slot.to(tl.int64) * num_outputs + outputs
@@ -125,7 +132,7 @@ def _expand_kernel(
 def add_adapters(
     x: torch.Tensor,
     y: torch.Tensor,
-    slots: torch.Tensor,
+    by_slot: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     scales: torch.Tensor,
@@ -137,7 +144,8 @@ def add_adapters(
     Args:
         x: [num_tokens, num_columns], contiguous.
         y: [num_tokens, num_outputs], contiguous.
-        slots: int32 [num_tokens]; below 0: nothing is added.
+        by_slot: int32: for each slot the place of its first token in what follows, and the end of the last slot's; then
+            tokens, sorted by slot. To tokens of no slot nothing is added.
         a: [num_slots, num_parts, rank, num_columns], contiguous.
         b: [num_slots, num_outputs, rank], contiguous.
         scales: float32 [num_slots, num_parts]; where it is 0 nothing is added.
@@ -162,7 +170,7 @@ def add_adapters(
     launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
     _shrink_kernel[(num_blocks, num_parts * num_splits * triton.cdiv(rank, block_rank), num_slots)](
         x,
-        slots,
+        by_slot,
         a,
         scales,
         inner,
@@ -180,7 +188,7 @@ def add_adapters(
     )
     _expand_kernel[(num_blocks, len(blocks), num_slots)](
         inner,
-        slots,
+        by_slot,
         b,
         scales,
         blocks,

@@ -1,8 +1,8 @@
 """Owns the product of one row with a matrix whose words hold columns: a decode pass of one request, bound by reading.
 
-That is compressed-tensors' integers, MXFP4 and NVFP4; packed_row.py has the formats whose words lie one output after
-the other. Numbers are used where their bits are, as float32 values far below one: conversions of integers would take
-longer than reading the weights.
+That is compressed-tensors' integers, MXFP4 and NVFP4; packed_row.py and awq_rows.py have the formats whose words lie
+one output after the other. Numbers are used where their bits are, as float32 values far below one: conversions of
+integers would take longer than reading the weights.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Owns products with weights of four and eight bits, which are brought to the type of x in registers.
 
 One kernel multiplies few and many rows, or those of experts, in matrix units. How weights are read is in
-packed_weights.py; packed_gemv.py and packed_row.py multiply a single row with most of them.
+packed_weights.py; packed_gemv.py, packed_row.py and awq_rows.py multiply few rows with most of them.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Owns the product of one row with integers in words that lie one output after the other (AWQ, GPTQ).
+"""Owns the product of one row with GPTQ's words, each of which holds columns of one output, and lies beside the next's.
 
 That is a decode pass of one request, bound by reading the weights. Columns are split over programs, the last of which
 adds up.
@@ -16,11 +16,8 @@ from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 # (words beside each other, runs of rows, rows of words in a run, those of them that are loaded before they are used,
 # warps, programs for a multiprocessor). A thread has words * runs / (32 * warps) words of a row, at most four.
 Tile = tuple[int, int, int, int, int, int]
-TILES: dict[bool, Tile] = {
-    True: (64, 4, 16, 8, 4, 4),
-    False: (128, 4, 8, 4, 4, 4),
-}  # by whether words hold outputs; measured on an H200
-INTERPRETED_TILES: dict[bool, Tile] = {True: (4, 8, 4, 2, 4, 1), False: (32, 8, 4, 2, 4, 1)}
+TILE: Tile = (128, 4, 8, 4, 4, 4)  # measured on an H200
+INTERPRETED_TILE: Tile = (32, 8, 4, 2, 4, 1)
 MOST_SPLITS = 32
 SPLITS_AT_ONCE = tl.constexpr(16)  # that are added up
 MOST_REGISTERS = 128  # of a thread; the compiler would take more, for loads that it moves ahead
@@ -72,45 +69,13 @@ def _load_x(x_ptr, columns, num_columns, IS_WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _add_word(
-    sums, word, x_ptr, x_sums, column, num_columns, BITS: tl.constexpr, PACKS_ROWS: tl.constexpr, IS_WHOLE: tl.constexpr
-):
-    """Add a row of words to the sums of x times number, and its x to their sum.
-
-    There is a sum for each place of AWQ's words; one in all for GPTQ's, in each of which are columns of one output.
-    """
-    new: tl.tuple = ()
-    total = sums[0]
+def _add_word(sums, word, x_ptr, x_sums, column, num_columns, BITS: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Add a row of words to the sums of x times number, and its x to their sum."""
     for place in tl.static_range(32 // BITS):
-        if place == 0 or not PACKS_ROWS:
-            x = _load_x(x_ptr, column + place, num_columns, IS_WHOLE)
-            x_sums += x
-        if PACKS_ROWS:
-            new += (sums[place] + x * X_UNIT * _numbers_at(word, place, BITS),)
-        else:
-            total += x * (X_UNIT * _place_unit(place, BITS)) * _numbers_at(word, place, BITS)
-    if not PACKS_ROWS:
-        new = (total,)
-    return new, x_sums
-
-
-@triton.jit
-def _outputs_of(sums, zeros, less_x, BITS: tl.constexpr, PACKS_ROWS: tl.constexpr):
-    """The sums for places, less those with zeros, as [runs, outputs].
-
-    AWQ has the outputs 0, 2, 4, 6, 1, 3, 5, 7 in a word. That it is one `fma` keeps the compiler from computing the sum
-    of x once more, for the threads that load GPTQ's zeros.
-    """
-    outs: tl.tuple = ()
-    for place in tl.static_range(32 // BITS if PACKS_ROWS else 1):
-        out = tl.fma(_numbers_at(zeros, place, BITS), less_x, sums[place])
-        outs += (out * _place_unit(place, BITS),)
-    out = outs[0]
-    if PACKS_ROWS:
-        even = tl.join(tl.join(outs[0], outs[2]), tl.join(outs[1], outs[3]))
-        odd = tl.join(tl.join(outs[4], outs[6]), tl.join(outs[5], outs[7]))
-        out = tl.reshape(tl.join(even, odd), (zeros.shape[0], zeros.shape[1] * 8))
-    return out
+        x = _load_x(x_ptr, column + place, num_columns, IS_WHOLE)
+        x_sums += x
+        sums += x * (X_UNIT * _place_unit(place, BITS)) * _numbers_at(word, place, BITS)
+    return sums, x_sums
 
 
 @triton.jit
@@ -119,7 +84,6 @@ def _sum_columns(
     values_ptr,
     scales_ptr,
     zeros_ptr,
-    word_outputs,
     outputs,
     first_output,
     first_row,
@@ -132,7 +96,6 @@ def _sum_columns(
     num_iterations,
     GROUP_COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
-    PACKS_ROWS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     RUNS: tl.constexpr,
@@ -141,41 +104,31 @@ def _sum_columns(
 ):
     """The outputs from `first_output` on for the program's columns."""
     NUM: tl.constexpr = 32 // BITS
-    PLACES: tl.constexpr = NUM if PACKS_ROWS else 1
-    ROW_COLUMNS: tl.constexpr = NUM // PLACES
-    num_word_rows = num_columns // ROW_COLUMNS
-    words_mask = (word_outputs < num_outputs // PLACES)[None, :]
+    num_word_rows = num_columns // NUM
     mask = (outputs < num_outputs)[None, :]
     totals = tl.zeros([RUNS, outputs.shape[0]], tl.float32)
     rows = (first_row + tl.arange(0, RUNS) * STEPS)[:, None]
     for _ in range(num_iterations):
-        ptrs = values_ptr + rows * value_stride + word_outputs[None, :]
-        words = _load_words(ptrs, rows, num_word_rows, words_mask, value_stride, 0, LOADS, IS_WHOLE)
-        groups = (first_column + rows * ROW_COLUMNS) // GROUP_COLUMNS
+        ptrs = values_ptr + rows * value_stride + outputs[None, :]
+        words = _load_words(ptrs, rows, num_word_rows, mask, value_stride, 0, LOADS, IS_WHOLE)
+        groups = (first_column + rows * NUM) // GROUP_COLUMNS
         scale_ptrs = scales_ptr + groups * scale_stride + (first_output + outputs)[None, :]
         scales = _load(scale_ptrs, (rows < num_word_rows) & mask, IS_WHOLE)
-        zero_words = first_output // NUM + (word_outputs if PACKS_ROWS else word_outputs // NUM)
-        zero_ptrs = zeros_ptr + groups * zero_stride + zero_words[None, :]
-        zeros = _load(zero_ptrs, (rows < num_word_rows) & words_mask, IS_WHOLE) + ZERO_ONES
-        if not PACKS_ROWS:
-            zeros = zeros >> ((first_output + word_outputs) % NUM * BITS)[None, :]
-        sums: tl.tuple = ()
-        for _ in tl.static_range(PLACES):
-            sums += (tl.zeros([RUNS, word_outputs.shape[0]], tl.float32),)
-        x_sums = tl.zeros([RUNS, word_outputs.shape[0]], tl.float32)  # alike for all words, and so computed once
+        zero_ptrs = zeros_ptr + groups * zero_stride + (first_output // NUM + outputs // NUM)[None, :]
+        zeros = _load(zero_ptrs, (rows < num_word_rows) & mask, IS_WHOLE) + ZERO_ONES
+        zeros = zeros >> ((first_output + outputs) % NUM * BITS)[None, :]
+        sums = tl.zeros([RUNS, outputs.shape[0]], tl.float32)
+        x_sums = tl.zeros([RUNS, outputs.shape[0]], tl.float32)  # alike for all outputs, and so computed once
         for first in tl.static_range(0, STEPS, LOADS):
             next_words = words
             if first + LOADS < STEPS:
-                next_words = _load_words(
-                    ptrs, rows, num_word_rows, words_mask, value_stride, first + LOADS, LOADS, IS_WHOLE
-                )
+                next_words = _load_words(ptrs, rows, num_word_rows, mask, value_stride, first + LOADS, LOADS, IS_WHOLE)
             for step in tl.static_range(LOADS):
-                column = (rows + first + step) * ROW_COLUMNS
-                sums, x_sums = _add_word(
-                    sums, words[step], x_ptr, x_sums, column, num_columns, BITS, PACKS_ROWS, IS_WHOLE
-                )
+                column = (rows + first + step) * NUM
+                sums, x_sums = _add_word(sums, words[step], x_ptr, x_sums, column, num_columns, BITS, IS_WHOLE)
             words = next_words
-        totals += scales * _outputs_of(sums, zeros, x_sums * -X_UNIT, BITS, PACKS_ROWS)
+        # One `fma` keeps the compiler from computing the sum of x once more, for the threads that load zeros.
+        totals += scales * tl.fma(_numbers_at(zeros, 0, BITS), x_sums * -X_UNIT, sums)
         rows += RUNS * STEPS
     return tl.sum(totals, axis=0) * OUT_UNIT
 
@@ -224,7 +177,6 @@ def _packed_row_kernel(
     num_splits,
     GROUP_COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
-    PACKS_ROWS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -244,32 +196,30 @@ def _packed_row_kernel(
     The first words go to the L2 cache before the wait for the kernel that makes x: nothing writes weights.
     """
     NUM: tl.constexpr = 32 // BITS
-    WORD_OUTPUTS: tl.constexpr = NUM if PACKS_ROWS else 1
     NUM_HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
     tile, part = tl.program_id(0), tl.program_id(1)
-    word_outputs = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
-    outputs = tile * (BLOCK_WORDS * WORD_OUTPUTS) + tl.arange(0, BLOCK_WORDS * WORD_OUTPUTS)
+    outputs = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     mask = outputs < num_outputs
     first_row = part * num_iterations * (RUNS * STEPS)
     if EARLY:
         _prefetch_words(
-            values_ptr, first_row, tile * BLOCK_WORDS, num_columns * WORD_OUTPUTS // NUM, num_outputs // WORD_OUTPUTS,
-            value_stride, RUNS * STEPS, BLOCK_WORDS,
+            values_ptr, first_row, tile * BLOCK_WORDS, num_columns // NUM, num_outputs, value_stride, RUNS * STEPS,
+            BLOCK_WORDS,
         )  # fmt: skip
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     out = _sum_columns(
-        x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, 0, first_row, num_outputs, num_columns,
-        first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS, PACKS_ROWS,
-        ZERO_ONES, IS_WHOLE, RUNS, STEPS, LOADS,
+        x_ptr, values_ptr, scales_ptr, zeros_ptr, outputs, 0, first_row, num_outputs, num_columns, first_column,
+        value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS, ZERO_ONES, IS_WHOLE, RUNS, STEPS,
+        LOADS,
     )  # fmt: skip
     up = out
     if NUM_HALVES == 2:
-        values_ptr += num_outputs // WORD_OUTPUTS
+        values_ptr += num_outputs
         up = _sum_columns(
-            x_ptr, values_ptr, scales_ptr, zeros_ptr, word_outputs, outputs, num_outputs, first_row, num_outputs,
-            num_columns, first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS,
-            PACKS_ROWS, ZERO_ONES, IS_WHOLE, RUNS, STEPS, LOADS,
+            x_ptr, values_ptr, scales_ptr, zeros_ptr, outputs, num_outputs, first_row, num_outputs, num_columns,
+            first_column, value_stride, scale_stride, zero_stride, num_iterations, GROUP_COLUMNS, BITS, ZERO_ONES,
+            IS_WHOLE, RUNS, STEPS, LOADS,
         )  # fmt: skip
     is_last = True
     if IS_SPLIT:
@@ -306,8 +256,7 @@ def packed_row(
     Returns:
         [1, num_outputs], or [1, num_outputs / 2].
     """
-    tiles = INTERPRETED_TILES if is_interpreted() else TILES
-    return launch_packed_row(x, packed, bias, activation, tiles[packed.constants["PACKS_ROWS"]])
+    return launch_packed_row(x, packed, bias, activation, INTERPRETED_TILE if is_interpreted() else TILE)
 
 
 def launch_packed_row(
@@ -316,14 +265,13 @@ def launch_packed_row(
     """The launch, with the tile that one program takes."""
     block_words, runs, steps, loads, num_warps, num_programs = tile
     num_matrix_outputs, num_columns, first_column, group_columns = packed.sizes
-    constants = {name: packed.constants[name] for name in ("BITS", "PACKS_ROWS", "ZERO_ONES")}
+    constants = {name: packed.constants[name] for name in ("BITS", "ZERO_ONES")}
     num = 32 // constants["BITS"]
-    word_outputs, row_columns = (num, 1) if constants["PACKS_ROWS"] else (1, num)
     num_outputs = num_matrix_outputs // 2 if activation else num_matrix_outputs
-    while group_columns % (steps * row_columns) or first_column % (steps * row_columns):
+    while group_columns % (steps * num) or first_column % (steps * num):
         steps //= 2
-    num_tiles = triton.cdiv(num_outputs, block_words * word_outputs)
-    num_blocks = triton.cdiv(num_columns, runs * steps * row_columns)
+    num_tiles = triton.cdiv(num_outputs, block_words)
+    num_blocks = triton.cdiv(num_columns, runs * steps * num)
     wanted = 1 if num_tiles > MAX_TILES else num_programs * num_multiprocessors(x.device) // num_tiles
     num_iterations = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks, MOST_SPLITS)))
     # Rather somewhat fewer splits than some columns that are not there: those would mask all loads.
@@ -341,8 +289,7 @@ def launch_packed_row(
         x, values, scales, zeros, x if bias is None else bias, out, partial, counts, num_outputs, num_columns,
         first_column, packed.strides[1], packed.strides[3], packed.strides[5], num_iterations,
         splits, GROUP_COLUMNS=group_columns, **constants, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        IS_WHOLE=num_outputs % (block_words * word_outputs) == 0
-        and num_columns == splits * num_iterations * runs * steps * row_columns,
+        IS_WHOLE=num_outputs % block_words == 0 and num_columns == splits * num_iterations * runs * steps * num,
         BLOCK_WORDS=block_words, RUNS=runs, STEPS=steps, LOADS=min(loads, steps), IS_SPLIT=splits > 1,
         EARLY=early, num_warps=num_warps, maxnreg=MOST_REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight
 if TYPE_CHECKING:
     from ramet.srt.layers.kernels.packed_weights import PackedArguments
 
-MOST_ROWS = 256  # multiplied from words; for more of them a matrix is dequantised once. Not measured yet
+MOST_TRANSPOSED_ROWS = 16  # that are multiplied from words; see `most_rows`
 MOST_NUMBERS = (1 << 31) - 1  # of a matrix, for kernels that count them in 32 bits
 
 
@@ -25,6 +25,30 @@ def fits_packed_kernel(weight: QuantizedWeight) -> bool:
     if weight.format.column_groups is not None or index.columns == WHOLE:
         return True
     return index.columns % num == index.first_column % num == 0
+
+
+def most_rows(weight: QuantizedWeight) -> int:
+    """Rows up to which multiplying words is faster than dequantising the matrix for a library's product.
+
+    Measured on an H200, with matrices of an 8 B model.
+    """
+    if not weight.format.values.is_transposed:
+        return 1
+    if weight.format.has_awq_order and takes_packed_row(weight):
+        from ramet.srt.layers.kernels.awq_rows import MAX_ROWS
+
+        return MAX_ROWS
+    return MOST_TRANSPOSED_ROWS
+
+
+def packed_rows(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b for a few rows."""
+    if weight.format.has_awq_order and takes_packed_row(weight):
+        from ramet.srt.layers.kernels.awq_rows import awq_rows
+
+        return awq_rows(x, _arguments(weight.as_stack()), bias)
+    y = packed_linear(x, weight.as_stack(), None)
+    return y if bias is None else y + bias
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor | None) -> torch.Tensor:
@@ -58,6 +82,10 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
         from ramet.srt.layers.kernels.packed_gemv import packed_gemv
 
         return packed_gemv(x, arguments, bias, activation)
+    if weight.format.has_awq_order:
+        from ramet.srt.layers.kernels.awq_rows import awq_rows
+
+        return awq_rows(x, arguments, bias, activation)
     from ramet.srt.layers.kernels.packed_row import packed_row
 
     return packed_row(x, arguments, bias, activation)

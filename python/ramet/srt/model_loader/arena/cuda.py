@@ -70,7 +70,7 @@ class CudaWeightArena(WeightArena):
         self._memory = kind(self.nbytes, self.torch_device)
         self.address = self._memory.buffer.data_ptr()
         self.stream = torch.cuda.Stream(self.torch_device, priority=-1)
-        self.spare: torch.Tensor | None = None  # of a stage: uint8, for what is on its way to the other side
+        self.spare: torch.Tensor | None = None  # of a stage in host memory: uint8, for what is on its way there
         self._copy: PinnedMemory | None = None  # room for one
         self._has_copy = False
 
@@ -207,7 +207,10 @@ class CudaWeightArena(WeightArena):
                 f"GPU {self.gpu_id} has no room for other weights of rank {manifest.parallel.world_rank} beside those "
                 f"that serve (lower --mem-fraction-static), and the host has none either: {error}"
             ) from error
-        stage.spare = torch.empty(min(EXCHANGED_NBYTES, self.nbytes), dtype=torch.uint8, device=self.torch_device)
+        if stage.in_host_memory:
+            stage.spare = torch.empty(min(EXCHANGED_NBYTES, self.nbytes), dtype=torch.uint8, device=self.torch_device)
+        else:
+            stage.prepare_swap()
         return stage
 
     def exchange(self, staged: WeightArena) -> None:
@@ -222,7 +225,13 @@ class CudaWeightArena(WeightArena):
         super().exchange(staged)
 
     def _exchange_bytes(self, staged: "CudaWeightArena") -> None:
-        assert staged.spare is not None
+        if staged.spare is None:
+            from ramet.srt.model_loader.arena.cuda_swap import swap
+
+            with torch.cuda.device(self.torch_device):
+                swap(self.buffer, staged.buffer)
+            self.synchronize()
+            return
         pairs = zip(self.buffer.split(EXCHANGED_NBYTES), staged.buffer.split(EXCHANGED_NBYTES), strict=True)
         for mine, theirs in pairs:
             kept = staged.spare[: len(mine)]
@@ -230,6 +239,14 @@ class CudaWeightArena(WeightArena):
             mine.copy_(theirs)
             theirs.copy_(kept)
         self.synchronize()
+
+    def prepare_swap(self) -> None:
+        """Have the kernel compiled and loaded while passes go on, by exchanging two parts of what nobody has filled."""
+        from ramet.srt.model_loader.arena.cuda_swap import BLOCK_NBYTES, swap  # needs triton
+
+        with torch.cuda.device(self.torch_device), self.work_context():
+            swap(self.buffer[:BLOCK_NBYTES], self.buffer[BLOCK_NBYTES : 2 * BLOCK_NBYTES])
+        self.stream.synchronize()
 
     def share(self) -> LentMemory | LentFile:
         self._require_memory()

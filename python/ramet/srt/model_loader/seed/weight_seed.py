@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 # Started for an offer that is still to be made, by host and rank; None where Mooncake is not installed, and needn't be.
 _prepared: dict[tuple[str, int], TransportProcess | None] = {}
+_is_missing = False  # whether Mooncake is known not to be installed: nothing changes that while this process lives
 
 
 class WeightSeed:
@@ -185,11 +186,15 @@ def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> Mem
 
 def _start_process(host: str, rank: int, network: str, gpu_id: int) -> TransportProcess | None:
     """None if Mooncake is not installed, and needn't be. Raises WeightTransferError if it can't be started."""
+    global _is_missing
+    if _is_missing and network != REQUIRED:
+        return None
     try:
         return start_offering_process(host, rank, gpu_id)
     except TransportMissingError as error:
         if network == REQUIRED:
             raise
+        _is_missing = True
         logger.warning("rank %d: weights are offered without a transfer engine: %s", rank, error.cause)
         return None
 
