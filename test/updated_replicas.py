@@ -85,9 +85,6 @@ class Replicas:
     def open_for_weights(self) -> None:
         self.events.append("open")
 
-    def begin_to_serve(self) -> None:
-        self.events.append("begin")
-
     def end(self, line: str) -> None:
         self.ended = line
 

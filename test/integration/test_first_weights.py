@@ -25,7 +25,9 @@ def test_nothing_is_served_before_the_first_weights(tmp_path):
     flags = (FLAG, "--load-format", "dummy", "--tp-size", "2", SEED, *SMALL)
     with ServerProcess(bare, tmp_path / "log", *flags, fake=False) as server, Trainer() as trainer:
         wait_until(lambda: server.status(f"{server.url}/ready") == 503 and "no weights" in said(server), "the start")
-        assert httpx.get(f"{server.url}/health").status_code == 503 and versions(server) == []
+        for path in ("/health", "/ping", "/health_generate"):
+            assert httpx.get(f"{server.url}{path}").json() == {"status": "awaiting_weights"}
+        assert versions(server) == []
         answer = post(server, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
         assert answer.status_code == 503 and "no weights have come yet" in answer.text
         assert httpx.get(f"{server.url}/remote_instance_transfer_engine_info?rank=0").status_code == 503
@@ -34,10 +36,11 @@ def test_nothing_is_served_before_the_first_weights(tmp_path):
         trainer.lend(half, list(sockets.values()), 1 << 19)
         answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets)
         assert answer.status_code == 400 and "nothing serves that could stay" in answer.text
-        assert trainer.wait() == "done" and httpx.get(f"{server.url}/health").status_code == 503
+        assert trainer.wait() == "done" and server.status(f"{server.url}/ready") == 503
         trainer.lend(whole, list(sockets.values()), 1 << 19)
         answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets, weight_version="first")
         assert answer.status_code == 200, answer.text
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
         assert httpx.get(f"{server.url}/ready").status_code == 200 and tokens(server) == case.tokens["new"]
         assert versions(server) == [("first", True)]
         assert post(server, "/rollback_weights").status_code == 400

@@ -52,7 +52,7 @@ def test_requests_wait_for_it_to_wake_and_others_go_elsewhere(case, server):
     stream = Background(server.url, input_ids=PROMPT, sampling_params=LONG)
     stream.begun.wait(30)
     fall_asleep(server)
-    assert get(server, "/is_sleeping").json() == {"is_sleeping": True, "tags": ["weights", "kv_cache", "cuda_graph"]}
+    assert get(server, "/is_sleeping").json() == {"is_sleeping": True, "tags": ["weights", "kv_cache"]}
     assert get(server, "/ready").status_code == 503 and "asleep" in get(server, "/ready").text
     for path in ("/health", "/health_generate", "/ping"):
         assert get(server, path).json() == {"status": "asleep"}
@@ -87,7 +87,7 @@ def test_vllms_routes_refuse_requests_and_wake_in_parts(case, server):
     answer = post(server, "/generate", input_ids=PROMPT, sampling_params=GREEDY)
     assert answer.status_code == 503 and "asleep" in answer.text
     answer = httpx.post(f"{server.url}/wake_up?tags=weights&tags=scheduling").json()
-    assert answer["status"] == "sleeping" and answer["missing"] == ["kv_cache", "cuda_graph"]
+    assert answer["status"] == "sleeping" and answer["missing"] == ["kv_cache"]
     assert answer["source"] == "host_memory"
     answer = httpx.post(f"{server.url}/wake_up").json()
     assert answer["status"] == "awake" and answer["tags"] is None and not answer["missing"]
@@ -95,8 +95,7 @@ def test_vllms_routes_refuse_requests_and_wake_in_parts(case, server):
 
     assert httpx.post(f"{server.url}/sleep?level=2&mode=wait").json()["status"] == "sleeping"
     answer = update(server, case.models["new"], weight_version="new")
-    assert versions(server) == [("new", True)] and get(server, "/is_sleeping").json()["tags"] == [
-        "kv_cache", "cuda_graph"]  # fmt: skip
+    assert versions(server) == [("new", True)] and get(server, "/is_sleeping").json()["tags"] == ["kv_cache"]
     assert get(server, "/remote_instance_transfer_engine_info?rank=0").status_code == 409
     assert httpx.post(f"{server.url}/wake_up").json()["status"] == "awake"
     assert tokens(server) == case.tokens["new"]

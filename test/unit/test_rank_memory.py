@@ -59,7 +59,7 @@ def test_tags_come_and_go_one_by_one(sleeper):
     sleeper.release("weights")
     assert sleeper.arena.is_put_away
     assert sleeper.resume("kv_cache").success and not pool.is_put_away and sleeper.arena.is_put_away
-    assert sleeper.release("cuda_graph").num_bytes == 0
+    assert sleeper.release("weights").num_bytes == 0
 
 
 def test_a_copy_in_host_memory_is_nearest_and_is_compared_too(sleeper):

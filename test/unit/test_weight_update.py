@@ -1,5 +1,6 @@
 """Weights of a replica of one rank that change: staged, verified, switched, back again; and whatever may go wrong."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import random_models as rm
 import torch
 from ramet.srt.managers.scheduler_loop import LOAD_POLL_S
 from ramet.srt.model_executor import weight_update
+from ramet.srt.model_executor.weight_update import StagedWeights
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.utils import host_memory
@@ -281,3 +283,56 @@ def test_a_head_of_its_own_does_not_fit_a_tied_model(tmp_path: Path) -> None:
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
     reply = Updated(folders[0]).stage(folders[1])
     assert not reply.success and "holds an output head of its own" in reply.message
+
+
+class SlowToFree:
+    """Stands in for pinned memory, which takes its time."""
+
+    def __init__(self) -> None:
+        self.may_go, self.has_gone = threading.Event(), threading.Event()
+
+    def make(self) -> StagedWeights:
+        """Weights that are gone once they may go; this object has no part in them."""
+
+        may_go, has_gone = self.may_go, self.has_gone
+
+        class Arena:
+            def __del__(self) -> None:
+                may_go.wait(30)
+                has_gone.set()
+
+        arena: Any = Arena()
+        report: Any = None
+        return StagedWeights(arena, report)
+
+
+def test_passes_go_on_while_dropped_memory_is_freed_and_the_next_step_waits_for_it(
+    updated: Updated, models: dict[str, Path], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowToFree()
+    updated.versions._staged[1] = slow.make()
+    assert updated.ask(DropWeightsReq(request_id="drop", number=1)).success
+    assert updated.tokens() == expected["old"] and not slow.has_gone.is_set()
+    monkeypatch.setattr(weight_update, "FREE_TIMEOUT_S", 0.05)
+    reply = updated.stage(models["new"], number=2)
+    assert not reply.success and not reply.lacks_memory and "dropped is not free after 0.05 s" in reply.message
+    monkeypatch.setattr(weight_update, "FREE_TIMEOUT_S", 30.0)
+    timer = threading.Timer(0.2, slow.may_go.set)
+    timer.start()
+    assert updated.stage(models["new"], number=2).success and slow.has_gone.is_set()
+    assert updated.ask(DropWeightsReq(request_id="drop", number=2)).success
+    updated.versions._dropped_memory.wait(30)
+
+
+def test_what_is_dropped_is_free_without_a_collection(updated: Updated, models: dict[str, Path]) -> None:
+    """Nothing else holds it: its memory file is closed when the drop has been done."""
+    updated.stage(models["new"])
+    fd = updated.versions._staged[1].arena.own_fd  # type: ignore[attr-defined]
+    assert "ramet-weights" in os.readlink(f"/proc/self/fd/{fd}")
+    gc.disable()
+    try:
+        updated.ask(DropWeightsReq(request_id="drop", number=1))
+        updated.versions._dropped_memory.wait(30)
+        assert not os.path.exists(f"/proc/self/fd/{fd}")
+    finally:
+        gc.enable()

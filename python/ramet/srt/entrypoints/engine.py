@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE
 from ramet.srt.entrypoints.encode_request import answer_encode
-from ramet.srt.entrypoints.engine_weights import EngineWeights
+from ramet.srt.entrypoints.engine_tensors import EngineTensors
 from ramet.srt.entrypoints.generate_request import GenerateReqInput, Output, answer_request, stream_request
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.instance_info import server_info
@@ -36,7 +36,7 @@ STREAM_END = None
 ENDED = "the engine has been shut down"
 
 
-class Engine(EngineWeights):
+class Engine(EngineTensors):
     """One instance in this program. Takes every field of ServerArgs; the HTTP ones have no meaning here.
 
     Usable as a context manager. What is still running when the program ends is ended with it.

@@ -8,17 +8,20 @@ from ramet.srt.entrypoints.generate_request import Output
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.weight_calls import (
     RollbackBody,
+    UpdateDeltaBody,
     UpdateFromDiskBody,
     UpdateFromInstanceBody,
     roll_back,
     update_answer,
+    update_by_delta,
     update_from_disk,
     update_from_instance,
     versions_answer,
 )
 from ramet.srt.managers.io_struct import PauseMode
 from ramet.srt.managers.pause_control import SleepMode
-from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryTag
+from ramet.srt.server_args import ServerArgs
+from ramet.srt.weights.memory_messages import ASKED_TAGS, AskedTag
 
 Result = TypeVar("Result")
 PAUSE_MODES = ("abort", "retract", "in_place")
@@ -27,6 +30,8 @@ SLEEP_MODES = ("abort", "wait", "keep")
 
 class EngineWeights(ABC):
     """What an Engine can do beside answering requests. Failures are errors with the reason, as of `generate`."""
+
+    server_args: ServerArgs
 
     def update_weights_from_disk(self, model_path: str, load_format: str | None = None, **options: Any) -> Output:
         """Serve other weights of the same model, from files; requests go on while they are read.
@@ -58,6 +63,19 @@ class EngineWeights(ABC):
         """
         body = UpdateFromInstanceBody.make(address=address, **options)
         return update_answer(self._call(lambda instance: update_from_instance(instance, body)))
+
+    def update_weights_delta(self, path: str, base_version: str | None = None, **options: Any) -> Output:
+        """Serve what serves with some changes, from a file that says what it belongs on and what it makes.
+
+        Args:
+            path: of the delta, as ramet.srt.model_loader.delta_writer writes it.
+            base_version: the name of what must serve; what it holds is compared in any case.
+            options: the other fields of /update_weights_delta: weight_version, weights_digest, abort_all_requests, …
+
+        Returns and raises as `update_weights_from_disk`.
+        """
+        body = UpdateDeltaBody.make(path=path, base_version=base_version, **options)
+        return update_answer(self._call(lambda instance: update_by_delta(instance, body)))
 
     def rollback_weights(self, *, abort_all_requests: bool = False) -> Output:
         """Serve the weights again that served before. Returns and raises as `update_weights_from_disk`."""
@@ -92,7 +110,7 @@ class EngineWeights(ABC):
         """End the pause, if there is one."""
         self._call(lambda instance: instance.pauses.go_on())
 
-    def release_memory_occupation(self, tags: list[MemoryTag] | None = None, mode: SleepMode = "keep") -> None:
+    def release_memory_occupation(self, tags: list[AskedTag] | None = None, mode: SleepMode = "keep") -> None:
         """Give the memory of weights and KV cache back, and sleep; see /release_memory_occupation.
 
         Args:
@@ -101,11 +119,11 @@ class EngineWeights(ABC):
 
         Raises ValueError if it can't be done: then nothing has changed.
         """
-        _check_words(tags, MEMORY_TAGS, "tags")
+        _check_words(tags, ASKED_TAGS, "tags")
         _check_words([mode], SLEEP_MODES, "mode")
-        self._call(lambda instance: instance.sleep.release(tags or MEMORY_TAGS, mode))
+        self._call(lambda instance: instance.sleep.release(tags or ASKED_TAGS, mode))
 
-    def resume_memory_occupation(self, tags: list[MemoryTag] | None = None, address: str | None = None) -> None:
+    def resume_memory_occupation(self, tags: list[AskedTag] | None = None, address: str | None = None) -> None:
         """Take memory again, with the same weights in it; generate when nothing is missing any more.
 
         Args:
@@ -114,7 +132,7 @@ class EngineWeights(ABC):
 
         Raises ValueError if it can't be done: then the engine sleeps on.
         """
-        _check_words(tags, MEMORY_TAGS, "tags")
+        _check_words(tags, ASKED_TAGS, "tags")
         self._call(lambda instance: instance.sleep.resume(tags or None, address))
 
     @abstractmethod

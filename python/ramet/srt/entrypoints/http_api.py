@@ -19,6 +19,7 @@ from ramet.srt.entrypoints.http.http_access import OPEN_PATHS, AccessMiddleware
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers, on_unexpected
 from ramet.srt.entrypoints.http.http_front import FrontMiddleware
+from ramet.srt.entrypoints.http.trainer_calls import TrainerCalls
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.admin import make_admin_router
 from ramet.srt.entrypoints.routes.anthropic import make_anthropic_router
@@ -127,6 +128,8 @@ def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None
         front = DirectRoutes(front, find_endpoints(routes, GENERATE_PATHS))
     if checker is not None:
         front = BodyMiddleware(front, checker, lambda: instance.manager.limits.max_req_len)
+    if instance.is_head:
+        front = TrainerCalls(front, lambda by_vllms: instance.trainer_groups.count_lost_call(is_stateless=by_vllms))
     front = AccessMiddleware(
         front,
         api_key=args.api_key,

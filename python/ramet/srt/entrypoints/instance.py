@@ -290,7 +290,7 @@ class Instance:
 
     def _await_weights(self) -> None:
         """Refuse requests, and tell nobody of the instance, until the first update has been served."""
-        self.manager.stop_accepting(NO_WEIGHTS_YET)
+        self.manager.weights_refusal = NO_WEIGHTS_YET
         self.weight_updates.await_first()
         if self.doors.gives_weights:
             self.doors.close_for_weights()
@@ -351,10 +351,6 @@ class Instance:
             self._children.kill()
 
     # What changes of weights need of it: see weight_update_control.Life
-
-    def begin_to_serve(self) -> None:
-        """Weights are there that can serve, after some that could not."""
-        self.manager.accept_again(NO_WEIGHTS_YET)
 
     def end(self, line: str) -> None:
         """The instance can't go on."""

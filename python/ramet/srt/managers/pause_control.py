@@ -48,11 +48,6 @@ class PauseControl:
             or ("generation is paused" if self.is_paused else None)
         )
 
-    @property
-    def holds_requests(self) -> bool:
-        """Whether nothing is computed because somebody has asked for that: it is no sickness."""
-        return self.is_paused or self._manager.weights_refusal is not None
-
     async def pause(self, mode: PauseMode, *, refuses: bool = False) -> int:
         """Have every replica plan no further pass.
 

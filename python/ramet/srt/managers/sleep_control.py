@@ -27,6 +27,7 @@ from ramet.srt.managers.weight_update_control import (
 )
 from ramet.srt.weights.memory_messages import (
     MEMORY_TAGS,
+    AskedTag,
     MemoryStep,
     MemoryTag,
     ReleaseMemoryReq,
@@ -91,7 +92,7 @@ class SleepControl:
         gone = self._others if self._updates.has_weights else self._others | {WEIGHTS}
         return tuple(tag for tag in MEMORY_TAGS if tag in gone)
 
-    async def release(self, tags: Collection[MemoryTag], mode: SleepMode, *, keeps_copy: bool | None = None) -> Moved:
+    async def release(self, tags: Collection[AskedTag], mode: SleepMode, *, keeps_copy: bool | None = None) -> Moved:
         """Put the instance to sleep; give the memory of the tags back, if there are any.
 
         Args:
@@ -107,7 +108,7 @@ class SleepControl:
         copies = self._keeps_copy if keeps_copy is None else keeps_copy
         return await self._updates.shielded(self._release([tag for tag in MEMORY_TAGS if tag in tags], mode, copies))
 
-    async def resume(self, tags: Collection[MemoryTag] | None, address: str | None = None) -> Moved:
+    async def resume(self, tags: Collection[AskedTag] | None, address: str | None = None) -> Moved:
         """Take the memory of the tags again, with the weights that were in it. Wakes when nothing is missing any more.
 
         Args:
@@ -201,8 +202,9 @@ class SleepControl:
             await self._undo(new, was_asleep)
             raise RequestError(f"the instance can't sleep: {failure}")
         self._note_gone(new, copies)
-        if WEIGHTS in new:
+        if WEIGHTS in new and self._updates.kept:
             await self._updates.drop_kept()
+            await self._ask(functools.partial(ReleaseMemoryReq, tags=[], keeps_copy=copies), RELEASE_TIMEOUT_S)
         moved = Moved(self.tags, Staged.of(replies).num_bytes, seconds=time.perf_counter() - begun)
         logger.info("asleep after %.3f s: %d bytes given back (%s)",
                     moved.seconds, moved.num_bytes, ", ".join(new) or "none")  # fmt: skip

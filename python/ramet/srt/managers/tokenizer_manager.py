@@ -141,11 +141,6 @@ class TokenizerManager:
         """Refuse new requests, with `reason`; running ones go on."""
         self._refusal = reason
 
-    def accept_again(self, reason: str) -> None:
-        """Take requests, if they are refused with that reason and no other."""
-        if self._refusal == reason:
-            self._refusal = None
-
     @property
     def refusal(self) -> str | None:
         """Why requests are refused now; None when they are taken."""

@@ -11,6 +11,7 @@ from ramet.srt.weights.update_messages import JoinGroupReq, LeaveGroupReq, Weigh
 
 logger = logging.getLogger(__name__)
 
+STATELESS = "weight transfer engine"  # the name here of the group of vLLM's, which has none
 ANSWER_TIMEOUT_S = 120.0  # for ranks to say what has come of meeting a trainer, and for processes to start
 LEAVE_TIMEOUT_S = 60.0
 
@@ -81,6 +82,16 @@ class TrainerGroupControl:
         if name in self._num_calls:
             self._num_calls[name] += 1
         return self._num_calls.get(name, 0)
+
+    def count_lost_call(self, *, is_stateless: bool) -> None:
+        """The same of a call of which nobody can tell what it is about: it may be any group's.
+
+        Args:
+            is_stateless: whether it came by vLLM's route.
+        """
+        for name in self._num_calls:
+            if (name == STATELESS) == is_stateless:
+                self._num_calls[name] += 1
 
     async def _join(self, group: Group) -> None:
         self._last_number += 1

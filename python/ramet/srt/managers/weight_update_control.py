@@ -65,9 +65,6 @@ class Life(Protocol):
     def end(self, line: str, /) -> None:
         """The instance can't go on."""
 
-    def begin_to_serve(self) -> None:
-        """The first weights are there."""
-
 
 class FoundSource(Protocol):
     """Weights that somebody has."""
@@ -341,8 +338,6 @@ class WeightUpdateControl:
         trouble = await self.offer()
         if not content.is_made_up:
             self._manager.weights_refusal = None
-            if replaced.is_made_up:
-                self._life.begin_to_serve()
         return UpdateReport(
             version=content.version,
             origin=content.origin,

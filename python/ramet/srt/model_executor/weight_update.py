@@ -20,6 +20,7 @@ import torch
 
 from ramet.srt.distributed.parallel_state import min_over_replica
 from ramet.srt.errors import one_line
+from ramet.srt.model_executor.dropped_memory import DroppedMemory
 from ramet.srt.model_executor.rank_memory import RankMemory, instance_config
 from ramet.srt.model_executor.rank_weights import LoadedWeights, OfferedWeights
 from ramet.srt.model_executor.step_outcome import StepOutcome, together
@@ -61,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 BOARD_KEY = "weights"
 OTHERS_TIMEOUT_S = 3600.0  # for the slowest rank, once the leader is done
+FREE_TIMEOUT_S = 60.0  # for memory of dropped contents, before a step begins
+CLOSE_TIMEOUT_S = 5.0
 NAMES = {  # of steps other than those toward new weights
     OfferWeightsReq: "the offer of weights",
     JoinGroupReq: "meeting a trainer",
@@ -99,6 +102,7 @@ class RankVersions:
         self._open: dict[int, TensorStage] = {}  # into which tensors come: none or one
         self.feeds = TensorFeeds(self._parallel, self.arena.byte_tensor().device)
         self._dropped: set[int] = set()  # numbers that are of no use when they have been staged
+        self._dropped_memory = DroppedMemory()
         self._lock = threading.Lock()
         self._turn = threading.Lock()
         self._job: Future[StepOutcome] | None = None
@@ -111,11 +115,16 @@ class RankVersions:
         """Withdraw the offer for good. What is being staged is of no use any more, and ends with the process."""
         self.feeds.groups.close()
         self.weights.close()
+        with contextlib.suppress(TimeoutError):
+            self._dropped_memory.wait(CLOSE_TIMEOUT_S)
 
     # -- Steps that go on beside passes
 
     def begin(self, step: LongWeightStep | MemoryStep) -> None:
-        """Begin a step in a thread. All ranks of the replica do, one step after the other."""
+        """Begin a step in a thread. All ranks of the replica do, one step after the other.
+
+        One that takes memory or gives it back waits until that of what was dropped before is free.
+        """
         job = self._job = Future[StepOutcome]()
 
         def run() -> None:
@@ -180,6 +189,8 @@ class RankVersions:
         rank = self._parallel.world_rank
         what = NAMES.get(type(step), "staging weights")
         try:
+            if not isinstance(step, JoinGroupReq | OfferWeightsReq):
+                self._dropped_memory.wait(FREE_TIMEOUT_S)
             self.arena.make_current()
             match step:
                 case StageWeightsReq():
@@ -349,10 +360,16 @@ class RankVersions:
         return time.perf_counter() - start
 
     def drop(self, number: int) -> None:
-        """Forget what is staged under a number, or will be."""
+        """Forget what is staged under a number, or will be. Its memory is freed beside passes, which don't wait."""
+        held: list[StagedWeights | TensorStage] = []
         with self._lock:
-            if self._staged.pop(number, None) is None and self._open.pop(number, None) is None:
+            if number in self._staged:
+                held.append(self._staged.pop(number))
+            elif number in self._open:
+                held.append(self._open.pop(number))
+            else:
                 self._dropped.add(number)
+        self._dropped_memory.free(held)
 
     def follow(self, step: WeightStep | MemoryStep) -> None:
         """Do what the replica's leader says."""

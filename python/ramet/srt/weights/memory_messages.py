@@ -1,6 +1,7 @@
 """Owns what is said inside an instance that gives memory back and takes it again: which, and whence the weights come.
 
-WIRE: the tags are SGLang's, of `/release_memory_occupation`.
+WIRE: the tags are SGLang's, of `/release_memory_occupation`. Its third, "cuda_graph", is of nothing that is given back
+here: graphs stay, since to capture them anew takes longer than the rest of a wake, and none ever waits for them.
 """
 
 from typing import Literal
@@ -9,8 +10,10 @@ import msgspec
 
 from ramet.srt.weights.update_messages import FilesSource, InstanceSource
 
-MemoryTag = Literal["weights", "kv_cache", "cuda_graph"]
-MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache", "cuda_graph")
+MemoryTag = Literal["weights", "kv_cache"]
+MEMORY_TAGS: tuple[MemoryTag, ...] = ("weights", "kv_cache")
+AskedTag = Literal["weights", "kv_cache", "cuda_graph"]  # in calls
+ASKED_TAGS: tuple[AskedTag, ...] = (*MEMORY_TAGS, "cuda_graph")
 
 
 class StartSource(msgspec.Struct, frozen=True, kw_only=True, tag="start"):

@@ -264,7 +264,7 @@ class ModelList(Answer):
 class Status(Answer):
     """How the instance is."""
 
-    status: Literal["ready", "paused", "asleep"]
+    status: Literal["ready", "paused", "asleep", "awaiting_weights"]
 
 
 class SglangOutcome(Answer):

@@ -43,15 +43,9 @@ def make_health_router(instance: Instance) -> APIRouter:
         if refusal is not None:
             raise ServiceError(refusal)
 
-    def status() -> Response:
-        """A pause is no sickness, nor is sleep: whoever restarts what is not well must leave it alone."""
-        if instance.sleep.is_asleep:
-            return json_response({"status": "asleep"})
-        return json_response({"status": "paused" if instance.pauses.holds_requests else "ready"})
-
     @router.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:
-        """Whether a request that comes now is answered soon: the instance is healthy, and not paused."""
+        """Whether a request that comes now is answered soon: the instance is healthy, not paused, and has weights."""
         check()
         if instance.pauses.reason is not None:
             raise ServiceError(instance.pauses.reason)
@@ -60,15 +54,15 @@ def make_health_router(instance: Instance) -> APIRouter:
     @router.get("/health", responses={200: {"model": Status}})
     @router.api_route("/ping", methods=["GET", "POST"], responses={200: {"model": Status}})
     async def health() -> Response:
-        """Whether the instance is up, and its processes move; it may be paused."""
+        """Whether the instance is up, and its processes move; `status` says whether it serves."""
         check()
-        return status()
+        return _status(instance)
 
     probe = HealthProbe(instance)
 
     @router.get("/health_generate", responses={200: {"model": Status}})
     async def health_generate(request: Request) -> Response:
-        """Whether the instance really computes: makes one token or embedding, for all who ask; none in a pause."""
+        """Whether the instance really computes: makes one token or embedding, for all who ask; none if it can't."""
         check()
         if instance.pauses.reason is None:
             try:
@@ -77,9 +71,21 @@ def make_health_router(instance: Instance) -> APIRouter:
                 check()
                 if instance.pauses.reason is None:  # else the pause has held the token back
                     raise
-        return status()
+        return _status(instance)
 
     return router
+
+
+def _status(instance: Instance) -> Response:
+    """A pause is no sickness, nor is sleep, nor to wait for weights: who restarts what is not well must not do it.
+
+    And trainers wait for /health before they bring the first weights: checkpoint-engine's do.
+    """
+    if instance.sleep.is_asleep:
+        return json_response({"status": "asleep"})
+    if instance.manager.weights_refusal is not None:
+        return json_response({"status": "awaiting_weights"})
+    return json_response({"status": "paused" if instance.pauses.is_paused else "ready"})
 
 
 class HealthProbe:

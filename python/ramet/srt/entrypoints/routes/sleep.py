@@ -12,7 +12,7 @@ from ramet.srt.entrypoints.http.event_stream import json_response
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError
-from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryTag
+from ramet.srt.weights.memory_messages import ASKED_TAGS, MEMORY_TAGS, AskedTag
 
 Mode = Literal["abort", "wait", "keep"]
 Address = Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -22,14 +22,14 @@ WakeTag = Literal["weights", "kv_cache", "cuda_graph", "scheduling"]
 class ReleaseBody(RequestBody):
     """Which memory, and what becomes of requests."""
 
-    tags: list[MemoryTag] | None = None  # none: all
+    tags: list[AskedTag] | None = None  # none: all
     mode: Mode | None = None  # "keep", unless it is said: all requests wait for the instance to wake
 
 
 class ResumeBody(RequestBody):
     """Which memory."""
 
-    tags: list[MemoryTag] | None = None  # none: all
+    tags: list[AskedTag] | None = None  # none: all
     address: Address | None = None  # host:port of an instance that has the weights, to be asked before others
 
 
@@ -41,7 +41,7 @@ def make_sleep_router(instance: Instance) -> APIRouter:
     async def release_memory_occupation(body: ReleaseBody | None = None) -> Response:
         """Give memory back, and sleep: processes, addresses and graphs stay."""
         body = body or ReleaseBody()
-        await instance.sleep.release(body.tags or MEMORY_TAGS, body.mode or "keep")
+        await instance.sleep.release(body.tags or ASKED_TAGS, body.mode or "keep")
         return json_response(None)
 
     @router.post("/resume_memory_occupation", responses={200: {"model": None}})

@@ -1,88 +1,46 @@
 """Owns the routes by which trainers broadcast or lend weights. WIRE: the first four are SGLang's, the others vLLM's."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ramet.srt.entrypoints.http.accepted_fields import TRANSFER, WEIGHT_UPDATE, Table
+from ramet.srt.entrypoints.http.accepted_fields import TRANSFER, Table
 from ramet.srt.entrypoints.http.answers import Done
 from ramet.srt.entrypoints.http.error_descriptions import ERRORS
 from ramet.srt.entrypoints.http.event_stream import json_response
-from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
+from ramet.srt.entrypoints.http.http_validation import RequestBody
+from ramet.srt.entrypoints.http.trainer_calls import IS_COUNTED, SGLANGS, VLLMS
 from ramet.srt.entrypoints.http.weight_answers import TensorsTaken, TransferOutcome, WorldSize
 from ramet.srt.entrypoints.instance import Instance
-from ramet.srt.entrypoints.routes.weight_sessions import BeginBody, answer_tensors
+from ramet.srt.entrypoints.routes.weight_sessions import answer_tensors
 from ramet.srt.entrypoints.routes.weight_updates import refusal
+from ramet.srt.entrypoints.tensor_calls import (
+    Count,
+    DestroyGroupBody,
+    Dtypes,
+    FromDistributedBody,
+    FromIpcBody,
+    Host,
+    InitGroupBody,
+    Names,
+    Port,
+    Shapes,
+    join_group,
+    leave_group,
+    listed_types,
+    put_broadcast,
+    put_lent,
+)
 from ramet.srt.entrypoints.weight_calls import Version
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.trainer_group_control import Group
-from ramet.srt.weights.manifest import element_size
-from ramet.srt.weights.update_messages import BroadcastTensors, LentTensors
+from ramet.srt.managers.trainer_group_control import STATELESS, Group
+from ramet.srt.weights.update_messages import BroadcastTensors
 
-MAX_TENSORS = 1 << 20
-ONE_BUCKET = 1 << 62  # bytes: all tensors of a call
-STATELESS = "weight transfer engine"  # the name here of the group of vLLM's, which has none
 BUFFER_BYTES = 1 << 30  # vLLM's default
 
-Host = Annotated[Text, Field(min_length=1, max_length=253)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Count = Annotated[int, Field(ge=1, le=1 << 20)]
-GroupName = Annotated[Text, Field(min_length=1, max_length=256)]
-Seconds = Annotated[float, Field(gt=0, le=3600)]
-Dtypes = Annotated[list[Annotated[Text, Field(max_length=64)]], Field(max_length=MAX_TENSORS)]
-Names = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=MAX_TENSORS)
-]
-Shape = Annotated[list[Annotated[int, Field(ge=1, le=1 << 48)]], Field(max_length=16)]
-Shapes = Annotated[list[Shape], Field(max_length=MAX_TENSORS)]
 BufferBytes = Annotated[int, Field(ge=1, le=1 << 48)]
-
-
-class DestroyGroupBody(RequestBody):
-    """Which group."""
-
-    foreign: ClassVar[Table] = WEIGHT_UPDATE
-
-    group_name: GroupName = "weight_update_group"
-
-
-class InitGroupBody(DestroyGroupBody):
-    """Where the trainer is, and which ranks of its group this instance's are."""
-
-    master_address: Host
-    master_port: Port
-    rank_offset: Count
-    world_size: Count  # the trainer's rank 0, and all ranks of all instances
-    backend: Literal["nccl", "gloo"] = "nccl"
-    timeout_s: Seconds | None = 300.0  # for all members to come
-
-
-class FromDistributedBody(BeginBody):
-    """What is broadcast, in this order."""
-
-    names: Names
-    dtypes: Dtypes
-    shapes: Shapes
-    group_name: GroupName = "weight_update_group"
-    load_format: Literal["flattened_bucket"] | None = None  # all of it in one broadcast
-    weight_version: Version | None = None
-    abort_all_requests: bool | None = False
-    timeout_s: Seconds | None = 300.0  # for each broadcast
-
-
-class FromIpcBody(RequestBody):
-    """Which sockets."""
-
-    foreign: ClassVar[Table] = WEIGHT_UPDATE
-
-    zmq_handles: Annotated[
-        dict[GroupName, Annotated[Text, Field(max_length=4096)]], Field(min_length=1, max_length=4096)
-    ]
-    weight_version: Version | None = None
-    abort_all_requests: bool | None = False
-    timeout_s: Seconds | None = 300.0  # between two messages
 
 
 class Packing(RequestBody):
@@ -146,52 +104,31 @@ def make_trainer_group_router(instance: Instance) -> APIRouter:
     @router.post("/init_weights_update_group", responses={200: {"model": Done}})
     async def init_weights_update_group(body: InitGroupBody) -> Response:
         """Have all ranks join a group in which a trainer is rank 0; answered when all members have come."""
-        group = Group(
-            name=body.group_name,
-            host=body.master_address,
-            port=body.master_port,
-            rank_offset=body.rank_offset,
-            size=body.world_size,
-            backend=body.backend,
-            timeout_s=body.timeout_s or 300.0,
-        )
         try:
-            await instance.trainer_groups.join(group)
+            message = await join_group(instance, body)
         except (RequestError, ServiceError) as error:
             return refusal(error)
-        return json_response({"success": True, "message": f"all ranks are in the group {group.name!r}"})
+        return json_response({"success": True, "message": message})
 
     @router.post("/destroy_weights_update_group", responses={200: {"model": Done}})
     async def destroy_weights_update_group(body: DestroyGroupBody | None = None) -> Response:
         """Leave a group, or stop waiting for its members or for what is broadcast in it."""
-        name = (body or DestroyGroupBody()).group_name
         try:
-            await instance.trainer_groups.leave(name)
+            message = await leave_group(instance, body or DestroyGroupBody())
         except (RequestError, ServiceError) as error:
             return refusal(error)
-        return json_response({"success": True, "message": f"no rank is in the group {name!r} any more"})
+        return json_response({"success": True, "message": message})
 
-    @router.post("/update_weights_from_distributed", responses={200: {"model": TensorsTaken}})
-    async def update_weights_from_distributed(body: FromDistributedBody) -> Response:
+    @router.post(SGLANGS, responses={200: {"model": TensorsTaken}})
+    async def update_weights_from_distributed(body: FromDistributedBody, request: Request) -> Response:
         """Receive what the trainer broadcasts: into a session, or as an update of its own."""
-        source = BroadcastTensors(
-            group=body.group_name,
-            call=instance.trainer_groups.count_call(body.group_name),
-            names=body.names,
-            dtypes=_listed(body.names, body.dtypes, "dtypes", body.shapes),
-            shapes=body.shapes,
-            bucket_nbytes=None if body.load_format is None else ONE_BUCKET,
-            timeout_s=body.timeout_s or 300.0,
-        )
-        abort_all = bool(body.abort_all_requests)
-        return await answer_tensors(instance.weight_sessions.put(source, body.weight_version, abort_all=abort_all))
+        call = _count(instance, request, body.group_name)
+        return await answer_tensors(put_broadcast(instance, body, call))
 
     @router.post("/update_weights_from_ipc", responses={200: {"model": TensorsTaken}})
     async def update_weights_from_ipc(body: FromIpcBody) -> Response:
         """Take tensors from buffers that processes of the same host lend, as checkpoint-engine does."""
-        source = LentTensors(sockets=body.zmq_handles, timeout_s=body.timeout_s or 300.0)
-        abort_all = bool(body.abort_all_requests)
-        return await answer_tensors(instance.weight_sessions.put(source, body.weight_version, abort_all=abort_all))
+        return await answer_tensors(put_lent(instance, body))
 
     return router
 
@@ -226,16 +163,16 @@ def make_transfer_router(instance: Instance) -> APIRouter:
         await instance.weight_sessions.begin()
         return json_response({"message": "Weight update started"})
 
-    @router.post("/update_weights", responses={200: {"model": TransferOutcome}})
-    async def update_weights(body: UpdateWeightsBody) -> Response:
+    @router.post(VLLMS, responses={200: {"model": TransferOutcome}})
+    async def update_weights(body: UpdateWeightsBody, request: Request) -> Response:
         """Receive what the trainer broadcasts: into a session, or as an update of its own."""
         info = body.update_info
         packing: Packing = agreed[0] if info.packed is None else info
         source = BroadcastTensors(
             group=STATELESS,
-            call=instance.trainer_groups.count_call(STATELESS),
+            call=_count(instance, request, STATELESS),
             names=info.names,
-            dtypes=_listed(info.names, info.dtype_names, "update_info.dtype_names", info.shapes),
+            dtypes=listed_types(info.names, info.dtype_names, "update_info.dtype_names", info.shapes),
             shapes=info.shapes,
             bucket_nbytes=packing.bucket_nbytes,
         )
@@ -257,16 +194,7 @@ def make_transfer_router(instance: Instance) -> APIRouter:
     return router
 
 
-def _listed(names: list[str], dtypes: list[str], param: str, shapes: list[list[int]]) -> list[str]:
-    """The types by the names that an arena has for them. Raises RequestError unless all is said of each tensor."""
-    if not len(names) == len(dtypes) == len(shapes):
-        raise RequestError(
-            f"{len(names)} names, {len(dtypes)} types and {len(shapes)} shapes do not belong together", param=param
-        )
-    plain = [dtype.removeprefix("torch.") for dtype in dtypes]
-    try:
-        for dtype in set(plain):
-            element_size(dtype)
-    except ValueError as error:
-        raise RequestError(str(error), param=param) from None
-    return plain
+def _count(instance: Instance, request: Request, name: str) -> int:
+    """Which call it is in the group of that name, and say that it has been counted; see TrainerCalls."""
+    request.scope[IS_COUNTED] = True
+    return instance.trainer_groups.count_call(name)
