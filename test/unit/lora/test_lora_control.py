@@ -25,6 +25,7 @@ class Manager:
 
     def __init__(self):
         self.adapters = LoraRegistry()
+        self.weights_refusal = None
         self.held = [set() for _ in range(NUM_REPLICAS)]
         self.failing = {}  # replica -> message, or an exception
         self.gate = asyncio.Event()
@@ -53,12 +54,30 @@ def adapter(tmp_path_factory):
 
 def make_control(is_on=True):
     manager: Any = Manager()
-    dropped = []
+    dropped, sessions = [], []
     return SimpleNamespace(
         manager=manager,
         dropped=dropped,
-        control=LoraControl(manager, "base", is_on, LoadConfig(), dropped.append),
+        sessions=sessions,
+        control=LoraControl(manager, "base", is_on, LoadConfig(), dropped.append, lambda: bool(sessions)),
     )
+
+
+async def test_none_is_loaded_while_other_weights_are_to_come(adapter):
+    """They would be refused at their end. What is loaded can be unloaded at any time."""
+    case = make_control()
+    await case.control.load(LoraPath("first", adapter))
+    case.sessions.append("one")
+    with pytest.raises(RequestError, match=r"a session \(/begin_weight_update\) is open"):
+        await case.control.load(LoraPath("a", adapter))
+    await case.control.unload("first")
+    case.sessions.clear()
+    case.manager.weights_refusal = "no weights have come yet"
+    with pytest.raises(RequestError, match="other weights are to come: no weights have come yet"):
+        await case.control.load(LoraPath("a", adapter))
+    assert case.manager.held == [set()] * NUM_REPLICAS and not case.manager.adapters.names()
+    case.manager.weights_refusal = None
+    assert (await case.control.load(LoraPath("a", adapter))).lora_id
 
 
 async def test_every_replica_gets_it(adapter):

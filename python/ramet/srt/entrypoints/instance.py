@@ -216,7 +216,12 @@ class Instance:
             lambda: self.sleep.is_asleep,
         )
         self.lora = LoraControl(
-            self.manager, args.model_name, args.has_lora, args.load_config(), self.doors.forget_adapter
+            self.manager,
+            args.model_name,
+            args.has_lora,
+            args.load_config(),
+            self.doors.forget_adapter,
+            lambda: self.weight_updates.has_session,
         )
         self.weight_updates = WeightUpdateControl(
             self.manager, args.model_path, args.keep_weight_versions, self.doors, self, weights_turn, self.lora.turn

@@ -42,6 +42,7 @@ class LoraControl:
         is_on: whether the instance takes adapters.
         load_config: how other instances are asked.
         on_drop: called with the name of an adapter that is not there any more.
+        has_session: whether tensors are coming for other weights, with which no adapter could stay.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class LoraControl:
         is_on: bool,
         load_config: LoadConfig,
         on_drop: Callable[[str], None],
+        has_session: Callable[[], bool],
     ):
         self._manager = manager
         self._served_name = served_name
         self._is_on = is_on
         self._load_config = load_config
         self._on_drop = on_drop
+        self._has_session = has_session
         self.turn = asyncio.Lock()  # of whoever loads or unloads, or changes the weights below the adapters
 
     @property
@@ -83,6 +86,7 @@ class LoraControl:
             raise RequestError(f"lora_name: {error}", param="lora_name") from None
         try:
             async with self.turn:
+                self._check_weights_stay()
                 self._check_is_free(path.name)
                 adapter, source = await _beside(lambda: self._find(path))
                 return await self._load(adapter, source, path)
@@ -153,6 +157,15 @@ class LoraControl:
         if not self._is_on:
             text = "lora_name: this instance takes no adapters: start it with --enable-lora"
             raise RequestError(text, param="lora_name")
+
+    def _check_weights_stay(self) -> None:
+        """An adapter belongs to the weights that serve when it is loaded; those that come would be refused."""
+        reason = self._manager.weights_refusal
+        if self._has_session():
+            reason = "a session (/begin_weight_update) is open: end it first (/end_weight_update)"
+        if reason is not None:
+            raise RequestError(f"lora_name: no adapter is loaded while other weights are to come: {reason}",
+                               param="lora_name")  # fmt: skip
 
     def _check_is_free(self, name: str) -> None:
         if name == self._served_name:

@@ -8,10 +8,14 @@ from typing import TypeAlias
 
 import torch
 
+from ramet.srt.utils import cuda_driver
+from ramet.srt.utils.device import current_context
+
 SHARED_FOLDER = "/dev/shm"
 SHARED_NAME = re.compile(rb"/torch_[0-9]+_[0-9]+(_[0-9]+)?")  # by which torch calls its shared memory
 MANAGER_NAME = re.compile(rb"/.+/torch-shm-dir-\w+/manager\.sock")  # of the process that knows who uses it
 NUM_COUNTERS = 10_000  # in one file of torch's CUDA IPC
+EXPANDABLE = b"e"  # the second byte of a handle, where the sender's memory may be in pieces (CUDACachingAllocator)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,12 @@ class CudaMemory:
     has_event: bool
 
     def open(self, _takes_over: bool) -> torch.UntypedStorage:
-        """Raises ValueError if there is no such GPU here, or the counter is none of torch's."""
+        """Raises ValueError if there is no such GPU, the counter is none of torch's, or the memory ends before that."""
         if not SHARED_NAME.fullmatch(self.counter) or self.counter_place >= NUM_COUNTERS:
             raise ValueError("the counter of lent memory is none of torch's")
-        return torch.UntypedStorage._new_shared_cuda(
-            self._index(),
+        index = self._index()
+        storage = torch.UntypedStorage._new_shared_cuda(
+            index,
             self.handle,
             self.nbytes,
             self.offset_nbytes,
@@ -82,6 +87,18 @@ class CudaMemory:
             self.event,
             self.has_event,
         )
+        self._check_reach(storage.data_ptr() - self.offset_nbytes, index)
+        return storage
+
+    def _check_reach(self, base: int, index: int) -> None:
+        """torch believes what is said of the memory that a handle opens; behind it lies what is this process's own."""
+        is_expandable = self.handle[1:2] == EXPANDABLE
+        with current_context(torch.device("cuda", index)):
+            reach = cuda_driver.reach_of(base, is_in_pieces=is_expandable)
+        if reach is not None and self.offset_nbytes + self.nbytes > reach:
+            raise ValueError(
+                f"the sender's memory has {reach} bytes, and not {self.nbytes} from {self.offset_nbytes} on"
+            )
 
     def _index(self) -> int:
         num_gpus = torch.cuda.device_count()

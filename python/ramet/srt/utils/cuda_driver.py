@@ -174,6 +174,30 @@ def open_memory(handle: bytes) -> int:
     return address.value
 
 
+def reach_of(address: int, *, is_in_pieces: bool = False) -> int | None:
+    """Bytes from an address to the end of the memory there, whoever has made it; None where the driver can't tell.
+
+    Args:
+        is_in_pieces: whether what was opened may be several allocations, one behind the other.
+    """
+    stop = _stop_of(address)
+    if stop is None:
+        return None
+    while is_in_pieces and (further := _stop_of(stop)) is not None:
+        stop = further
+    return stop - address
+
+
+def _stop_of(address: int) -> int | None:
+    """Where the allocation around an address ends."""
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    try:
+        call_driver("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), address)
+    except OSError:
+        return None
+    return base.value + size.value
+
+
 def close_memory(address: int) -> None:
     """Give back what `open_memory` gave; no copy out of it may be under way."""
     call_driver("cuIpcCloseMemHandle", address)

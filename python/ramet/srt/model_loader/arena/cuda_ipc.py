@@ -39,6 +39,7 @@ class CudaIpcMemory(SeedMemory):
         self._device = device
         self._closers = contextlib.ExitStack()
         self._address: int | None = None  # of the seed's arena here, while it is open
+        self._nbytes: int | None = None  # from there on, where that is known
 
     def open(self) -> None:
         self._opened()
@@ -49,11 +50,13 @@ class CudaIpcMemory(SeedMemory):
             with current_context(self._device):
                 if isinstance(share := self._share, LentFile):
                     opened = cuda_virtual_memory.imported(share.fd, share.nbytes, self._device.index)
-                    self._address = self._closers.enter_context(opened)
+                    self._address, self._nbytes = self._closers.enter_context(opened), share.nbytes
                 else:
                     opened_at = cuda_driver.open_memory(share.cuda_ipc_handle)
                     self._closers.callback(cuda_driver.close_memory, opened_at)
                     self._address = opened_at + share.offset
+                    reach = cuda_driver.reach_of(opened_at)
+                    self._nbytes = None if reach is None else reach - share.offset
         return self._address
 
     def copy(self, ops: Sequence[CopyOp], seed_is_alive: Callable[[], bool], timeout_s: float) -> float:
@@ -63,6 +66,10 @@ class CudaIpcMemory(SeedMemory):
         is closed before this returns, whatever happens.
         """
         source = self._opened()
+        stop = max((op.source_offset + op.source_span_nbytes for op in ops), default=0)
+        if self._nbytes is not None and stop > self._nbytes:
+            self.close()
+            raise OSError(f"the seed's memory has {max(0, self._nbytes)} bytes, and not the {stop} that it said")
         with current_context(self._device):
             try:
                 return _copy(_join(ops), source, self._target, self._device, seed_is_alive, timeout_s)
