@@ -1,6 +1,7 @@
 """Tensors that come to a GPU make there what a load makes: from the host, from the GPU, and from another process's."""
 
 import base64
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_mode
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamp
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.delta_writer import write_delta
+from ramet.srt.model_loader.tensor_pickles import read_tensors
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.net import host_identity
 from ramet.srt.weights.update_messages import DeltaFile, PickledTensors
@@ -68,6 +70,9 @@ def test_what_another_process_lends(tmp_path):
             stage.put(name, tensor)
         stage.seal()
         assert stage.arena.checksums.values == case.expected
+        (_, lent), *_ = read_tensors(payload, 0)
+        with pytest.raises(ValueError, match="the sender's memory has"):
+            dataclasses.replace(lent.memory, nbytes=1 << 45).open(False)
     finally:
         trainer.kill()
         trainer.wait()

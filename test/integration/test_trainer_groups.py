@@ -125,6 +125,15 @@ def test_what_is_not_what_was_announced_is_refused(case, server, trainer):
     answer = from_distributed(server, path)  # what has been sent was not for this one
     assert answer.status_code == 400 and "has not been received" in answer.text
     assert tokens(server) == case.tokens["old"]
+    trainer.wait()
+    join(server, trainer)
+    trainer.send(path)
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.url}/update_weights_from_distributed", content=b"{", headers=headers)
+    assert answer.status_code == 400
+    answer = from_distributed(server, path)
+    assert answer.status_code == 400 and "has not been received" in answer.text
+    assert tokens(server) == case.tokens["old"]
     answer = post(server, "/update_weights_from_distributed", names=["a"], dtypes=["complex64"], shapes=[[1]])
     assert answer.status_code == 400 and "unknown dtype" in answer.text
 

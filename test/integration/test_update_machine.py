@@ -31,11 +31,13 @@ from pickled_tensors import forked
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.delta_writer import write_delta
 from ramet.srt.model_loader.loader import get_model_loader
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.utils.net import SeedAddress
 from safetensors.torch import load_file
 from server_process import Background, ServerProcess
+from trainers import Trainer, describe
 from updated_servers import SMALL
 
 # Offered to processes of this host alone: an offer to others starts a process for each change.
@@ -88,6 +90,11 @@ class Scene:
         }
         self.tensors = {name: load_file(path / "model.safetensors") for name, path in self.models.items()}
         self.tokens = {name: rm.hf_greedy(path, PROMPTS, NUM_TOKENS) for name, path in self.models.items()}
+        self.deltas = {pair: str(folder / "-".join(pair)) for pair in itertools.permutations(CONTENTS, 2)}
+        for (base, new), path in self.deltas.items():
+            write_delta(path, self.tensors[base], self.tensors[new], by="xor" if base < new else "values")
+        self.trainer = Trainer()
+        self.is_in_group = False
         self.answers: dict[str, list[Answer]] = {}
         self.long: dict[str, list[int]] = {}
         self.checksums: dict[str, str] = {}
@@ -114,7 +121,31 @@ class Scene:
         self.long[content] = client.post("/generate", json=body_of(PROMPTS[2], LONG)).json()["output_ids"]
         self.checksums[content] = client.post("/weights_checker").json()["per_engine_checksum"]
 
+    def broadcast(self, content: str, *, is_flat: bool, stranger: str = "") -> httpx.Response:
+        """What the server says to it, while a trainer sends it. A group that was left before is made again.
+
+        Args:
+            stranger: what the first tensor is called in its place.
+        """
+        if not self.is_in_group:
+            self.trainer.join(2)
+            place = {"master_address": "127.0.0.1", "master_port": self.trainer.port, "rank_offset": 1, "world_size": 2}
+            answer = self.one.post("/init_weights_update_group", json=place | {"backend": "gloo"})
+            assert answer.status_code == 200 and self.trainer.wait() == "done", answer.text
+            self.is_in_group = True
+        path = self.models[content] / "model.safetensors"
+        names, dtypes, shapes = describe(path)
+        body: dict[str, Any] = {"names": [stranger or names[0], *names[1:]], "dtypes": dtypes, "shapes": shapes}
+        body["load_format"] = "flattened_bucket" if is_flat else None
+        self.trainer.send(path, flat=1 << 40 if is_flat else None)
+        answer = self.one.post("/update_weights_from_distributed", json=body)
+        self.is_in_group = "is left" not in answer.text
+        if self.is_in_group:
+            assert self.trainer.wait() == "done"
+        return answer
+
     def end(self) -> None:
+        self.trainer.kill()
         for server in self.servers:
             server.close()
 
@@ -185,6 +216,45 @@ class Updates(RuleBasedStateMachine):
         self.update("/end_weight_update", content)
 
     @rule(content=st.sampled_from(CONTENTS))
+    def update_by_delta(self, content: str) -> None:
+        """On the base that it is of; what serves is no other one's, and nobody's while nothing may serve."""
+        if (self.serving[1], content) in self.scene.deltas:
+            self.update("/update_weights_delta", content, path=self.scene.deltas[self.serving[1], content])
+            return
+        base = next(base for base, new in self.scene.deltas if new == content)
+        path = self.scene.deltas[base, content]
+        self.refused(self.post("/update_weights_delta", path=path), makes_room=True)
+
+    @rule(content=st.sampled_from(CONTENTS), is_flat=st.booleans(), in_session=st.booleans())
+    def update_by_broadcast(self, content: str, *, is_flat: bool, in_session: bool) -> None:
+        if in_session:
+            assert self.post("/begin_weight_update").status_code == 200
+            assert self.scene.broadcast(content, is_flat=is_flat).status_code == 200
+            self.update("/end_weight_update", content)
+            return
+        answer = self.scene.broadcast(content, is_flat=is_flat)
+        assert answer.status_code == 200 and answer.json()["source"] == "broadcast", answer.text
+        self.note((answer.json()["weight_version"], content))
+
+    @rule(content=st.sampled_from(CONTENTS), in_session=st.booleans())
+    def a_broadcast_that_fails(self, content: str, *, in_session: bool) -> None:
+        """The rest of it is received, and nothing comes of the session."""
+        if in_session:
+            assert self.post("/begin_weight_update").status_code == 200
+        self.refused(self.scene.broadcast(content, is_flat=False, stranger="stranger"), makes_room=True)
+        if in_session:
+            assert self.post("/end_weight_update").status_code == 400
+
+    @rule(content=st.sampled_from(CONTENTS))
+    def a_broadcast_that_was_announced_by_nonsense(self, content: str) -> None:
+        """What may have been sent with it is not taken for what is announced next: the group must be made again."""
+        if not self.scene.is_in_group:
+            return
+        assert self.post("/update_weights_from_distributed", names=1).status_code == 400
+        self.refused(self.scene.broadcast(content, is_flat=True), makes_room=True)
+        assert not self.scene.is_in_group and self.scene.trainer.wait()
+
+    @rule(content=st.sampled_from(CONTENTS))
     def peer_changes(self, content: str) -> None:
         path = {"model_path": str(self.scene.models[content])}
         assert self.scene.peer.post("/update_weights_from_disk", json=path).status_code == 200
@@ -203,9 +273,7 @@ class Updates(RuleBasedStateMachine):
             path, body = "/end_weight_update", {}
         else:
             body = {"model_path": str(self.scene.broken[fault])}
-        assert self.post(path, **body).status_code == 400
-        if fault in ("cut", "digest") and self.versions() == [self.serving[0]]:
-            self.kept = []  # it has made room before the bytes were read
+        self.refused(self.post(path, **body), makes_room=fault in ("cut", "digest"))
 
     @rule()
     def roll_back(self) -> None:
@@ -342,14 +410,20 @@ class Updates(RuleBasedStateMachine):
                 self.asked.append(prompt)
         self.held.clear()
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
+    def post(self, path: str, /, **body: Any) -> httpx.Response:
         return self.one.post(path, json=body)
+
+    def refused(self, answer: httpx.Response, *, makes_room: bool) -> None:
+        """What failed may have made room before the bytes were read: then there is no way back any more."""
+        assert answer.status_code == 400, answer.text
+        if makes_room and self.versions() == [self.serving[0]]:
+            self.kept = []
 
     def new_name(self) -> str:
         self.count += 1
         return f"step-{self.count}"
 
-    def update(self, path: str, content: str, **body: Any) -> None:
+    def update(self, path: str, content: str, /, **body: Any) -> None:
         """One that works."""
         name = self.new_name()
         if path == "/end_weight_update":
