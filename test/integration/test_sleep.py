@@ -1,18 +1,36 @@
 """Servers that sleep and wake: what requests, clones and updates meet meanwhile, and what faults leave."""
 
+import base64
 import os
 import random
 import signal
 import threading
 import time
 
+import cluster
 import httpx
 import pytest
+import torch
+from pickled_tensors import forked
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedRefused, SeedServer, fetch_seed_answer
 from ramet.srt.utils.net import SeedAddress
+from safetensors.torch import load_file
 from seed_server import SeedServerProcess
 from server_process import Background, ServerProcess, assert_nothing_left
-from updated_servers import GREEDY, PROMPT, SEED, SMALL, Case, checksums, post, ranks_of, tokens, update, versions
+from updated_servers import (
+    GREEDY,
+    NUM_TOKENS,
+    PROMPT,
+    SEED,
+    SMALL,
+    Case,
+    checksums,
+    post,
+    ranks_of,
+    tokens,
+    update,
+    versions,
+)
 
 SAVER = "--enable-memory-saver"
 NAME = ("--served-model-name", "random")  # as seeds of tests call it
@@ -116,6 +134,42 @@ def test_vllms_routes_refuse_requests_and_wake_in_parts(case, server):
     assert not get(server, "/is_sleeping").json()["is_sleeping"]
 
 
+def test_tensors_that_fail_half_way_leave_it_asleep_and_all_of_them_heal_it(case, server, monkeypatch):
+    """In the place of weights that are away there is nothing to go back to: none is served of half of them."""
+    monkeypatch.setattr(torch.multiprocessing, "get_sharing_strategy", lambda: "file_system")
+    tensors = list(load_file(case.models["new"] / "model.safetensors").items())
+
+    def send(part, **body):
+        payload = [base64.b64encode(forked(part)).decode()]
+        return post(server, "/update_weights_from_tensor", serialized_named_tensors=payload, **body)
+
+    def check_asleep():
+        assert get(server, "/ready").status_code == 503 and get(server, "/health").json() == {"status": "asleep"}
+        assert post(server, "/generate", input_ids=PROMPT, sampling_params=GREEDY).status_code == 503
+        assert get(server, "/remote_instance_transfer_engine_info?rank=0").status_code == 409
+
+    answer = send(tensors, mode="in_place")
+    assert answer.status_code == 400 and "mode" in answer.text and tokens(server) == case.tokens["old"]
+    fall_asleep(server, mode="abort")
+    for first in ([], tensors[:4]):
+        assert post(server, "/begin_weight_update").json()["success"]
+        if first:
+            assert send(first).json()["success"]
+        answer = send([("stranger", torch.zeros(3)), *tensors[4:]])
+        assert answer.status_code == 400 and "stranger" in answer.text
+        answer = post(server, "/end_weight_update")
+        assert answer.status_code == 400 and "the session has failed" in answer.text
+        check_asleep()
+    answer = send(tensors[1:])
+    assert answer.status_code == 400 and f"nothing serves that could stay, and {tensors[0][0]} did not" in answer.text
+    check_asleep()
+    assert send(tensors, weight_version="all").json()["weight_version"] == "all"
+    assert get(server, "/is_sleeping").json()["tags"] == ["kv_cache"] and get(server, "/ready").status_code == 503
+    wake(server)
+    assert tokens(server) == case.tokens["new"] and versions(server) == [("all", True)]
+    update(server, case.models["old"], weight_version="default")
+
+
 def test_it_sleeps_on_while_its_weights_can_be_had_nowhere(case, server):
     file = case.models["old"] / "model.safetensors"
     fall_asleep(server)
@@ -130,6 +184,55 @@ def test_it_sleeps_on_while_its_weights_can_be_had_nowhere(case, server):
         wake(server, address=f"127.0.0.1:{peer.port}")
     hidden.rename(file)
     assert tokens(server) == case.tokens["old"]
+
+
+def test_an_instance_on_two_nodes_sleeps_and_wakes_as_one(case, tmp_path):
+    """Each node gives its part back and takes it again, or none does; a node that is lost asleep ends the other."""
+    sizes, file = cluster.Case(nnodes=2, tp_size=2), case.models["old"] / "model.safetensors"
+    with (
+        cluster.Network(2) as network,
+        cluster.Cluster(sizes, network.hosts, case.models["old"], tmp_path, SEED, SAVER, *SMALL[:4]) as one,
+    ):
+        head = one.wait_ready().head
+
+        def ask(path, status=200, **body):
+            answer = head.request(path, body)
+            assert answer[0] == status, answer
+            return answer[1]
+
+        def resident():
+            """Bytes of weights and KV cache that each node's rank has in memory."""
+            return [max(shared_nbytes(pid) for pid in node.descendants()) for node in one.nodes]
+
+        before = resident()
+        for tags in (None, ["weights"], ["kv_cache"]):
+            ask("/release_memory_occupation", tags=tags)
+            gone = tags or ["weights", "kv_cache"]
+            assert head.request("/is_sleeping")[1] == {"is_sleeping": True, "tags": gone}
+            assert head.request("/ready")[0] == 503 and head.request("/health")[1] == {"status": "asleep"}
+            assert one.nodes[1].request("/health")[0] == 200
+            if "weights" in gone:
+                assert all(now < 0.7 * then for now, then in zip(resident(), before, strict=True)), (resident(), before)
+            ask("/resume_memory_occupation", tags=tags)
+            assert head.generate(PROMPT, NUM_TOKENS) == case.tokens["old"]
+        ask("/release_memory_occupation")
+        hidden = file.rename(file.with_suffix(".hidden"))
+        message = ask("/resume_memory_occupation", status=400)["error"]["message"]
+        hidden.rename(file)
+        assert "sleeps on: rank 0, 1:" in message and head.request("/ready")[0] == 503
+        ask("/update_weights_from_disk", model_path=str(case.models["new"]), weight_version="new")
+        ask("/resume_memory_occupation")
+        assert head.generate(PROMPT, NUM_TOKENS) == case.tokens["new"]
+        cluster.check_registrations(head, sizes)
+        ask("/release_memory_occupation")
+        one.nodes[1].kill()
+        assert head.process.wait(60) != 0 and "node 1" in head.output
+
+
+def shared_nbytes(pid):
+    """Of memory files, where weights are, and of shared memory."""
+    with open(f"/proc/{pid}/status") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssShmem")), 0)
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])

@@ -9,8 +9,10 @@ import pytest
 import ramet
 import random_models as rm
 import torch
+from ramet.srt.model_loader.delta_writer import write_delta
 from safetensors.torch import load_file, save_file
 from server_process import Background, ServerProcess
+from trainers import Trainer, describe
 from updated_servers import (
     GREEDY,
     NUM_TOKENS,
@@ -242,8 +244,11 @@ def test_ranks_on_other_nodes_change_too(tmp_path, name):
         assert status == 400 and answer["success"] is False
 
 
-def test_an_engine_changes_its_weights(case, peer):
+def test_an_engine_changes_its_weights(case, peer, tmp_path):
     """By SGLang's names for it; what goes wrong is an error."""
+    paths = {name: case.models[name] / "model.safetensors" for name in case.models}
+    tensors = {name: load_file(path) for name, path in paths.items()}
+    strategy = torch.multiprocessing.get_sharing_strategy()
     with ramet.Engine(model_path=str(case.models["old"]), max_total_tokens=2048, max_running_requests=8) as engine:
 
         def tokens_of(version):
@@ -272,7 +277,55 @@ def test_an_engine_changes_its_weights(case, peer):
             lambda: engine.update_weight_version(""),
             lambda: engine.get_weights_by_name("no"),
             lambda: engine.pause_generation("soon"),
+            lambda: engine.update_weights_delta("/no"),
+            lambda: engine.begin_weight_update("draft"),
+            lambda: engine.end_weight_update(),
+            lambda: engine.update_weights_from_tensor([("lm_head.weight", 1)]),
+            lambda: engine.update_weights_from_tensor([("no", torch.zeros(2))]),
+            lambda: engine.update_weights_from_tensor(["?"]),
+            lambda: engine.update_weights_from_tensor(list(tensors["old"].items()), "gguf"),
+            lambda: engine.destroy_weights_update_group("no"),
+            lambda: engine.init_weights_update_group("127.0.0.1", 1, 0, 2, backend="gloo"),
+            lambda: engine.update_weights_from_distributed(["a"], [torch.bfloat16], [[1]], "no"),
+            lambda: engine.update_weights_from_ipc({}),
         ):
             with pytest.raises(ValueError):
                 wrong()
         assert tokens_of("update-2") == case.tokens["new"]
+
+        answer = engine.update_weights_from_tensor(list(tensors["old"].items()), weight_version="sent")
+        assert answer["source"] == "tensors" and tokens_of("sent") == case.tokens["old"]
+        assert torch.multiprocessing.get_sharing_strategy() == strategy
+        write_delta(str(tmp_path / "delta"), tensors["old"], tensors["new"])
+        answer = engine.update_weights_delta(str(tmp_path / "delta"), "sent", weight_version="delta")
+        assert answer["source"] == "delta" and tokens_of("delta") == case.tokens["new"]
+        engine.begin_weight_update()
+        parameters = [(name, torch.nn.Parameter(tensor)) for name, tensor in tensors["old"].items()]
+        for part in (parameters[:3], parameters[3:]):
+            answer = engine.update_weights_from_tensor(part)
+            assert answer["num_bytes"] == sum(tensor.nbytes for _, tensor in part) and "weight_version" not in answer
+        assert tokens_of("delta") == case.tokens["new"]
+        assert engine.end_weight_update("session")["weight_version"] == "session"
+        assert tokens_of("session") == case.tokens["old"]
+        engine.begin_weight_update()
+        engine.update_weights_from_tensor(parameters[:3])
+        assert engine.end_weight_update(discard=True) is None and tokens_of("session") == case.tokens["old"]
+        with Trainer() as trainer:
+            trainer.join(2, "policy")
+            engine.init_weights_update_group("127.0.0.1", trainer.port, 1, 2, "policy", "gloo")
+            names, _, shapes = describe(paths["new"])
+            dtypes = [tensors["new"][name].dtype for name in names]
+            assert trainer.wait() == "done"
+            trainer.send(paths["new"])
+            answer = engine.update_weights_from_distributed(names, dtypes, shapes, "policy", weight_version="sent")
+            assert answer["source"] == "broadcast" and tokens_of("sent") == case.tokens["new"]
+            assert trainer.wait() == "done"
+            trainer.send(paths["old"])
+            for count in (0, len(names)):  # what was sent with the first is not for the second
+                with pytest.raises(ValueError):
+                    engine.update_weights_from_distributed(names, dtypes[:count], shapes, "policy")
+            engine.destroy_weights_update_group("policy")
+            assert trainer.wait()
+            trainer.lend(paths["old"], [f"ipc://{tmp_path}/0"], 1 << 19)
+            answer = engine.update_weights_from_ipc({"CPU-0": f"ipc://{tmp_path}/0"}, weight_version="lent")
+            assert answer["source"] == "ipc" and tokens_of("lent") == case.tokens["old"]

@@ -31,7 +31,7 @@ from ramet.srt.managers.update_report import Staged, UpdateReport
 if TYPE_CHECKING:
     import torch
 
-NamedTensors: TypeAlias = "Sequence[tuple[str, torch.Tensor]]"
+NamedTensors: TypeAlias = "Sequence[tuple[str, torch.Tensor]] | Sequence[str]"
 Work = Callable[[Instance], Coroutine[Any, Any, UpdateReport | Staged]]
 _sharing = threading.Lock()  # held while this program's way of sharing tensors is another one
 
@@ -61,7 +61,7 @@ class EngineTensors(EngineWeights):
         return update_answer(self._call(lambda instance: instance.weight_sessions.end(body.weight_version)))
 
     def update_weights_from_tensor(
-        self, named_tensors: NamedTensors | Sequence[str], load_format: str | None = None, **options: Any
+        self, named_tensors: NamedTensors, load_format: str | None = None, **options: Any
     ) -> Output:
         """Take tensors of this program, under the names that checkpoints have. They stay as they are meanwhile.
 

@@ -211,7 +211,7 @@ class TensorStage:
             self._check_head()
             self._check_stacks()
         missing = self._boxes.keys() - self._received
-        if missing and self._serving.is_made_up:
+        if missing and (self._serving.is_made_up or self._serving.is_put_away):
             raise ValueError(f"nothing serves that could stay, and {name_some(sorted(missing))} did not come")
         with self.arena.work_context():
             for name in missing:
