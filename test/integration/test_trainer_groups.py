@@ -220,6 +220,8 @@ def test_tensors_come_in_buffers_that_are_lent(case, server, trainer, tmp_path):
     answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets)
     assert answer.status_code == 400 and "the sender has given up: RuntimeError: no more" in answer.text
     assert trainer.wait() == "done"
+    answer = post(server, "/update_weights_from_ipc", zmq_handles=sockets | {"CPU-1": "tcp://127.0.0.1:1"})
+    assert answer.status_code == 400 and "lend buffers at ipc://" in answer.text
     answer = post(server, "/update_weights_from_ipc", zmq_handles={"GPU-1": sockets["CPU-0"]})
     assert answer.status_code == 400 and "has no socket for CPU-0, but for GPU-1" in answer.text
     assert tokens(server) == case.tokens["old"]

@@ -80,6 +80,13 @@ def test_what_is_refused_changes_nothing(case, seed, tmp_path):
         answer = post(seed, "/update_weights_from_disk", model_path=str(folder))
         assert answer.status_code == 400 and answer.json()["success"] is False
         assert words in answer.json()["message"], answer.text
+    for path, body in (
+        ("/update_weights_from_disk", {"model_path": str(case.models["new"])}),
+        ("/update_weights_from_instance", {"address": "127.0.0.1:1"}),
+        ("/update_weights_delta", {"path": "/none"}),
+    ):
+        answer = post(seed, path, **body, weights_digest="zz")
+        assert answer.status_code == 400 and "weights_digest" in answer.text
     answer = post(seed, "/update_weights_from_disk", model_path=str(case.models["new"]), weights_digest="0" * 64)
     assert answer.status_code == 400 and "have the digest" in answer.text
     answer = post(seed, "/update_weights_from_disk", model_path="x", load_format="gguf")

@@ -20,6 +20,7 @@ from ramet.srt.weights.update_messages import BroadcastTensors, LentTensors, Pic
 MAX_PAYLOADS = 4096  # ranks
 MAX_TENSORS = 1 << 20
 ONE_BUCKET = 1 << 62  # bytes: all tensors of a call
+LOCAL = "ipc://"  # how addresses of ZeroMQ begin behind which are processes of the host
 
 Host = Annotated[Text, Field(min_length=1, max_length=253)]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -170,6 +171,9 @@ async def put_broadcast(instance: Instance, body: FromDistributedBody, call: int
 
 async def put_lent(instance: Instance, body: FromIpcBody) -> UpdateReport | Staged:
     """Take tensors from buffers that processes of this host lend. Raises what WeightSessions.put raises."""
+    if others := [address for address in body.zmq_handles.values() if not address.startswith(LOCAL)]:
+        raise RequestError(f"processes of this host lend buffers at {LOCAL}…; got {others[0]!r:.200}",
+                           param="zmq_handles")  # fmt: skip
     source = LentTensors(sockets=body.zmq_handles, timeout_s=body.timeout_s or 300.0)
     abort_all = bool(body.abort_all_requests)
     return await instance.weight_sessions.put(source, body.weight_version, abort_all=abort_all)

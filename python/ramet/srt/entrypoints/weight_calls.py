@@ -42,7 +42,13 @@ class NewWeightsBody(RollbackBody):
 
     @property
     def digest(self) -> str | None:
-        return None if self.weights_digest is None else parse_digest(self.weights_digest, "weights_digest")
+        """Raises RequestError if it is none."""
+        if self.weights_digest is None:
+            return None
+        try:
+            return parse_digest(self.weights_digest, "weights_digest")
+        except ValueError as error:
+            raise RequestError(str(error), param="weights_digest") from None
 
 
 class UpdateBody(NewWeightsBody):
