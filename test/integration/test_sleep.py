@@ -167,7 +167,24 @@ def test_tensors_that_fail_half_way_leave_it_asleep_and_all_of_them_heal_it(case
     assert get(server, "/is_sleeping").json()["tags"] == ["kv_cache"] and get(server, "/ready").status_code == 503
     wake(server)
     assert tokens(server) == case.tokens["new"] and versions(server) == [("all", True)]
+
+    for step in range(2):  # as trainers of SGLang's users do it, in their order
+        fall_asleep(server)
+        wake(server, tags=["weights"])  # which nobody has but the trainer
+        assert get(server, "/is_sleeping").json()["tags"] == ["weights", "kv_cache"]
+        assert post(server, "/pause_generation").status_code == 200 and post(server, "/flush_cache").json()["success"]
+        assert send(tensors, weight_version=f"step {step}").json()["success"]
+        assert post(server, "/continue_generation").status_code == 200 and get(server, "/ready").status_code == 503
+        wake(server, tags=["kv_cache"])
+        wake(server, tags=["cuda_graph"])
+        assert tokens(server) == case.tokens["new"] and versions(server) == [(f"step {step}", True)]
+    fall_asleep(server)
+    wake(server, tags=["weights"])
+    answer = post(server, "/resume_memory_occupation", tags=["kv_cache"])
+    assert answer.status_code == 400 and "nobody is known who has the weights" in answer.text
     update(server, case.models["old"], weight_version="default")
+    wake(server)
+    assert tokens(server) == case.tokens["old"]
 
 
 def test_it_sleeps_on_while_its_weights_can_be_had_nowhere(case, server):

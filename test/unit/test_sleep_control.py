@@ -115,15 +115,62 @@ async def test_a_pause_that_somebody_has_asked_for_outlasts_a_sleep(case: Case) 
     await case.pauses.pause("abort", refuses=True)
     refusal = case.replicas.pause_refusal
     await case.sleep.release(MEMORY_TAGS, "keep")
-    for end in (case.pauses.go_on, case.pauses.go_on):
-        with pytest.raises(RequestError, match="asleep: wake it first"):
-            await end()
     case.replicas.take_events()
     await case.sleep.resume(None)
     assert case.replicas.take_events() == ["resume", "offer", "open"]
     assert case.pauses.is_paused and case.pauses.reason == refusal
     await case.pauses.go_on()
     assert not case.pauses.is_paused
+
+
+async def test_the_end_of_a_pause_ends_no_sleep(case: Case) -> None:
+    """Trainers pause and go on around an update, also while the KV cache is away."""
+    await case.pauses.pause("abort", refuses=True)
+    await case.sleep.release(MEMORY_TAGS, "keep")
+    await case.pauses.go_on()
+    assert case.pauses.is_paused and case.sleep.is_asleep and "go on" not in case.replicas.take_events()
+    with pytest.raises(RequestError, match="asleep: wake it first"):
+        await case.pauses.go_on()
+    await case.sleep.resume(None)
+    assert not case.pauses.is_paused and case.pauses.reason is None and case.replicas.take_events() == WAKE
+
+
+async def take_tensors(case: Case) -> None:
+    """Weights that nobody else has."""
+    sessions = WeightSessions(case.updates, 60.0, case.sleep.note_updated)
+    await sessions.put(PickledTensors(payloads=[], load_format=None, host_identity=""), None, abort_all=False)
+
+
+async def test_weights_that_nobody_has_are_waited_for_while_something_else_is_missing(case: Case) -> None:
+    """As trainers do it: memory for weights first, the weights then, and the KV cache at last."""
+    await take_tensors(case)
+    for _ in range(2):
+        await case.sleep.release(MEMORY_TAGS, "keep")
+        case.replicas.take_events()
+        moved = await case.sleep.resume(["weights"])
+        assert moved.tags == MEMORY_TAGS and "an update must bring them" in moved.trouble
+        assert case.replicas.take_events() == [] and case.sleep.is_asleep
+        await take_tensors(case)
+        assert case.sleep.tags == ("kv_cache",)
+        await case.sleep.resume(["kv_cache"])
+        assert not case.sleep.is_asleep and case.sleep.tags == ()
+
+
+async def test_it_does_not_wake_without_weights_that_were_asked_for(case: Case) -> None:
+    await take_tensors(case)
+    await case.sleep.release(MEMORY_TAGS, "keep")
+    await case.sleep.resume(["weights"])
+    for tags in (["kv_cache"], ["kv_cache", "weights"], None, ["kv_cache"]):
+        case.replicas.faults["resume"] = "nobody is known who has the weights"
+        with pytest.raises(RequestError, match="sleeps on: nobody is known"):
+            await case.sleep.resume(tags)  # type: ignore[arg-type]
+        step = next(step for step in reversed(case.replicas.steps) if isinstance(step, ResumeMemoryReq))
+        assert set(step.tags) == set(MEMORY_TAGS)
+        assert case.sleep.tags == MEMORY_TAGS
+        await case.sleep.release((), "keep")  # which asks for nothing, and forgets what was asked for
+        assert (await case.sleep.resume(["weights"])).tags == MEMORY_TAGS
+    await case.sleep.resume(["kv_cache", "weights"], "127.0.0.1:1")
+    assert not case.sleep.is_asleep
 
 
 async def test_a_pause_that_comes_while_it_sleeps_lasts_too(case: Case) -> None:
@@ -147,8 +194,7 @@ async def test_a_pause_does_not_end_that_becomes_a_sleep(case: Case) -> None:
         ending = asyncio.create_task(case.pauses.go_on())
         await asyncio.sleep(0)
         case.pauses._is_asleep = True
-    with pytest.raises(RequestError, match="asleep"):
-        await ending
+    await ending
     assert "go on" not in case.replicas.events
 
 

@@ -111,20 +111,23 @@ class PauseControl:
         self._overtaken = asyncio.Event()
 
     async def go_on(self) -> None:
-        """End the pause, if there is one.
+        """End the pause, if there is one; of an instance that sleeps that one which was asked for beside: it sleeps on.
 
         Raises:
-            RequestError: if the instance sleeps.
+            RequestError: if nothing but sleep pauses the instance.
             ServiceError: if a replica does not answer: then the pause lasts.
         """
-        self._check_awake()
+        self._check_can_go_on()
         self._overtake()
         async with self._turn:
-            self._check_awake()  # it may have fallen asleep since
-            await self._go_on()
+            self._check_can_go_on()  # it may have fallen asleep since
+            if self._is_asleep:
+                self._is_asked_for, self._refusal_awake = False, None
+            else:
+                await self._go_on()
 
-    def _check_awake(self) -> None:
-        if self._is_asleep:
+    def _check_can_go_on(self) -> None:
+        if self._is_asleep and not self._is_asked_for:
             raise RequestError("the instance is asleep: wake it first (/resume_memory_occupation, /wake_up)")
 
     async def _go_on(self) -> None:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 600.0  # host memory for a copy of the weights takes its time to be pinned
 RESUME_TIMEOUT_S = 3700.0
 WEIGHTS: MemoryTag = "weights"
+WILL_COME = "nobody is known who has the weights: an update must bring them"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Moved:
     num_bytes: int = 0  # that were given back, or came as weights
     source: str = ""  # of weights that came
     seconds: float = 0.0
-    trouble: str = ""  # why others can't take the weights now
+    trouble: str = ""  # why others can't take the weights now, or who must bring them
 
 
 class SleepControl:
@@ -79,6 +80,7 @@ class SleepControl:
         self._keeps_copy = keeps_copy
         self._others: set[MemoryTag] = set()  # that are given back, beside weights
         self._has_copy = False
+        self._put_off: set[MemoryTag] = set()  # that were asked for, and can't be had but by an update
         self._awaits_update = False  # it sleeps because weights are missing, and nobody has asked for it
 
     @property
@@ -112,7 +114,8 @@ class SleepControl:
         """Take the memory of the tags again, with the weights that were in it. Wakes when nothing is missing any more.
 
         Args:
-            tags: None: all.
+            tags: None: all. Weights that nobody has are put off while something else is missing: trainers ask for them
+                first, and bring them then.
             address: of an instance that has the weights, to be asked before others.
 
         Raises:
@@ -168,7 +171,9 @@ class SleepControl:
             report = await update()
         except (RequestError, ServiceError) as error:
             try:
-                await self._resume_now([WEIGHTS], [])
+                await self._take([WEIGHTS], [])
+                if not was_asleep:
+                    await self._resume_now([], [])
             except (RequestError, ServiceError) as second:
                 self._awaits_update = not was_asleep
                 await self._pauses.fall_asleep("abort")
@@ -202,6 +207,7 @@ class SleepControl:
             await self._undo(new, was_asleep)
             raise RequestError(f"the instance can't sleep: {failure}")
         self._note_gone(new, copies)
+        self._put_off.clear()
         if WEIGHTS in new and self._updates.kept:
             await self._updates.drop_kept()
             await self._ask(functools.partial(ReleaseMemoryReq, tags=[], keeps_copy=copies), RELEASE_TIMEOUT_S)
@@ -234,13 +240,21 @@ class SleepControl:
         begun = time.perf_counter()
         if not self.is_asleep:
             return Moved(())
-        came = await self._take([tag for tag in tags if tag in self.tags], asked)
-        trouble = "" if self.tags else await self._wake()
+        came = await self._take(self._due(tags, asked), asked)
+        trouble = (WILL_COME if self._put_off else "") if self.tags else await self._wake()
         seconds = time.perf_counter() - begun
         state = f"asleep ({', '.join(self.tags)})" if self.tags else "awake"
         weights = f", {came.num_bytes} bytes of weights from {came.source}" if came.source else ""
         logger.info("%s after %.3f s%s", state, seconds, weights)
         return Moved(self.tags, came.num_bytes, came.source, seconds, trouble)
+
+    def _due(self, tags: Collection[MemoryTag], asked: list[WakeSource]) -> list[MemoryTag]:
+        """What is to be taken now of the tags, and of what was put off when it was asked for."""
+        due = [tag for tag in self.tags if tag in tags or tag in self._put_off]
+        can_be_had = self._has_copy or asked or self._known_sources()
+        is_put_off = WEIGHTS in due and not can_be_had and len(due) < len(self.tags)
+        self._put_off = {WEIGHTS} if is_put_off else set()
+        return [tag for tag in due if tag not in self._put_off]
 
     async def _take(self, tags: list[MemoryTag], asked: list[WakeSource]) -> Staged:
         """Raises RequestError if a rank can't: then all ranks have given it back again."""
