@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -336,3 +338,13 @@ def test_what_is_dropped_is_free_without_a_collection(updated: Updated, models: 
         assert not os.path.exists(f"/proc/self/fd/{fd}")
     finally:
         gc.enable()
+
+
+def test_the_end_of_the_process_waits_for_no_memory() -> None:
+    """What is being freed goes with the process."""
+    script = (
+        "import time; from ramet.srt.model_executor.dropped_memory import DroppedMemory\n"
+        "class Slow:\n    def __del__(self): time.sleep(60)\n"
+        "DroppedMemory().free([Slow()])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=30).returncode == 0
