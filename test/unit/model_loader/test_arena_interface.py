@@ -280,19 +280,25 @@ def test_a_gpu_arena_stages_only_where_there_is_room(gpu_arena, manifest, monkey
     monkeypatch.setattr(host_memory, "available_memory_nbytes", lambda: gpu_arena.nbytes - 1)
     with pytest.raises(MemoryError, match=r"GPU 1 has no room for other weights of rank 0 .* host has none either"):
         gpu_arena.open_stage(manifest)
+    prepared = []
+
+    def make(_manifest, _device, kind):
+        in_host_memory = kind is cuda.PinnedMemory
+        return SimpleNamespace(kind=kind, in_host_memory=in_host_memory, prepare_swap=lambda: prepared.append(kind))
+
     monkeypatch.setattr(torch, "empty", lambda nbytes, **_options: nbytes)
-    monkeypatch.setattr(cuda, "CudaWeightArena", lambda _manifest, _device, kind: SimpleNamespace(kind=kind))
-    assert gpu_arena.open_stage(manifest).kind is cuda.PinnedMemory
-    held["memory_reserved"] += gpu_arena.nbytes  # of a stage that was dropped
+    monkeypatch.setattr(cuda, "CudaWeightArena", make)
     stage = gpu_arena.open_stage(manifest)
-    assert stage.kind is FakeMemory and stage.spare == gpu_arena.nbytes
+    assert stage.kind is cuda.PinnedMemory and stage.spare == gpu_arena.nbytes and not prepared
+    held["memory_reserved"] += gpu_arena.nbytes  # of a stage that was dropped
+    assert gpu_arena.open_stage(manifest).kind is FakeMemory and prepared == [FakeMemory]
 
     refusals = [MemoryError("what is free belongs to graphs"), torch.OutOfMemoryError("or is in pieces")]
 
-    def only_on_host(_manifest, _device, kind):
+    def only_on_host(manifest, device, kind):
         if kind is not cuda.PinnedMemory:
             raise refusals.pop()
-        return SimpleNamespace(kind=kind)
+        return make(manifest, device, kind)
 
     monkeypatch.setattr(cuda, "CudaWeightArena", only_on_host)
     while refusals:
