@@ -1,7 +1,7 @@
 """Owns what adapters add to a linear layer's output, where each token of a pass may have another adapter or none.
 
 Which tokens take a slot is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for one
-slot and a block of its tokens, and ends at once where it has not so many.
+slot, and goes through its tokens in blocks; of a long pass, several programs share them.
 """
 
 import torch
@@ -18,14 +18,11 @@ MAX_TILE_BYTES = 8192  # of A
 
 
 @triton.jit
-def _tokens_of(by_slot_ptr, slot, num_slots, BLOCK_TOKENS: tl.constexpr):
-    """A block of a slot's tokens, which of them there are, and whether there is one."""
-    first = tl.load(by_slot_ptr + slot) + tl.program_id(0) * BLOCK_TOKENS
-    stop = tl.load(by_slot_ptr + slot + 1)
+def _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS: tl.constexpr):
+    """A block of tokens, and which of them there are."""
     places = first + tl.arange(0, BLOCK_TOKENS)
     is_mine = places < stop
-    tokens = tl.load(by_slot_ptr + num_slots + 1 + places, mask=is_mine, other=0)
-    return tokens.to(tl.int64), is_mine, first < stop
+    return tl.load(by_slot_ptr + num_slots + 1 + places, mask=is_mine, other=0).to(tl.int64), is_mine
 
 
 # Passes of many sizes are captured: none may find that its size needs a kernel of its own.
@@ -52,30 +49,31 @@ def _shrink_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slot = tl.program_id(2)
+    slot, num_slots = tl.program_id(2), tl.num_programs(2)
+    start, stop = tl.load(by_slot_ptr + slot), tl.load(by_slot_ptr + slot + 1)
     part = tl.program_id(1) % num_parts
     split = tl.program_id(1) // num_parts % num_splits
     first_rank = tl.program_id(1) // num_parts // num_splits * BLOCK_RANK
-    tokens, is_mine, has_tokens = _tokens_of(by_slot_ptr, slot, tl.num_programs(2), BLOCK_TOKENS)
     scale = tl.load(scales_ptr + slot * num_parts + part)
-    if (not has_tokens) | (scale == 0.0):
-        return
     ranks = first_rank + tl.arange(0, BLOCK_RANK)
     rank_mask = ranks < rank
     columns = tl.arange(0, BLOCK_COLUMNS)
     a_rows = (slot * num_parts + part).to(tl.int64) * rank + ranks
-    stop = tl.minimum((split + 1) * split_columns, num_columns)
-    acc = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
-    for first in range(split * split_columns, stop, BLOCK_COLUMNS):
-        column_mask = first + columns < stop
-        x_ptrs = x_ptr + tokens[:, None] * num_columns + first + columns[None, :]
-        x = tl.load(x_ptrs, mask=is_mine[:, None] & column_mask[None, :], other=0.0)
-        a_ptrs = a_ptr + a_rows[None, :] * num_columns + first + columns[:, None]
-        a = tl.load(a_ptrs, mask=rank_mask[None, :] & column_mask[:, None], other=0.0)
-        acc = tl.dot(x, a, acc, input_precision=PRECISION)
-    inner_rows = (split * num_tokens + tokens) * num_parts + part
-    inner_ptrs = inner_ptr + inner_rows[:, None] * rank + ranks[None, :]
-    tl.store(inner_ptrs, acc * scale, mask=is_mine[:, None] & rank_mask[None, :])
+    end_column = tl.minimum((split + 1) * split_columns, num_columns)
+    stop = tl.where(scale == 0.0, start, stop)
+    for first in range(start + tl.program_id(0) * BLOCK_TOKENS, stop, tl.num_programs(0) * BLOCK_TOKENS):
+        tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
+        acc = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+        for column in range(split * split_columns, end_column, BLOCK_COLUMNS):
+            column_mask = column + columns < end_column
+            x_ptrs = x_ptr + tokens[:, None] * num_columns + column + columns[None, :]
+            x = tl.load(x_ptrs, mask=is_mine[:, None] & column_mask[None, :], other=0.0)
+            a_ptrs = a_ptr + a_rows[None, :] * num_columns + column + columns[:, None]
+            a = tl.load(a_ptrs, mask=rank_mask[None, :] & column_mask[:, None], other=0.0)
+            acc = tl.dot(x, a, acc, input_precision=PRECISION)
+        inner_rows = (split * num_tokens + tokens) * num_parts + part
+        inner_ptrs = inner_ptr + inner_rows[:, None] * rank + ranks[None, :]
+        tl.store(inner_ptrs, acc * scale, mask=is_mine[:, None] & rank_mask[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -101,32 +99,33 @@ def _expand_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slot = tl.program_id(2)
+    slot, num_slots = tl.program_id(2), tl.num_programs(2)
+    start, stop = tl.load(by_slot_ptr + slot), tl.load(by_slot_ptr + slot + 1)
     block_ptr = blocks_ptr + 3 * tl.program_id(1)
     part = tl.load(block_ptr)
-    tokens, is_mine, has_tokens = _tokens_of(by_slot_ptr, slot, tl.num_programs(2), BLOCK_TOKENS)
     scale = tl.load(scales_ptr + slot * num_parts + part)
-    if (not has_tokens) | (scale == 0.0):
-        return
     outputs = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_OUTPUTS)
     output_mask = outputs < tl.load(block_ptr + 2)
     b_rows = slot.to(tl.int64) * num_outputs + outputs
-    more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
-    for first_rank in range(0, rank, BLOCK_RANK):
-        ranks = first_rank + tl.arange(0, BLOCK_RANK)
-        rank_mask = ranks < rank
-        inner_mask = is_mine[:, None] & rank_mask[None, :]
-        inner = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
-        for split in tl.static_range(SPLITS):
-            inner_rows = (split * num_tokens + tokens) * num_parts + part
-            inner += tl.load(inner_ptr + inner_rows[:, None] * rank + ranks[None, :], mask=inner_mask, other=0.0)
-        b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
-        b = tl.load(b_ptrs, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
-        more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
-    y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
-    mask = is_mine[:, None] & output_mask[None, :]
-    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
+    stop = tl.where(scale == 0.0, start, stop)
+    for first in range(start + tl.program_id(0) * BLOCK_TOKENS, stop, tl.num_programs(0) * BLOCK_TOKENS):
+        tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
+        more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
+        for first_rank in range(0, rank, BLOCK_RANK):
+            ranks = first_rank + tl.arange(0, BLOCK_RANK)
+            rank_mask = ranks < rank
+            inner_mask = is_mine[:, None] & rank_mask[None, :]
+            inner = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
+            for split in tl.static_range(SPLITS):
+                inner_rows = (split * num_tokens + tokens) * num_parts + part
+                inner += tl.load(inner_ptr + inner_rows[:, None] * rank + ranks[None, :], mask=inner_mask, other=0.0)
+            b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
+            b = tl.load(b_ptrs, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
+            more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
+        y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
+        mask = is_mine[:, None] & output_mask[None, :]
+        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptrs, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def add_adapters(
@@ -164,7 +163,7 @@ def add_adapters(
     num_splits = min(MAX_SPLITS, triton.cdiv(num_columns, MIN_SPLIT_COLUMNS)) if has_few_tokens else 1
     split_columns = triton.cdiv(triton.cdiv(num_columns, num_splits), block_columns) * block_columns
     inner = torch.empty((num_splits, num_tokens, num_parts, rank), dtype=torch.float32, device=x.device)
-    num_blocks = triton.cdiv(num_tokens, block_tokens)
+    num_blocks = 1 if has_few_tokens else triton.cdiv(num_tokens, block_tokens)
     precision = dot_precision(x.dtype)
     early = can_launch_early(x.device)
     launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
