@@ -10,7 +10,7 @@ from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -28,18 +28,17 @@ class Case:
             pool: of another case, for its backend to be used again; what is in it is replaced.
         """
         num_heads, num_kv_heads, head_dim = shape
+        kv = KVSpec(num_kv_heads, head_dim, head_dim)
         num_pages = sum(-(-(prefix + new) // page_size) for prefix, new in sequences) + 3
         self.device = device
         self.page_size = page_size
-        self.pool = pool or MHATokenToKVPool(
-            num_pages=num_pages, page_size=page_size, num_layers=1, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            dtype=dtype, device=device,
+        self.pool = pool or TokenToKVPool(
+            num_pages=num_pages, page_size=page_size, layers=[kv], dtype=dtype, device=device,
         )  # fmt: skip
         self.pool.buffer.normal_()
         self.layer = RadixAttention(
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            kv=kv,
             scale=head_dim**-0.5,
             layer_id=0,
             sliding_window=window,
@@ -58,11 +57,11 @@ class Case:
             positions = torch.arange(prefix, prefix + new)
             slots.append(tables[index][positions // page_size] * page_size + positions % page_size)
             rows.append(positions)
-        is_held = torch.zeros(self.pool.buffer.shape[2], dtype=torch.bool)
+        is_held = torch.zeros(len(self.pool.get_kv_buffer(0)[0]), dtype=torch.bool)
         for table, end in zip(tables, ends, strict=True):
             positions = torch.arange(end)
             is_held[table[positions // page_size] * page_size + positions % page_size] = True
-        self.pool.buffer[:, :, ~is_held.to(device)] = float("nan")  # nothing shows of what belongs to no sequence
+        self.fill(~is_held.to(device), float("nan"))  # nothing shows of what belongs to no sequence
         slots = torch.cat(slots).to(device)
         num_tokens = len(slots)
         width = (num_heads + 2 * num_kv_heads) * head_dim
@@ -86,6 +85,11 @@ class Case:
             ),
         )
 
+    def fill(self, slots, value):
+        """Put a value into slots of the cache, a slice or bool [num_slots]."""
+        for part in self.pool.get_kv_buffer(0):
+            part[slots] = value
+
     @property
     def spec(self) -> AttentionSpec:
         layer = self.layer
@@ -93,10 +97,8 @@ class Case:
             device=self.device,
             dtype=self.q.dtype,
             page_size=self.page_size,
-            num_layers=1,
             num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_dim=layer.head_dim,
+            kv=layer.kv,
             scale=layer.scale,
             windows=(layer.layer.sliding_window,),
         )

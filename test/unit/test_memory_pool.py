@@ -3,7 +3,7 @@
 import psutil
 import pytest
 import torch
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
 
 
 def test_a_kv_cache_that_is_put_away_comes_back_as_zeros():
@@ -16,14 +16,14 @@ def test_a_kv_cache_that_is_put_away_comes_back_as_zeros():
     assert psutil.Process().memory_info().rss - before < 64 << 20
     pool.take_back()
     pool.take_back()
-    assert pool.get_kv_buffer(0)[0].data_ptr() == address and not pool.buffer[3].any()
+    assert pool.get_kv_buffer(0)[0].data_ptr() == address and not pool.get_kv_buffer(3)[0].any()
     with pytest.raises(RuntimeError, match="--enable-memory-saver"):
         make_pool().put_away()
 
 
 def make_pool(**options):
-    return MHATokenToKVPool(
-        num_pages=4095, page_size=16, num_layers=8, num_kv_heads=4, head_dim=64, dtype=torch.bfloat16,
+    return TokenToKVPool(
+        num_pages=4095, page_size=16, layers=[KVSpec(4, 64, 64)] * 8, dtype=torch.bfloat16,
         device=torch.device("cpu"), **options,
     )  # fmt: skip
 
@@ -35,4 +35,21 @@ def test_unused_kv_cache_takes_no_memory():
     taken = psutil.Process().memory_info().rss - before
     assert pool.buffer.nbytes == 512 << 20
     assert taken < 64 << 20
-    assert not pool.buffer[3, 1, -16:].any()
+    assert not pool.get_kv_buffer(3)[1][-16:].any()
+
+
+def test_each_layer_keeps_what_its_spec_says_and_nothing_else():
+    specs = [KVSpec(4, 8, 8), KVSpec(1, 24, 16, is_latent=True), KVSpec(2, 12, 6)]
+    pool = TokenToKVPool(
+        num_pages=3, page_size=2, layers=specs, dtype=torch.float32, device=torch.device("cpu")
+    )  # fmt: skip
+    assert [spec.bytes_per_token(torch.float32) for spec in specs] == [256, 96, 144]
+    assert pool.buffer.nbytes == (3 + 1) * 2 * (256 + 96 + 144)
+    for layer_id, spec in enumerate(specs):
+        keys, values = pool.get_kv_buffer(layer_id)
+        assert keys.shape == (8, spec.num_kv_heads, spec.key_dim) and not keys.any()
+        assert values.shape == (8, spec.num_kv_heads, spec.value_dim) and not values.any()
+        values.fill_(2.0)
+        assert keys.any() == spec.is_latent  # whose values are a part of the keys
+        keys.fill_(1.0)
+    assert not (pool.buffer == 0).any()

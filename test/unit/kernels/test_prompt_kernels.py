@@ -131,7 +131,7 @@ def test_passes_with_and_without_other_kernels_follow_each_other(device, kind):
 
 def test_a_replayed_pass_has_ramets_kernels_whatever_was_launched_before(device):
     case = Case(device, [(12, 1), (0, 17), (3, 2)], (2, 1, 16), dtype=torch.float16)
-    case.pool.buffer[:, :, : case.page_size] = 0.5  # padding reads page 0, which holds numbers in an engine
+    case.fill(slice(case.page_size), 0.5)  # padding reads page 0, which holds numbers in an engine
     expected = case.native()
     backend = make_backend(case, FlashPrompts(case.spec, limits_of(case)))
     case.compare(case.run(backend), expected)

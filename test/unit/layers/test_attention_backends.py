@@ -121,7 +121,7 @@ class Replayed:
 @pytest.mark.parametrize("window", [None, 9])
 def test_replays_of_a_captured_pass(backend_class, window):
     case = Case(CPU, [(60, 1), (2, 1), (15, 1), (31, 1), (16, 1)], GROUPED, window=window, decode=True)
-    case.pool.buffer[:, :, : case.page_size] = 0.5  # padding reads page 0, which holds numbers in an engine
+    case.fill(slice(case.page_size), 0.5)  # padding reads page 0, which holds numbers in an engine
     expected = case.native()
     replayed = Replayed(case, backend_class(case.spec, case.pool), sizes=[1, 2, 4, 8])
     for rows, size in (([0, 1, 2, 3, 4], 8), ([3], 1), ([4, 2, 0], 4), ([1, 0], 2), ([2], 1), ([0, 1, 2, 3], 4)):
@@ -169,7 +169,7 @@ def record_calls(backend_class):
     for sequences, decode in ((EXTEND["mixed with single tokens"], False), (DECODE["unlike lengths"], True)):
         case = Case(CPU, sequences, GROUPED, page_size=16, window=9, decode=decode, dtype=torch.float16)
         case.check(backend_class)
-    case.pool.buffer[:, :, : case.page_size] = 0.5
+    case.fill(slice(case.page_size), 0.5)
     Replayed(case, backend_class(case.spec, case.pool), sizes=[2]).run([1], 2)
 
 

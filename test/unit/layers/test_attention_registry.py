@@ -10,12 +10,13 @@ from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.layers.attention import registry, requirements
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.registry import choose_attn_backend
+from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.server_flags import ATTENTION_BACKENDS
 
 SPEC = AttentionSpec(
-    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_layers=4, num_heads=8, num_kv_heads=2,
-    head_dim=128, scale=128**-0.5, windows=(None,),
+    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_heads=8, kv=KVSpec(2, 128, 128),
+    scale=128**-0.5, windows=(None,),
 )  # fmt: skip
 
 
@@ -52,9 +53,9 @@ def test_flag_and_preference_name_the_same_backends():
     ("installed", "torch_version", "changes", "wanted"),
     [
         (("triton", "flashinfer"), "2.13.0", {}, "triton"),
-        (("triton", "flashinfer"), "2.13.0", {"dtype": torch.float32, "head_dim": 24}, "triton"),
+        (("triton", "flashinfer"), "2.13.0", {"dtype": torch.float32, "kv": KVSpec(2, 24, 24)}, "triton"),
         (("flashinfer",), "2.13.0", {}, "flashinfer"),
-        (("flashinfer",), "2.13.0", {"head_dim": 96}, "torch_varlen"),
+        (("flashinfer",), "2.13.0", {"kv": KVSpec(2, 96, 96)}, "torch_varlen"),
         (("flashinfer",), "2.13.0", {"dtype": torch.float32}, "torch_native"),
         ((), "2.13.0", {}, "torch_varlen"),
         ((), "2.14.0a0+git1234", {}, "torch_varlen"),
@@ -73,9 +74,9 @@ def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_ver
     ("name", "changes", "message"),
     [
         ("flashinfer", {"dtype": torch.float32}, "flashinfer needs bfloat16 or float16; the model has float32"),
-        ("flashinfer", {"head_dim": 96}, "flashinfer needs heads of 64, 128, 256; the model's have 96"),
+        ("flashinfer", {"kv": KVSpec(2, 96, 96)}, "flashinfer needs heads of 64, 128, 256; the model's have 96"),
         ("torch_varlen", {"page_size": 16}, "torch_varlen needs a --page-size that is a multiple of 256; it is 16"),
-        ("torch_varlen", {"head_dim": 20}, "torch_varlen needs heads of a multiple of 8 and at most 256"),
+        ("torch_varlen", {"kv": KVSpec(2, 20, 20)}, "torch_varlen needs heads of a multiple of 8 and at most 256"),
         ("flashinfer", {"soft_cap": 50.0}, "flashinfer needs a model without a soft cap on attention"),
         ("torch_varlen", {"soft_cap": 50.0}, "torch_varlen needs a model without a soft cap on attention"),
         ("flashinfer", {"device": torch.device("cpu")}, "flashinfer needs a GPU"),

@@ -46,13 +46,13 @@ def reference(case):
 def spoil_what_nobody_sees(case):
     """NaN in every slot that is of no token which the pass sees: nothing of it may show."""
     window = case.layer.layer.sliding_window
-    unseen = torch.ones(case.pool.buffer.shape[2], dtype=torch.bool)
+    unseen = torch.ones(len(case.pool.get_kv_buffer(0)[0]), dtype=torch.bool)
     tokens = case.batch.tokens
     for row, start, end in zip(tokens.rows.tolist(), tokens.starts.tolist(), tokens.ends.tolist(), strict=True):
         positions = torch.arange(0 if window is None else max(0, start + 1 - window), end)
         pages = case.batch.req_to_page[row][positions // case.page_size]
         unseen[pages * case.page_size + positions % case.page_size] = False
-    case.pool.buffer[:, :, unseen] = float("nan")
+    case.fill(unseen, float("nan"))
 
 
 def check(case):

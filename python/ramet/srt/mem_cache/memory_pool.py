@@ -1,7 +1,8 @@
 """Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,7 +44,26 @@ class ReqToPagePool:
             self.is_long.index_copy_(0, rows, is_long.bool())
 
 
-class MHATokenToKVPool:
+@dataclass(frozen=True)
+class KVSpec:
+    """What a layer keeps of each token."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    is_latent: bool = False  # values are the first `value_dim` columns of the keys, and nothing else is kept
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Numbers of the parts that are kept apart: keys, and values."""
+        keys = self.num_kv_heads * self.key_dim
+        return (keys,) if self.is_latent else (keys, self.num_kv_heads * self.value_dim)
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return sum(self.row_sizes) * dtype.itemsize
+
+
+class TokenToKVPool:
     """Keys and values of all layers, addressed by slot = page * page_size + position in the page.
 
     Page 0 belongs to nobody: padded reads and writes go there.
@@ -54,21 +74,21 @@ class MHATokenToKVPool:
         *,
         num_pages: int,
         page_size: int,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
+        layers: Sequence[KVSpec],
         dtype: torch.dtype,
         device: torch.device,
         can_be_put_away: bool = False,
     ):
         """
         Args:
+            layers: of the rank, in the order of their ids.
             can_be_put_away: whether `put_away` will be called.
 
         Raises:
             MemoryError, OSError: if there is no memory that can be given back.
         """
-        shape = (num_layers, 2, (num_pages + 1) * page_size, num_kv_heads, head_dim)
+        num_slots = (num_pages + 1) * page_size
+        shape = (sum(num_slots * size for spec in layers for size in spec.row_sizes),)
         self._memory = ReturnableZeros(math.prod(shape) * dtype.itemsize, device) if can_be_put_away else None
         if self._memory is not None:
             self.buffer = self._memory.tensor.view(dtype).view(*shape)
@@ -78,11 +98,8 @@ class MHATokenToKVPool:
             self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.page_size = page_size
         # Views, made once: every layer of every pass asks for its own.
-        self._layers = [(self.buffer[layer_id, 0], self.buffer[layer_id, 1]) for layer_id in range(num_layers)]
-
-    @staticmethod
-    def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
+        parts = iter(self.buffer.split([num_slots * size for spec in layers for size in spec.row_sizes]))
+        self._layers = [_layer_views(spec, parts, num_slots) for spec in layers]
 
     @property
     def is_put_away(self) -> bool:
@@ -109,14 +126,22 @@ class MHATokenToKVPool:
             self._memory.take()
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer: views [num_slots, num_kv_heads, head_dim]."""
+        """Keys and values of a layer: views [num_slots, num_kv_heads, key_dim] and [..., value_dim]."""
         return self._layers[layer_id]
 
     def set_kv_buffer(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k and v [num_tokens, num_kv_heads, head_dim] to `slots` int64 [num_tokens]."""
+        """Write k and v, [num_tokens, num_kv_heads, key_dim or value_dim], to `slots` int64 [num_tokens]."""
         keys, values = self._layers[layer_id]
         keys.index_copy_(0, slots, k)
         values.index_copy_(0, slots, v)
+
+
+def _layer_views(spec: KVSpec, parts: Iterator[torch.Tensor], num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer, of the parts of a buffer from its own on."""
+    keys = next(parts).view(num_slots, spec.num_kv_heads, spec.key_dim)
+    if spec.is_latent:
+        return keys, keys[..., : spec.value_dim]
+    return keys, next(parts).view(num_slots, spec.num_kv_heads, spec.value_dim)
 
 
 def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

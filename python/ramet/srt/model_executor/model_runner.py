@@ -20,13 +20,18 @@ from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import RunnerConfig
 from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
-from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec, PassLimits
-from ramet.srt.layers.attention.registry import bind_attention, choose_attn_backend, describe_attention
+from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, PassLimits
+from ramet.srt.layers.attention.registry import (
+    bind_attention,
+    choose_attn_backend,
+    describe_attention,
+    describe_kv_cache,
+)
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.lora.lora_manager import LoraManager
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToPagePool
+from ramet.srt.mem_cache.memory_pool import KVSpec, ReqToPagePool, TokenToKVPool
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
@@ -52,7 +57,7 @@ class ModelRunner:
     """The model of one rank on one device."""
 
     attn_backend: AttentionBackend
-    kv_pool: MHATokenToKVPool
+    kv_pool: TokenToKVPool
     req_pool: ReqToPagePool
 
     def __init__(
@@ -101,7 +106,8 @@ class ModelRunner:
                 config.lora, self.model, self.model_config, parallel, device, config.weights, context.started_at
             )
         attention = describe_attention(self.model, device, self.dtype, self.page_size)
-        num_pages = self._num_kv_pages(free_bytes, attention)
+        kv_specs = describe_kv_cache(self.model)
+        num_pages = self._num_kv_pages(free_bytes, kv_specs)
         backend_class = choose_attn_backend(config.attention_backend, attention)
         self.arena = allocate_arena(self.manifest, device, can_be_put_away=config.can_sleep)
         self.arena.bind(self.model)
@@ -112,7 +118,7 @@ class ModelRunner:
         # Everything that needs only the addresses of the weights is made while they come.
         with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
             loading = pool.submit(weights.load, model_config.path)
-            self._make_kv_cache(num_pages, attention)
+            self._make_kv_cache(num_pages, kv_specs)
             self.attn_backend = backend_class(attention, self.kv_pool)
             bind_attention(self.model, self.attn_backend)
             on_phase("kv_cache")
@@ -153,19 +159,18 @@ class ModelRunner:
             return False
         return config.tie_word_embeddings and find_own_head(self.config.weights.load, self.manifest, config.path)
 
-    def _num_kv_pages(self, free_bytes: int, attention: AttentionSpec) -> int:
+    def _num_kv_pages(self, free_bytes: int, kv_specs: Sequence[KVSpec]) -> int:
         """Pages of KV cache that fit beside the weights.
 
         Args:
             free_bytes: memory that is free before the weights come.
+            kv_specs: of all layers.
 
         Raises:
             ValueError: if the memory does not suffice, or for one request of useful length.
         """
         config = self.config
-        token_bytes = MHATokenToKVPool.bytes_per_token(
-            attention.num_layers, attention.num_kv_heads, attention.head_dim, attention.dtype
-        )
+        token_bytes = sum(spec.bytes_per_token(self.dtype) for spec in kv_specs)
         weights_nbytes = self.manifest.arena_nbytes + (0 if self.lora is None else self.lora.nbytes)
         budget = int(free_bytes * config.mem_fraction_static) - weights_nbytes
         if config.max_total_tokens is None:
@@ -185,16 +190,14 @@ class ModelRunner:
             )
         return num_pages
 
-    def _make_kv_cache(self, num_pages: int, attention: AttentionSpec) -> None:
+    def _make_kv_cache(self, num_pages: int, kv_specs: Sequence[KVSpec]) -> None:
         self.max_total_num_tokens = num_pages * self.page_size
         self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens)
-        self.kv_pool = MHATokenToKVPool(
+        self.kv_pool = TokenToKVPool(
             num_pages=num_pages,
             page_size=self.page_size,
-            num_layers=attention.num_layers,
-            num_kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            dtype=attention.dtype,
+            layers=kv_specs,
+            dtype=self.dtype,
             device=self.device,
             can_be_put_away=self.config.can_sleep,
         )

@@ -12,7 +12,7 @@ import torch
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.errors import one_line
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.model_executor.rank_weights import RankWeights
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -55,7 +55,7 @@ class RankMemory:
         self,
         start: RankWeights,
         model_path: str,
-        kv_pool: MHATokenToKVPool,
+        kv_pool: TokenToKVPool,
         open_checkpoint: CheckpointOpener,
         *,
         keeps_room: bool,

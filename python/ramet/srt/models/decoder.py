@@ -16,6 +16,7 @@ from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.moe import SparseMoeBlock
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from ramet.srt.mem_cache.memory_pool import KVSpec
 
 # A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
 NORM_NAMES = {
@@ -74,8 +75,7 @@ class Attention(nn.Module):
             ]
         self.attn = RadixAttention(
             num_heads=self.qkv_proj.num_heads,
-            num_kv_heads=self.qkv_proj.num_kv_heads,
-            head_dim=config.head_dim,
+            kv=KVSpec(self.qkv_proj.num_kv_heads, config.head_dim, config.head_dim),
             scale=traits.attention_scale,
             layer_id=layer_id - model.layer_ids.start,
             sliding_window=spec.window,

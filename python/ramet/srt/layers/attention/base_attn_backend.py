@@ -9,7 +9,7 @@ import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,21 @@ class AttentionSpec:
     device: torch.device
     dtype: torch.dtype  # of queries and KV cache
     page_size: int
-    num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    kv: KVSpec  # of each layer
     scale: float
     windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see AttentionLayer
-    soft_cap: float | None = (
-        None  # bound of the scores s, which become soft_cap * tanh(s / soft_cap) before the softmax
-    )
+    # Bound of the scores s, which become soft_cap * tanh(s / soft_cap) before the softmax.
+    soft_cap: float | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Columns of queries and keys."""
+        return self.kv.key_dim
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class AttentionBackend(ABC):
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
     can_capture_chunks = False  # whether a pass of any sequences may be
 
-    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+    def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         """
         Args:
             kv_pool: the keys and values of all layers, at addresses that stay.
@@ -114,4 +120,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
-        """q [num_tokens, num_heads, head_dim] -> like q. The cache holds the keys and values of this pass already."""
+        """q [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads, columns of the values].
+
+        The cache holds the keys and values of this pass already.
+        """

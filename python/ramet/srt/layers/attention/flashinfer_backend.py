@@ -12,7 +12,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec, CapturedShape
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
 WORKSPACE_NBYTES = 512 << 20  # for the partial results of split sequences; all wrappers share it
@@ -25,7 +25,7 @@ class FlashInferAttnBackend(AttentionBackend):
 
     can_be_captured = True
 
-    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+    def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
         import flashinfer
 

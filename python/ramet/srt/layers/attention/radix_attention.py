@@ -10,7 +10,7 @@ from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, Atten
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
 
 
 class HeadNorms(NamedTuple):
@@ -24,14 +24,13 @@ class RadixAttention(nn.Module):
     """Attention of one layer over the paged KV cache. It can run once it is bound."""
 
     backend: AttentionBackend
-    kv_pool: MHATokenToKVPool
+    kv_pool: TokenToKVPool
 
     def __init__(
         self,
         *,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        kv: KVSpec,
         scale: float,
         layer_id: int,
         sliding_window: int | None,
@@ -39,14 +38,14 @@ class RadixAttention(nn.Module):
     ):
         """
         Args:
+            kv: what the cache keeps.
             scale: of the products of queries and keys.
             soft_cap: see AttentionSpec.
             layer_id, sliding_window: see AttentionLayer.
         """
         super().__init__()
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
+        self.kv = kv
         self.scale = scale
         self.soft_cap = soft_cap
         self.layer = AttentionLayer(layer_id, sliding_window)
@@ -57,7 +56,7 @@ class RadixAttention(nn.Module):
         self.kv_pool = backend.kv_pool
 
     def forward(self, q: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """q [num_tokens, num_heads, head_dim] -> like q. `rotate_and_store` comes before."""
+        """q [num_tokens, num_heads, key_dim] -> [num_tokens, num_heads, value_dim]. `rotate_and_store` comes before."""
         return self.backend.forward(q, self.layer, forward_batch)
 
     def rotate_and_store(
@@ -74,7 +73,7 @@ class RadixAttention(nn.Module):
             q for `forward`: [num_tokens, num_heads, head_dim].
         """
         slots, layer_id = forward_batch.out_cache_loc, self.layer.layer_id
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
         if use_kernels(qkv):
             from ramet.srt.layers.kernels import rotary as kernel
 
@@ -91,7 +90,7 @@ class RadixAttention(nn.Module):
             )
             q = heads[:, : self.num_heads]
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k, v = heads.split([self.num_heads, self.kv.num_kv_heads, self.kv.num_kv_heads], dim=1)
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
         if rotary is not None:

@@ -6,21 +6,25 @@ from torch import nn
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.requirements import missing_package
+from ramet.srt.mem_cache.memory_pool import KVSpec
 
 # What "auto" tries on a GPU, in order. Ours comes first: it is the one that was measured there.
 PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 
 
 def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
-    """What the attention layers of this rank's part of a model have in common."""
+    """What the attention layers of this rank's part of a model ask of their backend."""
     layers = _attention_layers(model)
-    shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.scale, layer.soft_cap) for layer in layers}
+    shapes = {(layer.num_heads, layer.kv, layer.scale, layer.soft_cap) for layer in layers}
     assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
     windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
-    num_heads, num_kv_heads, head_dim, scale, soft_cap = shapes.pop()
-    return AttentionSpec(
-        device, dtype, page_size, len(layers), num_heads, num_kv_heads, head_dim, scale, windows, soft_cap
-    )
+    num_heads, kv, scale, soft_cap = shapes.pop()
+    return AttentionSpec(device, dtype, page_size, num_heads, kv, scale, windows, soft_cap)
+
+
+def describe_kv_cache(model: nn.Module) -> list[KVSpec]:
+    """What each attention layer of this rank's part of a model keeps, by the layers' ids."""
+    return [layer.kv for layer in sorted(_attention_layers(model), key=lambda layer: layer.layer.layer_id)]
 
 
 def bind_attention(model: nn.Module, backend: AttentionBackend) -> None:

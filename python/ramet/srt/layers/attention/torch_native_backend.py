@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
 MAX_PADDING = 1.5  # single tokens attend together while their padded keys are at most this multiple of the real ones
@@ -60,10 +60,10 @@ class _Single(NamedTuple):
 class TorchNativeAttnBackend(AttentionBackend):
     """Gathers keys and values from their pages and calls scaled_dot_product_attention."""
 
-    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+    def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
         self._plans: dict[int | None, list[_Chunk | _Together | _Family]] = {}  # by window
-        self._key_nbytes = kv_pool.bytes_per_token(1, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        self._key_nbytes = spec.kv.bytes_per_token(spec.dtype)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self._plans = {window: self._plan(forward_batch, window) for window in self.spec.windows}

@@ -8,7 +8,7 @@ from torch.nn.attention import varlen
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer, AttentionSpec
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
 PAGE_SIZE_STEP = 256  # tokens; the FlashAttention 2 kernel behind the function takes pages of a multiple of it
@@ -21,7 +21,7 @@ class TorchVarlenAttnBackend(AttentionBackend):
 
     can_be_captured = True
 
-    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+    def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
         self._max_queries = self._max_keys = 0
         self._query_starts: torch.Tensor  # int32 [batch_size + 1]

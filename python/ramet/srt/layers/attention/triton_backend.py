@@ -20,7 +20,7 @@ from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunk
 from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
 from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
-from ramet.srt.mem_cache.memory_pool import MHATokenToKVPool
+from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
 Window = int | None
@@ -45,7 +45,7 @@ class TritonAttnBackend(AttentionBackend):
     can_be_captured = True
     can_capture_chunks = True
 
-    def __init__(self, spec: AttentionSpec, kv_pool: MHATokenToKVPool):
+    def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
         group = spec.num_heads // spec.num_kv_heads
         self._small = small_tile(spec.dtype, spec.head_dim, group)
