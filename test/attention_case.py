@@ -20,15 +20,16 @@ class Case:
 
     def __init__(
         self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False, pool=None,
-        shared=(),
+        shared=(), rank=None,
     ):  # fmt: skip
         """
         Args:
             shared: (first sequence, number of sequences, tokens) whose pages are the same.
+            rank: with latent attention, of which the shape has one KV head: values are the keys' first columns.
             pool: of another case, for its backend to be used again; what is in it is replaced.
         """
         num_heads, num_kv_heads, head_dim = shape
-        kv = KVSpec(num_kv_heads, head_dim, head_dim)
+        kv = KVSpec(num_kv_heads, head_dim, rank or head_dim, is_latent=rank is not None)
         num_pages = sum(-(-(prefix + new) // page_size) for prefix, new in sequences) + 3
         self.device = device
         self.page_size = page_size
@@ -67,7 +68,11 @@ class Case:
         width = (num_heads + 2 * num_kv_heads) * head_dim
         parts = torch.randn(num_tokens, width, device=device, dtype=dtype).unflatten(1, (-1, head_dim))
         self.q, k, v = parts.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        self.pool.set_kv_buffer(0, slots, k, v)
+        if kv.is_latent:
+            self.pool.get_kv_buffer(0)[0].index_copy_(0, slots, k)
+            self.q = self.q.contiguous()
+        else:
+            self.pool.set_kv_buffer(0, slots, k, v)
         self.batch = ForwardBatch(
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),

@@ -1,6 +1,7 @@
 """Owns what transformers makes of a config, in the terms of Ramet's ModelConfig, and the comparison of the two."""
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,11 @@ from ramet.srt.models.decoder import NORM_NAMES
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 INVERSE_FREQUENCIES = ("inv_freq", "full_attention_inv_freq", "sliding_attention_inv_freq")
+GROUPED_ROUTERS = {
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+}
 ROUTER = ("num_group", "topk_group", "routed_scaling_factor")
 SMALL = 2_000_000  # parameters: such models run once, as some configs fail only then
 
@@ -54,16 +60,18 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     layer = model.model.layers[0]
     shapes |= _split_shapes(shapes, hf, layer)
+    latent = _latent(layer.self_attn, shapes) if hasattr(layer.self_attn, "kv_lora_rank") else None
     return {
         "architecture": type(model).__name__.replace("MinistralFor", "MistralFor"),
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
         "num_hidden_layers": len(model.model.layers),
         "vocab_size": shapes["model.embed_tokens.weight"][0],
         "hidden_size": shapes["model.embed_tokens.weight"][1],
-        "query_columns": shapes["model.layers.0.self_attn.q_proj.weight"][0],
-        "key_columns": shapes["model.layers.0.self_attn.k_proj.weight"][0],
-        "head_dim": layer.self_attn.head_dim,
-        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "query_columns": None if latent else shapes["model.layers.0.self_attn.q_proj.weight"][0],
+        "key_columns": None if latent else shapes["model.layers.0.self_attn.k_proj.weight"][0],
+        "head_dim": rotary.inv_freq.shape[0] * 2 if latent else layer.self_attn.head_dim,
+        "latent": latent,
+        "qkv_bias": any(f"model.layers.0.self_attn.{name}.bias" in shapes for name in ("q_proj", "kv_a_proj_with_mqa")),
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
         "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
         "rms_norm_eps": getattr(model.model.norm, "variance_epsilon", None) or getattr(model.model.norm, "eps", 0),
@@ -84,7 +92,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
             hf.attn_logit_softcapping if hf.model_type == "gemma2" else None,
         ],
         "router": [float(getattr(experts, name, 1)) for name in ROUTER]
-        if hf.model_type == "glm4_moe" and experts
+        if hf.model_type in GROUPED_ROUTERS and experts
         else None,
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
         "norm_topk_prob": hf.norm_topk_prob
@@ -97,9 +105,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
             *(getattr(hf, name) if hf.model_type == "granite" else 1.0 for name in MULTIPLIERS),
         ],
         "qk_norm": shapes.get("model.layers.0.self_attn.q_norm.weight"),
-        "layer_norms": sorted(
-            name for name in shapes if name.startswith("model.layers.0.") and name.endswith("layernorm.weight")
-        ),
+        "layer_norms": sorted(name for name in shapes if re.fullmatch(r"model\.layers\.0\.\w+layernorm\.weight", name)),
         "shared_size": _shared_size(shapes) if _has_experts(shapes) else None,
     }
 
@@ -108,7 +114,7 @@ def _windows(hf: Any) -> list[int | None]:
     """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
     if hf.model_type == "llama":
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("granite", "olmo2", "seed_oss", "glm4_moe", "minimax_m2"):
+    if hf.model_type in ("granite", "olmo2", "seed_oss", "minimax_m2", *GROUPED_ROUTERS):
         return [None] * hf.num_hidden_layers
     if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text"):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
@@ -135,6 +141,20 @@ def _shared_size(shapes: dict[str, tuple[int, ...]]) -> int:
     return next((size[0] for name, size in shapes.items() if ".shared_expert" in name and "up_proj" in name), 0)
 
 
+def _latent(attention: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Ranks and columns of latent attention, and the shapes that it has with them."""
+    names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    sizes = {name: getattr(attention, name) for name in names if getattr(attention, name) is not None}
+    queries = "q_proj" if attention.q_lora_rank is None else "q_b_proj"
+    columns = [shapes[f"model.layers.0.self_attn.{name}.weight"][0] for name in (queries, "kv_b_proj")]
+    return {**sizes, "interleaved": bool(attention.config.rope_interleave), "columns": columns}
+
+
+def _latent_columns(config: ModelConfig) -> list[int]:
+    latent, heads = config.traits.latent, config.num_attention_heads
+    return [heads * latent.query_dim, heads * (latent.nope_dim + latent.value_dim)] if latent else []
+
+
 def _mlp(shapes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
     """(number of experts, width of one), or (0, width) of a plain MLP."""
     if f"{prefix}.up_proj.weight" in shapes:
@@ -150,6 +170,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         (moe.num_experts, moe.intermediate_size) if moe and moe.sparse_layers[index] else (0, config.intermediate_size)
         for index in range(config.num_hidden_layers)
     ]
+    latent = config.traits.latent
     stretched = config.rope.rope_type in ("linear", "yarn")
     sparse = moe is not None and any(moe.sparse_layers)
     return {
@@ -158,9 +179,11 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "query_columns": config.num_attention_heads * config.head_dim,
-        "key_columns": config.num_key_value_heads * config.head_dim,
+        "query_columns": None if latent else config.num_attention_heads * config.head_dim,
+        "key_columns": None if latent else config.num_key_value_heads * config.head_dim,
         "head_dim": config.head_dim,
+        "latent": latent
+        and {**latent.dimensions, "interleaved": latent.is_interleaved, "columns": _latent_columns(config)},
         "qkv_bias": config.traits.qkv_bias,
         "o_bias": config.traits.o_bias,
         "mlp_bias": config.traits.mlp_bias,
@@ -175,7 +198,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "mlps": mlps,
         "soft_caps": [config.traits.logits_soft_cap, config.traits.attention_soft_cap],
         "router": [moe.num_groups, moe.num_kept_groups, moe.scaling_factor]
-        if moe and sparse and config.architecture == "Glm4MoeForCausalLM"
+        if moe and sparse and config.architecture in GROUPED_ROUTERS.values()
         else None,
         "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
         "norm_topk_prob": moe.norm_topk_prob if moe and sparse and not moe.traits.always_normalised else None,

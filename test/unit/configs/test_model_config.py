@@ -473,7 +473,7 @@ def test_the_architecture_is_judged_first(read, keys, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kv_lora_rank": 512, "q_lora_rank": None}, r"Ramet lacks latent attention \('kv_lora_rank'\)$"),
+        ({"clip_qkv": 8.0, "alibi": None}, r"Ramet lacks clipped queries, keys and values \('clip_qkv'\)$"),
         ({"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 16},
          r"lacks linear attention \('linear_num_key_heads'\); layers of type 'linear_attention'$"),
         ({"hidden_act": "relu2", "norm_eps": 1e-5}, r"lacks layer norms \('norm_eps'\); the activation 'relu2'$"),

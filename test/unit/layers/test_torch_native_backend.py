@@ -55,6 +55,15 @@ def spoil_what_nobody_sees(case):
     case.fill(unseen, float("nan"))
 
 
+@pytest.mark.parametrize("shared", [(), ((1, 3, 600),)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_rows(shared, dtype, monkeypatch):
+    """Values are the first columns of the keys; what is behind them must not come out."""
+    monkeypatch.setattr(torch_native_backend, "MIN_SHARED_NBYTES", 1)
+    sequences = [(40, 1), (605, 1), (601, 1), (640, 1), (0, 9), (33, 5)]
+    check(Case(CPU, sequences, (5, 1, 28), rank=20, page_size=8, shared=shared, dtype=dtype))
+
+
 def check(case):
     spoil_what_nobody_sees(case)
     case.compare(case.native(), reference(case))

@@ -12,6 +12,7 @@ CASES = {
     "qwen3_moe": {"num_experts": 8},
     "qwen2_moe": {"num_key_value_heads": 4},
     "seed_oss": {"num_attention_heads": 8},
+    "deepseek_v3": {"num_attention_heads": 8, "num_key_value_heads": 8},
 }
 
 
@@ -32,6 +33,8 @@ def expected_copies(name: str, tp_size: int, config: ModelConfig) -> int:
         return 1
     if "k_proj" in name or "v_proj" in name or (config.traits.qk_norm == "all" and "k_norm" in name):
         return max(1, tp_size // config.num_key_value_heads)
+    if any(part in name for part in ("q_a_proj", "kv_a_proj_with_mqa")):  # of which all heads need all
+        return tp_size
     replicated = ("norm.weight", "gate.weight", "correction_bias", "o_proj.bias", "down_proj.bias")
     if name.endswith(replicated):
         return tp_size

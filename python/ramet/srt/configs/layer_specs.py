@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.configs.model_family import HIDDEN_ACTS, NormPlacement, QkNorm
 from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.rope_config import FULL, SLIDING, RopeConfig
@@ -32,6 +33,7 @@ class DecoderTraits:
     norms: NormPlacement  # of attention and MLP
     norm_offset: float  # added to each norm's weight
     qk_norm: QkNorm  # "" for none
+    latent: LatentTraits | None  # None: each layer has keys and values of its heads
     attention_scale: float  # of the products of queries and keys
     attention_soft_cap: float | None  # the bound of those products, which tanh keeps
     embedding_multiplier: float
@@ -69,8 +71,11 @@ def read_layers(
     )
 
 
-def read_traits(need: ConfigReader, head_dim: int) -> DecoderTraits:
+def read_traits(need: ConfigReader, head_dim: int, latent: LatentTraits | None, full_rope: RopeConfig) -> DecoderTraits:
     """What all layers have.
+
+    Args:
+        full_rope: of layers with full attention.
 
     Raises:
         ValueError: if a value is wrong; the message names it.
@@ -87,7 +92,8 @@ def read_traits(need: ConfigReader, head_dim: int) -> DecoderTraits:
         norms=family.norms,
         norm_offset=family.norm_offset,
         qk_norm="head" if need.flag("use_qk_norm") else family.qk_norm,
-        attention_scale=_attention_scale(need, head_dim),
+        latent=latent,
+        attention_scale=_attention_scale(need, head_dim) if latent is None else _latent_scale(latent, full_rope),
         attention_soft_cap=need.optional_number("attn_logit_softcapping"),
         embedding_multiplier=_factor(need, "embedding_multiplier") * (hidden_size**0.5 if scales else 1),
         rounds_embedding_multiplier=scales,
@@ -108,6 +114,11 @@ def _attention_scale(need: ConfigReader, head_dim: int) -> float:
         return need.number("attention_multiplier")
     scalar: float = need.number("query_pre_attn_scalar") if need.has("query_pre_attn_scalar") else head_dim
     return scalar**-0.5
+
+
+def _latent_scale(latent: LatentTraits, rope: RopeConfig) -> float:
+    """In the order in which transformers computes it."""
+    return latent.query_dim**-0.5 * rope.latent_mscale * rope.latent_mscale
 
 
 def _rotates(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:

@@ -8,7 +8,6 @@ from ramet.srt.configs.model_family import HIDDEN_ACTS, ModelFamily
 
 # Traits by the keys that ask for them, unless they are null, false, zero or empty.
 _LACKING: dict[str, tuple[str, ...]] = {
-    "latent attention": ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"),
     "attention to what an index chooses": ("index_topk", "index_n_heads", "index_head_dim"),
     "linear attention": (
         "linear_num_key_heads",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.latent_config import LatentTraits, read_latent
 from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_keys, read_layers, read_traits
 from ramet.srt.configs.left_out_modules import ModuleNaming
 from ramet.srt.configs.model_families import find_family
@@ -38,7 +39,7 @@ class ModelConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # columns of a head; with latent attention those that rotate
     tie_word_embeddings: bool
     rope: RopeConfig  # of layers with full attention
     quantization_config: QuantizationConfig | None  # of the weights of linear layers and experts
@@ -68,6 +69,8 @@ class ModelConfig:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "head_dim")  # fmt: skip
         dimensions = {name: getattr(self, name) for name in names}
+        if self.traits.latent is not None:
+            dimensions |= self.traits.latent.dimensions
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
             if self.moe.shared_intermediate_size:
@@ -107,7 +110,8 @@ class ModelConfig:
         need = ConfigReader(hf_config, file, family)
         num_heads = need.integer("num_attention_heads")
         num_layers = need.integer("num_hidden_layers", maximum=MOST_LAYERS)
-        head_dim = _head_dim(need, num_heads)
+        latent = read_latent(need, num_heads)
+        head_dim = _head_dim(need, num_heads, latent)
         ropes = read_ropes(need, head_dim)
         moe = read_moe_config(need, num_layers)
         layers = read_layers(need, num_layers, ropes, moe)
@@ -131,7 +135,7 @@ class ModelConfig:
             rope=ropes[FULL],
             quantization_config=_quantization(need, path, quantization, embedding is not None),
             layers=layers,
-            traits=read_traits(need, head_dim),
+            traits=read_traits(need, head_dim, latent, ropes[FULL]),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
             surplus_tensors=_surplus_tensors(need, num_layers),
@@ -196,8 +200,10 @@ def _num_kv_heads(need: ConfigReader, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _head_dim(need: ConfigReader, num_heads: int) -> int:
+def _head_dim(need: ConfigReader, num_heads: int, latent: LatentTraits | None) -> int:
     """Columns of a head, which rotate in pairs; derived from the hidden size where neither file nor family say."""
+    if latent is not None:
+        return latent.rope_dim
     hidden_size = need.integer("hidden_size")
     head_dim = need.optional_integer("head_dim")
     if head_dim is None:

@@ -47,9 +47,11 @@ def find_family(config: dict[str, Any], file: str) -> tuple[ModelFamily, dict[st
             f"{file}: architecture {names[0]!r}{_composition(config, names[0])} is not supported; "
             f"supported are {', '.join(sorted(FAMILIES))}; {_missing(config)}"
         )
-    if config.get("model_type") != family.model_type:
+    model_types = (family.model_type, *(family.other_model_types if isinstance(family, ModelFamily) else ()))
+    if config.get("model_type") not in model_types:
         raise ValueError(
-            f"{file}: 'model_type' of architecture {family.architecture!r} must be {family.model_type!r}; "
+            f"{file}: 'model_type' of architecture {family.architecture!r} must be "
+            f"{' or '.join(map(repr, model_types))}; "
             f"got {config.get('model_type')!r}"
         )
     return family.text(config, file) if isinstance(family, ComposedFamily) else (family, config)

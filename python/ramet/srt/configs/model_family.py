@@ -45,6 +45,7 @@ class ModelFamily:
     null_means: Mapping[str, Any]  # what null stands for, in the keys of `defaults` that may be null
     # What keys outside of `defaults` may hold; goes before HARMLESS_KEYS.
     harmless: Mapping[str, Any] = field(default_factory=dict)
+    other_model_types: tuple[str, ...] = ()  # under which models of this class are published, too
     always_qkv_bias: bool = False  # biases on q, k and v whatever the config says
     o_bias_key: str = "attention_bias"
     hidden_act_key: str = "hidden_act"

@@ -95,10 +95,12 @@ def _spelling(need: ConfigReader) -> str | None:
 
 
 def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
-    """All but the first, or every `decoder_sparse_step`-th layer has experts, but for the `mlp_only_layers`."""
+    """All but the first, those of a list, or every `decoder_sparse_step`-th has experts, but for `mlp_only_layers`."""
     if need.has("first_k_dense_replace"):
         first = need.integer("first_k_dense_replace", minimum=0)
         return tuple(index >= first for index in range(num_layers))
+    if need.has("mlp_layer_types"):
+        return _sparse_by_type(need, num_layers)
     step = need.integer("decoder_sparse_step")
     plain = need.value("mlp_only_layers")
     if plain is None:
@@ -106,3 +108,25 @@ def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     if not isinstance(plain, list) or not all(type(index) is int and 0 <= index < num_layers for index in plain):
         raise need.wrong("mlp_only_layers", f"must list layers in [0, {num_layers})", plain)
     return tuple(index not in plain and (index + 1) % step == 0 for index in range(num_layers))
+
+
+def _sparse_by_type(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+    """By `mlp_layer_types`, or all but the first; an older key must say the same."""
+    kinds = need.value("mlp_layer_types")
+    sparse = tuple(index > 0 for index in range(num_layers))
+    if kinds is not None:
+        if (
+            not isinstance(kinds, list)
+            or len(kinds) != num_layers
+            or any(kind not in ("dense", "sparse") for kind in kinds)
+        ):
+            raise need.wrong("mlp_layer_types", f"must give dense or sparse for each of {num_layers} layers", kinds)
+        sparse = tuple(kind == "sparse" for kind in kinds)
+    need.take("first_k_dense_replace")
+    first = need.config.get("first_k_dense_replace")
+    if first is not None and (type(first) is not int or sparse != tuple(index >= first for index in range(num_layers))):
+        dense = [index for index in range(num_layers) if not sparse[index]]
+        raise need.wrong(
+            "first_k_dense_replace", f"must fit 'mlp_layer_types', by which layers {dense} are dense", first
+        )
+    return sparse

@@ -84,6 +84,65 @@ _MINIMAX_M2 = {
     "attn_type_list": None,
 }
 
+_LATENT = {  # what the families with latent attention have in common
+    **{name: value for name, value in PLAIN.items() if name != "head_dim"},
+    "attention_bias": False,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "rope_interleave": True,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}
+_DEEPSEEK_V3 = {
+    **_LATENT,
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "max_position_embeddings": 4096,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "moe_intermediate_size": 2048,
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 256,
+    "routed_scaling_factor": 2.5,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+}
+_GLM4_MOE_LITE = {
+    **_LATENT,
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 47,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "q_lora_rank": 768,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "moe_intermediate_size": 1536,
+    "num_experts_per_tok": 4,
+    "n_routed_experts": 64,
+    "routed_scaling_factor": 1.8,
+    "n_group": 1,
+    "topk_group": 1,
+    "mlp_layer_types": None,
+}
+_SIGMOID_EXPERTS = ExpertTraits(
+    scoring="sigmoid",
+    correction_bias="gate.e_score_correction_bias",
+    is_router_float32=True,
+    shared="shared_experts",
+)
+_NOAUX_KEYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}  # which the classes don't ask
+
 MOE_FAMILIES = (
     ModelFamily(
         architecture="MixtralForCausalLM",
@@ -121,12 +180,26 @@ MOE_FAMILIES = (
         null_means={"partial_rotary_factor": 1.0},
         o_bias_key="",
         mtp_layers_key="num_nextn_predict_layers",
-        experts=ExpertTraits(
-            scoring="sigmoid",
-            correction_bias="gate.e_score_correction_bias",
-            is_router_float32=True,
-            shared="shared_experts",
-        ),
+        experts=_SIGMOID_EXPERTS,
+    ),
+    ModelFamily(
+        architecture="DeepseekV3ForCausalLM",
+        model_type="deepseek_v3",
+        other_model_types=("kimi_k2",),
+        defaults=_DEEPSEEK_V3,
+        null_means={"num_key_value_heads": None, "q_lora_rank": None, "rope_interleave": False},
+        harmless={**_NOAUX_KEYS, "num_mtp_layers": ANY},
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=_SIGMOID_EXPERTS,
+    ),
+    ModelFamily(
+        architecture="Glm4MoeLiteForCausalLM",
+        model_type="glm4_moe_lite",
+        defaults=_GLM4_MOE_LITE,
+        null_means={"q_lora_rank": None, "mlp_layer_types": None},
+        harmless=_NOAUX_KEYS,
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=_SIGMOID_EXPERTS,
     ),
     ModelFamily(
         architecture="MiniMaxM2ForCausalLM",

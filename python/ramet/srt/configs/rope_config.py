@@ -40,6 +40,7 @@ class RopeConfig:
     rotary_factor: float = 1.0  # the share of a head's columns that rotate, the first ones
     scaling: dict[str, Any] = field(default_factory=dict)
     attention_factor: float = 1.0  # of all cosines and sines
+    latent_mscale: float = 1.0  # of latent attention: its scores are multiplied by it twice
     query_beta: float = 0.0  # queries grow by 1 + beta * ln(1 + how often the original length fits before them)
     ignored_theta: float | None = None  # of a rope_parameters that doesn't count, where it is another one
 
@@ -190,7 +191,13 @@ def _yarn(
         if mscale is not None and all_dim is not None:
             attention_factor = _mscale(scaling["factor"], mscale) / _mscale(scaling["factor"], all_dim)
     scaling |= {name: options[name] for name in ("beta_fast", "beta_slow")} | {"truncate": truncate}
-    return RopeConfig(theta=theta, rope_type="yarn", scaling=scaling, attention_factor=attention_factor)
+    return RopeConfig(
+        theta=theta,
+        rope_type="yarn",
+        scaling=scaling,
+        attention_factor=attention_factor,
+        latent_mscale=_mscale(scaling["factor"], options["mscale_all_dim"] or 0.0),
+    )
 
 
 def _longrope(

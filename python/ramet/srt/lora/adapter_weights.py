@@ -80,7 +80,8 @@ def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, Shape], max_rank: i
     if unknown := sorted(names - shapes.keys()):
         raise ValueError(
             f"the adapter adds to {name_some(unknown)}, which the model does not have, or not as a linear layer that "
-            "adapters can add to: experts, routers, the embedding and the output head are not supported"
+            "adapters can add to: experts, routers, the kv_b_proj of latent attention, the embedding and the output "
+            "head are not supported"
         )
     if lost := [name for name in shapes if name not in names and adapter.targets.has(_file_name(adapter, name))]:
         raise ValueError(f"the adapter's config names {name_some(lost)} as targets, of which its file has nothing")

@@ -8,7 +8,6 @@ from ramet.srt.configs.layer_specs import LayerSpec
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.rope_config import RopeConfig
-from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.attention.radix_attention import HeadNorms, RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm, ShardedRMSNorm, norm_in_place
 from ramet.srt.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -17,6 +16,8 @@ from ramet.srt.layers.moe import SparseMoeBlock
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from ramet.srt.mem_cache.memory_pool import KVSpec
+from ramet.srt.models.attention_block import AttentionBlock
+from ramet.srt.models.latent_attention import LatentAttention
 
 # A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
 NORM_NAMES = {
@@ -28,7 +29,7 @@ NORM_NAMES = {
 }  # fmt: skip
 
 
-class Attention(nn.Module):
+class Attention(AttentionBlock):
     """Grouped-query attention."""
 
     def __init__(self, model: "DecoderForCausalLM", spec: LayerSpec, layer_id: int, prefix: str):
@@ -82,17 +83,6 @@ class Attention(nn.Module):
             soft_cap=traits.attention_soft_cap,
         )
 
-    def forward(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
-        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]."""
-        if forward_batch.attn_tokens is None:
-            return self.o_proj(self._attend(x, rotary, forward_batch))
-        # Data-parallel attention: each rank adds its part, of its own group's tokens and its own heads.
-        output = torch.zeros_like(x)
-        if forward_batch.batch_size > 0:
-            own = forward_batch.attn_tokens
-            output[own] = self.o_proj.partial(self._attend(x[own], rotary, forward_batch))
-        return tensor_model_parallel_all_reduce(output)
-
     def _attend(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
         qkv = self.qkv_proj(x)
@@ -111,7 +101,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config, spec, prefix = model.config, model.config.layers[layer_id], f"model.layers.{layer_id}"
         self.rotary_id = None if spec.rope is None else model.ropes.index(spec.rope)
-        self.self_attn = Attention(model, spec, layer_id, f"{prefix}.self_attn")
+        self.self_attn = self._make_attention(model, spec, layer_id, f"{prefix}.self_attn")
         self.mlp_name = config.moe.traits.block if config.moe is not None else "mlp"
         self.add_module(self.mlp_name, self._make_mlp(model, spec, f"{prefix}.{self.mlp_name}"))
         # (before attention, after it, before the MLP, after it)
@@ -119,6 +109,14 @@ class DecoderLayer(nn.Module):
         for name in filter(None, self.norm_names):
             self.add_module(name, model.make_norm(f"{prefix}.{name}"))
         self.multiplier = config.traits.residual_multiplier
+
+    @staticmethod
+    def _make_attention(model: "DecoderForCausalLM", spec: LayerSpec, layer_id: int, prefix: str) -> AttentionBlock:
+        """The first half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
+        if model.config.traits.latent is not None:
+            place = layer_id - model.layer_ids.start
+            return LatentAttention(model.config, model.dtype, model.parallel.attention, place, prefix)
+        return Attention(model, spec, layer_id, prefix)
 
     def _make_mlp(self, model: "DecoderForCausalLM", spec: LayerSpec, prefix: str) -> nn.Module:
         """The second half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""

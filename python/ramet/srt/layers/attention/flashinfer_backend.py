@@ -43,6 +43,8 @@ class FlashInferAttnBackend(AttentionBackend):
     def obstacle(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda":
             return "a GPU"
+        if spec.kv.is_latent:
+            return "a model without latent attention"
         if spec.soft_cap is not None:
             return "a model without a soft cap on attention"
         if spec.dtype not in (torch.bfloat16, torch.float16):

@@ -75,14 +75,23 @@ class KeySplitter:
         small, large: tiles of sequences with few new tokens, and with more.
         num_multiprocessors: of the device, which the pieces are to keep busy.
         window: see AttentionLayer.
+        programs: that a multiprocessor runs at a time, with a small and with a large tile.
     """
 
-    def __init__(self, small: Tile, large: Tile, num_kv_heads: int, num_multiprocessors: int, window: int | None):
+    def __init__(
+        self,
+        small: Tile,
+        large: Tile,
+        num_kv_heads: int,
+        num_multiprocessors: int,
+        window: int | None,
+        programs: tuple[int, int] = (SLOTS, LARGE_SLOTS),
+    ):
         self.small, self.large = small, large
         self.window = window
-        self._slots = max(1, SLOTS * num_multiprocessors // num_kv_heads)  # for each KV head
+        self._slots = max(1, programs[0] * num_multiprocessors // num_kv_heads)  # for each KV head
         self._tried, self._best_wanted = (0, 0, 0), 0  # see _best_sizes
-        self._wanted_large = max(1, LARGE_SLOTS * num_multiprocessors // num_kv_heads)
+        self._wanted_large = max(1, programs[1] * num_multiprocessors // num_kv_heads)
 
     def capacity(self, num_tokens: int, has_chunks: bool) -> Capacity:
         """What any pass of so many tokens needs at most; with no chunks, no sequence needs a large tile."""

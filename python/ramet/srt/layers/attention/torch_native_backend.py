@@ -70,7 +70,9 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, _forward_batch: ForwardBatch) -> torch.Tensor:
         keys, values = self.kv_pool.get_kv_buffer(layer.layer_id)
-        output = torch.empty_like(q)
+        if self.spec.kv.is_latent:
+            values = keys  # gathered once; what is behind the values' columns is cut off in the end
+        output = q.new_empty((*q.shape[:2], values.shape[-1]))
         for part in self._plans[layer.sliding_window]:
             queries = q[part.queries]
             if isinstance(part, _Chunk):
@@ -79,7 +81,7 @@ class TorchNativeAttnBackend(AttentionBackend):
                 output[part.queries] = self._attend_together(queries, keys, values, part)
             else:
                 output[part.queries] = self._attend_family(queries, keys, values, part)
-        return output
+        return output[..., : self.spec.kv.value_dim]
 
     def _plan(self, batch: ForwardBatch, window: int | None) -> list[_Chunk | _Together | _Family]:
         tokens = batch.tokens
@@ -169,8 +171,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         """[num_queries, num_heads, head_dim] -> like q. KV heads are batch entries, their query heads are heads."""
         num_kv_heads, group = self.spec.num_kv_heads, self.spec.num_heads // self.spec.num_kv_heads
         q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-        k, v = (part.index_select(0, chunk.slots).transpose(0, 1).unsqueeze(1) for part in (keys, values))
-        k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
+        k, v = (part[0].unsqueeze(1).expand(-1, group, -1, -1) for part in _gather(keys, values, chunk.slots, 1))
         out = self._attend(q, k, v, chunk.mask, is_causal=chunk.mask is None)
         return out.permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -181,7 +182,7 @@ class TorchNativeAttnBackend(AttentionBackend):
 
         The query heads that share a KV head are its queries, so no key is read twice.
         """
-        k, v = _gather(keys, part.slots, len(q)), _gather(values, part.slots, len(q))
+        k, v = _gather(keys, values, part.slots, len(q))
         q = q.unflatten(1, (self.spec.num_kv_heads, -1))  # [num_queries, kv_heads, group, head_dim]
         return self._attend(q, k, v, part.mask).flatten(1, 2)
 
@@ -210,10 +211,10 @@ class TorchNativeAttnBackend(AttentionBackend):
         own, own_weight = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         for group in part.own:
             q_own = q[group.queries]
-            k, v = _gather(keys, group.slots, len(q_own)), _gather(values, group.slots, len(q_own))
+            k, v = _gather(keys, values, group.slots, len(q_own))
             own[group.queries], own_weight[group.queries] = self._attend_with_weights(q_own, k, v, group.mask)
         rows = q.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, num_queries * group, head_dim]
-        results = self._attend_with_weights(rows, _gather(keys, part.slots, 1), _gather(values, part.slots, 1))
+        results = self._attend_with_weights(rows, *_gather(keys, values, part.slots, 1))
         out, weight = (result[0].unflatten(1, (len(q), -1)).transpose(0, 1) for result in results)
         share = torch.sigmoid(own_weight - weight).unsqueeze(-1)  # of the own keys
         return torch.lerp(out.float(), own.float(), share).to(q.dtype).flatten(1, 2)
@@ -247,6 +248,11 @@ def group_by_length(lengths: Sequence[int], most: int | None) -> list[list[int]]
     return groups
 
 
-def _gather(cache: torch.Tensor, slots: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """[num_slots, kv_heads, head_dim] -> [num_sequences, kv_heads, num_keys, head_dim] of the slots."""
-    return cache.index_select(0, slots).unflatten(0, (num_sequences, -1)).transpose(1, 2)
+def _gather(
+    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_sequences: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [num_slots, kv_heads, head_dim] -> [num_sequences, kv_heads, num_keys, head_dim] of the slots."""
+    k = keys.index_select(0, slots).unflatten(0, (num_sequences, -1)).transpose(1, 2)
+    if values is keys:
+        return k, k
+    return k, values.index_select(0, slots).unflatten(0, (num_sequences, -1)).transpose(1, 2)

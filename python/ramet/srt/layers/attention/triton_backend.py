@@ -15,9 +15,18 @@ from ramet.srt.layers.attention.base_attn_backend import (
     CapturedShape,
     PassLimits,
 )
-from ramet.srt.layers.attention.key_splits import PIECE_FIELDS, Capacity, KeySplits, KeySplitter, Tile
+from ramet.srt.layers.attention.key_splits import (
+    LARGE_SLOTS,
+    PIECE_FIELDS,
+    SLOTS,
+    Capacity,
+    KeySplits,
+    KeySplitter,
+    Tile,
+)
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
+from ramet.srt.layers.kernels.latent_attention import PROGRAMS, head_group, latent_attention, latent_tile
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
 from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
@@ -47,12 +56,18 @@ class TritonAttnBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
-        group = spec.num_heads // spec.num_kv_heads
-        self._small = small_tile(spec.dtype, spec.head_dim, group)
-        self._large = large_tile(spec.dtype, spec.head_dim, group)
-        tiles = Tile(self._small.rows, group), Tile(self._large.rows, group)
+        num_groups, programs = spec.num_kv_heads, (SLOTS, LARGE_SLOTS)  # of heads that share keys in a tile
+        if spec.kv.is_latent:
+            self._group = head_group(spec.num_heads, spec.dtype)
+            num_groups, programs = -(-spec.num_heads // self._group), (PROGRAMS, PROGRAMS)
+            self._small, self._large = (latent_tile(spec.dtype, self._group, is_large=large) for large in (False, True))
+        else:
+            self._group = spec.num_heads // spec.num_kv_heads
+            self._small = small_tile(spec.dtype, spec.head_dim, self._group)
+            self._large = large_tile(spec.dtype, spec.head_dim, self._group)
+        tiles = Tile(self._small.rows, self._group), Tile(self._large.rows, self._group)
         num_multi = num_multiprocessors(spec.device)
-        self._splitters = [KeySplitter(*tiles, spec.num_kv_heads, num_multi, window) for window in spec.windows]
+        self._splitters = [KeySplitter(*tiles, num_groups, num_multi, window, programs) for window in spec.windows]
         self._captured: dict[CapturedShape, _Captured] = {}
         self._current: dict[Window, PieceLists]  # of the pass
         self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
@@ -60,6 +75,8 @@ class TritonAttnBackend(AttentionBackend):
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
+        if spec.kv.is_latent and spec.soft_cap is not None:
+            return "a model with latent attention to have no soft cap on it"
         return None if can_run_kernels(spec.device) else "a GPU"
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -115,6 +132,20 @@ class TritonAttnBackend(AttentionBackend):
         positions: torch.Tensor,
         window: Window,
     ) -> torch.Tensor:
+        if self.spec.kv.is_latent:
+            return latent_attention(
+                q,
+                k_cache,
+                self.spec.kv.value_dim,
+                table,
+                positions,
+                self._current[window],
+                self._small,
+                self._large,
+                group=self._group,
+                page_size=self.spec.page_size,
+                scale=self.spec.scale,
+            )
         return paged_attention(
             q,
             k_cache,
@@ -136,7 +167,7 @@ class TritonAttnBackend(AttentionBackend):
         return int((tokens.lens * (tokens.starts + tokens.ends)).sum()) // 2 >= LAUNCHED_PAIRS
 
     def use_quiet_moment(self, limits: PassLimits) -> None:
-        if self._choice is None and self.spec.soft_cap is None:  # which no other has
+        if self._choice is None and self.spec.soft_cap is None and not self.spec.kv.is_latent:  # no other has these
             # It has a backend of its own: its thread must not touch the pass that this one is at.
             self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).plan_prompts)
 

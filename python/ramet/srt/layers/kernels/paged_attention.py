@@ -21,7 +21,7 @@ BUSY_PROGRAMS = 2048  # small programs that are enough to fill a GPU
 
 
 @triton.jit
-def _key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
+def key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
     """Where the keys at `positions` of a sequence start in the cache; its pages are listed at `table_ptr`."""
     if MASKED:
         pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0)
@@ -81,7 +81,7 @@ def _attend(
     for key in range(start, stop, BLOCK_KEYS):
         positions = key + tl.arange(0, BLOCK_KEYS)
         valid = positions < stop
-        slots = _key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, MASKED)
+        slots = key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, MASKED)
         k_mask = valid[None, :] & dim_mask[:, None] if MASKED else dim_mask[:, None]
         k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=k_mask, other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
@@ -329,11 +329,11 @@ def paged_attention(
             **launch,
         )
     if pieces.num_partials:
-        _combine(pieces.starts, partial, lse, out, num_heads // num_kv_heads)
+        combine(pieces.starts, partial, lse, out, num_heads // num_kv_heads)
     return out
 
 
-def _combine(starts: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, group: int) -> None:
+def combine(starts: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, group: int) -> None:
     """Write what comes of the partial results to the tokens of `out` that have some; see PieceLists."""
     num_tokens, num_heads, head_dim = out.shape
     early = can_launch_early(out.device)
@@ -347,7 +347,7 @@ def _combine(starts: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, out
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(16, next_power_of_2(head_dim)),
         NUM_HEADS=heads,
-        BLOCK_PARTS=64,
+        BLOCK_PARTS=64 if head_dim <= 256 else 16,  # what fits into registers
         EARLY=early,
         num_warps=4,
         **({"launch_pdl": True} if early else {}),
