@@ -3,6 +3,12 @@
 import pytest
 import torch
 from attention_case import Case
+from ramet.srt.configs.weight_format import fp8_blocks, fp8_rows
+from ramet.srt.layers.parameter import declare_weight, shard_box
+from ramet.srt.layers.quantization.declare import declare_format
+from ramet.srt.layers.quantization.dequantize import dequantize
+from ramet.srt.layers.quantization.weight import weight_of
+from ramet.srt.layers.rotary_embedding import apply_rotary, apply_rotary_to_neighbours
 
 
 def check(case):
@@ -40,3 +46,59 @@ def test_the_real_size_in_half_precision(device):
 
 def test_long_chunks_are_split_too(device):
     check(Case(device, [(1200, 5), (90, 1)], (5, 1, 24), rank=16, page_size=32))
+
+
+@pytest.mark.parametrize("is_interleaved", [True, False])
+@pytest.mark.parametrize(("heads", "rank", "rope", "dtype"), [(3, 20, 6, torch.float32), (17, 64, 16, torch.float16)])
+def test_rows_are_normed_rotated_and_stored(device, heads, rank, rope, dtype, is_interleaved):
+    from ramet.srt.layers.kernels.latent_rows import store_rows
+
+    num_tokens, nope, other = 5, 10, 12
+    rows = torch.randn(num_tokens, other + rank + rope, device=device, dtype=dtype)[:, other:]
+    q = torch.randn(num_tokens, heads, nope + rope, device=device, dtype=dtype)
+    angles = torch.rand(num_tokens, 1, rope // 2, device=device) * 6
+    cos, sin, weight = angles.cos().to(dtype), angles.sin().to(dtype), torch.randn(rank, device=device).to(dtype)
+    slots = torch.tensor([7, 0, 3, 9, 2], device=device)
+    cache = torch.full((11, 1, rank + rope), 7.0, device=device, dtype=dtype)
+    queries = torch.full((num_tokens, heads, rank + rope), 7.0, device=device, dtype=dtype)
+    store_rows(rows, q, cos, sin, weight, 1e-6, slots, cache, queries, is_interleaved=is_interleaved)
+
+    rotate = apply_rotary_to_neighbours if is_interleaved else apply_rotary
+    tolerance = {"atol": 4e-3, "rtol": 4e-3} if dtype == torch.float16 else {"atol": 1e-5, "rtol": 1e-5}
+    normed = torch.nn.functional.rms_norm(rows[:, :rank].float(), (rank,), weight.float(), 1e-6)
+    turned = rotate(rows[:, None, rank:].float(), cos.float(), sin.float())
+    wanted = torch.full_like(cache, 7.0)
+    wanted[slots] = torch.cat((normed[:, None], turned), dim=-1).to(dtype)
+    torch.testing.assert_close(cache, wanted, **tolerance)
+    turned = rotate(q[..., nope:].float(), cos.float(), sin.float()).to(dtype)
+    torch.testing.assert_close(queries[..., rank:], turned, **tolerance)
+    assert (queries[..., :rank] == 7).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20, 70])
+@pytest.mark.parametrize(("heads", "nope", "value", "rank", "blocks"), [(3, 20, 28, 40, 16), (2, 64, 48, 80, 0)])
+def test_each_head_with_its_part_of_an_fp8_matrix(device, num_tokens, heads, nope, value, rank, blocks):
+    """With scales of blocks that begin in the middle of a head, and with one for each row."""
+    from ramet.srt.layers.latent_linear import multiply_heads
+
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("a GPU without fp8")
+    num_rows = heads * (nope + value)
+    first = blocks // 2  # the rank's rows begin within a block
+    holder = torch.nn.Module()
+    box = shard_box("w.weight", (first + num_rows, rank), 0, first, first + num_rows)
+    holder.weight = declare_weight((num_rows, rank), torch.float32, [box])
+    declare_format(holder, "weight", fp8_blocks(blocks, blocks) if blocks else fp8_rows(), device)
+    grids = {"weight": torch.randn(num_rows, rank).clamp(-1.7, 1.7)}  # what the interpreter rounds as others do
+    for name, parameter in list(holder.named_parameters()):
+        numbers = grids.get(name, torch.rand(parameter.shape) + 0.5)
+        setattr(holder, name, torch.nn.Parameter(numbers.to(parameter.dtype).to(device), requires_grad=False))
+    weight = weight_of(holder, "weight")
+    matrices = dequantize(weight, torch.float32).view(heads, nope + value, rank)
+    for first_row, size, is_output in ((0, nope, False), (nope, value, True)):
+        part = matrices[:, first_row : first_row + size]
+        x = torch.randn(num_tokens, heads, rank if is_output else size, device=device)
+        out = torch.empty(num_tokens, heads, (size if is_output else rank) + 3, device=device)[..., 3:]
+        multiply_heads(x, weight, out, first_row=first_row, rows_are_outputs=is_output)
+        wanted = torch.einsum("nhi,hoi->nho" if is_output else "nhi,hio->nho", x, part)
+        torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)

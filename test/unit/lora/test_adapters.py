@@ -115,7 +115,11 @@ def test_every_family(tmp_path, family):
     """All that adapters can add to, whatever it is called and wherever it is: beside biases, norms and experts."""
     excluded = r".*(\.(experts|block_sparse_moe)\.|kv_b_proj).*"
     latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
-    kind = {"targets": (*ALL, "qkv_proj", "gate_up_proj", *latent), "target_modules": "all-linear", "exclude_modules": excluded}
+    kind = {
+        "targets": (*ALL, "qkv_proj", "gate_up_proj", *latent),
+        "target_modules": "all-linear",
+        "exclude_modules": excluded,
+    }
     found = Family(tmp_path, family, {1: kind})
     found.check(found.engine(), [NONE, 1])
 

@@ -5,6 +5,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.radix_attention import RadixAttention
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary, apply_rotary_to_neighbours
 from ramet.srt.mem_cache.memory_pool import KVSpec
@@ -39,11 +40,20 @@ class LatentRadixAttention(RadixAttention):
         """
         rank, rope_dim = self.latent.kv_rank, self.latent.rope_dim
         queries = q.new_empty((*q.shape[:2], self.latent.row_dim))
-        rotate = apply_rotary_to_neighbours if self.latent.is_interleaved else apply_rotary
+        keys, _ = self.kv_pool.get_kv_buffer(self.layer.layer_id)
+        slots, is_interleaved = forward_batch.out_cache_loc, self.latent.is_interleaved
+        if use_kernels(q):
+            from ramet.srt.layers.kernels import latent_rows as kernel
+
+            angles = rotary.cos, rotary.sin
+            kernel.store_rows(
+                rows, q, *angles, norm.weight, norm.eps, slots, keys, queries, is_interleaved=is_interleaved
+            )
+            return queries
+        rotate = apply_rotary_to_neighbours if is_interleaved else apply_rotary
         queries[..., rank:] = rotate(q[..., -rope_dim:], rotary.cos, rotary.sin)
         kept, turning = rows.split([rank, rope_dim], dim=-1)
         turned = rotate(turning.unsqueeze(1), rotary.cos, rotary.sin)
         row = torch.cat((norm(kept).unsqueeze(1), turned), dim=-1)
-        keys, _ = self.kv_pool.get_kv_buffer(self.layer.layer_id)
-        keys.index_copy_(0, forward_batch.out_cache_loc, row)
+        keys.index_copy_(0, slots, row)
         return queries
