@@ -62,17 +62,18 @@ def _store_rows_kernel(
         row_ptr = rows_ptr + token * rows_stride
         out_ptr = cache_ptr + tl.load(slots_ptr + token).to(tl.int64) * cache_stride
         columns = tl.arange(0, BLOCK_RANK)
-        mask = columns < RANK
-        row = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+        column_mask = columns < RANK
+        row = tl.load(row_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(row * row, axis=0) / RANK + eps)
-        tl.store(out_ptr + columns, (row * scale * weight).to(cache_ptr.dtype.element_ty), mask=mask)
-        first = tl.load(row_ptr + RANK + firsts, mask=pair_mask, other=0.0)[None, :]
-        second = tl.load(row_ptr + RANK + seconds, mask=pair_mask, other=0.0)[None, :]
-        first, second = _turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
-        out_ptr += RANK
-        tl.store(out_ptr + firsts[None, :], first.to(cache_ptr.dtype.element_ty), mask=pair_mask[None, :])
-        tl.store(out_ptr + seconds[None, :], second.to(cache_ptr.dtype.element_ty), mask=pair_mask[None, :])
+        tl.store(out_ptr + columns, (row * scale * weight).to(cache_ptr.dtype.element_ty), mask=column_mask)
+        row_mask = pair_mask[None, :]
+        row_firsts, row_seconds = RANK + firsts[None, :], RANK + seconds[None, :]
+        x = tl.load(row_ptr + row_firsts, mask=row_mask, other=0.0)
+        y = tl.load(row_ptr + row_seconds, mask=row_mask, other=0.0)
+        x, y = _turn(x, y, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
+        tl.store(out_ptr + row_firsts, x.to(cache_ptr.dtype.element_ty), mask=row_mask)
+        tl.store(out_ptr + row_seconds, y.to(cache_ptr.dtype.element_ty), mask=row_mask)
     else:
         heads = (tl.program_id(1) - 1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         mask = (heads < num_heads)[:, None] & pair_mask[None, :]
