@@ -1,9 +1,16 @@
 """The kernels of latent attention against plain torch: pieces, the rows that are kept, products with kv_b_proj."""
 
+import dataclasses
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_case import Case
+from ramet.srt.configs.latent_config import LatentTraits
+from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.weight_format import fp8_blocks, fp8_rows
+from ramet.srt.layers.latent_linear import LatentHeads
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.quantization.declare import declare_format
 from ramet.srt.layers.quantization.dequantize import dequantize
@@ -102,3 +109,32 @@ def test_each_head_with_its_part_of_an_fp8_matrix(device, num_tokens, heads, nop
         multiply_heads(x, weight, out, first_row=first_row, rows_are_outputs=is_output)
         wanted = torch.einsum("nhi,hoi->nho" if is_output else "nhi,hio->nho", x, part)
         torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sequences", [[(0, 40)], [(20, 1), (37, 33), (0, 3), (0, 16), (15, 1)]], ids=str)
+@pytest.mark.parametrize("nbytes", [1, 1 << 20])
+def test_chunks_over_expanded_keys_and_values(device, monkeypatch, sequences, nbytes):
+    """They give what attention over rows gives, whatever stands between them and however many heads go at a time."""
+    from ramet.srt.layers.attention import expanded_chunks
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.models.latent_attention import LatentAttention
+
+    monkeypatch.setattr(expanded_chunks, "MIN_TOKENS", 16)
+    monkeypatch.setattr(expanded_chunks, "EXPANDED_NBYTES", nbytes)
+    latent = LatentTraits(q_rank=None, kv_rank=24, nope_dim=20, rope_dim=6, value_dim=18, is_interleaved=True)
+    case = Case(device, sequences, (5, 1, 30), rank=24)
+    heads = LatentHeads(latent, 5, "kv_b_proj", dtype=torch.float32, parallel=ParallelConfig())
+    heads.weight = torch.nn.Parameter(torch.randn(heads.weight.shape, device=device), requires_grad=False)
+    q = torch.randn(len(case.q), 5, latent.query_dim, device=device)
+    case.q[..., 24:] = q[..., 20:]
+    heads.take_queries(q[..., :20], case.q[..., :24])
+    wanted = heads.take_results(case.native())
+
+    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
+    backend.init_forward_metadata(case.batch)
+    case.layer.bind(backend)
+    case.layer.rows = case.pool.get_kv_buffer(0)[0]
+    attention = SimpleNamespace(attn=case.layer, kv_b_proj=heads, latent=latent)
+    attention._attend_to_rows = functools.partial(LatentAttention._attend_to_rows, attention)
+    actual = LatentAttention._attend_expanded(attention, q, backend.expanded, case.batch)
+    torch.testing.assert_close(actual, wanted, atol=2e-4, rtol=2e-4)

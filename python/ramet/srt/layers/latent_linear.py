@@ -12,7 +12,7 @@ from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight, weight_of
+from ramet.srt.layers.quantization.weight import QuantizedWeight, weight_of
 
 
 class LatentHeads(nn.Module):
@@ -41,7 +41,7 @@ class LatentHeads(nn.Module):
         if isinstance(weight, QuantizedWeight) and reads_fp8(weight):
             multiply_heads(q, weight, out, first_row=0, rows_are_outputs=False)
         else:
-            torch.bmm(q.transpose(0, 1), self._heads(weight)[:, : self.nope_dim], out=out.transpose(0, 1))
+            torch.bmm(q.transpose(0, 1), self._heads()[:, : self.nope_dim], out=out.transpose(0, 1))
 
     def take_results(self, x: torch.Tensor) -> torch.Tensor:
         """Sums of rows [num_tokens, num_heads, kv_rank] -> sums of values [num_tokens, num_heads, value_dim]."""
@@ -50,15 +50,18 @@ class LatentHeads(nn.Module):
         if isinstance(weight, QuantizedWeight) and reads_fp8(weight):
             multiply_heads(x, weight, out, first_row=self.nope_dim, rows_are_outputs=True)
         else:
-            values = self._heads(weight)[:, self.nope_dim :]
+            values = self._heads()[:, self.nope_dim :]
             torch.bmm(x.transpose(0, 1), values.transpose(1, 2), out=out.transpose(0, 1))
         return out
 
-    def _heads(self, weight: Weight) -> torch.Tensor:
-        """[num_heads, nope_dim + value_dim, kv_rank]: a view of the weight; of a quantised one, what it stands for."""
-        if isinstance(weight, QuantizedWeight):
-            weight = dequantize(weight, self.dtype)
-        return weight.view(self.num_heads, -1, self.rank)
+    def matrix(self) -> torch.Tensor:
+        """[rows of this rank's heads, kv_rank]: the weight itself; of a quantised one, what it stands for."""
+        weight = weight_of(self, "weight")
+        return dequantize(weight, self.dtype) if isinstance(weight, QuantizedWeight) else weight
+
+    def _heads(self) -> torch.Tensor:
+        """[num_heads, nope_dim + value_dim, kv_rank]: a view of that."""
+        return self.matrix().view(self.num_heads, -1, self.rank)
 
 
 def reads_fp8(weight: QuantizedWeight) -> bool:

@@ -1,5 +1,7 @@
 """Owns latent attention in a decoder layer: its projections and norms, and how its heads are split over ranks."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
@@ -11,6 +13,9 @@ from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from ramet.srt.layers.rotary_embedding import Rotation
 from ramet.srt.models.attention_block import AttentionBlock
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.attention.expanded_chunks import ExpandedChunks
 
 NORM_EPS = 1e-6  # of these norms in all classes, whatever a config says of the others
 
@@ -71,9 +76,32 @@ class LatentAttention(AttentionBlock):
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
         assert rotary is not None, "all families with latent attention have positions"
         q, rows = self._project(x)
-        queries = self.attn.store_rows(rows, q, rotary, self.kv_a_layernorm, forward_batch)
+        if self.attn.expanded is not None:
+            self.attn.store_rows(rows, q, rotary, self.kv_a_layernorm, q, forward_batch)
+            return self._attend_expanded(q, self.attn.expanded, forward_batch).flatten(1)
+        queries = q.new_empty((*q.shape[:2], self.latent.row_dim))
+        self.attn.store_rows(rows, q, rotary, self.kv_a_layernorm, queries, forward_batch)
+        return self._attend_to_rows(q, queries, forward_batch).flatten(1)
+
+    def _attend_to_rows(self, q: torch.Tensor, queries: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Of q [num_tokens, num_heads, query_dim], and queries whose columns that rotate are filled.
+
+        Returns:
+            [num_tokens, num_heads, value_dim].
+        """
         self.kv_b_proj.take_queries(q[..., : self.latent.nope_dim], queries[..., : self.latent.kv_rank])
-        return self.kv_b_proj.take_results(self.attn(queries, forward_batch)).flatten(1)
+        return self.kv_b_proj.take_results(self.attn(queries, forward_batch))
+
+    def _attend_expanded(self, q: torch.Tensor, chunks: "ExpandedChunks", forward_batch: ForwardBatch) -> torch.Tensor:
+        """The same of rotated q, the long chunks over expanded keys and values."""
+        out = q.new_empty((*q.shape[:2], self.latent.value_dim))
+        chunks.run(q, self.attn.rows, self.kv_b_proj, self.attn.scale, out)
+        if chunks.others is not None:
+            others = q[chunks.other_places]
+            queries = others.new_empty((*others.shape[:2], self.latent.row_dim))
+            queries[..., self.latent.kv_rank :] = others[..., self.latent.nope_dim :]
+            out[chunks.other_places] = self._attend_to_rows(others, queries, forward_batch)
+        return out
 
     def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden_size] -> queries [num_tokens, num_heads, query_dim] and rows [num_tokens, row_dim]."""

@@ -3,13 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
+
+if TYPE_CHECKING:
+    from ramet.srt.layers.attention.expanded_chunks import ExpandedChunks
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class AttentionSpec:
     windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see AttentionLayer
     # Bound of the scores s, which become soft_cap * tanh(s / soft_cap) before the softmax.
     soft_cap: float | None = None
+    latent: LatentTraits | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -70,6 +75,8 @@ class AttentionBackend(ABC):
 
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
     can_capture_chunks = False  # whether a pass of any sequences may be
+    # With latent attention: the long prompt chunks of the pass, whose queries are not among those that `forward` gets.
+    expanded: "ExpandedChunks | None" = None
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         """

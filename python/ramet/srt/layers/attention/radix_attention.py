@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
+from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
@@ -25,6 +26,7 @@ class RadixAttention(nn.Module):
 
     backend: AttentionBackend
     kv_pool: TokenToKVPool
+    latent: LatentTraits | None = None
 
     def __init__(
         self,

@@ -15,11 +15,11 @@ PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
     """What the attention layers of this rank's part of a model ask of their backend."""
     layers = _attention_layers(model)
-    shapes = {(layer.num_heads, layer.kv, layer.scale, layer.soft_cap) for layer in layers}
+    shapes = {(layer.num_heads, layer.kv, layer.scale, layer.soft_cap, layer.latent) for layer in layers}
     assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
     windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
-    num_heads, kv, scale, soft_cap = shapes.pop()
-    return AttentionSpec(device, dtype, page_size, num_heads, kv, scale, windows, soft_cap)
+    num_heads, kv, scale, soft_cap, latent = shapes.pop()
+    return AttentionSpec(device, dtype, page_size, num_heads, kv, scale, windows, soft_cap, latent)
 
 
 def describe_kv_cache(model: nn.Module) -> list[KVSpec]:

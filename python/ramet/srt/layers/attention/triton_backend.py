@@ -8,6 +8,7 @@ import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionLayer,
@@ -15,6 +16,7 @@ from ramet.srt.layers.attention.base_attn_backend import (
     CapturedShape,
     PassLimits,
 )
+from ramet.srt.layers.attention.expanded_chunks import ExpandedChunks, find_expanded
 from ramet.srt.layers.attention.key_splits import (
     LARGE_SLOTS,
     PIECE_FIELDS,
@@ -28,7 +30,7 @@ from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunk
 from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
 from ramet.srt.layers.kernels.latent_attention import PROGRAMS, head_group, latent_attention, latent_tile
 from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
-from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
+from ramet.srt.layers.kernels.runtime import can_run_kernels, is_interpreted, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
@@ -38,6 +40,7 @@ ALIGNMENT = 4  # int32 numbers, 16 bytes
 MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
 # From here on, in tokens and in pairs of query and key, other kernels save more than a graph, which holds only Ramet's.
 LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
+EXPANDED_PAIRS = 1 << 20  # the same of latent attention, in long chunks
 
 
 class _Captured(NamedTuple):
@@ -70,19 +73,25 @@ class TritonAttnBackend(AttentionBackend):
         self._splitters = [KeySplitter(*tiles, num_groups, num_multi, window, programs) for window in spec.windows]
         self._captured: dict[CapturedShape, _Captured] = {}
         self._current: dict[Window, PieceLists]  # of the pass
+        self._positions: torch.Tensor  # of the queries of the pass, unless it is captured
         self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
         self._prompts: PromptAttention | None = None  # what computes the chunks of this pass; None: Ramet's kernels
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
-        if spec.kv.is_latent and spec.soft_cap is not None:
-            return "a model with latent attention to have no soft cap on it"
         return None if can_run_kernels(spec.device) else "a GPU"
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
             return  # cut already: that is done on the host
         tokens = forward_batch.tokens
+        self._positions = forward_batch.positions
+        self.expanded = None
+        if self.spec.latent is not None and (self.spec.dtype != torch.float32 or is_interpreted()):
+            is_expanded = find_expanded(tokens)
+            if is_expanded.any():
+                self._expand(forward_batch, is_expanded, self.spec.latent)
+                return
         is_chunk = self._splitters[0].is_chunk(tokens)
         self._prompts = None
         if self._choice is not None and tokens.lens[is_chunk].sum() >= MIN_PROMPT_TOKENS:
@@ -91,6 +100,14 @@ class TritonAttnBackend(AttentionBackend):
             fields = (tokens.rows, tokens.first_tokens[:-1], tokens.lens, tokens.ends)
             self._prompts.plan(PromptChunks(*(field[is_chunk] for field in fields)), forward_batch.req_to_page)
         self._cut(tokens, with_chunks=self._prompts is None)
+
+    def _expand(self, forward_batch: ForwardBatch, is_expanded: np.ndarray, latent: LatentTraits) -> None:
+        """Leave some chunks to expanded keys and values."""
+        tokens, table = forward_batch.tokens, forward_batch.req_to_page
+        self.expanded = ExpandedChunks(tokens, is_expanded, table, self.spec.page_size, latent)
+        if self.expanded.others is not None:
+            self._positions = forward_batch.positions[self.expanded.other_places]
+            self._cut(self.expanded.others, with_chunks=True)
 
     def _cut(self, tokens: PassTokens, with_chunks: bool) -> None:
         splits = [splitter.split(tokens, with_chunks) for splitter in self._splitters]
@@ -113,11 +130,12 @@ class TritonAttnBackend(AttentionBackend):
         packed = torch.from_numpy(_pack(splits, captured.sizes, shape.num_tokens))
         captured.packed.copy_(packed.pin_memory() if captured.packed.is_cuda else packed, non_blocking=True)
         self._current = captured.pieces
-        self._prompts = None
+        self._prompts = self.expanded = None
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        table, positions, window = forward_batch.req_to_page, forward_batch.positions, layer.sliding_window
+        table, window = forward_batch.req_to_page, layer.sliding_window
+        positions = forward_batch.positions if forward_batch.is_captured else self._positions
         out = self._attend(q, k_cache, v_cache, table, positions, window)
         if self._prompts is not None:
             self._prompts.run(q, k_cache, v_cache, window, out)
@@ -162,6 +180,9 @@ class TritonAttnBackend(AttentionBackend):
         )
 
     def prefers_launches(self, tokens: PassTokens) -> bool:
+        if self.spec.latent is not None:
+            is_expanded = find_expanded(tokens)
+            return int((tokens.lens * (tokens.starts + tokens.ends))[is_expanded].sum()) // 2 >= EXPANDED_PAIRS
         if self._choice is None or self._choice.chosen is None or tokens.num_tokens < LAUNCHED_TOKENS:
             return False
         return int((tokens.lens * (tokens.starts + tokens.ends)).sum()) // 2 >= LAUNCHED_PAIRS

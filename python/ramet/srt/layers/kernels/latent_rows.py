@@ -33,9 +33,11 @@ def _store_rows_kernel(
     cache_ptr,
     rows_stride,
     q_stride,
+    queries_stride,
     cache_stride,
     num_heads,
     q_dim,
+    out_dim,
     eps,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -81,7 +83,7 @@ def _store_rows_kernel(
         first = tl.load(in_ptrs + firsts[None, :], mask=mask, other=0.0)
         second = tl.load(in_ptrs + seconds[None, :], mask=mask, other=0.0)
         first, second = _turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
-        out_ptrs = queries_ptr + ((token * num_heads + heads) * (RANK + 2 * HALF) + RANK)[:, None]
+        out_ptrs = queries_ptr + token * queries_stride + (heads * out_dim + out_dim - 2 * HALF)[:, None]
         tl.store(out_ptrs + firsts[None, :], first.to(queries_ptr.dtype.element_ty), mask=mask)
         tl.store(out_ptrs + seconds[None, :], second.to(queries_ptr.dtype.element_ty), mask=mask)
 
@@ -99,7 +101,7 @@ def store_rows(
     *,
     is_interleaved: bool,
 ) -> None:
-    """Write the tokens' rows to `slots` of the cache, and what rotates of q behind the first columns of the queries.
+    """Write the tokens' rows to `slots` of the cache, and what rotates of q to the last columns of the queries.
 
     Args:
         rows: [num_tokens, rank + rope_dim], each row contiguous: what is normed, and behind it what rotates.
@@ -108,13 +110,13 @@ def store_rows(
         weight: [rank], of the norm.
         slots: int64 [num_tokens].
         cache: [num_slots, 1, rank + rope_dim], each slot contiguous.
-        queries: contiguous [num_tokens, num_heads, rank + rope_dim].
+        queries: [num_tokens, num_heads, at least rope_dim], each token contiguous; may be q.
         is_interleaved: see LatentTraits.
     """
     num_tokens, num_heads, q_dim = q.shape
-    rank, half = weight.shape[0], cos.shape[-1]
-    assert q.stride()[1:] == (q_dim, 1) and rows.stride(1) == cache.stride(2) == 1 and queries.is_contiguous()
-    assert rows.shape[1] == cache.shape[2] == queries.shape[2] == rank + 2 * half
+    rank, half, out_dim = weight.shape[0], cos.shape[-1], queries.shape[2]
+    assert q.stride()[1:] == (q_dim, 1) and queries.stride()[1:] == (out_dim, 1)
+    assert rows.stride(1) == cache.stride(2) == 1 and rows.shape[1] == cache.shape[2] == rank + 2 * half
     early = can_launch_early(q.device)
     block_heads = min(HEADS_PER_PROGRAM, next_power_of_2(num_heads))
     _store_rows_kernel[(num_tokens, 1 + triton.cdiv(num_heads, block_heads))](
@@ -128,9 +130,11 @@ def store_rows(
         cache,
         rows.stride(0),
         q.stride(0),
+        queries.stride(0),
         cache.stride(0),
         num_heads,
         q_dim,
+        out_dim,
         eps,
         RANK=rank,
         BLOCK_RANK=next_power_of_2(rank),
