@@ -16,6 +16,7 @@ FAMILIES = {
     "llama3": {"vocab_size": 331},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 48},
     "glm4_moe": {},
+    "deepseek_v3": {},
     "phi3": {},  # q, k and v in one tensor, and so are gate and up
 }
 
@@ -38,7 +39,7 @@ def check(folder, plain, *ranks):
     ("family", "kind"),
     [("llama3", kind) for kind in ("rows", "weights_only", "fbgemm_fp8", "modelopt", "ct_tensor", "ct_blocks")]
     + [("qwen3_moe", kind) for kind in ("tensor", "blocks", "mxfp8")]
-    + [("glm4_moe", "blocks"), ("phi3", "rows")],
+    + [("glm4_moe", "blocks"), ("deepseek_v3", "blocks"), ("phi3", "rows")],
 )
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
@@ -82,7 +83,7 @@ def test_ranks_that_cut_blocks_compute_with_the_same_numbers(folders, tmp_path, 
     check(folder, fp8.write_plain(folder, tmp_path / "plain", CUT), *sm.all_ranks(*topology))
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family):
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", "blocks", block=CUT)
     fp8.check_answers(folder, fp8.write_plain(folder, tmp_path / "plain", CUT))
@@ -105,8 +106,9 @@ def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, words
         folder = fp8.write_fp8(folders[family], tmp_path / family, kind, is_plain=is_plain, **words)
         check(folder, fp8.write_plain(folder, tmp_path / f"{family}-plain"))
         model = fp8.load_model(folder)
-        assert model.model.layers["1"].self_attn.qkv_proj.weight.dtype == torch.bfloat16
-        assert model.model.layers["0"].self_attn.qkv_proj.weight.dtype == fp8.FP8
+        name = "kv_b_proj" if family == "deepseek_v3" else "qkv_proj"
+        assert getattr(model.model.layers["1"].self_attn, name).weight.dtype == torch.bfloat16
+        assert getattr(model.model.layers["0"].self_attn, name).weight.dtype == fp8.FP8
 
 
 def stack_experts(source, target):

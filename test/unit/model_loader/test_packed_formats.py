@@ -90,6 +90,18 @@ def test_a_fused_tensor_of_one_part_is_no_part_of_each(folders, tmp_path, name):
         fp8.load_model(changed(folder, tmp_path / "other", halve))
 
 
+@pytest.mark.parametrize("kind", ["int4 with zeros", "awq", "gptq in any order", "nvfp4 of modelopt"])
+def test_latent_attention_with_such_weights(folders, tmp_path, kind):
+    """Queries and results are taken over kv_b_proj as it is dequantised."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64,
+             "qk_nope_head_dim": 24, "v_head_dim": 24, "intermediate_size": 96, "moe_intermediate_size": 32,
+             "attention_bias": False}  # fmt: skip
+    model = rm.make_model(tmp_path / "model", "deepseek_v3", dtype="bfloat16", **sizes)
+    folder, plain = pm.write(model, tmp_path / "packed", KINDS[kind])
+    check(folder, plain, sm.all_ranks(2, 2))
+    fp8.check_answers(folder, plain)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ONE_OF_A_KIND)
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):
