@@ -1,0 +1,134 @@
+"""How fast latent attention is on a GPU: decoding against the memory's rate, prompt chunks over rows and expanded.
+
+    python benchmark/bench_latent.py [--heads 16,64,128] [--output FILE] [--write-model FOLDER]
+
+Rows of 576 columns of which 512 are values, in bfloat16, as DeepSeek-V3, Kimi-K2 and GLM-4.7-Flash have them. Decoding
+is measured with 64 requests of 8192 tokens, and with as many tokens in mixed lengths; the rate is that of the rows that
+are read once, beside that of a plain copy. Chunks have 2048 new tokens alone and behind 8192 others.
+
+`--write-model` measures nothing: it writes a model folder without weights, of DeepSeek-V3's widths and format in fewer
+layers and experts, that the other benchmarks serve with made-up weights:
+
+    python benchmark/bench_latent.py --write-model out/latent
+    python benchmark/profile_decode.py --model-path out/latent -- --load-format dummy
+
+Prints a table.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_common import ROOT, report
+from gpu_model import LATENT_SHAPE, write_config, write_large_tokenizer
+
+PAGE_SIZE = 16
+LONG = 8192
+NUM_REQUESTS = 64
+MIXED = [65536, 65536, 32768, 32768, *[8192] * 20, *[4096] * 24, *[3413] * 16]  # as many tokens, about
+CHUNK = 2048
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", default="16,64,128", help="of the rank, one run for each number")
+    parser.add_argument("--output", type=Path, help="file for the result as JSON")
+    parser.add_argument("--write-model", type=Path, help="write a model folder, and end")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    if args.write_model is not None:
+        write_large_tokenizer(write_config(args.write_model, LATENT_SHAPE), LATENT_SHAPE["vocab_size"])
+        return 0
+    sys.path.insert(0, str(ROOT / "test"))
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("bench_latent.py measures on a GPU, and there is none")
+    device = torch.device("cuda", 0)
+    copy = copy_rate(device)
+    rows, values = [("a plain copy", f"{copy / 1e9:.0f} GB/s")], {"copy": copy}
+    for heads in map(int, args.heads.split(",")):
+        for name, lengths in (("alike", [LONG] * NUM_REQUESTS), ("mixed", MIXED)):
+            seconds = measure_decode(device, heads, lengths)
+            rate = sum(lengths) * 576 * 2 / seconds
+            flops = sum(lengths) * heads * (576 + 512) * 2 / seconds
+            rows.append(
+                (
+                    f"decode, {heads} heads, {name}",
+                    f"{seconds * 1e6:.0f} µs, {rate / 1e9:.0f} GB/s ({rate / copy:.0%}), {flops / 1e12:.0f} TFLOP/s",
+                )
+            )
+            values[f"decode_{heads}_{name}"] = rate / copy
+        for prefix in (0, LONG):
+            over_rows, expanded = (measure_chunk(device, heads, prefix, is_expanded=one) for one in (False, True))
+            rows.append((f"{CHUNK} tokens behind {prefix}, {heads} heads",
+                         f"over rows {over_rows * 1e3:.2f} ms, expanded {expanded * 1e3:.2f} ms"))  # fmt: skip
+            values[f"chunk_{heads}_{prefix}"] = [over_rows, expanded]
+    report("latent", args.output, rows, values)
+    return 0
+
+
+def copy_rate(device: Any) -> float:
+    """Bytes read and written in a second by a plain copy."""
+    import torch
+    from gpu_timing import time_on
+
+    source, target = (torch.empty(4 << 30, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * source.nbytes / statistics.median(time_on(device, lambda: target.copy_(source), 10))
+
+
+def measure_decode(device: Any, heads: int, lengths: list[int]) -> float:
+    """Seconds of one layer's attention for one token of each request."""
+    import torch
+    from attention_case import Case
+    from gpu_timing import time_on
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    sequences = [(length - 1, 1) for length in lengths]
+    options = {"rank": 512, "page_size": PAGE_SIZE, "dtype": torch.bfloat16, "decode": True}
+    case = Case(device, sequences, (heads, 1, 576), **options)
+    backend = TritonAttnBackend(case.spec, case.pool)
+    backend.init_forward_metadata(case.batch)
+    return statistics.median(time_on(device, lambda: backend.forward(case.q, case.layer.layer, case.batch), 20))
+
+
+def measure_chunk(device: Any, heads: int, prefix: int, *, is_expanded: bool) -> float:
+    """Seconds of one layer's attention for a chunk, with the products of queries, keys and values by kv_b_proj."""
+    import dataclasses
+
+    import torch
+    from attention_case import Case
+    from gpu_timing import time_on
+    from ramet.srt.configs.latent_config import LatentTraits
+    from ramet.srt.configs.parallel_config import ParallelConfig
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.latent_linear import LatentHeads
+
+    latent = LatentTraits(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128, is_interleaved=True)
+    case = Case(device, [(prefix, CHUNK)], (heads, 1, 576), rank=512, page_size=PAGE_SIZE, dtype=torch.bfloat16)
+    kv_b = LatentHeads(latent, heads, "kv_b_proj", dtype=torch.bfloat16, parallel=ParallelConfig())
+    weight = torch.randn(kv_b.weight.shape, dtype=torch.bfloat16, device=device)
+    kv_b.weight = torch.nn.Parameter(weight, requires_grad=False)
+    q = torch.randn(CHUNK, heads, latent.query_dim, dtype=torch.bfloat16, device=device)
+    out = q.new_empty((CHUNK, heads, latent.value_dim))
+    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent if is_expanded else None), case.pool)
+    backend.init_forward_metadata(case.batch)
+    cache = case.pool.get_kv_buffer(0)[0]
+
+    def run() -> None:
+        if backend.expanded is not None:
+            backend.expanded.run(q, cache, kv_b, case.layer.scale, out)
+            return
+        kv_b.take_queries(q[..., :128], case.q[..., :512])
+        kv_b.take_results(backend.forward(case.q, case.layer.layer, case.batch))
+
+    return statistics.median(time_on(device, run, 10))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
