@@ -38,7 +38,7 @@ class LatentHeads(nn.Module):
     def take_queries(self, q: torch.Tensor, out: torch.Tensor) -> None:
         """Queries against keys [num_tokens, num_heads, nope_dim] -> against rows, into `out` [..., kv_rank]."""
         weight = weight_of(self, "weight")
-        if isinstance(weight, QuantizedWeight) and reads_fp8(weight):
+        if isinstance(weight, QuantizedWeight) and reads_fp8(weight, q.dtype):
             multiply_heads(q, weight, out, first_row=0, rows_are_outputs=False)
         else:
             torch.bmm(q.transpose(0, 1), self._heads()[:, : self.nope_dim], out=out.transpose(0, 1))
@@ -47,7 +47,7 @@ class LatentHeads(nn.Module):
         """Sums of rows [num_tokens, num_heads, kv_rank] -> sums of values [num_tokens, num_heads, value_dim]."""
         weight = weight_of(self, "weight")
         out = x.new_empty((*x.shape[:2], self.value_dim))
-        if isinstance(weight, QuantizedWeight) and reads_fp8(weight):
+        if isinstance(weight, QuantizedWeight) and reads_fp8(weight, x.dtype):
             multiply_heads(x, weight, out, first_row=self.nope_dim, rows_are_outputs=True)
         else:
             values = self._heads()[:, self.nope_dim :]
@@ -64,9 +64,13 @@ class LatentHeads(nn.Module):
         return self.matrix().view(self.num_heads, -1, self.rank)
 
 
-def reads_fp8(weight: QuantizedWeight) -> bool:
-    """Whether `multiply_heads` takes such a matrix: one of fp8, on a GPU that knows it."""
-    return weight.format.numbers == "e4m3" and use_kernels(weight.values) and has_fp8_units(weight.device)
+def reads_fp8(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    """Whether `multiply_heads` takes such a matrix for x of `dtype`: one of fp8, on a GPU that knows it.
+
+    Its blocks are too large for float32, whose products the matrix units don't make.
+    """
+    is_known = weight.format.numbers == "e4m3" and dtype != torch.float32
+    return is_known and use_kernels(weight.values) and has_fp8_units(weight.device)
 
 
 def multiply_heads(
