@@ -19,6 +19,7 @@ class Backend:
 
     can_capture_chunks = True
     prefers = False
+    prefers_alike = False
 
     def __init__(self):
         self.spec = type("Spec", (), {"device": torch.device("cpu"), "dtype": torch.float32, "page_size": 4})
@@ -47,8 +48,9 @@ class Graph:
 def make(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
-    def make(max_tokens=500, may_launch=True, can_capture_chunks=True):
+    def make(max_tokens=500, may_launch=True, can_capture_chunks=True, prefers_alike=False):
         backend = Backend()
+        backend.prefers_alike = prefers_alike
         backend.can_capture_chunks = can_capture_chunks
         pool = ReqToPagePool(NUM_ROWS, 8, torch.device("cpu"))
         runner = CudaGraphRunner(None, pool, backend, NUM_ROWS, max_tokens, HIDDEN, may_launch=may_launch)
@@ -104,12 +106,12 @@ def test_a_pass_leaves_nothing_in_the_padding_of_the_next(make):
         assert fixed.tolist() == [padded.row_of_token.tolist(), padded.positions.tolist(), padded.ids.tolist()]
 
 
-@pytest.mark.parametrize("may_launch", [True, False])
-def test_ranks_that_compute_a_pass_together_all_replay_it(make, may_launch):
+@pytest.mark.parametrize(("may_launch", "prefers_alike"), [(True, False), (False, False), (False, True)])
+def test_ranks_that_compute_a_pass_together_all_replay_it(make, may_launch, prefers_alike):
     """Each finds its kernels at another moment, and launched and padded passes don't fit together."""
-    runner, backend = make(may_launch=may_launch)
+    runner, backend = make(may_launch=may_launch, prefers_alike=prefers_alike)
     backend.prefers = True
-    assert (runner.replay(make_tokens([30])) is None) == may_launch
+    assert (runner.replay(make_tokens([30])) is None) == (may_launch or prefers_alike)
     backend.prefers = False
     assert runner.replay(make_tokens([30])) is not None
 

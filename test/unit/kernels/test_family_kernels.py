@@ -17,7 +17,6 @@ FAMILIES = {
     "qwen2_moe": {"mlp_only_layers": [1]},
     "phi3": {"original_max_position_embeddings": 5},
     "deepseek_v3": {},
-    "glm4_moe_lite": {"mlp_layer_types": ["sparse", "dense"]},
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
 }
 SEQUENCES = rm.random_prompts([3, 7])

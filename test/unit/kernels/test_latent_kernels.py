@@ -4,9 +4,11 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from attention_case import Case
+from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.weight_format import fp8_blocks, fp8_rows
@@ -138,3 +140,18 @@ def test_chunks_over_expanded_keys_and_values(device, monkeypatch, sequences, nb
     attention._attend_to_rows = functools.partial(LatentAttention._attend_to_rows, attention)
     actual = LatentAttention._attend_expanded(attention, q, backend.expanded, case.batch)
     torch.testing.assert_close(actual, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_long_chunks_behind_many_keys_are_rather_launched(device):
+    """Graphs hold attention over rows alone; every rank must come to the same conclusion."""
+    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    latent = LatentTraits(q_rank=None, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8, is_interleaved=True)
+    case = Case(device, [(0, 1)], (2, 1, 24), rank=16)
+    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
+    assert backend.prefers_alike
+
+    def prefers(start, new):
+        return backend.prefers_launches(PassTokens(*(np.array([one]) for one in (0, start, new)), np.zeros(new)))
+
+    assert prefers(0, 2048) and prefers(8192, 256) and not prefers(0, 256) and not prefers(50000, 255)

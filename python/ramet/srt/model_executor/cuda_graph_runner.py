@@ -62,13 +62,14 @@ class CudaGraphRunner:
             forward: runs the whole model: the hidden states [num_tokens, hidden_size] of a pass.
             backend: of the model's attention layers; can be captured.
             max_tokens: of passes with prompt chunks.
-            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together: each finds its
-                kernels by itself, and one that launches sums fewer tokens with the others than those that pad.
+            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together and don't prefer
+                alike: each finds its kernels by itself, and one that launches sums fewer tokens with the others than
+                those that pad.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
-        self._may_launch = may_launch
+        self._may_launch = may_launch or backend.prefers_alike
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype

@@ -75,6 +75,9 @@ class AttentionBackend(ABC):
 
     can_be_captured = False  # whether a decode pass may be captured in a CUDA graph
     can_capture_chunks = False  # whether a pass of any sequences may be
+    prefers_alike = (
+        False  # whether `prefers_launches` asks the tokens alone: all ranks that compute a pass say the same
+    )
     # With latent attention: the long prompt chunks of the pass, whose queries are not among those that `forward` gets.
     expanded: "ExpandedChunks | None" = None
 

@@ -61,6 +61,7 @@ class TritonAttnBackend(AttentionBackend):
         super().__init__(spec, kv_pool)
         num_groups, programs = spec.num_kv_heads, (SLOTS, LARGE_SLOTS)  # of heads that share keys in a tile
         if spec.kv.is_latent:
+            self.prefers_alike = True
             self._group = head_group(spec.num_heads, spec.dtype)
             num_groups, programs = -(-spec.num_heads // self._group), (PROGRAMS, PROGRAMS)
             self._small, self._large = (latent_tile(spec.dtype, self._group, is_large=large) for large in (False, True))
