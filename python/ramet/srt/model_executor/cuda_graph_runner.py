@@ -62,9 +62,9 @@ class CudaGraphRunner:
             forward: runs the whole model: the hidden states [num_tokens, hidden_size] of a pass.
             backend: of the model's attention layers; can be captured.
             max_tokens: of passes with prompt chunks.
-            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together and don't prefer
-                alike: each finds its kernels by itself, and one that launches sums fewer tokens with the others than
-                those that pad.
+            may_launch: whether the backend may prefer launches. Not where ranks compute a pass together and may not
+                prefer alike: each finds its kernels by itself, and one that launches sums fewer tokens with the others
+                than those that pad.
         """
         self._forward = forward
         self._req_pool = req_pool

@@ -26,8 +26,9 @@ class ExpandedChunks:
     ):
         self._latent = latent
         starts, lens, ends = (part[is_expanded] for part in (tokens.starts, tokens.lens, tokens.ends))
-        self._tiles = to_device(_tiles(tokens.first_tokens[:-1][is_expanded], starts, lens, latent), torch.int32,
-                                table.device)  # fmt: skip
+        size = expanded_tile(table.device, latent).rows
+        tiles = _tiles(tokens.first_tokens[:-1][is_expanded], starts, lens, size)
+        self._tiles = to_device(tiles, torch.int32, table.device)
         rows = np.repeat(tokens.rows[is_expanded], ends)
         positions = np.arange(len(rows)) - np.repeat(np.cumsum(ends) - ends, ends)
         rows_and_positions = to_device(np.stack([rows, positions]), torch.int64, table.device)
@@ -64,9 +65,8 @@ def find_expanded(tokens: PassTokens) -> np.ndarray:
     return tokens.lens >= MIN_TOKENS
 
 
-def _tiles(first: np.ndarray, starts: np.ndarray, lens: np.ndarray, latent: LatentTraits) -> np.ndarray:
-    """int32 [num_tiles, TILE_FIELDS], those with the most keys first."""
-    size = expanded_tile(latent).rows
+def _tiles(first: np.ndarray, starts: np.ndarray, lens: np.ndarray, size: int) -> np.ndarray:
+    """int32 [num_tiles, TILE_FIELDS] of at most `size` tokens each, those with the most keys first."""
     counts = -(-lens // size)
     before = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * size
     tiles = np.empty((len(before), TILE_FIELDS), dtype=np.int32)

@@ -64,7 +64,9 @@ class TritonAttnBackend(AttentionBackend):
             self.prefers_alike = True
             self._group = head_group(spec.num_heads, spec.dtype)
             num_groups, programs = -(-spec.num_heads // self._group), (PROGRAMS, PROGRAMS)
-            self._small, self._large = (latent_tile(spec.dtype, self._group, is_large=large) for large in (False, True))
+            self._small, self._large = (
+                latent_tile(spec.device, spec.dtype, self._group, is_large=is_large) for is_large in (False, True)
+            )
         else:
             self._group = spec.num_heads // spec.num_kv_heads
             self._small = small_tile(spec.dtype, spec.head_dim, self._group)

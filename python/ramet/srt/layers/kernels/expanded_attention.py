@@ -11,7 +11,13 @@ import triton.language as tl
 
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.kernels.paged_attention import LOG2_E, TileShape
-from ramet.srt.layers.kernels.runtime import can_launch_early, dot_precision, is_interpreted, next_power_of_2
+from ramet.srt.layers.kernels.runtime import (
+    can_launch_early,
+    dot_precision,
+    has_large_shared_memory,
+    is_interpreted,
+    next_power_of_2,
+)
 
 TILE_FIELDS = 5  # first token of the pass, number of tokens, first key, keys that the last one sees, first position
 WIDE = 256  # columns of keys and values
@@ -167,7 +173,7 @@ def expanded_attention(
     nope, rope, value = latent.nope_dim, latent.rope_dim, latent.value_dim
     assert q.stride()[1:] == (nope + rope, 1) and out.stride()[1:] == (value, 1)
     assert kv.is_contiguous() and rows.is_contiguous()
-    tile = expanded_tile(latent)
+    tile = expanded_tile(q.device, latent)
     early = can_launch_early(q.device)
     _expanded_kernel[(len(tiles), heads.number)](
         q,
@@ -199,9 +205,11 @@ def expanded_attention(
     )
 
 
-def expanded_tile(latent: LatentTraits) -> TileShape:
+def expanded_tile(device: torch.device, latent: LatentTraits) -> TileShape:
     """Tokens of a tile, and keys of a step."""
     if is_interpreted():
         return TileShape(16, 16, 4, 1)
+    if not has_large_shared_memory(device):
+        return TileShape(64, 32, 4, 2)
     is_wide = next_power_of_2(latent.nope_dim) + next_power_of_2(latent.value_dim) > WIDE
     return TileShape(128, 64, 8, 2 if is_wide else 3)  # as many blocks of keys as shared memory holds

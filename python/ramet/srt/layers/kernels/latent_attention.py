@@ -13,7 +13,13 @@ from ramet.srt.layers.kernels.paged_attention import (
     combine,
     key_offsets,
 )
-from ramet.srt.layers.kernels.runtime import can_launch_early, dot_precision, is_interpreted, next_power_of_2
+from ramet.srt.layers.kernels.runtime import (
+    can_launch_early,
+    dot_precision,
+    has_large_shared_memory,
+    is_interpreted,
+    next_power_of_2,
+)
 
 MOST_HEADS = 32  # that share a tile, so that its sums of 512 columns fit into the registers of four warps
 NARROW = 2**31  # numbers of a layer's cache up to which offsets take half the registers
@@ -249,11 +255,15 @@ def head_group(num_heads: int, dtype: torch.dtype) -> int:
     return -(-num_heads // -(-num_heads // most))
 
 
-def latent_tile(dtype: torch.dtype, group: int, *, is_large: bool) -> TileShape:
+def latent_tile(device: torch.device, dtype: torch.dtype, group: int, *, is_large: bool) -> TileShape:
     """For sequences with few new tokens, or for prompt chunks, of which several tokens share a tile of few heads."""
     rows = max(MIN_DOT_ROWS, next_power_of_2(group))
     if dtype == torch.float32 and not is_interpreted():
         return TileShape(rows, 16, 4, 1)
     rows = MOST_HEADS if is_large else rows
+    if is_interpreted():
+        return TileShape(rows, 16, 4, 1)
+    if not has_large_shared_memory(device):
+        return TileShape(rows, 32, 8 if rows > MIN_DOT_ROWS else 4, 2)
     # The third stage reads the pages of keys ahead; blocks of keys have room for two.
-    return TileShape(rows, 16, 4, 1) if is_interpreted() else TileShape(rows, 64, 4, 3)
+    return TileShape(rows, 64, 4, 3)

@@ -40,6 +40,12 @@ def can_launch_early(device: torch.device) -> bool:
 
 
 @functools.cache
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may have 227 KB of it, and not 99 or 163: Hopper, and Blackwell but for workstations."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@functools.cache
 def has_fp8_units(device: torch.device) -> bool:
     """Whether a GPU converts and multiplies fp8 (sm_89 on)."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
