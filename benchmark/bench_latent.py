@@ -87,12 +87,12 @@ def measure_decode(device: Any, heads: int, lengths: list[int]) -> float:
     import torch
     from attention_case import Case
     from gpu_timing import time_on
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
     sequences = [(length - 1, 1) for length in lengths]
     options = {"rank": 512, "page_size": PAGE_SIZE, "dtype": torch.bfloat16, "decode": True}
     case = Case(device, sequences, (heads, 1, 576), **options)
-    backend = TritonAttnBackend(case.spec, case.pool)
+    backend = LatentTritonAttnBackend(case.spec, case.pool)
     backend.init_forward_metadata(case.batch)
     return statistics.median(time_on(device, lambda: backend.forward(case.q, case.layer.layer, case.batch), 20))
 
@@ -106,7 +106,7 @@ def measure_chunk(device: Any, heads: int, prefix: int, *, is_expanded: bool) ->
     from gpu_timing import time_on
     from ramet.srt.configs.latent_config import LatentTraits
     from ramet.srt.configs.parallel_config import ParallelConfig
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
     from ramet.srt.layers.latent_linear import LatentHeads
 
     latent = LatentTraits(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, value_dim=128, is_interleaved=True)
@@ -116,7 +116,7 @@ def measure_chunk(device: Any, heads: int, prefix: int, *, is_expanded: bool) ->
     kv_b.weight = torch.nn.Parameter(weight, requires_grad=False)
     q = torch.randn(CHUNK, heads, latent.query_dim, dtype=torch.bfloat16, device=device)
     out = q.new_empty((CHUNK, heads, latent.value_dim))
-    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent if is_expanded else None), case.pool)
+    backend = LatentTritonAttnBackend(dataclasses.replace(case.spec, latent=latent if is_expanded else None), case.pool)
     backend.init_forward_metadata(case.batch)
     cache = case.pool.get_kv_buffer(0)[0]
 

@@ -26,9 +26,9 @@ DECODE = [(0, 1), (15, 1), (8191, 1), (255, 1), (999, 1)]
 
 
 def triton(case, latent):
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
-    return TritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
+    return LatentTritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 20, 64, 128])

@@ -21,9 +21,9 @@ from ramet.srt.layers.rotary_embedding import apply_rotary, apply_rotary_to_neig
 
 
 def check(case):
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
-    case.check(TritonAttnBackend)
+    case.check(LatentTritonAttnBackend)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_each_head_with_its_part_of_an_fp8_matrix(device, num_tokens, heads, nop
 def test_chunks_over_expanded_keys_and_values(device, monkeypatch, sequences, nbytes):
     """They give what attention over rows gives, whatever stands between them and however many heads go at a time."""
     from ramet.srt.layers.attention import expanded_chunks
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
     from ramet.srt.models.latent_attention import LatentAttention
 
     monkeypatch.setattr(expanded_chunks, "MIN_TOKENS", 16)
@@ -132,7 +132,7 @@ def test_chunks_over_expanded_keys_and_values(device, monkeypatch, sequences, nb
     heads.take_queries(q[..., :20], case.q[..., :24])
     wanted = heads.take_results(case.native())
 
-    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
+    backend = LatentTritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
     backend.init_forward_metadata(case.batch)
     case.layer.bind(backend)
     case.layer.rows = case.pool.get_kv_buffer(0)[0]
@@ -144,11 +144,11 @@ def test_chunks_over_expanded_keys_and_values(device, monkeypatch, sequences, nb
 
 def test_long_chunks_behind_many_keys_are_rather_launched(device):
     """Graphs hold attention over rows alone; every rank must come to the same conclusion."""
-    from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
     latent = LatentTraits(q_rank=None, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8, is_interleaved=True)
     case = Case(device, [(0, 1)], (2, 1, 24), rank=16)
-    backend = TritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
+    backend = LatentTritonAttnBackend(dataclasses.replace(case.spec, latent=latent), case.pool)
     assert backend.prefers_alike
 
     def prefers(start, new):

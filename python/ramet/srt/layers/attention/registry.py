@@ -50,7 +50,8 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
     for candidate in candidates:
         obstacle = missing_package(candidate)
         if obstacle is None:
-            backend = _backend_class(candidate)
+            is_latent = candidate == "triton" and spec.kv.is_latent
+            backend = _backend_class("latent_triton" if is_latent else candidate)
             obstacle = backend.obstacle(spec)
             if obstacle is None:
                 return backend
@@ -63,6 +64,10 @@ def _backend_class(name: str) -> type[AttentionBackend]:
         from ramet.srt.layers.attention.triton_backend import TritonAttnBackend
 
         return TritonAttnBackend
+    if name == "latent_triton":
+        from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
+
+        return LatentTritonAttnBackend
     if name == "flashinfer":
         from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 

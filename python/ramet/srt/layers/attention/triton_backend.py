@@ -8,7 +8,6 @@ import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
-from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionLayer,
@@ -16,7 +15,6 @@ from ramet.srt.layers.attention.base_attn_backend import (
     CapturedShape,
     PassLimits,
 )
-from ramet.srt.layers.attention.expanded_chunks import ExpandedChunks, find_expanded
 from ramet.srt.layers.attention.key_splits import (
     LARGE_SLOTS,
     PIECE_FIELDS,
@@ -28,9 +26,8 @@ from ramet.srt.layers.attention.key_splits import (
 )
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
-from ramet.srt.layers.kernels.latent_attention import PROGRAMS, head_group, latent_attention, latent_tile
-from ramet.srt.layers.kernels.paged_attention import PieceLists, large_tile, paged_attention, small_tile
-from ramet.srt.layers.kernels.runtime import can_run_kernels, is_interpreted, num_multiprocessors
+from ramet.srt.layers.kernels.paged_attention import PieceLists, TileShape, large_tile, paged_attention, small_tile
+from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
@@ -40,7 +37,6 @@ ALIGNMENT = 4  # int32 numbers, 16 bytes
 MIN_PROMPT_TOKENS = 256  # of chunks in a pass, for which other kernels are asked
 # From here on, in tokens and in pairs of query and key, other kernels save more than a graph, which holds only Ramet's.
 LAUNCHED_TOKENS, LAUNCHED_PAIRS = 1024, 8 << 20
-EXPANDED_PAIRS = 1 << 20  # the same of latent attention, in long chunks
 
 
 class _Captured(NamedTuple):
@@ -51,6 +47,16 @@ class _Captured(NamedTuple):
     pieces: dict[Window, PieceLists]  # views of it
 
 
+class Tiling(NamedTuple):
+    """How programs share the work."""
+
+    small: TileShape
+    large: TileShape
+    group: int  # query heads of a tile, which have the same keys
+    num_groups: int
+    programs: tuple[int, int] = (SLOTS, LARGE_SLOTS)  # that a multiprocessor runs at a time, of each kind
+
+
 class TritonAttnBackend(AttentionBackend):
     """Reads keys and values where they lie; nothing is gathered. The pieces of a pass are listed on the host."""
 
@@ -59,26 +65,19 @@ class TritonAttnBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
-        num_groups, programs = spec.num_kv_heads, (SLOTS, LARGE_SLOTS)  # of heads that share keys in a tile
-        if spec.kv.is_latent:
-            self.prefers_alike = True
-            self._group = head_group(spec.num_heads, spec.dtype)
-            num_groups, programs = -(-spec.num_heads // self._group), (PROGRAMS, PROGRAMS)
-            self._small, self._large = (
-                latent_tile(spec.device, spec.dtype, self._group, is_large=is_large) for is_large in (False, True)
-            )
-        else:
-            self._group = spec.num_heads // spec.num_kv_heads
-            self._small = small_tile(spec.dtype, spec.head_dim, self._group)
-            self._large = large_tile(spec.dtype, spec.head_dim, self._group)
-        tiles = Tile(self._small.rows, self._group), Tile(self._large.rows, self._group)
-        num_multi = num_multiprocessors(spec.device)
-        self._splitters = [KeySplitter(*tiles, num_groups, num_multi, window, programs) for window in spec.windows]
+        self._tiling = tiling = self._choose_tiles()
+        tiles = Tile(tiling.small.rows, tiling.group), Tile(tiling.large.rows, tiling.group)
+        sizes = tiling.num_groups, num_multiprocessors(spec.device)
+        self._splitters = [KeySplitter(*tiles, *sizes, window, tiling.programs) for window in spec.windows]
         self._captured: dict[CapturedShape, _Captured] = {}
         self._current: dict[Window, PieceLists]  # of the pass
-        self._positions: torch.Tensor  # of the queries of the pass, unless it is captured
         self._choice: PromptChoice | None = None  # of the kernels for long passes, once there has been a quiet moment
         self._prompts: PromptAttention | None = None  # what computes the chunks of this pass; None: Ramet's kernels
+
+    def _choose_tiles(self) -> Tiling:
+        spec, group = self.spec, self.spec.num_heads // self.spec.num_kv_heads
+        small, large = (tile(spec.dtype, spec.head_dim, group) for tile in (small_tile, large_tile))
+        return Tiling(small, large, group, spec.num_kv_heads)
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
@@ -88,13 +87,6 @@ class TritonAttnBackend(AttentionBackend):
         if forward_batch.is_captured:
             return  # cut already: that is done on the host
         tokens = forward_batch.tokens
-        self._positions = forward_batch.positions
-        self.expanded = None
-        if self.spec.latent is not None and (self.spec.dtype != torch.float32 or is_interpreted()):
-            is_expanded = find_expanded(tokens)
-            if is_expanded.any():
-                self._expand(forward_batch, is_expanded, self.spec.latent)
-                return
         is_chunk = self._splitters[0].is_chunk(tokens)
         self._prompts = None
         if self._choice is not None and tokens.lens[is_chunk].sum() >= MIN_PROMPT_TOKENS:
@@ -103,14 +95,6 @@ class TritonAttnBackend(AttentionBackend):
             fields = (tokens.rows, tokens.first_tokens[:-1], tokens.lens, tokens.ends)
             self._prompts.plan(PromptChunks(*(field[is_chunk] for field in fields)), forward_batch.req_to_page)
         self._cut(tokens, with_chunks=self._prompts is None)
-
-    def _expand(self, forward_batch: ForwardBatch, is_expanded: np.ndarray, latent: LatentTraits) -> None:
-        """Leave some chunks to expanded keys and values."""
-        tokens, table = forward_batch.tokens, forward_batch.req_to_page
-        self.expanded = ExpandedChunks(tokens, is_expanded, table, self.spec.page_size, latent)
-        if self.expanded.others is not None:
-            self._positions = forward_batch.positions[self.expanded.other_places]
-            self._cut(self.expanded.others, with_chunks=True)
 
     def _cut(self, tokens: PassTokens, with_chunks: bool) -> None:
         splits = [splitter.split(tokens, with_chunks) for splitter in self._splitters]
@@ -133,12 +117,11 @@ class TritonAttnBackend(AttentionBackend):
         packed = torch.from_numpy(_pack(splits, captured.sizes, shape.num_tokens))
         captured.packed.copy_(packed.pin_memory() if captured.packed.is_cuda else packed, non_blocking=True)
         self._current = captured.pieces
-        self._prompts = self.expanded = None
+        self._prompts = None
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        table, window = forward_batch.req_to_page, layer.sliding_window
-        positions = forward_batch.positions if forward_batch.is_captured else self._positions
+        table, positions, window = forward_batch.req_to_page, forward_batch.positions, layer.sliding_window
         out = self._attend(q, k_cache, v_cache, table, positions, window)
         if self._prompts is not None:
             self._prompts.run(q, k_cache, v_cache, window, out)
@@ -153,20 +136,6 @@ class TritonAttnBackend(AttentionBackend):
         positions: torch.Tensor,
         window: Window,
     ) -> torch.Tensor:
-        if self.spec.kv.is_latent:
-            return latent_attention(
-                q,
-                k_cache,
-                self.spec.kv.value_dim,
-                table,
-                positions,
-                self._current[window],
-                self._small,
-                self._large,
-                group=self._group,
-                page_size=self.spec.page_size,
-                scale=self.spec.scale,
-            )
         return paged_attention(
             q,
             k_cache,
@@ -174,8 +143,8 @@ class TritonAttnBackend(AttentionBackend):
             table,
             positions,
             self._current[window],
-            self._small,
-            self._large,
+            self._tiling.small,
+            self._tiling.large,
             page_size=self.spec.page_size,
             scale=self.spec.scale,
             sliding_window=window,
@@ -183,15 +152,12 @@ class TritonAttnBackend(AttentionBackend):
         )
 
     def prefers_launches(self, tokens: PassTokens) -> bool:
-        if self.spec.latent is not None:
-            is_expanded = find_expanded(tokens)
-            return int((tokens.lens * (tokens.starts + tokens.ends))[is_expanded].sum()) // 2 >= EXPANDED_PAIRS
         if self._choice is None or self._choice.chosen is None or tokens.num_tokens < LAUNCHED_TOKENS:
             return False
         return int((tokens.lens * (tokens.starts + tokens.ends)).sum()) // 2 >= LAUNCHED_PAIRS
 
     def use_quiet_moment(self, limits: PassLimits) -> None:
-        if self._choice is None and self.spec.soft_cap is None and not self.spec.kv.is_latent:  # no other has these
+        if self._choice is None and self.spec.soft_cap is None:  # which no other has
             # It has a backend of its own: its thread must not touch the pass that this one is at.
             self._choice = PromptChoice(self.spec, limits, TritonAttnBackend(self.spec, self.kv_pool).plan_prompts)
 
