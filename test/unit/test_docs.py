@@ -26,7 +26,7 @@ from doc_pages import (
 )
 from ramet import cli
 from ramet.srt.command_line import CliParser, add_cli_args, parse_server_args
-from ramet.srt.entrypoints import engine_info_bootstrap_server
+from ramet.srt.entrypoints import directory_http
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
@@ -132,7 +132,7 @@ def routes() -> frozenset[tuple[str, str]]:
     described = create_app(instance).openapi()["paths"]
     found = {(method.upper(), path) for path, operations in described.items() for method in operations}
     found |= {(method, route.path) for route in make_fleet_app(None, None, None).routes for method in route.methods}
-    bootstrap = Path(engine_info_bootstrap_server.__file__).read_text()
+    bootstrap = Path(directory_http.__file__).read_text()
     for method, body in re.findall(r"def do_([A-Z]+)\(self\)(.*?)\n(?=    def )", bootstrap, re.DOTALL):
         found |= {(method, path) for path in re.findall(r'"(/\w+)"', body)}
     return frozenset(found)

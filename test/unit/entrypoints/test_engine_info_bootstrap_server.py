@@ -11,7 +11,7 @@ import time
 import msgspec
 import pytest
 import seed_process
-from ramet.srt.entrypoints import engine_info_bootstrap_server
+from ramet.srt.entrypoints import directory_http, engine_info_bootstrap_server
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.weights import registration
@@ -266,7 +266,7 @@ def test_web_pages_and_strange_ranks_are_refused(make_server):
 
 
 def test_bodies_and_connections_are_bounded(server, monkeypatch, caplog):
-    module = engine_info_bootstrap_server
+    module = directory_http
     monkeypatch.setattr(module, "MAX_ALL_BODIES_BYTES", 300_000)
     monkeypatch.setattr(module, "MAX_CONNECTIONS", 6)
     head = b"PUT /register_transfer_engine_info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
@@ -288,7 +288,7 @@ def test_bodies_and_connections_are_bounded(server, monkeypatch, caplog):
 
 
 def test_headers_and_bodies_have_deadlines(server, monkeypatch):
-    monkeypatch.setattr(engine_info_bootstrap_server, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(directory_http, "HEADER_TIMEOUT_S", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as slow:
         start = time.monotonic()
         with contextlib.suppress(ConnectionError):

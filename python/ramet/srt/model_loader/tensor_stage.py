@@ -250,10 +250,10 @@ class TensorStage:
             if not region_volume(box.source):
                 continue
             if is_made:
-                for piece in _quantised(entry, self._scales[entry.name], box, view.to(self._device)):
+                for piece in quantised_pieces(entry, self._scales[entry.name], box, view.to(self._device)):
                     self._write(*piece)
             else:
-                self._write(entry, box.target, _values(entry, box, view))
+                self._write(entry, box.target, cast_values(entry, box, view))
         self._received |= self._modules[_module(name)] if is_made else {name}
 
     def _write(self, entry: WeightEntry, region: Region, values: torch.Tensor) -> None:
@@ -344,7 +344,7 @@ def _places_in(region: Region, shape: Sequence[int], indices: torch.Tensor) -> t
     return inside, places[inside]
 
 
-def _values(entry: WeightEntry, box: WeightBox, view: torch.Tensor) -> torch.Tensor:
+def cast_values(entry: WeightEntry, box: WeightBox, view: torch.Tensor) -> torch.Tensor:
     """What a box takes of a tensor that is not quantised here; it may yet have to be cast."""
     if entry.dtype == "float32" and dtype_name(view.dtype) in EXPONENTS:  # scales that are powers of two
         view = powers_of_two(view.view(torch.uint8))
@@ -355,7 +355,7 @@ def _values(entry: WeightEntry, box: WeightBox, view: torch.Tensor) -> torch.Ten
     return view[_slices(box.source)]
 
 
-def _quantised(weight: WeightEntry, scale: WeightEntry, box: WeightBox, view: torch.Tensor) -> Iterator[Piece]:
+def quantised_pieces(weight: WeightEntry, scale: WeightEntry, box: WeightBox, view: torch.Tensor) -> Iterator[Piece]:
     """A box's part of a plain matrix, with scales over its whole rows, some rows at a time."""
     (first, last), columns = box.source
     *outer, row, column = (start for start, _ in box.target)

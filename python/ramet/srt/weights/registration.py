@@ -2,7 +2,7 @@
 
 import msgspec
 
-from ramet.srt.utils.outside_json import decode_json
+from ramet.srt.utils.outside_json import Natural, decode_json
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import WeightManifest, check_manifest, check_role
 
@@ -36,6 +36,13 @@ class ControlAddress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     port: int = 0
 
 
+class PublishedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trainer's rank says beside its manifest, whose boxes are of tensors as a checkpoint has them."""
+
+    run: str  # the same for all ranks of one run of a trainer: what two runs hold is never put together
+    shapes: dict[str, tuple[Natural, ...]]  # of the whole tensors of which this rank holds something
+
+
 class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The body of PUT /register_transfer_engine_info. All but `rank` and `transfer_engine_info` is ours."""
 
@@ -48,6 +55,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     local_handle: LocalHandle | None = None
     started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
     weights_digest: str = ""  # of the checkpoint that the weights are from, where the instance knows it
+    published: PublishedModel | None = None  # by a trainer; None: by an instance
     control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
 
     @property
@@ -68,6 +76,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     local_handle: LocalHandle | None = None
     started_at: float = 0.0
     weights_digest: str = ""  # what it says proves nothing: a client compares what it has received
+    published: PublishedModel | None = None
 
     @property
     def session_id(self) -> str:
@@ -193,6 +202,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
         local_handle=registration.local_handle,
         started_at=registration.started_at,
         weights_digest=registration.weights_digest,
+        published=registration.published,
     )
     return msgspec.json.encode(answer)
 

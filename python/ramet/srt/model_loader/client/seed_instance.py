@@ -126,6 +126,18 @@ class SeedInstance:
         if lacking is not None:
             raise self._error("agree", lacking) from lacking
 
+    def ask_trainer(self) -> SeedAnswer:
+        """Ask a rank of a trainer, which is a seed by itself and need not have everything.
+
+        Raises:
+            WeightTransferError: if it does not answer in time, or is none.
+        """
+        answer = self._ask(0, ABSENT_GRACE_S)
+        if answer.published is None or answer.manifest is None:
+            raise self._error("agree", "no trainer publishes weights there")
+        self._add(answer)
+        return answer
+
     def _ask_first(self) -> SeedAnswer:
         """The answer about some rank, which tells the seed's sizes: the own one, if there is such a rank, else 0."""
         if self._ready_rank is not None:

@@ -13,7 +13,7 @@ from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
 from ramet.srt.weights.boxes import ByteRange
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
-from ramet.srt.weights.planner import plan, zero_ranges
+from ramet.srt.weights.planner import PlanError, TransferPlan, plan, zero_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +160,23 @@ class SeedTransfer:
         """What each rank is to send of what is unfinished, without those that are to send nothing."""
         # A seed on this host is worth more than one behind a network.
         seeds = [seed for seed in self.alive if seed.is_local] or self.alive
-        ranks = [rank for seed in seeds for rank in seed.ranks]
-        sources = [rank.source for rank in ranks]
-        transfer_plan = plan(self._arena.manifest, sources, max_op_nbytes=SHARED_BYTES, unfinished=self.unfinished)
+        try:
+            ranks, transfer_plan = self._plan(seeds)
+        except PlanError as error:  # of a trainer, each rank is a seed that has but a part
+            others = [seed for seed in self.alive if seed not in seeds]
+            if not others and self.errors:
+                raise combine_errors(self._rank, self.errors) from error
+            if not others:
+                raise
+            ranks, transfer_plan = self._plan([*seeds, *others])
         self.planned_nbytes = max(self.planned_nbytes, transfer_plan.nbytes)
         shares = ((rank, transfer_plan.of_source(index)) for index, rank in enumerate(ranks))
         return [(rank, ops) for rank, ops in shares if ops]
+
+    def _plan(self, seeds: Sequence[SeedInstance]) -> tuple[list[SeedRank], TransferPlan]:
+        ranks = [rank for seed in seeds for rank in seed.ranks]
+        sources = [rank.source for rank in ranks]
+        return ranks, plan(self._arena.manifest, sources, max_op_nbytes=SHARED_BYTES, unfinished=self.unfinished)
 
     def _note(self, jobs: Sequence[_Job]) -> None:
         """Remember who has sent what, and what nobody has."""

@@ -113,7 +113,7 @@ def _compare_regions(
             continue
         regions = [region for _, region in share]
         request = ChecksumsRequest(rank=rank.answer.rank, role=arena.manifest.role, regions=regions)
-        answer = fetch_checksums(seed.server, request, config.timeout_s)
+        answer = fetch_checksums(rank.server, request, config.timeout_s)
         if answer is None or answer.algorithm != own.algorithm:
             return False
         actual = own.compute(regions, num_copy_threads())

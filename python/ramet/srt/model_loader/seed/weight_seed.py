@@ -56,8 +56,14 @@ _is_missing = False  # whether Mooncake is known not to be installed: nothing ch
 class WeightSeed:
     """One rank's weights on offer. The arena is immutable from the start on."""
 
-    def __init__(self, registration: SeedRegistration, resources: ExitStack) -> None:
+    def __init__(
+        self,
+        registration: SeedRegistration,
+        resources: ExitStack,
+        answer: Callable[[WeightRequest], WeightReply],
+    ) -> None:
         self.registration = registration
+        self.answer = answer  # what its control socket answers with, for whoever is in this process
         self._resources = resources
 
     @staticmethod
@@ -147,7 +153,7 @@ class WeightSeed:
             "without a transfer engine" if offer is None else f"as {session_id}",
             time.perf_counter() - start,
         )
-        return cls(registration, resources)
+        return cls(registration, resources, requests.handle)
 
     def register(
         self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float, ca_certs: str | None = None
