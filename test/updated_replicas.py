@@ -93,6 +93,7 @@ class Found:
     """Files, or an instance whose content changes so many times."""
 
     origin, model_path, source = "somewhere", "somewhere", FilesSource(path="somewhere")
+    version: str | None = None
 
     def __init__(self, num_changes: int = 0) -> None:
         self.num_changes = num_changes
@@ -100,6 +101,9 @@ class Found:
     def is_unchanged(self) -> bool:
         self.num_changes -= 1
         return self.num_changes < 0
+
+    def end(self, *, has_it: bool) -> None:
+        self.ends = [*getattr(self, "ends", []), has_it]
 
 
 class Case:

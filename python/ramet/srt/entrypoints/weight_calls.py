@@ -9,6 +9,7 @@ from ramet.srt.entrypoints.http.accepted_fields import WEIGHT_UPDATE, Table
 from ramet.srt.entrypoints.http.http_validation import RequestBody, Text
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.errors import RequestError
+from ramet.srt.managers.published_sources import FoundPublication
 from ramet.srt.managers.update_report import UpdateReport
 from ramet.srt.managers.weight_sources import (
     FoundFiles,
@@ -73,9 +74,10 @@ class UpdateDeltaBody(NewWeightsBody):
 
 
 class UpdateFromInstanceBody(UpdateBody):
-    """Which instance: by its address, or by what a metadata server says that it serves."""
+    """Which instance, or trainer: by its address, or by what a metadata server says that it has."""
 
-    address: Place | None = None  # host:port, or http:// or https:// before it
+    # host:port, or http:// or https:// before it; of a trainer, those of all its ranks with commas between them
+    address: Place | None = None
     model_name: Place | None = None  # as listed there; this instance's own if there is none
     version: Place | None = None  # the name of a version, a revision, or the digest of the weights
 
@@ -91,13 +93,15 @@ async def update_from_disk(instance: Instance, body: UpdateFromDiskBody) -> Upda
 async def update_from_instance(instance: Instance, body: UpdateFromInstanceBody) -> UpdateReport:
     """Serve the weights of another instance. Raises what WeightUpdateControl.update raises."""
     args, digest = instance.server_args, body.digest
-    config = args.load_config()
-    find: functools.partial[FoundInstance]
+    model = instance.model_config
+    config = args.load_config(dtype=model.dtype, quantization=args.quantization or model.quantization)
+    find: functools.partial[FoundInstance | FoundPublication]
     if body.address is not None and body.version is None:
         find = functools.partial(find_instance, config, body.address, digest)
     elif body.version is not None and body.address is None:
         own = reachable_host(args.host), args.port
-        find = functools.partial(find_listed, config, body.model_name, body.version, own, digest)
+        may_give = instance.doors.gives_weights and args.modelexpress is not None and body.weight_version is None
+        find = functools.partial(find_listed, config, body.model_name, body.version, own, digest, may_give=may_give)
     else:
         raise RequestError("exactly one of address and version must be given", param="address")
     abort_all = bool(body.abort_all_requests)

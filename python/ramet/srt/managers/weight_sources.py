@@ -1,10 +1,13 @@
 """Owns finding weights that are to replace those that serve: in files, or in another instance. Moves none."""
 
+import dataclasses
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.managers.published_sources import FoundPublication, find_publication
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamp, file_stamps
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import SeedServer, fetch_seed_answer
 from ramet.srt.utils.hub import resolve_model_path
@@ -12,6 +15,11 @@ from ramet.srt.utils.net import SeedAddress, host_identity, split_address
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightChecksums
 from ramet.srt.weights.update_messages import DeltaFile, FilesSource, InstanceSource
+from ramet.srt.weights.version import DEFAULT_VERSION
+
+if TYPE_CHECKING:
+    from ramet.srt.modelexpress.client.listed_version import VersionSearch, WantedVersion
+    from ramet.srt.modelexpress.client.seed_info import InfoAddress
 
 SCHEMES = {"http://": "http", "https://": "https"}
 ROLE = "target"
@@ -24,10 +32,14 @@ class FoundFiles:
     source: FilesSource | DeltaFile
     origin: str
     model_path: str | None
+    version = None  # it gets a name here
 
     def is_unchanged(self) -> bool:
         """The ranks have made sure."""
         return True
+
+    def end(self, *, has_it: bool) -> None:
+        """Nobody waits for it."""
 
 
 def find_files(config: ModelConfig, path: str, revision: str | None, digest: str | None) -> FoundFiles:
@@ -76,6 +88,7 @@ class FoundInstance:
     config: LoadConfig
     content: tuple[WeightChecksums, ...]  # of all its ranks
     model_path: str | None = None
+    version: str | None = None  # None: it gets a name here
 
     def is_unchanged(self) -> bool:
         """Whether all of its ranks still have the same: what the own ranks have taken is of one piece then.
@@ -85,6 +98,9 @@ class FoundInstance:
         """
         return _content(_server(self.source, self.config), self.config.timeout_s) == self.content
 
+    def end(self, *, has_it: bool) -> None:
+        """Nobody waits for it."""
+
 
 def instance_source(address: str, digest: str | None = None) -> InstanceSource:
     """The instance at "host:port", "http://host:port" or "https://host:port"; else raises ValueError."""
@@ -93,26 +109,40 @@ def instance_source(address: str, digest: str | None = None) -> InstanceSource:
     return InstanceSource(host=host, port=port, scheme=SCHEMES[scheme], digest=digest)
 
 
-def find_instance(config: LoadConfig, address: str, digest: str | None) -> FoundInstance:
-    """The instance at "host:port", "http://host:port" or "https://host:port".
+def find_instance(config: LoadConfig, address: str, digest: str | None) -> FoundInstance | FoundPublication:
+    """The instance at "host:port", "http://host:port" or "https://host:port", or a trainer at those of all its ranks.
 
     Raises:
         ValueError: if that is no address, or its weights have no checksums.
         WeightTransferError: if it does not answer.
     """
-    source = instance_source(address, digest)
+    sources = [instance_source(one.strip(), digest) for one in address.split(",")]
+    source = sources[0]
+    first = fetch_seed_answer(_server(source, config), 0, ROLE, config.timeout_s)
+    if first.published is not None:
+        addresses = [SeedAddress(one.host, one.port, one.scheme) for one in sources]
+        return find_publication(lambda: addresses, config, digest)
+    if len(sources) > 1:
+        raise ValueError(f"{source.host}:{source.port} is an instance, of which one address is enough")
     content = _content(_server(source, config), config.timeout_s)
     return FoundInstance(source, address, config, content)
 
 
 def find_listed(
-    config: LoadConfig, model_name: str | None, version: str, own: tuple[str, int], digest: str | None
-) -> FoundInstance:
-    """An instance that a metadata server lists with that version of the model's weights.
+    config: LoadConfig,
+    model_name: str | None,
+    version: str,
+    own: tuple[str, int],
+    digest: str | None,
+    *,
+    may_give: bool = False,
+) -> FoundInstance | FoundPublication:
+    """An instance that a metadata server lists with that version of the model's weights, or else a trainer.
 
     Args:
         model_name: as it is listed; None: as this instance is.
-        version, own: see look_for_version.
+        own: host and port of this instance.
+        version, may_give: see VersionSearch.
 
     Raises:
         ValueError: if this instance knows no metadata server, or that one none that answers.
@@ -120,24 +150,69 @@ def find_listed(
     """
     if config.modelexpress_url is None:
         raise ValueError("this instance knows no metadata server that could be asked (--modelexpress-config)")
-    from ramet.srt.modelexpress.client.listed_version import look_for_version  # needs grpc
+    from ramet.srt.modelexpress.client.client import ModelExpressError  # needs grpc
+    from ramet.srt.modelexpress.client.listed_version import VersionSearch, WantedVersion
 
-    name = model_name or config.modelexpress_model_name
-    failures = []
-    for host, port, _, _, scheme in look_for_version(config.modelexpress_url, name, version, own):
-        source = InstanceSource(host=host, port=port, scheme=scheme, digest=digest, is_listed=True)
-        server = _server(source, config)
-        try:
-            return FoundInstance(source, server.name, config, _content(server, config.timeout_s))
-        except (ValueError, WeightTransferError) as error:
-            failures.append(str(error))
-    nobody = f"the metadata server lists no ready instance of {name!r} with the version {version!r}"
-    raise ValueError("; ".join(failures) or nobody)
+    wanted = WantedVersion(
+        model_name=model_name or config.modelexpress_model_name,
+        version=version,
+        host=own[0],
+        port=own[1],
+        dtype=config.modelexpress_dtype,
+        quantization=config.modelexpress_quantization,
+    )
+    search = VersionSearch(config, wanted, may_give=may_give)
+    try:
+        return _find_by(search, wanted, config, digest)
+    except BaseException as error:
+        search.release(has_it=False)
+        if isinstance(error, ModelExpressError):
+            raise ValueError(str(error)) from error
+        raise
+
+
+def _find_by(
+    search: "VersionSearch", wanted: "WantedVersion", config: LoadConfig, digest: str | None
+) -> FoundInstance | FoundPublication:
+    failures: dict[InfoAddress, str] = {}
+    while True:
+        listed = search.find(failures)
+        for address in listed.instances or ([] if listed.trainer else listed.others):
+            try:
+                return _found_at(address, config, digest)
+            except (ValueError, WeightTransferError) as error:
+                failures[address] = str(error)
+        if listed.instances:
+            continue
+        if not listed.trainer:
+            nobody = f"the metadata server lists no ready instance of {wanted.model_name!r} with the version " \
+                     f"{wanted.version!r}, and no trainer"  # fmt: skip
+            raise ValueError("; ".join(failures.values()) or nobody)
+
+        def look() -> list[SeedAddress]:
+            return [address.seed for address in search.ranks_of_trainer()]
+
+        found = find_publication(look, config, digest, version=wanted.version, is_listed=True)
+        return dataclasses.replace(found, on_end=search.release)
+
+
+def _found_at(address: "InfoAddress", config: LoadConfig, digest: str | None) -> FoundInstance:
+    source = InstanceSource(host=address.host, port=address.port, scheme=address.scheme, digest=digest, is_listed=True)
+    server = _server(source, config)
+    version = _version(server, config.timeout_s)
+    found = FoundInstance(source, server.name, config, _content(server, config.timeout_s))
+    return dataclasses.replace(found, version=None if version == DEFAULT_VERSION else version)
 
 
 def _server(source: InstanceSource, config: LoadConfig) -> SeedServer:
     address = SeedAddress(source.host, source.port, source.scheme)
     return SeedServer(address, config.api_keys, config.ssl_ca_certs, shows_keys=not source.is_listed)
+
+
+def _version(server: SeedServer, timeout_s: float) -> str:
+    """Of the weights of an instance, by its own name. Others may look for them by it here, too."""
+    manifest = fetch_seed_answer(server, 0, ROLE, timeout_s).manifest
+    return DEFAULT_VERSION if manifest is None else manifest.weight_version
 
 
 def _content(server: SeedServer, timeout_s: float) -> tuple[WeightChecksums, ...]:

@@ -81,12 +81,19 @@ class FoundSource(Protocol):
     def model_path(self) -> str | None:
         """Folder or hub id, of files."""
 
+    @property
+    def version(self) -> str | None:
+        """The name that they have already, to be kept where nobody gives another; None: there is none."""
+
     def is_unchanged(self) -> bool:
         """Whether it still has the content that it had when it was found. For a thread.
 
         Raises:
             ValueError: if nobody can tell any more.
         """
+
+    def end(self, *, has_it: bool) -> None:
+        """The attempt to serve it has ended, well or not: what it kept from others is theirs."""
 
 
 def check_version_name(version: str | None) -> None:
@@ -198,15 +205,34 @@ class WeightUpdateControl:
         """As `update`, for whoever has the turn."""
         for _ in range(NUM_TRIES):
             found = await self._in_thread(find)
-            number = await self.new_number()
-            staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=found.source), number)
-            if await self._is_unchanged(found, number):
-                break
-            await self.drop(number)
+            has_it = False
+            try:
+                report = await self._try(found, version, abort_all)
+                has_it = report is not None
+            finally:
+                found.end(has_it=has_it)
+            if report is not None:
+                return report
             logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
-        else:
-            raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
-        content = Content(number, version or f"update-{number}", found.origin, found.model_path, found.source)
+        raise RequestError(f"{found.origin} has changed its weights {NUM_TRIES} times while they were taken")
+
+    async def _try(self, found: FoundSource, version: str | None, abort_all: bool) -> UpdateReport | None:
+        """None if it has other weights now than when it was found."""
+        number = await self.new_number()
+        question = functools.partial(StageWeightsReq, number=number, source=found.source)
+        try:
+            staged = await self.stage(question, number)
+        except NoRoomError:
+            raise
+        except RequestError:
+            if await self._has_changed(found):
+                return None
+            raise
+        if not await self._is_unchanged(found, number):
+            await self.drop(number)
+            return None
+        name = version or found.version or f"update-{number}"
+        content = Content(number, name, found.origin, found.model_path, found.source)
         return await self.serve(content, Staged.of(staged), abort_all=abort_all)
 
     async def _rollback(self, abort_all: bool) -> UpdateReport:
@@ -299,6 +325,13 @@ class WeightUpdateControl:
             kind = NoRoomError if lacking and all(lacking) else RequestError
             raise kind(f"the weights can't be changed, and are what they were: {failure}")
         return replies
+
+    async def _has_changed(self, found: FoundSource) -> bool:
+        """Whether it has other weights now than when it was found, which then may be why they could not be taken."""
+        try:
+            return not await self._in_thread(found.is_unchanged)
+        except RequestError:
+            return False  # it may have ended
 
     async def _is_unchanged(self, found: FoundSource, number: int) -> bool:
         try:

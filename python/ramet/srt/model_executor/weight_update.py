@@ -31,9 +31,11 @@ from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.file_stamps import check_stamps, file_stamps, sample_files
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.model_loader.client.published import take_published
 from ramet.srt.model_loader.loader import DummyModelLoader, get_model_loader
 from ramet.srt.model_loader.tensor_stage import TensorStage
 from ramet.srt.utils.hub import resolve_model_path, snapshot_revision
+from ramet.srt.utils.net import SeedAddress
 from ramet.srt.utils.threads import run_beside
 from ramet.srt.weights.errors import WeightTransferError, name_some
 from ramet.srt.weights.manifest import WeightManifest
@@ -53,6 +55,7 @@ from ramet.srt.weights.update_messages import (
     SealWeightsReq,
     StageWeightsReq,
     SwitchWeightsReq,
+    TrainerSource,
     WeightSource,
     WeightStep,
 )
@@ -296,6 +299,11 @@ class RankVersions:
             if not report.verified:
                 raise ValueError(f"{source.host}:{source.port} can't say the checksums of all of its weights")
             return stage, report
+        if isinstance(source, TrainerSource):
+            stage = self.arena.open_stage(self._manifest(""))
+            ranks = [SeedAddress(one.host, one.port, one.scheme) for one in source.ranks]
+            config = dataclasses.replace(base, shows_keys=not source.is_listed)
+            return stage, take_published(stage, ranks, source.version, config, opener.whole)
         if isinstance(source, DeltaFile):
             if self.arena.is_made_up:
                 raise ValueError("no weights are there on which a delta could belong")

@@ -36,6 +36,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     weights_digest: str = ""  # of the checkpoint that the weights are from; what it says proves nothing
     is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
     weight_version: str = DEFAULT_VERSION
+    trainer_run: str | None = None  # of a trainer, whose ranks hold parts of a model; None: of an instance
     load: LoadReport | None = None  # how the rank came to its weights; taken_from are worker ids
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MX_VERSION = "0.7.0"
 
 ROLE_PARAMETER = "model_role"  # extra parameter that sets a draft model's source apart; absent for the target
+TRAINER_PARAMETER = "ramet_trainer"  # extra parameter of what a trainer's ranks publish, each of them a part
 CLAIM_PARAMETER = "ramet_claim"  # extra parameter of the identity under which instances agree who reads the files
 OPTIONAL_ID_FIELDS = (
     "backend_framework_version",
@@ -42,10 +43,17 @@ class EngineValues:
     tp_size: int = 1
     pp_size: int = 1
     ep_size: int = 1
+    is_trainer: bool = False
 
 
-def make_source_identity(config: "LoadConfig", manifest: "WeightManifest") -> p2p_pb2.SourceIdentity:
-    """The identity of a rank's weights: for a seed that publishes them and a client that looks for them alike."""
+def make_source_identity(
+    config: "LoadConfig", manifest: "WeightManifest", *, is_trainer: bool = False
+) -> p2p_pb2.SourceIdentity:
+    """The identity of a rank's weights: for a seed that publishes them and a client that looks for them alike.
+
+    Args:
+        is_trainer: whether a trainer publishes them: who looks for an instance does not find it.
+    """
     engine = EngineValues(
         model_name=config.modelexpress_model_name,
         dtype=config.modelexpress_dtype,
@@ -55,12 +63,14 @@ def make_source_identity(config: "LoadConfig", manifest: "WeightManifest") -> p2
         tp_size=config.modelexpress_tp_size,
         pp_size=config.modelexpress_pp_size,
         ep_size=config.modelexpress_ep_size,
+        is_trainer=is_trainer,
     )
     return build_source_identity(engine)
 
 
 def build_source_identity(engine: EngineValues) -> p2p_pb2.SourceIdentity:
     """The identity of what an engine serves."""
+    extra = {} if engine.role == "target" else {ROLE_PARAMETER: engine.role}
     return p2p_pb2.SourceIdentity(
         mx_version=MX_VERSION,
         mx_source_type=p2p_pb2.MX_SOURCE_TYPE_WEIGHTS,
@@ -71,7 +81,7 @@ def build_source_identity(engine: EngineValues) -> p2p_pb2.SourceIdentity:
         expert_parallel_size=engine.ep_size,
         dtype=engine.dtype.removeprefix("torch."),
         quantization=engine.quantization,
-        extra_parameters={} if engine.role == "target" else {ROLE_PARAMETER: engine.role},
+        extra_parameters=extra | ({TRAINER_PARAMETER: "1"} if engine.is_trainer else {}),
         revision=engine.revision,
     )
 

@@ -93,13 +93,19 @@ def locate_box(entry: WeightEntry, box: WeightBox) -> tuple[int, tuple[int, ...]
 
 def box_byte_range(entry: WeightEntry, box: WeightBox) -> ByteRange | None:
     """The arena bytes that a box fills when they are one range; None when they are several."""
-    size = element_size(entry.dtype)
-    offset, _ = locate_box(entry, box)
-    extents = [stop - start for start, stop in box.target]
-    first = next((d for d, extent in enumerate(extents) if extent != 1), len(extents))
-    if any(extent != full for extent, full in zip(extents[first + 1 :], entry.shape[first + 1 :], strict=True)):
+    shape, target = entry.shape, box.target
+    first = 0
+    while first < len(shape) and target[first][1] - target[first][0] == 1:
+        first += 1
+    if any(target[d] != (0, shape[d]) for d in range(first + 1, len(shape))):
         return None
-    return offset, offset + region_volume(box.target) * size
+    stride = element_size(entry.dtype)
+    start, nbytes = entry.offset, stride
+    for (begin, end), extent in zip(reversed(target), reversed(shape), strict=True):
+        start += begin * stride
+        nbytes *= end - begin
+        stride *= extent
+    return start, start + nbytes
 
 
 def flatten(

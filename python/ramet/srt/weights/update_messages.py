@@ -40,6 +40,22 @@ class InstanceSource(msgspec.Struct, frozen=True, kw_only=True, tag="instance"):
     is_listed: bool = False  # at a metadata server, by whoever may publish there: it must not earn a key
 
 
+class TrainerRank(msgspec.Struct, frozen=True, array_like=True):
+    """Where one rank of a trainer answers."""
+
+    host: str
+    port: int
+    scheme: str = "http"
+
+
+class TrainerSource(msgspec.Struct, frozen=True, kw_only=True, tag="trainer"):
+    """Weights that the ranks of a trainer publish, each a part."""
+
+    ranks: list[TrainerRank]
+    version: str  # as they call it
+    is_listed: bool = False  # see InstanceSource
+
+
 class MadeUpSource(msgspec.Struct, frozen=True, kw_only=True, tag="made_up"):
     """Weights of nobody's model, which must never serve: what restores weights must then replace all of them."""
 
@@ -55,7 +71,7 @@ class DeltaFile(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     stamp: FileStamp
 
 
-WeightSource = FilesSource | InstanceSource | DeltaFile | MadeUpSource
+WeightSource = FilesSource | InstanceSource | TrainerSource | DeltaFile | MadeUpSource
 
 
 class BroadcastTensors(msgspec.Struct, frozen=True, kw_only=True, tag="broadcast"):

@@ -38,6 +38,7 @@ class FileClaim:
         make_client: makes a client; each attempt has its own, used from its own thread.
         identity: of the weights that the files hold.
         facts: who claims; shown on the fleet page.
+        purpose: what is claimed: the model's files, or something of the same kind.
         ack_timeout_s: how long the server may take to acknowledge a claim.
     """
 
@@ -47,6 +48,7 @@ class FileClaim:
         identity: p2p_pb2.SourceIdentity,
         facts: InstanceFacts,
         *,
+        purpose: str = "files",
         renewal_s: float = RENEWAL_S,
         silence_s: float = SILENCE_S,
         ack_timeout_s: float = 10.0,
@@ -54,7 +56,7 @@ class FileClaim:
         self._make_client = make_client
         self._identity = p2p_pb2.SourceIdentity()
         self._identity.CopyFrom(identity)
-        self._identity.extra_parameters[CLAIM_PARAMETER] = "files"
+        self._identity.extra_parameters[CLAIM_PARAMETER] = purpose
         self._facts = facts
         self._worker = p2p_pb2.WorkerMetadata(topology={FACTS_KEY: encode_facts(facts)})
         self._renewal_s = renewal_s

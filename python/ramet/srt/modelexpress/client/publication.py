@@ -64,7 +64,7 @@ class Publication:
         )
         self._publisher = Publisher(
             ModelExpressClient(config.modelexpress_url),
-            make_source_identity(config, manifest),
+            make_source_identity(config, manifest, is_trainer=registration.published is not None),
             self._worker,
             load_probe=load_probe,
         )
