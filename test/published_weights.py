@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import fp8_models
+import msgspec
 import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
@@ -14,9 +15,11 @@ from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_mode
 from ramet.srt.model_loader.checksums.entries import compute_checksums
 from ramet.srt.model_loader.client.published import take_published
 from ramet.srt.utils.net import SeedAddress, split_address
+from ramet.srt.weights.manifest import WeightBox, build_weight_manifest
+from ramet.srt.weights.registration import PublishedModel, SeedAnswer
 from ramet.srt.weights.report import LoadReport
 from ramet.trainer import Slice, Sliced, WeightPublisher
-from ramet.trainer.tensors import Weights
+from ramet.trainer.tensors import Held, Weights
 
 COLUMNS = ("o_proj.weight", "down_proj.weight")  # that tensor parallelism cuts along columns; other matrices along rows
 
@@ -57,6 +60,27 @@ def published(*ranks: Weights, version: str = "step-1", **options) -> Iterator[l
     """A publisher for each rank of a trainer, in this process."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(WeightPublisher(weights, version, **options)) for weights in ranks]
+
+
+def answer_of(shapes: Mapping[str, tuple[int, ...]], rank: int) -> bytes:
+    """What a tensor-parallel rank of a trainer of two answers, without having the tensors."""
+    with torch.device("meta"):
+        parts = halves({name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, rank)
+    named = []
+    for name, part in parts.items():
+        (one,) = part.slices
+        whole = tuple((0, extent) for extent in part.tensor.shape)
+        named.append((name, Held(name, part.tensor, torch.bfloat16, (WeightBox(name, one.source, whole),), {})))
+    manifest = build_weight_manifest(named, model_name="", revision="", dtype="bfloat16", quantization="",
+                                     role="target", parallel=ParallelConfig())  # fmt: skip
+    answer = SeedAnswer(
+        rank=0,
+        remote_instance_transfer_engine_info=("127.0.0.1:1", {}),
+        manifest=manifest,
+        arena_address=4096,
+        published=PublishedModel(run="", shapes=dict(shapes)),
+    )
+    return msgspec.json.encode(answer)
 
 
 def take(

@@ -22,6 +22,7 @@ WEB = ("fastapi", "uvicorn", "pydantic")
         ("ramet.srt.entrypoints.http_server", (*HEAVY, "huggingface_hub", "jinja2")),
         ("ramet.srt.entrypoints.engine", (*HEAVY, "fastapi", "uvicorn", "huggingface_hub", "jinja2")),
         ("ramet.srt.model_loader.client.seeds_by_address", ("torch", "requests", "grpc", "transformers")),
+        ("ramet.trainer", (*WEB, "zmq", "transformers", "mooncake", "llguidance", "grpc", "tokenizers")),
     ],
 )
 def test_what_is_not_imported(module: str, forbidden: tuple[str, ...]) -> None:

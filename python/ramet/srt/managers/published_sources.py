@@ -18,7 +18,7 @@ from ramet.srt.weights.update_messages import TrainerRank, TrainerSource
 logger = logging.getLogger(__name__)
 
 ROLE, RANK = "target", 0
-SETTLE_S = 20.0  # for all ranks of a trainer to have published a version that one of them has
+SETTLE_S = 10.0  # for all ranks of a trainer to have published a version that one of them has
 POLL_S = 0.25
 LISTED_TIMEOUT_S = 5.0
 MAX_ASKED_AT_ONCE = 16
@@ -99,7 +99,7 @@ def find_publication(
             addresses = _living(addresses, config)
         if addresses:
             answers = ask_trainer(addresses, config, is_listed=is_listed)
-            obstacle = _obstacle(answers, version)
+            obstacle = _obstacle(answers, version) or _gap(answers, can_come=is_listed)
             if obstacle is None:
                 return _found(addresses, answers, config, is_listed)
         if time.monotonic() > deadline:
@@ -125,7 +125,7 @@ def _living(addresses: Sequence[SeedAddress], config: LoadConfig) -> list[SeedAd
 
 
 def _obstacle(answers: Sequence[SeedAnswer], version: str | None) -> str | None:
-    """Why what ranks of a trainer publish is no whole; None if it is."""
+    """Why what ranks of a trainer publish does not go together; None if it does."""
     published = [answer.published for answer in answers if answer.published is not None]
     if len(published) < len(answers) or not answers:
         raise ValueError("some of these are ranks of a trainer, and others are not")
@@ -134,8 +134,22 @@ def _obstacle(answers: Sequence[SeedAnswer], version: str | None) -> str | None:
     versions = {answer.manifest.weight_version for answer in answers if answer.manifest is not None}
     if len(versions) > 1 or version is not None and versions != {version}:
         return f"they publish {', '.join(sorted(versions))}, not {'one version' if version is None else version}"
+    return None
+
+
+def _gap(answers: Sequence[SeedAnswer], *, can_come: bool) -> str | None:
+    """What nobody has of a version; None if nothing is missing.
+
+    Args:
+        can_come: whether ranks may still be listed that have it; else it is an error.
+
+    Raises:
+        ValueError: see above.
+    """
     gap = find_gap(answers)
-    return None if gap is None else f"no rank of the trainer has all of {gap}: give the addresses of all its ranks"
+    if gap is not None and not can_come:
+        raise ValueError(f"no rank of the trainer has all of {gap}: give the addresses of all its ranks")
+    return None if gap is None else f"no rank of the trainer that is listed has all of {gap}"
 
 
 def _found(
