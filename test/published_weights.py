@@ -1,11 +1,13 @@
 """What ranks of a trainer publish, in layouts that trainers have, and what ranks of instances have taken of it."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import fp8_models
 import msgspec
+import random_models as rm
 import sharded_models as sm
 import torch
 from ramet.srt.configs.load_config import LoadConfig
@@ -20,8 +22,21 @@ from ramet.srt.weights.registration import PublishedModel, SeedAnswer
 from ramet.srt.weights.report import LoadReport
 from ramet.trainer import Slice, Sliced, WeightPublisher
 from ramet.trainer.tensors import Held, Weights
+from safetensors.torch import load_file, save_file
+from seed_server import write_random_model
 
+MODEL = "policy"
 COLUMNS = ("o_proj.weight", "down_proj.weight")  # that tensor parallelism cuts along columns; other matrices along rows
+
+
+def make_models(folder: Path) -> dict[str, Path]:
+    """Two checkpoints of one model."""
+    old = write_random_model(folder / "old", "llama2", dtype="bfloat16")
+    rm.write_tokenizer(old)
+    new = Path(shutil.copytree(old, folder / "new"))
+    tensors = load_file(old / "model.safetensors")
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}, new / "model.safetensors")
+    return {"old": old, "new": new}
 
 
 def halves(weights: Mapping[str, torch.Tensor], rank: int, size: int = 2) -> dict[str, Sliced]:

@@ -8,10 +8,11 @@ USAGE = """usage: ramet <command> …
 commands:
   serve MODEL [flags]            start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
+  fleet set-version MODEL VERSION  have all instances of a model serve a version (also: clear-version, status)
   digest MODEL                   print the digest of a model's weights, for --weights-digest
   version                        print the version
 
-ramet serve --help, ramet modelexpress-server --help and ramet digest --help list the flags.
+ramet serve --help, ramet modelexpress-server --help, ramet fleet --help and ramet digest --help list the flags.
 """
 
 
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.modelexpress_server import main as modelexpress_main
 
         return modelexpress_main(arguments, prog="ramet modelexpress-server")
+    if command == "fleet":
+        from ramet.srt.modelexpress.client.fleet_command import run_fleet_command
+
+        return run_fleet_command(arguments, prog="ramet fleet")
     if command == "digest":
         from ramet.srt.model_loader.digest_command import print_digest
 

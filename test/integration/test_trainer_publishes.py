@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -13,26 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import random_models as rm
 from modelexpress_harness import free_port
-from safetensors.torch import load_file, save_file
-from seed_server import write_random_model
+from published_weights import MODEL, make_models
 from server_process import PYTHON_FOLDER, ServerProcess, wait_until
 from trainer_ranks import TrainerProcesses
 from updated_servers import SMALL, post, tokens, versions
 
-MODEL = "policy"
 LAYOUTS = {"tp 1": (), "tp 2": ("--tp-size", "2"), "fp8": ("--quantization", "fp8")}
-
-
-def make_models(folder: Path) -> dict[str, Path]:
-    """Two checkpoints of one model."""
-    old = write_random_model(folder / "old", "llama2", dtype="bfloat16")
-    rm.write_tokenizer(old)
-    new = Path(shutil.copytree(old, folder / "new"))
-    tensors = load_file(old / "model.safetensors")
-    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}, new / "model.safetensors")
-    return {"old": old, "new": new}
 
 
 class Fleet:

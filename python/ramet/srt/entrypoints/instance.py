@@ -20,10 +20,11 @@ from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_tokenizer_path
-from ramet.srt.utils.net import format_url
+from ramet.srt.utils.net import format_url, reachable_host
 from ramet.srt.weights.control_messages import InstanceReady, InstanceStopping
 
 if TYPE_CHECKING:
+    from ramet.srt.entrypoints.fleet_membership import FleetMembership
     from ramet.srt.entrypoints.openai.reranker import NoReranker, Reranker
     from ramet.srt.entrypoints.version_control import VersionControl
     from ramet.srt.entrypoints.weight_inspection import WeightInspection
@@ -74,10 +75,12 @@ class Instance:
         self.weight_sessions: WeightSessions
         self.trainer_groups: TrainerGroupControl
         self.sleep: SleepControl
+        self.fleet: FleetMembership | None = None  # of an instance that a metadata server lists
         self._lora_paths: list[LoraPath] = []  # to be loaded before the first request
         self._scheduler_module = scheduler_module
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None  # to the fleet's server
         self._turning: asyncio.Task[None] | None = None  # shows that the event loop does
 
     @property
@@ -288,10 +291,27 @@ class Instance:
             self.metrics.startup_seconds.set(self.progress.phases["ready"])
             max_req_len = min(scheduler.max_req_len for scheduler in schedulers)
             self.manager.start_accepting(max_req_len, schedulers[0].load_report.weight_version)
+            if self.server_args.modelexpress is not None and self.server_args.has_http:
+                self._join_fleet()
             if self.server_args.awaits_weights:
                 self._await_weights()
                 return
         self.doors.tell_ranks(InstanceReady())
+
+    def _join_fleet(self) -> None:
+        from ramet.srt.entrypoints.fleet_membership import FleetMembership
+
+        args, model = self.server_args, self.model_config
+        self.fleet = FleetMembership(
+            args.load_config(dtype=model.dtype, quantization=args.quantization or model.quantization),
+            (reachable_host(args.host), args.port),
+            self.manager,
+            self.pauses,
+            self.weight_updates,
+            self.sleep,
+            may_give=self.doors.gives_weights,
+        )
+        self._reporting = asyncio.create_task(self.fleet.run())
 
     def _await_weights(self) -> None:
         """Refuse requests, and tell nobody of the instance, until the first update has been served."""
@@ -335,8 +355,9 @@ class Instance:
     async def close(self) -> None:
         """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
-        if self._turning is not None:
-            self._turning.cancel()
+        for task in (self._turning, self._reporting):
+            if task is not None:
+                task.cancel()
         if self._receiver is not None:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])

@@ -6,6 +6,7 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import ServiceDescriptor
 
+FLEET_SERVICE = "ramet.fleet.FleetService"  # ours, beside ModelExpress's: its messages are JSON
 MAX_MESSAGE_BYTES = 100 * 1024 * 1024  # both ways, as the published clients and servers have it
 MESSAGE_SIZE_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

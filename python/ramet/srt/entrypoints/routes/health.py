@@ -45,10 +45,11 @@ def make_health_router(instance: Instance) -> APIRouter:
 
     @router.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:
-        """Whether a request that comes now is answered soon: the instance is healthy, not paused, and has weights."""
+        """Whether a request that comes now is answered soon, and by its fleet's version: not so in a pause, or without weights."""
         check()
-        if instance.pauses.reason is not None:
-            raise ServiceError(instance.pauses.reason)
+        obstacle = instance.pauses.reason or (instance.fleet.obstacle if instance.fleet is not None else None)
+        if obstacle is not None:
+            raise ServiceError(obstacle)
         return json_response({"status": "ready"})
 
     @router.get("/health", responses={200: {"model": Status}})

@@ -11,7 +11,7 @@ import grpc
 from ramet.srt.configs.modelexpress_config import resolve_address
 from ramet.srt.environ import envs
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
+from ramet.srt.modelexpress.rpc import FLEET_SERVICE, MAX_MESSAGE_BYTES, MESSAGE_SIZE_OPTIONS, client_calls
 from ramet.srt.modelexpress.settings import open_token_file
 from ramet.srt.modelexpress.tokens import TokenFile
 from ramet.srt.observability.logs import escape_text
@@ -171,6 +171,15 @@ class ModelExpressClient:
             logger.debug("UpdateStatus at %s was refused: %s", self.address, answer.message)
         return answer.success
 
+    def call_fleet(self, method: str, message: bytes) -> bytes:
+        """A call of the service that holds fleets' targets. Only servers of ours have it.
+
+        Raises:
+            ModelExpressError: if the server cannot be reached, refuses, or has no such service ("UNIMPLEMENTED").
+        """
+        call = self._channel.unary_unary(f"/{FLEET_SERVICE}/{method}")
+        return self._tell(method, call, message)
+
     def close(self) -> None:
         """Close the connection; calls that run fail."""
         self._channel.close()
@@ -182,9 +191,12 @@ class ModelExpressClient:
         self.close()
 
     def _call(self, method: str, request: Any) -> Any:
+        return self._tell(method, self._calls[method], request)
+
+    def _tell(self, method: str, call: Callable[..., Any], request: Any) -> Any:
         metadata = (("authorization", f"Bearer {self._tokens.first()}"),) if self._tokens else None
         try:
-            return self._calls[method](request, timeout=self.timeout_s, metadata=metadata)
+            return call(request, timeout=self.timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise ModelExpressError(method, self.address, error.code().name, error.details() or "") from error
         except ValueError as error:  # grpc's answer to a call on a closed channel

@@ -1,5 +1,6 @@
 """Owns the server's HTTP side: the fleet page, the same as JSON, the metrics and a health check."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,8 +25,14 @@ PAGE_HEADERS = {
 }
 
 
-def make_fleet_app(fleet: Fleet, metrics: ServerMetrics, tokens: TokenFile | None) -> Starlette:
-    """The HTTP application. With `tokens`, the fleet's data needs one of them; the page asks for it."""
+def make_fleet_app(
+    fleet: Fleet, metrics: ServerMetrics, tokens: TokenFile | None, more: Sequence[Route] = ()
+) -> Starlette:
+    """The HTTP application. With `tokens`, the fleet's data needs one of them; the page asks for it.
+
+    Args:
+        more: further routes.
+    """
     page = PAGE.read_bytes()
 
     async def show_page(_request: Request) -> Response:
@@ -56,5 +63,6 @@ def make_fleet_app(fleet: Fleet, metrics: ServerMetrics, tokens: TokenFile | Non
             Route("/fleet.json", show_fleet),
             Route("/metrics", show_metrics),
             Route("/health", show_health),
+            *more,
         ]
     )

@@ -7,7 +7,7 @@ one whose client streams, which is the same on the wire, and its one message is 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -100,6 +100,32 @@ def server_handler(service: ServiceDescriptor, servicer: object, intake: Intake)
             serve, make = _serve, grpc.stream_unary_rpc_method_handler
         handlers[method.name] = make(serve(answer, method, intake), response_serializer=_serialize)
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def json_handler(
+    service: str, methods: Mapping[str, tuple[Parse, Callable[[Any], bytes]]], intake: Intake
+) -> grpc.GenericRpcHandler:
+    """A handler of calls whose messages are JSON.
+
+    Args:
+        methods: by name, what reads a message, and what answers it; both may raise ValueError, which is told.
+    """
+    handlers = {
+        name: grpc.stream_unary_rpc_method_handler(_serve_json(parse, answer, intake))
+        for name, (parse, answer) in methods.items()
+    }
+    return grpc.method_handlers_generic_handler(service, handlers)
+
+
+def _serve_json(parse: Parse, answer: Callable[[Any], bytes], intake: Intake) -> Callable[..., Any]:
+    async def serve(_messages: Any, context: Any) -> Any:
+        async with intake.receive(bytes, context) as data:
+            try:
+                return answer(parse(data))
+            except ValueError as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:1000])
+
+    return serve
 
 
 def _serve(answer: Callable[..., Any], method: MethodDescriptor, intake: Intake) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from ramet.srt.modelexpress.rpc import MESSAGE_SIZE_OPTIONS
 from ramet.srt.modelexpress.server.auth import TokenInterceptor
 from ramet.srt.modelexpress.server.fleet import Fleet
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
+from ramet.srt.modelexpress.server.fleet_service import FleetService
 from ramet.srt.modelexpress.server.health import HealthService
 from ramet.srt.modelexpress.server.intake import Intake, server_handler
 from ramet.srt.modelexpress.server.reaper import Reaper
@@ -151,12 +152,13 @@ class ModelExpressServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         # Large records are packed in threads, each of which keeps the memory that the largest one took.
         self._loop.set_default_executor(ThreadPoolExecutor(PACKING_THREADS, "modelexpress-pack"))
-        store = self._make_store()
+        store, targets = self._make_store(), FleetService()
         ages, health = RowAges(), HealthService()
-        grpc_server = self._make_grpc_server(P2pService(store, ages, self.metrics, self._heartbeat_timeout_s), health)
+        records = P2pService(store, ages, self.metrics, self._heartbeat_timeout_s)
+        grpc_server = self._make_grpc_server(records, health, targets)
         port = bind_grpc(grpc_server, self.options, self._credentials)
         with bind_http(self.options) as http_socket:
-            http = self._make_http_server(Fleet(store, ages, self._heartbeat_timeout_s))
+            http = self._make_http_server(Fleet(store, ages, self._heartbeat_timeout_s), targets)
             reaper = Reaper(store, ages, self.metrics, self._heartbeat_timeout_s, self._gc_timeout_s)
             await grpc_server.start()
             reaping = asyncio.create_task(reaper.run(self._interval_s, self._stop))
@@ -179,7 +181,7 @@ class ModelExpressServer:
             await asyncio.wait((reaping, serving), timeout=self._grace_s)
         await store.close()
 
-    def _make_grpc_server(self, service: P2pService, health: HealthService) -> grpc.aio.Server:
+    def _make_grpc_server(self, service: P2pService, health: HealthService, targets: FleetService) -> grpc.aio.Server:
         server = grpc.aio.server(
             interceptors=[TokenInterceptor(self._tokens, self.metrics)] if self._tokens else [],
             options=[
@@ -195,13 +197,14 @@ class ModelExpressServer:
             (
                 server_handler(p2p_pb2.DESCRIPTOR.services_by_name["P2pService"], service, intake),
                 server_handler(health_pb2.DESCRIPTOR.services_by_name["Health"], health, intake),
+                targets.handler(intake),
             )
         )
         return server
 
-    def _make_http_server(self, fleet: Fleet) -> uvicorn.Server:
+    def _make_http_server(self, fleet: Fleet, targets: FleetService) -> uvicorn.Server:
         config = uvicorn.Config(
-            make_fleet_app(fleet, self.metrics, self._tokens),
+            make_fleet_app(fleet, self.metrics, self._tokens, targets.routes(self.options.host, self._tokens)),
             http=guarded_protocol(HTTP_LIMITS, "/health".__eq__),
             ws="none",
             log_config=None,

@@ -1,0 +1,89 @@
+"""Owns how instances and operators reach the targets of fleets: by gRPC with JSON as messages, and by HTTP."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ramet.srt.modelexpress.ages import wall_clock_ms
+from ramet.srt.modelexpress.rpc import FLEET_SERVICE
+from ramet.srt.modelexpress.server.fleet_targets import FleetTargets
+from ramet.srt.modelexpress.server.intake import Intake, Parse, json_handler
+from ramet.srt.modelexpress.tokens import TokenFile
+from ramet.srt.utils.http_origin import OriginCheck
+from ramet.srt.weights.fleet import FleetReport, SetTarget, read_report, read_set_target
+
+PATH = "/fleet/targets"
+MAX_BODY_BYTES = 64 << 10
+
+
+class FleetService:
+    """The targets of all models, by the clocks of this process."""
+
+    def __init__(self) -> None:
+        self._targets = FleetTargets(time.monotonic())
+
+    def handler(self, intake: Intake) -> grpc.GenericRpcHandler:
+        """Answers `Report`, `SetTarget` and `Targets`."""
+        methods: dict[str, tuple[Parse, Callable[[Any], bytes]]] = {
+            "Report": (read_report, self._report),
+            "SetTarget": (read_set_target, self._set),
+            "Targets": (bytes, lambda _: self._states()),
+        }
+        return json_handler(FLEET_SERVICE, methods, intake)
+
+    def routes(self, host: str, tokens: TokenFile | None) -> list[Route]:
+        """GET and POST of the same for operators.
+
+        Args:
+            host: that the server listens on: where no token is needed, pages of other sites are refused.
+        """
+        origins = OriginCheck(host)
+
+        def refusal(request: Request) -> Response | None:
+            if tokens is not None:
+                if tokens.accepts(request.headers.get("authorization", "")):
+                    return None
+                headers = {"WWW-Authenticate": "Bearer"}
+                return JSONResponse({"detail": "a valid bearer token is required"}, 401, headers=headers)
+            known = request.headers
+            foreign = origins.refusal(known.get("host"), known.get("origin"), known.get("sec-fetch-site"))
+            return None if foreign is None else JSONResponse({"detail": foreign}, 403)
+
+        async def show_targets(request: Request) -> Response:
+            if (refused := refusal(request)) is not None:
+                return refused
+            return _json(self._states())
+
+        async def set_target(request: Request) -> Response:
+            if (refused := refusal(request)) is not None:
+                return refused
+            body = bytearray()
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    return JSONResponse({"detail": f"a target has at most {MAX_BODY_BYTES} bytes"}, 413)
+            try:
+                return _json(self._set(read_set_target(bytes(body))))
+            except ValueError as error:
+                return JSONResponse({"detail": str(error)}, 400)
+
+        return [Route(PATH, show_targets), Route(PATH, set_target, methods=["POST"])]
+
+    def _report(self, report: FleetReport) -> bytes:
+        return msgspec.json.encode(self._targets.report(report, time.monotonic()))
+
+    def _set(self, wanted: SetTarget) -> bytes:
+        return msgspec.json.encode(self._targets.set(wanted, time.monotonic(), wall_clock_ms()))
+
+    def _states(self) -> bytes:
+        return msgspec.json.encode(self._targets.states())
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json", headers={"Cache-Control": "no-store"})
