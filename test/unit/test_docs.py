@@ -30,6 +30,7 @@ from ramet.srt.entrypoints import directory_http
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
+from ramet.srt.modelexpress.server.fleet_service import FleetService
 from ramet.srt.server_args import ServerArgs
 
 LANGUAGES = {"bash", "json", "python", "text"}
@@ -131,7 +132,8 @@ def routes() -> frozenset[tuple[str, str]]:
     instance = SimpleNamespace(server_args=ServerArgs(model_path="m"), is_head=True, refusal=lambda: None)
     described = create_app(instance).openapi()["paths"]
     found = {(method.upper(), path) for path, operations in described.items() for method in operations}
-    found |= {(method, route.path) for route in make_fleet_app(None, None, None).routes for method in route.methods}
+    fleet_app = make_fleet_app(None, None, None, FleetService().routes("127.0.0.1", None))
+    found |= {(method, route.path) for route in fleet_app.routes for method in route.methods}
     bootstrap = Path(directory_http.__file__).read_text()
     for method, body in re.findall(r"def do_([A-Z]+)\(self\)(.*?)\n(?=    def )", bootstrap, re.DOTALL):
         found |= {(method, path) for path in re.findall(r'"(/\w+)"', body)}

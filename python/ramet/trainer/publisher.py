@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LISTING_TIMEOUT_S = 10.0  # for the metadata server to list a version
 NETWORKS = (UNUSED, WANTED, REQUIRED)
 
 
@@ -193,7 +194,7 @@ class WeightPublisher:
         )
 
     def _list(self, seed: WeightSeed, arena: WeightArena) -> "Publication":
-        """Tell the metadata server, which need not be there for it."""
+        """Tell the metadata server, and wait for a moment until it lists the version; it need not be there."""
         from ramet.srt.modelexpress.client.publication import Publication  # needs grpc
         from ramet.srt.modelexpress.records import make_instance_facts
 
@@ -215,7 +216,9 @@ class WeightPublisher:
             load_probe=_no_load,
             claim=None,
         )
-        record.set_ready()
+        if not record.set_ready(LISTING_TIMEOUT_S):
+            logger.warning("the metadata server %s does not list version %s yet; it is told until it does",
+                           self._metadata, manifest.weight_version)  # fmt: skip
         return record
 
 

@@ -17,9 +17,9 @@ from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.pause_control import PauseControl, SleepMode
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
 from ramet.srt.managers.update_report import Staged, UpdateReport
+from ramet.srt.managers.update_roles import FoundSource
 from ramet.srt.managers.weight_sources import instance_source
 from ramet.srt.managers.weight_update_control import (
-    FoundSource,
     NoRoomError,
     WeightUpdateControl,
     check_version_name,

@@ -45,7 +45,7 @@ def make_health_router(instance: Instance) -> APIRouter:
 
     @router.get("/ready", responses={200: {"model": Status}})
     async def ready() -> Response:
-        """Whether a request that comes now is answered soon, and by its fleet's version: not so in a pause, or without weights."""
+        """Whether a request that comes now is answered soon, and by the fleet's version: in no pause, with weights."""
         check()
         obstacle = instance.pauses.reason or (instance.fleet.obstacle if instance.fleet is not None else None)
         if obstacle is not None:

@@ -77,13 +77,21 @@ class Publication:
     def stats(self) -> PublisherStats:
         return self._publisher.stats()
 
-    def set_ready(self) -> None:
-        """The instance is healthy."""
+    def set_ready(self, timeout_s: float = 0.0) -> bool:
+        """The instance is healthy.
+
+        Args:
+            timeout_s: how long to wait for the server to know it.
+
+        Returns:
+            Whether it knows it.
+        """
         if self._ended.is_set():
-            return
-        self._publisher.set_status(READY)
+            return False
+        is_known = self._publisher.set_status(READY, timeout_s)
         if self._claim is not None:
             threading.Thread(target=self._hand_over, args=(self._claim,), name="release-claim", daemon=True).start()
+        return is_known
 
     def rename(self, version: str) -> None:
         """The same weights go by another version's name from now on."""

@@ -1,6 +1,7 @@
 """Owns the fleet as data: which instances serve which model, how they are, and who took its weights from whom."""
 
 import time
+from collections.abc import Callable
 from itertools import zip_longest
 
 import msgspec
@@ -69,6 +70,7 @@ class Model(msgspec.Struct, kw_only=True):
     tensor_parallel_size: int
     pipeline_parallel_size: int
     expert_parallel_size: int
+    target: str  # the version that all of its instances shall serve, and how many do; "": none
     instances: list[Instance]
 
 
@@ -93,7 +95,18 @@ class Snapshot(msgspec.Struct, kw_only=True):
 class Fleet:
     """Makes snapshots of a store."""
 
-    def __init__(self, store: MetadataStore, ages: RowAges, heartbeat_timeout_s: float):
+    def __init__(
+        self,
+        store: MetadataStore,
+        ages: RowAges,
+        heartbeat_timeout_s: float,
+        target_of: Callable[[str], str] = lambda _model: "",
+    ):
+        """
+        Args:
+            target_of: what to say of the target of a model.
+        """
+        self._target_of = target_of
         self._store = store
         self._ages = ages
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -148,6 +161,7 @@ class Fleet:
             tensor_parallel_size=identity.tensor_parallel_size,
             pipeline_parallel_size=identity.pipeline_parallel_size,
             expert_parallel_size=identity.expert_parallel_size,
+            target=self._target_of(identity.model_name),
             instances=sorted(instances.values(), key=lambda instance: (instance.started_at or 0, instance.name)),
         )
 

@@ -28,6 +28,10 @@ class FleetService:
     def __init__(self) -> None:
         self._targets = FleetTargets(time.monotonic())
 
+    def describe(self, model: str) -> str:
+        """The target of a model in a few words; "" if there is none."""
+        return self._targets.describe(model)
+
     def handler(self, intake: Intake) -> grpc.GenericRpcHandler:
         """Answers `Report`, `SetTarget` and `Targets`."""
         methods: dict[str, tuple[Parse, Callable[[Any], bytes]]] = {

@@ -8,8 +8,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-import msgspec
-
 from ramet.srt.weights.fleet import (
     MAX_NAME_LEN,
     FleetMemberState,
@@ -197,7 +195,18 @@ class FleetTargets:
 
     def states(self) -> list[FleetState]:
         """Of all models, by their names."""
-        return [msgspec.structs.replace(fleet.state(name)) for name, fleet in sorted(self._fleets.items())]
+        return [fleet.state(name) for name, fleet in sorted(self._fleets.items())]
+
+    def describe(self, model: str) -> str:
+        """The target of a model in a few words; "" if there is none."""
+        if model not in self._fleets:
+            return ""
+        state = self._fleets[model].state(model)
+        if state.target is None or not state.target.version:
+            return ""
+        num_there = sum(one.serves_target for one in state.members)
+        back = f", {state.target.failed} failed" if state.target.failed else ""
+        return f"{state.target.version} ({num_there} of {len(state.members)}{back})"
 
     def _fleet(self, model: str) -> ModelFleet:
         if model not in self._fleets and len(self._fleets) >= MAX_MODELS:

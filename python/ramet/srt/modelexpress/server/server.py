@@ -158,7 +158,8 @@ class ModelExpressServer:
         grpc_server = self._make_grpc_server(records, health, targets)
         port = bind_grpc(grpc_server, self.options, self._credentials)
         with bind_http(self.options) as http_socket:
-            http = self._make_http_server(Fleet(store, ages, self._heartbeat_timeout_s), targets)
+            fleet = Fleet(store, ages, self._heartbeat_timeout_s, targets.describe)
+            http = self._make_http_server(fleet, targets)
             reaper = Reaper(store, ages, self.metrics, self._heartbeat_timeout_s, self._gc_timeout_s)
             await grpc_server.start()
             reaping = asyncio.create_task(reaper.run(self._interval_s, self._stop))
