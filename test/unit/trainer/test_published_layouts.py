@@ -189,7 +189,7 @@ def test_a_trainer_that_has_restarted_is_planned_anew_at_once(tmp_path):
         assert plan(pull.direct, sources).nbytes == manifest.payload_nbytes
         return time.thread_time() - begun
 
-    assert min(seconds() for _ in range(5)) < 0.05
+    assert min(seconds() for _ in range(5)) < 0.1  # a third of it on a core that nobody else wants
 
 
 def test_bad_arguments_are_refused():

@@ -86,7 +86,12 @@ def locate_box(entry: WeightEntry, box: WeightBox) -> tuple[int, tuple[int, ...]
         along each dimension of the checkpoint tensor (0 along those of extent 1).
     """
     strides = contiguous_strides(entry.shape, element_size(entry.dtype))
-    offset = entry.offset + sum(start * stride for (start, _), stride in zip(box.target, strides, strict=True))
+    offset, has_unit = entry.offset, len(box.source) != len(box.target)
+    for (start, stop), stride in zip(box.target, strides, strict=True):
+        offset += start * stride
+        has_unit |= stop - start == 1
+    if not has_unit:
+        return offset, strides
     extended = iter(stride for (start, stop), stride in zip(box.target, strides, strict=True) if stop - start != 1)
     return offset, tuple(next(extended) if stop - start != 1 else 0 for start, stop in box.source)
 
