@@ -19,12 +19,15 @@ class Case:
     """A random cache and a batch of sequences in it, each of (prefix_len, new_len)."""
 
     def __init__(
-        self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, decode=False, pool=None,
-        shared=(), rank=None,
+        self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, kv_dtype=None, decode=False,
+        kv_scales=None, sinks=False, pool=None, shared=(), rank=None,
     ):  # fmt: skip
         """
         Args:
             shared: (first sequence, number of sequences, tokens) whose pages are the same.
+            kv_dtype: of the cache, where it is another one.
+            sinks: whether heads have sinks, which weigh as much as the keys or more.
+            kv_scales: of keys and values in an fp8 cache.
             rank: with latent attention, of which the shape has one KV head: values are the keys' first columns.
             pool: of another case, for its backend to be used again; what is in it is replaced.
         """
@@ -34,16 +37,19 @@ class Case:
         self.device = device
         self.page_size = page_size
         self.pool = pool or TokenToKVPool(
-            num_pages=num_pages, page_size=page_size, layers=[kv], dtype=dtype, device=device,
+            num_pages=num_pages, page_size=page_size, layers=[kv], dtype=kv_dtype or dtype, device=device,
         )  # fmt: skip
-        self.pool.buffer.normal_()
+        self.pool.buffer.copy_(torch.randn(self.pool.buffer.shape, device=device))
         self.layer = RadixAttention(
             num_heads=num_heads,
             kv=kv,
             scale=head_dim**-0.5,
             layer_id=0,
             sliding_window=window,
+            sinks=torch.nn.Parameter(3 * torch.randn(num_heads, device=device, dtype=dtype)) if sinks else None,
         )
+        if kv_scales is not None:
+            self.layer.kv_scales = torch.nn.Parameter(torch.tensor(kv_scales, device=device), requires_grad=False)
         ends = [prefix + new for prefix, new in sequences]
         pages = list(range(1, num_pages + 1))  # a pool of another case may have more
         random.Random(0).shuffle(pages)
@@ -72,7 +78,7 @@ class Case:
             self.pool.get_kv_buffer(0)[0].index_copy_(0, slots, k)
             self.q = self.q.contiguous()
         else:
-            self.pool.set_kv_buffer(0, slots, k, v)
+            self.pool.set_kv_buffer(0, slots, k, v, self.layer.kv_scales)
         self.batch = ForwardBatch(
             forward_mode=ForwardMode.DECODE if decode else ForwardMode.EXTEND,
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
@@ -93,7 +99,9 @@ class Case:
     def fill(self, slots, value):
         """Put a value into slots of the cache, a slice or bool [num_slots]."""
         for part in self.pool.get_kv_buffer(0):
-            part[slots] = value
+            # As bytes, since torch puts no fp8 numbers into masked places.
+            row = torch.full(part.shape[1:], value, device=part.device).to(part.dtype)
+            part.view(torch.uint8)[slots] = row.view(torch.uint8)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -101,11 +109,13 @@ class Case:
         return AttentionSpec(
             device=self.device,
             dtype=self.q.dtype,
+            kv_dtype=self.pool.buffer.dtype,
             page_size=self.page_size,
             num_heads=layer.num_heads,
             kv=layer.kv,
             scale=layer.scale,
             windows=(layer.layer.sliding_window,),
+            has_sinks=layer.sinks is not None,
         )
 
     def run(self, backend):

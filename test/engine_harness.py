@@ -73,6 +73,7 @@ class EngineHarness:
             context_length=self.args.context_length,
             quantization=self.args.quantization,
             is_embedding=self.args.is_embedding,
+            kv_cache_dtype=self.args.kv_cache_dtype,
         )
         runner_config = self.args.runner_config(device.type, dtype=config.dtype, quantization=config.quantization)
         self.runner = ModelRunner(runner_config, config, ParallelConfig(), device, lambda phase: None, LoadContext())

@@ -52,7 +52,7 @@ def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in module.named_parameters(recurse=False):
             weight = weight_of(module, name)
             if not isinstance(weight, QuantizedWeight):
-                if not name.endswith(GRID_ATTRIBUTES):
+                if not name.endswith((*GRID_ATTRIBUTES, "kv_scales")):  # those are of the cache
                     result[f"{path}.{name}"] = parameter.float()
             elif len(weight.shape) == 2:
                 result[f"{path}.{name}"] = dequantize(weight, torch.float32)

@@ -217,6 +217,42 @@ def mxfp4() -> Kind:
     return Kind(quantise, compressed_tensors("mxfp4-pack-quantized", weights), "ignore")
 
 
+GPT_OSS = {  # as published
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+
+
+def _quantise_stack(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[experts, columns, rows] as blocks and scales, and what those stand for."""
+    quantised = [mxfp4().quantise(matrix.T.float()) for matrix in stack]
+    blocks = torch.stack([parts[".weight_packed"] for parts, _ in quantised])
+    scales = torch.stack([parts[".weight_scale"] for parts, _ in quantised])
+    return blocks.unflatten(2, (-1, 16)), scales, torch.stack([plain.T for _, plain in quantised])
+
+
+def write_gpt_oss(source: Path, folder: Path) -> tuple[Path, Path]:
+    """A gpt-oss in the published form, and beside it in float32 what it stands for."""
+    tensors, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"], plain[name] = _quantise_stack(tensor)
+        else:
+            tensors[name], plain[name] = tensor, tensor.float()
+    plain_folder = folder.with_name(f"{folder.name}-plain")
+    for target, content in ((folder, tensors), (plain_folder, plain)):
+        rm.without_weights(source, target)
+        save_file({name: tensor.contiguous() for name, tensor in content.items()}, target / "model.safetensors")
+    change_config(plain_folder, dtype="float32")
+    change_config(folder, quantization_config=GPT_OSS)
+    return folder, plain_folder
+
+
 def nvfp4(tool: str) -> Kind:
     """Scales in e4m3 for 16 columns, times one for the matrix (modelopt), or divided by it (compressed-tensors)."""
 

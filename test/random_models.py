@@ -168,6 +168,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_local_experts": 8, "num_experts_per_tok": 3, "tie_word_embeddings": False, "rope_theta": 5000000.0,
         "rope_scaling": None,
     },
+    "gpt_oss": {  # sinks, windows in every other layer, biases, stacked experts with clamped gates, YaRN untruncated
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
+        "attention_bias": True, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 12,
+        "swiglu_limit": 1.5, "rope_theta": 150000.0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 40, "beta_fast": 32.0,
+            "beta_slow": 1.0, "truncate": False,
+        },
+    },
     "deepseek_v3": {  # latent attention, YaRN with a factor of the scores; sigmoid scores in groups, a shared expert
         "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 64,
         "intermediate_size": 112, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 40,
@@ -417,7 +426,9 @@ def _randomize(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in (*model.named_parameters(), *biases):  # a tied head is not listed twice
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if name.endswith("sinks"):
+                parameter.copy_(2.0 * noise)
+            elif parameter.dim() == 1:
                 parameter.copy_(0.3 * noise + (parameter if "norm" in name else 0.0))
             elif "embed_tokens" in name:
                 parameter.copy_(0.3 * noise)

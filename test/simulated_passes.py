@@ -211,6 +211,7 @@ class Simulation:
             pass_sizes=times.pass_sizes,
             parallel=ParallelConfig(),
             max_total_num_tokens=num_tokens,
+            windows=None,
             max_req_len=num_tokens,
             device=torch.device("cpu"),
             finish_sending=None,

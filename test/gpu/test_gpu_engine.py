@@ -43,6 +43,32 @@ def test_greedy_tokens_equal_transformers(tmp_path, family, variant):
         assert [result.token_ids for result in engine.generate(PROMPTS, max_new_tokens=14)] == expected
 
 
+@pytest.mark.parametrize("family", ["llama3", "gpt_oss"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_in_fp8_gives_what_it_gives_on_a_cpu(tmp_path, family, variant):
+    """But for what another rounding of a key makes of a few."""
+    folder = rm.make_model(tmp_path, family)
+    options = {"dtype": "float32", "kv_cache_dtype": "fp8_e4m3"}
+    expected, *results = (
+        engine.generate(PROMPTS, max_new_tokens=1, logprob_start_len=0)
+        for engine in (
+            EngineHarness(folder, device="cpu", **options),
+            EngineHarness(folder, device="cuda", **options, **VARIANTS[variant]),
+        )
+    )
+    for got, wanted in zip(results[0], expected, strict=True):
+        differences = torch.tensor(got.input_logprobs.logprobs[1:]) - torch.tensor(wanted.input_logprobs.logprobs[1:])
+        assert not len(differences) or differences.abs().median() < 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gpt_oss_in_mxfp4(tmp_path, variant):
+    folder, plain = pm.write_gpt_oss(rm.make_model(tmp_path / "m", "gpt_oss", dtype="bfloat16"), tmp_path / "mxfp4")
+    engine = EngineHarness(folder, device="cuda", dtype="float32", **VARIANTS[variant])
+    expected = rm.hf_greedy(plain, PROMPTS, 8)
+    assert [result.token_ids for result in engine.generate(PROMPTS, max_new_tokens=8)] == expected
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_embeddings_equal_transformers(tmp_path, variant):
     folder = rm.make_embedding_model(tmp_path)

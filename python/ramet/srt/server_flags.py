@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ramet.srt.configs.kv_cache_config import KV_CACHE_DTYPES
 from ramet.srt.configs.parser_config import REASONING_PARSERS, TOOL_CALL_PARSERS
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy", "remote_instance")
@@ -88,6 +89,12 @@ class ServerFlags:
         "Type of the linear layers' and experts' weights: fp8 quantises them while they load; "
         "the checkpoint's when not given.",
         choices=QUANTIZATIONS,
+    )
+    kv_cache_dtype: str = flag(
+        "auto",
+        "Type of the keys and values in the KV cache: auto takes that of the activations; fp8_e4m3 holds twice as many "
+        "tokens, with the scales of the checkpoint where it has some.",
+        choices=KV_CACHE_DTYPES,
     )
     context_length: int | None = flag(
         None, "Longest prompt plus output in tokens; the model's when not given.", limit=COUNT

@@ -123,3 +123,31 @@ def test_an_engine_gives_the_same_tokens_where_a_prefix_is_read_once(device, fol
     results = engine.generate(prompts, max_new_tokens=3)
     assert [result.token_ids for result in results] == [result.token_ids for result in expected]
     assert any(len(units) for units in shared)
+
+
+@pytest.mark.parametrize(("scales", "dtype"), [(None, torch.float16), ((0.4, 3.0), torch.float32)])
+def test_a_cache_in_fp8(device, scales, dtype):
+    """Single tokens, chunks behind prefixes and sequences in pieces; the values of scales show in the results."""
+    options = {"dtype": dtype, "kv_dtype": torch.float8_e4m3fn, "kv_scales": scales}
+    check(Case(device, [(0, 1), (300, 1)], (4, 2, 16), page_size=16, decode=True, **options))
+    check(Case(device, [(0, 5), (17, 1), (8, 33)], (3, 1, 24), window=9, **options))
+
+
+@pytest.mark.parametrize(("window", "kv_dtype"), [(None, None), (9, torch.float8_e4m3fn)])
+def test_sinks(device, window, kv_dtype):
+    """Single tokens, chunks behind prefixes and sequences in pieces, whose sinks count once."""
+    options = {"sinks": True, "window": window, "kv_dtype": kv_dtype}
+    check(Case(device, [(0, 1), (300, 1)], (4, 2, 16), page_size=16, decode=True, **options))
+    check(Case(device, [(0, 5), (17, 1), (150, 20)], (6, 2, 24), **options))
+
+
+def test_layers_with_a_window_find_their_own_pages(device, tmp_path):
+    """A request that is longer than what those layers keep of it."""
+    folder = rm.make_model(tmp_path, "gpt_oss", sliding_window=5, num_hidden_layers=2, max_position_embeddings=64)
+    settings = {"page_size": 2, "device": device.type, "max_running_requests": 1, "max_total_tokens": 64}
+    engine = EngineHarness(folder, **settings, chunked_prefill_size=4, attention_backend="triton")
+    windows = engine.runner.windows
+    assert windows is not None and windows.num_pages < 32
+    prompts = rm.random_prompts([13])
+    results = engine.generate(prompts, max_new_tokens=2)
+    assert [result.token_ids for result in results] == rm.hf_greedy(folder, prompts, 2)

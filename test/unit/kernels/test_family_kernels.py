@@ -13,6 +13,7 @@ FAMILIES = {
     "gemma3": {"sliding_window": 3},
     "glm4_moe": {},
     "minimax_m2": {},
+    "gpt_oss": {"sliding_window": 3},
     "ministral3": {},
     "qwen2_moe": {"mlp_only_layers": [1]},
     "phi3": {"original_max_position_embeddings": 5},

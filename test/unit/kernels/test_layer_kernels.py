@@ -77,6 +77,30 @@ def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, h
     assert (cache[:, others] == 7.0).all()
 
 
+@pytest.mark.parametrize("has_scales", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_cache_writes_in_fp8(device, dtype, has_scales):
+    """Numbers of e4m3 alone, which no rounding changes, and one that is too large; a part of each head rotates."""
+    from ramet.srt.layers.kernels.rotary import rotate_and_store
+
+    num_heads, num_kv_heads, head_dim, num_tokens = 3, 2, 24, 4
+    fp8 = torch.float8_e4m3fn
+    qkv = torch.randint(-15, 16, (num_tokens, 7, head_dim), device=device).to(dtype)
+    qkv[0, 3:, :2] = 20000.0
+    qkv[0, 3:, 2:4] = -20000.0
+    scales = torch.tensor([0.5, 4.0], device=device) if has_scales else None
+    cos = torch.ones(num_tokens, 1, 8, device=device, dtype=dtype)
+    cache = torch.zeros(2, 9, num_kv_heads, head_dim, device=device).to(fp8)
+    slots = torch.tensor([3, 1, 8, 0], device=device)
+    rotate_and_store(
+        qkv.clone().flatten(1), (cos, torch.zeros_like(cos)), slots, cache[0], cache[1],
+        num_q_heads=num_heads, q_norm=None, k_norm=None, eps=0.0, kv_scales=scales,
+    )  # fmt: skip
+    for place, new in enumerate((qkv[:, 3:5], qkv[:, 5:])):
+        expected = new.float() / (1.0 if scales is None else scales[place])
+        assert torch.equal(cache[place].float()[slots], expected.clamp(-448, 448))
+
+
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", ["", "silu"])
 @pytest.mark.parametrize("num_rows, num_columns", [(6, 64), (10, 200)])

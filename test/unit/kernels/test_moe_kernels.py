@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from ramet.srt.configs.model_family import ExpertTraits
-from ramet.srt.configs.moe_config import MoeConfig
+from ramet.srt.configs.moe_config import ClampedGate, MoeConfig
+from ramet.srt.layers.activation import clamped_gate
 from ramet.srt.layers.fused_experts import SharedOutput
 from ramet.srt.layers.moe import TopKRouter
 
@@ -304,3 +305,33 @@ def test_a_sum_in_the_assignments_own_order(device):
     shared = torch.randn(1, 300, generator=generator)
     actual = combine_rows(y.to(device), None, None, weights.to(device), shared.to(device)).cpu()
     torch.testing.assert_close(actual, weights @ y + shared)
+
+
+@pytest.mark.parametrize("size", [5, 1100])
+def test_clamped_gate_of_rows_by_expert(device, size):
+    """Biases of the row's own expert; some have no rows, and behind the last row of an expert nothing counts."""
+    from ramet.srt.layers.kernels import activation
+
+    clamp = ClampedGate(1.702, 1.5)
+    ends = torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32)
+    y, bias = 2 * torch.randn(7, 2 * size, device=device), torch.randn(5, 2 * size, device=device)
+    out = activation.clamped_gate(y, bias, ends.to(device), clamp)
+    expected = clamped_gate(y[:5] + bias[[1, 1, 3, 3, 3]], clamp)
+    torch.testing.assert_close(out[:5], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first_expert", [0, 2])
+def test_biases_behind_the_products_are_weighted(device, first_expert):
+    """Of experts here alone: a rank with experts 2 to 4 leaves the others' to others."""
+    from ramet.srt.layers.kernels.expert_rows import OutputBias, combine_rows, lay_out_rows
+
+    ids = torch.tensor([[0, 3], [4, 2], [1, 0], [2, 3]], dtype=torch.int32, device=device)
+    weights, values = torch.rand(4, 2, device=device), torch.randn(3, 1030, device=device)
+    rows, places, ends = lay_out_rows(torch.randn(4, 1030, device=device), ids, 3, first_expert)
+    out = combine_rows(rows, places, ends, weights, bias=OutputBias(values, ids, first_expert))
+    expected = combine_rows(rows, places, ends, weights)
+    for token, choice in ((token, choice) for token in range(4) for choice in range(2)):
+        expert = int(ids[token, choice]) - first_expert
+        if 0 <= expert < 3:
+            expected[token] += weights[token, choice] * values[expert]
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)

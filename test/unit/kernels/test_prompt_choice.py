@@ -205,6 +205,7 @@ def test_only_an_engine_that_may_choose_does(name, asleep, times, monkeypatch):
         page_size=16,
         max_req_len=1000,
         max_total_num_tokens=1600,
+        windows=None,
         req_pool=SimpleNamespace(req_to_page=torch.zeros(3, 63)),
         attn_backend=SimpleNamespace(use_quiet_moment=asked.append),
         kv_pool=SimpleNamespace(is_put_away=asleep),

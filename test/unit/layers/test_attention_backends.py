@@ -55,6 +55,13 @@ def test_prefill(backend_class, sequences, window):
     case.check(backend_class)
 
 
+@pytest.mark.parametrize("kv_scales", [None, (0.4, 3.0)])
+def test_flashinfer_reads_a_cache_in_fp8(kv_scales):
+    options = {"kv_dtype": torch.float8_e4m3fn, "kv_scales": kv_scales}
+    Case(CPU, EXTEND["mixed with single tokens"], GROUPED, **options).check(FlashInferAttnBackend)
+    Case(CPU, DECODE["unlike lengths"], GROUPED, decode=True, **options).check(FlashInferAttnBackend)
+
+
 @pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("sequences", DECODE.values(), ids=DECODE)
 def test_decode(backend_class, sequences, window):

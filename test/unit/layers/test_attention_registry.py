@@ -15,9 +15,14 @@ from ramet.srt.server_args import ServerArgs
 from ramet.srt.server_flags import ATTENTION_BACKENDS
 
 SPEC = AttentionSpec(
-    device=torch.device("cuda"), dtype=torch.bfloat16, page_size=256, num_heads=8, kv=KVSpec(2, 128, 128),
-    scale=128**-0.5, windows=(None,),
+    device=torch.device("cuda"), dtype=torch.bfloat16, kv_dtype=torch.bfloat16, page_size=256, num_heads=8,
+    kv=KVSpec(2, 128, 128), scale=128**-0.5, windows=(None,),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fp8_units(monkeypatch):
+    monkeypatch.setattr("ramet.srt.layers.attention.triton_backend.has_fp8_units", lambda device: True)
 
 
 def packages(monkeypatch, *names, torch_version="2.13.0+cu130"):
@@ -63,6 +68,9 @@ def test_flag_and_preference_name_the_same_backends():
         ((), "2.13.0", {"soft_cap": 50.0}, "torch_native"),
         ((), "2.11.0", {}, "torch_native"),
         (("triton", "flashinfer"), "2.13.0", {"device": torch.device("cpu")}, "torch_native"),
+        (("triton", "flashinfer"), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "triton"),
+        (("flashinfer",), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "flashinfer"),
+        ((), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "torch_native"),
     ],
 )
 def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_version, changes, wanted):
@@ -79,6 +87,7 @@ def test_auto_takes_the_first_that_runs(monkeypatch, named, installed, torch_ver
         ("torch_varlen", {"kv": KVSpec(2, 20, 20)}, "torch_varlen needs heads of a multiple of 8 and at most 256"),
         ("flashinfer", {"soft_cap": 50.0}, "flashinfer needs a model without a soft cap on attention"),
         ("torch_varlen", {"soft_cap": 50.0}, "torch_varlen needs a model without a soft cap on attention"),
+        ("torch_varlen", {"kv_dtype": torch.float8_e4m3fn}, "torch_varlen needs a KV cache in the model's type"),
         ("flashinfer", {"device": torch.device("cpu")}, "flashinfer needs a GPU"),
         ("torch_varlen", {"device": torch.device("cpu")}, "torch_varlen needs a GPU"),
     ],
@@ -87,6 +96,15 @@ def test_what_a_backend_needs_of_model_and_device(monkeypatch, named, name, chan
     packages(monkeypatch, "triton", "flashinfer")
     with pytest.raises(ValueError, match=f"--attention-backend {message}"):
         choose_attn_backend(name, dataclasses.replace(SPEC, **changes))
+
+
+def test_an_older_gpu_has_no_kernel_for_a_cache_in_fp8(monkeypatch, named):
+    packages(monkeypatch, "triton")
+    monkeypatch.setattr("ramet.srt.layers.attention.triton_backend.has_fp8_units", lambda device: False)
+    spec = dataclasses.replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="triton needs a GPU of compute capability 8.9 or more for a KV cache in fp8"):
+        choose_attn_backend("triton", spec)
+    assert choose_attn_backend("auto", spec).__name__ == "torch_native"
 
 
 def test_a_flashinfer_that_cannot_be_imported(monkeypatch, named):

@@ -39,7 +39,9 @@ def reference(case):
         slots = case.batch.req_to_page[row][positions // case.page_size] * case.page_size + positions % case.page_size
         k, v = (part[slots].repeat_interleave(len(q) // part.shape[1], dim=1) for part in (keys, values))
         scores = torch.einsum("hd,khd->hk", q, k) * scale
-        results.append(torch.einsum("hk,khd->hd", scores.softmax(dim=-1), v))
+        if case.layer.sinks is not None:  # which take part in the softmax, and have no values
+            scores = torch.cat([scores, case.layer.sinks.float().unsqueeze(1)], dim=1)
+        results.append(torch.einsum("hk,khd->hd", scores.softmax(dim=-1)[:, : len(k)], v))
     return torch.stack(results).to(case.q.dtype)
 
 
@@ -104,6 +106,14 @@ def families_pay(monkeypatch):
 @pytest.mark.parametrize("sequences", MIXES.values(), ids=MIXES)
 def test_mixes(sequences, window, page_size):
     check(Case(CPU, sequences, GROUPED, window=window, page_size=page_size))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_sinks(families_pay, window):
+    for sequences in MIXES.values():
+        check(Case(CPU, sequences, GROUPED, window=window, sinks=True))
+    for sequences, shared in FAMILIES.values():
+        check(Case(CPU, sequences, GROUPED, window=window, sinks=True, shared=shared))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

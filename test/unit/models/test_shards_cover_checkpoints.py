@@ -12,6 +12,7 @@ CASES = {
     "qwen3_moe": {"num_experts": 8},
     "qwen2_moe": {"num_key_value_heads": 4},
     "seed_oss": {"num_attention_heads": 8},
+    "gpt_oss": {"num_attention_heads": 8, "num_local_experts": 8},
     "deepseek_v3": {"num_attention_heads": 8, "num_key_value_heads": 8},
 }
 
@@ -27,15 +28,25 @@ def count_coverage(models: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
     return counts
 
 
-def expected_copies(name: str, tp_size: int, config: ModelConfig) -> int:
+def expected_copies(name: str, tp_size: int, config: ModelConfig, ep_size: int = 1) -> int:
     """How many ranks hold a checkpoint tensor: sharded ones are on one each."""
     if config.traits.qk_norm == "all" and "q_norm" in name:
         return 1
     if "k_proj" in name or "v_proj" in name or (config.traits.qk_norm == "all" and "k_norm" in name):
         return max(1, tp_size // config.num_key_value_heads)
+    if name.endswith("experts.down_proj_bias"):
+        return tp_size // ep_size
     if any(part in name for part in ("q_a_proj", "kv_a_proj_with_mqa")):  # of which all heads need all
         return tp_size
-    replicated = ("norm.weight", "gate.weight", "correction_bias", "o_proj.bias", "down_proj.bias")
+    replicated = (
+        "norm.weight",
+        "gate.weight",
+        "router.weight",
+        "router.bias",
+        "correction_bias",
+        "o_proj.bias",
+        "down_proj.bias",
+    )
     if name.endswith(replicated):
         return tp_size
     return 1
@@ -50,7 +61,7 @@ def test_every_element_is_held(tmp_path, family, topology):
     whole = sm.build_model(folder, sm.all_ranks(1)[0])
     assert sm.checkpoint_shapes(ranks) == sm.checkpoint_shapes([whole])
     for name, count in count_coverage(ranks).items():
-        assert torch.all(count == expected_copies(name, tp_size, whole.config)), name
+        assert torch.all(count == expected_copies(name, tp_size, whole.config, ep_size)), name
     for model in ranks:
         for name, count in count_coverage([model]).items():
             assert count.max() <= 1, name

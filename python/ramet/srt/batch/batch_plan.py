@@ -16,6 +16,14 @@ class PageWrite(msgspec.Struct, array_like=True):
     is_long: bool = False  # whether the sequence is beyond the length up to which the first set of frequencies counts
 
 
+class PlaceWrite(msgspec.Struct, array_like=True):
+    """Give pages of an attention group's KV cache other places in the layers with a sliding window."""
+
+    group: int
+    pages: list[int]
+    places: list[int]  # 0: none
+
+
 class Pooling(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What is wanted of a prompt's last token by a request that generates nothing: one vector of float32."""
 
@@ -69,6 +77,7 @@ class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     sequences: list[SequencePlan]
     shared: list[SharedPrefix] = []  # of sequences that gain a token each
     page_writes: list[PageWrite]
+    place_writes: list[PlaceWrite] = []
     lora_placements: list[LoraPlacement] = []
     new_states: list[SamplingState]
     ended_rids: list[str]  # states that are no longer needed

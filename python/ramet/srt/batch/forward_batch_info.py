@@ -1,5 +1,6 @@
 """Owns the tensors of one forward pass: what the scheduler decided, in the form that layers and backends read."""
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -35,6 +36,9 @@ class ForwardBatch:
     is_long: torch.Tensor | None = None  # bool [num_tokens]: whose positions turn by the second set of frequencies
     lora_slots: np.ndarray | None = None  # int32 [num_tokens]: the adapter's slot of all tokens; None: none has one
     attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
+    # Where layers with a window have pages of their own, int64: the place of each page, the slot of each new token.
+    window_map: torch.Tensor | None = None
+    window_cache_loc: torch.Tensor | None = None
     is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 
     @property
@@ -52,6 +56,15 @@ class ForwardBatch:
         """New tokens of each sequence, on the host; all 1 when decoding."""
         lens: list[int] = self.tokens.lens.tolist()
         return lens
+
+    def of_windows(self, page_size: int) -> "ForwardBatch":
+        """The same pass as layers with a sliding window see it: their pages and slots."""
+        if self.window_map is None:
+            return self
+        num_pages = -(-max(self.seq_lens_cpu, default=0) // page_size)
+        assert self.window_cache_loc is not None
+        table = self.window_map[self.req_to_page[:, :num_pages]]
+        return dataclasses.replace(self, req_to_page=table, out_cache_loc=self.window_cache_loc, window_map=None)
 
     def block_tables(self, page_size: int) -> torch.Tensor:
         """int64 [batch_size, max_pages]: the KV pages of each sequence, as many as the longest one has."""

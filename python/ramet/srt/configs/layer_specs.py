@@ -36,6 +36,7 @@ class DecoderTraits:
     latent: LatentTraits | None  # None: each layer has keys and values of its heads
     attention_scale: float  # of the products of queries and keys
     attention_soft_cap: float | None  # the bound of those products, which tanh keeps
+    has_sinks: bool  # a logit for each head in the softmax of its attention, whose weight goes to nothing
     embedding_multiplier: float
     rounds_embedding_multiplier: bool  # to the model's type
     residual_multiplier: float  # of what attention and MLP give
@@ -95,6 +96,7 @@ def read_traits(need: ConfigReader, head_dim: int, latent: LatentTraits | None, 
         latent=latent,
         attention_scale=_attention_scale(need, head_dim) if latent is None else _latent_scale(latent, full_rope),
         attention_soft_cap=need.optional_number("attn_logit_softcapping"),
+        has_sinks=family.has_sinks,
         embedding_multiplier=_factor(need, "embedding_multiplier") * (hidden_size**0.5 if scales else 1),
         rounds_embedding_multiplier=scales,
         residual_multiplier=_factor(need, "residual_multiplier"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.kv_cache_config import AUTO, FP8_E4M3, OF_A_LAYER, check_cache_dtype, read_cache_scales
 from ramet.srt.configs.latent_config import LatentTraits, read_latent
 from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_keys, read_layers, read_traits
 from ramet.srt.configs.left_out_modules import ModuleNaming
@@ -49,14 +50,34 @@ class ModelConfig:
     moe: MoeConfig | None  # None for a dense model
     surplus_tensors: str  # a regular expression: what the files may hold beside the model
     idle_window_keys: tuple[str, ...]  # say something of windows, at which the family's class doesn't look
+    kv_cache_dtype: str = AUTO  # "auto": the model's; see kv_cache_config
+    cache_scales: str = ""  # what shares a scale of a cache in fp8, where the files hold such scales; else ""
     embedding: EmbeddingConfig | None = None  # of a model that makes embeddings, and has no output head; else None
 
     def differences(self, other: "ModelConfig") -> list[str]:
         """What the two compute otherwise, by its names; the weights' own type is no part of it."""
-        rest = {"path", "model_name", "revision", "dtype", "context_len", "eos_token_ids", "idle_window_keys"}
+        rest = {
+            "path",
+            "model_name",
+            "revision",
+            "dtype",
+            "kv_cache_dtype",
+            "context_len",
+            "eos_token_ids",
+            "idle_window_keys",
+        }
         one, two = (_without_file(config) for config in (self, other))
         names = (field.name for field in dataclasses.fields(self) if field.name not in rest)
         return [name for name in names if getattr(one, name) != getattr(two, name)]
+
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether each layer has two weights more: the scales of its keys and values in a cache of fp8."""
+        return self.cache_scales == OF_A_LAYER
+
+    @property
+    def has_fp8_cache(self) -> bool:
+        return self.kv_cache_dtype == FP8_E4M3
 
     @property
     def quantization(self) -> str:
@@ -91,6 +112,7 @@ class ModelConfig:
         quantization: str | None = None,
         tokenizer_path: str | None = None,
         is_embedding: bool = False,
+        kv_cache_dtype: str = AUTO,
     ) -> "ModelConfig":
         """Read the config of the model in folder `path`.
 
@@ -100,6 +122,7 @@ class ModelConfig:
             quantization: "fp8", or None for the checkpoint's.
             tokenizer_path: folder of the tokenizer, whose end token is one of the model's; `path` when not given.
             is_embedding: whether the model is to make embeddings, even if its folder doesn't say that it does.
+            kv_cache_dtype: one of KV_CACHE_DTYPES.
 
         Raises:
             ValueError: if the folder or its config is missing or broken; the message names the file and the field.
@@ -117,6 +140,9 @@ class ModelConfig:
         layers = read_layers(need, num_layers, ropes, moe)
         need.take(*MATRYOSHKA_KEYS)
         embedding = read_embedding(path, hf_config, is_embedding)
+        modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
+        cache_scales = read_cache_scales(hf_config, modelopt)
+        check_cache_dtype(kv_cache_dtype, cache_scales, file)
         config = cls(
             path=path,
             model_name=model_name or path,
@@ -133,13 +159,15 @@ class ModelConfig:
             head_dim=head_dim,
             tie_word_embeddings=need.flag("tie_word_embeddings"),
             rope=ropes[FULL],
-            quantization_config=_quantization(need, path, quantization, embedding is not None),
+            quantization_config=_quantization(need, modelopt, path, quantization, embedding is not None),
             layers=layers,
             traits=read_traits(need, head_dim, latent, ropes[FULL]),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
             surplus_tensors=_surplus_tensors(need, num_layers),
             idle_window_keys=idle_window_keys(need, layers),
+            kv_cache_dtype=kv_cache_dtype,
+            cache_scales=cache_scales,
             embedding=embedding,
         )
         need.refuse_the_unread()
@@ -223,13 +251,15 @@ def _head_dim(need: ConfigReader, num_heads: int, latent: LatentTraits | None) -
     return head_dim
 
 
-def _quantization(need: ConfigReader, path: str, wanted: str | None, is_bare: bool) -> QuantizationConfig | None:
+def _quantization(
+    need: ConfigReader, modelopt: dict[str, Any] | None, path: str, wanted: str | None, is_bare: bool
+) -> QuantizationConfig | None:
     """How the weights are quantised: by config.json, by modelopt's file beside it, or because the user wants it.
 
     Args:
+        modelopt: the content of that file, if there is one.
         is_bare: whether the decoder may have been quantised by itself, without "model." in front of its names.
     """
-    modelopt = read_json(path, MODELOPT_FILE) if has_file(path, MODELOPT_FILE) else None
     prefixes = (*need.family.prefixes, "") if is_bare else need.family.prefixes
     naming = ModuleNaming(prefixes=prefixes, is_fused=need.family.is_fused)
     return read_quantization(need.config, modelopt, path, wanted, naming)

@@ -29,6 +29,11 @@ class ExpertTraits:
     correction_bias: str = ""  # the block's tensor that is added to the scores by which experts are chosen, if any
     is_router_float32: bool = False  # in whatever type the model runs
     shared: str = ""  # what the checkpoint calls the expert that all tokens go through, if there is one
+    router: str = "gate"  # what the checkpoint calls the router, if it isn't the block itself
+    has_biases: bool = False  # at the router's logits, and at each expert's matrices
+    # Files have gate and up of all experts of a layer as one tensor, `gate_up_proj`, with their rows in turns, and
+    # `down_proj`. Where they are not quantised, the rows of these matrices are columns there.
+    is_stacked: bool = False
     shared_gate: str = ""  # the matrix whose sigmoid scales its output, if there is one
 
 
@@ -55,6 +60,7 @@ class ModelFamily:
     window_rule: WindowRule = "from max_window_layers"
     has_rope_by_layer_type: bool = False  # Gemma's rule: an object for layers with, and one for those without a window
     rope_types: Mapping[str, str] | None = None  # those that its class takes, and what they mean; None: all, themselves
+    has_sinks: bool = False  # a logit for each head that takes part in the softmax of attention, and gives nothing
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)
     rope_extras: tuple[str, ...] = ()  # parameters of positions that change nothing here

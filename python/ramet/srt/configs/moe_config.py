@@ -6,6 +6,14 @@ from ramet.srt.configs.config_reader import ConfigReader
 from ramet.srt.configs.model_family import ExpertTraits
 
 
+@dataclass(frozen=True)
+class ClampedGate:
+    """gpt-oss's activation: g * sigmoid(alpha * g) * (u + 1), with g at most `limit` and u within it on both sides."""
+
+    alpha: float
+    limit: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
     """The experts of one model; all of its sparse layers are alike."""
@@ -19,6 +27,7 @@ class MoeConfig:
     scaling_factor: float = 1.0  # of the chosen experts' weights, in the end
     num_groups: int = 1  # of neighbouring experts; a token's experts are of `num_kept_groups` of them
     num_kept_groups: int = 1
+    clamped_gate: ClampedGate | None = None  # in place of the config's activation
     shared_intermediate_size: int = 0  # of the expert that all tokens go through; 0: there is none
 
     def check_split(self, tp_size: int, ep_size: int) -> None:
@@ -71,8 +80,15 @@ def read_moe_config(need: ConfigReader, num_layers: int) -> MoeConfig | None:
         scaling_factor=need.number("routed_scaling_factor") if need.has("routed_scaling_factor") else 1.0,
         num_groups=num_groups,
         num_kept_groups=num_kept_groups,
+        clamped_gate=_clamped_gate(need),
         shared_intermediate_size=_shared_size(need),
     )
+
+
+def _clamped_gate(need: ConfigReader) -> ClampedGate | None:
+    if not need.has("swiglu_limit"):
+        return None
+    return ClampedGate(need.number("swiglu_alpha"), need.number("swiglu_limit"))
 
 
 def _shared_size(need: ConfigReader) -> int:

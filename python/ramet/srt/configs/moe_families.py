@@ -84,6 +84,34 @@ _MINIMAX_M2 = {
     "attn_type_list": None,
 }
 
+_GPT_OSS = {
+    **PLAIN,
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "sliding_window": 128,
+    "layer_types": None,
+    "attention_bias": True,
+    "num_experts_per_tok": 4,
+    "num_local_experts": 128,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
+}
 _LATENT = {  # what the families with latent attention have in common
     **{name: value for name, value in PLAIN.items() if name != "head_dim"},
     "attention_bias": False,
@@ -229,5 +257,15 @@ MOE_FAMILIES = (
             always_normalised=True,
             correction_bias="e_score_correction_bias",
         ),
+    ),
+    ModelFamily(
+        architecture="GptOssForCausalLM",
+        model_type="gpt_oss",
+        defaults=_GPT_OSS,
+        null_means={"num_key_value_heads": None, "head_dim": None, "sliding_window": None, "layer_types": None},
+        harmless={"initial_context_length": ANY, "experts_per_token": ANY},  # of the published files; other keys' names
+        window_rule="every other",
+        has_sinks=True,
+        experts=ExpertTraits(router="router", always_normalised=True, has_biases=True, is_stacked=True),
     ),
 )

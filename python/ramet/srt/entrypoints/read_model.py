@@ -27,6 +27,7 @@ def read_model(args: ServerArgs) -> tuple[ModelConfig, dict[str, Any]]:
         context_length=args.context_length,
         tokenizer_path=None if args.tokenizer_path is None else resolve_tokenizer_path(args.tokenizer_path, "", None),
         is_embedding=args.is_embedding,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     check_parallel_sizes(
         config,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ramet.srt.configs.moe_config import ClampedGate
 from ramet.srt.layers.kernels.runtime import use_kernels
 
 
@@ -38,6 +39,13 @@ def get_activation(name: str) -> Activation:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported; known are {', '.join(_ACTIVATIONS)}")
     return Activation(name, _ACTIVATIONS[name])
+
+
+def clamped_gate(y: torch.Tensor, clamp: ClampedGate) -> torch.Tensor:
+    """[num_rows, 2 * n], of which the columns are gate and up in turns -> [num_rows, n]; see ClampedGate."""
+    gate, up = y.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return (gate * torch.sigmoid(clamp.alpha * gate)).mul_(up + 1)
 
 
 def act_and_mul(x: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.configs.moe_config import ClampedGate
+from ramet.srt.layers.activation import Activation, act_and_mul, clamped_gate
 from ramet.srt.layers.fp8_matmul import activate_for
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import use_kernels
@@ -27,13 +28,24 @@ class SharedOutput(NamedTuple):
         return y + (self.values if self.gate is None else self.gate.sigmoid() * self.values)
 
 
+class BiasedGate(NamedTuple):
+    """gpt-oss's way from the first product to the end: with biases, and a clamped gate of columns in turns."""
+
+    clamp: ClampedGate
+    w13_bias: torch.Tensor  # [num_experts, 2 * size]
+    w2_bias: torch.Tensor | None  # [num_experts, hidden_size]; None: another rank adds it
+
+
+Gate = Activation | BiasedGate
+
+
 def fused_experts(
     x: torch.Tensor,
     w13: Weight,
     w2: Weight,
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    activation: Activation,
+    gate: Gate,
     *,
     first_expert: int = 0,
     shared: SharedOutput | None = None,
@@ -42,7 +54,7 @@ def fused_experts(
 
     Args:
         x: [num_tokens, hidden_size].
-        w13: [num_experts, 2 * size, hidden_size], the rows of W1 above those of W3.
+        w13: [num_experts, 2 * size, hidden_size], the rows of W1 above those of W3; with a BiasedGate, in turns.
         w2: [num_experts, hidden_size, size].
         weights: float32 [num_tokens, top_k].
         expert_ids: int64 or int32 [num_tokens, top_k]; those outside of num_experts from `first_expert` on belong to
@@ -56,7 +68,7 @@ def fused_experts(
         return torch.zeros_like(x)
     waits = needs_host(x.dtype, w13, w2)
     if use_kernels(x) and not waits:
-        return _run_by_kernels(x, w13, w2, weights, expert_ids, activation, first_expert, shared)
+        return _run_by_kernels(x, w13, w2, weights, expert_ids, gate, first_expert, shared)
     num_experts, (num_tokens, top_k) = w13.shape[0], expert_ids.shape
     ids = expert_ids.flatten() - first_expert
     ids = ids.masked_fill((ids < 0) | (ids >= num_experts), num_experts)
@@ -64,7 +76,7 @@ def fused_experts(
     experts = torch.arange(num_experts, dtype=ids.dtype, device=x.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
     run = _run_in_turn if waits else _run_grouped
-    parts = run(x, w13, w2, order, ends, top_k, activation).view(num_tokens, top_k, -1)
+    parts = run(x, w13, w2, order, ends, top_k, gate).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
         total.addcmul_(parts[:, place], weights[:, place, None])
@@ -78,21 +90,28 @@ def _run_by_kernels(
     w2: Weight,
     weights: torch.Tensor,
     expert_ids: torch.Tensor,
-    activation: Activation,
+    gate: Gate,
     first_expert: int,
     shared: SharedOutput | None,
 ) -> torch.Tensor:
     """On a GPU: one or two launches before the products, and one after; for a single token, none before."""
-    from ramet.srt.layers.kernels.expert_rows import combine_rows, lay_out_rows
+    from ramet.srt.layers.kernels.activation import clamped_gate
+    from ramet.srt.layers.kernels.expert_rows import OutputBias, combine_rows, lay_out_rows
 
+    values, share = shared or (None, None)
+    if isinstance(gate, BiasedGate):
+        rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
+        gated = clamped_gate(grouped_linear(rows, w13, ends), gate.w13_bias, ends, gate.clamp)
+        bias = None if gate.w2_bias is None else OutputBias(gate.w2_bias, expert_ids, first_expert)
+        return combine_rows(grouped_linear(gated, w2, ends), places, ends, weights, values, share, bias)
     if takes_experts_gemv(x, w13) and takes_experts_gemv(x, w2):
-        gated = multiply_row_by_experts(x, w13, expert_ids[0], first_expert, activation.name)
+        gated = multiply_row_by_experts(x, w13, expert_ids[0], first_expert, gate.name)
         y = multiply_row_by_experts(gated, w2, expert_ids[0], first_expert)
-        return combine_rows(y, None, None, weights, *(shared or (None, None)))
+        return combine_rows(y, None, None, weights, values, share)
 
     rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
-    hidden = activate_for(grouped_linear(rows, w13, ends), activation, w2)
-    return combine_rows(grouped_linear(hidden, w2, ends), places, ends, weights, *(shared or (None, None)))
+    hidden = activate_for(grouped_linear(rows, w13, ends), gate, w2)
+    return combine_rows(grouped_linear(hidden, w2, ends), places, ends, weights, values, share)
 
 
 def _run_in_turn(
@@ -102,7 +121,7 @@ def _run_in_turn(
     order: torch.Tensor,
     ends: torch.Tensor,
     top_k: int,
-    activation: Activation,
+    gate: Gate,
 ) -> torch.Tensor:
     """Each assignment's output, zeros for those of other ranks: expert by expert, with the rows of one in memory.
 
@@ -118,8 +137,8 @@ def _run_in_turn(
     for expert, end in enumerate(ends.tolist()):
         if start < end:
             places = order[start:end]
-            hidden = act_and_mul(project(x[places // top_k], w13[expert]), activation)
-            parts[places] = project(hidden, w2[expert])
+            hidden = _activate(project(x[places // top_k], w13[expert]), gate, expert)
+            parts[places] = _add_bias(project(hidden, w2[expert]), gate, expert)
             start = end
     return parts
 
@@ -131,11 +150,24 @@ def _run_grouped(
     order: torch.Tensor,
     ends: torch.Tensor,
     top_k: int,
-    activation: Activation,
+    gate: Gate,
 ) -> torch.Tensor:
     """The same with all experts in one product, whatever their counts; takes more memory on the way."""
-    hidden = act_and_mul(grouped_linear(x[order // top_k], w13, ends), activation)
-    y = grouped_linear(hidden, w2, ends)
-    is_computed = torch.arange(len(order), device=x.device) < ends[-1]
+    numbers = torch.arange(len(order), dtype=ends.dtype, device=x.device)
+    experts = torch.searchsorted(ends, numbers, right=True).clamp_(max=len(ends) - 1)
+    hidden = _activate(grouped_linear(x[order // top_k], w13, ends), gate, experts)
+    y = _add_bias(grouped_linear(hidden, w2, ends), gate, experts)
+    is_computed = numbers < ends[-1]
     y.masked_fill_(~is_computed.unsqueeze(-1), 0)
     return torch.empty_like(y).index_copy_(0, order, y)
+
+
+def _activate(y: torch.Tensor, gate: Gate, experts: int | torch.Tensor) -> torch.Tensor:
+    """What goes into the second product, of rows [num_rows, 2 * size] of the first, which are of these experts."""
+    if isinstance(gate, BiasedGate):
+        return clamped_gate(y + gate.w13_bias[experts], gate.clamp)
+    return act_and_mul(y, gate)
+
+
+def _add_bias(y: torch.Tensor, gate: Gate, experts: int | torch.Tensor) -> torch.Tensor:
+    return y + gate.w2_bias[experts] if isinstance(gate, BiasedGate) and gate.w2_bias is not None else y

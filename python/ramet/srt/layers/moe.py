@@ -9,7 +9,7 @@ from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.activation import get_activation
-from ramet.srt.layers.fused_experts import SharedOutput, fused_experts, needs_host
+from ramet.srt.layers.fused_experts import BiasedGate, Gate, SharedOutput, fused_experts, needs_host
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.matmul import project
 from ramet.srt.layers.mlp import GatedMLP
@@ -94,8 +94,13 @@ class TopKRouter(nn.Module):
         super().__init__()
         traits = moe.traits
         shape = (moe.num_experts, hidden_size)
-        box = shard_box(f"{prefix}.gate.weight", shape, 0, 0, moe.num_experts)
+        name = f"{prefix}.{traits.router}"
+        box = shard_box(f"{name}.weight", shape, 0, 0, moe.num_experts)
         self.weight = declare_weight(shape, torch.float32 if traits.is_router_float32 else dtype, [box])
+        self.bias: nn.Parameter | None = None  # of the logits
+        if traits.has_biases:
+            box = shard_box(f"{name}.bias", shape[:1], 0, 0, moe.num_experts)
+            self.bias = declare_weight(shape[:1], self.weight.dtype, [box])
         # Of the scores by which experts are chosen; not of their weights.
         self.e_score_correction_bias: nn.Parameter | None = None
         if traits.correction_bias:
@@ -112,8 +117,9 @@ class TopKRouter(nn.Module):
         if use_kernels(x):
             from ramet.srt.layers.kernels.router import route
 
-            return route(project(x.to(self.weight.dtype), self.weight), self.e_score_correction_bias, moe)
-        logits = F.linear(x.to(self.weight.dtype), self.weight)
+            logits = project(x.to(self.weight.dtype), self.weight, self.bias)
+            return route(logits, self.e_score_correction_bias, moe)
+        logits = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
         if moe.traits.scoring == "softmax":
             scores = logits.softmax(dim=-1, dtype=torch.float32)
         else:
@@ -148,7 +154,7 @@ class FusedMoE(nn.Module):
     that share it (with ep_size 1, the whole tensor-parallel group). Each rank gives its part of the sum.
 
     Args:
-        prefix: of the experts in the checkpoint, which has a matrix of its own for each of them.
+        prefix: of the experts in the checkpoint, which has a matrix of its own for each of them, or stacks.
     """
 
     quantisable_weights = ("w13_weight", "w2_weight")
@@ -170,16 +176,29 @@ class FusedMoE(nn.Module):
         self.activation = get_activation(activation)
         size = moe.intermediate_size // parallel.moe_tp_size  # of this rank
         start = parallel.moe_tp_rank * size
+        self.clamp = moe.clamped_gate
+        self.w13_bias: nn.Parameter | None = None  # [num_local_experts, rows of w13_weight]
+        self.w2_bias: nn.Parameter | None = None  # [num_local_experts, hidden_size]
+        self.adds_w2_bias = parallel.moe_tp_rank == 0  # of the ranks that share an expert
+        declare = self._declare_stacks if moe.traits.is_stacked else self._declare_matrices
+        declare(hidden_size, moe, prefix, (start, start + size), dtype)
+
+    def _declare_matrices(
+        self, hidden_size: int, moe: MoeConfig, prefix: str, part: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        """From a matrix for each expert. `part` are this rank's rows of W1 and W3, and columns of W2."""
+        start, stop = part
+        size = stop - start
         w13_boxes: list[WeightBox] = []
         w2_boxes: list[WeightBox] = []
         for place in range(self.num_local_experts):
             expert = f"{prefix}.{self.first_expert + place}"
             rows = (moe.intermediate_size, hidden_size)
-            for part, row in ((GATE, 0), (UP, size)):
-                box = shard_box(f"{expert}.{moe.traits.names[part]}.weight", rows, 0, start, start + size, row)
+            for matrix, row in ((GATE, 0), (UP, size)):
+                box = shard_box(f"{expert}.{moe.traits.names[matrix]}.weight", rows, 0, start, stop, row)
                 w13_boxes.append(_stack(box, place))
             columns = (hidden_size, moe.intermediate_size)
-            box = shard_box(f"{expert}.{moe.traits.names[DOWN]}.weight", columns, 1, start, start + size)
+            box = shard_box(f"{expert}.{moe.traits.names[DOWN]}.weight", columns, 1, start, stop)
             w2_boxes.append(_stack(box, place))
         # [num_local_experts, gate rows then up rows of this rank, hidden_size]
         self.w13_weight = declare_weight((self.num_local_experts, 2 * size, hidden_size), dtype, w13_boxes)
@@ -187,6 +206,31 @@ class FusedMoE(nn.Module):
         self.w2_weight = declare_weight(
             (self.num_local_experts, hidden_size, size), dtype, w2_boxes, all_columns=moe.intermediate_size
         )
+
+    def _declare_stacks(
+        self, hidden_size: int, moe: MoeConfig, prefix: str, part: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        """From all experts' matrices in one tensor, with rows of W1 and W3 in turns, and their biases."""
+        start, stop = part
+        stack = (self.first_expert, self.first_expert + self.num_local_experts)
+
+        def declare(name: str, *ranges: tuple[int, int], all_columns: int | None = None) -> nn.Parameter:
+            shape = [last - first for first, last in (stack, *ranges)]
+            box = WeightBox(f"{prefix}.{name}", (stack, *ranges), tuple((0, extent) for extent in shape))
+            return declare_weight(shape, dtype, [box], all_columns=all_columns)
+
+        rows, hidden = (2 * start, 2 * stop), (0, hidden_size)
+        self.w13_weight = declare("gate_up_proj", rows, hidden)
+        self.w2_weight = declare("down_proj", hidden, part, all_columns=moe.intermediate_size)
+        self.w13_bias, self.w2_bias = declare("gate_up_proj_bias", rows), declare("down_proj_bias", hidden)
+
+    @property
+    def gate(self) -> Gate:
+        """What is between the two products, and behind them."""
+        if self.clamp is None:
+            return self.activation
+        assert self.w13_bias is not None
+        return BiasedGate(self.clamp, self.w13_bias, self.w2_bias if self.adds_w2_bias else None)
 
     def needs_host(self, dtype: torch.dtype) -> bool:
         """Whether no CUDA graph can hold `forward` of x in `dtype`; known once the weights have a device."""
@@ -207,7 +251,7 @@ class FusedMoE(nn.Module):
             weight_of(self, "w2_weight"),
             weights,
             expert_ids,
-            self.activation,
+            self.gate,
             first_expert=self.first_expert,
             shared=shared,
         )

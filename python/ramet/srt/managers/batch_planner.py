@@ -1,10 +1,13 @@
 """Owns how a batch becomes the plan that the ranks get: each rank is told of what it does not know yet."""
 
-from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, SequencePlan
+from collections.abc import Sequence
+
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PlaceWrite, SequencePlan
 from ramet.srt.managers.lora_slots import LoraSlots
 from ramet.srt.managers.prefix_groups import shared_prefixes
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
 from ramet.srt.mem_cache.allocator import RowAllocator
+from ramet.srt.mem_cache.request_cache import RequestCache
 from ramet.srt.sampling.sampling_state import SamplingState
 
 
@@ -14,11 +17,13 @@ class BatchPlanner:
     Args:
         rows: the page table, whose changes go out with the next plan.
         lora_slots: the slots of adapters, whose changes do, too.
+        caches: one for each attention group, whose pages' places in layers with a window do, too.
     """
 
-    def __init__(self, rows: RowAllocator, lora_slots: LoraSlots):
+    def __init__(self, rows: RowAllocator, lora_slots: LoraSlots, caches: Sequence[RequestCache] = ()):
         self._rows = rows
         self._lora_slots = lora_slots
+        self._caches = caches
         self._known_rids: set[str] = set()  # requests whose sampling state the ranks hold
         self._ended_rids: list[str] = []  # those of them that the ranks may forget
 
@@ -33,6 +38,7 @@ class BatchPlanner:
             sequences=[_chunk(running) if running in chunks else _newest_token(running) for running in batch.reqs],
             shared=shared_prefixes(batch.reqs),
             page_writes=self._rows.take_writes(),
+            place_writes=self._place_pages(batch),
             lora_placements=self._lora_slots.take_placements(),
             new_states=new_states,
             ended_rids=ended,
@@ -42,6 +48,18 @@ class BatchPlanner:
                 if running.req.grammar is not None
             },
         )
+
+    def _place_pages(self, batch: ScheduleBatch) -> list[PlaceWrite]:
+        """Places for what the pass computes, and what has changed since the last one."""
+        if not any(cache.windows is not None for cache in self._caches):
+            return []
+        for running in batch.reqs:
+            self._caches[running.group].see(running.handle, running.handle.kv_len + running.extend_len)
+        writes = []
+        for group, cache in enumerate(self._caches):
+            if cache.windows is not None and (changed := cache.windows.take_writes()):
+                writes.append(PlaceWrite(group, *(list(column) for column in zip(*changed, strict=True))))
+        return writes
 
     def forget(self, rid: str) -> None:
         """Have the ranks drop a request's sampling state: it has stopped running."""

@@ -72,6 +72,7 @@ class RankStart:
             if args.tokenizer_path is None
             else resolve_tokenizer_path(args.tokenizer_path, "", None),
             is_embedding=args.is_embedding,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
         scheduler_config = args.scheduler_config(self.device.type)
         sockets = self._meet(scheduler_config)

@@ -43,6 +43,8 @@ class RunningRequests:
             running.handle.kv_len += running.extend_len
         for running in batch.chunks:
             self._caches[running.group].share(running.handle, running.req.fill_ids)
+        for running in batch.reqs:
+            self._caches[running.group].pass_by(running.handle)
         self.decoding += [running for running in batch.chunks if running.missing_len == 0]
         for running in (*batch.sampled_reqs, *batch.pooled_reqs):
             running.num_pending += 1

@@ -27,6 +27,7 @@ from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
+from ramet.srt.mem_cache.window_pages import WindowedPageAllocator, WindowPages
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.text.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Scheduler:
         self.budget = TokenBudget(config.prefill_budget, target_s, most_s, model_runner.pass_sizes)
         self.lora_slots = LoraSlots(config.num_lora_slots)
         self.admission = Admission(config, self.caches, self.rows, self.budget, clock, self.lora_slots)
-        self.planner = BatchPlanner(self.rows, self.lora_slots)
+        self.planner = BatchPlanner(self.rows, self.lora_slots, self.caches)
         self.running = RunningRequests(self.caches, self.admission, self.lora_slots, self.planner)
         self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap, clock)
         processor = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
@@ -90,9 +91,13 @@ class Scheduler:
 
     def _make_cache(self, switch_len: int | None) -> RequestCache:
         page_size = self.config.page_size
-        allocator = PageAllocator(self.model_runner.max_total_num_tokens // page_size)
+        num_pages = self.model_runner.max_total_num_tokens // page_size
+        windows, allocator = None, PageAllocator(num_pages)
+        if self.model_runner.windows is not None:
+            windows = WindowPages(self.model_runner.windows, num_pages, page_size)
+            allocator = WindowedPageAllocator(num_pages, windows)
         tree = RadixCache(allocator, page_size, self.config.disable_radix_cache)
-        return RequestCache(self.rows, allocator, tree, page_size, switch_len)
+        return RequestCache(self.rows, allocator, tree, page_size, switch_len, windows)
 
     # -- A step
 

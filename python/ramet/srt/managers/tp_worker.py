@@ -54,6 +54,8 @@ class TpModelWorker:
         for state in plan.new_states:
             self._rows[state.rid] = SamplingRow(state)
         self.model_runner.req_pool.write(plan.page_writes)
+        group = self.model_runner.parallel.attn_dp_rank
+        self.model_runner.req_pool.place([write for write in plan.place_writes if write.group == group])
         if plan.lora_placements and self.model_runner.lora is not None:
             self.model_runner.lora.place(plan.lora_placements)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})

@@ -1,15 +1,18 @@
 """Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ramet.srt.batch.batch_plan import PageWrite
+from ramet.srt.batch.batch_plan import PageWrite, PlaceWrite
 from ramet.srt.utils.device import to_device
 from ramet.srt.utils.returnable_zeros import ReturnableZeros
+
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = torch.finfo(FP8).max
 
 
 class ReqToPagePool:
@@ -18,15 +21,38 @@ class ReqToPagePool:
     Row `size` belongs to nobody: its pages are page 0, and what pads a batch stands there.
     """
 
-    def __init__(self, size: int, max_pages_per_req: int, device: torch.device, *, has_two_ropes: bool = False):
+    def __init__(
+        self,
+        size: int,
+        max_pages_per_req: int,
+        device: torch.device,
+        *,
+        has_two_ropes: bool = False,
+        num_mapped_pages: int | None = None,
+    ):
         """
         Args:
+            num_mapped_pages: of the cache, where layers with a sliding window keep others of fewer.
             has_two_ropes: whether a sequence's length decides between two sets of rotary frequencies.
         """
         self.padding_row = size
         self.req_to_page = torch.zeros((size + 1, max_pages_per_req), dtype=torch.int64, device=device)
         self.last_tokens = torch.zeros(size + 1, dtype=torch.int64, device=device)
         self.is_long = torch.zeros(size + 1, dtype=torch.bool, device=device) if has_two_ropes else None
+
+        # int64 [num_pages + 1]: the place of each page in layers with a window; 0: none, or one that nobody sees.
+        self.window_map: torch.Tensor | None = None
+        if num_mapped_pages is not None:
+            self.window_map = torch.zeros(num_mapped_pages + 1, dtype=torch.int64, device=device)
+
+    def place(self, writes: Sequence[PlaceWrite]) -> None:
+        """Change the places of pages, as one step of the current stream."""
+        if writes:
+            assert self.window_map is not None
+            pages = [page for write in writes for page in write.pages]
+            places = [place for write in writes for place in write.places]
+            changes = to_device([pages, places], torch.int64, self.window_map.device)
+            self.window_map.index_copy_(0, changes[0], changes[1])
 
     def write(self, writes: Sequence[PageWrite]) -> None:
         """Change the table, in order, as one step of the current stream."""
@@ -78,17 +104,22 @@ class TokenToKVPool:
         dtype: torch.dtype,
         device: torch.device,
         can_be_put_away: bool = False,
+        window_layers: Collection[int] = (),
+        num_window_pages: int = 0,
     ):
         """
         Args:
+            window_layers: ids of those that keep fewer pages, and so many.
             layers: of the rank, in the order of their ids.
             can_be_put_away: whether `put_away` will be called.
 
         Raises:
             MemoryError, OSError: if there is no memory that can be given back.
         """
-        num_slots = (num_pages + 1) * page_size
-        shape = (sum(num_slots * size for spec in layers for size in spec.row_sizes),)
+        counts = [num_window_pages if index in window_layers else num_pages for index in range(len(layers))]
+        num_slots = [(count + 1) * page_size for count in counts]
+        sizes = [slots * size for slots, spec in zip(num_slots, layers, strict=True) for size in spec.row_sizes]
+        shape = (sum(sizes),)
         self._memory = ReturnableZeros(math.prod(shape) * dtype.itemsize, device) if can_be_put_away else None
         if self._memory is not None:
             self.buffer = self._memory.tensor.view(dtype).view(*shape)
@@ -97,9 +128,10 @@ class TokenToKVPool:
         else:
             self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.page_size = page_size
+        self.is_fp8 = dtype == FP8
         # Views, made once: every layer of every pass asks for its own.
-        parts = iter(self.buffer.split([num_slots * size for spec in layers for size in spec.row_sizes]))
-        self._layers = [_layer_views(spec, parts, num_slots) for spec in layers]
+        parts = iter(self.buffer.split(sizes))
+        self._layers = [_layer_views(spec, parts, slots) for spec, slots in zip(layers, num_slots, strict=True)]
 
     @property
     def is_put_away(self) -> bool:
@@ -129,11 +161,21 @@ class TokenToKVPool:
         """Keys and values of a layer: views [num_slots, num_kv_heads, key_dim] and [..., value_dim]."""
         return self._layers[layer_id]
 
-    def set_kv_buffer(self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k and v, [num_tokens, num_kv_heads, key_dim or value_dim], to `slots` int64 [num_tokens]."""
-        keys, values = self._layers[layer_id]
-        keys.index_copy_(0, slots, k)
-        values.index_copy_(0, slots, v)
+    def set_kv_buffer(
+        self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor | None = None
+    ) -> None:
+        """Write k and v, [num_tokens, num_kv_heads, key_dim or value_dim], to `slots` int64 [num_tokens].
+
+        Args:
+            scales: float32 [2], of an fp8 cache: what keys and values are divided by. What is beyond its largest
+                number becomes that.
+        """
+        for place, (cache, new) in enumerate(zip(self._layers[layer_id], (k, v), strict=True)):
+            if self.is_fp8:
+                numbers = new.float() if scales is None else new.float() / scales[place]
+                # As bytes: torch has no index_copy_ of fp8 on CPUs.
+                cache, new = cache.view(torch.uint8), numbers.clamp_(-MAX_FP8, MAX_FP8).to(FP8).view(torch.uint8)
+            cache.index_copy_(0, slots, new)
 
 
 def _layer_views(spec: KVSpec, parts: Iterator[torch.Tensor], num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:

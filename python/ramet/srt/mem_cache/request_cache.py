@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
+from ramet.srt.mem_cache.window_pages import WindowPages
 
 
 @dataclass(slots=True)
@@ -31,6 +32,8 @@ class CacheHandle:
     lora_id: int  # the adapter that computes them; 0: none
     is_long: bool  # whether the keys are rotated by the second of two sets of frequencies
     generation: int  # of the prefix tree when the request began
+    window_start: int = 0  # of its pages, those from here up to the end below have their places in layers with a window
+    window_stop: int = 0
 
 
 class CommonPrefix(NamedTuple):
@@ -46,6 +49,7 @@ class RequestCache:
     Args:
         switch_len: see RopeConfig. The keys of longer sequences are others, so such a one has nothing in common with
             shorter ones, and starts over when it grows beyond.
+        windows: the pages' places in layers that keep their window alone; None if there are none.
     """
 
     def __init__(
@@ -55,12 +59,14 @@ class RequestCache:
         tree: RadixCache,
         page_size: int,
         switch_len: int | None = None,
+        windows: WindowPages | None = None,
     ):
         self.rows = rows
         self.allocator = allocator
         self.tree = tree
         self.page_size = page_size
         self.switch_len = switch_len
+        self.windows = windows
         self._num_evictions = 0
 
     @property
@@ -78,7 +84,10 @@ class RequestCache:
     def match(self, token_ids: Sequence[int], limit: int | None = None, lora_id: int = 0) -> PrefixMatch:
         """The longest prefix of `token_ids`, or of the first `limit` of them, that is cached of an adapter."""
         is_long = self.switch_len is not None and len(token_ids) > self.switch_len
-        pages, node = self.tree.match_prefix(_tree_ids(token_ids, is_long), limit, lora_id)
+        tree_ids = _tree_ids(token_ids, is_long)
+        pages, node = self.tree.match_prefix(tree_ids, limit, lora_id)
+        if self.windows is not None and (num_pages := self.windows.longest_prefix(pages)) < len(pages):
+            pages, node = self.tree.match_prefix(tree_ids, num_pages * self.page_size, lora_id)
         return PrefixMatch(pages, node, lora_id, self._num_evictions, is_long)
 
     def must_start_over(self, handle: CacheHandle, num_tokens: int) -> bool:
@@ -111,7 +120,38 @@ class RequestCache:
         row, generation = self.rows.alloc(), self.tree.generation
         handle = CacheHandle(row, match.node, pages, num_cached, kv_len, match.lora_id, match.is_long, generation)
         self.rows.write(handle.row, 0, pages, is_long=handle.is_long)
+        if self.windows is not None:
+            handle.window_start = handle.window_stop = self.windows.first_seen(kv_len)
+            self.see(handle, kv_len)
         return handle
+
+    def see(self, handle: CacheHandle, num_tokens: int) -> None:
+        """Give the handle's pages their places in layers with a window, up to so many tokens, which a pass computes."""
+        if self.windows is None:
+            return
+        while handle.window_stop < self.num_pages(num_tokens):
+            self._num_evictions += self.windows.use(handle.pages[handle.window_stop])
+            handle.window_stop += 1
+
+    def pass_by(self, handle: CacheHandle) -> None:
+        """Give back the places of pages that no later token of the handle sees: passes run in their order.
+
+        Nor one behind its whole pages, up to which its prefix can be given to others.
+        """
+        if self.windows is None:
+            return
+        border = handle.kv_len // self.page_size * self.page_size
+        start = min(self.windows.first_seen(border), handle.window_stop)
+        self._leave(handle, handle.window_start, start)
+        handle.window_start = start
+
+    def _leave(self, handle: CacheHandle, start: int, stop: int) -> None:
+        """The handle sees those of its pages no more; what is not in the prefix tree is lost."""
+        assert self.windows is not None
+        for index in range(start, stop):
+            self.windows.leave(handle.pages[index])
+            if index >= handle.num_tree_pages:
+                self.windows.forget(handle.pages[index])
 
     def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
         """Give the handle pages for `num_tokens` in all; False, and no change, if there are not enough."""
@@ -147,8 +187,11 @@ class RequestCache:
             return
         token_ids = _tree_ids(token_ids[: num_full * self.page_size], handle.is_long)
         num_held = self.tree.insert(token_ids, handle.pages, handle.lora_id)
-        self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
         pages, node = self.tree.match_prefix(token_ids, None, handle.lora_id)
+        if self.windows is not None:
+            for index in range(max(handle.num_tree_pages, handle.window_start), min(num_held, handle.window_stop)):
+                self.windows.replace(handle.pages[index], pages[index])
+        self.allocator.free(handle.pages[handle.num_tree_pages : num_held])
         self.tree.lock(node)
         self.tree.unlock(handle.node)
         handle.node = node
@@ -170,6 +213,8 @@ class RequestCache:
     def release(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
         """Take everything back; the full pages stay in the prefix tree."""
         self.share(handle, token_ids)
+        if self.windows is not None:
+            self._leave(handle, handle.window_start, handle.window_stop)
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
         self.rows.free(handle.row)
@@ -198,6 +243,8 @@ class RequestCache:
             assert not held.intersection(own), "a KV page has two owners"
             held.update(own)
         self.allocator.check(held)
+        if self.windows is not None:
+            self.windows.check([page for one in handles for page in one.pages[one.window_start : one.window_stop]])
 
 
 def _tree_ids(token_ids: Sequence[int], is_long: bool) -> Sequence[int]:

@@ -19,7 +19,7 @@ from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import RunnerConfig
-from ramet.srt.distributed.parallel_state import min_over_replica, receive_from_previous_stage, send_to_next_stage
+from ramet.srt.distributed.parallel_state import receive_from_previous_stage, send_to_next_stage
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, PassLimits
 from ramet.srt.layers.attention.registry import (
     bind_attention,
@@ -31,8 +31,10 @@ from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.lora.lora_manager import LoraManager
-from ramet.srt.mem_cache.memory_pool import KVSpec, ReqToPagePool, TokenToKVPool
+from ramet.srt.mem_cache.memory_pool import ReqToPagePool, TokenToKVPool
+from ramet.srt.mem_cache.window_pages import WindowCapacity
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
+from ramet.srt.model_executor.kv_cache_plan import KVCachePlan, KVLayers, plan_kv_cache
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_memory import RankMemory
@@ -59,6 +61,7 @@ class ModelRunner:
     attn_backend: AttentionBackend
     kv_pool: TokenToKVPool
     req_pool: ReqToPagePool
+    windows: WindowCapacity | None  # what layers keep that have a window; None: everything, as the others
 
     def __init__(
         self,
@@ -105,10 +108,12 @@ class ModelRunner:
             self.lora = LoraManager(
                 config.lora, self.model, self.model_config, parallel, device, config.weights, context.started_at
             )
-        attention = describe_attention(self.model, device, self.dtype, self.page_size)
-        kv_specs = describe_kv_cache(self.model)
-        num_pages = self._num_kv_pages(free_bytes, kv_specs)
+        kv_dtype = torch.float8_e4m3fn if model_config.has_fp8_cache else self.dtype
+        attention = describe_attention(self.model, device, self.dtype, kv_dtype, self.page_size)
         backend_class = choose_attn_backend(config.attention_backend, attention)
+        kv_layers = describe_kv_cache(self.model, kv_dtype, may_differ=backend_class.maps_windows(attention))
+        weights_nbytes = self.manifest.arena_nbytes + (0 if self.lora is None else self.lora.nbytes)
+        kv_plan = plan_kv_cache(config, self.model_config, kv_layers, device, free_bytes, weights_nbytes)
         self.arena = allocate_arena(self.manifest, device, can_be_put_away=config.can_sleep)
         self.arena.bind(self.model)
         if self.lora is not None:
@@ -118,7 +123,7 @@ class ModelRunner:
         # Everything that needs only the addresses of the weights is made while they come.
         with ThreadPoolExecutor(1, thread_name_prefix="load-weights") as pool:
             loading = pool.submit(weights.load, model_config.path)
-            self._make_kv_cache(num_pages, kv_specs)
+            self._make_kv_cache(kv_plan, kv_layers)
             self.attn_backend = backend_class(attention, self.kv_pool)
             bind_attention(self.model, self.attn_backend)
             on_phase("kv_cache")
@@ -159,58 +164,38 @@ class ModelRunner:
             return False
         return config.tie_word_embeddings and find_own_head(self.config.weights.load, self.manifest, config.path)
 
-    def _num_kv_pages(self, free_bytes: int, kv_specs: Sequence[KVSpec]) -> int:
-        """Pages of KV cache that fit beside the weights.
-
-        Args:
-            free_bytes: memory that is free before the weights come.
-            kv_specs: of all layers.
-
-        Raises:
-            ValueError: if the memory does not suffice, or for one request of useful length.
-        """
-        config = self.config
-        token_bytes = sum(spec.bytes_per_token(self.dtype) for spec in kv_specs)
-        weights_nbytes = self.manifest.arena_nbytes + (0 if self.lora is None else self.lora.nbytes)
-        budget = int(free_bytes * config.mem_fraction_static) - weights_nbytes
-        if config.max_total_tokens is None:
-            wanted = min(config.max_running_requests * self.model_config.context_len, budget // token_bytes)
-        elif (wanted := config.max_total_tokens) * token_bytes > free_bytes - weights_nbytes:
-            raise ValueError(
-                f"--max-total-tokens {wanted} needs {wanted * token_bytes / 1e9:.2f} GB of KV cache beside "
-                f"{weights_nbytes / 1e9:.2f} GB of weights; {free_bytes / 1e9:.2f} GB are free on "
-                f"{self.device}"
-            )
-        num_pages = min_over_replica(wanted // self.page_size)
-        if num_pages < 1:
-            raise ValueError(
-                f"no memory is left for the KV cache: {free_bytes / 1e9:.2f} GB were free on {self.device}, the "
-                f"weights take {weights_nbytes / 1e9:.2f} GB of the {config.mem_fraction_static} that "
-                "--mem-fraction-static allows (or --max-total-tokens is below --page-size)"
-            )
-        return num_pages
-
-    def _make_kv_cache(self, num_pages: int, kv_specs: Sequence[KVSpec]) -> None:
-        self.max_total_num_tokens = num_pages * self.page_size
+    def _make_kv_cache(self, plan: KVCachePlan, layers: KVLayers) -> None:
+        self.windows = plan.windows
+        self.max_total_num_tokens = plan.num_pages * self.page_size
         self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens)
         self.kv_pool = TokenToKVPool(
-            num_pages=num_pages,
+            num_pages=plan.num_pages,
             page_size=self.page_size,
-            layers=kv_specs,
-            dtype=self.dtype,
+            layers=layers.specs,
+            dtype=layers.dtype,
             device=self.device,
             can_be_put_away=self.config.can_sleep,
+            window_layers=plan.window_layers,
+            num_window_pages=0 if plan.windows is None else plan.windows.num_pages,
         )
         max_pages = -(-self.max_req_len // self.page_size)
         has_two_ropes = self.model_config.rope.switch_len is not None
         self.req_pool = ReqToPagePool(
-            self.config.max_running_requests, max_pages, self.device, has_two_ropes=has_two_ropes
+            self.config.max_running_requests,
+            max_pages,
+            self.device,
+            has_two_ropes=has_two_ropes,
+            num_mapped_pages=None if plan.windows is None else plan.num_pages,
         )
+        if plan.windows is not None:
+            num_tokens, window = plan.windows.num_pages * self.page_size, plan.windows.window
+            logger.info("KV cache: layers with a window of %d keep %d tokens", window, num_tokens)
         logger.info(
-            "KV cache: %d tokens in pages of %d, %.2f GB",
+            "KV cache: %d tokens in pages of %d, %.2f GB of %s",
             self.max_total_num_tokens,
             self.page_size,
             self.kv_pool.buffer.nbytes / 1e9,
+            self.model_config.kv_cache_dtype if self.kv_pool.is_fp8 else self.model_config.dtype,
         )
 
     def _prepare_kernels(self) -> None:

@@ -34,16 +34,19 @@ def make_forward_batch(
         sequence_rows, seq_lens = rows, positions + 1
     else:
         sequence_rows, seq_lens = to_device(np.stack([tokens.rows, tokens.ends]), torch.int64, device)
+    pages = req_pool.req_to_page[rows, positions // page_size]
     return ForwardBatch(
         forward_mode=ForwardMode.DECODE if tokens.is_decode else ForwardMode.EXTEND,
         input_ids=input_ids,
         positions=positions,
-        out_cache_loc=_cache_slots(req_pool, page_size, rows, positions),
+        out_cache_loc=_cache_slots(page_size, pages, positions),
         req_to_page=req_pool.req_to_page,
         rows=sequence_rows,
         seq_lens=seq_lens.to(torch.int32),
         tokens=tokens,
         is_long=_is_long(req_pool, rows),
+        window_map=req_pool.window_map,
+        window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
         lora_slots=lora_slots,
         attn_tokens=attn_tokens,
     )
@@ -60,16 +63,19 @@ def make_captured_batch(
     rows, positions, ids = inputs
     width = req_pool.req_to_page.shape[1]
     zeros = np.zeros(len(rows), dtype=np.int64)
+    pages = req_pool.req_to_page[rows, positions // page_size]
     return ForwardBatch(
         forward_mode=forward_mode,
         input_ids=_known_ids(req_pool, rows, ids),
         positions=positions,
-        out_cache_loc=_cache_slots(req_pool, page_size, rows, positions),
+        out_cache_loc=_cache_slots(page_size, pages, positions),
         req_to_page=req_pool.req_to_page,
         rows=rows,
         seq_lens=(positions + 1).to(torch.int32),
         tokens=PassTokens(zeros, zeros + (width * page_size - 1), zeros + 1, zeros),
         is_long=_is_long(req_pool, rows),
+        window_map=req_pool.window_map,
+        window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
         is_captured=True,
     )
 
@@ -83,6 +89,13 @@ def _is_long(req_pool: ReqToPagePool, rows: torch.Tensor) -> torch.Tensor | None
     return None if req_pool.is_long is None else req_pool.is_long.index_select(0, rows)
 
 
-def _cache_slots(req_pool: ReqToPagePool, page_size: int, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """int64 [num_tokens]: the KV slot of each token."""
-    return req_pool.req_to_page[rows, positions // page_size] * page_size + positions % page_size
+def _cache_slots(page_size: int, pages: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """int64 [num_tokens]: the KV slot of each token, whose page is given."""
+    return pages * page_size + positions % page_size
+
+
+def _window_slots(
+    req_pool: ReqToPagePool, page_size: int, pages: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor | None:
+    """The same in layers with a window, if those have pages of their own."""
+    return None if req_pool.window_map is None else _cache_slots(page_size, req_pool.window_map[pages], positions)

@@ -16,6 +16,7 @@ from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_hash import hash_content
 from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
+from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS, check_some
 from ramet.srt.model_loader.checkpoint.idle_tensors import check_idle, may_be_idle
 from ramet.srt.model_loader.checkpoint.quantized import BLOCK_BYTES
@@ -211,12 +212,18 @@ class TensorStage:
             self._check_head()
             self._check_stacks()
         missing = self._boxes.keys() - self._received
-        if missing and (self._serving.is_made_up or self._serving.is_put_away):
-            raise ValueError(f"nothing serves that could stay, and {name_some(sorted(missing))} did not come")
+        lost = set(missing) if self._serving.is_made_up or self._serving.is_put_away else set()
+        if self._serving.is_made_up:
+            lost = {name for name in lost if not is_cache_scale(name)}  # which are 1 then
+        if lost:
+            raise ValueError(f"nothing serves that could stay, and {name_some(sorted(lost))} did not come")
         with self.arena.work_context():
             for name in missing:
                 for entry, box in self._boxes[name]:
-                    self._write(entry, box.target, self._serving.tensor(entry)[_slices(box.target)])
+                    kept = self._serving.tensor(entry)[_slices(box.target)]
+                    if self._serving.is_made_up:
+                        kept = torch.ones_like(kept)  # of the KV cache's scales: see above
+                    self._write(entry, box.target, kept)
             self.arena.synchronize()
         checksums = compute_checksums(self.arena.manifest, self.arena)
         values = dict(zip((entry.name for entry in self.arena.manifest.entries), checksums.values, strict=True))

@@ -13,6 +13,7 @@ from ramet.srt.layers.layernorm import RMSNorm, ShardedRMSNorm, norm_in_place
 from ramet.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.moe import SparseMoeBlock
+from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from ramet.srt.mem_cache.memory_pool import KVSpec
@@ -81,7 +82,15 @@ class Attention(AttentionBlock):
             layer_id=layer_id - model.layer_ids.start,
             sliding_window=spec.window,
             soft_cap=traits.attention_soft_cap,
+            scales_prefix=prefix if config.has_cache_scales else None,
+            sinks=self._declare_sinks(f"{prefix}.sinks", config, dtype) if traits.has_sinks else None,
         )
+
+    def _declare_sinks(self, name: str, config: ModelConfig, dtype: torch.dtype) -> torch.nn.Parameter:
+        """[heads of this rank]."""
+        start, stop = (column // config.head_dim for column in self.qkv_proj.q_range)
+        box = shard_box(name, (config.num_attention_heads,), 0, start, stop)
+        return declare_weight((stop - start,), dtype, [box])
 
     def _attend(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""

@@ -25,7 +25,8 @@ PREFIX = b"ramet-weights-1\n"
 PIECE_BYTES = 16  # of a band's hash
 SIZES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)  # of tensor parallelism
 VOCAB_PADDING = 64  # rows; tables are padded to a multiple of it before they are cut
-GRIDS = ("_scale", "_scale_inv", ".scales", "_zero_point", ".qzeros")  # ends of the names of scales and zeros
+GRIDS = ("_scale", "_scale_inv", "_scales", ".scales", "_zero_point", ".qzeros")  # ends of names of scales and zeros
+BLOCKS = "_blocks"  # end of the name of gpt-oss's stacks of values, whose last two dimensions are one row
 MAX_GRID = 1024  # rows of a grid of scales that is cut at each of them; columns too
 MAX_PART_BYTES = 8 << 20  # of one answer
 MAX_TENSORS = 1_000_000
@@ -89,6 +90,12 @@ def _check(tensor: TensorDigest) -> None:
     expected = [count * PIECE_BYTES for count in num_bands] if math.prod(tensor.shape) else [0, 0]
     if [len(tensor.rows), len(tensor.columns)] != expected:
         raise ValueError(f"{tensor.name}: {len(tensor.rows)} and {len(tensor.columns)} bytes of hashes, not {expected}")
+
+
+def digest_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape in tables: as in files, but for rows that those cut into blocks."""
+    is_cut = len(shape) == 4 and name.endswith(BLOCKS)
+    return (*shape[:2], shape[2] * shape[3]) if is_cut else shape
 
 
 def as_matrices(shape: Sequence[int]) -> tuple[int, int, int]:

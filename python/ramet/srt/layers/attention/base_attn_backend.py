@@ -21,7 +21,8 @@ class AttentionSpec:
     """What the layers of a rank ask of their backend."""
 
     device: torch.device
-    dtype: torch.dtype  # of queries and KV cache
+    dtype: torch.dtype  # of queries
+    kv_dtype: torch.dtype  # of the KV cache: like `dtype`, or e4m3
     page_size: int
     num_heads: int
     kv: KVSpec  # of each layer
@@ -29,6 +30,7 @@ class AttentionSpec:
     windows: tuple[int | None, ...]  # the sliding windows that occur, each once; see AttentionLayer
     # Bound of the scores s, which become soft_cap * tanh(s / soft_cap) before the softmax.
     soft_cap: float | None = None
+    has_sinks: bool = False  # see AttentionLayer
     latent: LatentTraits | None = None
 
     @property
@@ -40,6 +42,10 @@ class AttentionSpec:
         """Columns of queries and keys."""
         return self.kv.key_dim
 
+    @property
+    def has_fp8_cache(self) -> bool:
+        return self.kv_dtype == torch.float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class AttentionLayer:
@@ -47,6 +53,9 @@ class AttentionLayer:
 
     layer_id: int  # its place in the rank's KV pool
     sliding_window: int | None  # a query sees this many tokens, itself included; None: all before it
+    # float32 [2]: what the keys and the values in an fp8 cache are multiplied by; None: nothing
+    kv_scales: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None  # [num_heads]: a score more for each softmax, whose weight goes to no value
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,13 @@ class AttentionBackend(ABC):
     )
     # With latent attention: the long prompt chunks of the pass, whose queries are not among those that `forward` gets.
     expanded: "ExpandedChunks | None" = None
+
+    @staticmethod
+    def maps_windows(_spec: AttentionSpec) -> bool:
+        """Whether layers with a sliding window may have pages of their own; see ForwardBatch."""
+        return False
+
+    applies_kv_scales = False  # by itself; of others, queries and results are multiplied
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         """

@@ -43,6 +43,8 @@ class FlashInferAttnBackend(AttentionBackend):
     def obstacle(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda":
             return "a GPU"
+        if spec.has_sinks:
+            return "a model without attention sinks"
         if spec.kv.is_latent:
             return "a model without latent attention"
         if spec.soft_cap is not None:
@@ -149,7 +151,7 @@ def plan_wrappers(
             spec.page_size,
             window_left=-1 if window is None else window - 1,
             q_data_type=spec.dtype,
-            kv_data_type=spec.dtype,
+            kv_data_type=spec.kv_dtype,
             sm_scale=spec.scale,
             **options,
         )

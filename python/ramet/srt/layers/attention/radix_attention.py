@@ -1,5 +1,6 @@
 """Owns the attention layer as models see it: rotation, cache write, attention. Its backend does the last."""
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -8,10 +9,12 @@ from torch import nn
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
-from ramet.srt.layers.kernels.runtime import use_kernels
+from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
+from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
 from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
+from ramet.srt.weights.manifest import WeightBox
 
 
 class HeadNorms(NamedTuple):
@@ -37,29 +40,44 @@ class RadixAttention(nn.Module):
         layer_id: int,
         sliding_window: int | None,
         soft_cap: float | None = None,
+        scales_prefix: str | None = None,
+        sinks: nn.Parameter | None = None,
     ):
         """
         Args:
             kv: what the cache keeps.
             scale: of the products of queries and keys.
             soft_cap: see AttentionSpec.
-            layer_id, sliding_window: see AttentionLayer.
+            layer_id, sliding_window, sinks: see AttentionLayer.
+            scales_prefix: of the checkpoint's scales of keys and values in an fp8 cache; None if it has none.
         """
         super().__init__()
         self.num_heads = num_heads
         self.kv = kv
         self.scale = scale
         self.soft_cap = soft_cap
+        # float32 [2], of keys and values. A weight whatever the cache's type is: others may take it from here.
+        self.kv_scales = None
+        if scales_prefix is not None:
+            boxes = [WeightBox(f"{scales_prefix}.{part}_scale", ((0, 1),), ((place, place + 1),))
+                     for place, part in enumerate("kv")]  # fmt: skip
+            self.kv_scales = declare_weight((2,), torch.float32, boxes)
+        self.sinks = sinks
         self.layer = AttentionLayer(layer_id, sliding_window)
 
     def bind(self, backend: AttentionBackend) -> None:
-        """Compute with `backend`, over its KV pool, from now on."""
+        """Compute with `backend`, over its KV pool, from now on. The weights have their places already."""
         self.backend = backend
         self.kv_pool = backend.kv_pool
+        kv_scales = self.kv_scales if self.kv_pool.is_fp8 else None
+        self.layer = dataclasses.replace(self.layer, kv_scales=kv_scales, sinks=self.sinks)
 
     def forward(self, q: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """q [num_tokens, num_heads, key_dim] -> [num_tokens, num_heads, value_dim]. `rotate_and_store` comes before."""
-        return self.backend.forward(q, self.layer, forward_batch)
+        scales = self.layer.kv_scales
+        if scales is None or self.backend.applies_kv_scales:
+            return self.backend.forward(q, self.layer, forward_batch)
+        return self.backend.forward(q * scales[0], self.layer, forward_batch) * scales[1]
 
     def rotate_and_store(
         self, qkv: torch.Tensor, rotary: Rotation | None, norms: HeadNorms | None, forward_batch: ForwardBatch
@@ -75,8 +93,10 @@ class RadixAttention(nn.Module):
             q for `forward`: [num_tokens, num_heads, head_dim].
         """
         slots, layer_id = forward_batch.out_cache_loc, self.layer.layer_id
+        if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
+            slots = forward_batch.window_cache_loc
         heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
-        if use_kernels(qkv):
+        if use_kernels(qkv) and (not self.kv_pool.is_fp8 or has_fp8_units(qkv.device)):
             from ramet.srt.layers.kernels import rotary as kernel
 
             kernel.rotate_and_store(
@@ -89,6 +109,7 @@ class RadixAttention(nn.Module):
                 k_norm=norms.k.weight if norms is not None else None,
                 eps=norms.q.eps if norms is not None else 0.0,
                 norm_offset=norms.q.offset if norms is not None else 0.0,
+                kv_scales=self.layer.kv_scales,
             )
             q = heads[:, : self.num_heads]
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
@@ -98,5 +119,5 @@ class RadixAttention(nn.Module):
         if rotary is not None:
             q, k = apply_rotary(q, rotary.cos, rotary.sin), apply_rotary(k, rotary.cos, rotary.sin)
             q = q if rotary.query_scale is None else q * rotary.query_scale
-        self.kv_pool.set_kv_buffer(layer_id, slots, k, v)
+        self.kv_pool.set_kv_buffer(layer_id, slots, k, v, self.layer.kv_scales)
         return q

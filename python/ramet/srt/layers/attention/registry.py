@@ -6,25 +6,32 @@ from torch import nn
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.requirements import missing_package
-from ramet.srt.mem_cache.memory_pool import KVSpec
+from ramet.srt.mem_cache.kv_sizes import KVLayers
 
 # What "auto" tries on a GPU, in order. Ours comes first: it is the one that was measured there.
 PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 
 
-def describe_attention(model: nn.Module, device: torch.device, dtype: torch.dtype, page_size: int) -> AttentionSpec:
+def describe_attention(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int
+) -> AttentionSpec:
     """What the attention layers of this rank's part of a model ask of their backend."""
     layers = _attention_layers(model)
-    shapes = {(layer.num_heads, layer.kv, layer.scale, layer.soft_cap, layer.latent) for layer in layers}
+    shapes = {
+        (layer.num_heads, layer.kv, layer.scale, layer.soft_cap, layer.sinks is not None, layer.latent)
+        for layer in layers
+    }
     assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
     windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
-    num_heads, kv, scale, soft_cap, latent = shapes.pop()
-    return AttentionSpec(device, dtype, page_size, num_heads, kv, scale, windows, soft_cap, latent)
+    num_heads, kv, scale, cap, has_sinks, latent = shapes.pop()
+    return AttentionSpec(device, dtype, kv_dtype, page_size, num_heads, kv, scale, windows, cap, has_sinks, latent)
 
 
-def describe_kv_cache(model: nn.Module) -> list[KVSpec]:
-    """What each attention layer of this rank's part of a model keeps, by the layers' ids."""
-    return [layer.kv for layer in sorted(_attention_layers(model), key=lambda layer: layer.layer.layer_id)]
+def describe_kv_cache(model: nn.Module, dtype: torch.dtype, *, may_differ: bool) -> KVLayers:
+    """What the attention layers of this rank's part of a model keep; see KVLayers."""
+    layers = sorted(_attention_layers(model), key=lambda layer: layer.layer.layer_id)
+    windows = [layer.layer.sliding_window for layer in layers]
+    return KVLayers([layer.kv for layer in layers], windows, dtype, may_differ)
 
 
 def bind_attention(model: nn.Module, backend: AttentionBackend) -> None:
@@ -43,6 +50,8 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
     Raises:
         ValueError: if it doesn't run here; the message says what is missing.
     """
+    if spec.has_fp8_cache and spec.kv.is_latent:
+        raise ValueError("--kv-cache-dtype fp8_e4m3 is not served with latent attention")
     candidates: tuple[str, ...] = (name,)
     if name == "auto":
         candidates = PREFERENCE if spec.device.type == "cuda" else ("torch_native",)

@@ -62,14 +62,23 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
+        self._sinks: torch.Tensor | None = None  # float32 [kv_heads, group], of the layer that is computed
         self._plans: dict[int | None, list[_Chunk | _Together | _Family]] = {}  # by window
-        self._key_nbytes = spec.kv.bytes_per_token(spec.dtype)
+        self._key_nbytes = spec.kv.bytes_per_token(spec.kv_dtype)
+
+    @staticmethod
+    def maps_windows(_spec: AttentionSpec) -> bool:
+        return True
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        self._plans = {window: self._plan(forward_batch, window) for window in self.spec.windows}
+        windowed = forward_batch.of_windows(self.spec.page_size)
+        self._plans = {
+            window: self._plan(forward_batch if window is None else windowed, window) for window in self.spec.windows
+        }
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, _forward_batch: ForwardBatch) -> torch.Tensor:
         keys, values = self.kv_pool.get_kv_buffer(layer.layer_id)
+        self._sinks = None if layer.sinks is None else layer.sinks.float().view(self.spec.num_kv_heads, -1)
         if self.spec.kv.is_latent:
             values = keys  # gathered once; what is behind the values' columns is cut off in the end
         output = q.new_empty((*q.shape[:2], values.shape[-1]))
@@ -171,8 +180,9 @@ class TorchNativeAttnBackend(AttentionBackend):
         """[num_queries, num_heads, head_dim] -> like q. KV heads are batch entries, their query heads are heads."""
         num_kv_heads, group = self.spec.num_kv_heads, self.spec.num_heads // self.spec.num_kv_heads
         q = q.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)  # [kv_heads, group, queries, head_dim]
-        k, v = (part[0].unsqueeze(1).expand(-1, group, -1, -1) for part in _gather(keys, values, chunk.slots, 1))
-        out = self._attend(q, k, v, chunk.mask, is_causal=chunk.mask is None)
+        k, v = (part[0].unsqueeze(1).expand(-1, group, -1, -1) for part in self._gather(keys, values, chunk.slots, 1))
+        sinks = None if self._sinks is None else self._sinks.unsqueeze(-1)
+        out = self._attend(q, k, v, chunk.mask, sinks, is_causal=chunk.mask is None)
         return out.permute(2, 0, 1, 3).flatten(1, 2)
 
     def _attend_together(
@@ -182,25 +192,52 @@ class TorchNativeAttnBackend(AttentionBackend):
 
         The query heads that share a KV head are its queries, so no key is read twice.
         """
-        k, v = _gather(keys, values, part.slots, len(q))
+        k, v = self._gather(keys, values, part.slots, len(q))
         q = q.unflatten(1, (self.spec.num_kv_heads, -1))  # [num_queries, kv_heads, group, head_dim]
-        return self._attend(q, k, v, part.mask).flatten(1, 2)
+        return self._attend(q, k, v, part.mask, self._sinks).flatten(1, 2)
+
+    def _gather(
+        self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_sequences: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [num_slots, kv_heads, columns] -> [num_sequences, kv_heads, num_keys, columns] of the slots, like q."""
+
+        def gather(cache: torch.Tensor) -> torch.Tensor:
+            gathered = cache.index_select(0, slots).to(self.spec.dtype)
+            return gathered.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+
+        k = gather(keys)
+        return k, k if values is keys else gather(values)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, is_causal: bool = False
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        *,
+        is_causal: bool = False,
     ) -> torch.Tensor:
-        """scaled_dot_product_attention, with the soft cap that it doesn't have."""
+        """scaled_dot_product_attention, with the soft cap and the sinks that it doesn't have.
+
+        Args:
+            sinks: like q without its last dimension, or broadcast to that.
+        """
         cap, scale = self.spec.soft_cap, self.spec.scale
-        if cap is None:
+        if cap is None and sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-        scores = (q @ k.transpose(-1, -2)).float() * (scale / cap)
-        scores = scores.tanh_() * cap
+        if cap is None and q.device.type == "cpu":
+            out, weights = self._attend_with_weights(q, k, v, mask, is_causal=is_causal)
+            return _with_sinks(out, weights, sinks)
+        scores = (q @ k.transpose(-1, -2)).float() * scale
+        if cap is not None:
+            scores = (scores / cap).tanh_() * cap
         if is_causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
             scores = scores.masked_fill_(hidden, float("-inf"))
         elif mask is not None:
             scores = scores + mask
-        return scores.softmax(-1).to(q.dtype) @ v
+        return _with_sinks(scores.softmax(-1).to(q.dtype) @ v, scores.logsumexp(-1), sinks)
 
     def _attend_family(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Family) -> torch.Tensor:
         """Like `_attend_together`: the prefix with the queries of all, each one's own keys, and both results combined.
@@ -211,20 +248,27 @@ class TorchNativeAttnBackend(AttentionBackend):
         own, own_weight = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         for group in part.own:
             q_own = q[group.queries]
-            k, v = _gather(keys, values, group.slots, len(q_own))
+            k, v = self._gather(keys, values, group.slots, len(q_own))
             own[group.queries], own_weight[group.queries] = self._attend_with_weights(q_own, k, v, group.mask)
         rows = q.transpose(0, 1).flatten(1, 2).unsqueeze(0)  # [1, kv_heads, num_queries * group, head_dim]
-        results = self._attend_with_weights(rows, *_gather(keys, values, part.slots, 1))
+        results = self._attend_with_weights(rows, *self._gather(keys, values, part.slots, 1))
         out, weight = (result[0].unflatten(1, (len(q), -1)).transpose(0, 1) for result in results)
         share = torch.sigmoid(own_weight - weight).unsqueeze(-1)  # of the own keys
-        return torch.lerp(out.float(), own.float(), share).to(q.dtype).flatten(1, 2)
+        combined = torch.lerp(out.float(), own.float(), share).to(q.dtype)
+        return _with_sinks(combined, torch.logaddexp(own_weight, weight), self._sinks).flatten(1, 2)
 
     def _attend_with_weights(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        *,
+        is_causal: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The function behind scaled_dot_product_attention on CPUs, which gives float32 log-sum-exps too."""
         out, weights = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask, scale=self.spec.scale
+            q, k, v, is_causal=is_causal, attn_mask=mask, scale=self.spec.scale
         )
         return out, weights
 
@@ -248,11 +292,10 @@ def group_by_length(lengths: Sequence[int], most: int | None) -> list[list[int]]
     return groups
 
 
-def _gather(
-    keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, num_sequences: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [num_slots, kv_heads, head_dim] -> [num_sequences, kv_heads, num_keys, head_dim] of the slots."""
-    k = keys.index_select(0, slots).unflatten(0, (num_sequences, -1)).transpose(1, 2)
-    if values is keys:
-        return k, k
-    return k, values.index_select(0, slots).unflatten(0, (num_sequences, -1)).transpose(1, 2)
+def _with_sinks(out: torch.Tensor, weights: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """What attention gives with a score more in each softmax, whose weight goes to no value.
+
+    Args:
+        weights: the log of the sum of the others' weights, like `out` without its last dimension.
+    """
+    return out if sinks is None else out * torch.sigmoid(weights - sinks).unsqueeze(-1).to(out.dtype)

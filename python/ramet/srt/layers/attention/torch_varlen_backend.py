@@ -32,10 +32,14 @@ class TorchVarlenAttnBackend(AttentionBackend):
     def obstacle(spec: AttentionSpec) -> str | None:
         if spec.device.type != "cuda":
             return "a GPU"
+        if spec.has_sinks:
+            return "a model without attention sinks"
         if spec.kv.is_latent:
             return "a model without latent attention"
         if spec.soft_cap is not None:
             return "a model without a soft cap on attention"
+        if spec.has_fp8_cache:
+            return "a KV cache in the model's type"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"bfloat16 or float16; the model has {str(spec.dtype).removeprefix('torch.')}"
         if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:

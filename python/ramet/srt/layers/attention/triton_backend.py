@@ -27,7 +27,7 @@ from ramet.srt.layers.attention.key_splits import (
 from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunks
 from ramet.srt.layers.attention.prompts.choice import PromptChoice, RunPrompts
 from ramet.srt.layers.kernels.paged_attention import PieceLists, TileShape, large_tile, paged_attention, small_tile
-from ramet.srt.layers.kernels.runtime import can_run_kernels, num_multiprocessors
+from ramet.srt.layers.kernels.runtime import can_run_kernels, has_fp8_units, num_multiprocessors
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 from ramet.srt.utils.device import to_device
 
@@ -62,6 +62,7 @@ class TritonAttnBackend(AttentionBackend):
 
     can_be_captured = True
     can_capture_chunks = True
+    applies_kv_scales = True
 
     def __init__(self, spec: AttentionSpec, kv_pool: TokenToKVPool):
         super().__init__(spec, kv_pool)
@@ -81,7 +82,16 @@ class TritonAttnBackend(AttentionBackend):
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
-        return None if can_run_kernels(spec.device) else "a GPU"
+        if not can_run_kernels(spec.device):
+            return "a GPU"
+        if spec.has_fp8_cache and spec.device.type == "cuda" and not has_fp8_units(spec.device):
+            return "a GPU of compute capability 8.9 or more for a KV cache in fp8"
+        return None
+
+    @staticmethod
+    def maps_windows(spec: AttentionSpec) -> bool:
+        """Where no other kernels would compute prompts: those find all layers' keys by one table."""
+        return spec.has_sinks or spec.soft_cap is not None or spec.has_fp8_cache
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
@@ -121,10 +131,10 @@ class TritonAttnBackend(AttentionBackend):
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
-        table, positions, window = forward_batch.req_to_page, forward_batch.positions, layer.sliding_window
-        out = self._attend(q, k_cache, v_cache, table, positions, window)
+        window_map = None if layer.sliding_window is None else forward_batch.window_map
+        out = self._attend(q, k_cache, v_cache, forward_batch.req_to_page, forward_batch.positions, layer, window_map)
         if self._prompts is not None:
-            self._prompts.run(q, k_cache, v_cache, window, out)
+            self._prompts.run(q, k_cache, v_cache, layer.sliding_window, out)
         return out
 
     def _attend(
@@ -134,7 +144,8 @@ class TritonAttnBackend(AttentionBackend):
         v_cache: torch.Tensor,
         table: torch.Tensor,
         positions: torch.Tensor,
-        window: Window,
+        layer: AttentionLayer,
+        page_map: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return paged_attention(
             q,
@@ -142,13 +153,16 @@ class TritonAttnBackend(AttentionBackend):
             v_cache,
             table,
             positions,
-            self._current[window],
+            self._current[layer.sliding_window],
             self._tiling.small,
             self._tiling.large,
             page_size=self.spec.page_size,
             scale=self.spec.scale,
-            sliding_window=window,
+            sliding_window=layer.sliding_window,
             soft_cap=self.spec.soft_cap,
+            kv_scales=layer.kv_scales,
+            sinks=layer.sinks,
+            page_map=page_map,
         )
 
     def prefers_launches(self, tokens: PassTokens) -> bool:
@@ -167,7 +181,11 @@ class TritonAttnBackend(AttentionBackend):
         tokens = PassTokens(chunks.rows, chunks.ends - chunks.lens, chunks.lens, ids)
         self._cut(tokens, with_chunks=True)
         positions = to_device(tokens.positions, torch.int64, table.device)
-        return lambda q, k_cache, v_cache, window: self._attend(q, k_cache, v_cache, table, positions, window)
+
+        def run(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: Window) -> torch.Tensor:
+            return self._attend(q, k_cache, v_cache, table, positions, AttentionLayer(0, window))
+
+        return run
 
     def _unpack(self, packed: torch.Tensor, sizes: Sequence[Capacity], num_tokens: int) -> dict[Window, PieceLists]:
         """Views of what `_pack` has packed."""

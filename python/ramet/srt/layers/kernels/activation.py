@@ -1,10 +1,11 @@
-"""Owns the kernel of the gated activations: act(first half) * second half."""
+"""Owns the kernels of the gated activations: act(first half) * second half, and gpt-oss's clamped one."""
 
 import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.layers.kernels.runtime import can_launch_early
+from ramet.srt.configs.moe_config import ClampedGate
+from ramet.srt.layers.kernels.runtime import can_launch_early, next_power_of_2
 
 BLOCK = 1024
 NAMES = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
@@ -49,4 +50,59 @@ def act_and_mul(x: torch.Tensor, name: str) -> torch.Tensor:
     _act_and_mul_kernel[(num_rows, triton.cdiv(size, BLOCK))](
         x, out, x.stride(0), size, NAME=name, BLOCK=BLOCK, EARLY=early, **({"launch_pdl": True} if early else {})
     )
+    return out
+
+
+@triton.jit
+def _clamped_gate_kernel(
+    y_ptr,
+    bias_ptr,
+    ends_ptr,
+    out_ptr,
+    num_experts,
+    size,
+    alpha,
+    limit,
+    BLOCK: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program takes BLOCK pairs of one row. The row is of the first expert whose rows end behind it."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    experts = tl.arange(0, BLOCK_EXPERTS)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    ends = tl.load(ends_ptr + experts, mask=experts < num_experts, other=0)
+    expert = tl.sum(((experts < num_experts) & (ends <= row)).to(tl.int32), axis=0)
+    mask = columns < tl.where(expert < num_experts, size, 0)
+    pairs = 2 * columns[:, None] + tl.arange(0, 2)[None, :]
+    y = tl.load(y_ptr + row.to(tl.int64) * 2 * size + pairs, mask=mask[:, None], other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + expert.to(tl.int64) * 2 * size + pairs, mask=mask[:, None], other=0.0)
+    gate, up = tl.split(y + bias.to(tl.float32))
+    gate, up = tl.minimum(gate, limit), tl.clamp(up, -limit, limit)
+    out = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    tl.store(out_ptr + row.to(tl.int64) * size + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def clamped_gate(y: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor, clamp: ClampedGate) -> torch.Tensor:
+    """What an expert gives its second product, of its first one: see ClampedGate.
+
+    Args:
+        y: contiguous [num_rows, 2 * size], gate and up in turns, sorted by expert.
+        bias: contiguous [num_experts, 2 * size], added before.
+        ends: int32 [num_experts], where each expert's rows end. Behind the last, rows hold anything.
+
+    Returns:
+        [num_rows, size] in the type of y.
+    """
+    num_rows, size = y.shape[0], y.shape[1] // 2
+    assert y.is_contiguous() and bias.is_contiguous() and bias.shape == (len(ends), 2 * size)
+    out = torch.empty((num_rows, size), dtype=y.dtype, device=y.device)
+    early = can_launch_early(y.device)
+    _clamped_gate_kernel[(num_rows, triton.cdiv(size, BLOCK))](
+        y, bias, ends, out, len(ends), size, clamp.alpha, clamp.limit, BLOCK=BLOCK,
+        BLOCK_EXPERTS=next_power_of_2(len(ends)), EARLY=early, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
     return out

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ramet.srt.configs.latent_config import LatentTraits
-from ramet.srt.layers.kernels.paged_attention import LOG2_E, TileShape
+from ramet.srt.layers.kernels.combine_pieces import LOG2_E
+from ramet.srt.layers.kernels.paged_attention import TileShape
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,

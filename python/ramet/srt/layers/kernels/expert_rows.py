@@ -3,6 +3,8 @@
 How many rows an expert has is read on the GPU alone, so that a CUDA graph can hold the launches.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -160,6 +162,14 @@ def lay_out_rows(
     return rows, places, ends
 
 
+class OutputBias(NamedTuple):
+    """What each expert adds to its rows before they are weighted."""
+
+    values: torch.Tensor  # contiguous [num_experts, size]
+    ids: torch.Tensor  # contiguous integers [num_tokens, top_k]: as for `lay_out_rows`
+    first_expert: int
+
+
 @triton.jit
 def _combine_kernel(
     y_ptr,
@@ -168,7 +178,10 @@ def _combine_kernel(
     weights_ptr,
     shared_ptr,
     gate_ptr,
+    bias_ptr,
+    ids_ptr,
     out_ptr,
+    first_expert,
     num_experts,
     shared_stride,
     size,
@@ -176,6 +189,7 @@ def _combine_kernel(
     IN_ORDER: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -198,6 +212,11 @@ def _combine_kernel(
         else:
             place = tl.load(places_ptr + place).to(tl.int64)
             y = tl.load(y_ptr + place * size + columns, mask=columns < tl.where(place < end, size, 0), other=0.0)
+        if HAS_BIAS:
+            expert = tl.load(ids_ptr + token * TOP_K + choice).to(tl.int64) - first_expert
+            is_here = (expert >= 0) & (expert < num_experts)
+            bias_mask = columns < tl.where(is_here, size, 0)
+            y = y.to(tl.float32) + tl.load(bias_ptr + expert * size + columns, mask=bias_mask, other=0.0)
         total = tl.fma(y.to(tl.float32), weight, total)  # as torch's addcmul rounds on a GPU
     if HAS_SHARED:
         shared = tl.load(shared_ptr + token * shared_stride + columns, mask=mask, other=0.0).to(tl.float32)
@@ -214,6 +233,7 @@ def combine_rows(
     weights: torch.Tensor,
     shared: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
+    bias: OutputBias | None = None,
 ) -> torch.Tensor:
     """Sum over a token's experts of weight * y, plus what all tokens take; in float32, one choice after the other.
 
@@ -223,6 +243,7 @@ def combine_rows(
         weights: contiguous float32 [num_tokens, top_k].
         shared: [num_tokens, size]; rows may be apart.
         gate: contiguous [num_tokens, 1], whose sigmoid multiplies `shared`.
+        bias: with `ends`.
 
     Returns:
         [num_tokens, size] in the type of y.
@@ -231,6 +252,7 @@ def combine_rows(
     assert y.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
     assert shared is None or (shared.shape == (num_tokens, size) and shared.stride(1) == 1)
     assert gate is None or (gate.shape == (num_tokens, 1) and gate.is_contiguous())
+    assert bias is None or (ends is not None and bias.values.shape == (len(ends), size) and bias.ids.is_contiguous())
     out = torch.empty((num_tokens, size), dtype=y.dtype, device=y.device)
     early = can_launch_early(y.device)
     _combine_kernel[(num_tokens, triton.cdiv(size, BLOCK_COLUMNS))](
@@ -240,7 +262,10 @@ def combine_rows(
         weights,
         y if shared is None else shared,
         y if gate is None else gate,
+        y if bias is None else bias.values,
+        weights if bias is None else bias.ids,
         out,
+        0 if bias is None else bias.first_expert,
         0 if ends is None else len(ends),
         0 if shared is None else shared.stride(0),
         size,
@@ -248,6 +273,7 @@ def combine_rows(
         IN_ORDER=places is None,
         HAS_SHARED=shared is not None,
         HAS_GATE=gate is not None,
+        HAS_BIAS=bias is not None,
         BLOCK_COLUMNS=BLOCK_COLUMNS,
         EARLY=early,
         **({"launch_pdl": True} if early else {}),

@@ -4,15 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.layers.kernels.paged_attention import (
-    LOG2_E,
-    MIN_DOT_ROWS,
-    NO_LIMIT,
-    PieceLists,
-    TileShape,
-    combine,
-    key_offsets,
-)
+from ramet.srt.layers.kernels.combine_pieces import LOG2_E, combine
+from ramet.srt.layers.kernels.paged_attention import MIN_DOT_ROWS, NO_LIMIT, PieceLists, TileShape, key_offsets
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,

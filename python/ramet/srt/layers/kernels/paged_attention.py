@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.combine_pieces import LOG2, LOG2_E, combine
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,
@@ -13,30 +14,36 @@ from ramet.srt.layers.kernels.runtime import (
     next_power_of_2,
 )
 
-LOG2_E = 1.4426950408889634  # softmax runs in base 2: the scale of the scores is multiplied by it
 MIN_DOT_ROWS = 16  # the least that the matrix units take
 NO_WINDOW = 2**30
 NO_LIMIT = tl.constexpr(2**30)
-BUSY_PROGRAMS = 2048  # small programs that are enough to fill a GPU
 
 
 @triton.jit
-def key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr):
+def key_offsets(
+    table_ptr, positions, valid, cache_stride, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    map_ptr=None, HAS_MAP: tl.constexpr = False,
+):  # fmt: skip
     """Where the keys at `positions` of a sequence start in the cache; its pages are listed at `table_ptr`."""
     if MASKED:
         pages = tl.load(table_ptr + positions // PAGE_SIZE, mask=valid, other=0)
     else:
         pages = tl.load(table_ptr + positions // PAGE_SIZE)
+    if HAS_MAP:
+        pages = tl.load(map_ptr + pages)
     return (pages * PAGE_SIZE + positions % PAGE_SIZE) * cache_stride
 
 
 @triton.jit
-def _fold_block(acc, total, maximum, scores, v_ptrs, v_mask, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+def _fold_block(
+    acc, total, maximum, scores, v_ptrs, v_mask, DTYPE: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr
+):
     """A block of scores and values in a running softmax (Milakov and Gimelshein, 2018).
 
     Args:
         acc, total, maximum: the weighted sum of the values so far, the sum of the weights, the highest score.
         scores: [rows, keys] in base 2; -inf hides a key.
+        DTYPE: in which weights and values are multiplied.
         MASKED: whether a row may have seen no key at all so far.
     """
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
@@ -46,8 +53,8 @@ def _fold_block(acc, total, maximum, scores, v_ptrs, v_mask, PRECISION: tl.const
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     probs = tl.exp2(scores - shift[:, None])
     correction = tl.exp2(maximum - shift)
-    v = tl.load(v_ptrs, mask=v_mask, other=0.0)
-    acc = tl.dot(probs.to(v.dtype), v, acc * correction[:, None], input_precision=PRECISION)
+    v = tl.load(v_ptrs, mask=v_mask, other=0.0).to(DTYPE)
+    acc = tl.dot(probs.to(DTYPE), v, acc * correction[:, None], input_precision=PRECISION)
     return acc, total * correction + tl.sum(probs, axis=1), new_maximum
 
 
@@ -61,6 +68,7 @@ def _attend(
     k_ptr,
     v_ptr,
     table_ptr,
+    map_ptr,
     cache_stride,
     start,
     stop,
@@ -74,6 +82,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    HAS_MAP: tl.constexpr,
 ):
     """Fold the keys [start, stop) into the running softmax; without MASKED, whole blocks that every query sees."""
     dims = tl.arange(0, BLOCK_DIM)
@@ -81,9 +90,9 @@ def _attend(
     for key in range(start, stop, BLOCK_KEYS):
         positions = key + tl.arange(0, BLOCK_KEYS)
         valid = positions < stop
-        slots = key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, MASKED)
+        slots = key_offsets(table_ptr, positions, valid, cache_stride, PAGE_SIZE, MASKED, map_ptr, HAS_MAP)
         k_mask = valid[None, :] & dim_mask[:, None] if MASKED else dim_mask[:, None]
-        k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=k_mask, other=0.0)
+        k = tl.load(k_ptr + slots[None, :] + dims[:, None], mask=k_mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
         if SOFT_CAP > 0:
             scores = SOFT_CAP * (2 * tl.sigmoid(2 * scores / SOFT_CAP) - 1)  # SOFT_CAP * tanh(scores / SOFT_CAP)
@@ -94,7 +103,7 @@ def _attend(
             scores = tl.where(visible, scores, float("-inf"))
         v_ptrs = v_ptr + slots[:, None] + dims[None, :]
         v_mask = valid[:, None] & dim_mask[None, :] if MASKED else dim_mask[None, :]
-        acc, total, maximum = _fold_block(acc, total, maximum, scores, v_ptrs, v_mask, PRECISION, MASKED)
+        acc, total, maximum = _fold_block(acc, total, maximum, scores, v_ptrs, v_mask, q.dtype, PRECISION, MASKED)
     return acc, total, maximum
 
 
@@ -104,9 +113,12 @@ def _piece_kernel(
     k_cache_ptr,
     v_cache_ptr,
     table_ptr,
+    map_ptr,
     positions_ptr,
     pieces_ptr,
     starts_ptr,
+    scales_ptr,
+    sinks_ptr,
     out_ptr,
     partial_ptr,
     lse_ptr,
@@ -127,6 +139,9 @@ def _piece_kernel(
     HAS_OPEN_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes one piece, for the query heads of one KV head: row i is head i % GROUP of token i // GROUP.
@@ -140,6 +155,8 @@ def _piece_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_DIM)
     dim_mask = dims < HEAD_DIM
+    if HAS_SCALES:
+        scale *= tl.load(scales_ptr)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -167,19 +184,25 @@ def _piece_kernel(
         seen_by_all = tl.minimum(stop, tl.min(tl.where(row_mask, q_positions, NO_LIMIT), axis=0) + 1)
         open_stop = start + tl.maximum(0, seen_by_all - start) // BLOCK_KEYS * BLOCK_KEYS
         acc, total, maximum = _attend(
-            acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, cache_stride, start, open_stop, scale,
-            window, False, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP,
+            acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, map_ptr, cache_stride, start, open_stop,
+            scale, window, False, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP, HAS_MAP,
         )  # fmt: skip
         start = open_stop
     acc, total, maximum = _attend(
-        acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, cache_stride, start, stop, scale,
-        window, True, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP,
+        acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, map_ptr, cache_stride, start, stop, scale,
+        window, True, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP, HAS_MAP,
     )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # of a row that sees none of these keys: its maximum is -inf
     out = acc / total[:, None]
+    if HAS_SCALES:
+        out *= tl.load(scales_ptr + 1)
     first_part = tl.load(starts_ptr + tokens, mask=row_mask, other=0)
     is_part = first_part < tl.load(starts_ptr + tokens + 1, mask=row_mask, other=0)
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + heads, mask=row_mask, other=0.0).to(tl.float32) * LOG2
+        weights = tl.where(row_mask & ~is_part, tl.exp2(sinks - maximum), 0.0)  # of a part, once for all in the end
+        out *= (total / (total + weights))[:, None]
     out_offsets = (tokens * num_heads + heads)[:, None] * HEAD_DIM + dims[None, :]
     whole_mask = (row_mask & ~is_part)[:, None] & dim_mask[None, :]
     tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=whole_mask)
@@ -187,53 +210,6 @@ def _piece_kernel(
     part_mask = is_part[:, None] & dim_mask[None, :]
     tl.store(partial_ptr + parts[:, None] * HEAD_DIM + dims[None, :], out, mask=part_mask)
     tl.store(lse_ptr + parts, maximum + tl.log2(total), mask=is_part)
-
-
-@triton.jit
-def _combine_kernel(
-    starts_ptr,
-    partial_ptr,
-    lse_ptr,
-    out_ptr,
-    num_heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """One program sums the partial results of NUM_HEADS heads of one token, weighted by the sums of their weights."""
-    token = tl.program_id(0).to(tl.int64)
-    dims = tl.arange(0, BLOCK_DIM)
-    dim_mask = dims < HEAD_DIM
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    first = tl.load(starts_ptr + token)
-    end = tl.load(starts_ptr + token + 1)
-    if first == end:
-        return
-    for head in range(tl.program_id(1) * NUM_HEADS, (tl.program_id(1) + 1) * NUM_HEADS):
-        maximum = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        acc = tl.zeros([BLOCK_DIM], tl.float32)
-        for start in range(first, end, BLOCK_PARTS):
-            parts = start + tl.arange(0, BLOCK_PARTS)
-            valid = parts < end
-            rows = parts.to(tl.int64) * num_heads + head
-            lse = tl.load(lse_ptr + rows, mask=valid, other=float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(lse, axis=0))
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weights = tl.exp2(lse - shift)
-            correction = tl.exp2(maximum - shift)
-            mask = (lse > float("-inf"))[:, None] & dim_mask[None, :]
-            partial = tl.load(partial_ptr + rows[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-            acc = acc * correction + tl.sum(partial * weights[:, None], axis=0)
-            total = total * correction + tl.sum(weights, axis=0)
-            maximum = new_maximum
-        out = acc / total
-        out_ptrs = out_ptr + (token * num_heads + head) * HEAD_DIM + dims
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
 class TileShape(NamedTuple):
@@ -268,15 +244,20 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None = None,
+    kv_scales: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    page_map: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the new tokens of a pass, whose keys and values are in the cache, to all that they see.
 
     Args:
         q: [num_tokens, num_heads, head_dim], each row contiguous.
-        k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous.
+        k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous, like q or float8_e4m3fn.
         table: int64 [num_rows, max_pages], pages of each row.
         positions: int64 [num_tokens], of each token in its sequence.
         soft_cap: see AttentionSpec.
+        kv_scales, sinks: see AttentionLayer.
+        page_map: int64, where in the cache the pages of the table are; None: there.
 
     Returns:
         Contiguous [num_tokens, num_heads, head_dim].
@@ -300,9 +281,12 @@ def paged_attention(
             k_cache,
             v_cache,
             table,
+            table if page_map is None else page_map,
             positions,
             listed,
             pieces.starts,
+            pieces.starts if kv_scales is None else kv_scales,
+            q if sinks is None else sinks,
             out,
             partial,
             lse,
@@ -323,35 +307,17 @@ def paged_attention(
             HAS_OPEN_KEYS=has_open_keys,
             PRECISION=dot_precision(q.dtype),
             SOFT_CAP=(soft_cap or 0.0) * LOG2_E,
+            HAS_SCALES=kv_scales is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_MAP=page_map is not None,
             EARLY=early,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **launch,
         )
     if pieces.num_partials:
-        combine(pieces.starts, partial, lse, out, num_heads // num_kv_heads)
+        combine(pieces.starts, partial, lse, out, num_heads // num_kv_heads, sinks)
     return out
-
-
-def combine(starts: torch.Tensor, partial: torch.Tensor, lse: torch.Tensor, out: torch.Tensor, group: int) -> None:
-    """Write what comes of the partial results to the tokens of `out` that have some; see PieceLists."""
-    num_tokens, num_heads, head_dim = out.shape
-    early = can_launch_early(out.device)
-    heads = 1 if num_tokens * num_heads <= BUSY_PROGRAMS else group
-    _combine_kernel[(num_tokens, num_heads // heads)](
-        starts,
-        partial,
-        lse,
-        out,
-        num_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=max(16, next_power_of_2(head_dim)),
-        NUM_HEADS=heads,
-        BLOCK_PARTS=64 if head_dim <= 256 else 16,  # what fits into registers
-        EARLY=early,
-        num_warps=4,
-        **({"launch_pdl": True} if early else {}),
-    )
 
 
 def small_tile(dtype: torch.dtype, head_dim: int, group: int) -> TileShape:

@@ -7,6 +7,7 @@ import triton.language as tl
 from ramet.srt.layers.kernels.runtime import can_launch_early, next_power_of_2
 
 HEADS_PER_PROGRAM = 4
+MAX_FP8 = tl.constexpr(448.0)
 
 
 @triton.jit
@@ -20,6 +21,15 @@ def _weight_of(q_weight_ptr, k_weight_ptr, heads, columns, is_q, is_k, in_part, 
 
 
 @triton.jit
+def _store_head(k_ptrs, v_ptrs, values, k_mask, v_mask, scales):
+    """Write heads of k and v to the cache: as they are, or divided by their scales where it is fp8."""
+    if k_ptrs.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values.to(tl.float32) / scales, -MAX_FP8, MAX_FP8).to(tl.float8e4nv)
+    tl.store(k_ptrs, values, mask=k_mask)
+    tl.store(v_ptrs, values, mask=v_mask)
+
+
+@triton.jit
 def _rotate_and_store_kernel(
     qkv_ptr,
     cos_ptr,
@@ -27,6 +37,7 @@ def _rotate_and_store_kernel(
     q_weight_ptr,
     k_weight_ptr,
     slots_ptr,
+    scales_ptr,
     k_cache_ptr,
     v_cache_ptr,
     qkv_stride,
@@ -41,6 +52,7 @@ def _rotate_and_store_kernel(
     OFFSET: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -95,15 +107,17 @@ def _rotate_and_store_kernel(
     second = second.to(qkv_ptr.dtype.element_ty)
     tl.store(row_ptr + offsets, first, mask=rotated & in_half)
     tl.store(row_ptr + offsets + HALF_DIM, second, mask=rotated & in_half)
-    tl.store(k_cache_ptr + offsets, first, mask=is_k[:, None] & in_half)
-    tl.store(k_cache_ptr + offsets + HALF_DIM, second, mask=is_k[:, None] & in_half)
-    tl.store(v_cache_ptr + offsets, first, mask=is_v[:, None] & in_half)
-    tl.store(v_cache_ptr + offsets + HALF_DIM, second, mask=is_v[:, None] & in_half)
+    scales = tl.full([BLOCK_HEADS, 1], 1.0, tl.float32)
+    if HAS_SCALES:
+        scales = tl.load(scales_ptr + is_v.to(tl.int32))[:, None]
+    k_mask, v_mask = is_k[:, None] & in_half, is_v[:, None] & in_half
+    _store_head(k_cache_ptr + offsets, v_cache_ptr + offsets, first, k_mask, v_mask, scales)
+    _store_head(k_cache_ptr + offsets + HALF_DIM, v_cache_ptr + offsets + HALF_DIM, second, k_mask, v_mask, scales)
     if REST > 0:
         rest = rest.to(qkv_ptr.dtype.element_ty)
         tl.store(row_ptr + rest_offsets, rest, mask=rotated & in_rest)
-        tl.store(k_cache_ptr + rest_offsets, rest, mask=is_k[:, None] & in_rest)
-        tl.store(v_cache_ptr + rest_offsets, rest, mask=is_v[:, None] & in_rest)
+        k_mask, v_mask = is_k[:, None] & in_rest, is_v[:, None] & in_rest
+        _store_head(k_cache_ptr + rest_offsets, v_cache_ptr + rest_offsets, rest, k_mask, v_mask, scales)
 
 
 def rotate_and_store(
@@ -118,6 +132,7 @@ def rotate_and_store(
     k_norm: torch.Tensor | None,
     eps: float,
     norm_offset: float = 0.0,
+    kv_scales: torch.Tensor | None = None,
 ) -> None:
     """Norm the heads of q and k (with norms given), rotate them in place, and write k and v to their cache slots.
 
@@ -125,7 +140,8 @@ def rotate_and_store(
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]; rows may be apart.
         rotary: cosines and sines, contiguous [num_tokens, 1, columns of a head that rotate / 2]; None rotates nothing.
         slots: int64 [num_tokens].
-        k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous.
+        k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous, like qkv or float8_e4m3fn.
+        kv_scales: float32 [2], what k and v are divided by in a cache of fp8; None for 1.
         q_norm, k_norm: [head_dim], both or none; `norm_offset` is added to them, in float32.
     """
     num_kv_heads, head_dim = k_cache.shape[1:]
@@ -144,6 +160,7 @@ def rotate_and_store(
         q_norm if q_norm is not None else qkv,
         k_norm if k_norm is not None else qkv,
         slots,
+        slots if kv_scales is None else kv_scales,
         k_cache,
         v_cache,
         qkv.stride(0),
@@ -158,6 +175,7 @@ def rotate_and_store(
         OFFSET=norm_offset,
         HAS_NORM=q_norm is not None,
         HAS_ROTATION=rotary is not None,
+        HAS_SCALES=kv_scales is not None,
         BLOCK_HEADS=HEADS_PER_PROGRAM,
         EARLY=early,
         num_warps=min(4, max(1, HEADS_PER_PROGRAM * half // 64)),

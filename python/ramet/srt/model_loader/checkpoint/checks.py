@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from ramet.srt.configs.weight_format import BLOCKS, WHOLE
+from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import FP8, HEAD, SCALE_SUFFIXES, WholeModel
 from ramet.srt.weights.errors import name_some
@@ -22,7 +23,7 @@ HARMLESS_SURPLUS = {
     "tables that older checkpoints carry although every engine computes them": re.compile(
         r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
     ),
-    "scales of activations and caches in quantised checkpoints: here those keep the model's type": re.compile(
+    "scales of activations and caches in quantised checkpoints: those that the model has no place for": re.compile(
         r"\.((input|output|activation)(_global)?_scale(_ub)?|([kvq]|kv|[kvq]_proj)_(scale|zero_point))$"
     ),
     "shapes of matrices before they were packed: the config says them": re.compile(r"\.weight_shape$"),
@@ -84,6 +85,7 @@ def is_quantised_here(tensors: Tensors, whole: WholeModel) -> bool:
 
 def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
     absent = set(whole.grids) if is_quantised_here(tensors, whole) else set()
+    absent.update(name for name in whole.shapes if is_cache_scale(name))  # 1 then
     if lost := [name for name in whole.shapes if name not in tensors and name not in absent]:
         words = name_some([_with_purpose(name, whole) for name in lost])
         raise ValueError(f"{where} lacks {words}{_packed_hint(lost, tensors, whole)}")
@@ -91,7 +93,7 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
         return  # the rest belongs to other ranks
     surplus = []
     for name, (path, _) in tensors.items():
-        is_known = name in whole.shapes and name not in absent
+        is_known = name in whole.shapes and (name not in absent or is_cache_scale(name))
         if not is_known and not _is_idle(name, whole):
             surplus.append(f"{name} in {os.path.basename(path)}")
     if surplus:

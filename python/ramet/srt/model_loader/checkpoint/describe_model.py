@@ -19,7 +19,8 @@ def describe_whole_model(config: ModelConfig, manifest: WeightManifest) -> Whole
         manifest: of one rank; if that is all there is, nothing is built.
     """
     whole = _collect(config, manifest)
-    return dataclasses.replace(whole, has_head=config.embedding is None, surplus=config.surplus_tensors)
+    return dataclasses.replace(whole, has_head=config.embedding is None, surplus=config.surplus_tensors,
+                               has_fp8_cache=config.has_fp8_cache)  # fmt: skip
 
 
 def _collect(config: ModelConfig, manifest: WeightManifest) -> WholeModel:

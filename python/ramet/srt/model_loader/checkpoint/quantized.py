@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import PLAIN_FLOATS, Tensors
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.model_loader.checkpoint.whole_model import grids_of
@@ -56,7 +57,16 @@ class TurnJob:
     entry: WeightEntry
 
 
-Job = QuantizeJob | ScaleJob | TurnJob
+@dataclass(frozen=True)
+class CacheScaleJob:
+    """A scale of the KV cache, which is 1 where the files have none."""
+
+    found: tuple[str, TensorInfo] | None  # the file, and where in it
+    box: WeightBox
+    scale: WeightEntry
+
+
+Job = QuantizeJob | ScaleJob | TurnJob | CacheScaleJob
 
 
 def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: bool) -> tuple[WeightManifest, list[Job]]:
@@ -86,6 +96,9 @@ def split_manifest(manifest: WeightManifest, tensors: Tensors, *, is_online: boo
                 done.add(grid.name)
                 jobs.extend(ScaleJob(*tensors[box.checkpoint_name], box, grid) for box in grid.boxes)
     for entry in manifest.entries:
+        if entry.boxes and is_cache_scale(entry.boxes[0].checkpoint_name):
+            done.add(entry.name)
+            jobs.extend(CacheScaleJob(tensors.get(box.checkpoint_name), box, entry) for box in entry.boxes)
         if entry.name not in done and any(_is_turned(box, tensors) for box in entry.boxes):
             done.add(entry.name)
             jobs.extend(_turn_jobs(entry, tensors))
@@ -116,12 +129,23 @@ def _turn_jobs(entry: WeightEntry, tensors: Tensors) -> list[TurnJob]:
             raise ValueError(f"{path}: {box.checkpoint_name} is {info.dtype}, {entry.dtype} here")
         for dim, (start, stop) in enumerate(box.source):
             info = info.part(dim, start, stop)
-        last = jobs[-1] if jobs else None
-        if last is not None and last.path == path and _overlap(last.parts[0][0], info):
-            jobs[-1] = TurnJob(path, (*last.parts, (info, box.target)), entry)
-        else:
-            jobs.append(TurnJob(path, ((info, box.target),), entry))
+        for part, target in _matrices(info, box.target):
+            last = jobs[-1] if jobs else None
+            if last is not None and last.path == path and _overlap(last.parts[0][0], part):
+                jobs[-1] = TurnJob(path, (*last.parts, (part, target)), entry)
+            else:
+                jobs.append(TurnJob(path, ((part, target),), entry))
     return jobs
+
+
+def _matrices(info: TensorInfo, target: Region) -> Iterator[tuple[TensorInfo, Region]]:
+    """A stack's matrices, each with its place: no more than one is read at a time."""
+    if len(info.shape) < 3:
+        yield info, target
+        return
+    first = target[0][0]
+    for index in range(info.shape[0]):
+        yield info.matrix(index), ((first + index, first + index + 1), *target[1:])
 
 
 def _overlap(one: TensorInfo, other: TensorInfo) -> bool:

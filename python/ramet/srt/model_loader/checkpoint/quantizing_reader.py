@@ -1,5 +1,6 @@
 """Owns what takes more than a copy: quantising rows of checkpoint matrices, decoding scales, turning matrices round."""
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,7 +11,7 @@ from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
-from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob, TurnJob
+from ramet.srt.model_loader.checkpoint.quantized import CacheScaleJob, Job, QuantizeJob, ScaleJob, TurnJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 from ramet.srt.utils.threads import run_in_threads
 from ramet.srt.weights.boxes import Region
@@ -41,6 +42,8 @@ def _run(job: Job, fds: Mapping[str, int], arena: WeightArena) -> None:
     elif isinstance(job, TurnJob):
         for target, source in _turned(job, fds, arena):
             target.copy_(source)
+    elif isinstance(job, CacheScaleJob):
+        _settle_cache_scale(job, fds, arena)
     else:
         _settle_scales(job, fds, arena)
 
@@ -64,6 +67,16 @@ def _settle_scales(job: ScaleJob, fds: Mapping[str, int], arena: WeightArena) ->
         target.fill_(scales.item())
     else:
         target.copy_(scales[_slices(job.box.source)].reshape(target.shape))
+
+
+def _settle_cache_scale(job: CacheScaleJob, fds: Mapping[str, int], arena: WeightArena) -> None:
+    value = 1.0
+    if job.found is not None:
+        path, info = job.found
+        value = float(_read(fds[path], info, arena).item())
+        if not 0 < value < math.inf:
+            raise ValueError(f"{path}: {job.box.checkpoint_name} is {value}; a scale of the KV cache must be above 0")
+    arena.tensor(job.scale)[_slices(job.box.target)].fill_(value)
 
 
 def _turned(job: TurnJob, fds: Mapping[str, int], arena: WeightArena) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

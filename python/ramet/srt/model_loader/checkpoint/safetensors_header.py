@@ -69,8 +69,10 @@ class TensorInfo:
         return _placed(self.dtype, one.shape[1:], one.offset, one.all_strides[1:])
 
     def transposed(self) -> "TensorInfo":
-        """A matrix with rows and columns exchanged."""
-        return _placed(self.dtype, self.shape[::-1], self.offset, self.all_strides[::-1])
+        """A matrix, or each of a stack, with rows and columns exchanged."""
+        shape, strides = self.shape, self.all_strides
+        turned = (*shape[:-2], *shape[:-3:-1])
+        return _placed(self.dtype, turned, self.offset, (*strides[:-2], *strides[:-3:-1]))
 
 
 def _placed(dtype: str, shape: tuple[int, ...], offset: int, strides: tuple[int, ...]) -> TensorInfo:

@@ -13,10 +13,18 @@ from msgspec.structs import replace
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_reader import fill_memory_from_files
 from ramet.srt.model_loader.arena.read_range import ShortReadError
+from ramet.srt.model_loader.checkpoint.cache_scales import settle_cache_scales
 from ramet.srt.model_loader.checkpoint.checks import check_checkpoint, is_harmless, is_quantised_here, settle_scales
 from ramet.srt.model_loader.checkpoint.fused_tensors import split_fused
 from ramet.srt.model_loader.checkpoint.idle_tensors import without_idle
-from ramet.srt.model_loader.checkpoint.quantized import Job, QuantizeJob, ScaleJob, TurnJob, split_manifest
+from ramet.srt.model_loader.checkpoint.quantized import (
+    CacheScaleJob,
+    Job,
+    QuantizeJob,
+    ScaleJob,
+    TurnJob,
+    split_manifest,
+)
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checkpoint.stacked_experts import has_transposed_experts, split_stacked_experts
 from ramet.srt.model_loader.checkpoint.tied_head import has_own_head
@@ -47,7 +55,8 @@ def settle_names(
     block_size = None if whole.quantization is None else whole.quantization.block_size
     block_rows = None if block_size is None else block_size[0]
     unstacked = split_stacked_experts(path, tensors, whole.shapes, block_size, are_transposed)
-    return settle_scales(split_fused(path, unstacked, whole.shapes, block_rows), whole)
+    settled = settle_scales(split_fused(path, unstacked, whole.shapes, block_rows), whole)
+    return settle_cache_scales(path, settled, whole)
 
 
 class CheckpointSource:
@@ -190,7 +199,7 @@ class CheckpointSource:
     def converted_names(self) -> list[str]:
         """Entries that the last plan does not copy but makes: what `find_difference` cannot compare."""
         quantised = {job.weight.name for job in self._jobs if isinstance(job, QuantizeJob)}
-        return sorted(quantised | {job.scale.name for job in self._jobs if isinstance(job, ScaleJob)})
+        return sorted(quantised | {job.scale.name for job in self._jobs if isinstance(job, ScaleJob | CacheScaleJob)})
 
     @contextlib.contextmanager
     def _open_files(self) -> Iterator[dict[str, int]]:

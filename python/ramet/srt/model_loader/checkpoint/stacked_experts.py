@@ -14,6 +14,7 @@ from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
 STACKED = re.compile(
     r"(?P<layer>.+)\.mlp\.(?P<part>gate\.weight|e_score_correction_bias|experts\.gate_up_proj|experts\.down_proj)(?P<scale>_scale(_inv)?)?"
 )
+PLAIN_STACK = re.compile(r".+\.mlp\.experts\.(gate_up_proj|down_proj)")
 FP8 = "float8_e4m3fn"
 EXPERT_NAMES = {"mlp": ("gate_proj", "up_proj", "down_proj"), "block_sparse_moe": ("w1", "w3", "w2")}
 
@@ -40,6 +41,14 @@ def has_transposed_experts(shapes: Iterable[tuple[str, tuple[int, ...]]], hidden
     return True in found
 
 
+def is_turned_stack(name: str) -> bool:
+    """Whether a tensor that boxes name, as checkpoints do, has rows where those have columns.
+
+    Boxes name stacks of one family alone, gpt-oss, and its files have plain matrices so; its shapes may not tell it.
+    """
+    return PLAIN_STACK.fullmatch(name) is not None
+
+
 def split_stacked_experts(
     path: str,
     tensors: Mapping[str, TensorInfo],
@@ -57,7 +66,11 @@ def split_stacked_experts(
     Raises:
         ValueError: if the file holds an expert in both spellings, or such a block.
     """
-    result = {name: info for name, info in tensors.items() if name in wanted or not STACKED.fullmatch(name)}
+    result = {
+        name: info.transposed() if name in wanted and is_turned_stack(name) and len(info.shape) == 3 else info
+        for name, info in tensors.items()
+        if name in wanted or not STACKED.fullmatch(name)
+    }
     for name, info in tensors.items():
         if name in result:
             continue

@@ -27,6 +27,7 @@ class WholeModel:
     is_complete: bool = True  # False: only what one of several ranks needs is known
     knows_config: bool = True  # False: there is nothing but a manifest to go by
     surplus: str = ""  # a regular expression of names that the files may hold beside, if it isn't empty
+    has_fp8_cache: bool = False  # whether its KV cache is
     has_head: bool = True  # False: an output head that the files may hold is of no use
 
     @property

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from ramet.srt.weights.content_digest import PIECE_BYTES, TensorDigest, as_matrices, bands_of
+from ramet.srt.weights.content_digest import PIECE_BYTES, TensorDigest, as_matrices, bands_of, digest_shape
 from ramet.srt.weights.manifest import element_size
 
 BLOCK_BYTES = 4 << 20  # of rows whose columns are hashed before the next ones are looked at
@@ -17,6 +17,7 @@ def digest_tensor(name: str, dtype: str, shape: tuple[int, ...], data: memoryvie
     Args:
         data: its elements in row-major order, as bytes.
     """
+    shape = digest_shape(name, shape)
     if not math.prod(shape):
         return TensorDigest(name, dtype, shape, b"", b"")
     matrices, num_rows, num_columns = as_matrices(shape)

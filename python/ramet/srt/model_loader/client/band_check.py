@@ -12,10 +12,16 @@ import numpy as np
 from ramet.srt.configs.weight_format import OF_COLUMNS, TRANSPOSED
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
+from ramet.srt.model_loader.checkpoint.cache_scales import cache_scale_names, is_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
 from ramet.srt.model_loader.checkpoint.fused_tensors import OF_A_MATRIX, fused_parts
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
-from ramet.srt.model_loader.checkpoint.stacked_experts import STACKED, has_transposed_experts, split_stacked_experts
+from ramet.srt.model_loader.checkpoint.stacked_experts import (
+    STACKED,
+    has_transposed_experts,
+    is_turned_stack,
+    split_stacked_experts,
+)
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
 from ramet.srt.model_loader.checksums.tensor_digest import hash_bytes
 from ramet.srt.utils.threads import num_copy_threads
@@ -72,7 +78,7 @@ class _Target(NamedTuple):
         if num == 1 and region[1:] == ((0, 1),):  # scales of rows, as a vector
             region, strides = region[:1], strides[:1]
         if self.is_transposed:
-            region, strides = region[::-1], strides[::-1]
+            region, strides = (*region[:-2], *region[:-3:-1]), (*strides[:-2], *strides[:-3:-1])
         first = self.first or (0,) * len(region)
         if len(first) == len(region):
             region = tuple((start + by, stop + by) for (start, stop), by in zip(region, first, strict=True))
@@ -100,7 +106,19 @@ def check_bands(arena: WeightArena, table: DigestTable, names: Collection[str] |
     with ThreadPoolExecutor(num_copy_threads(), thread_name_prefix="check-digest") as pool:
         list(pool.map(_TensorJob.run, jobs))
         list(pool.map(lambda entry: _check_padding(arena, entry, check), arena.manifest.entries))
+    known = {settled for name in table.tensors for settled in cache_scale_names(name)}
+    for entry, box in ((one, box) for one in arena.manifest.entries for box in one.boxes):
+        if names is None and is_cache_scale(box.checkpoint_name) and box.checkpoint_name not in known:
+            _check_absent_scale(arena, entry, box, check)
     return check
+
+
+def _check_absent_scale(arena: WeightArena, entry: WeightEntry, box: WeightBox, check: BandCheck) -> None:
+    """A scale of the KV cache that the checkpoint doesn't have is 1."""
+    arena.make_current()
+    holding = Holding(box.source, *locate_box(entry, box), entry.dtype)
+    if read_part(arena, holding, box.source).tobytes() != np.float32(1).tobytes():
+        check.wrong.add(entry.name)
 
 
 def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, list[_Held]], dict[str, str]]:
@@ -112,6 +130,8 @@ def find_held(manifest: WeightManifest, table: DigestTable) -> tuple[dict[str, l
     for entry, box in ((one, box) for one in manifest.entries for box in one.boxes):
         target = targets.get(box.checkpoint_name)
         reason = _why_not(entry, box, target)
+        if target is None and is_cache_scale(box.checkpoint_name):
+            continue  # see `_check_absent_scale`
         if reason or target is None:
             unchecked[entry.name] = reason
         elif region_volume(box.source):
@@ -127,12 +147,18 @@ def find_targets(table: DigestTable, names: Set[str], dimensions: Mapping[str, i
 
     Scales may have the other one of their two names.
     """
-    found = {name: _Target(table.tensors[name]) for name in names if name in table.tensors}
+    found = {
+        name: _Target(table.tensors[name], is_transposed=is_turned_stack(name))
+        for name in names
+        if name in table.tensors
+    }
     for suffix, other in (SCALE_SUFFIXES, SCALE_SUFFIXES[::-1]):
         for name in names - found.keys():
             tensor = table.tensors.get(name.removesuffix(suffix) + other) if name.endswith(suffix) else None
             if tensor is not None:
                 found[name] = _Target(tensor)
+    for name, tensor in table.tensors.items():
+        found |= {settled: _Target(tensor) for settled in cache_scale_names(name) if settled in names}
     stacks = {name: one for name, one in table.tensors.items() if name not in names and STACKED.fullmatch(name)}
     shapes = [(name, tensor.shape) for name, tensor in stacks.items()]
     try:

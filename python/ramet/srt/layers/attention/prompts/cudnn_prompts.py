@@ -47,6 +47,10 @@ class CudnnPrompts(PromptAttention):
             return "a GPU of compute capability 9.0 or more"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return "bfloat16 or float16"
+        if spec.has_sinks:
+            return "a model without attention sinks"
+        if spec.has_fp8_cache:
+            return "a KV cache in the model's type"
         if spec.head_dim > MAX_HEAD_DIM or spec.head_dim % 8:
             return f"heads of a multiple of 8 and at most {MAX_HEAD_DIM}"
         if importlib.util.find_spec("cudnn") is None:

@@ -22,6 +22,10 @@ class FlashPrompts(PromptAttention):
             return "a GPU of compute capability 9"
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return "bfloat16 or float16"
+        if spec.has_sinks:
+            return "a model without attention sinks"
+        if spec.has_fp8_cache:
+            return "a KV cache in the model's type"
         if importlib.util.find_spec("flash_attn_interface") is None:
             return "the module flash_attn_interface, which is not installed"
         return None

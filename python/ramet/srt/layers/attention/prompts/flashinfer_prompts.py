@@ -26,7 +26,7 @@ class FlashInferPrompts(PromptAttention):
 
     @staticmethod
     def obstacle(spec: AttentionSpec) -> str | None:
-        return FlashInferAttnBackend.obstacle(spec)
+        return "a KV cache in the model's type" if spec.has_fp8_cache else FlashInferAttnBackend.obstacle(spec)
 
     def __init__(self, spec: AttentionSpec, _limits: PassLimits):
         flashinfer: Any = importlib.import_module("flashinfer")
