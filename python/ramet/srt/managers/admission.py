@@ -145,10 +145,16 @@ class Admission:
             if isinstance(prompt, RunningReq):
                 adder.add(prompt)
             elif self._rows.num_free and adder.begin(prompt):
-                self.waiting.remove(prompt.req)
+                self._note_begin(prompt.req)
         adder.top_up()
         self._update_progress(adder.reqs)
         return adder.reqs
+
+    def _note_begin(self, req: Req) -> None:
+        """A request waits no longer."""
+        self.waiting.remove(req)
+        if not req.has_run and req.arrival_s is not None:
+            req.queue_time_s = self._clock() - req.arrival_s
 
     def _update_progress(self, chunks: Sequence[RunningReq]) -> None:
         """Remember whose prompts have still a part to come, once these chunks are computed."""

@@ -31,6 +31,8 @@ class RunningSequence:
     finish_reason: FinishReason | None = None
     vector: bytes = b""  # float32: what a pooled request is for
     cached_tokens: int = 0
+    queue_time_s: float = 0.0
+    first_output_s: float | None = None
     last_output_s: float | None = None
 
     @property
@@ -54,6 +56,11 @@ class RunningSequence:
         """Seconds from the request to its newest output."""
         return (self.last_output_s or time.monotonic()) - self.created_s
 
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from the request to its first output; 0 without one."""
+        return 0.0 if self.first_output_s is None else self.first_output_s - self.created_s
+
     def add(self, item: RequestText, now: float) -> None:
         """Take in what the scheduler and the detokenizer say."""
         output = item.output
@@ -61,6 +68,7 @@ class RunningSequence:
         self.output_ids += output.token_ids
         self.versions += output.new_versions
         self.cached_tokens = output.cached_tokens
+        self.queue_time_s = output.queue_time_s
         for total, new in (
             (self.input_logprobs, output.input_logprobs),
             (self.output_logprobs, output.output_logprobs),
@@ -69,6 +77,8 @@ class RunningSequence:
                 extend_logprobs(total, new.token_ids, new)
         self.vector = output.vector
         self.finish_reason = output.finish_reason
+        if self.first_output_s is None:
+            self.first_output_s = now
         self.last_output_s = now
 
 

@@ -150,6 +150,7 @@ class LoraControl:
             question = functools.partial(UnloadLoraReqInput, lora_id=loaded.lora_id)
             await self._manager.ask_all(question, LoraReqOutput, UNLOAD_TIMEOUT_S)
             self.registry.remove(name)
+            self._manager.metrics.forget_adapter(name)
             self._on_drop(name)
         logger.info("unloaded the adapter %s", name)
 

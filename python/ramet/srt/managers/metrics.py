@@ -1,5 +1,6 @@
 """Owns the instance's Prometheus metrics. Names are SGLang's, with our prefix, where the concept is the same."""
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -15,6 +16,8 @@ from ramet.srt.weights.report import LoadReport, PublisherStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+QUEUE_BUCKETS = (0.0, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+LENGTH_BUCKETS = tuple(2**power for power in range(21))  # tokens
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6)
 
 
@@ -79,10 +82,21 @@ class Metrics:
             "time_to_first_token_seconds", "From a request to its first output.", LATENCY_BUCKETS
         )
         self.e2e_latency = histogram("e2e_request_latency_seconds", "From a request to its end.", LATENCY_BUCKETS)
+        self.time_per_output_token = histogram(
+            "time_per_output_token_seconds", "Of a request, on average, behind the first output.", TOKEN_BUCKETS
+        )
+        self.queue_time = histogram(
+            "queue_time_seconds", "From a request's arrival at its replica to the first pass with it.", QUEUE_BUCKETS
+        )
+        self.prompt_lengths = histogram("prompt_tokens_histogram", "Prompt tokens of a request.", LENGTH_BUCKETS)
+        self.output_lengths = histogram(
+            "generation_tokens_histogram", "Output tokens of a request that has finished.", LENGTH_BUCKETS
+        )
         self.num_running_reqs = gauge("num_running_reqs", "Requests that are being computed.")
         self.num_queue_reqs = gauge("num_queue_reqs", "Requests that wait.")
         self.num_used_tokens = gauge("num_used_tokens", "KV cache slots held by running requests.")
         self.num_prefix_tokens = gauge("num_prefix_cache_tokens", "KV cache slots held by the prefix cache alone.")
+        self.max_total_num_tokens = gauge("max_total_num_tokens", "KV cache slots that there are.")
         self.token_usage = gauge("token_usage", "Share of the KV cache that running requests hold.")
         self.gen_throughput = gauge("gen_throughput", "Output tokens per second, lately.")
         self.num_retracted = gauge("num_retracted_reqs", "Requests that were put back for lack of KV cache, in total.")
@@ -92,6 +106,12 @@ class Metrics:
             "ramet:weight_version",
             "1 for the version of the weights that is served.",
             ["model_name", "weight_version"],
+            registry=self.registry,
+        )
+        self._of_adapter = Counter(
+            "ramet:lora_requests",
+            "Of the sequences that have finished, those with an adapter.",
+            ["model_name", "lora_name"],
             registry=self.registry,
         )
         self._load = {
@@ -142,6 +162,8 @@ class Metrics:
             self._num_prompt_tokens += sequence.prompt_tokens
             self._num_cached_tokens += sequence.cached_tokens
             self.time_to_first_token.observe(now - sequence.created_s)
+            self.queue_time.observe(sequence.queue_time_s)
+            self.prompt_lengths.observe(sequence.prompt_tokens)
         elif num_tokens:
             self.tokens.observe_next(num_tokens, now - previous_s)
 
@@ -152,6 +174,20 @@ class Metrics:
         else:
             self.num_requests.inc()
             self.e2e_latency.observe(sequence.e2e_latency_s)
+            self.output_lengths.observe(len(sequence.output_ids))
+            if len(sequence.output_ids) > 1:
+                seconds = sequence.e2e_latency_s - sequence.ttft_s
+                self.time_per_output_token.observe(seconds / (len(sequence.output_ids) - 1))
+            self._observe_adapter(sequence.request.lora_name)
+
+    def _observe_adapter(self, name: str) -> None:
+        if name:
+            self._of_adapter.labels(**self._labels, lora_name=name).inc()
+
+    def forget_adapter(self, name: str) -> None:
+        """An adapter is gone, and so is what it has counted."""
+        with contextlib.suppress(KeyError):  # of older versions of the library, for what has counted nothing
+            self._of_adapter.remove(self._labels["model_name"], name)
 
     def observe_abort(self) -> None:
         """A sequence was given up."""
@@ -164,7 +200,9 @@ class Metrics:
         self.num_queue_reqs.set(sum(state.num_waiting_reqs for state in states))
         self.num_used_tokens.set(used)
         self.num_prefix_tokens.set(sum(state.num_cached_tokens for state in states))
-        self.token_usage.set(used / max(1, sum(state.max_total_num_tokens for state in states)))
+        num_slots = sum(state.max_total_num_tokens for state in states)
+        self.max_total_num_tokens.set(num_slots)
+        self.token_usage.set(used / max(1, num_slots))
         self.gen_throughput.set(sum(state.last_gen_throughput for state in states))
         self.num_retracted.set(sum(state.num_retracted_reqs for state in states))
         for replica, state in enumerate(states):

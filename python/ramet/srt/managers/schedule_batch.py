@@ -45,6 +45,7 @@ class Req:
         self.is_silent = False  # whether nobody waits for the output
 
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
+        self.queue_time_s = 0.0  # how long it then waited until a pass first took some of it
         self.num_retractions = 0  # how often its KV cache was taken away
         self.output_ids: list[int] = []
         self.versions: list[VersionStart] = []  # of the weights that have made the output
