@@ -19,10 +19,12 @@ REQUIREMENTS = [
     "prometheus_client>=0.20",
     "psutil>=5.9",
     "pydantic>=2.8",
+    "pyyaml>=6.0",
     "pyzmq>=26",
     "requests>=2.31",
     "safetensors>=0.5",
     "tokenizers>=0.21",
+    "tqdm>=4.66",
     "uvicorn>=0.34",
     "uvloop>=0.20",
     "xxhash>=3.4.1",
@@ -35,6 +37,12 @@ EXTRAS = {
     "cuda13": ["mooncake-transfer-engine-cuda13>=0.3.10"],
     # Finding seeds through a metadata server, and that server.
     "modelexpress": ["grpcio>=1.66", "protobuf>=5.27.2", "redis>=5.2"],
+    # Traces for an OpenTelemetry collector.
+    "otel": [
+        "opentelemetry-exporter-otlp-proto-grpc>=1.30",
+        "opentelemetry-exporter-otlp-proto-http>=1.30",
+        "opentelemetry-sdk>=1.30",
+    ],
     # Attention of long prompts on GPUs from compute capability 9.0 on, where it is faster than Ramet's.
     "cudnn": ["nvidia-cudnn-frontend>=1.24.1"],
     "test": [

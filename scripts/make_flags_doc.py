@@ -1,7 +1,6 @@
 """Writes docs/flags.md from ServerArgs; test/unit/test_docs.py checks that it is current."""
 
 import dataclasses
-import re
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -9,31 +8,40 @@ from typing import Any, get_args, get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 
-from ramet.srt.server_args import ServerArgs  # noqa: E402 - its folder is made importable above
-from ramet.srt.server_flags import flag_name  # noqa: E402 - its folder is made importable above
+from ramet.srt.flags.flag import flag_name  # noqa: E402 - its folder is made importable above
+from ramet.srt.server_args import ServerArgs  # noqa: E402
+from ramet.srt.server_flags import NEEDLESS, sectioned_fields  # noqa: E402
 
 PATH = ROOT / "docs" / "flags.md"
 HEAD = """# Flags
 
 The flags of `ramet serve` and `python -m ramet.launch_server`, which are also the keyword arguments of `ramet.Engine`
 (`--model-path` is `model_path`). Names follow SGLang's. Abbreviations are not accepted, an unknown flag is an error.
+The model may stand alone: `ramet serve MODEL`.
 
-`make docs` writes this page from `python/ramet/srt/server_flags.py`.
+`--config FILE` reads flags from a YAML file; those of the command line go before it. Keys are flags without their
+dashes at the front, `-` and `_` are the same inside, other spellings count, too. A switch is `true` or `false`, `null`
+is as good as no line, a list is several values, an object is JSON. Values stay as they are written: `1.10` is no number
+where a name is expected. An unknown key, and one that is there twice, is an error:
+
+```text
+model: org/name
+tp-size: 2
+served-model-name: [name, name-latest]
+log-requests: true
+modelexpress-config: {url: "10.0.0.9:8001"}
+```
+
+`make docs` writes this page from `python/ramet/srt/flags`.
 """
+TAIL = """
+## Without an effect
 
+Flags of other servers for what is always so here. Each is taken with a line of the log.
 
-def section_of_fields() -> dict[str, str]:
-    """Field name -> the comment line above its group in the source of ServerArgs."""
-    source = (ROOT / "python/ramet/srt/server_flags.py").read_text().split("class ServerFlags", 1)[1]
-    sections, current = {}, ""
-    for line in source.splitlines():
-        if comment := re.fullmatch(r"    # (\w[\w ]*)", line):
-            current = comment.group(1)
-        elif field := re.match(r"    (\w+): .*= flag\(", line):
-            sections[field.group(1)] = current
-        elif line.startswith("    def "):
-            break
-    return sections
+| flag | why |
+|---|---|
+"""
 
 
 def describe(field: dataclasses.Field, hint: Any) -> str:
@@ -46,23 +54,20 @@ def describe(field: dataclasses.Field, hint: Any) -> str:
         values, default = "", ""
     elif field.default is dataclasses.MISSING:
         default = "required"
-    elif field.default in (None, ()):
+    elif field.default in (None, (), ""):
         default = ""
-    return (
-        f"| `{flag_name(field.name)}` | {values} | {default} | {field.metadata['help'].replace('|', chr(92) + '|')} |"
-    )
+    names = ", ".join(f"`{name}`" for name in (flag_name(field.name), *field.metadata["aliases"]))
+    return f"| {names} | {values} | {default} | {field.metadata['help'].replace('|', chr(92) + '|')} |"
 
 
 def render() -> str:
     """The whole page."""
-    hints, sections = get_type_hints(ServerArgs), section_of_fields()
-    lines, current = [HEAD], None
-    for field in dataclasses.fields(ServerArgs):
-        if sections[field.name] != current:
-            current = sections[field.name]
-            lines.append(f"\n## {current}\n\n| flag | values | default | meaning |\n|---|---|---|---|")
-        lines.append(describe(field, hints[field.name]))
-    return "\n".join(lines) + "\n"
+    hints, lines = get_type_hints(ServerArgs), [HEAD]
+    for section, fields in sectioned_fields():
+        lines.append(f"\n## {section}\n\n| flag | values | default | meaning |\n|---|---|---|---|")
+        lines += [describe(field, hints[field.name]) for field in fields]
+    needless = "".join(f"| `{name}` | {reason} |\n" for name, reason in NEEDLESS.items())
+    return "\n".join(lines) + "\n" + TAIL + needless
 
 
 if __name__ == "__main__":

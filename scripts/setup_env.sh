@@ -46,6 +46,6 @@ if [ ! -x "$venv/bin/pip" ]; then
     "$python" -m venv "$venv"
 fi
 
-echo "setup: installing torch and Ramet with the extras $extra,modelexpress,test into $venv (the first time takes minutes)"
+echo "setup: installing torch and Ramet with the extras $extra,modelexpress,otel,test into $venv (the first time takes minutes)"
 "$venv/bin/pip" install -q -c constraints.txt torch || fail "pip could not install torch"
-"$venv/bin/pip" install -q -c constraints.txt -e ".[$extra,modelexpress,test]" || fail "pip could not install Ramet's dependencies"
+"$venv/bin/pip" install -q -c constraints.txt -e ".[$extra,modelexpress,otel,test]" || fail "pip could not install Ramet's dependencies"

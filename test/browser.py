@@ -90,12 +90,12 @@ class Tab:
 
 
 @contextlib.asynccontextmanager
-async def open_browser(profile: Path) -> AsyncIterator[Tab]:
-    """A browser with an empty profile and one tab. Skips the test where there is no browser."""
+async def open_browser(profile: Path, *flags: str) -> AsyncIterator[Tab]:
+    """A browser with an empty profile, further flags and one tab. Skips the test where there is no browser."""
     program = next((path for name in NAMES if (path := shutil.which(name))), None)
     if program is None:
         pytest.skip("needs chromium")
-    command = [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
+    command = [program, *FLAGS, *flags, f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file = profile / "DevToolsActivePort"

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ TEST_FOLDER = Path(__file__).resolve().parent
 PYTHON_FOLDER = TEST_FOLDER.parent / "python"
 MODEL_NAME = "fake"
 WAIT_S = 60.0
+LISTENING = r"listening on (https?://[\w.:\[\]]+)"
 
 
 def write_weightless_model(folder: Path, context_len: int = 512) -> Path:
@@ -100,8 +102,21 @@ def temporary_root() -> Path:
 class ServerProcess:
     """One server on a free port."""
 
-    def __init__(self, model: Path, log: Path, *flags: str, fake: bool = True, **environment: str):
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *flags: str,
+        fake: bool = True,
+        verify: ssl.SSLContext | bool = True,
+        **environment: str,
+    ):
+        """
+        Args:
+            verify: knows the authority of an https server's certificate.
+        """
         self.log = log
+        self.verify = verify
         self.temporary = Path(tempfile.mkdtemp(dir=temporary_root()))  # so that what it leaves behind can be seen
         entry = [str(TEST_FOLDER / "launch_with_fake_scheduler.py")] if fake else ["-m", "ramet.launch_server"]
         port = [] if "--port" in flags else ["--port", "0"]
@@ -126,7 +141,7 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """Known as soon as the server says where it listens."""
-        match = wait_until(lambda: re.search(r"listening on (http://\S+)", self.output) or self._ended(), "the port")
+        match = wait_until(lambda: re.search(LISTENING, self.output) or self._ended(), "the port")
         return match[1]
 
     def wait_ready(self) -> "ServerProcess":
@@ -138,7 +153,7 @@ class ServerProcess:
     def status(self, url: str) -> int:
         """The status of a GET, 0 if nobody answers."""
         try:
-            return httpx.get(url, timeout=5).status_code
+            return httpx.get(url, timeout=5, verify=self.verify).status_code
         except httpx.HTTPError:
             return 0
 

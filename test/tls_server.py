@@ -1,6 +1,8 @@
 """Owns what tests need of TLS: certificates that a CA of their own has signed, and TLS in front of a server."""
 
+import base64
 import contextlib
+import hashlib
 import shutil
 import socket
 import ssl
@@ -30,6 +32,18 @@ def server_context(folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem", folder / "server.key")
     return context
+
+
+def key_digest(folder: Path) -> str:
+    """Of the server's public key, as browsers take it that shall trust that one: SHA-256 in base64."""
+    command = ["openssl", "pkey", "-in", "server.key", "-pubout", "-outform", "DER"]
+    key = subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60).stdout
+    return base64.b64encode(hashlib.sha256(key).digest()).decode()
+
+
+def trust(folder: Path) -> ssl.SSLContext:
+    """For clients of that server."""
+    return ssl.create_default_context(cafile=folder / "ca.pem")
 
 
 Talk = Callable[[socket.socket, threading.Event], None]

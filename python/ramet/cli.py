@@ -3,14 +3,15 @@
 import sys
 from collections.abc import Sequence
 
+COMMANDS = ("serve", "modelexpress-server", "digest", "version")
 USAGE = """usage: ramet <command> …
 
 commands:
-  serve MODEL [flags]            start one serving instance (python -m ramet.launch_server --model-path MODEL [flags])
+  serve MODEL [flags]            start one serving instance (python -m ramet.launch_server MODEL [flags])
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
   fleet set-version MODEL VERSION  have all instances of a model serve a version (also: clear-version, status)
   digest MODEL                   print the digest of a model's weights, for --weights-digest
-  version                        print the version
+  version, --version             print the version
 
 ramet serve --help, ramet modelexpress-server --help, ramet fleet --help and ramet digest --help list the flags.
 """
@@ -23,8 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "serve":
         from ramet.launch_server import main as launch_main
 
-        if arguments and not arguments[0].startswith("-"):
-            arguments = ["--model-path", *arguments]
         return launch_main(arguments, prog="ramet serve")
     if command == "modelexpress-server":
         from ramet.modelexpress_server import main as modelexpress_main
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.srt.model_loader.digest_command import print_digest
 
         return print_digest(arguments, prog="ramet digest")
-    if command == "version":
+    if command in ("version", "--version", "-V"):
         import ramet
 
         sys.stdout.write(f"{ramet.__version__}\n")
@@ -46,9 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
         return 0
-    sys.stderr.write(f"ramet: error: {'unknown command ' + repr(command) if command else 'a command is needed'}\n")
+    sys.stderr.write(f"ramet: error: {_unknown(command) if command else 'a command is needed'}\n")
     sys.stderr.write(USAGE)
     return 1
+
+
+def _unknown(command: str) -> str:
+    from ramet.srt.cli_parser import did_you_mean
+
+    return f"unknown command {command!r}{did_you_mean(command, COMMANDS)}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from doc_pages import (
     script_flags,
 )
 from ramet import cli
-from ramet.srt.command_line import CliParser, add_cli_args, parse_server_args
+from ramet.srt.cli_parser import CliParser
+from ramet.srt.command_line import add_cli_args, parse_server_args
 from ramet.srt.entrypoints import directory_http
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
@@ -129,7 +130,9 @@ def test_named_flags_exist(page: Path) -> None:
 @cache
 def routes() -> frozenset[tuple[str, str]]:
     """Method and path of everything that instances, bootstrap servers and metadata servers answer over HTTP."""
-    instance = SimpleNamespace(server_args=ServerArgs(model_path="m"), is_head=True, refusal=lambda: None)
+    instance = SimpleNamespace(
+        server_args=ServerArgs(model_path="m"), is_head=True, refusal=lambda: None, http_counts=None
+    )
     described = create_app(instance).openapi()["paths"]
     found = {(method.upper(), path) for path, operations in described.items() for method in operations}
     fleet_app = make_fleet_app(None, None, None, FleetService().routes("127.0.0.1", None))

@@ -106,6 +106,6 @@ def test_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     launched = []
     monkeypatch.setattr("ramet.launch_server.main", lambda argv, prog: launched.append((argv, prog)) or 0)
     assert cli.main(["serve", "my/model", "--port", "0"]) == 0
-    assert launched == [(["--model-path", "my/model", "--port", "0"], "ramet serve")]
+    assert launched == [(["my/model", "--port", "0"], "ramet serve")]
     assert cli.main(["serve", "--model-path", "m"]) == 0
     assert launched[1][0] == ["--model-path", "m"]

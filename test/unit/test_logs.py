@@ -1,12 +1,17 @@
 """Log records: one line each, whatever they quote."""
 
+import contextvars
 import io
+import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
-from ramet.srt.observability.logs import MAX_MESSAGE_CHARS, OneLineFormatter, Seldom, escape_text
+from ramet.srt.observability.logs import MAX_MESSAGE_CHARS, JsonFormatter, OneLineFormatter, Seldom, escape_text
+from ramet.srt.observability.request_record import RequestRecord, begin_request
 
 
 @pytest.fixture
@@ -62,3 +67,34 @@ def test_seldom(log: tuple[logging.Logger, io.StringIO], monkeypatch: pytest.Mon
     assert lines == [
         "too many callers", "else", "else", "else", "too many callers (2 more like this since the last line)"
     ]  # fmt: skip
+
+
+def test_json_lines() -> None:
+    formatter = JsonFormatter("scheduler 3")
+    logger = logging.getLogger("test of logs")
+    try:
+        raise ValueError("bad\nline")
+    except ValueError:
+        record = logger.makeRecord("n", logging.ERROR, "f", 1, "a %s\n\ud800", ("b",), sys.exc_info())
+    record.fields = {"status": 404, "odd": {1, 2}}
+    line = formatter.format(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert (found["process"], found["level"], found["message"], found["status"]) == (
+        "scheduler 3", "ERROR", "a b\n\ud800", 404,
+    )  # fmt: skip
+    assert datetime.fromisoformat(found["time"]).timestamp() == pytest.approx(record.created, abs=0.01)
+    assert "bad\nline" in found["traceback"] and "request_id" not in found
+
+
+def test_lines_of_a_request_bear_its_id() -> None:
+    record = logging.getLogger("test of logs").makeRecord("n", logging.INFO, "f", 1, "done", (), None)
+
+    def both() -> tuple[str, str]:
+        begin_request(RequestRecord("id-7"))
+        return OneLineFormatter("%(message)s").format(record), json.loads(JsonFormatter("p").format(record))[
+            "request_id"
+        ]
+
+    assert contextvars.copy_context().run(both) == ("done request_id=id-7", "id-7")
+    assert OneLineFormatter("%(message)s").format(record) == "done"

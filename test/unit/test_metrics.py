@@ -2,7 +2,10 @@
 
 import pytest
 from prometheus_client import Histogram
+from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.metrics import TOKEN_BUCKETS, Metrics
+from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.report import LoadReport
 
 
@@ -39,3 +42,26 @@ def test_tokens_and_their_times_are_counted_as_the_library_does() -> None:
         if name != "_created":
             found = [line for line in lines if line.startswith(f"ramet:inter_token_latency_seconds{name}{{{labels}")]
             assert [float(line.split()[-1]) for line in found] == [pytest.approx(sample.value)], sample
+
+
+def test_a_request_in_the_histograms_of_dashboards() -> None:
+    metrics = Metrics("m")
+    request = TokenizedGenerateReqInput(rid="r", input_ids=[1] * 5, sampling_params=SamplingParams(), lora_name="a")
+    sequence = RunningSequence(request=request, created_s=10.0, queue_time_s=0.3, prefill_time_s=0.2)
+    metrics.observe_output(sequence, 1, 10.6, None)
+    sequence.output_ids, sequence.last_output_s = [7, 8, 9], 11.5
+    metrics.observe_end(sequence, FinishReason(type="stop"))
+    lines = metrics.render().decode().splitlines()
+    for line in (
+        'ramet:queue_time_seconds_sum{model_name="m"} 0.3',
+        'ramet:queue_time_seconds_bucket{le="0.5",model_name="m"} 1.0',
+        'ramet:time_per_output_token_seconds_sum{model_name="m"} 0.5',
+        'ramet:prompt_tokens_histogram_sum{model_name="m"} 5.0',
+        'ramet:prompt_tokens_histogram_bucket{le="4.0",model_name="m"} 0.0',
+        'ramet:generation_tokens_histogram_sum{model_name="m"} 3.0',
+        'ramet:lora_requests_total{lora_name="a",model_name="m"} 1.0',
+    ):
+        assert line in lines, line
+    metrics.forget_adapter("a")
+    metrics.forget_adapter("never counted")
+    assert "lora_name" not in metrics.render().decode()

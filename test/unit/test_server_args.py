@@ -3,8 +3,8 @@
 from dataclasses import fields
 
 import pytest
+from ramet.srt.flags.flag import flag_name
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.server_flags import flag_name
 
 COUNTS = (
     "max_queued_requests", "page_size", "stream_interval", "tp_size", "pp_size", "dp_size", "ep_size", "nnodes",

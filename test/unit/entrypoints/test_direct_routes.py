@@ -7,6 +7,7 @@ import httpx
 import pytest
 from ramet.srt.configs.sentence_transformers import EmbeddingConfig
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS
+from ramet.srt.entrypoints.http.http_counts import HttpCounts
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.managers.prepare_requests import Limits
 from ramet.srt.server_args import ServerArgs
@@ -35,6 +36,7 @@ def make_instance(refusal: str | None = None, **args: Any) -> Any:
     manager = SimpleNamespace(limits=LIMITS, generate=fails, tokenizer=SimpleNamespace(has_chat_template=False))
     server_args = ServerArgs(model_path="m", **args)
     fields = {"server_args": server_args, "is_head": True, "refusal": lambda: refusal, "manager": manager}
+    fields["http_counts"] = HttpCounts("m")
     return SimpleNamespace(**fields, reranker=SimpleNamespace(prompts=lambda *args: {}["secret"]))
 
 

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 from ramet.srt.entrypoints.instance import Instance
+from ramet.srt.flags.runtime_flags import ATTENTION_BACKENDS
 from ramet.srt.layers.attention import registry, requirements
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionSpec
 from ramet.srt.layers.attention.registry import choose_attn_backend
 from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.server_args import ServerArgs
-from ramet.srt.server_flags import ATTENTION_BACKENDS
 
 SPEC = AttentionSpec(
     device=torch.device("cuda"), dtype=torch.bfloat16, kv_dtype=torch.bfloat16, page_size=256, num_heads=8,

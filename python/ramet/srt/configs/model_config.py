@@ -189,7 +189,8 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     """
     file = os.path.join(folder, name)
     if not os.path.isdir(folder):
-        raise ValueError(f"model path {folder} is not a folder")
+        kind = "a file" if os.path.isfile(folder) else "not there"
+        raise ValueError(f"model path {folder} is {kind}; the folder that holds the model is expected")
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)

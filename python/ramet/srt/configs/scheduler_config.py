@@ -20,6 +20,7 @@ class SchedulerConfig:
     stream_interval: int  # output tokens between two outputs of a streamed request
     random_seed: int  # of the sampling seeds given to requests without one
     overlap: bool  # plan a pass before the tokens of the one before it are known
+    decode_log_interval: int | None = None  # decode passes between two lines of the log; None: seconds count
     num_lora_slots: int = 0  # adapters that the requests of one pass may have
 
     @property

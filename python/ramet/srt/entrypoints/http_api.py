@@ -1,5 +1,6 @@
 """Owns an instance's routes as one application with its OpenAPI description; when it is served is http_server.py's."""
 
+import functools
 import re
 import warnings
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from ramet.srt.entrypoints.http.event_stream import ClientGone, client_gone_resp
 from ramet.srt.entrypoints.http.http_access import OPEN_PATHS, AccessMiddleware
 from ramet.srt.entrypoints.http.http_body import GENERATE_PATHS, BodyMiddleware
 from ramet.srt.entrypoints.http.http_errors import install_error_handlers, on_unexpected
-from ramet.srt.entrypoints.http.http_front import FrontMiddleware
+from ramet.srt.entrypoints.http.http_front import FrontMiddleware, PageMiddleware
+from ramet.srt.entrypoints.http.request_log import LogConfig, RequestLogMiddleware, Trace
 from ramet.srt.entrypoints.http.trainer_calls import TrainerCalls
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.routes.admin import make_admin_router
@@ -38,6 +40,8 @@ from ramet.srt.entrypoints.routes.weight_sessions import make_weight_session_rou
 from ramet.srt.entrypoints.routes.weight_updates import make_weight_update_router
 from ramet.srt.entrypoints.routes.weight_versions import make_version_router
 from ramet.srt.entrypoints.routes.weights import make_weight_router
+from ramet.srt.entrypoints.traces import trace_request
+from ramet.srt.observability.traces import tracer
 from ramet.srt.utils.http_origin import OriginCheck
 
 # Of the head's. In their order they stand on the page that describes them.
@@ -104,7 +108,13 @@ class DescribedApp(FastAPI):
 def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
     """The application that serves `instance`; `checker`, which users' requests need, sees large bodies first."""
     args = instance.server_args
-    app = DescribedApp(title="Ramet", version=ramet.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = DescribedApp(
+        title="Ramet",
+        version=ramet.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.has_keys = bool(args.api_key or args.admin_api_key)
     install_error_handlers(app)
 
@@ -119,10 +129,16 @@ def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAP
     return app
 
 
+def _trace() -> Trace | None:
+    """What puts requests into traces, where there are some."""
+    own = tracer()
+    return None if own is None else Trace(own.begin, functools.partial(trace_request, own))
+
+
 def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None, routes: Sequence[Any]) -> ASGIApp:
     """What a request meets before the application: who may ask, its body, and the short way of users' requests."""
     args = instance.server_args
-    origins = OriginCheck(args.host, args.allowed_host_names)
+    origins = OriginCheck(args.host, args.allowed_host_names, args.cors_allow_origins)
     front: ASGIApp = app.answer
     if instance.is_head:
         front = DirectRoutes(front, find_endpoints(routes, GENERATE_PATHS))
@@ -138,4 +154,8 @@ def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None
         refusal=instance.refusal,
         authorities=args.authorities,
     )
-    return AnthropicErrors(FrontMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins))
+    front = PageMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins)
+    paths = [route.path for route in routes]
+    log_config = LogConfig(args.log_requests, args.log_requests_level)
+    front = RequestLogMiddleware(front, instance.http_counts, paths, log_config, _trace())
+    return AnthropicErrors(FrontMiddleware(front, args.root_path))

@@ -15,6 +15,7 @@ import uvicorn
 from ramet.srt.entrypoints.child_processes import LaunchError
 from ramet.srt.entrypoints.http.body_check import BodyChecker
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
+from ramet.srt.entrypoints.http.http_front import without_root
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.instance_info import ready_line
@@ -60,7 +61,10 @@ class HttpServer:
         limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
         config = uvicorn.Config(
             create_app(instance, self._checker if instance.is_head else None),
-            http=guarded_protocol(limits, lambda path: path.rstrip("/") in HEALTH_PATHS),
+            http=guarded_protocol(limits, lambda path: without_root(path, args.root_path).rstrip("/") in HEALTH_PATHS),
+            ssl_certfile=args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
+            ssl_keyfile_password=args.ssl_keyfile_password,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -70,7 +74,7 @@ class HttpServer:
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
         )
-        self._server = SignalFreeServer(config)
+        self._server = SignalFreeServer(config, f"listening on {args.url()}")
 
     async def run(self, check_signals: Callable[[], None]) -> None:
         """Serve until the end. Raises what `serve` raises."""
@@ -113,7 +117,16 @@ class HttpServer:
 
 
 class SignalFreeServer(uvicorn.Server):
-    """uvicorn's server without its own idea of signals."""
+    """uvicorn's server without its own idea of signals, which says in a line of ours when it takes requests."""
+
+    def __init__(self, config: uvicorn.Config, line: str) -> None:
+        super().__init__(config)
+        self._line = line
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            logger.info("%s", self._line)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

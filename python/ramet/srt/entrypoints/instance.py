@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, ChildProcesses, LaunchError
+from ramet.srt.entrypoints.http.http_counts import HttpCounts
 from ramet.srt.entrypoints.modelexpress_start import prepare_modelexpress
 from ramet.srt.entrypoints.read_model import read_model
+from ramet.srt.entrypoints.traces import trace_start
 from ramet.srt.entrypoints.weight_doors import WeightDoors, start_bootstrap
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.managers.io_struct import SchedulerReady
 from ramet.srt.observability.progress import Progress
+from ramet.srt.observability.traces import tracer
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.hub import resolve_tokenizer_path
 from ramet.srt.utils.net import format_url, reachable_host
@@ -64,6 +67,7 @@ class Instance:
         self.manager: TokenizerManager
         self.reranker: Reranker | NoReranker
         self.metrics: Metrics
+        self.http_counts = HttpCounts(server_args.model_name)
         self.model_config: ModelConfig
         self.sampling_defaults: dict[str, Any] = {}  # the model's own
         self.lora: LoraControl
@@ -197,6 +201,7 @@ class Instance:
             hidden_size=self.model_config.hidden_size,
         )
         self.metrics = Metrics(args.model_name)
+        self.metrics.registry.register(self.http_counts)
         try:
             self.manager = TokenizerManager(
                 tokenizer,
@@ -208,6 +213,7 @@ class Instance:
             )
         except zmq.ZMQError as error:
             raise LaunchError(f"the sockets between the processes can't be opened: {one_line(error)}") from None
+        self.manager.adapters.also_served = args.model_names[1:]
         self.pauses = PauseControl(self.manager)
         self.profiles = ProfileControl(self.manager)
         world_size, weights_turn = args.world_size, asyncio.Lock()
@@ -285,6 +291,8 @@ class Instance:
             self.progress.merge(f"rank {scheduler.world_rank}", scheduler.phases)
         self.schedulers = schedulers
         self.progress.mark("ready")
+        if (own := tracer()) is not None:
+            trace_start(own, self.progress.launch_time, schedulers)
         if self.is_head:
             for scheduler in schedulers:
                 self.metrics.observe_load(scheduler.world_rank, scheduler.load_report)

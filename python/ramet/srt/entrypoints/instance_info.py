@@ -12,7 +12,7 @@ from ramet.srt.managers.io_struct import GetInternalStateReqOutput
 if TYPE_CHECKING:
     from ramet.srt.entrypoints.instance import Instance
 
-SECRET_FIELDS = ("api_key", "admin_api_key")
+SECRET_FIELDS = ("api_key", "admin_api_key", "ssl_keyfile_password")
 
 
 def server_info(instance: "Instance", states: Sequence[GetInternalStateReqOutput]) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def server_info(instance: "Instance", states: Sequence[GetInternalStateReqOutput
     }
     return {
         **args,
+        "served_model_name": instance.server_args.model_name,
         "weight_version": instance.manager.weight_version,
         "version": ramet.__version__,
         "max_total_num_tokens": instance.schedulers[0].max_total_num_tokens,

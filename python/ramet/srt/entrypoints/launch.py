@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from ramet.srt.command_line import parse_server_args
+from ramet.srt.command_line import read_command_line
 from ramet.srt.entrypoints.child_processes import SCHEDULER_MODULE, LaunchError
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.listener import bind
+from ramet.srt.entrypoints.traces import trace_failed_start
 from ramet.srt.errors import limit_advice, one_line
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress import process_start_time
+from ramet.srt.observability.progress_bar import allow_bars
+from ramet.srt.observability.traces import start_traces, stop_traces, tracer
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.file_limit import raise_file_limit
 from ramet.srt.utils.imports import importing
@@ -38,9 +41,12 @@ def serve_from_command_line(argv: Sequence[str], prog: str) -> int:
     """Serve as the flags say; the exit code."""
     launch_time = process_start_time()
     try:
-        server_args = parse_server_args(argv, prog)
+        server_args, notes = read_command_line(argv, prog)
     except ValueError as error:
         return _fail(error)
+    configure_logging(server_args.log_level, "server", server_args.log_format)
+    for note in notes:
+        logger.info("%s", note)
     return launch(server_args, launch_time)
 
 
@@ -50,13 +56,21 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
     Returns:
         The exit code: 0 after a signal; 1, with one line on stderr, if the start failed or a child has died.
     """
-    configure_logging(server_args.log_level, "server")
+    configure_logging(server_args.log_level, "server", server_args.log_format)
+    if server_args.otlp_traces_endpoint is not None:
+        try:
+            start_traces(server_args.otlp_traces_endpoint, {"ramet.model": server_args.model_name})
+        except ValueError as error:
+            return _fail(error)
+    allow_bars(server_args.log_format == "text")
     raise_file_limit()
     try:
         with _StartSignals() as signals:
             return _run(server_args, launch_time, scheduler_module, signals)
     except Interrupted:
         return 0
+    finally:
+        stop_traces()
 
 
 def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, signals: "_StartSignals") -> int:
@@ -65,7 +79,7 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
         _check_file_limit()
         with contextlib.closing(bind(server_args.host, server_args.port)) as listener:
             server_args = dataclasses.replace(server_args, port=listener.getsockname()[1])
-            logger.info("listening on %s", server_args.url())
+            logger.info("starting; users will be served on %s", server_args.url())
             instance = Instance(server_args, launch_time, scheduler_module)
             instance.start()
             with importing("fastapi"):
@@ -74,6 +88,8 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
             signals.check()
             serve(instance, listener, signals.check)
     except (ValueError, LaunchError) as error:
+        if (own := tracer()) is not None and (instance is None or not instance.schedulers):
+            trace_failed_start(own, launch_time, one_line(error))
         return _fail(error)
     except (OSError, MemoryError, RuntimeError) as error:
         if limit_advice(error) is None:

@@ -26,7 +26,7 @@ def read_lora_paths(args: ServerArgs) -> tuple[list[LoraPath], ServerArgs]:
     """
     paths = [parse_lora_path(text) for text in args.lora_paths]
     names = [path.name for path in paths if path.name]
-    if len(set(names)) < len(names) or args.model_name in names:
+    if len(set(names)) < len(names) or not set(names).isdisjoint(args.model_names):
         raise ValueError("--lora-paths: each adapter needs a name of its own, which is not the model's")
     ranks = [DEFAULT_MAX_RANK]
     for path in paths:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NO_SEED = (
+    "this instance gives its weights to nobody: it was started without "
+    "--remote-instance-weight-loader-start-seed-via-transfer-engine"
+)
 TELL_TIMEOUT_S = 5.0  # for a rank to note that the instance is healthy, or about to end
 
 
@@ -67,6 +71,10 @@ class WeightDoors:
             raise ServiceError(suspended[1], status_code=suspended[0])
         return self.bootstrap.get_json(role, rank)
 
+    def why_absent(self, role: str, rank: int) -> str:
+        """What is said of a rank that has not registered."""
+        return NO_SEED if self.bootstrap is None else f"rank {rank} of {role!r} has not registered its weights"
+
     def forget_adapter(self, name: str) -> None:
         """No instance shall come for an adapter any more."""
         if self.bootstrap is not None:
@@ -86,7 +94,7 @@ class WeightDoors:
         """
         address = None if self.bootstrap is None else self.bootstrap.control_address(role, rank)
         if address is None:
-            raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
+            raise RequestError(self.why_absent(role, rank), param="rank", status_code=404)
         try:
             reply = await ask_rank(address, request, timeout_s)
         except OverflowError:  # JSON has larger numbers than the message to the rank

@@ -50,6 +50,8 @@ EMPTY: tuple[Any, ...] = (None, False, "", 0)
 def find_adapter_file(folder: str) -> str:
     """The file with a folder's adapter. Raises ValueError if there is none."""
     path = os.path.join(folder, WEIGHTS_FILE)
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder} is a file; the folder that holds the adapter is expected")
     if not os.path.isdir(folder):
         raise ValueError(f"there is no adapter folder {folder}")
     if not os.path.isfile(path):

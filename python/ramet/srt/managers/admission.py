@@ -156,6 +156,11 @@ class Admission:
         if not req.has_run and req.arrival_s is not None:
             req.queue_time_s = self._clock() - req.arrival_s
 
+    def note_first_token(self, req: Req) -> None:
+        """All of a prompt is computed; a later call changes nothing."""
+        if req.prefill_time_s == 0.0 and req.arrival_s is not None:
+            req.prefill_time_s = self._clock() - req.arrival_s - req.queue_time_s
+
     def _update_progress(self, chunks: Sequence[RunningReq]) -> None:
         """Remember whose prompts have still a part to come, once these chunks are computed."""
         last = {running for running in chunks if running.is_last_chunk}

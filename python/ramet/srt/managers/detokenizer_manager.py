@@ -162,7 +162,7 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 
 def _serve(config: ChildConfig, status_fd: int) -> int:
     args = config.make_server_args()
-    configure_logging(args.log_level, "detokenizer")
+    configure_logging(args.log_level, "detokenizer", args.log_format)
     pulse, _ = start_pulse(config)
     try:
         path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)

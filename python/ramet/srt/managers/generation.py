@@ -32,7 +32,7 @@ class RunningSequence:
     vector: bytes = b""  # float32: what a pooled request is for
     cached_tokens: int = 0
     queue_time_s: float = 0.0
-    first_output_s: float | None = None
+    prefill_time_s: float = 0.0
     last_output_s: float | None = None
 
     @property
@@ -58,8 +58,8 @@ class RunningSequence:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds from the request to its first output; 0 without one."""
-        return 0.0 if self.first_output_s is None else self.first_output_s - self.created_s
+        """Seconds from the request to its first token, also where that was not sent by itself; 0 without one."""
+        return self.queue_time_s + self.prefill_time_s
 
     def add(self, item: RequestText, now: float) -> None:
         """Take in what the scheduler and the detokenizer say."""
@@ -68,7 +68,7 @@ class RunningSequence:
         self.output_ids += output.token_ids
         self.versions += output.new_versions
         self.cached_tokens = output.cached_tokens
-        self.queue_time_s = output.queue_time_s
+        self.queue_time_s, self.prefill_time_s = output.queue_time_s, output.prefill_time_s
         for total, new in (
             (self.input_logprobs, output.input_logprobs),
             (self.output_logprobs, output.output_logprobs),
@@ -77,8 +77,6 @@ class RunningSequence:
                 extend_logprobs(total, new.token_ids, new)
         self.vector = output.vector
         self.finish_reason = output.finish_reason
-        if self.first_output_s is None:
-            self.first_output_s = now
         self.last_output_s = now
 
 

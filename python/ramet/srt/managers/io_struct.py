@@ -196,6 +196,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     completion_tokens: int  # total so far
     cached_tokens: int
     queue_time_s: float = 0.0  # seconds that it waited before any of it was computed
+    prefill_time_s: float = 0.0  # and from then on until its first token was there; 0 before that
     input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
     output_logprobs: TokenLogprobs | None = None  # of the new tokens
     ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's

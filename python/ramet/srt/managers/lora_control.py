@@ -169,7 +169,7 @@ class LoraControl:
                                param="lora_name")  # fmt: skip
 
     def _check_is_free(self, name: str) -> None:
-        if name == self._served_name:
+        if name == self._served_name or name in self.registry.also_served:
             raise RequestError(f"lora_name: {name!r} is the model itself", param="lora_name")
         loaded = self.registry.get(name)
         if loaded is not None:

@@ -26,6 +26,7 @@ class LoraRegistry:
     """The main process's side. A name that is free again can become another adapter's, a number can't."""
 
     def __init__(self) -> None:
+        self.also_served: tuple[str, ...] = ()  # further names of the model itself
         self._loaded: dict[str, LoadedAdapter] = {}
         self._numbers = itertools.count(NO_ADAPTER + 1)
         self._id_of_request: dict[str, int] = {}
@@ -62,13 +63,13 @@ class LoraRegistry:
         Raises:
             RequestError: if it names neither.
         """
-        if not model or model == served:
+        if not model or model == served or model in self.also_served:
             return ""
-        for name in (model, model.removeprefix(f"{served}:")):
+        for name in (model, *(model.removeprefix(f"{one}:") for one in (served, *self.also_served))):
             loaded = self._loaded.get(name)
             if loaded is not None and not loaded.is_leaving:
                 return name
-        raise unknown_model(model, served, (loaded.adapter.name for loaded in self.usable()))
+        raise unknown_model(model, (served, *self.also_served), (loaded.adapter.name for loaded in self.usable()))
 
     def resolve(self, name: str) -> int:
         """The number of the adapter that has the name now. Raises RequestError if a request can't have it."""
@@ -106,9 +107,9 @@ class LoraRegistry:
             await event.wait()
 
 
-def unknown_model(name: str, served: str, adapters: Iterable[str] = ()) -> RequestError:
+def unknown_model(name: str, served: Iterable[str], adapters: Iterable[str] = ()) -> RequestError:
     """What is said of a model that is not there."""
     names = list(adapters)
     others = f" and the adapters {name_some(names)}" if names else ""
-    text = f"the model {name!r} does not exist; this instance serves {served!r}{others}"
+    text = f"the model {name!r} does not exist; this instance serves {', '.join(map(repr, served))}{others}"
     return RequestError(text, param="model", code="model_not_found", status_code=404)

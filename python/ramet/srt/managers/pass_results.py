@@ -84,6 +84,7 @@ class PassResults:
 
     def _take_token(self, req: Req, chosen: ChosenToken) -> None:
         req.note_version(chosen.weight_version)
+        self._admission.note_first_token(req)
         if req.sampling_params.max_new_tokens == 0:  # nobody wants a token: the prompt has been computed
             req.finish_reason = FinishReason(type="length", length=0)
             return
@@ -104,6 +105,7 @@ class PassResults:
             req = running.req
             if req.finish_reason is None:
                 req.note_version(batch.weight_version)
+                self._admission.note_first_token(req)
                 req.vector = vectors[req.rid]
                 req.finish_reason = pooled_reason(req.vector)
                 self._running.end(running)

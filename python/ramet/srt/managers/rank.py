@@ -154,7 +154,7 @@ class RankStart:
         host, port = reachable_host(self.args.host), self.args.port
         if self.args.nnodes > 1 and self.args.host in ("0.0.0.0", "::"):
             host = self.args.head_host
-        url = format_url(host, port) if self.args.has_http else ""
+        url = format_url(host, port, self.args.scheme) if self.args.has_http else ""
         if self.rendezvous is not None:
             if self.parallel.world_rank == 0:
                 self.rendezvous.put(INSTANCE_URL_KEY, url)

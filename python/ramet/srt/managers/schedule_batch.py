@@ -46,6 +46,7 @@ class Req:
 
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
         self.queue_time_s = 0.0  # how long it then waited until a pass first took some of it
+        self.prefill_time_s = 0.0  # and from then on until its first token or its vector was there
         self.num_retractions = 0  # how often its KV cache was taken away
         self.output_ids: list[int] = []
         self.versions: list[VersionStart] = []  # of the weights that have made the output

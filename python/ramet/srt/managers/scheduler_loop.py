@@ -19,6 +19,7 @@ from ramet.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     UnloadLoraReqInput,
 )
+from ramet.srt.managers.load_log import LoadLog
 from ramet.srt.managers.lora_desk import LoraDesk
 from ramet.srt.managers.rank_profiler import profile_reply
 from ramet.srt.managers.schedule_batch import ScheduleBatch
@@ -46,6 +47,11 @@ class SchedulerLoop:
         self.scheduler = scheduler
         self._channel = channel
         runner, tell = scheduler.model_runner, scheduler.passes.tell
+        self._load_log = LoadLog(
+            scheduler.config.decode_log_interval,
+            lambda: self._internal_state(GetInternalStateReq(request_id="")),
+            lambda: scheduler.results.throughput.total,
+        )
         self._lora = LoraDesk(runner.lora, scheduler.lora_slots, scheduler.caches, tell, channel.reply)
         self._weight_updates = WeightUpdateDesk(scheduler, runner.versions, tell, channel.reply)
 
@@ -67,7 +73,9 @@ class SchedulerLoop:
             return  # to look at the time anew
         if is_idle and not messages and not self.has_work:
             scheduler.use_quiet_moment()
-        if self.step() is None:
+        batch = self.step()
+        self._load_log.note(batch)
+        if batch is None:
             if not self.has_work:
                 scheduler.check_caches()
             elif not scheduler.passes:

@@ -120,6 +120,7 @@ def make_output(req: Req) -> RequestOutput:
         completion_tokens=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         queue_time_s=req.queue_time_s,
+        prefill_time_s=req.prefill_time_s,
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
         ends_in_stop_token=req.ends_in_stop_token,

@@ -17,6 +17,7 @@ from ramet.srt.managers.io_struct import SchedulerFailed, encode
 from ramet.srt.managers.pulse import BoardVoice
 from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.observability.logs import configure_logging
+from ramet.srt.observability.progress_bar import allow_bars
 from ramet.srt.utils.imports import importing, start_gpu
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,10 @@ def main(argv: Sequence[str]) -> int:
     die_with_parent(config.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides what it means
     world_rank = config.parallel.world_rank
-    configure_logging(config.server_args["log_level"], f"scheduler {world_rank}")
+    args_given = config.server_args
+    configure_logging(args_given["log_level"], f"scheduler {world_rank}", args_given["log_format"])
     args = config.make_server_args()
+    allow_bars(world_rank == args.local_ranks[0] and args.log_format == "text")
     pulse, board = start_pulse(config)
     with importing("torch"):
         if args.device != "cpu":

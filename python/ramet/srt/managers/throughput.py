@@ -10,10 +10,12 @@ class Throughput:
     """Counts the tokens of the last few seconds."""
 
     def __init__(self) -> None:
+        self.total = 0  # since the start
         self._counts: deque[tuple[float, int]] = deque()  # time.monotonic() of a pass, and its tokens
 
     def add(self, num_tokens: int) -> None:
         """So many tokens have come just now."""
+        self.total += num_tokens
         self._counts.append((time.monotonic(), num_tokens))
         self._forget_old()
 

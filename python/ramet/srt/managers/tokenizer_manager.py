@@ -45,6 +45,7 @@ from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInput, is_slow, prepare_requests
 from ramet.srt.managers.tokenizer_channel import TokenizerChannel
+from ramet.srt.observability.request_record import RequestRecord, current_request
 from ramet.srt.text.incremental_decode import prompt_tail
 from ramet.srt.text.output_format import OutputFormat
 from ramet.srt.text.tokenizer import Tokenizer
@@ -188,7 +189,8 @@ class TokenizerManager:
             ServiceError: if the instance takes no requests now.
         """
         self._check_accepting()
-        rid = rid or uuid.uuid4().hex
+        record = current_request()
+        rid = rid or _new_rid(record)
         prepare = functools.partial(prepare_requests, inputs, rid, self.tokenizer, self.limits)
         requests = await asyncio.to_thread(prepare) if is_slow(inputs) else prepare()
         self._check_accepting()
@@ -197,6 +199,8 @@ class TokenizerManager:
         for request in requests:
             request.lora_id = self.adapters.resolve(request.lora_name)
         generation = Generation(rid, requests, self._release, self.weight_version)
+        if record is not None:
+            record.generations.append((inputs, generation))
         self._idle.clear()
         for index, request in enumerate(requests):
             self._running[request.rid] = generation, index
@@ -359,3 +363,12 @@ class TokenizerManager:
             del self._replies[request_id]
         assert isinstance(reply, kind)
         return reply
+
+
+def _new_rid(record: RequestRecord | None) -> str:
+    """An id that no other request has. It begins with the HTTP request's, which can be found by it in every log."""
+    unique = uuid.uuid4().hex
+    if record is None:
+        return unique
+    is_used = record.is_given or bool(record.generations)
+    return f"{record.request_id}-{unique[:12]}" if is_used else record.request_id

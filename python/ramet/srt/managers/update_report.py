@@ -1,11 +1,15 @@
 """Owns what is known of weights that serve or are staged, and of how they came: data of the main process's side."""
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ramet.srt.observability.traces import trace_work
 from ramet.srt.weights.update_messages import WeightSource, WeightStepOutput
+
+logger = logging.getLogger(__name__)
 
 UpdateMode = Literal["staged", "staged_in_host_memory", "in_place"]
 
@@ -39,11 +43,28 @@ class UpdateReport:
     mode: UpdateMode = "staged"
 
     @property
+    def trace_attributes(self) -> dict[str, str | int | float]:
+        """What a trace says of it."""
+        return {
+            "ramet.weights.version": self.version,
+            "ramet.weights.origin": self.origin,
+            "ramet.weights.source": self.source,
+            "ramet.weights.bytes": self.num_bytes,
+            "ramet.weights.pause_seconds": self.pause_s,
+        }
+
+    @property
     def message(self) -> str:
         done = {"staged": "staged", "staged_in_host_memory": "staged in host memory", "in_place": "written"}[self.mode]
         way = f"{self.num_bytes} bytes {done} from {self.source} in {self.stage_s:.3f} s" if self.source else done
         words = f"the weights are those of {self.origin} ({self.version}): {way}, a pause of {self.pause_s:.4f} s"
         return f"{words}; {self.trouble}" if self.trouble else words
+
+
+def note_update(report: UpdateReport) -> None:
+    """Other weights serve now: say so in the log and in traces."""
+    logger.info("%s", report.message)
+    trace_work("update weights", report.stage_s + report.pause_s, report.trace_attributes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
-from ramet.srt.managers.update_report import Content, Staged, UpdateReport
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport, note_update
 from ramet.srt.managers.update_roles import Doors, FoundSource, Life
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.update_messages import (
@@ -189,7 +189,7 @@ class WeightUpdateControl:
             if not self.kept:
                 raise RequestError("no version before this one is staged (--keep-weight-versions)")
             report = await self._switch_to(self.kept[0], abort_all)
-            logger.info("%s", report.message)
+            note_update(report)
             return report
 
     # -- Steps of an update, also those of a session: see weight_sessions.py
@@ -233,7 +233,7 @@ class WeightUpdateControl:
             transfer_s=staged.transfer_s,
             mode=staged.mode,
         )
-        logger.info("%s", report.message)
+        note_update(report)
         return report
 
     async def _reset(self) -> UpdateReport:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -12,6 +12,7 @@ from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, Captu
 from ramet.srt.layers.kernels.split_sums import counts_of
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
+from ramet.srt.observability.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class CudaGraphRunner:
         kinds = [[shape for shape in by_size if shape.has_chunks == has_chunks] for has_chunks in (False, True)]
         first = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
         first |= {shape for shape in by_size if shape.num_tokens <= SHORT_TOKENS}
-        for shape in by_size:
+        for shape in self._shown(by_size):
             self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
             if shape in first:
@@ -107,6 +108,14 @@ class CudaGraphRunner:
             self._graphs[shape] = graph
         torch.cuda.current_stream(device).wait_stream(stream)
         logger.info("captured graphs of %d passes in %.2f s", len(self._shapes), time.perf_counter() - start)
+
+    @staticmethod
+    def _shown(shapes: Sequence[CapturedShape]) -> Iterator[CapturedShape]:
+        """The shapes, one after the other, with how many are done to be seen."""
+        with progress_bar(len(shapes), "capturing graphs") as advance:
+            for shape in shapes:
+                yield shape
+                advance(1)
 
     def _fixed_inputs(self, shape: CapturedShape) -> torch.Tensor:
         """int64 [3, num_tokens], where a pass of this shape reads its tokens."""

@@ -3,10 +3,10 @@
 import sys
 from collections.abc import Sequence
 
-from ramet.srt.command_line import CliParser
+from ramet.srt.cli_parser import CliParser
+from ramet.srt.flags.log_flags import LOG_LEVELS
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table, find_table
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.server_flags import LOG_LEVELS
 from ramet.srt.utils.hub import resolve_model_path
 
 

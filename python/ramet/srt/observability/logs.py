@@ -1,10 +1,14 @@
 """Owns how log lines look, the same in every process of an instance: one record, one line, whatever it quotes."""
 
+import json
 import logging
 import re
 import sys
 import time
+from datetime import UTC, datetime
 from typing import Any
+
+from ramet.srt.observability.request_record import current_request
 
 MAX_MESSAGE_CHARS = 8192  # of a record; a caller can make its text much longer than any of ours
 # Whatever a terminal or a reader of lines takes for more than a letter: controls, the line and paragraph separators,
@@ -24,7 +28,10 @@ class OneLineFormatter(logging.Formatter):
     """Escapes what records quote of others. Only tracebacks have further lines, and none looks like a record."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = escape_text(record.message)
+        max_chars = MAX_MESSAGE_CHARS if not getattr(record, "is_whole", False) else sys.maxsize
+        record.message = escape_text(record.message, max_chars)
+        if (request := current_request()) is not None:
+            record.message += f" request_id={request.request_id}"
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
@@ -37,6 +44,36 @@ class OneLineFormatter(logging.Formatter):
     def _indented(text: str) -> str:
         lines = (_TRACEBACK_INDENT + escape_text(line) for line in text.split("\n"))
         return "\n".join(lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object for each record: time, level, process, logger, message, and what else the record has.
+
+    `extra={"fields": {...}}` of a record are members of their own.
+    """
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        message = record.getMessage()
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}… ({len(message) - MAX_MESSAGE_CHARS} more characters)"
+        members = {
+            "time": moment.replace("+00:00", "Z"),
+            "level": record.levelname,
+            "process": self._process,
+            "logger": record.name,
+            "message": message,
+        }
+        if (request := current_request()) is not None:
+            members["request_id"] = request.request_id
+        members |= getattr(record, "fields", {})
+        if record.exc_info:
+            members["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(members, default=str)
 
 
 class Seldom(logging.Filter):
@@ -64,12 +101,15 @@ class Seldom(logging.Filter):
         return True
 
 
-def configure_logging(level: str, process: str) -> None:
-    """Log to stderr from `level` ("debug", …) on, with the `process` ("server", "scheduler 0", …) in each line."""
+def configure_logging(level: str, process: str, form: str = "text") -> None:
+    """Log to stderr from `level` ("debug", …) on, with the `process` ("server", "scheduler 0", …) in each line.
+
+    Args:
+        form: "text", or "json" for JSON lines.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        OneLineFormatter(f"[%(asctime)s {process}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    )
+    text = OneLineFormatter(f"[%(asctime)s {process}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonFormatter(process) if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "huggingface_hub", "asyncio", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -213,6 +213,7 @@ class GuardedProtocol(H11Protocol):
 
     def refuse(self, status: int, message: str) -> None:
         """Answer what can't be answered otherwise, if there is still a way to, and close the connection."""
+        logger.info("refused: a request from %s: %d %s", (self.client or ("-",))[0], status, message)
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -344,6 +345,8 @@ def _health_only(app: Any, is_health: Callable[[str], bool]) -> Any:
         if is_health(scope["path"]):
             await app(scope, receive, send)
         else:
+            client = (scope.get("client") or ("-",))[0]
+            logger.info("refused: %s %s from %s: 503 %s", scope["method"], scope["path"], client, detail["message"])
             await send({"type": "http.response.start", "status": 503, "headers": headers})
             await send({"type": "http.response.body", "body": body, "more_body": False})
 

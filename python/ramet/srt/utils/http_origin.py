@@ -18,13 +18,18 @@ class OriginCheck:
     rebinding) is its own origin; its name stands in the Host header, where a server on loopback expects only its own.
     """
 
-    def __init__(self, bound_host: str, allowed_hosts: Collection[str] = ()) -> None:
+    def __init__(
+        self, bound_host: str, allowed_hosts: Collection[str] = (), allowed_origins: Collection[str] = ()
+    ) -> None:
         """
         Args:
             bound_host: address that the server listens on.
             allowed_hosts: further names by which it may be called; "*" is all, and allows pages of every site.
+            allowed_origins: sites whose pages may call it and read its answers; "*" is all.
         """
         self._any = ANY_HOST in allowed_hosts
+        self._any_page = self._any or ANY_HOST in allowed_origins
+        self._origins = frozenset(origin.lower() for origin in allowed_origins)
         self._names: frozenset[str] | None = None
         self._allowed = frozenset(name.lower() for name in allowed_hosts)
         if is_loopback(bound_host):
@@ -41,7 +46,8 @@ class OriginCheck:
             return None
         if fetch_site == "cross-site" and origin is None:
             return OTHER_SITE.format("Sec-Fetch-Site")
-        if origin is not None and fetch_site != "same-origin" and not self._is_own(origin, host or ""):
+        is_page = origin is not None and fetch_site != "same-origin"
+        if is_page and not (self._is_named(origin or "") or self._is_own(origin or "", host or "")):
             return OTHER_SITE.format("Origin")
         if host and self._names is not None and not self._is_known(_hostname(host)):
             return "this server does not know itself by that name (Host header); see --allowed-hosts"
@@ -50,7 +56,11 @@ class OriginCheck:
     def may_read(self, origin: str) -> bool:
         """Whether pages of this origin may read answers: the operator has named it, or all."""
         name = _hostname(origin.partition("://")[2])
-        return self._any or (name != "" and name in self._allowed)
+        return self._is_named(origin) or (name != "" and name in self._allowed)
+
+    def _is_named(self, origin: str) -> bool:
+        """Whether pages of this origin may do everything."""
+        return self._any_page or origin.lower() in self._origins
 
     def _is_own(self, origin: str, host: str) -> bool:
         netloc = origin.partition("://")[2].lower()

@@ -1,9 +1,16 @@
 """Owns the way from a model's name to a folder on this machine: a local folder, else a snapshot from the hub."""
 
 import glob
+import logging
 import os
 import re
+import time
 
+from ramet.srt.observability.progress_bar import bar_class, shows_bars
+
+logger = logging.getLogger(__name__)
+
+QUICK_S = 1.0
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 # What an instance needs without weights: config, tokenizer, chat template.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -23,22 +30,32 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
     """
     if os.path.isdir(model):
         return model
+    if os.path.isfile(model):
+        raise ValueError(f"model path {model} is a file; the folder that holds the model is expected")
     if not _looks_like_hub_id(model):
         raise ValueError(f"model path {model} does not exist")
     # Imported here: only models that are not on this machine need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not shows_bars():
+        disable_progress_bars()  # of single files
+    start = time.monotonic()
     try:
-        return snapshot_download(
+        folder = snapshot_download(
             model,
             revision=revision,
             allow_patterns=[*METADATA_PATTERNS, *(WEIGHT_PATTERNS if weights else ())],
             ignore_patterns=None if weights else list(WEIGHTLESS_IGNORED),
+            tqdm_class=bar_class(),
         )
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(f"model {model} is neither a folder nor available from the hub: {reason}") from None
+    if (seconds := time.monotonic() - start) > QUICK_S:  # not just looked up
+        logger.info("fetched %s from the hub to %s in %.1f s", model, folder, seconds)
+    return folder
 
 
 def has_weights(model: str) -> bool:

@@ -42,8 +42,8 @@ def format_address(host: str, port: int | str) -> str:
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"
 
 
-def format_url(host: str, port: int) -> str:
-    return f"http://{format_address(host, port)}"
+def format_url(host: str, port: int, scheme: str = "http") -> str:
+    return f"{scheme}://{format_address(host, port)}"
 
 
 def split_address(address: str, flag: str) -> tuple[str, int]:

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_errors import body_of, error_response
 from ramet.srt.errors import RequestError, ServiceError
+from ramet.srt.observability.request_record import current_request
 
 logger = logging.getLogger(__name__)
 
@@ -180,8 +181,16 @@ class EventStreamResponse(Response):
         except StopAsyncIteration:
             pass
         except (RequestError, ServiceError) as error:
+            self._note(str(error))
             self._last = self._encode_error(error)
         except Exception as error:
             logger.exception("a stream failed")
+            self._note("internal error")
             self._last = self._encode_error(error)
         return None
+
+    @staticmethod
+    def _note(error: str) -> None:
+        """For the log: the status has been sent, and says that all is well."""
+        if (request := current_request()) is not None:
+            request.error = error

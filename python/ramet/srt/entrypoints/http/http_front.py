@@ -1,4 +1,4 @@
-"""Owns what every request has before its path is looked at: an id, HEAD, trailing slashes, and what pages may read.
+"""Owns what every request has before its path is looked at: an id, HEAD, trailing slashes, a proxy's prefix, and pages.
 
 Plain ASGI, in front of all else.
 """
@@ -6,78 +6,95 @@ Plain ASGI, in front of all else.
 import re
 import uuid
 
-from starlette.responses import Response
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_access import ADMIN_PATHS
+from ramet.srt.observability.request_record import RequestRecord, begin_request
 from ramet.srt.utils.http_origin import OriginCheck
 
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 PREFLIGHT_AGE_S = 600
-Headers = list[tuple[bytes, bytes]]
+METHODS = ("GET", "POST", "DELETE", "HEAD")
 
 
 class FrontMiddleware:
-    """Answers CORS preflights; makes HEAD a GET whose body the server drops, and `/path/` a `/path`.
+    """Makes HEAD a GET whose body the server drops, `/path/` a `/path`, and takes the root path off.
 
-    Every answer has an `X-Request-Id`: the request's own, or else a new one.
+    Every answer has an `X-Request-Id`: the request's own, or else a new one. Whatever is done for the request knows it.
 
     Args:
-        origins: knows the sites whose pages may read answers.
+        root_path: of the server behind its proxy; "" without one.
     """
 
-    def __init__(self, app: ASGIApp, origins: OriginCheck):
+    def __init__(self, app: ASGIApp, root_path: str = ""):
         self._app = app
-        self._origins = origins
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = dict(scope["headers"])
-        request_id = asked.get(b"x-request-id", b"")
-        if not REQUEST_ID.fullmatch(request_id):
+        request_id = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        is_given = REQUEST_ID.fullmatch(request_id) is not None
+        if not is_given:
             request_id = uuid.uuid4().hex.encode()
-        added: Headers = [(b"x-request-id", request_id)]
-        if b"origin" in asked:
-            added += self._cors_headers(asked[b"origin"])
-        app = self._app
-        if scope["method"] == "OPTIONS" and len(added) > 1 and b"access-control-request-method" in asked:
-            app = Response(status_code=204)
-            added += _preflight_headers(asked)
+        record = RequestRecord(request_id.decode("ascii"), scope["method"], target_of(scope), is_given)
+        begin_request(record)
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *added]}
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message = {**message, "headers": headers}
             await send(message)
 
-        await app(_without_habits(scope), receive, send_with_headers)
+        await self._app(self._without_habits(scope), receive, send_with_id)
 
-    def _cors_headers(self, origin: bytes) -> Headers:
-        """What lets a page read the answer, if it is of a site that the operator has named."""
-        if not self._origins.may_read(origin.decode("latin-1")):
-            return []
-        return [
-            (b"access-control-allow-origin", origin),
-            (b"access-control-expose-headers", b"X-Request-Id"),
-            (b"vary", b"Origin"),
-        ]
-
-
-def _preflight_headers(asked: dict[bytes, bytes]) -> Headers:
-    return [
-        (b"access-control-allow-methods", b"GET, POST, DELETE, HEAD"),
-        (b"access-control-allow-headers", asked.get(b"access-control-request-headers", b"Content-Type, Authorization")),
-        (b"access-control-max-age", str(PREFLIGHT_AGE_S).encode()),
-    ]
+    def _without_habits(self, scope: Scope) -> Scope:
+        """The request as routes know it. A HEAD must not do what a GET of an administrator's does."""
+        path = without_root(scope["path"], self._root_path)
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/") or "/"
+        if path != scope["path"] or self._root_path:
+            scope = {**scope, "path": path, "root_path": self._root_path}
+        if scope["method"] == "HEAD" and path not in ADMIN_PATHS:
+            scope = {**scope, "method": "GET"}  # uvicorn, which has the request's own scope, sends no body
+        return scope
 
 
-def _without_habits(scope: Scope) -> Scope:
-    """The request as routes know it. A HEAD must not do what a GET of an administrator's does."""
-    path = scope["path"]
-    if len(path) > 1 and path.endswith("/"):
-        path = path.rstrip("/") or "/"
-        scope = {**scope, "path": path}
-    if scope["method"] == "HEAD" and path not in ADMIN_PATHS:
-        scope = {**scope, "method": "GET"}  # uvicorn, which has the request's own scope, sends no body
-    return scope
+def target_of(scope: Scope) -> str:
+    """Path and query, as they came."""
+    query = scope["query_string"].decode("latin-1")
+    return scope["path"] + (f"?{query}" if query else "")
+
+
+def without_root(path: str, root_path: str) -> str:
+    """A path below the root path; as it is where the proxy has taken that off already."""
+    if root_path and (path == root_path or path.startswith(f"{root_path}/")):
+        return path[len(root_path) :] or "/"
+    return path
+
+
+class PageMiddleware:
+    """Answers preflights, and lets pages read answers: those of sites that the operator has named, and no others.
+
+    Args:
+        origins: knows the sites.
+    """
+
+    def __init__(self, app: ASGIApp, origins: OriginCheck):
+        self._app = app
+        self._origins = origins
+        self._for_pages = CORSMiddleware(
+            app,
+            allow_origin_regex=".*",  # of the others, none gets here
+            allow_methods=METHODS,
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+            max_age=PREFLIGHT_AGE_S,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        origin = next((value for name, value in scope.get("headers", ()) if name == b"origin"), None)
+        may_read = origin is not None and self._origins.may_read(origin.decode("latin-1"))
+        await (self._for_pages if may_read else self._app)(scope, receive, send)

@@ -42,7 +42,8 @@ class OpenAIServing:
             RequestError: if it names neither.
         """
         self.lora_name = self.manager.adapters.name_of(name, self.model_name)
-        self.model_name = self.lora_name or self.model_name
+        asked = name if name in self.manager.adapters.also_served else None
+        self.model_name = self.lora_name or asked or self.model_name
 
     def check_body(self, body: SamplingBody) -> None:
         """Raises RequestError for an unknown model, and for options that contradict each other."""

@@ -74,7 +74,7 @@ def make_native_router(instance: Instance) -> APIRouter:
         """Where another instance finds the weights of this instance's `rank`. WIRE: SGLang's bootstrap protocol."""
         info = instance.doors.transfer_engine_info(role, rank)
         if info is None:
-            raise RequestError(f"rank {rank} of {role!r} has not registered its weights", param="rank", status_code=404)
+            raise RequestError(instance.doors.why_absent(role, rank), param="rank", status_code=404)
         return Response(info, media_type="application/json")
 
     return router

@@ -34,7 +34,8 @@ def make_openai_router(instance: Instance) -> APIRouter:
     def model_cards() -> list[dict[str, Any]]:
         served = instance.server_args.model_name
         adapters = instance.manager.adapters.usable()
-        ids: list[tuple[str, str, dict[str, str]]] = [(served, instance.server_args.model_path, {})]
+        path = instance.server_args.model_path
+        ids: list[tuple[str, str, dict[str, str]]] = [(name, path, {}) for name in instance.server_args.model_names]
         ids += [(one.adapter.name, one.path, {"parent": served}) for one in adapters]
         return [
             {
@@ -57,8 +58,8 @@ def make_openai_router(instance: Instance) -> APIRouter:
     @router.get("/models/{model:path}", responses={200: {"model": ModelCard}})
     async def model(model: str) -> Response:
         """One model."""
-        served = instance.server_args.model_name
-        name = instance.manager.adapters.name_of(model, served) or served
+        names = instance.server_args.model_names
+        name = instance.manager.adapters.name_of(model, names[0]) or (model if model in names else names[0])
         return json_response(next(card for card in model_cards() if card["id"] == name))
 
     return router

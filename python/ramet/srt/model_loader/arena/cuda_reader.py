@@ -14,6 +14,7 @@ import torch
 
 from ramet.srt.model_loader.arena.cuda_rows import scatter_device_rows
 from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
+from ramet.srt.observability.progress_bar import BYTES, progress_bar
 from ramet.srt.utils import cuda_driver
 from ramet.srt.utils.threads import num_copy_threads, run_in_threads
 from ramet.srt.weights.copy_op import CopyOp, split_by_source, split_op
@@ -50,10 +51,17 @@ def fill_cuda_from_files(
         torch.cuda.set_device(memory.device)  # a thread starts with the first GPU
         torch.cuda.mem_get_info(memory.device)  # binds its context, which calls into the driver need
         readers.append(_Reader(fds, memory, stream, ring, largest))
-        return readers[-1].run
+        read = readers[-1].run
+
+        def run(op: CopyOp) -> None:
+            read(op)
+            advance(op.nbytes)
+
+        return run
 
     try:
-        run_in_threads(parts, make_worker, "read-weights", num_threads)
+        with progress_bar(sum(part.nbytes for part in parts), "reading weights", **BYTES) as advance:
+            run_in_threads(parts, make_worker, "read-weights", num_threads)
     finally:
         stream.synchronize()
 

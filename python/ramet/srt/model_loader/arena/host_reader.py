@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from ramet.srt.model_loader.arena.host_rows import scatter_rows
 from ramet.srt.model_loader.arena.read_range import BLOCK_BYTES, read_range
+from ramet.srt.observability.progress_bar import BYTES, progress_bar
 from ramet.srt.utils.threads import run_in_threads
 from ramet.srt.weights.copy_op import CopyOp, split_by_source, split_op
 
@@ -21,6 +22,8 @@ def fill_memory_from_files(ops: Sequence[CopyOp], fds: Sequence[int], memory: me
         OSError: if a file can't be read or is shorter than planned.
     """
 
+    parts = [part for op in ops for part in _cut(op)]
+
     def make_worker() -> Callable[[CopyOp], None]:
         buffer = bytearray()
 
@@ -37,11 +40,12 @@ def fill_memory_from_files(ops: Sequence[CopyOp], fds: Sequence[int], memory: me
                 if len(buffer) < op.source_span_nbytes:
                     buffer = bytearray(op.source_span_nbytes)
                 _read_rows(op, fds, memory, memoryview(buffer)[: op.source_span_nbytes])
+            advance(op.nbytes)
 
         return run
 
-    parts = [part for op in ops for part in _cut(op)]
-    run_in_threads(parts, make_worker, "read-weights")
+    with progress_bar(sum(part.nbytes for part in parts), "reading weights", **BYTES) as advance:
+        run_in_threads(parts, make_worker, "read-weights")
 
 
 def _cut(op: CopyOp) -> list[CopyOp]:

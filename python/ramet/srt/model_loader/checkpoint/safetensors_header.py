@@ -93,6 +93,8 @@ def find_checkpoint_files(folder: str) -> dict[str, set[str] | None]:
     """
     if folder.endswith(".safetensors") and os.path.isfile(folder):
         return {folder: None}
+    if os.path.isfile(folder):
+        raise ValueError(f"{folder} is a file; a model folder is expected")
     if not os.path.isdir(folder):
         raise ValueError(f"there is no model folder {folder}")
     single = os.path.join(folder, SINGLE_FILE)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
+from ramet.srt.observability.progress_bar import BYTES, progress_bar
 from ramet.srt.weights.boxes import ByteRange
 from ramet.srt.weights.copy_op import CopyOp
 from ramet.srt.weights.errors import WeightTransferError
@@ -220,8 +221,10 @@ def _run_jobs(jobs: Sequence[_Job]) -> None:
         stop = stopped[job.rank.seed]
         try:
             while job.source is not None and job.num_done < len(job.steps) and not stop.is_set():
-                job.source.run(job.steps[job.num_done])
+                step = job.steps[job.num_done]
+                job.source.run(step)
                 job.num_done += 1
+                advance(sum(op.nbytes for op in step))
         except (WeightTransferError, OSError, ValueError) as error:
             cause = error.cause if isinstance(error, WeightTransferError) else error
             job.error = WeightTransferError("transfer", job.rank.answer.rank, job.rank.seed, cause)
@@ -229,7 +232,12 @@ def _run_jobs(jobs: Sequence[_Job]) -> None:
             if job.num_done < len(job.steps):
                 stop.set()
 
-    with ThreadPoolExecutor(min(MAX_CONCURRENT_RANKS, len(jobs) or 1), thread_name_prefix="take-weights") as pool:
+    nbytes = sum(op.nbytes for job in jobs for op in job.unfinished)
+    num_threads = min(MAX_CONCURRENT_RANKS, len(jobs) or 1)
+    with (
+        progress_bar(nbytes, "taking weights", **BYTES) as advance,
+        ThreadPoolExecutor(num_threads, thread_name_prefix="take-weights") as pool,
+    ):
         for future in [pool.submit(work, job) for job in jobs]:
             future.result()
 

@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from ramet.srt.command_line import CliParser
+from ramet.srt.cli_parser import CliParser
+from ramet.srt.flags.log_flags import LOG_LEVELS
 from ramet.srt.observability.logs import configure_logging
-from ramet.srt.server_flags import LOG_LEVELS
 from ramet.srt.utils.file_limit import raise_file_limit
 
 logger = logging.getLogger(__name__)

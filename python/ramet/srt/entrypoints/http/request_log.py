@@ -1,0 +1,228 @@
+"""Owns what is written down of each HTTP request once it has ended: a count, a line of the log. Plain ASGI.
+
+A refused request always has a line, with the reason. Others have one with --log-requests.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ramet.srt.entrypoints.http.event_stream import CLIENT_GONE_STATUS
+from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
+from ramet.srt.entrypoints.http.http_counts import OTHER_ENDPOINT, HttpCounts
+from ramet.srt.observability.request_record import RequestRecord, current_request
+
+logger = logging.getLogger(__name__)
+
+MAX_ERROR_BYTES = 64 << 10  # of an answer that says what is wrong
+SHOWN_CHARS = 2048  # of a prompt or an output, from level 2 on
+SHOWN_IDS = 256
+UNTRACED_PATHS = HEALTH_PATHS | {"/metrics"}
+WITH_PARAMETERS, WITH_BEGINNINGS, WHOLE = 1, 2, 3  # levels of --log-requests-level
+
+
+class LogConfig(NamedTuple):
+    """What of requests is logged."""
+
+    log_requests: bool = False
+    level: int = 0
+
+
+class Exchange:
+    """One request and its answer, as they look from outside."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.scope = scope
+        self.begun_s, self.begun_at = time.monotonic(), time.time()
+        self.ended_s = self.begun_s
+        self.status = CLIENT_GONE_STATUS  # unless something is sent
+        self.num_bytes = 0
+        self._send = send
+        self._error_body = b""
+
+    async def send(self, message: Message) -> None:
+        """Pass a part of the answer on, and note it."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            self.num_bytes += len(body)
+            if self.status >= 400 and len(self._error_body) < MAX_ERROR_BYTES:
+                self._error_body += body
+        await self._send(message)
+
+    @property
+    def error(self) -> str | None:
+        """What the answer says is wrong; None for a success."""
+        if self.status < 400:
+            return None
+        try:
+            return str(json.loads(self._error_body)["error"]["message"])
+        except (ValueError, TypeError, KeyError):
+            return self._error_body[:200].decode(errors="replace")
+
+    @property
+    def client(self) -> str:
+        return str((self.scope.get("client") or ("-",))[0])
+
+    @property
+    def seconds(self) -> float:
+        return self.ended_s - self.begun_s
+
+
+class Trace(NamedTuple):
+    """How requests get into traces: what begins a span for one, and what ends it, with its error."""
+
+    begin: Callable[[str, Mapping[str, str]], Any]
+    end: Callable[[Exchange, RequestRecord, str | None], None]
+
+
+class RequestLogMiddleware:
+    """Counts and logs each request when its answer has ended.
+
+    Args:
+        paths: of the routes; other paths count together.
+        trace: None without traces.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        counts: HttpCounts,
+        paths: Collection[str],
+        config: LogConfig,
+        trace: Trace | None = None,
+    ):
+        self._app = app
+        self._counts = counts
+        self._paths = frozenset(paths)
+        self._config = config
+        self._trace = trace
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, send)
+        if self._trace is not None:
+            self._begin_trace(scope, self._trace)
+        self._counts.num_active += 1
+        try:
+            await self._app(scope, receive, exchange.send)
+        finally:
+            self._counts.num_active -= 1
+            exchange.ended_s = time.monotonic()
+            self._note(exchange)
+
+    def _note(self, exchange: Exchange) -> None:
+        scope, record = exchange.scope, current_request()
+        assert record is not None
+        self._counts.count(self._endpoint(scope), record.method, exchange.status)
+        error = exchange.error or record.error
+        is_refused = error is not None and exchange.status != CLIENT_GONE_STATUS
+        if self._config.log_requests:
+            _log_request(exchange, record, self._config.level, error)
+        elif is_refused and scope["path"] not in HEALTH_PATHS:
+            fields = request_fields(exchange, record) | {"error": error}
+            text = "refused: %s %s from %s: %d %s"
+            logger.info(text, record.method, record.target, exchange.client, exchange.status, error,
+                        extra={"fields": fields})  # fmt: skip
+        if self._trace is not None and record.span is not None:
+            self._trace.end(exchange, record, error)
+
+    def _begin_trace(self, scope: Scope, trace: Trace) -> None:
+        """Give a request its span; probes and scrapes, which nobody looks for, have none."""
+        record, path = current_request(), scope["path"]
+        if record is None or path in UNTRACED_PATHS:
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        endpoint = path if path in self._paths else OTHER_ENDPOINT
+        record.span = trace.begin(f"{record.method} {endpoint}", headers)
+
+    def _endpoint(self, scope: Scope) -> str:
+        """The route that answered."""
+        path = getattr(scope.get("route"), "path", scope["path"])
+        return path if path in self._paths else OTHER_ENDPOINT
+
+
+def _log_request(exchange: Exchange, record: RequestRecord, level: int, error: str | None) -> None:
+    """The line of --log-requests: the combined log format, then what the request cost as name=value."""
+    scope = exchange.scope
+    headers = dict(scope["headers"])
+    referrer, agent = (headers.get(name, b"-").decode("latin-1") for name in (b"referer", b"user-agent"))
+    moment = datetime.fromtimestamp(exchange.begun_at, UTC).strftime("%d/%b/%Y:%H:%M:%S +0000")
+    request = f"{record.method} {record.target} HTTP/{scope['http_version']}"
+    costs = {"seconds": round(exchange.seconds, 4), **generation_fields(record, level)}
+    if error is not None:
+        costs["error"] = error
+    line = (
+        f"{exchange.client} - - [{moment}] {_quoted(request)} {exchange.status} {exchange.num_bytes} "
+        f"{_quoted(referrer)} {_quoted(agent)} {' '.join(f'{name}={_shown(value)}' for name, value in costs.items())}"
+    )
+    fields = request_fields(exchange, record) | costs | {"referrer": referrer, "user_agent": agent}
+    logger.info("%s", line, extra={"fields": fields, "is_whole": level >= WHOLE})
+
+
+def request_fields(exchange: Exchange, record: RequestRecord) -> dict[str, Any]:
+    """What JSON lines say of every request that they are about."""
+    return {
+        "client": exchange.client,
+        "method": record.method,
+        "path": record.target,
+        "status": exchange.status,
+        "bytes": exchange.num_bytes,
+        "seconds": round(exchange.seconds, 4),
+    }
+
+
+def generation_fields(record: RequestRecord, level: int) -> dict[str, Any]:
+    """What was computed for a request: counts of tokens, times, and what else the level asks for."""
+    sequences = [sequence for _, generation in record.generations for sequence in generation.sequences]
+    if not sequences:
+        return {}
+    fields: dict[str, Any] = {
+        "rid": ",".join(generation.rid for _, generation in record.generations),
+        "prompt_tokens": sum(sequence.prompt_tokens for sequence in sequences),
+        "cached_tokens": sum(sequence.cached_tokens for sequence in sequences),
+        "completion_tokens": sum(len(sequence.output_ids) for sequence in sequences),
+        "queue_seconds": round(max(sequence.queue_time_s for sequence in sequences), 4),
+        "ttft_seconds": round(min(sequence.ttft_s for sequence in sequences), 4),
+        "finish_reason": ",".join(_reason(sequence) for sequence in sequences),
+        "weight_version": sequences[-1].weight_version,
+    }
+    if lora := sequences[0].request.lora_name:
+        fields["lora_name"] = lora
+    if level >= WITH_PARAMETERS:
+        fields["sampling_params"] = msgspec.to_builtins(sequences[0].request.sampling_params)
+    if level >= WITH_BEGINNINGS:
+        is_whole = level >= WHOLE
+        inputs = [one for given, _ in record.generations for one in given]
+        fields["inputs"] = [_cut(one.text if one.text is not None else one.input_ids, is_whole) for one in inputs]
+        fields["outputs"] = [_cut(sequence.text, is_whole) for sequence in sequences]
+    return fields
+
+
+def _reason(sequence: Any) -> str:
+    return "none" if sequence.finish_reason is None else str(sequence.finish_reason.type)
+
+
+def _cut(content: str | list[int] | None, is_whole: bool) -> str | list[int] | None:
+    """The beginning of a text, or of token ids."""
+    if content is None or is_whole:
+        return content
+    return content[: SHOWN_CHARS if isinstance(content, str) else SHOWN_IDS]
+
+
+def _quoted(text: str) -> str:
+    """In double quotes, in which no other stands."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _shown(value: Any) -> str:
+    """A value of name=value: words as they are, all else as JSON."""
+    if isinstance(value, str) and value and not any(char in value for char in ' "='):
+        return value
+    return json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, float) else f"{value:g}"

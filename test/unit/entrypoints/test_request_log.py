@@ -1,0 +1,117 @@
+"""What is written down of requests: which of them have a line, and what is in it at each level."""
+
+import json
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ramet.srt.entrypoints.http.http_counts import HttpCounts
+from ramet.srt.entrypoints.http.http_front import FrontMiddleware
+from ramet.srt.entrypoints.http.request_log import LogConfig, RequestLogMiddleware
+from ramet.srt.managers.generation import RunningSequence
+from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
+from ramet.srt.managers.prepare_requests import SequenceInput
+from ramet.srt.observability.logs import JsonFormatter, OneLineFormatter
+from ramet.srt.observability.request_record import current_request
+from ramet.srt.sampling.sampling_params import SamplingParams
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+LONG = "x" * 5000
+
+
+def a_sequence() -> RunningSequence:
+    request = TokenizedGenerateReqInput(rid="r", input_ids=[1, 2, 3], sampling_params=SamplingParams(temperature=0.5))
+    sequence = RunningSequence(request=request, created_s=1.0, version_before="v1")
+    sequence.output_ids, sequence.text, sequence.queue_time_s, sequence.prefill_time_s = [4, 5], LONG, 0.25, 0.5
+    sequence.finish_reason = FinishReason(type="stop")
+    return sequence
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    record = current_request()
+    assert record is not None
+    if scope["path"] in ("/bad", "/health"):
+        error = {"message": 'no "such"\nthing', "type": "t", "param": None, "code": None}
+        await JSONResponse({"error": error}, 404 if scope["path"] == "/bad" else 503)(scope, receive, send)
+    elif scope["path"] == "/broken":
+        record.error = "it broke off"
+        await JSONResponse({})(scope, receive, send)
+    else:
+        generation = SimpleNamespace(rid="r", sequences=[a_sequence()])
+        record.generations.append(([SequenceInput(text=LONG)], generation))
+        await JSONResponse({"a": 1})(scope, receive, send)
+
+
+async def ask(path: str, counts: HttpCounts | None = None, *, method: str = "GET", **config: Any) -> httpx.Response:
+    counts = counts or HttpCounts("m")
+    logged = RequestLogMiddleware(app, counts, ["/a", "/bad"], LogConfig(**config))
+    transport = httpx.ASGITransport(FrontMiddleware(logged, "/root"), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://h") as client:
+        return await client.request(method, path, headers={"X-Request-Id": "id-1", "User-Agent": 'a "b"'})
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
+    """The records of a test, as they come."""
+    caplog.set_level("INFO", logger="ramet")
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("ramet").addHandler(handler)
+    yield records
+    logging.getLogger("ramet").removeHandler(handler)
+
+
+async def test_only_refused_ones_have_a_line_by_themselves(lines: list[logging.LogRecord]) -> None:
+    for path in ("/a", "/health"):
+        await ask(path)
+    assert not lines
+    await ask("/bad?x=1")
+    await ask("/broken")
+    refused, broken = lines
+    assert refused.getMessage() == 'refused: GET /bad?x=1 from 127.0.0.1: 404 no "such"\nthing'
+    assert broken.getMessage() == "refused: GET /broken from 127.0.0.1: 200 it broke off"
+    assert refused.fields["error"] == 'no "such"\nthing' and refused.fields["status"] == 404
+
+
+async def test_the_combined_log_format_with_what_it_cost(lines: list[logging.LogRecord]) -> None:
+    await ask("/root/a/?q=1", method="HEAD", log_requests=True)
+    await ask("/bad", log_requests=True)
+    done, refused = (line.getMessage() for line in lines)
+    assert '] "HEAD /root/a/?q=1 HTTP/1.1" 200 7 "-" "a \\"b\\"" seconds=' in done
+    assert done.endswith(
+        "rid=r prompt_tokens=3 cached_tokens=0 completion_tokens=2 queue_seconds=0.25 ttft_seconds=0.75 "
+        "finish_reason=stop weight_version=v1"
+    )
+    assert refused.endswith('error="no \\"such\\"\\nthing"')
+    assert "inputs" not in lines[0].fields and "sampling_params" not in lines[0].fields
+
+
+@pytest.mark.parametrize(("level", "num_chars"), [(1, None), (2, 2048), (3, 5000)])
+async def test_levels(lines: list[logging.LogRecord], level: int, num_chars: int | None) -> None:
+    await ask("/a", log_requests=True, level=level)
+    fields = lines[0].fields
+    assert fields["sampling_params"]["temperature"] == 0.5
+    if num_chars is None:
+        assert "inputs" not in fields and "outputs" not in fields
+        return
+    assert fields["inputs"] == fields["outputs"] == ["x" * num_chars]
+    text = OneLineFormatter("%(message)s").format(lines[0])
+    assert ("more characters" not in text) and text.count("x" * num_chars) == 2
+    assert json.loads(JsonFormatter("server").format(lines[0]))["inputs"] == ["x" * num_chars]
+
+
+async def test_counts_by_route_and_status() -> None:
+    counts = HttpCounts("m")
+    for path in ("/a", "/root/a", "/bad", "/made/up", "/other"):
+        await ask(path, counts)
+    await ask("/a", counts, method="BREW")
+    requests, responses, active = counts.collect()
+    found = {tuple(sample.labels.values())[1:]: sample.value for sample in responses.samples}
+    assert found == {("/a", "GET", "200"): 2, ("/bad", "GET", "404"): 1, ("other", "GET", "200"): 2,
+                     ("/a", "other", "200"): 1}  # fmt: skip
+    assert sum(sample.value for sample in requests.samples) == 6 and active.samples[0].value == 0
