@@ -101,6 +101,7 @@ def test_information_and_cache(engine: Engine, model: Path) -> None:
     ("arguments", "words"),
     [
         ({"model_path": "/no/such/folder"}, "does not exist"),
+        ({"model_path": "m", "log_requests": True}, "log_requests is for servers: an Engine has no HTTP"),
         ({}, "model_path"),
         ({"model_path": "x", "colour": "green"}, "colour"),
         ({"model_path": "x", "page_size": 0}, "--page-size"),

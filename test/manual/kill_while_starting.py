@@ -25,7 +25,7 @@ from cluster import Case, Cluster, Network, Node  # noqa: E402 - its folder is m
 from server_process import is_running, wait_until  # noqa: E402 - its folder is made importable above
 
 TOPOLOGIES = {"tp2": Case(nnodes=2, tp_size=2), "pp2": Case(nnodes=2, pp_size=2), "dp2": Case(nnodes=2, dp_size=2)}
-PHASES = ("listening on", "KV cache", "loaded target", "offering", "ready on")  # a line of the log of some node
+PHASES = ("starting; users", "KV cache", "loaded target", "offering", "ready on")  # a line of the log of some node
 VICTIMS = ("node 0", "node 1", "rank 0", "rank 1")
 FLAGS = ("--remote-instance-weight-loader-start-seed-via-transfer-engine", "--dist-timeout", "20")
 LOSS_TIMEOUT_S = 30

@@ -1,7 +1,11 @@
 """What /metrics says that no running server is needed for."""
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client import Histogram
+from ramet.srt.entrypoints.http.http_counts import HttpCounts
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.metrics import TOKEN_BUCKETS, Metrics
@@ -65,3 +69,11 @@ def test_a_request_in_the_histograms_of_dashboards() -> None:
     metrics.forget_adapter("a")
     metrics.forget_adapter("never counted")
     assert "lora_name" not in metrics.render().decode()
+
+
+def test_the_page_has_every_metric_with_its_kind_and_labels() -> None:
+    metrics = Metrics("m")
+    metrics.registry.register(HttpCounts("m"))
+    made = set(re.findall(r"^# TYPE (\S+) (\w+)$", metrics.render().decode(), re.MULTILINE))
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert set(re.findall(r"^\| `(ramet:\w+)` \| (\w+) \|", page, re.MULTILINE)) == made

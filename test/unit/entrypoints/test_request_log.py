@@ -81,13 +81,13 @@ async def test_only_refused_ones_have_a_line_by_themselves(lines: list[logging.L
 async def test_the_combined_log_format_with_what_it_cost(lines: list[logging.LogRecord]) -> None:
     await ask("/root/a/?q=1", method="HEAD", log_requests=True)
     await ask("/bad", log_requests=True)
-    done, refused = (line.getMessage() for line in lines)
+    done, refused = map(OneLineFormatter("%(message)s").format, lines)
     assert '] "HEAD /root/a/?q=1 HTTP/1.1" 200 7 "-" "a \\"b\\"" seconds=' in done
     assert done.endswith(
         "rid=r prompt_tokens=3 cached_tokens=0 completion_tokens=2 queue_seconds=0.25 ttft_seconds=0.75 "
-        "finish_reason=stop weight_version=v1"
+        "finish_reason=stop weight_version=v1 request_id=id-1"
     )
-    assert refused.endswith('error="no \\"such\\"\\nthing"')
+    assert refused.endswith('error="no \\"such\\"\\nthing" request_id=id-1')
     assert "inputs" not in lines[0].fields and "sampling_params" not in lines[0].fields
 
 

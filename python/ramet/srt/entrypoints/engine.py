@@ -29,6 +29,8 @@ from ramet.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
+SERVER_ONLY = ("log_requests", "otlp_traces_endpoint", "ssl_certfile", "cors_allow_origins", "root_path")
+
 Result = TypeVar("Result")
 Prompt = str | list[str]
 Ids = list[int] | list[list[int]]
@@ -37,7 +39,7 @@ ENDED = "the engine has been shut down"
 
 
 class Engine(EngineTensors):
-    """One instance in this program. Takes every field of ServerArgs; the HTTP ones have no meaning here.
+    """One instance in this program. Takes every field of ServerArgs; those of HTTP mean nothing here, or are refused.
 
     Usable as a context manager. What is still running when the program ends is ended with it.
 
@@ -183,6 +185,8 @@ def make_server_args(fields: dict[str, Any]) -> ServerArgs:
         raise ValueError(f"unknown argument {unknown[0]!r}; the known ones are {', '.join(known)}")
     if "model_path" not in fields:
         raise ValueError("model_path must be given")
+    if of_servers := [name for name in SERVER_ONLY if fields.get(name)]:
+        raise ValueError(f"{of_servers[0]} is for servers: an Engine has no HTTP")
     return ServerArgs(**fields)
 
 

@@ -14,21 +14,49 @@ MAX_MESSAGE_CHARS = 8192  # of a record; a caller can make its text much longer 
 # Whatever a terminal or a reader of lines takes for more than a letter: controls, the line and paragraph separators,
 # marks that turn the direction of writing, lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_WORD = re.compile(r"[^\s\"=]+")
+_encode_ascii = json.JSONEncoder(default=str).encode
+_encode = json.JSONEncoder(default=str, ensure_ascii=False).encode
 _TRACEBACK_INDENT = "    | "
 
 
 def escape_text(text: str, max_chars: int = MAX_MESSAGE_CHARS) -> str:
     """The text in one line of printable characters: others as Python's escapes, and what is too long cut off."""
     num_chars = len(text)
+    if num_chars <= max_chars and text.isprintable():
+        return text
     shown = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text[:max_chars])
     return shown if num_chars <= max_chars else f"{shown}… ({num_chars - max_chars} more characters)"
 
 
+def shown(value: Any) -> str:
+    """A value of name=value: words and numbers as they are, all else as JSON."""
+    if isinstance(value, str):
+        return value if value.isalnum() or _WORD.fullmatch(value) else _encode(value)
+    return str(value) if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else _encode(value)
+
+
 class OneLineFormatter(logging.Formatter):
-    """Escapes what records quote of others. Only tracebacks have further lines, and none looks like a record."""
+    """Escapes what records quote of others. Only tracebacks have further lines, and none looks like a record.
+
+    `extra={"costs": {...}}` of a record stands behind its message as name=value.
+    """
+
+    def __init__(self, fmt: str, datefmt: str | None = None) -> None:
+        super().__init__(fmt, datefmt)
+        self._second = (0, "")  # the last one, and how it is written
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """As logging does it, once in a second."""
+        second = int(record.created)
+        if second != self._second[0]:
+            self._second = second, super().formatTime(record, datefmt)
+        return self._second[1]
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         max_chars = MAX_MESSAGE_CHARS if not getattr(record, "is_whole", False) else sys.maxsize
+        if costs := getattr(record, "costs", None):
+            record.message += " " + " ".join([f"{name}={shown(value)}" for name, value in costs.items()])
         record.message = escape_text(record.message, max_chars)
         if (request := current_request()) is not None:
             record.message += f" request_id={request.request_id}"
@@ -73,7 +101,7 @@ class JsonFormatter(logging.Formatter):
         members |= getattr(record, "fields", {})
         if record.exc_info:
             members["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(members, default=str)
+        return _encode_ascii(members)
 
 
 class Seldom(logging.Filter):
@@ -107,6 +135,9 @@ def configure_logging(level: str, process: str, form: str = "text") -> None:
     Args:
         form: "text", or "json" for JSON lines.
     """
+    # What no line of ours has, and records look for all the same.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # from Python 3.12 on
     handler = logging.StreamHandler(sys.stderr)
     text = OneLineFormatter(f"[%(asctime)s {process}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonFormatter(process) if form == "json" else text)

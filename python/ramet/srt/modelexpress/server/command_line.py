@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from ramet.srt.cli_parser import CliParser
-from ramet.srt.flags.log_flags import LOG_LEVELS
+from ramet.srt.flags.log_flags import LOG_FORMATS, LOG_LEVELS
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.utils.file_limit import raise_file_limit
 
@@ -54,6 +54,7 @@ def make_parser(defaults: dict[str, object], prog: str) -> CliParser:
             "--" + name.replace("_", "-"), type=kind, default=default, help=shown, metavar=kind.__name__.upper()
         )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="Least severe log level that is shown.")
+    parser.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="Form of the log's lines.")
     return parser
 
 
@@ -66,7 +67,7 @@ def serve_from_command_line(argv: Sequence[str], prog: str) -> int:
         return 1
     defaults = {field.name: field.default for field in dataclasses.fields(ServerOptions)}
     values = vars(make_parser(defaults, prog).parse_args(argv))
-    configure_logging(values.pop("log_level"), "modelexpress")
+    configure_logging(values.pop("log_level"), "modelexpress", values.pop("log_format"))
     raise_file_limit()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
