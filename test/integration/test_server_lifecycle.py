@@ -41,7 +41,7 @@ def assert_fails(server: ServerProcess, words: str) -> None:
 
 
 def test_health_is_503_while_loading(model: Path, tmp_path: Path) -> None:
-    with ServerProcess(model, tmp_path / "log", FAKE_START_S="3") as server:
+    with ServerProcess(model, tmp_path / "log", FAKE_START_S="6") as server:
         url = server.url
         wait_until(lambda: server.status(f"{url}/health") == 503, "an answer while loading")
         answer = httpx.post(f"{url}/generate", json={"text": "a"})

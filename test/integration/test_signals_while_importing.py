@@ -36,7 +36,7 @@ def run(tmp_path: Path, module: str, what: str, then: str, *arguments: str) -> s
 @pytest.mark.parametrize("command", [("serve", "a-model"), ("modelexpress-server",)])
 def test_without_a_word(tmp_path: Path, command: tuple[str, ...], number: int) -> None:
     then = "from ramet.cli import main; sys.exit(main())"
-    result = run(tmp_path, "ramet.srt.command_line", f"signal.raise_signal({int(number)})", then, *command)
+    result = run(tmp_path, "ramet.srt.cli_parser", f"signal.raise_signal({int(number)})", then, *command)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 

@@ -231,6 +231,7 @@ def test_leader_and_followers_look_for_faster_ways_when_nothing_is_to_do():
         has_work=False,
         _lora=(),
         _weight_updates=SimpleNamespace(is_busy=False, is_joining=False),
+        _load_log=SimpleNamespace(note=lambda batch: None),
         _channel=SimpleNamespace(receive=lambda timeout_s: inbox[:1] and [inbox.pop(0)]),
         handle=ran.append,
         step=lambda: None,

@@ -14,6 +14,7 @@ from ramet.srt.lora.adapter_paths import LoraPath
 from ramet.srt.managers.io_struct import LoadLoraReqInput, LoraReqOutput
 from ramet.srt.managers.lora_control import LoraControl
 from ramet.srt.managers.lora_registry import LoraRegistry
+from ramet.srt.managers.metrics import Metrics
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.utils.net import SeedAddress
 
@@ -26,6 +27,7 @@ class Manager:
     def __init__(self):
         self.adapters = LoraRegistry()
         self.weights_refusal = None
+        self.metrics = Metrics("base")
         self.held = [set() for _ in range(NUM_REPLICAS)]
         self.failing = {}  # replica -> message, or an exception
         self.gate = asyncio.Event()
