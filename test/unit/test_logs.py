@@ -96,5 +96,10 @@ def test_lines_of_a_request_bear_its_id() -> None:
             "request_id"
         ]
 
+    def afterwards() -> str:
+        begin_request(RequestRecord("id-7", is_over=True))
+        return OneLineFormatter("%(message)s").format(record)
+
     assert contextvars.copy_context().run(both) == ("done request_id=id-7", "id-7")
+    assert contextvars.copy_context().run(afterwards) == "done", "of work that all requests share"
     assert OneLineFormatter("%(message)s").format(record) == "done"

@@ -58,7 +58,7 @@ class OneLineFormatter(logging.Formatter):
         if costs := getattr(record, "costs", None):
             record.message += " " + " ".join([f"{name}={shown(value)}" for name, value in costs.items()])
         record.message = escape_text(record.message, max_chars)
-        if (request := current_request()) is not None:
+        if (request := current_request()) is not None and not request.is_over:
             record.message += f" request_id={request.request_id}"
         return super().formatMessage(record)
 
@@ -96,7 +96,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": message,
         }
-        if (request := current_request()) is not None:
+        if (request := current_request()) is not None and not request.is_over:
             members["request_id"] = request.request_id
         members |= getattr(record, "fields", {})
         if record.exc_info:

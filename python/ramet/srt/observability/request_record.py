@@ -13,6 +13,7 @@ class RequestRecord:
     method: str = "GET"  # and
     target: str = "/"  # path with query, as the caller has them
     is_given: bool = False  # whether it is the caller's, who may use it again
+    is_over: bool = False  # answered: what still runs in its name, such as what was started for all, is not its own
     span: Any = None  # of a trace, where there are traces
     error: str | None = None  # what went wrong when the answer had begun
     # What is computed for it: the inputs (SequenceInput) and the Generation of each call.

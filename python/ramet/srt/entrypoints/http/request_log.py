@@ -134,6 +134,7 @@ class RequestLogMiddleware:
                         extra={"fields": fields})  # fmt: skip
         if self._trace is not None and record.span is not None:
             self._trace.end(exchange, record, error)
+        record.is_over = True
 
     def _begin_trace(self, scope: Scope, trace: Trace) -> None:
         """Give a request its span; probes and scrapes, which nobody looks for, have none."""
