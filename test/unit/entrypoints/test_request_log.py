@@ -51,7 +51,9 @@ async def ask(path: str, counts: HttpCounts | None = None, *, method: str = "GET
     logged = RequestLogMiddleware(app, counts, ["/a", "/bad"], LogConfig(**config))
     transport = httpx.ASGITransport(FrontMiddleware(logged, "/root"), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://h") as client:
-        return await client.request(method, path, headers={"X-Request-Id": "id-1", "User-Agent": 'a "b"'})
+        answer = await client.request(method, path, headers={"X-Request-Id": "id-1", "User-Agent": 'a "b"'})
+    logged.flush()
+    return answer
 
 
 @pytest.fixture
@@ -85,9 +87,9 @@ async def test_the_combined_log_format_with_what_it_cost(lines: list[logging.Log
     assert '] "HEAD /root/a/?q=1 HTTP/1.1" 200 7 "-" "a \\"b\\"" seconds=' in done
     assert done.endswith(
         "rid=r prompt_tokens=3 cached_tokens=0 completion_tokens=2 queue_seconds=0.25 ttft_seconds=0.75 "
-        "finish_reason=stop weight_version=v1"
+        "finish_reason=stop weight_version=v1 request_id=id-1"
     )
-    assert refused.endswith('error="no \\"such\\"\\nthing"')
+    assert refused.endswith('error="no \\"such\\"\\nthing" request_id=id-1')
     assert "inputs" not in lines[0].fields and "sampling_params" not in lines[0].fields
 
 

@@ -3,7 +3,7 @@
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,6 +71,7 @@ class DescribedApp(FastAPI):
     """An application whose OpenAPI description is true: bad input is answered with 400, never 422; keys are named."""
 
     has_keys = False
+    flush_log: Callable[[], None]  # writes the lines about requests that wait to be written together
     front: ASGIApp | None = None  # what requests meet before all that is FastAPI's
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,7 +106,7 @@ class DescribedApp(FastAPI):
                     operation["security"] = [{"key": []}, {"x-api-key": []}]
 
 
-def create_app(instance: Instance, checker: BodyChecker | None = None) -> FastAPI:
+def create_app(instance: Instance, checker: BodyChecker | None = None) -> DescribedApp:
     """The application that serves `instance`; `checker`, which users' requests need, sees large bodies first."""
     args = instance.server_args
     app = DescribedApp(
@@ -155,7 +156,8 @@ def _front_of(app: DescribedApp, instance: Instance, checker: BodyChecker | None
         authorities=args.authorities,
     )
     front = PageMiddleware(ServerErrorMiddleware(front, handler=on_unexpected), origins)
-    paths = [route.path for route in routes]
+    paths = [str(app.openapi_url), *(route.path for route in routes)]
     log_config = LogConfig(args.log_requests, args.log_requests_level)
-    front = RequestLogMiddleware(front, instance.http_counts, paths, log_config, _trace())
+    front = log = RequestLogMiddleware(front, instance.http_counts, paths, log_config, _trace())
+    app.flush_log = log.flush
     return AnthropicErrors(FrontMiddleware(front, args.root_path))

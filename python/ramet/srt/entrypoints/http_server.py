@@ -59,8 +59,9 @@ class HttpServer:
         args = instance.server_args
         self._checker = BodyChecker(instance.model_config.vocab_size)
         limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
+        self._app = create_app(instance, self._checker if instance.is_head else None)
         config = uvicorn.Config(
-            create_app(instance, self._checker if instance.is_head else None),
+            self._app,
             http=guarded_protocol(limits, lambda path: without_root(path, args.root_path).rstrip("/") in HEALTH_PATHS),
             ssl_certfile=args.ssl_certfile,
             ssl_keyfile=args.ssl_keyfile,
@@ -100,6 +101,7 @@ class HttpServer:
             if serving is not None:
                 self._server.should_exit = True
                 await serving
+            self._app.flush_log()
             await self._checker.close()
             end_template_processes()  # Python would wait for the threads that wait for these
             await instance.close()

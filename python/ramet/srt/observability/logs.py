@@ -1,10 +1,12 @@
 """Owns how log lines look, the same in every process of an instance: one record, one line, whatever it quotes."""
 
+import contextlib
 import json
 import logging
 import re
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -58,8 +60,8 @@ class OneLineFormatter(logging.Formatter):
         if costs := getattr(record, "costs", None):
             record.message += " " + " ".join([f"{name}={shown(value)}" for name, value in costs.items()])
         record.message = escape_text(record.message, max_chars)
-        if (request := current_request()) is not None and not request.is_over:
-            record.message += f" request_id={request.request_id}"
+        if (request_id := request_id_of(record)) is not None:
+            record.message += f" request_id={request_id}"
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:
@@ -96,12 +98,60 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": message,
         }
-        if (request := current_request()) is not None and not request.is_over:
-            members["request_id"] = request.request_id
+        if (request_id := request_id_of(record)) is not None:
+            members["request_id"] = request_id
         members |= getattr(record, "fields", {})
         if record.exc_info:
             members["traceback"] = self.formatException(record.exc_info)
         return _encode_ascii(members)
+
+
+class LinesHandler(logging.StreamHandler[Any]):
+    """Writes each line at once, but those of a block of `written_together` at its end."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._held: list[str] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._held is None:
+            super().emit(record)
+            return
+        try:
+            self._held.append(self.format(record))
+        except Exception:  # noqa: BLE001 - as logging does it: a line that can't be made must not end what it is about
+            self.handleError(record)
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep lines until the end of the block, and write them by one call."""
+        self._held = []
+        try:
+            yield
+        finally:
+            lines, self._held = self._held, None
+            if lines:
+                with self.lock or contextlib.nullcontext():
+                    self.stream.write("".join([f"{line}{self.terminator}" for line in lines]))
+                    self.flush()
+
+
+@contextlib.contextmanager
+def written_together() -> Iterator[None]:
+    """A block whose lines are written at its end: a call for each of hundreds costs more than what they say."""
+    with contextlib.ExitStack() as stack:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, LinesHandler):
+                stack.enter_context(handler.holding())
+        yield
+
+
+def request_id_of(record: logging.LogRecord) -> str | None:
+    """Of the request that a record is about: what it says itself, or that which is under way here."""
+    if (own := getattr(record, "request_id", None)) is not None:
+        return str(own)
+    request = current_request()
+    return None if request is None or request.is_over else request.request_id
 
 
 class Seldom(logging.Filter):
@@ -138,7 +188,7 @@ def configure_logging(level: str, process: str, form: str = "text") -> None:
     # What no line of ours has, and records look for all the same.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.logAsyncioTasks = False  # type: ignore[attr-defined]  # from Python 3.12 on
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LinesHandler(sys.stderr)
     text = OneLineFormatter(f"[%(asctime)s {process}] %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     handler.setFormatter(JsonFormatter(process) if form == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

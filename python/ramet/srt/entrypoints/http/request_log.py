@@ -3,6 +3,7 @@
 A refused request always has a line, with the reason. Others have one with --log-requests.
 """
 
+import asyncio
 import functools
 import json
 import logging
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet.srt.entrypoints.http.event_stream import CLIENT_GONE_STATUS
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http.http_counts import OTHER_ENDPOINT, HttpCounts
+from ramet.srt.observability.logs import written_together
 from ramet.srt.observability.request_record import RequestRecord, current_request
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_ERROR_BYTES = 64 << 10  # of an answer that says what is wrong
 SHOWN_CHARS = 2048  # of a prompt or an output, from level 2 on
 SHOWN_IDS = 256
+WRITE_PERIOD_S = 0.1
 UNTRACED_PATHS = HEALTH_PATHS | {"/metrics"}
 WITH_PARAMETERS, WITH_BEGINNINGS, WHOLE = 1, 2, 3  # levels of --log-requests-level
 
@@ -105,6 +108,8 @@ class RequestLogMiddleware:
         self._counts = counts
         self._paths = frozenset(paths)
         self._config = config
+        self._lines = RequestLines(config.level)
+        self.flush = self._lines.write  # at the end of the server
         self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +131,7 @@ class RequestLogMiddleware:
         error = exchange.error or record.error
         is_refused = error is not None and exchange.status != CLIENT_GONE_STATUS
         if self._config.log_requests:
-            _log_request(exchange, record, self._config.level, error)
+            self._lines.add(exchange, record, error)
         elif is_refused and scope["path"] not in HEALTH_PATHS:
             fields = request_fields(exchange, record) | {"error": error}
             text = "refused: %s %s from %s: %d %s"
@@ -151,10 +156,33 @@ class RequestLogMiddleware:
         return path if path in self._paths else OTHER_ENDPOINT
 
 
-def _log_request(exchange: Exchange, record: RequestRecord, level: int, error: str | None) -> None:
-    """The line of --log-requests: the combined log format, then what the request cost as name=value."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
+class RequestLines:
+    """The lines of --log-requests, which are made and written together several times a second.
+
+    One by one they would cost each request some percent of its time: little in a loop, much where caches are cold.
+    """
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+        self._waiting: list[tuple[Exchange, RequestRecord, str | None]] = []
+
+    def add(self, exchange: Exchange, record: RequestRecord, error: str | None) -> None:
+        """A request has ended."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_later(WRITE_PERIOD_S, self.write)
+        self._waiting.append((exchange, record, error))
+
+    def write(self) -> None:
+        """Write what has not been written yet."""
+        waiting, self._waiting = self._waiting, []
+        if waiting and logger.isEnabledFor(logging.INFO):
+            with written_together():
+                for exchange, record, error in waiting:
+                    logger.handle(_line_of(exchange, record, self._level, error))
+
+
+def _line_of(exchange: Exchange, record: RequestRecord, level: int, error: str | None) -> logging.LogRecord:
+    """The combined log format, then what the request cost as name=value."""
     scope = exchange.scope
     headers = dict(scope["headers"])
     referrer, agent = (headers.get(name, b"-").decode("latin-1") for name in (b"referer", b"user-agent"))
@@ -167,9 +195,10 @@ def _log_request(exchange: Exchange, record: RequestRecord, level: int, error: s
     if error is not None:
         costs["error"] = error
     fields = request_fields(exchange, record) | costs | {"referrer": referrer, "user_agent": agent}
-    extra = {"fields": fields, "costs": costs, "is_whole": level >= WHOLE}
-    # Not by logger.info, which looks for its caller's line: half of what the line costs.
-    logger.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, (), None, extra=extra))
+    extra = {"fields": fields, "costs": costs, "is_whole": level >= WHOLE, "request_id": record.request_id}
+    made = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, (), None, extra=extra)
+    made.created = exchange.begun_at + exchange.seconds
+    return made
 
 
 @functools.lru_cache(maxsize=4)
