@@ -33,7 +33,7 @@ def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture, monk
     monkeypatch.setattr(module, "LINE_PERIOD_S", 0.02)
     monkeypatch.setattr(sys, "stderr", errors := io.StringIO())
     lines = work(caplog)
-    assert 1 <= len(lines) <= 4 and errors.getvalue() == ""
+    assert 1 <= len(lines) <= 4 and "\r" not in errors.getvalue()
     assert all(line.startswith("reading weights: ") and " of 8.000 GB after " in line for line in lines)
 
 
