@@ -76,7 +76,7 @@ setup(
     package_data={
         "ramet": ["py.typed"],
         "ramet.srt.entrypoints.http": ["docs.html"],
-        "ramet.srt.modelexpress": ["server/fleet.html", "proto/*.proto", "proto/*.pyi"],
+        "ramet.srt.modelexpress": ["server/page/*", "proto/*.proto", "proto/*.pyi"],
     },
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,

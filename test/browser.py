@@ -29,6 +29,19 @@ FLAGS = [
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 30.0
 
+TOO_WIDE = """
+(() => {
+  const width = document.documentElement.clientWidth, scrolled = document.documentElement.scrollWidth;
+  const found = scrolled > width ? [`the page is ${scrolled} wide`] : [];
+  for (const node of document.querySelectorAll("body *")) {
+    const box = node.getBoundingClientRect();
+    if (box.width > 1 && (box.right > width + 0.5 || box.left < -0.5))
+      found.push(`${node.outerHTML.slice(0, 80)} from ${box.left} to ${box.right}`);
+  }
+  return found;
+})()
+"""
+
 
 class Tab:
     """A page in the browser. `problems` collects exceptions and errors that the page has logged."""
@@ -83,6 +96,16 @@ class Tab:
     async def text(self) -> str:
         """What can be read on the page."""
         return await self.evaluate("document.body.innerText")
+
+    async def set_width(self, width: int, height: int = 900) -> None:
+        """Have the page as wide as that, as a telephone has it below 700."""
+        await self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700
+        )
+
+    async def too_wide(self) -> list[str]:
+        """What reaches beyond the page's sides, as far as it can be seen."""
+        return await self.evaluate(TOO_WIDE)
 
     async def close(self) -> None:
         self._reader.cancel()

@@ -15,10 +15,12 @@ from ramet.srt.managers import watchdog
 from ramet.srt.managers.pulse import (
     BEATS,
     HEARD_WORD,
+    MAIN_SLOT,
     OWN_WORD,
     SERVES,
     TASK,
     BoardVoice,
+    LauncherBeats,
     PulseBoard,
     Ticks,
     WatchLimits,
@@ -143,6 +145,24 @@ def test_a_suspended_host_is_nobody_s_standstill(monkeypatch):
     assert ticks.wait() == pytest.approx(0.002)
     ticks.stop()
     assert ticks.wait() == 0.0
+
+
+def test_a_rank_sees_whether_the_main_process_beats(board, monkeypatch):
+    """However seldom or often it looks, and after a pause as before."""
+    now = 100.0
+    monkeypatch.setattr("ramet.srt.managers.pulse.time.monotonic", lambda: now)
+    launcher = LauncherBeats(board, PERIOD_S)
+    board.put(MAIN_SLOT, BEATS, 7)
+    assert launcher.move()
+    seen = []
+    for _ in range(8):
+        now += 0.5
+        seen.append(launcher.move())
+    assert seen == [True] * 4 + [False] * 4
+    board.put(MAIN_SLOT, BEATS, 8)
+    assert launcher.move()
+    now += 30.0
+    assert not launcher.move()
 
 
 def test_words_pass_over_the_board(board):

@@ -1,14 +1,17 @@
 """Whole instances find each other through a metadata server: every replica is started with the same command."""
 
+import asyncio
 import contextlib
 import itertools
 import json
 import os
 import signal
+import socket
 import time
 
 import httpx
 import pytest
+from browser import open_browser
 from doomed_modelexpress_server import DoomedServer
 from lora_adapters import make_adapter
 from modelexpress_harness import free_port, running_server, wait_until
@@ -71,7 +74,7 @@ def replicas(tmp_path_factory, model, mx):
     """Three that were started at once, with the same command, and go on living."""
     with contextlib.ExitStack() as stack:
         fleet = Fleet(tmp_path_factory.mktemp("replicas"), model, stack)
-        servers = [fleet.start({"url": mx.address}) for _ in range(3)]
+        servers = [fleet.start({"url": mx.address}, MX_HEARTBEAT_INTERVAL_SECS="") for _ in range(3)]
         for server in servers:
             server.wait_ready()
         wait_until(lambda: [status(mx, server) for server in servers] == [["READY"]] * 3, what="all being READY")
@@ -168,6 +171,40 @@ def test_other_revisions_and_models_are_not_taken(fleet, mx, replicas):
     wait_until(lambda: status(mx, other) == ["READY"], what="READY")
     same = fleet.start({"url": mx.address}, "--revision", "b" * 40).wait_ready()
     assert taken_from(mx, same) == [other.url]
+
+
+async def test_the_fleet_page_shows_who_lives_who_stands_still_and_who_died(mx, replicas, tmp_path):
+    """The last of those that use these replicas: one goes on, one is stopped, one is killed."""
+    living, stopped, killed = replicas
+    async with open_browser(tmp_path / "profile") as tab:
+        await tab.open(mx.http_url + "/")
+        await tab.wait_for("document.querySelectorAll('tbody .READY').length >= 3")
+        num_ready = await tab.evaluate("document.querySelectorAll('tbody .READY').length")
+        stopped.signal(signal.SIGSTOP)
+        killed.process.kill()
+        start, ages = time.monotonic(), []
+        while set(status(mx, stopped) + status(mx, killed)) != {"SILENT"}:
+            assert time.monotonic() - start < 15
+            ages.append(workers(mx)[living.url][0]["age_s"])
+            await asyncio.sleep(0.2)
+        await tab.wait_for("document.querySelectorAll('tbody .SILENT').length === 2", 15 - (time.monotonic() - start))
+        assert max(ages) < 5 and status(mx, living) == ["READY"]
+        totals = dict(
+            await tab.evaluate("[...byId('totals').children].map((one) => [...one.children].map((x) => x.innerText))")
+        )
+        assert (totals["instances"], totals["silent"]) == (str(num_ready - 2), "2")
+        text = await tab.text()
+        assert all(one.url.removeprefix("http://") in text for one in replicas)
+        assert "shared memory" in text and f"host {socket.gethostname()}" in text
+        for width in (1280, 390):
+            await tab.set_width(width)
+            assert await tab.too_wide() == []
+        links = await tab.evaluate("[...document.querySelectorAll('tbody a')].map((link) => link.href)")
+        assert f"{living.url}/metrics" in links and httpx.get(f"{living.url}/metrics").status_code == 200
+        await tab.wait_for("document.querySelectorAll('.bars .taken').length >= 2")
+        assert tab.problems == []
+    stopped.signal(signal.SIGCONT)
+    wait_until(lambda: status(mx, stopped) == ["READY"], what="READY again")
 
 
 def test_defect_11_a_source_that_was_killed_is_got_past_in_seconds(fleet):

@@ -1,11 +1,14 @@
 """The fleet page in a real browser: what it shows, that it lives, in light and dark, and for those who cannot see."""
 
 import json
+import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from browser import Tab, open_browser
 from modelexpress_harness import make_identity, make_worker, running_server
@@ -26,6 +29,8 @@ FROM_SEED = LoadReport(
     taken_from=("seed", "gone"),
     taken_bytes=(1_500_000_000,),
 )
+ROWS = "[...document.querySelectorAll('tbody')].map((body) => body.innerText.replace(/\\s+/g, ' '))"
+TOTALS = "[...byId('totals').children].map((one) => [...one.children].map((part) => part.innerText))"
 
 
 @pytest.fixture
@@ -41,6 +46,16 @@ def publish_two(client: ModelExpressClient) -> str:
     source_id = client.publish(identity, "seed", make_worker(instance=SEED, started_at=1.0, load=FROM_FILES))
     client.update_status(source_id, "seed", 0, p2p_pb2.SOURCE_STATUS_READY, load=0.42)
     return source_id
+
+
+def publish_wave(client: ModelExpressClient) -> None:
+    """A seed, a clone of it, and much later another one, whose seed has ended meanwhile."""
+    now = time.time()
+    first = {"instance": SEED, "host": "node-a", "started_at": 1.0, "load": FROM_FILES, "loaded_at": now - 200}
+    client.publish(make_identity(), "seed", make_worker(**first))
+    taken = msgspec.structs.replace(FROM_SEED, taken_from=("seed",), taken_bytes=(2_000_000_000,))
+    clone = {"instance": CLIENT, "started_at": 2.0, "load": taken, "loaded_at": now - 197, "weight_version": "v2"}
+    client.publish(make_identity(), "clone", make_worker(**clone))
 
 
 def fetch_fleet(server: ModelExpressServer) -> dict[str, Any]:
@@ -75,16 +90,113 @@ async def test_who_took_from_whom(server: ModelExpressServer, client: ModelExpre
     publish_two(client)
     await tab.open(server.http_url + "/")
     await tab.wait_for("document.querySelectorAll('tbody').length === 2")
-    rows = await tab.evaluate(
-        "[...document.querySelectorAll('tbody')].map(body => body.innerText.replace(/\\s+/g, ' '))"
-    )
-    assert rows[0].startswith("10.0.0.1:30000 0 cpu ● ready") and "42 %" in rows[0]
-    assert "files" in rows[0] and "2.00 GB 4.00 s 0.500 GB/s" in rows[0]
-    assert "10.0.0.2:30000 node-b 0 cpu ● ready" in rows[1]
+    rows = await tab.evaluate(ROWS)
+    assert rows[0].startswith("10.0.0.1:30000 version default metrics 0 cpu ● ready") and "42 %" in rows[0]
+    assert "from files" in rows[0] and "2.00 GB 4.00 s 0.500 GB/s" in rows[0]
+    assert "10.0.0.2:30000 host node-b version default metrics 0 cpu ● ready" in rows[1]
     assert "10.0.0.1:30000 rank 0, an instance that has gone over the network, checked" in rows[1]
     assert "2.00 GB 500 ms 4.00 GB/s" in rows[1]
     assert "revision 0123456789ab" in await tab.text()
     assert tab.problems == []
+
+
+async def test_who_took_from_whom_over_time(server: ModelExpressServer, client: ModelExpressClient, tab: Tab) -> None:
+    """Also of weights that were replaced meanwhile, and a wave of loads at a time."""
+    publish_wave(client)
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelectorAll('.bars li').length === 2")
+    first, second = await tab.evaluate("[...document.querySelectorAll('.bars li')].map((one) => one.innerText)")
+    assert "10.0.0.1:30000" in first and "from files" in first and "2.00 GB · 4.00 s · 0.500 GB/s" in first
+    assert "10.0.0.2:30000" in second and "← 10.0.0.1:30000 (2.00 GB)" in second
+    assert "2.00 GB · 500 ms · 4.00 GB/s" in second and "over the network, checked · version v2" in second
+    bars = await tab.evaluate("[...document.querySelectorAll('.bar')].map((bar) => [bar.style.left, bar.style.width])")
+    lefts, widths = zip(*([float(text.rstrip("%")) for text in bar] for bar in bars), strict=True)
+    assert lefts[0] == 0 and lefts[1] == pytest.approx(100 * 6.5 / 7, abs=0.1)
+    assert widths == pytest.approx((100 * 4 / 7, 100 * 0.5 / 7), abs=0.1)
+    assert await tab.evaluate("document.querySelectorAll('.links path').length") == 1
+    client.publish(
+        make_identity(),
+        "clone",
+        make_worker(instance=CLIENT, started_at=2.0, load=FROM_FILES, loaded_at=time.time(), weight_version="v3"),
+    )
+    await tab.wait_for("document.querySelector('#timeline').innerText.includes('1 load, 2.00 GB')")
+    assert "version v3" in await tab.evaluate("byId('timeline').innerText")
+    await tab.evaluate("document.querySelector('[aria-label=\"Earlier loads\"]').click()")
+    assert "2 loads, 4.00 GB" in await tab.evaluate("byId('timeline').innerText")
+    with urllib.request.urlopen(server.http_url + "/loads.json?after=2", timeout=10) as answer:
+        (load,) = json.load(answer)["loads"]
+    assert (load["instance"], load["weight_version"]) == (CLIENT, "v3")
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(server.http_url + "/loads.json?after=-1", timeout=10)
+    assert tab.problems == []
+
+
+def test_the_ranks_of_all_nodes_are_one_instance(server: ModelExpressServer, client: ModelExpressClient) -> None:
+    """Nodes start one after the other, and a replica has the same shard ranks as the others."""
+    for world_rank, status in enumerate((2, 2, 1, 2)):
+        worker = make_worker(status=status, instance=SEED, started_at=1.0 + world_rank, world_rank=world_rank)
+        worker.worker_rank = world_rank % 2
+        client.publish(make_identity(), f"w{world_rank}", worker)
+    (instance,) = fetch_fleet(server)["models"][0]["instances"]
+    assert sorted(worker["world_rank"] for worker in instance["workers"]) == [0, 1, 2, 3]
+    assert (instance["status"], instance["started_at"]) == ("INITIALIZING", 1.0)
+
+
+async def test_the_dead_do_not_count(server: ModelExpressServer, client: ModelExpressClient, tab: Tab) -> None:
+    """Neither those that ended, nor those that missed their beats, nor who was there before at the same address."""
+    publish_two(client)
+    often = {"heartbeat_s": 3.0, "started_at": 3.0}
+    client.publish(make_identity(), "mute", make_worker(age_s=11, instance="http://10.0.0.3:1", **often))
+    client.publish(make_identity(), "late", make_worker(age_s=7, instance="http://10.0.0.4:1", **often))
+    client.publish(make_identity(), "other", make_worker(age_s=30, instance="http://10.0.0.5:1"))  # says not how often
+    before = make_worker(age_s=1, instance=CLIENT, started_at=1.0)  # killed a second ago, and started anew
+    client.publish(make_identity(revision="0123456789abcdef"), "before", before)
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelector('.SILENT')")
+    totals = dict(await tab.evaluate(TOTALS))
+    assert (totals["instances"], totals["silent"], totals["ranks ready"]) == ("4", "1", "4 of 4")
+    statuses = {one["name"]: one["status"] for model in fetch_fleet(server)["models"] for one in model["instances"]}
+    assert statuses["http://10.0.0.3:1"] == "SILENT" and statuses["http://10.0.0.4:1"] == "READY"
+    assert "1 stale: ended, asleep, or changing their weights" in await tab.text()
+
+
+async def test_nothing_is_wider_than_the_page(server: ModelExpressServer, client: ModelExpressClient, tab: Tab) -> None:
+    """At a desk, on a tablet and on a telephone, with names as long as they come."""
+    publish_two(client)
+    publish_wave(client)
+    name = "organisation/" + "a-model-with-a-very-long-name-" * 4
+    worker = make_worker(status=1, instance=f"http://{'a' * 60}.{'b' * 60}:30000", host="h" * 90, load=FROM_SEED)
+    client.publish(make_identity(name, revision="f" * 40), "long", worker)
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelectorAll('tbody').length === 5")
+    await tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    for width in (1280, 1051, 820, 390, 320):
+        await tab.set_width(width)
+        assert await tab.too_wide() == [], width
+
+
+async def test_many_instances_are_drawn_as_they_are_asked_for(
+    server: ModelExpressServer, client: ModelExpressClient, tab: Tab
+) -> None:
+    for index in range(60):
+        client.publish(make_identity(), f"w{index}", make_worker(instance=f"http://10.0.0.{index}:1", host=f"n{index}"))
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelectorAll('tbody').length === 50")
+    assert dict(await tab.evaluate(TOTALS))["instances"] == "60"
+    await tab.evaluate("document.querySelector('.model .more').click()")
+    assert await tab.evaluate("document.querySelectorAll('tbody').length") == 60
+    assert await tab.evaluate("document.querySelector('.model .more')") is None
+
+
+async def test_only_web_addresses_become_links(
+    server: ModelExpressServer, client: ModelExpressClient, tab: Tab
+) -> None:
+    for index, name in enumerate(("javascript:alert(1)", "worker-7", "data:text/html,x", "https://10.0.0.1:3/")):
+        client.publish(make_identity(), f"w{index}", make_worker(instance=name))
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelectorAll('tbody').length === 4")
+    links = await tab.evaluate("[...document.querySelectorAll('tbody a')].map((link) => link.href)")
+    assert links == ["https://10.0.0.1:3/metrics"]
 
 
 async def test_it_lives(server: ModelExpressServer, client: ModelExpressClient, tab: Tab) -> None:
@@ -93,7 +205,7 @@ async def test_it_lives(server: ModelExpressServer, client: ModelExpressClient, 
     source_id = publish_two(client)
     await tab.wait_for("document.querySelectorAll('tbody').length === 2")
     client.update_status(source_id, "seed", 0, p2p_pb2.SOURCE_STATUS_STALE)
-    await tab.wait_for("document.querySelector('tbody').innerText.includes('stale')")
+    await tab.wait_for("document.querySelector('.stale-ones summary')?.innerText.startsWith('1 stale')")
     await tab.evaluate("byId('filter-box').value = 'node-b'; byId('filter-box').dispatchEvent(new Event('input'))")
     assert await tab.evaluate("document.querySelectorAll('tbody').length") == 1
     await tab.evaluate("byId('filter-box').value = 'zzz'; byId('filter-box').dispatchEvent(new Event('input'))")
@@ -151,9 +263,12 @@ async def test_it_can_be_read(server: ModelExpressServer, client: ModelExpressCl
     for status in range(4):
         client.publish(make_identity(), f"w{status}", make_worker(status=status, instance=f"i{status}"))
     client.publish(make_identity(), "silent", make_worker(age_s=95, instance="silent", load=FROM_FILES))
+    publish_wave(client)
     await tab.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     await tab.open(server.http_url + "/")
-    await tab.wait_for("document.querySelectorAll('tbody').length === 7")
+    await tab.wait_for("document.querySelectorAll('tbody').length === 8 && document.querySelector('.stale-ones')")
+    await tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert await tab.evaluate("document.querySelectorAll('.bars li').length") == 2
     background = await tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(background) < 60) == (scheme == "dark")
     ratio, where = await tab.evaluate(CONTRAST)
@@ -173,8 +288,6 @@ async def test_it_has_names_and_headers(server: ModelExpressServer, client: Mode
     assert {"Instance", "Status", "Weights from", "Rate"} <= {name for role, name in names if role == "columnheader"}
     assert [name for role, name in names if role == "rowheader" and "10.0.0.2:30000" in name]
     assert await tab.evaluate("document.documentElement.lang") == "en"
-    await tab.send("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
-    assert await tab.evaluate("document.documentElement.scrollWidth <= 390")
 
 
 async def test_a_token_is_asked_for(tmp_path: Path, tab: Tab) -> None:

@@ -23,7 +23,7 @@ from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, 
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import read_facts
 from ramet.srt.modelexpress.server.server import ModelExpressServer
-from ramet.srt.weights.report import PublisherStats
+from ramet.srt.weights.report import PublisherStats, StandsStill
 
 
 @pytest.fixture
@@ -53,6 +53,29 @@ def test_the_life_of_a_record(client: ModelExpressClient) -> None:
     assert listed(client, READY) == [] and listed(client, STALE) == [publisher.worker_id]
     assert publisher.set_status(READY, timeout_s=10)
     assert listed(client, READY) == [publisher.worker_id]
+    publisher.close()
+    assert listed(client, STALE) == [publisher.worker_id]
+
+
+def test_a_standing_instance_is_not_called_ready(client: ModelExpressClient) -> None:
+    """Its record gets old, and goes on when it moves again; its withdrawal does not wait."""
+    stands = False
+
+    def probe() -> float:
+        if stands:
+            raise StandsStill
+        return 0.5
+
+    publisher = make_publisher(client.address, load_probe=probe)
+    publisher.start()
+    assert publisher.set_status(READY, timeout_s=10)
+    stands = True
+    before = wait_until(lambda: publisher.stats().num_heartbeats, what="a heartbeat")
+    time.sleep(0.5)  # five beats
+    assert publisher.stats().num_heartbeats <= before + 1
+    stands = False
+    wait_until(lambda: publisher.stats().num_heartbeats > before + 3, what="heartbeats")
+    stands = True
     publisher.close()
     assert listed(client, STALE) == [publisher.worker_id]
 

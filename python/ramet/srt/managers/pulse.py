@@ -22,6 +22,7 @@ LENGTH = struct.Struct("=Q")
 SLOT = struct.Struct("=QQQ")  # beats; whether it serves; what its main thread is at
 BEATS, SERVES, TASK = range(3)
 OWN_WORD, HEARD_WORD = range(2)
+LATE_PERIODS = 2.5  # without a beat, after which a process is late
 HEADER_NBYTES = 2 * (LENGTH.size + WORD_NBYTES)
 
 
@@ -112,6 +113,27 @@ class BoardVoice:
         if word != self._heard:
             self._heard = word
             self._board.put_word(HEARD_WORD, word)
+
+
+class LauncherBeats:
+    """Whether the main process beats, for whoever asks now and then.
+
+    Args:
+        period_s: between two beats.
+    """
+
+    def __init__(self, board: PulseBoard, period_s: float):
+        self._board = board
+        self._late_s = LATE_PERIODS * period_s
+        self._beats = -1
+        self._changed_at = 0.0
+
+    def move(self) -> bool:
+        """Whether there has been a beat since the last time, or lately."""
+        beats, now = self._board.get(MAIN_SLOT, BEATS), time.monotonic()
+        if beats != self._beats:
+            self._beats, self._changed_at = beats, now
+        return now - self._changed_at < self._late_s
 
 
 class Ticks:

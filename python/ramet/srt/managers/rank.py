@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
@@ -23,6 +24,7 @@ from ramet.srt.managers.watchdog import end_stopped_launcher
 from ramet.srt.model_executor.model_runner import ModelRunner
 from ramet.srt.utils.hub import resolve_model_path, resolve_tokenizer_path, snapshot_revision
 from ramet.srt.utils.net import choose_interface, format_url, local_address, reachable_host
+from ramet.srt.weights.report import StandsStill
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,15 @@ LOST_NODE_EXIT_CODE = 71
 class RankStart:
     """A rank on its way to serving."""
 
-    def __init__(self, config: ChildConfig, voice: NodeVoice):
+    def __init__(self, config: ChildConfig, voice: NodeVoice, launcher_moves: Callable[[], bool]):
         """
         Args:
             voice: what the nodes of the instance say to each other about processes that stand still.
+            launcher_moves: whether the main process does.
         """
         self.config = config
         self._voice = voice
+        self._launcher_moves = launcher_moves
         self.args = config.make_server_args()
         self.parallel = config.parallel
         self.phases: dict[str, float] = {}
@@ -82,7 +86,7 @@ class RankStart:
         )
         role = sockets.begin(self.runner)
         if self.config.bootstrap_url is not None:
-            self.runner.publish(self.config.bootstrap_url, role.load)
+            self.runner.publish(self.config.bootstrap_url, functools.partial(self._load_of, role))
             self._on_phase("registered")
         addresses = role.get_ready(self._on_phase)
         self._on_phase("ready")
@@ -96,6 +100,16 @@ class RankStart:
             phases=self.phases,
         )
         return Rank(self.config.parent_pid, self.runner, role, self.rendezvous, ready)
+
+    def _load_of(self, role: Role) -> float:
+        """How busy the rank is, from 0 to 1.
+
+        Raises:
+            StandsStill: if nobody would answer a request.
+        """
+        if not self._launcher_moves():
+            raise StandsStill
+        return role.load()
 
     def _meet(self, scheduler_config: SchedulerConfig) -> RoleSockets:
         """Open this rank's sockets, and find the other ranks if there are any."""

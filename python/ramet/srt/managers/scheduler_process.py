@@ -14,7 +14,7 @@ import zmq
 from ramet.srt.errors import one_line
 from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
-from ramet.srt.managers.pulse import BoardVoice
+from ramet.srt.managers.pulse import BoardVoice, LauncherBeats, WatchLimits
 from ramet.srt.managers.watchdog import start_pulse
 from ramet.srt.observability.logs import configure_logging
 from ramet.srt.observability.progress_bar import allow_bars
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
             start_gpu(args.gpu_id(world_rank))
         from ramet.srt.managers.rank import RankStart
 
-    start = RankStart(config, BoardVoice(board))
+    launcher = LauncherBeats(board, WatchLimits(args.watchdog_timeout).period_s)
+    start = RankStart(config, BoardVoice(board), launcher.move)
     try:
         rank = start.run()
     except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:

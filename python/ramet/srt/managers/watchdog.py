@@ -13,12 +13,21 @@ from pathlib import Path
 
 from ramet.srt.distributed.words import PULSE_PERIOD_S, Word
 from ramet.srt.managers.child_process import ChildConfig
-from ramet.srt.managers.pulse import BEATS, MAIN_SLOT, OWN_WORD, SERVES, TASK, Pulse, PulseBoard, WatchLimits
+from ramet.srt.managers.pulse import (
+    BEATS,
+    LATE_PERIODS,
+    MAIN_SLOT,
+    OWN_WORD,
+    SERVES,
+    TASK,
+    Pulse,
+    PulseBoard,
+    WatchLimits,
+)
 
 logger = logging.getLogger(__name__)
 
 HUNG_EXIT_CODE = 70
-LATE_PERIODS = 2.5
 TELL_NODES_S = 2.5 * PULSE_PERIOD_S  # for the other nodes to hear a word
 STATES = {"T": "it is stopped by a signal", "D": "it waits for a device", "R": "it holds Python's lock"}
 TRACED = "t"

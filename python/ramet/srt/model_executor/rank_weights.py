@@ -7,6 +7,7 @@ They are in one of three states, each a type of its own: arriving (RankWeights),
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -128,6 +129,7 @@ class LoadedWeights:
         self.weights = weights
         self.report = report
         self.claim = claim
+        self.loaded_at = time.time()
         version = report.weight_version or weights.manifest.weight_version
         self.manifest = msgspec.structs.replace(weights.manifest, weight_version=version)
 
@@ -219,6 +221,7 @@ class OfferedWeights:
             self.loaded.manifest,
             self.report,
             weights.arena.content_digest_text,
+            self.loaded.loaded_at,
         )
         publication = Publication(
             weights.config.load,

@@ -32,6 +32,8 @@ class InstanceFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     host: str = ""
     world_rank: Natural = 0
     started_at: float = 0.0  # unix seconds
+    loaded_at: float = 0.0  # unix seconds: when the rank had these weights; 0 from versions that don't say
+    heartbeat_s: float = 0.0  # how often the record is renewed; 0 from versions that don't say
     layout_signature: str = ""  # digest of the arena's layout: the same digest, the same bytes at the same offsets
     weights_digest: str = ""  # of the checkpoint that the weights are from; what it says proves nothing
     is_tied: bool | None = None  # whether the output head is the embedding's table; None from versions that don't say
@@ -71,6 +73,7 @@ def make_instance_facts(
     manifest: WeightManifest,
     report: LoadReport | None = None,
     weights_digest: str = "",
+    loaded_at: float = 0.0,
 ) -> InstanceFacts:
     """What a record or a claim says about the instance behind it."""
     return InstanceFacts(
@@ -78,6 +81,7 @@ def make_instance_facts(
         host=socket.gethostname(),
         world_rank=manifest.parallel.world_rank,
         started_at=started_at,
+        loaded_at=loaded_at,
         layout_signature=layout_digest(manifest),
         weights_digest=weights_digest,
         is_tied=manifest.is_tied,

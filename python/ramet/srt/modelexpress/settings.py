@@ -10,6 +10,7 @@ from ramet.srt.modelexpress.tokens import TokenFile
 
 INTERVAL_VARIABLE = "MX_HEARTBEAT_INTERVAL_SECS"
 HEARTBEAT_INTERVAL_S = 30.0
+LIVE_INTERVAL_S = 3.0  # of the rank whose beats show how busy its replica is, and whether it is there
 PACKAGES = ("grpc", "google.protobuf")
 
 
@@ -45,6 +46,15 @@ def open_token_file(environ: Mapping[str, str] = os.environ) -> TokenFile | None
         return TokenFile(path)
     except ValueError as error:
         raise ValueError(f"MX_AUTH_TOKEN_PATH: {error}") from None
+
+
+def heartbeat_interval_s(shows_load: bool) -> float:
+    """How often a rank's record is renewed while it is READY.
+
+    Args:
+        shows_load: whether the rank stands for its replica at the metadata server.
+    """
+    return env_seconds(INTERVAL_VARIABLE, LIVE_INTERVAL_S if shows_load else HEARTBEAT_INTERVAL_S)
 
 
 def env_seconds(name: str, default: float, environ: Mapping[str, str] = os.environ) -> float:

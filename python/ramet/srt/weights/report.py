@@ -7,6 +7,10 @@ import msgspec
 from ramet.srt.utils.outside_json import Natural
 
 
+class StandsStill(Exception):
+    """An instance does not move, and is not to be called ready."""
+
+
 class PublisherStats(msgspec.Struct, kw_only=True):
     """What a rank's ModelExpress publisher has done so far."""
 

@@ -14,6 +14,7 @@ from ramet.srt.modelexpress.client.publisher import READY, STALE, Publisher
 from ramet.srt.modelexpress.client.seed_info import InfoAddress, make_info_url
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, build_worker_metadata, encode_facts
+from ramet.srt.modelexpress.settings import heartbeat_interval_s
 from ramet.srt.modelexpress.source_identity import make_source_identity
 from ramet.srt.weights.manifest import WeightManifest
 from ramet.srt.weights.registration import SeedRegistration
@@ -52,13 +53,15 @@ class Publication:
         assert manifest is not None and registration.arena_address is not None
         self._claim = claim
         self._ended = threading.Event()
-        self._facts = facts
+        # One rank of each replica of a target model beats often: the fleet page shows its load and its silence.
+        interval_s = heartbeat_interval_s(manifest.parallel.shard_rank == 0 and manifest.role == "target")
+        self._facts = msgspec.structs.replace(facts, heartbeat_s=interval_s)
         self._worker = build_worker_metadata(
             manifest,
             base_address=registration.arena_address,
             session_id=registration.transfer_engine_info.session_id,
             info_url=self._info_url(facts.instance, manifest),
-            facts=facts,
+            facts=self._facts,
             accelerator=accelerator,
             device_id=device_id,
         )
@@ -67,6 +70,7 @@ class Publication:
             make_source_identity(config, manifest, is_trainer=registration.published is not None),
             self._worker,
             load_probe=load_probe,
+            heartbeat_interval_s=interval_s,
         )
         self._publisher.start()
 

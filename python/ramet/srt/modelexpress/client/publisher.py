@@ -12,7 +12,7 @@ from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.proto import p2p_pb2
 from ramet.srt.modelexpress.settings import HEARTBEAT_INTERVAL_S, INTERVAL_VARIABLE, env_seconds
-from ramet.srt.weights.report import PublisherStats
+from ramet.srt.weights.report import PublisherStats, StandsStill
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ STALE = p2p_pb2.SOURCE_STATUS_STALE
 INITIALIZING_INTERVAL_S = 5.0  # clients wait for an initializing source; they must notice soon that it has died
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 5.0  # a server that comes back with no records must soon have them again
+STILL_PAUSE_S = 1.0  # until a standing instance is looked at again
 LOST_AFTER_REJECTIONS = 2  # heartbeats refused in a row: then the server has lost the record
 
 
@@ -37,7 +38,8 @@ class Publisher:
         client: closed with the publisher.
         identity: what the worker serves.
         worker: its record; status and time are set here.
-        load_probe: how busy the worker is, from 0 to 1, or None when that is not known; must not raise.
+        load_probe: how busy the worker is, from 0 to 1, or None when that is not known. Raises StandsStill where its
+            instance does not move: a READY record is not renewed then, and whoever looks at it sees that it gets old.
         heartbeat_interval_s: None takes MX_HEARTBEAT_INTERVAL_SECS, else 30.
     """
 
@@ -156,10 +158,14 @@ class Publisher:
         try:
             if not (source_id and is_current):
                 source_id = self._publish(wanted)
-            rank, load = self._worker.worker_rank, self._load_probe()
+            load = self._load_probe() if wanted == READY else None
+            rank = self._worker.worker_rank
             accepted = self._client.update_status(source_id, self.worker_id, rank, wanted, load)
             if not accepted and wanted == STALE:
                 accepted = self._is_unknown(source_id)
+        except StandsStill:
+            self._backoff_s = STILL_PAUSE_S
+            return
         except ModelExpressError as error:
             self._note_failure(str(error))
             return

@@ -19,6 +19,7 @@ from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
 from ramet.srt.modelexpress.server.fleet_service import FleetService
 from ramet.srt.modelexpress.server.health import HealthService
 from ramet.srt.modelexpress.server.intake import Intake, server_handler
+from ramet.srt.modelexpress.server.load_history import LoadHistory
 from ramet.srt.modelexpress.server.reaper import Reaper
 from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
@@ -153,12 +154,12 @@ class ModelExpressServer:
         # Large records are packed in threads, each of which keeps the memory that the largest one took.
         self._loop.set_default_executor(ThreadPoolExecutor(PACKING_THREADS, "modelexpress-pack"))
         store, targets = self._make_store(), FleetService()
-        ages, health = RowAges(), HealthService()
-        records = P2pService(store, ages, self.metrics, self._heartbeat_timeout_s)
+        ages, health, history = RowAges(), HealthService(), LoadHistory()
+        records = P2pService(store, ages, history, self.metrics, self._heartbeat_timeout_s)
         grpc_server = self._make_grpc_server(records, health, targets)
         port = bind_grpc(grpc_server, self.options, self._credentials)
         with bind_http(self.options) as http_socket:
-            fleet = Fleet(store, ages, self._heartbeat_timeout_s, targets.describe)
+            fleet = Fleet(store, ages, history, self._heartbeat_timeout_s, targets.describe)
             http = self._make_http_server(fleet, targets)
             reaper = Reaper(store, ages, self.metrics, self._heartbeat_timeout_s, self._gc_timeout_s)
             await grpc_server.start()

@@ -8,12 +8,13 @@ from typing import Any
 
 from ramet.srt.modelexpress.ages import wall_clock_ms
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import worker_tensors
+from ramet.srt.modelexpress.records import read_facts, worker_tensors
 from ramet.srt.modelexpress.rpc import MAX_MESSAGE_BYTES
+from ramet.srt.modelexpress.server.load_history import LoadHistory
 from ramet.srt.modelexpress.server.row_ages import RowAges
 from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 from ramet.srt.modelexpress.server.store import MetadataStore, Row, Source, StoreError, training_step
-from ramet.srt.modelexpress.source_identity import compute_source_id
+from ramet.srt.modelexpress.source_identity import CLAIM_PARAMETER, compute_source_id
 from ramet.srt.observability.logs import escape_text
 
 logger = logging.getLogger(__name__)
@@ -33,9 +34,17 @@ class P2pService:
         heartbeat_timeout_s: a READY row that is older is not listed as READY.
     """
 
-    def __init__(self, store: MetadataStore, ages: RowAges, metrics: ServerMetrics, heartbeat_timeout_s: float):
+    def __init__(
+        self,
+        store: MetadataStore,
+        ages: RowAges,
+        history: LoadHistory,
+        metrics: ServerMetrics,
+        heartbeat_timeout_s: float,
+    ):
         self._store = store
         self._ages = ages
+        self._history = history
         self._metrics = metrics
         self._heartbeat_timeout_s = heartbeat_timeout_s
 
@@ -62,6 +71,7 @@ class P2pService:
             return p2p_pb2.PublishMetadataResponse(success=False, message=reason), INVALID
         worker, worker_id = request.worker, request.worker_id
         rank, num_tensors, updated_at = worker.worker_rank, len(worker_tensors(worker)), worker.updated_at
+        facts = read_facts(worker.topology)
         try:
             source_id = await self._store.publish(request.identity, worker_id, worker)
         except StoreError as error:
@@ -69,6 +79,8 @@ class P2pService:
             message = f"Failed to publish metadata: {error}"
             return p2p_pb2.PublishMetadataResponse(success=False, message=message), STORE_ERROR
         self._ages.age_s(source_id, worker_id, rank, updated_at)
+        if CLAIM_PARAMETER not in request.identity.extra_parameters:
+            self._history.note(request.identity.model_name, worker_id, rank, facts)
         message = (
             f"published {num_tensors} tensors of rank {rank} of {request.identity.model_name!r} as source {source_id}, "
             f"worker {worker_id}"
