@@ -15,6 +15,7 @@ from browser import open_browser
 from doomed_modelexpress_server import DoomedServer
 from lora_adapters import make_adapter
 from modelexpress_harness import free_port, running_server, wait_until
+from prometheus_process import autoscaler_query, dashboard_queries, running_prometheus
 from ramet import Engine
 from ramet.srt.modelexpress.client.client import ModelExpressClient, ModelExpressError
 from ramet.srt.modelexpress.client.publisher import READY, STALE
@@ -171,6 +172,26 @@ def test_other_revisions_and_models_are_not_taken(fleet, mx, replicas):
     wait_until(lambda: status(mx, other) == ["READY"], what="READY")
     same = fleet.start({"url": mx.address}, "--revision", "b" * 40).wait_ready()
     assert taken_from(mx, same) == [other.url]
+
+
+def test_every_query_of_the_dashboard_finds_something(mx, replicas, tmp_path):
+    """And so does the autoscaler's, as Prometheus itself understands them, in what these servers say."""
+    targets = [url.removeprefix("http://") for url in (mx.http_url, *(server.url for server in replicas))]
+    queries = dashboard_queries() | {autoscaler_query()}
+    with running_prometheus(tmp_path, targets) as prometheus:
+
+        def missing():
+            for server in replicas:
+                answer(server)
+                assert httpx.post(f"{server.url}/generate", json={"text": 1}).status_code == 400
+            return [query for query in sorted(queries) if not prometheus.find(query)]
+
+        deadline = time.monotonic() + 40
+        while found_nothing := missing():
+            assert time.monotonic() < deadline, found_nothing
+        assert prometheus.find("ramet:no_such_metric") == []
+        (queue_time_s,) = prometheus.find(autoscaler_query())
+        assert 0 <= queue_time_s < 5
 
 
 async def test_the_fleet_page_shows_who_lives_who_stands_still_and_who_died(mx, replicas, tmp_path):

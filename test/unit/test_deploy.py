@@ -1,0 +1,216 @@
+"""What lies in deploy/ is what Kubernetes, Compose and Ramet itself take, and its parts fit together."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from compose_spec import PyCompose
+from ramet.srt.command_line import parse_server_args
+from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
+from ramet.srt.modelexpress.server.server import ServerOptions
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+MANIFESTS = sorted(path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "prometheus-adapter.yaml")
+VERSIONS = ("1.30", kubernetes_validate.latest_version())  # of Kubernetes: the oldest that the manifests are for
+BY_HAND = ("leaderworkerset.x-k8s.io/v1",)  # no package has these schemas
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+# What Kubernetes, LeaderWorkerSet and Compose put in the place of variables.
+VALUES = {
+    "POD_IP": "10.1.2.3",
+    "LWS_GROUP_SIZE": "2",
+    "LWS_WORKER_INDEX": "1",
+    "LWS_LEADER_ADDRESS": "ramet-large-0.ramet-large.default",
+    "RAMET_API_KEY": "secret",
+    "MODEL": "org/model",
+}
+
+
+def documents() -> list[dict[str, Any]]:
+    return [document for path in MANIFESTS for document in yaml.safe_load_all(path.read_text())]
+
+
+def name_of(document: dict[str, Any]) -> str:
+    return f"{document['kind']}-{document['metadata']['name']}"
+
+
+def pod_templates() -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the pods are made from, each with the name of what makes it."""
+    for document in documents():
+        spec = document["spec"]
+        if "leaderWorkerTemplate" in spec:
+            for role in ("leaderTemplate", "workerTemplate"):
+                yield f"{name_of(document)}-{role}", spec["leaderWorkerTemplate"][role]
+        elif "template" in spec:
+            yield name_of(document), spec["template"]
+
+
+PODS = dict(pod_templates())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_kubernetes_takes_the_manifests(version: str) -> None:
+    """By its own published schemas, in which no field may be unknown. Other kinds' pods are held against a pod's."""
+    for document in documents():
+        if document["apiVersion"] not in BY_HAND:
+            kubernetes_validate.validate(document, version, strict=True)
+    for template in PODS.values():
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(pod, version, strict=True)
+        misspelt = pod | {"template": {"spec": template["spec"] | {"container": []}}}
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(misspelt, version, strict=True)
+
+
+def fill_in(word: str) -> str:
+    return re.sub(r"\$[({](\w+)[^)}]*[)}]", lambda match: VALUES[match[1]], word)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """What the containers run."""
+    for name, template in PODS.items():
+        for container in template["spec"]["containers"]:
+            yield name, [fill_in(word) for word in container["args"]]
+    for name, service in COMPOSE["services"].items():
+        if service["image"].startswith("ramet:"):
+            yield f"compose-{name}", [fill_in(word) for word in service["command"]]
+
+
+OWN_COMMANDS = {name: words for name, words in commands() if words[0] in ("serve", "modelexpress-server")}
+
+
+def test_all_commands_are_known() -> None:
+    assert len(OWN_COMMANDS) == 7
+
+
+@pytest.mark.parametrize("name", OWN_COMMANDS)
+def test_ramet_takes_the_commands(name: str) -> None:
+    command, *words = OWN_COMMANDS[name]
+    if command == "serve":
+        args = parse_server_args(words)
+        assert args.host != "127.0.0.1" and args.remote_instance_weight_loader_backend == "modelexpress"
+        return
+    defaults = dict.fromkeys(modelexpress_command_line.FLAGS)
+    values = vars(modelexpress_command_line.make_parser(defaults, "ramet").parse_args(words))
+    given = {key: value for key, value in values.items() if value is not None and key != "log_level"}
+    assert ServerOptions(**given).host == "0.0.0.0"
+
+
+def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return selector.items() <= labels.items()
+
+
+def test_selectors_find_pods_and_ports() -> None:
+    labels = {name: template["metadata"]["labels"] for name, template in PODS.items()}
+    containers = {name: template["spec"]["containers"] for name, template in PODS.items()}
+    ports = {name: {value for one in ones for port in one["ports"] for value in port.values()}
+             for name, ones in containers.items()}  # fmt: skip
+    for document in documents():
+        kind, spec = document["kind"], document["spec"]
+        if kind == "Service":
+            found = [name for name in PODS if selects(spec["selector"], labels[name])]
+            assert found, name_of(document)
+            for port in spec["ports"]:
+                assert all(port.get("targetPort", port["port"]) in ports[name] for name in found)
+        elif kind in ("Deployment", "StatefulSet"):
+            assert selects(spec["selector"]["matchLabels"], spec["template"]["metadata"]["labels"])
+        elif kind == "PodDisruptionBudget":
+            assert any(selects(spec["selector"]["matchLabels"], one) for one in labels.values())
+        elif kind == "HorizontalPodAutoscaler":
+            target = spec["scaleTargetRef"]
+            assert f"{target['kind']}-{target['name']}" in PODS
+            rules = yaml.safe_load((DEPLOY / "kubernetes/prometheus-adapter.yaml").read_text())["rules"]["external"]
+            assert [rule["name"]["as"] for rule in rules] == [spec["metrics"][0]["external"]["metric"]["name"]]
+
+
+def peers(rules: list[dict[str, Any]], side: str) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """The pods of this namespace that a policy names, and the ports."""
+    for rule in rules:
+        for peer in rule[side]:
+            if "podSelector" in peer and "namespaceSelector" not in peer:
+                yield peer["podSelector"]["matchLabels"], [port["port"] for port in rule.get("ports", ())]
+
+
+def test_the_network_s_policies_let_through_what_has_to_pass() -> None:
+    policies = {one["metadata"]["name"]: one["spec"] for one in documents() if one["kind"] == "NetworkPolicy"}
+    apps = {template["metadata"]["labels"]["app"] for template in PODS.values()}
+    assert {spec["podSelector"]["matchLabels"]["app"] for spec in policies.values()} == apps == set(policies)
+    allowed = {
+        side: {(name, peer["app"], *ports) for name, spec in policies.items() if side in spec
+               for peer, ports in peers(spec[side], "from" if side == "ingress" else "to") if "app" in peer}
+        for side in ("ingress", "egress")
+    }  # fmt: skip
+    both = allowed["egress"]
+    assert both == {(source, target, *ports) for target, source, *ports in allowed["ingress"]}
+    assert both == {
+        ("ramet", "ramet"), ("ramet", "ramet-modelexpress", 8001), ("ramet-modelexpress", "ramet-redis", 6379)
+    }  # fmt: skip
+
+
+def test_all_instances_are_probed_and_drain() -> None:
+    for name, template in PODS.items():
+        (container,) = template["spec"]["containers"]
+        if container["args"][0] != "serve":
+            continue
+        probes = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+        ready = "/health" if name.endswith("workerTemplate") else "/ready"  # a worker answers nothing else
+        assert probes == {"startup": "/health", "readiness": ready, "liveness": "/health"}
+        (drain_s,) = [
+            float(word.partition("=")[2]) for word in container["args"] if word.startswith("--drain-timeout=")
+        ]
+        grace_s = template["spec"]["terminationGracePeriodSeconds"]
+        assert grace_s >= drain_s + container["lifecycle"]["preStop"]["sleep"]["seconds"] + 10
+
+
+def test_compose_takes_the_file() -> None:
+    """By a library that knows the Compose specification, once YAML has put the shared part where it is named."""
+    compose = PyCompose.from_yaml(yaml.safe_dump(COMPOSE))
+    compose.validate()
+    with pytest.raises(ValueError, match="retrys"):
+        PyCompose.from_yaml(yaml.safe_dump({"services": {"a": {"image": "x", "healthcheck": {"retrys": 1}}}}))
+    for service in COMPOSE["services"].values():
+        for volume in service.get("volumes", ()):
+            source = volume.split(":")[0]
+            assert source in COMPOSE["volumes"] or (DEPLOY / source).exists()
+        assert set(service.get("secrets", ())) <= set(COMPOSE["secrets"])
+        assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
+        if isinstance(service.get("build"), dict):
+            assert f" AS {service['build']['target']}\n" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_prometheus_takes_its_file() -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("needs promtool, of the package prometheus")
+    command = ["promtool", "check", "config", "--syntax-only", str(DEPLOY / "prometheus.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_images_are_made_of_what_there_is() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    kept = [line[1:] for line in ignored if line.startswith("!")]
+    copied = [
+        word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in shlex.split(line)[:-1]
+    ]
+    assert copied and all((ROOT / word).exists() and any(fnmatch(word, one) for one in kept) for word in copied)
+    setup = (ROOT / "setup.py").read_text()
+    extras = {one for group in re.findall(r"\.whl\)\[([^\]]+)\]", text) for one in group.split(",")} - {"$EXTRA"}
+    extras |= set(re.findall(r"ARG EXTRA=(\w+)", text))
+    assert extras == {"cpu", "cuda13", "modelexpress", "cudnn"} and all(f'"{one}": [' in setup for one in extras)
+
+
+@pytest.mark.parametrize(
+    "path", [DEPLOY / "Dockerfile", DEPLOY / "compose.yaml", *(DEPLOY / "kubernetes").glob("*.yaml")]
+)
+def test_the_first_lines_say_what_was_not_run(path: Path) -> None:
+    head = path.read_text()[:900]
+    assert re.search(r"Not run|not run|Neither was built", head)
