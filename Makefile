@@ -54,9 +54,10 @@ format: $(STAMP) ## bring the code into the form that lint checks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP) ## write docs/flags.md and the tables in docs/http.md anew from the code
+docs: $(STAMP) ## write docs/flags.md, the tables in docs/http.md and Grafana's dashboard anew from the code
 	$(BIN)/python scripts/make_flags_doc.py
 	$(BIN)/python scripts/make_http_doc.py
+	$(BIN)/python scripts/make_dashboard.py
 
 proto: $(STAMP) ## write the stubs of ModelExpress anew from its proto files
 	$(BIN)/python scripts/make_proto.py

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OUTPUT = Path(__file__).parent.parent / "deploy" / "grafana" / "ramet.json"
+PATH = Path(__file__).parent.parent / "deploy" / "grafana" / "ramet.json"
 WIDTH, HEIGHT, COLUMNS = 8, 8, 3
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 LABELS = 'model_name=~"$model",instance=~"$instance"'
@@ -220,4 +220,4 @@ def render() -> str:
 
 
 if __name__ == "__main__":
-    OUTPUT.write_text(render())
+    PATH.write_text(render())

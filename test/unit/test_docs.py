@@ -42,7 +42,7 @@ SERVE_METADATA = (["ramet", "modelexpress-server"], ["python", "-m", "ramet.mode
 OURS = ("make", "ramet", "python", "curl", "bash")
 
 
-@pytest.mark.parametrize("script", ["make_flags_doc", "make_http_doc"])
+@pytest.mark.parametrize("script", ["make_flags_doc", "make_http_doc", "make_dashboard"])
 def test_what_the_code_writes_is_current(script: str) -> None:
     spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
