@@ -47,10 +47,12 @@ EXTRAS = {
     "cudnn": ["nvidia-cudnn-frontend>=1.24.1"],
     "test": [
         "aiohttp>=3.9",
+        "compose-spec>=0.2",
         "grpcio-health-checking>=1.66",
         "grpcio-tools>=1.66",
         "hypothesis>=6.100",
         "httpx>=0.27",
+        "kubernetes-validate>=1.35",
         "mypy>=1.10",
         "openai>=1.100",
         "pytest>=8.2",

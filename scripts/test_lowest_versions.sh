@@ -26,7 +26,7 @@ for name in ("torch", "sympy", "mpmath", "networkx", "setuptools"):
             target.symlink_to(Path(str(lent.locate_file(top))))
 PYTHON
 # The tools aren't needed here, and transformers would raise what Ramet itself asks for.
-without=(torch mypy ruff triton transformers types-requests grpcio-tools)
+without=(torch mypy ruff triton transformers types-requests grpcio-tools compose-spec kubernetes-validate)
 "$venv/bin/python" scripts/lowest_versions.py --extra cpu --extra modelexpress --extra test \
     $(printf -- '--without %s ' "${without[@]}") > "$lowest/constraints.txt"
 "$lowest/bin/python" -m pip install -q --disable-pip-version-check -r "$lowest/constraints.txt"

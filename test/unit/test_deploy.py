@@ -205,7 +205,8 @@ def test_the_images_are_made_of_what_there_is() -> None:
     setup = (ROOT / "setup.py").read_text()
     extras = {one for group in re.findall(r"\.whl\)\[([^\]]+)\]", text) for one in group.split(",")} - {"$EXTRA"}
     extras |= set(re.findall(r"ARG EXTRA=(\w+)", text))
-    assert extras == {"cpu", "cuda13", "modelexpress", "cudnn"} and all(f'"{one}": [' in setup for one in extras)
+    assert extras == {"cpu", "cuda13", "modelexpress", "cudnn", "otel"}
+    assert all(f'"{one}": [' in setup for one in extras)
 
 
 @pytest.mark.parametrize(
