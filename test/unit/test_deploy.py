@@ -100,7 +100,7 @@ def test_ramet_takes_the_commands(name: str) -> None:
         return
     defaults = dict.fromkeys(modelexpress_command_line.FLAGS)
     values = vars(modelexpress_command_line.make_parser(defaults, "ramet").parse_args(words))
-    given = {key: value for key, value in values.items() if value is not None and key != "log_level"}
+    given = {key: values[key] for key in modelexpress_command_line.FLAGS if values[key] is not None}
     assert ServerOptions(**given).host == "0.0.0.0"
 
 
