@@ -70,10 +70,10 @@ class LoraTokens:
             padded[: len(by_slot)] = by_slot
         self._fixed.copy_(to_device(padded, torch.int32, self._device))
 
-    @property
-    def num_tokens(self) -> int:
-        """The most that the pass may have."""
-        return len(self.by_slot) - self._num_slots - 1
+    def has_rows(self, number: int) -> bool:
+        """Whether the pass under way may have so many tokens: one that is captured has at most those of the longest."""
+        num_tokens = len(self.by_slot) - self._num_slots - 1
+        return number <= num_tokens if self.by_slot is self._fixed else number == num_tokens
 
 
 def sort_by_slot(slots: np.ndarray, num_slots: int) -> np.ndarray:
@@ -186,7 +186,7 @@ class LoraSlots:
         if use_kernels(x):
             from ramet.srt.layers.kernels.lora import add_adapters
 
-            assert len(x) <= self._tokens.num_tokens, "rows of another pass than the one that has begun"
+            assert self._tokens.has_rows(len(x)), "rows of another pass than the one that has begun"
             add_adapters(
                 x.contiguous(), y, self._tokens.by_slot, self.a, self.b, self.scales, self.blocks, BLOCK_OUTPUTS
             )

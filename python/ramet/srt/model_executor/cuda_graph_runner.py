@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MAX_BATCH_SIZE = 512
 # Tokens of captured passes with prompt chunks. Longer ones keep the device busy for longer than their launches take.
 CHUNK_SIZES = (*range(64, 769, 64), 896, 1024, *range(1280, 2049, 256))
-SHORT_TOKENS = 32  # a pass of so few may have kernels of its own
+SHORT_TOKENS = 64  # a pass of so few may have kernels of its own: AWQ's products have some for each 16 rows
 
 
 def graph_batch_sizes(max_running_requests: int) -> list[int]:

@@ -11,6 +11,8 @@ from ramet.srt.utils.device import to_device
 
 MIN_TOKENS = 256  # of a chunk: what attention saves then is more than what expanding the keys before it costs
 EXPANDED_NBYTES = 256 << 20  # keys and values that there are at a time, unless one head's are more
+MOST_KEYS = 1 << 19  # of all such chunks of a pass: each takes the memory of a row of the cache
+STEP = 128  # a multiple of which are the rows of a library's product
 
 
 class ExpandedChunks:
@@ -33,7 +35,10 @@ class ExpandedChunks:
         positions = np.arange(len(rows)) - np.repeat(np.cumsum(ends) - ends, ends)
         rows_and_positions = to_device(np.stack([rows, positions]), torch.int64, table.device)
         pages = table[rows_and_positions[0], rows_and_positions[1] // page_size]
-        self._slots = pages * page_size + rows_and_positions[1] % page_size  # int64 [num_keys]
+        slots = pages * page_size + rows_and_positions[1] % page_size
+        self._slots = torch.nn.functional.pad(
+            slots, (0, -len(slots) % STEP)
+        )  # int64: num_keys, and nobody's behind them
         others = ~np.repeat(is_expanded, tokens.lens)
         self.others: PassTokens | None = None  # the other sequences, whose queries attend to rows
         self.other_places: torch.Tensor  # int64: where their tokens are in the pass
@@ -61,8 +66,9 @@ class ExpandedChunks:
 
 
 def find_expanded(tokens: PassTokens) -> np.ndarray:
-    """bool [num_sequences]: which have so many new tokens that expanding pays."""
-    return tokens.lens >= MIN_TOKENS
+    """bool [num_sequences]: which have so many new tokens that expanding pays, as far as there is memory for it."""
+    is_long = tokens.lens >= MIN_TOKENS
+    return is_long & (np.cumsum(np.where(is_long, tokens.ends, 0)) <= MOST_KEYS)
 
 
 def _tiles(first: np.ndarray, starts: np.ndarray, lens: np.ndarray, size: int) -> np.ndarray:

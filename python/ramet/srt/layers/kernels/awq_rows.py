@@ -33,6 +33,7 @@ class Tile(NamedTuple):
 
 
 TILE = Tile(16, 32, 128, 4, 3, 168)  # measured on an H200
+FLOAT32_TILE = TILE._replace(columns=32)  # which takes no more shared memory
 INTERPRETED_TILE = Tile(16, 16, 16, 4, 1, 168)
 
 
@@ -257,7 +258,8 @@ def awq_rows(
     Returns:
         [num_rows, num_outputs], or [num_rows, num_outputs / 2].
     """
-    return launch_awq_rows(x, packed, bias, activation, INTERPRETED_TILE if is_interpreted() else TILE)
+    tile = TILE if x.dtype != torch.float32 else FLOAT32_TILE
+    return launch_awq_rows(x, packed, bias, activation, INTERPRETED_TILE if is_interpreted() else tile)
 
 
 def launch_awq_rows(

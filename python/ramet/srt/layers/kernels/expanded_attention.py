@@ -88,7 +88,7 @@ def _attend(
     return acc, total, maximum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head"])
 def _expanded_kernel(
     q_ptr,
     kv_ptr,

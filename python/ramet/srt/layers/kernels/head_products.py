@@ -11,7 +11,7 @@ BLOCK_OUT = 128
 BLOCK_IN = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _head_product_kernel(
     x_ptr,
     weight_ptr,

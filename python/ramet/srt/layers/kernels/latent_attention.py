@@ -86,7 +86,8 @@ def _attend(
     return acc, total, maximum
 
 
-@triton.jit
+# Positions are a row of what a pass is told at once: they begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _piece_kernel(
     q_ptr,
     cache_ptr,

@@ -107,7 +107,8 @@ def _attend(
     return acc, total, maximum
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+# Positions are a row of what a pass is told at once: they begin anywhere.
+@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["positions_ptr"])
 def _piece_kernel(
     q_ptr,
     k_cache_ptr,
