@@ -14,6 +14,7 @@ from ramet.srt.utils.hub import resolve_model_path
 from ramet.srt.utils.net import SeedAddress, host_identity, split_address
 from ramet.srt.weights.errors import WeightTransferError
 from ramet.srt.weights.manifest import WeightChecksums
+from ramet.srt.weights.registration import SeedAnswer
 from ramet.srt.weights.update_messages import DeltaFile, FilesSource, InstanceSource
 from ramet.srt.weights.version import DEFAULT_VERSION
 
@@ -96,7 +97,9 @@ class FoundInstance:
         Raises:
             WeightTransferError: if it does not answer.
         """
-        return _content(_server(self.source, self.config), self.config.timeout_s) == self.content
+        server = _server(self.source, self.config)
+        first = fetch_seed_answer(server, 0, ROLE, self.config.timeout_s)
+        return _content(server, first, self.config.timeout_s) == self.content
 
     def end(self, *, has_it: bool) -> None:
         """Nobody waits for it."""
@@ -124,7 +127,7 @@ def find_instance(config: LoadConfig, address: str, digest: str | None) -> Found
         return find_publication(lambda: addresses, config, digest)
     if len(sources) > 1:
         raise ValueError(f"{source.host}:{source.port} is an instance, of which one address is enough")
-    content = _content(_server(source, config), config.timeout_s)
+    content = _content(_server(source, config), first, config.timeout_s)
     return FoundInstance(source, address, config, content)
 
 
@@ -179,7 +182,7 @@ def _find_by(
         listed = search.find(failures)
         for address in listed.instances or ([] if listed.trainer else listed.others):
             try:
-                return _found_at(address, config, digest)
+                return _found_at(address, wanted.version, config, digest)
             except (ValueError, WeightTransferError) as error:
                 failures[address] = str(error)
         if listed.instances:
@@ -196,12 +199,18 @@ def _find_by(
         return dataclasses.replace(found, on_end=search.release)
 
 
-def _found_at(address: "InfoAddress", config: LoadConfig, digest: str | None) -> FoundInstance:
+def _found_at(address: "InfoAddress", wanted: str, config: LoadConfig, digest: str | None) -> FoundInstance:
+    """The instance there, if it has what is wanted by its own answer, too: its record may be late."""
     source = InstanceSource(host=address.host, port=address.port, scheme=address.scheme, digest=digest, is_listed=True)
     server = _server(source, config)
-    version = _version(server, config.timeout_s)
-    found = FoundInstance(source, server.name, config, _content(server, config.timeout_s))
-    return dataclasses.replace(found, version=None if version == DEFAULT_VERSION else version)
+    first = fetch_seed_answer(server, 0, ROLE, config.timeout_s)
+    content = _content(server, first, config.timeout_s)
+    manifest = first.manifest
+    if manifest is None or wanted not in (manifest.weight_version, manifest.revision, first.weights_digest):
+        now = "" if manifest is None else f": it is {manifest.weight_version!r} now"
+        raise ValueError(f"{server.name} does not have {wanted!r} any more{now}")
+    version = None if manifest.weight_version == DEFAULT_VERSION else manifest.weight_version
+    return FoundInstance(source, server.name, config, content, version=version)
 
 
 def _server(source: InstanceSource, config: LoadConfig) -> SeedServer:
@@ -209,20 +218,15 @@ def _server(source: InstanceSource, config: LoadConfig) -> SeedServer:
     return SeedServer(address, config.api_keys, config.ssl_ca_certs, shows_keys=not source.is_listed)
 
 
-def _version(server: SeedServer, timeout_s: float) -> str:
-    """Of the weights of an instance, by its own name. Others may look for them by it here, too."""
-    manifest = fetch_seed_answer(server, 0, ROLE, timeout_s).manifest
-    return DEFAULT_VERSION if manifest is None else manifest.weight_version
-
-
-def _content(server: SeedServer, timeout_s: float) -> tuple[WeightChecksums, ...]:
-    """The checksums of all ranks of an instance."""
-    content, rank, num_ranks = [], 0, 1
-    while rank < num_ranks:
-        manifest = fetch_seed_answer(server, rank, ROLE, timeout_s).manifest
+def _content(server: SeedServer, first: SeedAnswer, timeout_s: float) -> tuple[WeightChecksums, ...]:
+    """The checksums of all ranks of an instance, of which rank 0 has answered."""
+    content: list[WeightChecksums] = []
+    answer = first
+    while True:
+        manifest = answer.manifest
         if manifest is None or manifest.checksums is None:
             raise ValueError(f"{server.name} does not say the checksums of its weights")
-        num_ranks = manifest.parallel.world_size
         content.append(manifest.checksums)
-        rank += 1
-    return tuple(content)
+        if len(content) >= manifest.parallel.world_size:
+            return tuple(content)
+        answer = fetch_seed_answer(server, len(content), ROLE, timeout_s)
