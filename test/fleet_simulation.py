@@ -13,7 +13,7 @@ TAKE_S = (0.2, 3.0)
 
 
 class SimulatedInstance:
-    """One process: what it serves, and its part in the fleet."""
+    """One process: what it serves ("": it awaits its first weights), and its part in the fleet."""
 
     def __init__(self, fleet: "SimulatedFleet", name: str, version: str) -> None:
         self.fleet, self.name, self.version = fleet, name, version
@@ -24,7 +24,7 @@ class SimulatedInstance:
 
     @property
     def is_ready(self) -> bool:
-        return self.is_alive and self.member.obstacle(self.version) is None
+        return self.is_alive and bool(self.version) and self.member.obstacle(self.version) is None
 
     def look(self) -> None:
         """What a balancer does, and a request of a user's right after."""
@@ -46,7 +46,7 @@ class SimulatedInstance:
         if not self.is_alive:
             return
         self.look()
-        report = self.member.report(self.version, is_ready=True)
+        report = self.member.report(self.version, is_ready=bool(self.version))
         self.fleet.send(lambda: self.fleet.receive(report, self))
         self.fleet.at(self.fleet.chance.uniform(0.8, 1.2), self.tick)
 

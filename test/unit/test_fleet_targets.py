@@ -1,10 +1,15 @@
 """Owns the tests of fleets with a target: what instances and server decide, with simulated time and network."""
 
+import asyncio
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fleet_simulation import SimulatedFleet
-from ramet.srt.managers.fleet_member import FleetMember
+from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.entrypoints.fleet_membership import FleetMembership
+from ramet.srt.managers.fleet_member import FleetMember, encode
 from ramet.srt.modelexpress.server.fleet_targets import FleetTargets, ModelFleet
 from ramet.srt.weights.fleet import FleetOrder, FleetReport, FleetTarget, SetTarget, read_report, read_set_target
 
@@ -132,6 +137,44 @@ def test_a_way_back_that_fails_is_tried_again_until_it_works():
     fleet.bad.remove("v0")
     fleet.run(40)
     assert num_ready(fleet) == 4 and {one.version for one in fleet.living} == {"v0"}
+
+
+@pytest.mark.parametrize("others", [[], ["v0"]])
+def test_instances_that_await_their_first_weights_are_no_way_back(others):
+    fleet = SimulatedFleet(0)
+    for version in ["", "", "", *others]:
+        fleet.join(version)
+    fleet.run(3)
+    fleet.bad.add("v1")  # the trainer has not published it yet
+    fleet.set("v1")
+    fleet.run(30)
+    assert fleet.server.target.version == (others[0] if others else "v1")
+    fleet.bad.clear()
+    fleet.run(60)
+    assert {one.version for one in fleet.living} == {fleet.server.target.version} and num_ready(fleet) == len(
+        fleet.living
+    )
+
+
+def test_weights_that_are_none_to_serve_have_no_name_in_the_fleet():
+    manager = SimpleNamespace(weight_version="default", weights_refusal="no weights yet", refusal=None)
+    pauses = SimpleNamespace(reason=manager.weights_refusal)
+    others: Any = SimpleNamespace()
+    membership = FleetMembership(
+        LoadConfig(modelexpress_model_name="m"), ("127.0.0.1", 1), manager, pauses, others, others, may_give=True
+    )
+    reports = []
+
+    def call_fleet(_method: str, data: bytes) -> bytes:
+        reports.append(read_report(data))
+        return encode(FleetOrder(target=FleetTarget(number=5, version="default")))
+
+    client: Any = SimpleNamespace(call_fleet=call_fleet)
+    asyncio.run(membership._report(client))
+    assert reports[0].weight_version == "" and not reports[0].is_ready and membership.obstacle is not None
+    manager.weights_refusal = pauses.reason = None
+    asyncio.run(membership._report(client))
+    assert reports[1].weight_version == "default" and membership.obstacle is None
 
 
 def test_a_late_answer_is_not_heard():

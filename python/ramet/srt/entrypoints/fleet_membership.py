@@ -61,7 +61,12 @@ class FleetMembership:
     @property
     def obstacle(self) -> str | None:
         """Why the instance is not ready, as far as its fleet goes; None if it is."""
-        return self._member.obstacle(self._manager.weight_version)
+        return self._member.obstacle(self._served)
+
+    @property
+    def _served(self) -> str:
+        """The version that the instance serves; "" while its weights are none to serve: no fleet goes back to those."""
+        return "" if self._manager.weights_refusal is not None else self._manager.weight_version
 
     async def run(self) -> None:
         """Report until cancelled."""
@@ -94,7 +99,7 @@ class FleetMembership:
 
         manager = self._manager
         is_ready = manager.refusal is None and self._pauses.reason is None
-        report = self._member.report(manager.weight_version, is_ready=is_ready)
+        report = self._member.report(self._served, is_ready=is_ready)
         try:
             answer = await asyncio.to_thread(client.call_fleet, "Report", msgspec.json.encode(report))
         except ModelExpressError as error:
@@ -105,7 +110,7 @@ class FleetMembership:
             return 1.0
         self._had_trouble = False
         order = msgspec.json.decode(answer, type=FleetOrder)
-        target = self._member.take_order(order, manager.weight_version)
+        target = self._member.take_order(order, self._served)
         if target is not None:
             self._taking = asyncio.create_task(self._take(target))
         return order.pause_s
@@ -137,7 +142,7 @@ class FleetMembership:
             logger.exception("taking the version %r has failed", target.version)
             error = repr(failure)
         finally:
-            self._member.note_taken(target, self._manager.weight_version, error)
+            self._member.note_taken(target, self._served, error)
 
     async def _try(self, version: str) -> None:
         kept = self._updates.kept

@@ -32,7 +32,7 @@ class FleetReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     model: Name
     instance: Name  # its URL
     started_at: float
-    weight_version: Version
+    weight_version: Version  # "" while its weights are none to serve
     is_ready: bool = False  # /ready is 200
     ready_number: Natural = 0  # of the target with which it was ready last; 0: none
     is_taking: bool = False

@@ -67,7 +67,7 @@ def _describe(state: FleetState) -> str:
     for one in state.members:
         words = ["ready" if one.is_ready else "not ready"]
         words += ["takes the target"] * one.is_taking + [f"failed: {one.error}"] * bool(one.error)
-        lines.append(f"  {one.instance}  {one.weight_version}  {', '.join(words)}")
+        lines.append(f"  {one.instance}  {one.weight_version or 'no weights'}  {', '.join(words)}")
     return "\n".join(lines) + "\n"
 
 

@@ -151,11 +151,15 @@ class ModelFleet:
         self._is_proven = any(one.report.ready_number == target.number for one in self.members.values())
 
     def _way_back(self, now: float) -> str:
-        """What to go back to if the next target fails: what most serve, where no target has been reached."""
+        """What to go back to if the next target fails: what most serve, where no target has been reached.
+
+        "" if there is nothing, as in a fleet that awaits its first weights: it tries again.
+        """
         if self.target is not None and self.target.version:
             return self.target.version if self._is_proven else self.target.previous
         self._forget_the_dead(now)
-        served = Counter(member.report.weight_version for member in self.members.values())
+        versions = (member.report.weight_version for member in self.members.values())
+        served = Counter(version for version in versions if version)
         return served.most_common(1)[0][0] if served else ""
 
     def _next_number(self, wall_ms: int) -> int:
