@@ -7,6 +7,8 @@ import msgspec
 from ramet.srt.entrypoints.directory_http import DirectoryHandler, error_body
 from ramet.srt.entrypoints.engine_info_bootstrap_server import EngineInfoBootstrapServer
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import CHECKSUMS_PATH, SEED_PATHS
+from ramet.srt.utils.key_proof import is_proof
+from ramet.srt.utils.net import format_address, host_from_here, reachable_host
 from ramet.srt.utils.outside_json import decode_json
 from ramet.srt.weights.control_messages import WeightChecksumsOutput, WeightChecksumsReq, WeightReply, WeightRequest
 from ramet.srt.weights.errors import WeightTransferError
@@ -24,6 +26,10 @@ class _Handler(DirectoryHandler):
         """Nobody but the trainer itself registers here."""
         self.send(404, error_body("weights are published by the trainer's own process"))
 
+    def refuses_asking(self) -> bool:
+        is_proven = self.directory.has_proof(self.headers.get("Authorization", ""), self.command, self.path)
+        return not is_proven and super().refuses_asking()
+
     def do_POST(self) -> None:
         if self.path != CHECKSUMS_PATH:
             self.send(404, error_body(f"there is no {self.path:.200} here"))
@@ -35,7 +41,8 @@ class PublisherServer(EngineInfoBootstrapServer):
     """An HTTP server in a thread, which knows what the trainer's rank publishes now, if anything.
 
     Args:
-        api_key: that who asks must have; None: who comes from this host's own pages alone is refused.
+        api_key: that who asks must show, or prove to have (utils/key_proof.py): instances show no key to what a
+            metadata server lists. None: who comes from this host's own pages alone is refused.
     """
 
     handler = _Handler
@@ -43,6 +50,7 @@ class PublisherServer(EngineInfoBootstrapServer):
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         """Raises OSError if the address can't be bound."""
         self._ask: Callable[[WeightRequest], WeightReply] | None = None
+        self._api_key = api_key
         super().__init__(host, port, api_key=api_key)
 
     def show(self, registration: SeedRegistration, ask: Callable[[WeightRequest], WeightReply]) -> None:
@@ -62,6 +70,11 @@ class PublisherServer(EngineInfoBootstrapServer):
         """Have who asks come again in a moment."""
         self.suspend(ROLE)
         self._ask = None
+
+    def has_proof(self, authorization: str, method: str, target: str) -> bool:
+        """Whether a request with this header proves that its sender has the key."""
+        authorities = {format_address(find(self.host), self.port) for find in (host_from_here, reachable_host)}
+        return self._api_key is not None and is_proof(authorization, self._api_key, method, authorities, target)
 
     def checksums(self, body: bytes) -> tuple[int, bytes]:
         """HTTP status and JSON body of the answer to a ChecksumsRequest."""

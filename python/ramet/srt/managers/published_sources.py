@@ -95,33 +95,36 @@ def find_publication(
     while True:
         addresses = look()
         obstacle: str | None = "its ranks are not listed any more"
-        if is_listed:
-            addresses = _living(addresses, config)
+        failure = ""
+        if is_listed and addresses:
+            addresses, failure = _living(addresses, config)
+            obstacle = "none of its ranks answers"
         if addresses:
             answers = ask_trainer(addresses, config, is_listed=is_listed)
             obstacle = _obstacle(answers, version) or _gap(answers, can_come=is_listed)
             if obstacle is None:
                 return _found(addresses, answers, config, is_listed)
         if time.monotonic() > deadline:
-            raise ValueError(f"{_name(addresses)}: {obstacle}")
+            raise ValueError(f"{_name(addresses)}: {obstacle}{failure and f' ({failure})'}")
         time.sleep(POLL_S)
 
 
-def _living(addresses: Sequence[SeedAddress], config: LoadConfig) -> list[SeedAddress]:
-    """Those that answer: records of processes that were killed stay listed for a while."""
+def _living(addresses: Sequence[SeedAddress], config: LoadConfig) -> tuple[list[SeedAddress], str]:
+    """Those that answer, and why another does not: records of processes that were killed stay listed for a while."""
 
-    def answers(address: SeedAddress) -> bool:
+    def failure_of(address: SeedAddress) -> str:
         server = SeedServer(address, config.api_keys, config.ssl_ca_certs, shows_keys=False)
         try:
             fetch_seed_answer(server, RANK, ROLE, min(LISTED_TIMEOUT_S, config.timeout_s), is_listed=True)
         except WeightTransferError as error:
             logger.info("a rank of a trainer is passed over: %s", error)
-            return False
-        return True
+            return str(error)
+        return ""
 
     with ThreadPoolExecutor(MAX_ASKED_AT_ONCE) as pool:
-        alive = list(pool.map(answers, addresses))
-    return [address for address, lives in zip(addresses, alive, strict=True) if lives]
+        failures = list(pool.map(failure_of, addresses))
+    alive = [address for address, failure in zip(addresses, failures, strict=True) if not failure]
+    return alive, next(filter(None, failures), "")
 
 
 def _obstacle(answers: Sequence[SeedAnswer], version: str | None) -> str | None:
@@ -172,5 +175,5 @@ def _content(answers: Sequence[SeedAnswer]) -> tuple[WeightChecksums, ...]:
 
 
 def _name(addresses: Sequence[SeedAddress]) -> str:
-    first = addresses[0].name if addresses else "nobody"
+    first = addresses[0].name if addresses else "the trainer"
     return first if len(addresses) < 2 else f"{first} and {len(addresses) - 1} more"
