@@ -1,6 +1,8 @@
 """The steps of an update over several replicas, each of which may fail: what is asked of whom, what is known after."""
 
 import asyncio
+import contextlib
+import threading
 from typing import Any
 
 import pytest
@@ -104,6 +106,27 @@ def test_a_source_that_changes_meanwhile_is_taken_anew() -> None:
     with pytest.raises(RequestError, match="has changed its weights 3 times"):
         case.update("three", Found(num_changes=9))
     assert case.names() == ["two"] and case.replicas.staged == set()
+
+
+@pytest.mark.parametrize("faults", [{}, {"stage_1": "no room"}])
+def test_what_an_end_waits_for_holds_up_nothing_else(faults: Any) -> None:
+    class Slow(Found):
+        def end(self, *, has_it: bool) -> None:
+            goes_on = threading.Event()
+            loop.call_soon_threadsafe(goes_on.set)
+            assert goes_on.wait(5.0), "the event loop stands still"
+            super().end(has_it=has_it)
+
+    async def update() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        await case._alone(lambda: case.control.update(lambda: found, None))
+
+    case, found = Case(**faults), Slow()
+    loop: Any = None
+    with pytest.raises(RequestError) if faults else contextlib.nullcontext():
+        asyncio.run(update())
+    assert found.ends == [not faults]
 
 
 def test_a_source_of_which_nobody_can_tell_any_more_is_refused() -> None:

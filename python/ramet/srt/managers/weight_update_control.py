@@ -159,7 +159,7 @@ class WeightUpdateControl:
                 report = await self._try(found, version, abort_all)
                 has_it = report is not None
             finally:
-                found.end(has_it=has_it)
+                await asyncio.to_thread(found.end, has_it=has_it)  # it may talk to a server
             if report is not None:
                 return report
             logger.info("%s has other weights now than when they were asked for: starting over", found.origin)
