@@ -13,7 +13,14 @@ from ramet.srt.managers.update_report import UpdateReport
 from ramet.srt.managers.weight_sessions import WeightSessions
 from ramet.srt.managers.weight_update_control import WeightUpdateControl
 from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryStep, ReleaseMemoryReq, ResumeMemoryReq, StartSource
-from ramet.srt.weights.update_messages import FilesSource, FileStamp, InstanceSource, PickledTensors, WeightStepOutput
+from ramet.srt.weights.update_messages import (
+    FilesSource,
+    FileStamp,
+    InstanceSource,
+    OfferWeightsReq,
+    PickledTensors,
+    WeightStepOutput,
+)
 from updated_replicas import Found, Replicas
 
 BOTH = [set(), set()]
@@ -26,6 +33,7 @@ class Sleepers(Replicas):
     def __init__(self) -> None:
         super().__init__()
         self.gone: list[set[str]] = [set(), set()]
+        self.are_offered = [True, True]
         self.steps: list[MemoryStep] = []
         self.pause_refusal: str | None = None
         self.num_running = 0
@@ -37,9 +45,15 @@ class Sleepers(Replicas):
             return [PauseReqOutput(request_id="0", num_held=0) if kind is PauseReqOutput else
                     ContinueReqOutput(request_id="0")] * 2  # fmt: skip
         if not isinstance(step, ReleaseMemoryReq | ResumeMemoryReq):
-            return await super().ask_all(question, kind, timeout_s)
+            replies = await super().ask_all(question, kind, timeout_s)
+            if isinstance(step, OfferWeightsReq):
+                self.are_offered = [step.is_offered, self.are_offered[1] if replies[1].message else step.is_offered]
+            return replies
         fault = self.note("release" if isinstance(step, ReleaseMemoryReq) else "resume")
         self.steps.append(step)
+        if any(self.are_offered):  # as ranks refuse
+            failure = "weights that others may take can't be put away"
+            return [WeightStepOutput(request_id="0", success=False, message=failure)] * 2
         for gone in self.gone[: 1 if fault else 2]:
             gone.symmetric_difference_update(set(step.tags) - gone if isinstance(step, ReleaseMemoryReq) else
                                              set(step.tags) & gone)  # fmt: skip
@@ -215,8 +229,11 @@ async def test_a_sleep_that_fails_is_undone_on_all_replicas(case: Case, step: st
     with pytest.raises((RequestError, ServiceError), match="no memory|silent"):
         await case.sleep.release(MEMORY_TAGS, "keep")
     events = case.replicas.take_events()
-    assert events == [*FALL_ASLEEP[: FALL_ASLEEP.index(step) + 1], *WAKE] and case.replicas.gone == BOTH
+    undone = WAKE if step == "release" else WAKE[1:]  # no memory has gone before
+    assert events == [*FALL_ASLEEP[: FALL_ASLEEP.index(step) + 1], *undone] and case.replicas.gone == BOTH
     assert not case.sleep.is_asleep and case.sleep.tags == () and not case.pauses.is_paused
+    await case.sleep.release(MEMORY_TAGS, "keep")
+    assert case.replicas.gone == ALL
 
 
 async def test_a_sleep_that_can_not_be_undone_lasts_until_it_can(case: Case) -> None:

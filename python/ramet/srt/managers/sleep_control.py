@@ -197,7 +197,11 @@ class SleepControl:
         was_asleep = self.is_asleep
         try:
             await self._updates.withdraw(asleep=True)
-            self._updates.is_asleep = True
+        except BaseException:
+            await self._undo([], was_asleep)  # no memory was asked for, and ranks that offer it refuse to move it
+            raise
+        self._updates.is_asleep = True
+        try:
             question = functools.partial(ReleaseMemoryReq, tags=new, keeps_copy=copies)
             replies = await self._ask(question, RELEASE_TIMEOUT_S)
         except BaseException:
