@@ -5,8 +5,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from ramet.srt.managers.io_struct import ContinueReqInput, ContinueReqOutput, PauseReqInput, PauseReqOutput
 from ramet.srt.managers.update_report import UpdateReport
 from ramet.srt.managers.weight_update_control import WeightUpdateControl
+from ramet.srt.weights.memory_messages import MemoryStep, ReleaseMemoryReq, ResumeMemoryReq
 from ramet.srt.weights.update_messages import (
     DropWeightsReq,
     FilesSource,
@@ -87,6 +89,54 @@ class Replicas:
 
     def end(self, line: str) -> None:
         self.ended = line
+
+
+class Sleepers(Replicas):
+    """Two replicas whose memory goes and comes. A fault is the second one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone: list[set[str]] = [set(), set()]
+        self.are_offered = [True, True]
+        self.steps: list[MemoryStep] = []
+        self.pause_refusal: str | None = None
+        self.num_running = 0
+
+    async def ask_all(self, question: Callable[..., Any], kind: Any, timeout_s: float = 10.0) -> list[Any]:
+        step = question(request_id="0")
+        if isinstance(step, PauseReqInput | ContinueReqInput):
+            self.note(f"pause {step.mode}" if isinstance(step, PauseReqInput) else "go on")
+            return [PauseReqOutput(request_id="0", num_held=0) if kind is PauseReqOutput else
+                    ContinueReqOutput(request_id="0")] * 2  # fmt: skip
+        if not isinstance(step, ReleaseMemoryReq | ResumeMemoryReq):
+            replies = await super().ask_all(question, kind, timeout_s)
+            if isinstance(step, OfferWeightsReq):
+                self.are_offered = [step.is_offered, self.are_offered[1] if replies[1].message else step.is_offered]
+            return replies
+        fault = self.note("release" if isinstance(step, ReleaseMemoryReq) else "resume")
+        self.steps.append(step)
+        if any(self.are_offered):  # as ranks refuse
+            failure = "weights that others may take can't be put away"
+            return [WeightStepOutput(request_id="0", success=False, message=failure)] * 2
+        for gone in self.gone[: 1 if fault else 2]:
+            gone.symmetric_difference_update(set(step.tags) - gone if isinstance(step, ReleaseMemoryReq) else
+                                             set(step.tags) & gone)  # fmt: skip
+        reply = WeightStepOutput(request_id="0", success=True, num_bytes=10, source="checkpoint")
+        return [reply, WeightStepOutput(request_id="1", success=not fault, message=fault, num_bytes=5)]
+
+    def note(self, name: str) -> str:
+        self.events.append(name)
+        fault = self.faults.pop(name, "")
+        if isinstance(fault, Exception):
+            raise fault
+        return fault
+
+    async def wait_idle(self) -> None:
+        self.events.append("idle")
+
+    def take_events(self) -> list[str]:
+        events, self.events = self.events, []
+        return events
 
 
 class Found:

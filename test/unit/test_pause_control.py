@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.io_struct import ContinueReqInput, ContinueReqOutput, PauseReqInput, PauseReqOutput
-from ramet.srt.managers.pause_control import REFUSAL, PauseControl
+from ramet.srt.managers.pause_control import REFUSAL, SLEEP_REFUSAL, PauseControl
 
 
 class FakeManager:
@@ -116,3 +116,23 @@ async def test_requests_that_a_pause_holds_are_not_waited_for() -> None:
     manager.end()
     await pauses.pause_when_idle()
     assert manager.pause_refusal == REFUSAL
+
+
+async def test_a_pause_around_a_sleep_changes_nothing_of_what_the_sleep_has_said() -> None:
+    manager = FakeManager()
+    pauses = PauseControl(manager)
+    await pauses.fall_asleep("abort")
+    await pauses.pause("in_place")
+    await pauses.go_on()
+    assert pauses.is_paused and manager.pause_refusal == SLEEP_REFUSAL
+    manager.is_silent = True
+    with pytest.raises(ServiceError):
+        await pauses.fall_asleep("keep")
+    assert pauses.is_paused and manager.pause_refusal == SLEEP_REFUSAL
+    manager.is_silent = False
+    await pauses.fall_asleep("keep")
+    await pauses.pause("abort", refuses=True)
+    await pauses.go_on()
+    assert pauses.is_paused and manager.pause_refusal is None
+    await pauses.wake()
+    assert not pauses.is_paused and manager.pause_refusal is None

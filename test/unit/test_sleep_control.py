@@ -1,78 +1,27 @@
 """The steps by which two replicas fall asleep and wake, each of which may fail: what is asked, what is known then."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.io_struct import ContinueReqInput, ContinueReqOutput, PauseReqInput, PauseReqOutput
 from ramet.srt.managers.pause_control import SLEEP_REFUSAL, PauseControl
 from ramet.srt.managers.sleep_control import SleepControl
 from ramet.srt.managers.update_report import UpdateReport
 from ramet.srt.managers.weight_sessions import WeightSessions
 from ramet.srt.managers.weight_update_control import WeightUpdateControl
-from ramet.srt.weights.memory_messages import MEMORY_TAGS, MemoryStep, ReleaseMemoryReq, ResumeMemoryReq, StartSource
+from ramet.srt.weights.memory_messages import MEMORY_TAGS, ReleaseMemoryReq, ResumeMemoryReq, StartSource
 from ramet.srt.weights.update_messages import (
     FilesSource,
     FileStamp,
     InstanceSource,
-    OfferWeightsReq,
     PickledTensors,
     WeightStepOutput,
 )
-from updated_replicas import Found, Replicas
+from updated_replicas import Found, Sleepers
 
 BOTH = [set(), set()]
 ALL = [set(MEMORY_TAGS), set(MEMORY_TAGS)]
-
-
-class Sleepers(Replicas):
-    """Two replicas whose memory goes and comes. A fault is the second one's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gone: list[set[str]] = [set(), set()]
-        self.are_offered = [True, True]
-        self.steps: list[MemoryStep] = []
-        self.pause_refusal: str | None = None
-        self.num_running = 0
-
-    async def ask_all(self, question: Callable[..., Any], kind: Any, timeout_s: float = 10.0) -> list[Any]:
-        step = question(request_id="0")
-        if isinstance(step, PauseReqInput | ContinueReqInput):
-            self.note(f"pause {step.mode}" if isinstance(step, PauseReqInput) else "go on")
-            return [PauseReqOutput(request_id="0", num_held=0) if kind is PauseReqOutput else
-                    ContinueReqOutput(request_id="0")] * 2  # fmt: skip
-        if not isinstance(step, ReleaseMemoryReq | ResumeMemoryReq):
-            replies = await super().ask_all(question, kind, timeout_s)
-            if isinstance(step, OfferWeightsReq):
-                self.are_offered = [step.is_offered, self.are_offered[1] if replies[1].message else step.is_offered]
-            return replies
-        fault = self.note("release" if isinstance(step, ReleaseMemoryReq) else "resume")
-        self.steps.append(step)
-        if any(self.are_offered):  # as ranks refuse
-            failure = "weights that others may take can't be put away"
-            return [WeightStepOutput(request_id="0", success=False, message=failure)] * 2
-        for gone in self.gone[: 1 if fault else 2]:
-            gone.symmetric_difference_update(set(step.tags) - gone if isinstance(step, ReleaseMemoryReq) else
-                                             set(step.tags) & gone)  # fmt: skip
-        reply = WeightStepOutput(request_id="0", success=True, num_bytes=10, source="checkpoint")
-        return [reply, WeightStepOutput(request_id="1", success=not fault, message=fault, num_bytes=5)]
-
-    def note(self, name: str) -> str:
-        self.events.append(name)
-        fault = self.faults.pop(name, "")
-        if isinstance(fault, Exception):
-            raise fault
-        return fault
-
-    async def wait_idle(self) -> None:
-        self.events.append("idle")
-
-    def take_events(self) -> list[str]:
-        events, self.events = self.events, []
-        return events
 
 
 class Case:
@@ -305,6 +254,15 @@ async def test_an_update_without_room_takes_the_place_of_what_serves_if_it_may(c
     assert case.replicas.take_events() == [*names, "stage 3", "switch 3", "drop 0", "go on", "offer", "open"]
     assert (report.mode, report.num_bytes, report.version) == ("in_place", 15, "two") and report.pause_s > 0
     assert not case.sleep.is_asleep and not case.updates.kept and case.updates.has_weights
+
+
+async def test_an_update_in_place_of_an_instance_asleep_leaves_requests_what_its_sleep_has_said(case: Case) -> None:
+    await case.sleep.release(["kv_cache"], "abort")
+    case.replicas.faults = {"stage 1": NO_ROOM}
+    case.replicas.take_events()
+    assert (await update(case)).mode == "in_place"
+    assert case.replicas.take_events() == ["stage 1", "drop 1", "release", "stage 2", "switch 2", "drop 0"]
+    assert case.sleep.tags == ("kv_cache",) and case.replicas.pause_refusal == SLEEP_REFUSAL
 
 
 async def test_what_served_comes_back_when_its_place_is_not_taken(case: Case) -> None:

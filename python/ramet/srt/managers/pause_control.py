@@ -30,6 +30,7 @@ class PauseControl:
         self._is_asked_for = False  # by somebody, beside a sleep
         self._is_asleep = False
         self._refusal_awake: str | None = None  # of the pause that a sleep has come upon
+        self._refusal_asleep: str | None = None  # that the sleep has asked for, whatever pause has come upon it
         self._overtaken = asyncio.Event()  # set when something comes that makes a wait for requests to end vain
 
     @property
@@ -123,6 +124,7 @@ class PauseControl:
             self._check_can_go_on()  # it may have fallen asleep since
             if self._is_asleep:
                 self._is_asked_for, self._refusal_awake = False, None
+                self._manager.pause_refusal = self._refusal_asleep
             else:
                 await self._go_on()
 
@@ -146,7 +148,8 @@ class PauseControl:
         Raises:
             RequestError, ServiceError: as pauses do. Nothing has changed then.
         """
-        was_asleep, refusal = self._is_asleep, self._refusal_awake if self._is_asleep else self._manager.pause_refusal
+        was_asleep, before = self._is_asleep, self._manager.pause_refusal
+        refusal_awake = self._refusal_awake if was_asleep else before
         overtaken = await self._wait_idle(SLEEP_REFUSAL) if mode == "wait" else None
         if overtaken is None:
             self._overtake()
@@ -156,15 +159,17 @@ class PauseControl:
             self._is_asleep = True
             try:
                 pause_mode: PauseMode = "abort" if mode == "abort" else "in_place" if keeps_cache else "retract"
-                await self._pause(pause_mode, None if mode == "keep" else SLEEP_REFUSAL)
+                refusal = None if mode == "keep" else SLEEP_REFUSAL
+                await self._pause(pause_mode, refusal)
+                self._refusal_asleep = refusal
             except BaseException:
                 if not (was_asleep or self._is_asked_for):
                     with contextlib.suppress(ServiceError):
                         await self._go_on()
-                self._is_asleep, self._manager.pause_refusal = was_asleep, refusal
+                self._is_asleep, self._manager.pause_refusal = was_asleep, before
                 raise
             finally:
-                self._refusal_awake = refusal
+                self._refusal_awake = refusal_awake
 
     async def wake(self) -> None:
         """End the pause that a sleep is; one that somebody has asked for lasts. Raises ServiceError as `go_on` does."""

@@ -166,7 +166,7 @@ class SleepControl:
         """Nobody comes between giving up what serves and serving something again."""
         begun = time.perf_counter()
         was_asleep = self.is_asleep
-        await self._release_now([WEIGHTS], "keep", copies=False)
+        await self._release_now([WEIGHTS], None if was_asleep else "keep", copies=False)
         try:
             report = await update()
         except (RequestError, ServiceError) as error:
@@ -188,12 +188,14 @@ class SleepControl:
         async with self._updates.turn(changes=False):
             return await self._release_now(tags, mode, copies)
 
-    async def _release_now(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
+    async def _release_now(self, tags: list[MemoryTag], mode: SleepMode | None, copies: bool) -> Moved:
+        """As `release`. A mode of None leaves requests what the sleep that lasts has made of them."""
         begun = time.perf_counter()
         new = [tag for tag in tags if tag not in self.tags]
         if self._updates.current.is_made_up:
             raise RequestError("no weights are there that can serve: an instance sleeps with such weights alone")
-        await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
+        if mode is not None:
+            await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))
         was_asleep = self.is_asleep
         try:
             await self._updates.withdraw(asleep=True)
