@@ -222,7 +222,10 @@ class Simulation:
         )
         self.scheduler = Scheduler(
             SchedulerConfig(**defaults | config),
-            cast(ModelConfig, SimpleNamespace(eos_token_ids=(), embedding=None, rope=RopeConfig(theta=1e4))),
+            cast(
+                ModelConfig,
+                SimpleNamespace(eos_token_ids=(), embedding=None, rope=RopeConfig(theta=1e4), has_fp8_cache=False),
+            ),
             cast(ModelRunner, runner),
             cast(Any, _nothing),
             None,

@@ -7,6 +7,7 @@ import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
 from ramet.srt.configs.model_config import ModelConfig
+from ramet.srt.managers.io_struct import AbortReq
 from ramet.srt.mem_cache.memory_pool import MAX_FP8, KVSpec, TokenToKVPool
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table
 from ramet.srt.model_loader.client.band_check import check_bands
@@ -189,3 +190,46 @@ def test_an_update_may_bring_scales_or_leave_them(plain, tmp_path):
     assert updated.put(bucket).success and updated.seal().success and updated.switch().success
     held = held_scales(updated.engine.runner.model)
     torch.testing.assert_close(held, [list(SCALES[0]), [SCALES[1][0], 0.25], list(SCALES[2])])
+
+
+@pytest.mark.parametrize("paused", ["", "in_place", "retract"])
+def test_keys_and_values_by_old_scales_are_not_read_with_new_ones(plain, tmp_path, paused):
+    """A request that runs through a change of scales, also in a pause, is computed anew from its tokens."""
+    folder = write(plain, tmp_path / "fp8")
+    updated = Updated(folder, device="cpu", dtype="float32", kv_cache_dtype="fp8_e4m3")
+    engine, scheduler = updated.engine, updated.engine.scheduler
+    bucket, changed = tmp_path / "bucket.safetensors", {0: (0.3, 0.02), 2: (1.0, 1.0)}
+    save_file({f"model.layers.{layer}.self_attn.{part}_scale": torch.tensor(value)
+               for layer, pair in changed.items() for part, value in zip("kv", pair, strict=True)}, bucket)  # fmt: skip
+    assert updated.put(bucket).success and updated.seal().success
+    prompt, ended = rm.random_prompts([30, 9])
+    engine.submit("a", prompt, max_new_tokens=8, return_logprob=True)
+    engine.submit("b", ended, max_new_tokens=8)
+    for _ in range(4):
+        engine.step()
+    if paused:
+        scheduler.pause(paused)
+    else:
+        engine.send(AbortReq(rid="b"))
+    assert updated.switch().success
+    scheduler.go_on()
+    results = engine.run()
+    result, (before, after) = results["a"], results["a"].versions
+    assert after[0] == "new" and 0 < after[1] < 8 and len(result.token_ids) == 8
+    assert results["b"].finish_reason.type == ("length" if paused else "abort")
+    sequence, reference = prompt + result.token_ids, fp8.write_plain(folder, tmp_path / "reference")
+    for (_, start), stop, scales in ((before, after[1], SCALES), (after, 8, SCALES | changed)):
+        logprobs = expected_logprobs(reference, sequence, scales)
+        places = torch.arange(len(prompt) - 1 + start, len(prompt) - 1 + stop)
+        expected = logprobs[places, torch.tensor(result.token_ids[start:stop])]
+        torch.testing.assert_close(torch.tensor(result.output_logprobs[start:stop]), expected, atol=2e-3, rtol=0)
+
+
+def test_another_name_for_the_same_scales_leaves_requests_what_they_have(plain, tmp_path):
+    harness = engine(write(plain, tmp_path / "fp8"))
+    harness.submit("a", rm.random_prompts([9])[0], max_new_tokens=8)
+    for _ in range(3):
+        harness.step()
+    harness.scheduler.rename_weights("renamed", abort_all=False)
+    assert len(harness.scheduler.running.admitted()) == 1
+    harness.run()

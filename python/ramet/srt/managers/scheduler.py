@@ -71,6 +71,7 @@ class Scheduler:
         self.grammar_steps = GrammarSteps(grammar_pool)
         self._grammar_pool = grammar_pool
         self._is_embedding = model_config.embedding is not None
+        self._cache_has_scales = model_config.has_fp8_cache and model_config.has_cache_scales  # which weights bring
         # In a pipeline a request gains one token while each stage computes a pass.
         target_s, most_s = config.target_itl_s / parallel.pp_size, config.most_itl_s / parallel.pp_size
         self.budget = TokenBudget(config.prefill_budget, target_s, most_s, model_runner.pass_sizes)
@@ -204,9 +205,13 @@ class Scheduler:
         elif self._aborted:
             self._drop_aborted()
         if mode == "retract":
-            self.running.park(self.grammar_steps.unparked())
-            for running in sorted(self.running.admitted(), key=lambda one: one.req.arrival_s or 0.0, reverse=True):
-                self.running.put_back(running, for_room=False)
+            self._retract_all()
+
+    def _retract_all(self) -> None:
+        """Have every request that runs give its KV cache back, and start over from its tokens. Between two passes."""
+        self.running.park(self.grammar_steps.unparked())
+        for running in sorted(self.running.admitted(), key=lambda one: one.req.arrival_s or 0.0, reverse=True):
+            self.running.put_back(running, for_room=False)
 
     def go_on(self) -> None:
         """End the pause, if there is one."""
@@ -237,15 +242,23 @@ class Scheduler:
         self.finish_passes()
         if abort_all:
             self._abort_all()
-        self.switch_weight_version(version)
+        self._begin_version(version)
 
     def switch_weight_version(self, version: str) -> None:
         """What is computed from now on is of `version`. Between two passes; whoever changes bytes does it before this.
 
         Passes under way are finished, so that each token counts as of the version that has made it. Requests that run
-        go on with their keys and values; no prefix that was cached until now is found again.
+        go on with their keys and values; those start over from their tokens whose keys and values were rounded by
+        scales of the weights before. No prefix that was cached until now is found again.
         """
         self.finish_passes()
+        if self._cache_has_scales:
+            if self._aborted:
+                self._drop_aborted()
+            self._retract_all()
+        self._begin_version(version)
+
+    def _begin_version(self, version: str) -> None:
         self.weight_version = version
         for cache in self.caches:
             cache.begin_generation()
