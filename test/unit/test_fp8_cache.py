@@ -1,6 +1,7 @@
 """A KV cache in fp8: what it answers, the scales that checkpoints have for it, and where those go."""
 
 import fp8_models as fp8
+import published_weights as pw
 import pytest
 import random_models as rm
 import sharded_models as sm
@@ -11,6 +12,7 @@ from ramet.srt.managers.io_struct import AbortReq
 from ramet.srt.mem_cache.memory_pool import MAX_FP8, KVSpec, TokenToKVPool
 from ramet.srt.model_loader.checkpoint.digest_store import compute_table
 from ramet.srt.model_loader.client.band_check import check_bands
+from ramet.srt.weights.memory_messages import ReleaseMemoryReq
 from ramet.srt.weights.planner import ArenaSource, plan, zero_ranges
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
@@ -233,3 +235,55 @@ def test_another_name_for_the_same_scales_leaves_requests_what_they_have(plain, 
     harness.scheduler.rename_weights("renamed", abort_all=False)
     assert len(harness.scheduler.running.admitted()) == 1
     harness.run()
+
+
+def published_scales(folder, weights):
+    """What an instance has of a trainer's cache scales."""
+    with pw.published(weights) as publishers:
+        stage, _ = pw.take(folder, publishers, sm.ranks_of()[0])
+    entries = [entry for entry in stage.manifest.entries if entry.name.endswith("kv_scales")]
+    return [stage.tensor(entry).tolist() for entry in entries]
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_trainer_may_publish_scales_or_leave_them_out(plain, tmp_path, shape):
+    """Those that it has not are 1, as in files."""
+    folder = write(plain, tmp_path / "fp8", shape=shape)
+    weights = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(published_scales(folder, weights), [list(SCALES[layer]) for layer in sorted(SCALES)])
+    for name in [
+        name for name in weights if name.endswith(("0.self_attn.k_scale", "2.self_attn.k_scale", "2.self_attn.v_scale"))
+    ]:
+        del weights[name]
+    torch.testing.assert_close(published_scales(folder, weights), [[1.0, SCALES[0][1]], list(SCALES[1]), [1.0, 1.0]])
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_that_are_none_are_refused_whoever_brings_them(plain, tmp_path, value):
+    name, folder = "model.layers.1.self_attn.v_scale", write(plain, tmp_path / "fp8")
+    tensors = {name: torch.tensor(value)}
+    with pytest.raises(ValueError, match=f"the trainer: {name} is {value}; a scale of the KV cache must be above 0"):
+        published_scales(folder, load_file(folder / "model.safetensors") | tensors)
+    updated, bucket = Updated(folder), tmp_path / "bucket.safetensors"
+    save_file(tensors, bucket)
+    assert updated.put(bucket).success
+    sealed = updated.seal()
+    assert not sealed.success and f"what was sent: {name} is {value}; a scale" in sealed.message
+
+
+def test_scales_that_have_gone_in_a_sleep_are_not_guessed(plain, tmp_path):
+    """Other weights that come alone would be served with scales that nobody has given."""
+    folder, bucket = write(plain, tmp_path / "fp8"), tmp_path / "bucket.safetensors"
+    updated = Updated(folder, enable_memory_saver=True)
+    updated.engine.scheduler.pause("retract")
+    assert updated.ask(ReleaseMemoryReq(request_id="sleep", tags=["weights"], keeps_copy=False)).success
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if not name.endswith("1.self_attn.v_scale")}, bucket)
+    assert updated.put(bucket).success
+    sealed = updated.seal()
+    assert not sealed.success and "layers.1.self_attn.v_scale did not come" in sealed.message
+    assert updated.put(folder / "model.safetensors", 2).success and updated.seal(2).success
+    assert updated.switch(2).success
+    torch.testing.assert_close(
+        held_scales(updated.engine.runner.model), [list(SCALES[layer]) for layer in sorted(SCALES)]
+    )

@@ -15,6 +15,7 @@ from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_hash import hash_content
+from ramet.srt.model_loader.cache_scale_check import check_cache_scales
 from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
 from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS, check_some
@@ -213,8 +214,8 @@ class TensorStage:
             self._check_stacks()
         missing = self._boxes.keys() - self._received
         lost = set(missing) if self._serving.is_made_up or self._serving.is_put_away else set()
-        if self._serving.is_made_up:
-            lost = {name for name in lost if not is_cache_scale(name)}  # which are 1 then
+        if self._serving.is_made_up:  # scales of a cache are 1 then; those that were put away may have been others
+            lost = {name for name in lost if not is_cache_scale(name)}
         if lost:
             raise ValueError(f"nothing serves that could stay, and {name_some(sorted(lost))} did not come")
         with self.arena.work_context():
@@ -225,6 +226,7 @@ class TensorStage:
                         kept = torch.ones_like(kept)  # of the KV cache's scales: see above
                     self._write(entry, box.target, kept)
             self.arena.synchronize()
+        check_cache_scales(self.arena, SENT)
         checksums = compute_checksums(self.arena.manifest, self.arena)
         values = dict(zip((entry.name for entry in self.arena.manifest.entries), checksums.values, strict=True))
         wrong = {entry.name for entry, region, told in self._written if told != self._held(entry, region, values)}

@@ -1,6 +1,5 @@
 """Owns what takes more than a copy: quantising rows of checkpoint matrices, decoding scales, turning matrices round."""
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,6 +9,7 @@ from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
+from ramet.srt.model_loader.cache_scale_check import check_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
 from ramet.srt.model_loader.checkpoint.quantized import CacheScaleJob, Job, QuantizeJob, ScaleJob, TurnJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo
@@ -74,8 +74,7 @@ def _settle_cache_scale(job: CacheScaleJob, fds: Mapping[str, int], arena: Weigh
     if job.found is not None:
         path, info = job.found
         value = float(_read(fds[path], info, arena).item())
-        if not 0 < value < math.inf:
-            raise ValueError(f"{path}: {job.box.checkpoint_name} is {value}; a scale of the KV cache must be above 0")
+        check_cache_scale(value, job.box.checkpoint_name, path)
     arena.tensor(job.scale)[_slices(job.box.target)].fill_(value)
 
 

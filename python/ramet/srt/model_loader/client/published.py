@@ -16,6 +16,8 @@ from msgspec.structs import replace
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
+from ramet.srt.model_loader.cache_scale_check import check_cache_scales
+from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.whole_model import WholeModel, grids_of
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.published_names import PublishedNames
@@ -32,7 +34,7 @@ from ramet.srt.weights.manifest import (
     build_weight_manifest,
     element_size,
 )
-from ramet.srt.weights.published_model import tensors_of
+from ramet.srt.weights.published_model import TRAINER, tensors_of
 from ramet.srt.weights.registration import SeedAnswer
 from ramet.srt.weights.report import LoadReport
 
@@ -63,6 +65,7 @@ class PullPlan:
 
     direct: WeightManifest  # what is copied, by the trainer's tensors
     landings: tuple[Landing, ...]
+    ones: tuple[tuple[WeightEntry, Region], ...]  # scales of the KV cache that the trainer has not
 
 
 def plan_pull(manifest: WeightManifest, answers: Sequence[SeedAnswer], whole: WholeModel) -> PullPlan:
@@ -78,19 +81,23 @@ def plan_pull(manifest: WeightManifest, answers: Sequence[SeedAnswer], whole: Wh
     entries = {entry.name: entry for entry in manifest.entries}
     grids = grids_of(entries) if names.is_quantised_here else {}
     made = {grid for beside in grids.values() for grid in beside}
-    direct, landings = [], list[Landing]()
+    direct, landings, ones = [], list[Landing](), list[tuple[WeightEntry, Region]]()
     for entry in manifest.entries:
         boxes = [box for box in entry.boxes if region_volume(box.source)]
+        absent = [box for box in boxes if is_cache_scale(box.checkpoint_name) and not names.has(box.checkpoint_name)]
+        ones += [(entry, box.target) for box in absent]
         if entry.name in grids:
             scale = entries[grids[entry.name][0]]
             landings += [_land(names, entry, scale, box) for box in boxes]
         elif entry.name in made:
             continue
+        elif absent:
+            landings += [_land(names, entry, None, box) for box in boxes if box not in absent]
         elif all(names.dtype(box.checkpoint_name) == entry.dtype for box in boxes):
             direct.append(replace(entry, boxes=tuple(names.translate(box) for box in boxes)))
         else:
             landings += [_land(names, entry, None, box) for box in boxes]
-    return PullPlan(replace(manifest, entries=tuple(direct)), tuple(landings))
+    return PullPlan(replace(manifest, entries=tuple(direct)), tuple(landings), tuple(ones))
 
 
 def _land(names: PublishedNames, entry: WeightEntry, scale: WeightEntry | None, box: WeightBox) -> Landing:
@@ -135,6 +142,11 @@ def take_published(
             for one, entry in zip(group, landing.manifest.entries, strict=True):
                 _make(one, landing.tensor(entry), stage)
             stage.synchronize()
+    with stage.work_context(), torch.no_grad():
+        for entry, region in pull.ones:
+            _put(stage, entry, region, torch.ones(()))
+        stage.synchronize()
+    check_cache_scales(stage, TRAINER)
     return replace(report, seconds=time.perf_counter() - start)
 
 

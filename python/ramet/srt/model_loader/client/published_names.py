@@ -53,6 +53,10 @@ class PublishedNames:
             )
         self.is_quantised_here = is_quantised_here(self._known, whole)
 
+    def has(self, name: str) -> bool:
+        """Whether it has a tensor that a box names; it may lack scales of the KV cache, which are 1 then."""
+        return name in self._parts
+
     def dtype(self, name: str) -> str:
         """Of a tensor that a box names."""
         return self._parts[name][1].dtype
