@@ -1,6 +1,7 @@
 """The steps by which two replicas fall asleep and wake, each of which may fail: what is asked, what is known then."""
 
 import asyncio
+import logging
 from typing import Any
 
 import pytest
@@ -98,10 +99,13 @@ async def test_the_end_of_a_pause_ends_no_sleep(case: Case) -> None:
     assert not case.pauses.is_paused and case.pauses.reason is None and case.replicas.take_events() == WAKE
 
 
-async def take_tensors(case: Case) -> None:
+async def take_tensors(case: Case) -> UpdateReport:
     """Weights that nobody else has."""
     sessions = WeightSessions(case.updates, 60.0, case.sleep.note_updated)
-    await sessions.put(PickledTensors(payloads=[], load_format=None, host_identity=""), None, abort_all=False)
+    source = PickledTensors(payloads=[], load_format=None, host_identity="")
+    report = await sessions.put(source, None, abort_all=False)
+    assert isinstance(report, UpdateReport)
+    return report
 
 
 async def test_weights_that_nobody_has_are_waited_for_while_something_else_is_missing(case: Case) -> None:
@@ -263,6 +267,16 @@ async def test_an_update_in_place_of_an_instance_asleep_leaves_requests_what_its
     assert (await update(case)).mode == "in_place"
     assert case.replicas.take_events() == ["stage 1", "drop 1", "release", "stage 2", "switch 2", "drop 0"]
     assert case.sleep.tags == ("kv_cache",) and case.replicas.pause_refusal == SLEEP_REFUSAL
+
+
+async def test_each_update_is_logged_once_and_as_it_was(case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ramet.srt.managers.update_report")
+    case.replicas.faults = {"stage 2": NO_ROOM}
+    reports = [await update(case), await update(case), await case.updates.update(Found, "three")]
+    reports += [await case.updates.rollback(), await take_tensors(case), await case.updates.reset()]
+    assert [report.mode for report in reports] == ["staged", "in_place", *["staged"] * 4]
+    lines = [one.message for one in caplog.records if one.name == "ramet.srt.managers.update_report"]
+    assert lines == [report.message for report in reports] and "15 bytes written from checkpoint" in lines[1]
 
 
 async def test_what_served_comes_back_when_its_place_is_not_taken(case: Case) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.pause_control import PauseControl, SleepMode
 from ramet.srt.managers.tokenizer_manager import TokenizerManager
-from ramet.srt.managers.update_report import Staged, UpdateReport
+from ramet.srt.managers.update_report import Staged, UpdateReport, note_update
 from ramet.srt.managers.update_roles import FoundSource
 from ramet.srt.managers.weight_sources import instance_source
 from ramet.srt.managers.weight_update_control import (
@@ -154,6 +154,7 @@ class SleepControl:
                     raise
                 logger.info("the weights that serve make room for others: %s", error)
                 return await self._update_in_place(update)
+            note_update(report)
         await self.note_updated()
         return report
 
@@ -180,9 +181,13 @@ class SleepControl:
                 gone = f"the old weights are gone, too, and the instance sleeps until others come: {second}"
                 raise RequestError(f"{error}; {gone}") from None
             raise
-        if not was_asleep:
-            await self._resume_now([], [])
-        return replace(report, mode="in_place", pause_s=time.perf_counter() - begun)
+        try:
+            if not was_asleep:
+                await self._resume_now([], [])
+        finally:  # it has come, whether the instance wakes or not
+            report = replace(report, mode="in_place", pause_s=time.perf_counter() - begun)
+            note_update(report)
+        return report
 
     async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
         async with self._updates.turn(changes=False):

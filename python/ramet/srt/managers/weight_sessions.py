@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ramet.srt.errors import RequestError, ServiceError
-from ramet.srt.managers.update_report import Content, Staged, UpdateReport
+from ramet.srt.managers.update_report import Content, Staged, UpdateReport, note_update
 from ramet.srt.managers.weight_update_control import WeightUpdateControl, check_version_name
 from ramet.srt.weights.update_messages import PutTensorsReq, SealWeightsReq, TensorsSource
 
@@ -174,7 +174,9 @@ class WeightSessions:
         has_base = self._control.has_weights and not base.is_made_up
         origin = f"tensors on top of {base.version}" if has_base else "tensors"
         content = Content(number, version or f"update-{number}", origin, None)
-        return await self._control.serve(content, staged + Staged.of(sealed), abort_all=abort_all)
+        report = await self._control.serve(content, staged + Staged.of(sealed), abort_all=abort_all)
+        note_update(report)
+        return report
 
     async def _give_up_late(self, session: Session) -> None:
         """Forget a session when nobody has gone on with it for too long."""

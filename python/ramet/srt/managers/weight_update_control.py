@@ -148,10 +148,12 @@ class WeightUpdateControl:
 
     async def _update(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
         async with self.turn():
-            return await self.update_now(find, version, abort_all)
+            report = await self.update_now(find, version, abort_all)
+            note_update(report)
+            return report
 
     async def update_now(self, find: Callable[[], FoundSource], version: str | None, abort_all: bool) -> UpdateReport:
-        """As `update`, for whoever has the turn."""
+        """As `update`, for whoever has the turn; who notes the report when nothing of it will change any more."""
         for _ in range(NUM_TRIES):
             found = await self._in_thread(find)
             has_it = False
@@ -219,13 +221,13 @@ class WeightUpdateControl:
         return self._last_number
 
     async def serve(self, content: Content, staged: Staged, *, abort_all: bool) -> UpdateReport:
-        """Switch to what all ranks have staged and verified; it is dropped if that fails."""
+        """Switch to what all ranks have staged and verified; it is dropped if that fails. Who calls it notes it."""
         try:
             report = await self._switch_to(content, abort_all)
         except BaseException:
             await self.drop(content.number)
             raise
-        report = replace(
+        return replace(
             report,
             source=staged.source,
             num_bytes=staged.num_bytes,
@@ -233,8 +235,6 @@ class WeightUpdateControl:
             transfer_s=staged.transfer_s,
             mode=staged.mode,
         )
-        note_update(report)
-        return report
 
     async def _reset(self) -> UpdateReport:
         async with self.turn():
@@ -242,7 +242,9 @@ class WeightUpdateControl:
             source = MadeUpSource(random_seed=random.getrandbits(62))
             staged = await self.stage(functools.partial(StageWeightsReq, number=number, source=source), number)
             content = Content(number, "reset", "nowhere", None, is_made_up=True)
-            return await self.serve(content, Staged.of(staged), abort_all=True)
+            report = await self.serve(content, Staged.of(staged), abort_all=True)
+            note_update(report)
+            return report
 
     def _check_adapters(self) -> None:
         """An adapter is made for the weights that it was trained with; its sum with others is nobody's model."""
