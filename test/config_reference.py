@@ -73,7 +73,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "latent": latent,
         "qkv_bias": any(f"model.layers.0.self_attn.{name}.bias" in shapes for name in ("q_proj", "kv_a_proj_with_mqa")),
         "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
-        "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith(".bias") for name in shapes),
+        "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith("_proj.bias") for name in shapes),
         "rms_norm_eps": getattr(model.model.norm, "variance_epsilon", None) or getattr(model.model.norm, "eps", 0),
         "hidden_act": hf.hidden_activation if hf.model_type.startswith("gemma") else hf.hidden_act,
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
@@ -96,7 +96,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         else None,
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
         "norm_topk_prob": hf.norm_topk_prob
-        if _has_experts(shapes) and hf.model_type not in ("mixtral", "minimax_m2")
+        if _has_experts(shapes) and hf.model_type not in ("mixtral", "minimax_m2", "gpt_oss")
         else None,
         "rotates": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.model.layers],
         "attention_scale": layer.self_attn.scaling,
@@ -116,7 +116,17 @@ def _windows(hf: Any) -> list[int | None]:
         return [None] * hf.num_hidden_layers
     if hf.model_type in ("granite", "olmo2", "seed_oss", "minimax_m2", *GROUPED_ROUTERS):
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("ministral", "qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text"):
+    if hf.model_type in (
+        "ministral",
+        "qwen2",
+        "qwen3",
+        "qwen2_moe",
+        "smollm3",
+        "olmo3",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+    ):
         return [hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types]
     return [hf.sliding_window] * hf.num_hidden_layers
 
@@ -159,8 +169,9 @@ def _mlp(shapes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
     """(number of experts, width of one), or (0, width) of a plain MLP."""
     if f"{prefix}.up_proj.weight" in shapes:
         return 0, shapes[f"{prefix}.up_proj.weight"][0]
-    experts, _, width = shapes[f"{prefix}.experts.down_proj"]
-    return experts, width
+    experts, *sizes = shapes[f"{prefix}.experts.down_proj"]
+    is_transposed = f"{prefix}.experts.down_proj_bias" in shapes  # gpt-oss's
+    return experts, sizes[0] if is_transposed else sizes[1]
 
 
 def ours(config: ModelConfig) -> dict[str, Any]:
@@ -257,7 +268,8 @@ def compare(config: dict[str, Any]) -> str | None:
 def _without_pedantry(config: dict[str, Any]) -> dict[str, Any]:
     """Without what transformers refuses for its type alone: keys that change nothing, whole numbers for floats."""
     kept = {name: value for name, value in config.items() if HARMLESS_KEYS.get(name) is not ANY or name in WINDOW_KEYS}
-    for name in ("rms_norm_eps", "routed_scaling_factor", "final_logit_softcapping", "attn_logit_softcapping"):
+    floats = ("rms_norm_eps", "routed_scaling_factor", "swiglu_limit")
+    for name in (*floats, "final_logit_softcapping", "attn_logit_softcapping"):
         if type(kept.get(name)) is int:
             kept[name] = float(kept[name])
     return kept

@@ -67,9 +67,10 @@ def test_a_published_config_is_read_split_and_laid_out(tmp_path, name):
     check_parallel_sizes(config, tp_size=tp_size, pp_size=1, ep_size=ep_size, attn_dp_size=tp_size)
     rank = sm.build_model(tmp_path, sm.all_ranks(tp_size, ep_size)[1])
     assert sm.make_manifest(rank).arena_nbytes / 1e9 == pytest.approx(gigabytes, rel=0.02)
-    spec = describe_attention(rank, torch.device("cpu"), torch.bfloat16, 64)
+    spec = describe_attention(rank, torch.device("cpu"), torch.bfloat16, torch.bfloat16, 64)
     assert spec.num_heads == given["num_attention_heads"] // tp_size and spec.kv.row_sizes == (576,)
-    assert sum(kv.bytes_per_token(torch.bfloat16) for kv in describe_kv_cache(rank)) == 1152 * config.num_hidden_layers
+    kept = describe_kv_cache(rank, torch.bfloat16, may_differ=False)
+    assert kept.page_bytes(1, frozenset()) == (1152 * config.num_hidden_layers, 0)
 
 
 @pytest.mark.parametrize(
