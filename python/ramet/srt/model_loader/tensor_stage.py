@@ -15,8 +15,8 @@ from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host_hash import hash_content
-from ramet.srt.model_loader.cache_scale_check import check_cache_scales
 from ramet.srt.model_loader.checkpoint.bare_decoder import whole_name
+from ramet.srt.model_loader.checkpoint.cache_scale_check import check_cache_scales
 from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS, check_some
 from ramet.srt.model_loader.checkpoint.idle_tensors import check_idle, may_be_idle

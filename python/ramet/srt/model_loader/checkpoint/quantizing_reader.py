@@ -9,7 +9,7 @@ from ramet.srt.layers.quantization.dequantize import powers_of_two
 from ramet.srt.layers.quantization.fp8 import quantize_rows
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.read_range import read_range
-from ramet.srt.model_loader.cache_scale_check import check_cache_scale
+from ramet.srt.model_loader.checkpoint.cache_scale_check import check_cache_scale
 from ramet.srt.model_loader.checkpoint.checks import EXPONENTS
 from ramet.srt.model_loader.checkpoint.quantized import CacheScaleJob, Job, QuantizeJob, ScaleJob, TurnJob
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.arena.base import WeightArena
-from ramet.srt.model_loader.cache_scale_check import check_cache_scales
+from ramet.srt.model_loader.checkpoint.cache_scale_check import check_cache_scales
 from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
 from ramet.srt.model_loader.checkpoint.whole_model import WholeModel, grids_of
 from ramet.srt.model_loader.client.open_sources import SeedSources
