@@ -16,6 +16,7 @@ from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_instance import SeedInstance, SeedRank
 from ramet.srt.model_loader.client.transfer import SeedTransfer
+from ramet.srt.model_loader.seed import weight_seed
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.model_loader.transport import memory_offer
 from ramet.srt.model_loader.transport.listening_address import listeners
@@ -239,6 +240,7 @@ def test_a_seed_for_its_own_host_needs_no_package(tmp_path, monkeypatch, caplog)
     (broken / "__init__.py").write_text("raise ImportError('libsomething.so is not there')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mooncake", raising=False)
+    monkeypatch.setattr(weight_seed, "_is_missing", False)  # which is what it is again for other tests
     arena = toy_arena(1)
     with pytest.raises(TransportMissingError, match="Mooncake can't be used: libsomething.so is not there"):
         WeightSeed.start(arena.manifest, arena, host="127.0.0.1")
@@ -251,6 +253,9 @@ def test_a_seed_for_its_own_host_needs_no_package(tmp_path, monkeypatch, caplog)
             Receivers("127.0.0.1", 0).get(answer.session_id)
     finally:
         seed.close()
+    monkeypatch.setattr(weight_seed, "start_offering_process", None)  # it is known now: no other process finds it out
+    arena = toy_arena(1)
+    WeightSeed.start(arena.manifest, arena, host="127.0.0.1", network="wanted").close()
 
 
 def test_a_host_without_such_an_address_is_told_so():
