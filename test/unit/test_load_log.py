@@ -1,11 +1,9 @@
 """When the line about a replica is due, and what it says."""
 
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 from ramet.srt.managers.io_struct import GetInternalStateReqOutput
 from ramet.srt.managers.load_log import PERIOD_S, LoadLog
 
@@ -23,18 +21,6 @@ class Clock:
 
     def log(self, interval: int | None) -> LoadLog:
         return LoadLog(interval, lambda: STATE, lambda: self.num_tokens, lambda: self.now)
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
-    """The records of a test, as they come."""
-    caplog.set_level("INFO", logger="ramet")
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("ramet").addHandler(handler)
-    yield records
-    logging.getLogger("ramet").removeHandler(handler)
 
 
 def test_every_few_seconds_in_which_something_runs(lines: list[logging.LogRecord]) -> None:

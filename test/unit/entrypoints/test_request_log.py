@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,18 +53,6 @@ async def ask(path: str, counts: HttpCounts | None = None, *, method: str = "GET
         answer = await client.request(method, path, headers={"X-Request-Id": "id-1", "User-Agent": 'a "b"'})
     logged.flush()
     return answer
-
-
-@pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
-    """The records of a test, as they come."""
-    caplog.set_level("INFO", logger="ramet")
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    logging.getLogger("ramet").addHandler(handler)
-    yield records
-    logging.getLogger("ramet").removeHandler(handler)
 
 
 async def test_only_refused_ones_have_a_line_by_themselves(lines: list[logging.LogRecord]) -> None:

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
+from ramet.srt.layers.kernels.prefetch import prefetch_words
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
 
 MAX_ROWS = 64  # beyond that dequantising is faster, measured on an H200
@@ -111,17 +112,6 @@ def _load_scales(scales_ptr, words, num_words):
     return scales
 
 
-@triton.jit
-def _prefetch(ptr, first_column, columns_end, first_word, num_words, stride, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Bring words into the L2 cache, a sector of 32 bytes with each instruction."""
-    rows = tl.minimum(first_column + tl.arange(0, ROWS), columns_end - 1)
-    words = tl.minimum(first_word + tl.arange(0, WORDS // 8) * 8, num_words - 1)
-    ptrs = ptr + rows[:, None] * stride + words[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["num_rows", "num_steps"])
 def _awq_rows_kernel(
     x_ptr,
@@ -160,7 +150,7 @@ def _awq_rows_kernel(
     words = tile * WORDS + tl.arange(0, WORDS)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     if EARLY:
-        _prefetch(values_ptr, first_column, num_columns, tile * WORDS, num_words, value_stride, COLUMNS, WORDS)
+        prefetch_words(values_ptr, first_column, num_columns, tile * WORDS, num_words, value_stride, COLUMNS, WORDS)
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     totals: tl.tuple = ()
@@ -186,7 +176,7 @@ def _awq_rows_kernel(
             values = tl.load(ptrs, mask=there[:, None] & (words < num_words)[None, :], other=0)
         if EARLY:
             next_start = tl.where(step + 1 < num_steps, start + COLUMNS, start)
-            _prefetch(values_ptr, next_start, num_columns, tile * WORDS, num_words, value_stride, COLUMNS, WORDS)
+            prefetch_words(values_ptr, next_start, num_columns, tile * WORDS, num_words, value_stride, COLUMNS, WORDS)
         numbers = _numbers(values, DTYPE)
         if GROUPS == 1:
             totals = _add_group(totals, numbers, x.to(DTYPE), scales, zeros, DTYPE)

@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.combine_pieces import LOG2_E, combine
-from ramet.srt.layers.kernels.paged_attention import MIN_DOT_ROWS, NO_LIMIT, PieceLists, TileShape, key_offsets
+from ramet.srt.layers.kernels.paged_attention import (
+    MIN_DOT_ROWS,
+    PieceLists,
+    TileShape,
+    end_of_open_keys,
+    key_offsets,
+    load_piece,
+)
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,
@@ -132,11 +139,8 @@ def _piece_kernel(
     num_tokens = tl.load(piece_ptr + 2)
     if num_tokens == 0:
         return
-    row = tl.load(piece_ptr).to(tl.int64)
-    tokens = tl.load(piece_ptr + 1).to(tl.int64) + rows // GROUP
-    start = tl.load(piece_ptr + 3)
-    stop = tl.load(piece_ptr + 4)
-    place = tl.load(piece_ptr + 5)
+    row, tokens, start, stop, place = load_piece(piece_ptr)
+    tokens += rows // GROUP
     heads = tl.program_id(0) % num_groups * GROUP + rows % GROUP
     row_mask = (rows // GROUP < num_tokens) & (heads < num_heads)
     q_positions = tl.load(positions_ptr + tokens, mask=row_mask, other=-1).to(tl.int32)
@@ -150,8 +154,7 @@ def _piece_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_RANK, BLOCK_ROWS], tl.float32)
     table_ptr += row * table_stride
-    seen_by_all = tl.minimum(stop, tl.min(tl.where(row_mask, q_positions, NO_LIMIT), axis=0) + 1)
-    open_stop = start + tl.maximum(0, seen_by_all - start) // BLOCK_KEYS * BLOCK_KEYS
+    open_stop = end_of_open_keys(start, stop, q_positions, row_mask, BLOCK_KEYS)
     acc, total, maximum = _attend(
         acc, total, maximum, q, q_rope, q_positions, cache_ptr, table_ptr, cache_stride, start, open_stop, scale,
         False, RANK, BLOCK_RANK, ROPE, BLOCK_ROPE, BLOCK_KEYS, PAGE_SIZE, PRECISION, IS_NARROW,

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
+from ramet.srt.layers.kernels.prefetch import prefetch_words
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
 from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 
@@ -134,19 +135,6 @@ def _sum_columns(
 
 
 @triton.jit
-def _prefetch_words(
-    values_ptr, first_row, first_word, num_word_rows, num_words, stride, ROWS: tl.constexpr, WORDS: tl.constexpr
-):
-    """Bring words into the L2 cache, a sector of 32 bytes with each instruction."""
-    rows = tl.minimum(first_row + tl.arange(0, ROWS), num_word_rows - 1)
-    words = tl.minimum(first_word + tl.arange(0, WORDS // 8) * 8, num_words - 1)
-    ptrs = values_ptr + rows[:, None] * stride + words[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _add_partial(partial_ptrs, mask, stride, num_splits, AT_ONCE: tl.constexpr):
     total = tl.zeros([partial_ptrs.shape[0]], tl.float32)
     parts = tl.arange(0, AT_ONCE)
@@ -202,8 +190,8 @@ def _packed_row_kernel(
     mask = outputs < num_outputs
     first_row = part * num_iterations * (RUNS * STEPS)
     if EARLY:
-        _prefetch_words(
-            values_ptr, first_row, tile * BLOCK_WORDS, num_columns // NUM, num_outputs, value_stride, RUNS * STEPS,
+        prefetch_words(
+            values_ptr, first_row, num_columns // NUM, tile * BLOCK_WORDS, num_outputs, value_stride, RUNS * STEPS,
             BLOCK_WORDS,
         )  # fmt: skip
         tl.extra.cuda.gdc_launch_dependents()

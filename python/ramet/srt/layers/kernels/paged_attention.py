@@ -107,6 +107,20 @@ def _attend(
     return acc, total, maximum
 
 
+@triton.jit
+def load_piece(piece_ptr):
+    """Row of the table, first token, keys [start, stop), and place of a piece among those of its tokens."""
+    row, token = tl.load(piece_ptr).to(tl.int64), tl.load(piece_ptr + 1).to(tl.int64)
+    return row, token, tl.load(piece_ptr + 3), tl.load(piece_ptr + 4), tl.load(piece_ptr + 5)
+
+
+@triton.jit
+def end_of_open_keys(start, stop, q_positions, row_mask, BLOCK_KEYS: tl.constexpr):
+    """Up to where, in whole blocks from `start` on, all rows see all keys."""
+    seen_by_all = tl.minimum(stop, tl.min(tl.where(row_mask, q_positions, NO_LIMIT), axis=0) + 1)
+    return start + tl.maximum(0, seen_by_all - start) // BLOCK_KEYS * BLOCK_KEYS
+
+
 # Positions are a row of what a pass is told at once: they begin anywhere.
 @triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["positions_ptr"])
 def _piece_kernel(
@@ -164,11 +178,8 @@ def _piece_kernel(
     num_tokens = tl.load(piece_ptr + 2)
     if num_tokens == 0:
         return
-    row = tl.load(piece_ptr).to(tl.int64)
-    tokens = tl.load(piece_ptr + 1).to(tl.int64) + rows // GROUP
-    start = tl.load(piece_ptr + 3)
-    stop = tl.load(piece_ptr + 4)
-    place = tl.load(piece_ptr + 5)
+    row, tokens, start, stop, place = load_piece(piece_ptr)
+    tokens += rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
     row_mask = rows // GROUP < num_tokens
     q_positions = tl.load(positions_ptr + tokens, mask=row_mask, other=-1).to(tl.int32)
@@ -182,8 +193,7 @@ def _piece_kernel(
     v_ptr = v_cache_ptr + kv_head * HEAD_DIM
     table_ptr += row * table_stride
     if HAS_OPEN_KEYS:
-        seen_by_all = tl.minimum(stop, tl.min(tl.where(row_mask, q_positions, NO_LIMIT), axis=0) + 1)
-        open_stop = start + tl.maximum(0, seen_by_all - start) // BLOCK_KEYS * BLOCK_KEYS
+        open_stop = end_of_open_keys(start, stop, q_positions, row_mask, BLOCK_KEYS)
         acc, total, maximum = _attend(
             acc, total, maximum, q, q_positions, k_ptr, v_ptr, table_ptr, map_ptr, cache_stride, start, open_stop,
             scale, window, False, False, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PAGE_SIZE, PRECISION, SOFT_CAP, HAS_MAP,
