@@ -9,7 +9,7 @@ from lora_adapters import make_adapter, merge_adapter
 from ramet.srt.layers.lora import BLOCK_OUTPUTS, LoraPart, LoraSlots, LoraTokens, parts_of, slots_nbytes, sort_by_slot
 from ramet.srt.weights.manifest import WeightBox
 
-NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 70, 40
+NUM_SLOTS, MAX_RANK, NUM_COLUMNS = 3, 70, 300
 # A fused layer: its second part is a rank's share of a matrix, and its first stands in two pieces around it.
 PARTS = [
     LoraPart("first", (0, NUM_COLUMNS), ((0, 70), (70, 80)), ((0, 70), (85, 95))),
@@ -59,10 +59,10 @@ def random_pass(num_tokens):
 
 
 @pytest.mark.parametrize("token_slots", CASES.values(), ids=CASES)
-def test_kernels(device, token_slots, monkeypatch):
+def test_kernels(device, token_slots, monkeypatch, max_splits=32):
     from ramet.srt.layers.kernels import lora
 
-    monkeypatch.setattr(lora, "MIN_SPLIT_COLUMNS", 16)  # several splits
+    monkeypatch.setattr(lora, "MAX_SPLITS", max_splits)
     slots, products = make_layer(device, LoraTokens(0, NUM_SLOTS, device))
     x, y = random_pass(len(token_slots))
     expected = expect(x, y, token_slots, products)
@@ -77,6 +77,10 @@ def test_kernels_of_long_passes(device, monkeypatch):
 
     monkeypatch.setattr(lora, "FEW_TOKENS", 8)
     test_kernels(device, CASES["several blocks"], monkeypatch)
+
+
+def test_kernels_whose_programs_take_several_blocks_of_columns(device, monkeypatch):
+    test_kernels(device, CASES["mixed with tokens of none"], monkeypatch, max_splits=3)
 
 
 def test_an_engine_whose_layers_take_the_kernels(device, tmp_path, monkeypatch):

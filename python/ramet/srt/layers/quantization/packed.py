@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE
+from ramet.srt.layers.kernels.runtime import has_gluon
 from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
 
         return packed_gemv(x, arguments, bias, activation)
     if weight.format.has_awq_order:
+        if has_gluon():
+            from ramet.srt.layers.kernels.awq_row import awq_row, takes_awq_row
+
+            if takes_awq_row(x, arguments):
+                return awq_row(x, arguments, bias, activation)
         from ramet.srt.layers.kernels.awq_rows import awq_rows
 
         return awq_rows(x, arguments, bias, activation)

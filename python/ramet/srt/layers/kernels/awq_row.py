@@ -1,0 +1,261 @@
+"""Owns the product of a single row with AWQ's words, in Gluon: Triton's language with explicit layouts.
+
+A decode pass of one request is bound by reading the weights, and by how soon a kernel has something to read. Words are
+copied to shared memory several steps ahead, the first ones before x is there, and are read from it just as the matrix
+units want their numbers: one thread has all eight numbers of a word. Triton alone brings them there by detours.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from ramet.srt.layers.kernels.awq_rows import add_splits
+from ramet.srt.layers.kernels.packed_weights import PackedArguments
+from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
+
+NUM = tl.constexpr(8)  # numbers of a word
+MAX_GROUPS = tl.constexpr(8)  # of columns for a program: each has a column of the matrix units' product
+MAX_SPLITS = 64
+STEP = 64  # columns at a time; no group ends within
+
+# Triton 3.9 has other names for two things.
+_copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
+
+class Tile(NamedTuple):
+    """What one program multiplies at a time."""
+
+    words: int  # of one thread, beside each other: 2 or 4
+    num_warps: int  # beside each other, eight threads of words each
+    num_stages: int  # steps of words in shared memory
+    num_programs: int  # for a multiprocessor
+
+
+TILE = Tile(2, 2, 4, 6)  # measured on an H200
+
+
+# Numbers of four bits at the eight places of two words each, as pairs of float16: 1024 and the number, and at odd
+# places sixteen times the number, which saves every other shift.
+def _unpacking() -> str:
+    lines = [".reg .b32 low, high;", "prmt.b32 low, $8, $9, 0x5410;", "prmt.b32 high, $8, $9, 0x7632;"]
+    for half, place in (("low", 0), ("high", 4)):
+        for shift in (0, 2):
+            lines += [f"shr.b32 {half}, {half}, 8;"] if shift else []
+            lines.append(f"lop3.b32 ${place + shift}, {half}, 0x000F000F, 0x64006400, 0xEA;")
+            lines.append(f"lop3.b32 ${place + shift + 1}, {half}, 0x00F000F0, 0x64006400, 0xEA;")
+    return "{" + " ".join(lines) + "}"
+
+
+UNPACK = tl.constexpr(_unpacking())
+
+
+def words_layout(tile: Tile) -> gl.DistributedLinearLayout:
+    """Of [words, columns]: which of them a thread reads, so that it has what the matrix units take of it."""
+    columns, width = [8], 8 * tile.words * tile.num_warps
+    while columns[-1] < STEP // 2:
+        columns.append(2 * columns[-1])
+    beside = [[1 << bit, 0] for bit in range(tile.words.bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], *([tile.words << bit, 0] for bit in range(3))]
+    warps = [[8 * tile.words << bit, 0] for bit in range(tile.num_warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [*beside, [0, 1], *([0, column] for column in columns)], lanes, warps, [], [width, STEP]
+    )
+
+
+def scales_layout(tile: Tile) -> gl.DistributedLinearLayout:
+    """Of [words in the product's order, groups, places]: a thread has the scales of the sums that it has."""
+    width, block = 8 * tile.words * tile.num_warps, 16 * tile.num_warps
+    more = [[block << bit, 0, 0] for bit in range((width // block).bit_length() - 1)]
+    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [8, 0, 0], *more]
+    lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    warps = [[16 << bit, 0, 0] for bit in range(tile.num_warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [width, MAX_GROUPS.value, NUM.value])
+
+
+@gluon.jit
+def _word_of(row, WORDS: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The word whose numbers are in a row of the product."""
+    return (row // 16) % NUM_WARPS * (8 * WORDS) + row % 8 * WORDS + row // (16 * NUM_WARPS) * 2 + row // 8 % 2
+
+
+@gluon.jit
+def _finished(total, x_sums, zeros, scales, PLACE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The outputs at a place of words, summed over the groups of columns."""
+    FACTOR: gl.constexpr = 16.0 if PLACE % 2 else 1.0
+    zero = ((zeros >> (PLACE * 4)) & 15).to(gl.float32) * FACTOR + 1024.0
+    scale = gl.convert_layout(scales, LAYOUT, assert_trivial=True).to(gl.float32) * (1 / FACTOR)
+    return gl.sum(scale * (total - x_sums * zero), axis=1)
+
+
+@gluon.jit(do_not_specialize=["num_groups", "each"])
+def _awq_row_kernel(
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    zeros_ptr,
+    partial_ptr,
+    num_words,
+    num_groups,
+    each,
+    value_stride,
+    scale_stride,
+    zero_stride,
+    GROUP: gl.constexpr,
+    X_GROUPS: gl.constexpr,
+    WORDS: gl.constexpr,
+    STEP: gl.constexpr,
+    NUM_STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+    WORDS_LAYOUT: gl.constexpr,
+    SCALES_LAYOUT: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """One program sums `each` groups of columns of a tile of words, into partial[split, output].
+
+    The product's rows are words, and its columns are groups of columns: x is zero in those of other groups. x is scaled
+    by a power of two to the upper end of float16, which has more digits than bfloat16: what is 2^29 times smaller than
+    its largest number loses some.
+    """
+    TILE_WORDS: gl.constexpr = 8 * WORDS * NUM_WARPS
+    STEPS: gl.constexpr = GROUP // STEP  # of a group
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[NUM_WARPS, 1], instr_shape=[16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // TILE_WORDS, TILE_WORDS // 4], [NUM_WARPS, 1], [1, 0])
+    # Threads whose columns are two apart read the same words at once: from other banks, so.
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    X: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    tile, split = gl.program_id(0), gl.program_id(1)
+    first_group = split * each
+    there_groups = gl.minimum(num_groups - first_group, each)
+    num_steps = there_groups * STEPS
+
+    words = tile * TILE_WORDS + gl.arange(0, TILE_WORDS, gl.SliceLayout(0, COPY))
+    columns = first_group * GROUP + gl.arange(0, STEP, gl.SliceLayout(1, COPY))
+    ptrs = values_ptr + columns[:, None] * value_stride + words[None, :]
+    are_there = (words < num_words)[None, :]
+    stages = gl.allocate_shared_memory(gl.int32, [NUM_STAGES, STEP, TILE_WORDS], SHARED)
+    for stage in gl.static_range(NUM_STAGES - 1):
+        mask = are_there & (stage < num_steps)
+        _copy_to_shared(stages.index(stage), ptrs + stage * (STEP * value_stride), mask=mask)
+        async_copy.commit_group()
+
+    rows = gl.arange(0, TILE_WORDS, gl.SliceLayout(1, gl.SliceLayout(2, SCALES_LAYOUT)))
+    groups = gl.arange(0, MAX_GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, SCALES_LAYOUT)))
+    places = gl.arange(0, NUM, gl.SliceLayout(0, gl.SliceLayout(1, SCALES_LAYOUT)))
+    scale_words = tile * TILE_WORDS + _word_of(rows, WORDS, NUM_WARPS)
+    have_scales = (groups < there_groups)[None, :] & (scale_words < num_words)[:, None]
+    scale_places = (first_group + groups)[None, :] * scale_stride + scale_words[:, None] * NUM
+    scale_ptrs = scales_ptr + (gl.expand_dims(scale_places, 2) + places[None, None, :])
+    scales = gl.load(scale_ptrs, mask=gl.expand_dims(have_scales, 2), other=0.0)
+    zero_ptrs = zeros_ptr + (first_group + groups)[None, :] * zero_stride + scale_words[:, None]
+    zeros = gl.convert_layout(gl.load(zero_ptrs, mask=have_scales, other=0), PRODUCT, assert_trivial=True)
+
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x_columns = gl.arange(0, X_GROUPS * GROUP, X)
+    x = gl.load(x_ptr + first_group * GROUP + x_columns, mask=x_columns < there_groups * GROUP, other=0.0)
+    exponent = gl.max(gl.abs(x.to(gl.float32)), axis=0).to(gl.int32, bitcast=True) >> 23
+    power = gl.minimum(268 - exponent, 253)  # biased as in float32, and so that 1 / 2^power is normal, too
+    x_stage = gl.allocate_shared_memory(gl.float16, [X_GROUPS * GROUP], VECTOR)
+    x_stage.store((x.to(gl.float32) * (power << 23).to(gl.float32, bitcast=True)).to(gl.float16))
+    x_steps = _reinterpret(x_stage, gl.float16, [X_GROUPS * STEPS, STEP], VECTOR)
+
+    group_of_product = gl.arange(0, MAX_GROUPS, gl.SliceLayout(0, RIGHT))
+    ones = gl.full([TILE_WORDS, STEP], 1.0, gl.float16, LEFT)
+    x_sums = gl.zeros([TILE_WORDS, MAX_GROUPS], gl.float32, PRODUCT)
+    totals: tl.tuple = ()
+    for _ in gl.static_range(NUM):
+        totals += (x_sums,)
+    for step in range(num_steps):
+        async_copy.wait_group(NUM_STAGES - 2)
+        next_step = step + NUM_STAGES - 1
+        mask = are_there & (next_step < num_steps)
+        _copy_to_shared(stages.index(next_step % NUM_STAGES), ptrs + next_step * (STEP * value_stride), mask=mask)
+        async_copy.commit_group()
+        values = stages.index(step % NUM_STAGES).permute([1, 0]).load(WORDS_LAYOUT)
+        values = gl.permute(gl.reshape(values, [NUM_WARPS, 8, WORDS // 2, 2, STEP]), [2, 0, 3, 1, 4])
+        values = gl.convert_layout(gl.reshape(values, [TILE_WORDS, STEP]), LEFT, assert_trivial=True)
+        step_x = x_steps.index(step).load(gl.SliceLayout(1, RIGHT))
+        is_group = (group_of_product == step // STEPS)[None, :]
+        right = gl.where(is_group, step_x[:, None], gl.full([STEP, MAX_GROUPS], 0.0, gl.float16, RIGHT))
+        numbers = gl.inline_asm_elementwise(
+            UNPACK, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", [values], dtype=(gl.float16,) * 8, is_pure=True, pack=2
+        )
+        x_sums = mma_v2(ones, right, x_sums)
+        new: tl.tuple = ()
+        for place in gl.static_range(NUM):
+            new += (mma_v2(numbers[place], right, totals[place]),)
+        totals = new
+
+    # Places hold the outputs 0, 2, 4, 6, 1, 3, 5, 7: a split of scales takes their last bit first.
+    even, odd = gl.split(gl.reshape(scales, [TILE_WORDS, MAX_GROUPS, 2, 2, 2]))
+    low_even, high_even = gl.split(even)
+    low_odd, high_odd = gl.split(odd)
+    scales_0, scales_4 = gl.split(low_even)
+    scales_2, scales_6 = gl.split(high_even)
+    scales_1, scales_5 = gl.split(low_odd)
+    scales_3, scales_7 = gl.split(high_odd)
+    ordered = (scales_0, scales_2, scales_4, scales_6, scales_1, scales_3, scales_5, scales_7)
+    unscaling = ((254 - power) << 23).to(gl.float32, bitcast=True)
+    outs: tl.tuple = ()
+    for place in gl.static_range(NUM):
+        outs += (_finished(totals[place], x_sums, zeros, ordered[place], place, PRODUCT) * unscaling,)
+    even_out = gl.join(gl.join(outs[0], outs[2]), gl.join(outs[1], outs[3]))
+    odd_out = gl.join(gl.join(outs[4], outs[6]), gl.join(outs[5], outs[7]))
+    out = gl.reshape(gl.join(even_out, odd_out), [TILE_WORDS, NUM])
+    OUT: gl.constexpr = out.type.layout
+    out_words = tile * TILE_WORDS + _word_of(gl.arange(0, TILE_WORDS, gl.SliceLayout(1, OUT)), WORDS, NUM_WARPS)
+    out_ptrs = partial_ptr + split * num_words * NUM + out_words[:, None] * NUM
+    out_ptrs += gl.arange(0, NUM, gl.SliceLayout(0, OUT))[None, :]
+    gl.store(out_ptrs, out, mask=(out_words < num_words)[:, None])
+
+
+def takes_awq_row(x: torch.Tensor, packed: PackedArguments) -> bool:
+    """Whether x is a row, and the matrix's columns come in whole groups that the kernel can walk through."""
+    _, num_columns, first_column, group_columns = packed.sizes
+    if is_interpreted() or len(x) != 1 or x.dtype == torch.float32 or first_column or num_columns % group_columns:
+        return False
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    is_power = group_columns & (group_columns - 1) == 0
+    return STEP <= group_columns <= 4 * STEP and is_power and num_columns <= MAX_SPLITS * MAX_GROUPS * group_columns
+
+
+def awq_row(
+    x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None = None, activation: str = "", tile: Tile = TILE
+) -> torch.Tensor:
+    """x W^T + b, or with an activation's name act(first half) * second half of it.
+
+    Args:
+        x: contiguous [1, num_columns], bfloat16 or float16.
+        packed: a stack of one matrix, of less than 2^31 numbers, for which `takes_awq_row` holds.
+
+    Returns:
+        [1, num_outputs], or [1, num_outputs / 2].
+    """
+    num_outputs, num_columns, _, group_columns = packed.sizes
+    num_words, num_groups = num_outputs // NUM.value, num_columns // group_columns
+    num_tiles = triton.cdiv(num_words, 8 * tile.words * tile.num_warps)
+    wanted = max(1, min(tile.num_programs * num_multiprocessors(x.device) // num_tiles, num_groups, MAX_SPLITS))
+    each = min(triton.cdiv(num_groups, wanted), MAX_GROUPS.value)
+    splits = triton.cdiv(num_groups, each)
+    partial = torch.empty((splits, 1, num_outputs), dtype=torch.float32, device=x.device)
+    values, scales, _, zeros, *_ = packed.pointers
+    early = can_launch_early(x.device)
+    _awq_row_kernel[(num_tiles, splits)](
+        x, values, scales, zeros, partial, num_words, num_groups, each,
+        packed.strides[1], packed.strides[3], packed.strides[5],
+        GROUP=group_columns, X_GROUPS=next_power_of_2(each), WORDS=tile.words, STEP=STEP, NUM_STAGES=tile.num_stages,
+        NUM_WARPS=tile.num_warps, WORDS_LAYOUT=words_layout(tile), SCALES_LAYOUT=scales_layout(tile), EARLY=early,
+        num_warps=tile.num_warps, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    return add_splits(partial, bias, activation, x.dtype)
