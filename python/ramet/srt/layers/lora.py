@@ -18,7 +18,7 @@ from ramet.srt.weights.manifest import WeightBox
 
 NO_SLOT = -1  # of a token whose request has no adapter
 WEIGHT_SUFFIX = ".weight"
-BLOCK_OUTPUTS = 128  # outputs of one part that a kernel's program makes
+BLOCK_OUTPUTS = 512  # outputs of one part that a kernel's program makes
 
 
 class LoraTokens:

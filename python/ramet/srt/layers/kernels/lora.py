@@ -1,8 +1,10 @@
 """Owns what adapters add to a linear layer's output, where each token of a pass may have another adapter or none.
 
-Which tokens take a slot is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for one
-slot, and goes through its tokens in blocks; of a long pass, several programs share them.
+Which tokens take a slot is read on the GPU alone, so that a CUDA graph can hold the launches. Each program is for a
+block of one slot's tokens; there are as many programs as there may be blocks, and each finds its own.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,8 +15,35 @@ from ramet.srt.layers.kernels.runtime import can_launch_early, dot_precision, is
 FEW_TOKENS = 256  # what is run before the first request has fewer and more
 MAX_SPLITS = 32  # of the input's columns, each summed up by programs of its own
 SPLITS_AT_ONCE = tl.constexpr(8)  # that are read of these sums
-MIN_DOT, MAX_RANKS = 16, 64  # rows of A that one program takes: at least what a product needs
-MAX_COLUMNS, MAX_TILE_NUMBERS = 512, 8192  # of A at a time
+MIN_DOT, MAX_RANKS = 16, 64  # rows of A or columns of B that one program takes: at least what a product needs
+MAX_COLUMNS, MAX_TILE_NUMBERS = 512, 16384  # of A that one program has at a time
+LONG_COLUMNS = 128  # beside many tokens
+INTERPRETED_COLUMNS = 32
+
+
+class Tile(NamedTuple):
+    """What programs take at a time."""
+
+    shrink_tokens: int
+    expand_tokens: int
+    expand_warps: int
+
+
+FEW_TILE, LONG_TILE = Tile(16, 16, 4), Tile(64, 32, 8)
+
+
+@triton.jit
+def _block_of(by_slot_ptr, num_slots, index, BLOCK_TOKENS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
+    """The slot of a block of tokens, the place of its first token, and the end of the slot's; (0, 0, 0) of no slot."""
+    slots = tl.arange(0, BLOCK_SLOTS)
+    starts = tl.load(by_slot_ptr + slots, mask=slots < num_slots, other=0)
+    stops = tl.load(by_slot_ptr + slots + 1, mask=slots < num_slots, other=0)
+    blocks = (stops - starts + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    ends = tl.cumsum(blocks, axis=0)
+    slot = tl.sum((ends <= index).to(tl.int32), axis=0)
+    is_slot = slots == slot
+    place = tl.sum(tl.where(is_slot, starts + (index - ends + blocks) * BLOCK_TOKENS, 0), axis=0)
+    return tl.where(slot < num_slots, slot, 0), place, tl.sum(tl.where(is_slot, stops, 0), axis=0)
 
 
 @triton.jit
@@ -34,57 +63,54 @@ def _shrink_kernel(
     scales_ptr,
     inner_ptr,
     num_tokens,
+    num_slots,
     num_columns,
     num_parts,
     rank,
     num_splits,
     split_columns,
     IS_ONE_BLOCK: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """inner[split, token, part] = scale * x A^T for a block of ranks, summed over the split's columns of x.
+    """inner[split, token] = scale * x A^T for a block of A's rows, those of all parts, summed over the split's columns.
 
     With IS_ONE_BLOCK a split has BLOCK_COLUMNS columns, and A is there before the wait for the kernel that makes
     x: slots change between passes alone.
     """
-    slot, num_slots = tl.program_id(2), tl.num_programs(2)
-    start, stop = tl.load(by_slot_ptr + slot), tl.load(by_slot_ptr + slot + 1)
-    part = tl.program_id(1) % num_parts
-    split = tl.program_id(1) // num_parts % num_splits
-    first_rank = tl.program_id(1) // num_parts // num_splits * BLOCK_RANK
-    scale = tl.load(scales_ptr + slot * num_parts + part)
-    stop = tl.where(scale == 0.0, start, stop)
-    ranks = first_rank + tl.arange(0, BLOCK_RANK)
-    rank_mask = ranks < tl.where(start < stop, rank, 0)
+    slot, first, stop = _block_of(by_slot_ptr, num_slots, tl.program_id(0), BLOCK_TOKENS, BLOCK_SLOTS)
+    split = tl.program_id(1) % num_splits
+    num_rows = num_parts * rank
+    rows = tl.program_id(1) // num_splits * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < tl.where(first < stop, num_rows, 0)
     columns = split * split_columns + tl.arange(0, BLOCK_COLUMNS)
-    a_rows = (slot * num_parts + part).to(tl.int64) * rank + ranks
-    a_ptrs = a_ptr + a_rows[None, :] * num_columns + columns[:, None]
     end_column = tl.minimum((split + 1) * split_columns, num_columns)
+    a_ptrs = a_ptr + (slot.to(tl.int64) * num_rows + rows)[None, :] * num_columns + columns[:, None]
     if IS_ONE_BLOCK:
-        a = tl.load(a_ptrs, mask=rank_mask[None, :] & (columns < end_column)[:, None], other=0.0)
+        a = tl.load(a_ptrs, mask=row_mask[None, :] & (columns < end_column)[:, None], other=0.0)
+    scales = tl.load(scales_ptr + slot * num_parts + rows // rank, mask=row_mask, other=0.0)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for first in range(start + tl.program_id(0) * BLOCK_TOKENS, stop, tl.num_programs(0) * BLOCK_TOKENS):
-        tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
-        x_ptrs = x_ptr + tokens[:, None] * num_columns + columns[None, :]
-        acc = tl.zeros([BLOCK_TOKENS, BLOCK_RANK], tl.float32)
-        if IS_ONE_BLOCK:
-            x = tl.load(x_ptrs, mask=is_mine[:, None] & (columns < end_column)[None, :], other=0.0)
-            acc = tl.dot(x, a, acc, input_precision=PRECISION)
-        else:
-            for column in range(0, end_column - split * split_columns, BLOCK_COLUMNS):
-                column_mask = column + columns < end_column
-                x = tl.load(x_ptrs + column, mask=is_mine[:, None] & column_mask[None, :], other=0.0)
-                block = tl.load(a_ptrs + column, mask=rank_mask[None, :] & column_mask[:, None], other=0.0)
-                acc = tl.dot(x, block, acc, input_precision=PRECISION)
-        inner_rows = (split * num_tokens + tokens) * num_parts + part
-        inner_ptrs = inner_ptr + inner_rows[:, None] * rank + ranks[None, :]
-        tl.store(inner_ptrs, acc * scale, mask=is_mine[:, None] & rank_mask[None, :])
+    tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
+    x_ptrs = x_ptr + tokens[:, None] * num_columns + columns[None, :]
+    acc = tl.zeros([BLOCK_TOKENS, BLOCK_ROWS], tl.float32)
+    if IS_ONE_BLOCK:
+        x = tl.load(x_ptrs, mask=is_mine[:, None] & (columns < end_column)[None, :], other=0.0)
+        acc = tl.dot(x, a, acc, input_precision=PRECISION)
+    else:
+        num_mine = tl.where(first < stop, end_column - split * split_columns, 0)
+        for column in range(0, num_mine, BLOCK_COLUMNS):
+            column_mask = column + columns < end_column
+            x = tl.load(x_ptrs + column, mask=is_mine[:, None] & column_mask[None, :], other=0.0)
+            block = tl.load(a_ptrs + column, mask=row_mask[None, :] & column_mask[:, None], other=0.0)
+            acc = tl.dot(x, block, acc, input_precision=PRECISION)
+    inner_ptrs = inner_ptr + (split * num_tokens + tokens)[:, None] * num_rows + rows[None, :]
+    tl.store(inner_ptrs, acc * scales[None, :], mask=is_mine[:, None] & row_mask[None, :])
 
 
 @triton.jit
@@ -108,11 +134,14 @@ def _expand_kernel(
     blocks_ptr,
     y_ptr,
     num_tokens,
+    num_slots,
     num_outputs,
     num_parts,
     rank,
     num_splits,
     IS_ONE_BLOCK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -120,13 +149,12 @@ def _expand_kernel(
     EARLY: tl.constexpr,
 ):
     """y += inner B^T, for a block of outputs of one part. With IS_ONE_BLOCK, B is there before inner; see above."""
-    slot, num_slots = tl.program_id(2), tl.num_programs(2)
-    start, stop = tl.load(by_slot_ptr + slot), tl.load(by_slot_ptr + slot + 1)
+    slot, first, stop = _block_of(by_slot_ptr, num_slots, tl.program_id(0), BLOCK_TOKENS, BLOCK_SLOTS)
     block_ptr = blocks_ptr + 3 * tl.program_id(1)
     part = tl.load(block_ptr)
     outputs = tl.load(block_ptr + 1) + tl.arange(0, BLOCK_OUTPUTS)
-    stop = tl.where(tl.load(scales_ptr + slot * num_parts + part) == 0.0, start, stop)
-    output_mask = outputs < tl.where(start < stop, tl.load(block_ptr + 2), 0)
+    stop = tl.where(tl.load(scales_ptr + slot * num_parts + part) == 0.0, first, stop)
+    output_mask = outputs < tl.where(first < stop, tl.load(block_ptr + 2), 0)
     b_rows = slot.to(tl.int64) * num_outputs + outputs
     ranks = tl.arange(0, BLOCK_RANK)
     b_ptrs = b_ptr + b_rows[None, :] * rank + ranks[:, None]
@@ -135,28 +163,24 @@ def _expand_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for first in range(start + tl.program_id(0) * BLOCK_TOKENS, stop, tl.num_programs(0) * BLOCK_TOKENS):
-        tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
-        y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
-        mask = is_mine[:, None] & output_mask[None, :]
-        y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
-        inner_ptrs = inner_ptr + (tokens * num_parts + part)[:, None] * rank + ranks[None, :]
-        split_stride = num_tokens * num_parts * rank
-        more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
-        if IS_ONE_BLOCK:
-            inner_mask = is_mine[:, None] & (ranks < rank)[None, :]
-            inner = _inner(inner_ptrs, inner_mask, num_splits, split_stride, BLOCK_TOKENS, BLOCK_RANK)
-            more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
+    tokens, is_mine = _tokens_at(by_slot_ptr, num_slots, first, stop, BLOCK_TOKENS)
+    y_ptrs = y_ptr + tokens[:, None] * num_outputs + outputs[None, :]
+    mask = is_mine[:, None] & output_mask[None, :]
+    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    inner_ptrs = inner_ptr + (tokens * num_parts + part)[:, None] * rank + ranks[None, :]
+    split_stride = num_tokens * num_parts * rank
+    more = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
+    for first_rank in range(0, BLOCK_RANK if IS_ONE_BLOCK else rank, BLOCK_RANK):
+        rank_mask = first_rank + ranks < rank
+        inner_mask = is_mine[:, None] & rank_mask[None, :]
+        if IS_SPLIT:
+            inner = _inner(inner_ptrs + first_rank, inner_mask, num_splits, split_stride, BLOCK_TOKENS, BLOCK_RANK)
         else:
-            for first_rank in range(0, rank, BLOCK_RANK):
-                rank_mask = first_rank + ranks < rank
-                inner_mask = is_mine[:, None] & rank_mask[None, :]
-                inner_block = _inner(
-                    inner_ptrs + first_rank, inner_mask, num_splits, split_stride, BLOCK_TOKENS, BLOCK_RANK
-                )
-                b_block = tl.load(b_ptrs + first_rank, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
-                more = tl.dot(inner_block.to(b_block.dtype), b_block, more, input_precision=PRECISION)
-        tl.store(y_ptrs, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
+            inner = tl.load(inner_ptrs + first_rank, mask=inner_mask, other=0.0)
+        if not IS_ONE_BLOCK:
+            b = tl.load(b_ptrs + first_rank, mask=rank_mask[:, None] & output_mask[None, :], other=0.0)
+        more = tl.dot(inner.to(b.dtype), b, more, input_precision=PRECISION)
+    tl.store(y_ptrs, (y + more).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def add_adapters(
@@ -188,55 +212,28 @@ def add_adapters(
     if num_tokens == 0:
         return
     has_few_tokens = num_tokens <= FEW_TOKENS
-    block_tokens = 16 if has_few_tokens else 64
-    block_rank = min(MAX_RANKS, max(MIN_DOT, next_power_of_2(rank)))
-    most_columns = MAX_COLUMNS if has_few_tokens else MAX_COLUMNS // 4  # of 64 tokens fewer fit
-    block_columns = (
-        32 if is_interpreted() else min(most_columns, MAX_TILE_NUMBERS // block_rank) * 2 // x.element_size()
-    )
+    tile = FEW_TILE if has_few_tokens else LONG_TILE
+    block_rows, block_rank = (min(MAX_RANKS, max(MIN_DOT, next_power_of_2(size))) for size in (num_parts * rank, rank))
+    block_columns = min(MAX_COLUMNS, MAX_TILE_NUMBERS // block_rows) if has_few_tokens else LONG_COLUMNS
+    block_columns = INTERPRETED_COLUMNS if is_interpreted() else block_columns * 2 // x.element_size()
     num_splits = min(MAX_SPLITS, triton.cdiv(num_columns, block_columns)) if has_few_tokens else 1
     split_columns = triton.cdiv(triton.cdiv(num_columns, num_splits), block_columns) * block_columns
     num_splits = triton.cdiv(num_columns, split_columns)
     inner = torch.empty((num_splits, num_tokens, num_parts, rank), dtype=torch.float32, device=x.device)
-    num_blocks = 1 if has_few_tokens else triton.cdiv(num_tokens, block_tokens)
-    precision = dot_precision(x.dtype)
     early = can_launch_early(x.device)
-    launch = {"EARLY": early, **({"launch_pdl": True} if early else {})}
-    _shrink_kernel[(num_blocks, num_parts * num_splits * triton.cdiv(rank, block_rank), num_slots)](
-        x,
-        by_slot,
-        a,
-        scales,
-        inner,
-        num_tokens,
-        num_columns,
-        num_parts,
-        rank,
-        num_splits,
-        split_columns,
-        IS_ONE_BLOCK=split_columns == block_columns,
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_RANK=block_rank,
-        BLOCK_COLUMNS=block_columns,
-        PRECISION=precision,
-        **launch,
-    )
-    _expand_kernel[(num_blocks, len(blocks), num_slots)](
-        inner,
-        by_slot,
-        b,
-        scales,
-        blocks,
-        y,
-        num_tokens,
-        y.shape[1],
-        num_parts,
-        rank,
-        num_splits,
-        IS_ONE_BLOCK=rank <= block_rank,
-        BLOCK_TOKENS=block_tokens,
-        BLOCK_RANK=block_rank,
-        BLOCK_OUTPUTS=block_outputs,
-        PRECISION=precision,
-        **launch,
-    )
+    common = {
+        "BLOCK_SLOTS": next_power_of_2(num_slots), "PRECISION": dot_precision(x.dtype), "EARLY": early,
+        **({"launch_pdl": True} if early else {}),
+    }  # fmt: skip
+    num_blocks = min(num_tokens, triton.cdiv(num_tokens, tile.shrink_tokens) + num_slots)
+    _shrink_kernel[(num_blocks, num_splits * triton.cdiv(num_parts * rank, block_rows))](
+        x, by_slot, a, scales, inner, num_tokens, num_slots, num_columns, num_parts, rank, num_splits, split_columns,
+        IS_ONE_BLOCK=split_columns == block_columns, BLOCK_TOKENS=tile.shrink_tokens, BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns, **common,
+    )  # fmt: skip
+    num_blocks = min(num_tokens, triton.cdiv(num_tokens, tile.expand_tokens) + num_slots)
+    _expand_kernel[(num_blocks, len(blocks))](
+        inner, by_slot, b, scales, blocks, y, num_tokens, num_slots, y.shape[1], num_parts, rank, num_splits,
+        IS_ONE_BLOCK=rank <= block_rank, IS_SPLIT=num_splits > 1, BLOCK_TOKENS=tile.expand_tokens,
+        BLOCK_RANK=block_rank, BLOCK_OUTPUTS=block_outputs, num_warps=tile.expand_warps, **common,
+    )  # fmt: skip
