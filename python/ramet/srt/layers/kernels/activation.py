@@ -33,8 +33,8 @@ def _act_and_mul_kernel(x_ptr, out_ptr, x_stride, size, NAME: tl.constexpr, BLOC
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     gate = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + size + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * size + columns, (activate(gate, NAME) * up).to(out_ptr.dtype.element_ty), mask=mask)

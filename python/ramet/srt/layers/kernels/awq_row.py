@@ -14,17 +14,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ramet.srt.layers.kernels.awq_rows import add_splits
+from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
+from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 
 NUM = tl.constexpr(8)  # numbers of a word
 MAX_GROUPS = tl.constexpr(8)  # of columns for a program: each has a column of the matrix units' product
 MAX_SPLITS = 64
+SPLITS_AT_ONCE = tl.constexpr(16)
 STEP = 64  # columns at a time; no group ends within
 
-# Triton 3.9 has other names for two things.
+# Triton 3.9 has other names for these.
 _copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
@@ -93,13 +96,27 @@ def _finished(total, x_sums, zeros, scales, PLACE: gl.constexpr, LAYOUT: gl.cons
     return gl.sum(scale * (total - x_sums * zero), axis=1)
 
 
+@gluon.jit
+def _sum_of_splits(ptrs, num_splits, split_stride, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The sum of num_splits vectors of SIZE numbers, always in the same order."""
+    total = gl.zeros([SIZE], gl.float32, gl.SliceLayout(0, LAYOUT))
+    for first in range(0, num_splits, SPLITS_AT_ONCE):
+        splits = first + gl.arange(0, SPLITS_AT_ONCE, gl.SliceLayout(1, LAYOUT))
+        split_ptrs = ptrs[None, :] + splits[:, None] * split_stride
+        total += gl.sum(gl.load(split_ptrs, mask=(splits < num_splits)[:, None], other=0.0), axis=0)
+    return total
+
+
 @gluon.jit(do_not_specialize=["num_groups", "each"])
 def _awq_row_kernel(
     x_ptr,
     values_ptr,
     scales_ptr,
     zeros_ptr,
+    bias_ptr,
+    out_ptr,
     partial_ptr,
+    counts_ptr,
     num_words,
     num_groups,
     each,
@@ -114,9 +131,14 @@ def _awq_row_kernel(
     NUM_WARPS: gl.constexpr,
     WORDS_LAYOUT: gl.constexpr,
     SCALES_LAYOUT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """One program sums `each` groups of columns of a tile of words, into partial[split, output].
+    """One program sums `each` groups of columns of a tile of words.
+
+    It leaves its sums in partial[split, output], and the last one of a tile, or of one in each half, adds them up.
+    `counts` tells how many of a tile have come, and is zero again after.
 
     The product's rows are words, and its columns are groups of columns: x is zero in those of other groups. x is scaled
     by a power of two to the upper end of float16, which has more digits than bfloat16: what is 2^29 times smaller than
@@ -217,12 +239,34 @@ def _awq_row_kernel(
     out_ptrs = partial_ptr + split * num_words * NUM + out_words[:, None] * NUM
     out_ptrs += gl.arange(0, NUM, gl.SliceLayout(0, OUT))[None, :]
     gl.store(out_ptrs, out, mask=(out_words < num_words)[:, None])
+    _barrier()  # all of the program's sums are there before it counts
+    num_halves: gl.constexpr = 1 if ACTIVATION == "" else 2
+    num_tiles, num_splits = gl.num_programs(0), gl.num_programs(1)
+    half_tile = tile % (num_tiles // num_halves)
+    if gl.atomic_add(counts_ptr + half_tile, 1, sem="acq_rel") == num_splits * num_halves - 1:
+        SUM: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, NUM_WARPS], [1, 0])
+        outputs = half_tile * TILE_WORDS * NUM + gl.arange(0, TILE_WORDS * NUM, gl.SliceLayout(0, SUM))
+        num_outputs = num_words * NUM
+        width = num_outputs // num_halves
+        y = _sum_of_splits(partial_ptr + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
+        if HAS_BIAS:
+            y += gl.load(bias_ptr + outputs, mask=outputs < width, other=0.0).to(gl.float32)
+        if num_halves == 2:
+            up = _sum_of_splits(partial_ptr + width + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
+            if HAS_BIAS:
+                up += gl.load(bias_ptr + width + outputs, mask=outputs < width, other=0.0).to(gl.float32)
+            y = activate(y, ACTIVATION) * up
+        gl.store(out_ptr + outputs, y.to(out_ptr.dtype.element_ty), mask=outputs < width)
+        gl.store(counts_ptr + half_tile, 0)
 
 
-def takes_awq_row(x: torch.Tensor, packed: PackedArguments) -> bool:
-    """Whether x is a row, and the matrix's columns come in whole groups that the kernel can walk through."""
-    _, num_columns, first_column, group_columns = packed.sizes
+def takes_awq_row(x: torch.Tensor, packed: PackedArguments, activation: str, tile: Tile = TILE) -> bool:
+    """Whether x is a row, and the matrix has whole groups of columns and, if there is an activation, whole tiles."""
+    num_outputs, num_columns, first_column, group_columns = packed.sizes
     if is_interpreted() or len(x) != 1 or x.dtype == torch.float32 or first_column or num_columns % group_columns:
+        return False
+    tile_outputs = 8 * tile.words * tile.num_warps * NUM.value
+    if num_outputs > MAX_TILES * tile_outputs or (activation and num_outputs % (2 * tile_outputs)):
         return False
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
@@ -248,14 +292,16 @@ def awq_row(
     wanted = max(1, min(tile.num_programs * num_multiprocessors(x.device) // num_tiles, num_groups, MAX_SPLITS))
     each = min(triton.cdiv(num_groups, wanted), MAX_GROUPS.value)
     splits = triton.cdiv(num_groups, each)
-    partial = torch.empty((splits, 1, num_outputs), dtype=torch.float32, device=x.device)
+    partial = torch.empty((splits, num_outputs), dtype=torch.float32, device=x.device)
+    out = torch.empty((1, num_outputs // 2 if activation else num_outputs), dtype=x.dtype, device=x.device)
     values, scales, _, zeros, *_ = packed.pointers
     early = can_launch_early(x.device)
     _awq_row_kernel[(num_tiles, splits)](
-        x, values, scales, zeros, partial, num_words, num_groups, each,
-        packed.strides[1], packed.strides[3], packed.strides[5],
+        x, values, scales, zeros, x if bias is None else bias, out, partial, counts_of(x.device), num_words, num_groups,
+        each, packed.strides[1], packed.strides[3], packed.strides[5],
         GROUP=group_columns, X_GROUPS=next_power_of_2(each), WORDS=tile.words, STEP=STEP, NUM_STAGES=tile.num_stages,
-        NUM_WARPS=tile.num_warps, WORDS_LAYOUT=words_layout(tile), SCALES_LAYOUT=scales_layout(tile), EARLY=early,
-        num_warps=tile.num_warps, **({"launch_pdl": True} if early else {}),
+        NUM_WARPS=tile.num_warps, WORDS_LAYOUT=words_layout(tile), SCALES_LAYOUT=scales_layout(tile),
+        HAS_BIAS=bias is not None, ACTIVATION=activation, EARLY=early, num_warps=tile.num_warps,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    return add_splits(partial, bias, activation, x.dtype)
+    return out

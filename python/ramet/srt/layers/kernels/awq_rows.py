@@ -282,25 +282,9 @@ def launch_awq_rows(
         BLOCK_ROWS=tile.rows, WORDS=tile.words, COLUMNS=columns, num_warps=tile.num_warps, num_stages=1,
         maxnreg=tile.num_registers, **launch,
     )  # fmt: skip
-    return add_splits(partial, bias, activation, x.dtype)
-
-
-def add_splits(partial: torch.Tensor, bias: torch.Tensor | None, activation: str, dtype: torch.dtype) -> torch.Tensor:
-    """The sum over splits, plus b; with an activation's name act(first half) * second half of it.
-
-    Args:
-        partial: contiguous float32 [num_splits, num_rows, num_outputs].
-
-    Returns:
-        `dtype` [num_rows, num_outputs], or [num_rows, num_outputs / 2].
-    """
-    splits, num_rows, num_outputs = partial.shape
-    width = num_outputs // 2 if activation else num_outputs
-    out = torch.empty((num_rows, width), dtype=dtype, device=partial.device)
-    early = can_launch_early(partial.device)
-    _add_splits_kernel[(triton.cdiv(width, FINISHED_OUTPUTS), num_rows)](
-        partial, partial if bias is None else bias, out, num_rows, width, splits, HAS_BIAS=bias is not None,
-        ACTIVATION=activation, BLOCK=FINISHED_OUTPUTS, AT_ONCE=next_power_of_2(splits), EARLY=early, num_warps=4,
-        **({"launch_pdl": True} if early else {}),
+    out = torch.empty((num_rows, num_outputs // 2 if activation else num_outputs), dtype=x.dtype, device=x.device)
+    _add_splits_kernel[(triton.cdiv(out.shape[1], FINISHED_OUTPUTS), num_rows)](
+        partial, x if bias is None else bias, out, num_rows, out.shape[1], splits, HAS_BIAS=bias is not None,
+        ACTIVATION=activation, BLOCK=FINISHED_OUTPUTS, AT_ONCE=next_power_of_2(splits), num_warps=4, **launch,
     )  # fmt: skip
     return out

@@ -30,11 +30,11 @@ def _combine_kernel(
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_DIM)
     dim_mask = dims < HEAD_DIM
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     first = tl.load(starts_ptr + token)
     end = tl.load(starts_ptr + token + 1)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if first == end:
         return
     for head in range(tl.program_id(1) * NUM_HEADS, (tl.program_id(1) + 1) * NUM_HEADS):

@@ -50,8 +50,8 @@ def _few_rows_kernel(
     x_ptrs = x_ptr + rows[None, :] * x_stride + columns[:, None]
     acc = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for _ in range(0, num_columns // SPLITS, BLOCK_COLUMNS):
         weight = tl.load(weight_ptrs, eviction_policy="evict_first")
         x = tl.load(x_ptrs, mask=row_mask, other=0.0)

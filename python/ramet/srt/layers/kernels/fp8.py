@@ -18,8 +18,8 @@ def _quantize_rows_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < size
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=0) / max_value, min_scale)
     tl.store(scales_ptr + row, scale)

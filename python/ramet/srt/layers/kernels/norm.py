@@ -28,8 +28,8 @@ def _rms_norm_kernel(
     mask = columns < size
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32) + OFFSET
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * size + columns, mask=mask, other=0.0)

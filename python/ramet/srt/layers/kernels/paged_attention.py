@@ -172,17 +172,20 @@ def _piece_kernel(
     dim_mask = dims < HEAD_DIM
     if HAS_SCALES:
         scale *= tl.load(scales_ptr)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    # The host tells of pieces and positions before a pass: they are there before the wait for q.
     num_tokens = tl.load(piece_ptr + 2)
-    if num_tokens == 0:
-        return
     row, tokens, start, stop, place = load_piece(piece_ptr)
     tokens += rows // GROUP
     heads = kv_head * GROUP + rows % GROUP
     row_mask = rows // GROUP < num_tokens
     q_positions = tl.load(positions_ptr + tokens, mask=row_mask, other=-1).to(tl.int32)
+    first_part = tl.load(starts_ptr + tokens, mask=row_mask, other=0)
+    is_part = first_part < tl.load(starts_ptr + tokens + 1, mask=row_mask, other=0)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if num_tokens == 0:
+        return
     q_offsets = tokens[:, None] * q_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + q_offsets, mask=row_mask[:, None] & dim_mask[None, :], other=0.0)
 
@@ -208,8 +211,6 @@ def _piece_kernel(
     out = acc / total[:, None]
     if HAS_SCALES:
         out *= tl.load(scales_ptr + 1)
-    first_part = tl.load(starts_ptr + tokens, mask=row_mask, other=0)
-    is_part = first_part < tl.load(starts_ptr + tokens + 1, mask=row_mask, other=0)
     if HAS_SINKS:
         sinks = tl.load(sinks_ptr + heads, mask=row_mask, other=0.0).to(tl.float32) * LOG2
         weights = tl.where(row_mask & ~is_part, tl.exp2(sinks - maximum), 0.0)  # of a part, once for all in the end

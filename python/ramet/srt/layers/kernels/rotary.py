@@ -72,8 +72,8 @@ def _rotate_and_store_kernel(
     mask = is_any & in_half
     offsets = heads[:, None] * HEAD_DIM + columns[None, :]
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row_ptr = qkv_ptr + token * qkv_stride
     slot = tl.load(slots_ptr + token).to(tl.int64)
     k_cache_ptr += slot * cache_stride - num_q_heads * HEAD_DIM

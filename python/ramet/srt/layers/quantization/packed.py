@@ -87,7 +87,7 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
         if has_gluon():
             from ramet.srt.layers.kernels.awq_row import awq_row, takes_awq_row
 
-            if takes_awq_row(x, arguments):
+            if takes_awq_row(x, arguments, activation):
                 return awq_row(x, arguments, bias, activation)
         from ramet.srt.layers.kernels.awq_rows import awq_rows
 
