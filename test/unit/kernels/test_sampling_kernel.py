@@ -27,3 +27,27 @@ def test_least_kept(device, sharpness):
     found = least_kept(probs, info.top_ks, info.top_ps, info.min_ps)
     # The two sum in another order and may part at a limit, but keep all the same tokens here.
     assert torch.equal(probs >= found, probs >= expected)
+
+
+@pytest.mark.parametrize("num_columns", [1, 1000, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_best_tokens(device, num_columns, dtype):
+    """The first of equals wins; a row whose best is NaN or infinite has none, as in sample()."""
+    from ramet.srt.layers.kernels.best_token import best_tokens
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, num_columns, generator=generator).to(dtype)
+    expected = logits.argmax(dim=-1)
+    last = num_columns - 1
+    logits[1, [last, last // 2]] = 100.0
+    expected[1] = last // 2
+    logits[3, last // 3] = float("nan")
+    logits[4] = float("-inf")
+    logits[5, last] = float("inf")
+    logits[6, : num_columns // 2] = float("-inf")
+    expected[6] = num_columns // 2 + int(logits[6, num_columns // 2 :].argmax())
+    expected[3:6] = -1
+    padded = torch.full((9, num_columns + 8), 1000.0, dtype=dtype)
+    padded[:, :num_columns] = logits
+    for _ in range(2):  # the counters are as they were
+        assert best_tokens(padded.to(device)[:, :num_columns], -1).tolist() == expected.tolist()

@@ -68,6 +68,11 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
     Returns:
         int64 [batch_size]; INVALID_TOKEN where a row has NaN or no finite logit.
     """
+    if info.all_greedy and use_kernels(logits):
+        from ramet.srt.layers.kernels.best_token import MAX_TILES, best_tokens
+
+        if len(logits) <= MAX_TILES:
+            return best_tokens(logits, INVALID_TOKEN)
     best, tokens = logits.max(dim=-1)
     if not info.all_greedy:
         assert uniforms is not None
@@ -82,6 +87,8 @@ def warm_up_sampling(logits: torch.Tensor) -> None:
     num_rows, vocab_size = logits.shape
     info = SamplingInfo.from_params([params] * num_rows, [0] * num_rows, vocab_size, logits.device)
     sample(logits, info, torch.zeros(num_rows, device=logits.device))
+    greedy = [SamplingParams(temperature=0.0)] * num_rows
+    sample(logits, SamplingInfo.from_params(greedy, [0] * num_rows, vocab_size, logits.device), None)
 
 
 def _sample_inverse_cdf(

@@ -2,12 +2,9 @@
 
 import functools
 import importlib.util
-import logging
 import os
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 
 def is_interpreted() -> bool:
@@ -18,19 +15,6 @@ def is_interpreted() -> bool:
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def has_gluon() -> bool:
-    """Whether kernels in Gluon run here: no interpreter has it, and Triton may change what is experimental."""
-    if not has_triton() or is_interpreted():
-        return False
-    try:
-        import ramet.srt.layers.kernels.awq_row  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        logger.warning("Triton's Gluon is another one than this version knows: slower kernels are taken. %s", error)
-        return False
-    return True
 
 
 def can_run_kernels(device: torch.device) -> bool:

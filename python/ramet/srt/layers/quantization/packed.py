@@ -1,15 +1,19 @@
 """Owns the use of the kernels for words of numbers: which weights they take, and what they are given of them."""
 
+import functools
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE
-from ramet.srt.layers.kernels.runtime import has_gluon
+from ramet.srt.layers.kernels.runtime import is_interpreted
 from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from ramet.srt.layers.kernels.packed_weights import PackedArguments
+
+logger = logging.getLogger(__name__)
 
 MOST_TRANSPOSED_ROWS = 16  # that are multiplied from words; see `most_rows`
 MOST_NUMBERS = (1 << 31) - 1  # of a matrix, for kernels that count them in 32 bits
@@ -84,7 +88,7 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
 
         return packed_gemv(x, arguments, bias, activation)
     if weight.format.has_awq_order:
-        if has_gluon():
+        if _has_gluon():
             from ramet.srt.layers.kernels.awq_row import awq_row, takes_awq_row
 
             if takes_awq_row(x, arguments, activation):
@@ -95,6 +99,19 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
     from ramet.srt.layers.kernels.packed_row import packed_row
 
     return packed_row(x, arguments, bias, activation)
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    """Whether kernels in Gluon run here: no interpreter has it, and Triton may change what is experimental."""
+    if is_interpreted():
+        return False
+    try:
+        import ramet.srt.layers.kernels.awq_row  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        logger.warning("Triton's Gluon is another one than this version knows: slower kernels are taken. %s", error)
+        return False
+    return True
 
 
 def packed_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
