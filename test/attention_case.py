@@ -7,6 +7,7 @@ import torch
 from ramet.srt.batch.batch_plan import SharedPrefix
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import AttentionSpec
 from ramet.srt.layers.attention.radix_attention import RadixAttention
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -20,7 +21,7 @@ class Case:
 
     def __init__(
         self, device, sequences, shape, *, page_size=4, window=None, dtype=torch.float32, kv_dtype=None, decode=False,
-        kv_scales=None, sinks=False, pool=None, shared=(), rank=None,
+        kv_scales=None, sinks=False, pool=None, shared=(), rank=None, index=None,
     ):  # fmt: skip
         """
         Args:
@@ -29,10 +30,16 @@ class Case:
             sinks: whether heads have sinks, which weigh as much as the keys or more.
             kv_scales: of keys and values in an fp8 cache.
             rank: with latent attention, of which the shape has one KV head: values are the keys' first columns.
+            index: beside latent attention, a sparse one: IndexTraits.
             pool: of another case, for its backend to be used again; what is in it is replaced.
         """
         num_heads, num_kv_heads, head_dim = shape
-        kv = KVSpec(num_kv_heads, head_dim, rank or head_dim, is_latent=rank is not None)
+        index_dim = 0 if index is None else index.head_dim
+        kv = KVSpec(num_kv_heads, head_dim, rank or head_dim, is_latent=rank is not None, index_dim=index_dim)
+        self.latent = None
+        if index is not None:
+            self.latent = LatentTraits(q_rank=8, kv_rank=rank, nope_dim=8, rope_dim=head_dim - rank, value_dim=8,
+                                       is_interleaved=True, index=index)  # fmt: skip
         num_pages = sum(-(-(prefix + new) // page_size) for prefix, new in sequences) + 3
         self.device = device
         self.page_size = page_size
@@ -98,7 +105,8 @@ class Case:
 
     def fill(self, slots, value):
         """Put a value into slots of the cache, a slice or bool [num_slots]."""
-        for part in self.pool.get_kv_buffer(0):
+        parts = self.pool.get_kv_buffer(0)
+        for part in parts if self.latent is None else (*parts, self.pool.get_index_keys(0)):
             # As bytes, since torch puts no fp8 numbers into masked places.
             row = torch.full(part.shape[1:], value, device=part.device).to(part.dtype)
             part.view(torch.uint8)[slots] = row.view(torch.uint8)
@@ -116,6 +124,7 @@ class Case:
             scale=layer.scale,
             windows=(layer.layer.sliding_window,),
             has_sinks=layer.sinks is not None,
+            latent=self.latent,
         )
 
     def run(self, backend):

@@ -198,6 +198,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.8, "norm_topk_prob": True, "mlp_layer_types": ["sparse", "dense", "sparse"],
         "tie_word_embeddings": True, "rope_theta": 1000000.0, "rope_scaling": None,
     },
+    "deepseek_v32": {  # latent attention to the 12 keys that an index chooses, whose pairs lie half its columns apart
+        "model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 6, "num_key_value_heads": 6, "q_lora_rank": 40,
+        "kv_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20, "index_topk": 12,
+        "index_n_heads": 16, "index_head_dim": 20, "attention_bias": True, "n_routed_experts": 8,
+        "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 40, "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 1.5, "norm_topk_prob": True, "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0, "tie_word_embeddings": False, "rope_theta": 10000.0, "rope_scaling": {
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0,
+            "mscale": 1.0, "mscale_all_dim": 2.0,
+        },
+    },
+    "glm_moe_dsa": {  # an index whose pairs are neighbours, and a layer that attends to what the one before has chosen
+        "model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32,
+        "kv_lora_rank": 24, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 28, "index_topk": 9,
+        "index_n_heads": 16, "index_head_dim": 24, "index_topk_freq": 2, "attention_bias": False,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 40,
+        "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8, "norm_topk_prob": True,
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 1, "tie_word_embeddings": False,
+        "num_nextn_predict_layers": 0, "rope_theta": 1000000.0, "rope_scaling": None,
+    },
 }  # fmt: skip
 _PIXTRAL = {
     "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

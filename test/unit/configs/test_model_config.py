@@ -479,7 +479,7 @@ def test_the_architecture_is_judged_first(read, keys, message):
         ({"hidden_act": "relu2", "norm_eps": 1e-5}, r"lacks layer norms \('norm_eps'\); the activation 'relu2'$"),
         ({"swiglu_limit": 7.0, "a": 1, "b": None, "c": False},
          r"lacks clamped gates of experts \('swiglu_limit'\); no family here has the keys 'a'$"),
-        ({"text_config": {"index_topk": 2048, "hidden_size": 8}, "no_key_of_text": 1}, r"chooses \('index_topk'\)$"),
+        ({"text_config": {"clip_qkv": 8.0, "index_topk": 2048}, "no_key_of_text": 1}, r"values \('clip_qkv'\)$"),
         ({"partial_rotary_factor": 0.5, "n_shared_experts": 1}, "all keys of its config are known, so an entry may be"),
     ],
 )  # fmt: skip

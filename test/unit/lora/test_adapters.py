@@ -113,8 +113,8 @@ def test_more_adapters_than_slots(llama):
 @pytest.mark.parametrize("family", sorted(rm.FAMILIES))
 def test_every_family(tmp_path, family):
     """All that adapters can add to, whatever it is called and wherever it is: beside biases, norms and experts."""
-    excluded = r".*(\.(experts|block_sparse_moe)\.|kv_b_proj).*"
-    latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa")
+    excluded = r".*(\.(experts|block_sparse_moe)\.|kv_b_proj|weights_proj).*"
+    latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "wq_b", "wk")
     kind = {
         "targets": (*ALL, "qkv_proj", "gate_up_proj", *latent),
         "target_modules": "all-linear",

@@ -14,6 +14,7 @@ CASES = {
     "seed_oss": {"num_attention_heads": 8},
     "gpt_oss": {"num_attention_heads": 8, "num_local_experts": 8},
     "deepseek_v3": {"num_attention_heads": 8, "num_key_value_heads": 8},
+    "deepseek_v32": {"num_attention_heads": 8, "num_key_value_heads": 8},
 }
 
 
@@ -36,7 +37,7 @@ def expected_copies(name: str, tp_size: int, config: ModelConfig, ep_size: int =
         return max(1, tp_size // config.num_key_value_heads)
     if name.endswith("experts.down_proj_bias"):
         return tp_size // ep_size
-    if any(part in name for part in ("q_a_proj", "kv_a_proj_with_mqa")):  # of which all heads need all
+    if any(part in name for part in ("q_a_proj", "kv_a_proj_with_mqa", ".indexer.")):  # of which all heads need all
         return tp_size
     replicated = (
         "norm.weight",

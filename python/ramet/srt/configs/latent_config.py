@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.index_config import IndexTraits, read_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class LatentTraits:
     rope_dim: int  # and behind them those that do, of which all heads have the same keys
     value_dim: int  # of a head
     is_interleaved: bool  # the columns of a pair that rotates are neighbours, not half a head apart
+    index: IndexTraits | None = None  # of the keys that a query attends to; None: it attends to all
 
     @property
     def query_dim(self) -> int:
@@ -38,6 +40,8 @@ class LatentTraits:
             "qk_rope_head_dim": self.rope_dim,
             "v_head_dim": self.value_dim,
         }
+        if self.index is not None:
+            sizes |= self.index.dimensions
         return sizes if self.q_rank is None else {"q_lora_rank": self.q_rank, **sizes}
 
 
@@ -58,8 +62,11 @@ def read_latent(need: ConfigReader, num_heads: int) -> LatentTraits | None:
         nope_dim=need.integer("qk_nope_head_dim"),
         rope_dim=rope_dim,
         value_dim=need.integer("v_head_dim"),
-        is_interleaved=need.flag("rope_interleave"),
+        is_interleaved=need.flag("rope_interleave") or need.family.always_interleaved,
+        index=read_index(need, rope_dim),
     )
+    if latent.index is not None and latent.q_rank is None:
+        raise need.wrong("q_lora_rank", "must be a positive integer, as the index takes queries of that rank", None)
     # What the classes derive, and write into configs.
     for name, size in (("head_dim", rope_dim), ("qk_head_dim", latent.query_dim)):
         need.take(name)

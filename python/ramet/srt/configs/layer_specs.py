@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.index_config import INDEXED, read_index_owners
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.configs.model_family import HIDDEN_ACTS, NormPlacement, QkNorm
 from ramet.srt.configs.moe_config import MoeConfig
@@ -19,6 +20,7 @@ class LayerSpec:
     window: int | None  # sliding window in tokens; None for full attention
     rope: RopeConfig | None  # None: no positions
     has_experts: bool  # in place of the MLP
+    owns_index: bool = False  # of a model with a sparse index: whether this layer has its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ def read_layers(
     rotates = _rotates(need, num_layers)
     windows = _windows(need, num_layers, rotates)
     kinds = [FULL if window is None else SLIDING for window in windows]
+    owners = read_index_owners(need, num_layers)
     return tuple(
         LayerSpec(
             window=windows[index],
             rope=ropes[kinds[index]] if rotates[index] else None,
             has_experts=moe is not None and moe.sparse_layers[index],
+            owns_index=owners[index],
         )
         for index in range(num_layers)
     )
@@ -183,6 +187,10 @@ def idle_window_keys(need: ConfigReader, layers: tuple[LayerSpec, ...]) -> tuple
 def _layer_types(need: ConfigReader, num_layers: int) -> list[str] | None:
     kinds = need.value("layer_types")
     if kinds is None:
+        return None
+    if need.has("index_topk"):
+        if kinds != [INDEXED] * num_layers:
+            raise need.wrong("layer_types", f"must give {INDEXED} for each layer", kinds)
         return None
     if (
         not isinstance(kinds, list)

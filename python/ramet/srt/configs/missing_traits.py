@@ -8,7 +8,6 @@ from ramet.srt.configs.model_family import HIDDEN_ACTS, ModelFamily
 
 # Traits by the keys that ask for them, unless they are null, false, zero or empty.
 _LACKING: dict[str, tuple[str, ...]] = {
-    "attention to what an index chooses": ("index_topk", "index_n_heads", "index_head_dim"),
     "linear attention": (
         "linear_num_key_heads",
         "linear_attn_config",

@@ -61,6 +61,8 @@ class ModelFamily:
     has_rope_by_layer_type: bool = False  # Gemma's rule: an object for layers with, and one for those without a window
     rope_types: Mapping[str, str] | None = None  # those that its class takes, and what they mean; None: all, themselves
     has_sinks: bool = False  # a logit for each head that takes part in the softmax of attention, and gives nothing
+    always_interleaved: bool = False  # latent attention rotates neighbouring columns, which no key says
+    is_index_interleaved: bool = False  # the same of a sparse index
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)
     rope_extras: tuple[str, ...] = ()  # parameters of positions that change nothing here

@@ -163,6 +163,55 @@ _GLM4_MOE_LITE = {
     "topk_group": 1,
     "mlp_layer_types": None,
 }
+_INDEXED = {  # and those whose attention has a sparse index
+    **{name: value for name, value in _LATENT.items() if name != "rope_interleave"},
+    "first_k_dense_replace": 3,
+    "mlp_layer_types": None,
+    "layer_types": None,
+    "moe_intermediate_size": 2048,
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 256,
+    "routed_scaling_factor": 2.5,
+    "index_topk": 2048,
+    "index_head_dim": 128,
+}
+_DEEPSEEK_V32 = {
+    **_INDEXED,
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "max_position_embeddings": 163840,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "n_group": 8,
+    "topk_group": 4,
+    "index_n_heads": 64,
+}
+_GLM_MOE_DSA = {
+    **_INDEXED,
+    "vocab_size": 154880,
+    "hidden_size": 6144,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 78,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "max_position_embeddings": 202752,
+    "rms_norm_eps": 1e-5,
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "index_n_heads": 32,
+    "index_topk_freq": 1,
+    "index_skip_topk_offset": 2,
+    "index_topk_pattern": None,
+    "indexer_types": None,
+}
 _SIGMOID_EXPERTS = ExpertTraits(
     scoring="sigmoid",
     correction_bias="gate.e_score_correction_bias",
@@ -170,6 +219,7 @@ _SIGMOID_EXPERTS = ExpertTraits(
     shared="shared_experts",
 )
 _NOAUX_KEYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}  # which the classes don't ask
+_INDEXED_KEYS = {**_NOAUX_KEYS, "rope_interleave": (True, None), "num_experts": (None,)}
 
 MOE_FAMILIES = (
     ModelFamily(
@@ -226,6 +276,32 @@ MOE_FAMILIES = (
         defaults=_GLM4_MOE_LITE,
         null_means={"q_lora_rank": None, "mlp_layer_types": None},
         harmless=_NOAUX_KEYS,
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=_SIGMOID_EXPERTS,
+    ),
+    ModelFamily(
+        architecture="DeepseekV32ForCausalLM",
+        model_type="deepseek_v32",
+        defaults=_DEEPSEEK_V32,
+        null_means={"mlp_layer_types": None, "layer_types": None},
+        harmless={**_INDEXED_KEYS, "indexer_rope_interleave": (False, None)},
+        always_interleaved=True,
+        mtp_layers_key="num_nextn_predict_layers",
+        experts=_SIGMOID_EXPERTS,
+    ),
+    ModelFamily(
+        architecture="GlmMoeDsaForCausalLM",
+        model_type="glm_moe_dsa",
+        defaults=_GLM_MOE_DSA,
+        null_means={
+            "mlp_layer_types": None,
+            "layer_types": None,
+            "indexer_types": None,
+            "index_topk_pattern": None,
+        },
+        harmless={**_INDEXED_KEYS, "indexer_rope_interleave": (True, None), "index_share_for_mtp_iteration": ANY},
+        always_interleaved=True,
+        is_index_interleaved=True,
         mtp_layers_key="num_nextn_predict_layers",
         experts=_SIGMOID_EXPERTS,
     ),

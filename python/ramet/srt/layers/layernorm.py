@@ -1,4 +1,4 @@
-"""Owns RMS normalisation, alone and fused with the residual addition before it."""
+"""Owns normalisation: by the root mean square, alone and fused with the residual addition before it, and of layers."""
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,20 @@ class ShardedRMSNorm(RMSNorm):
         """[num_tokens, columns of this rank], and [num_tokens, 1] over all ranks' columns -> the norm of x."""
         weight = self.weight.float() + self.offset
         return (x.float() * torch.rsqrt(mean_square + self.eps) * weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al., 2016)."""
+
+    def __init__(self, size: int, name: str, *, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = declare_weight((size,), dtype, [shard_box(f"{name}.weight", (size,), 0, 0, size)])
+        self.bias = declare_weight((size,), dtype, [shard_box(f"{name}.bias", (size,), 0, 0, size)])
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size] -> [..., size]."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 def norm_in_place(parts: list[torch.Tensor], norms: list[ShardedRMSNorm], tp_size: int) -> None:

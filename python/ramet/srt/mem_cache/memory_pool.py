@@ -77,13 +77,15 @@ class KVSpec:
     num_kv_heads: int
     key_dim: int
     value_dim: int
-    is_latent: bool = False  # values are the first `value_dim` columns of the keys, and nothing else is kept
+    is_latent: bool = False  # values are the first `value_dim` columns of the keys, and are not kept beside them
+    index_dim: int = 0  # columns of the key of a sparse index; 0: the layer has none
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        """Numbers of the parts that are kept apart: keys, and values."""
+        """Numbers of the parts that are kept apart: keys, values, the index's key."""
         keys = self.num_kv_heads * self.key_dim
-        return (keys,) if self.is_latent else (keys, self.num_kv_heads * self.value_dim)
+        parts = (keys, 0 if self.is_latent else self.num_kv_heads * self.value_dim, self.index_dim)
+        return tuple(part for part in parts if part)
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return sum(self.row_sizes) * dtype.itemsize
@@ -131,7 +133,12 @@ class TokenToKVPool:
         self.is_fp8 = dtype == FP8
         # Views, made once: every layer of every pass asks for its own.
         parts = iter(self.buffer.split(sizes))
-        self._layers = [_layer_views(spec, parts, slots) for spec, slots in zip(layers, num_slots, strict=True)]
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._index_keys: dict[int, torch.Tensor] = {}
+        for layer_id, (spec, slots) in enumerate(zip(layers, num_slots, strict=True)):
+            self._layers.append(_layer_views(spec, parts, slots))
+            if spec.index_dim:
+                self._index_keys[layer_id] = next(parts).view(slots, spec.index_dim)
 
     @property
     def is_put_away(self) -> bool:
@@ -160,6 +167,10 @@ class TokenToKVPool:
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer: views [num_slots, num_kv_heads, key_dim] and [..., value_dim]."""
         return self._layers[layer_id]
+
+    def get_index_keys(self, layer_id: int) -> torch.Tensor:
+        """[num_slots, index_dim]: of a layer with a sparse index."""
+        return self._index_keys[layer_id]
 
     def set_kv_buffer(
         self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor | None = None

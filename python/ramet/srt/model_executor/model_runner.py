@@ -373,7 +373,7 @@ class ModelRunner:
             self.lora.begin_pass(batch)
         inputs = batch.input_ids
         if not self.parallel.is_first_stage:
-            shape = (len(batch.input_ids), self.model_config.hidden_size)
+            shape = (len(batch.input_ids), self.model.model.input_columns(batch))
             inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
             receive_from_previous_stage(inputs)
         return self.model(inputs, batch.positions, batch)

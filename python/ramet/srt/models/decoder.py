@@ -19,6 +19,7 @@ from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParal
 from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.models.attention_block import AttentionBlock
 from ramet.srt.models.latent_attention import LatentAttention
+from ramet.srt.models.stage_border import choice_columns, take_choice, with_choice
 
 # A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
 NORM_NAMES = {
@@ -124,7 +125,8 @@ class DecoderLayer(nn.Module):
         """The first half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
         if model.config.traits.latent is not None:
             place = layer_id - model.layer_ids.start
-            return LatentAttention(model.config, model.dtype, model.parallel.attention, place, prefix)
+            sizes, owns = (model.dtype, model.parallel.attention, place, prefix), spec.owns_index
+            return LatentAttention(model.config, *sizes, owns_index=owns)
         return Attention(model, spec, layer_id, prefix)
 
     def _make_mlp(self, model: "DecoderForCausalLM", spec: LayerSpec, prefix: str) -> nn.Module:
@@ -191,12 +193,29 @@ class DecoderModel(nn.Module):
         self.embedding_multiplier = config.traits.embedding_multiplier
         if config.traits.rounds_embedding_multiplier:
             self.embedding_multiplier = torch.tensor(self.embedding_multiplier, device="cpu").to(dtype).item()
-        self.parallel = parallel
+        self.parallel, self.hidden_size = parallel, config.hidden_size
+        # Whether an index chooses before the stage, or within it, what layers behind the border attend to.
+        first, behind = model.layer_ids.start, model.layer_ids.stop
+        self.takes_choice = not parallel.is_first_stage and self._lacks_index(config, first)
+        self.gives_choice = not parallel.is_last_stage and self._lacks_index(config, behind)
+
+    @staticmethod
+    def _lacks_index(config: ModelConfig, layer_id: int) -> bool:
+        """Whether a layer attends to what another one has chosen."""
+        latent = config.traits.latent
+        return latent is not None and latent.index is not None and not config.layers[layer_id].owns_index
+
+    def input_columns(self, forward_batch: ForwardBatch) -> int:
+        """Of what comes from the stage before."""
+        if not self.takes_choice:
+            return self.hidden_size
+        return self.hidden_size + choice_columns(next(iter(self.layers.values())), forward_batch)
 
     def forward(self, inputs: torch.Tensor, rotaries: list[Rotation], forward_batch: ForwardBatch) -> torch.Tensor:
         """Token ids, or the stage before's output -> this stage's output, normalised in the last stage.
 
-        Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size].
+        Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size], and what stage_border
+        puts behind it.
         """
         x = inputs
         if self.parallel.is_first_stage:
@@ -204,10 +223,15 @@ class DecoderModel(nn.Module):
             if self.embedding_multiplier != 1:
                 x = x * self.embedding_multiplier
         first, *others = self.layers.values()
+        if self.takes_choice:
+            x = take_choice(x, self.hidden_size, first, forward_batch)
         x, residual = first(x, None, rotaries, forward_batch)
         for layer in others:
             x, residual = layer(x, residual, rotaries, forward_batch)
-        return self.norm.add_and_norm(x, residual)[0] if self.parallel.is_last_stage else x + residual
+        if self.parallel.is_last_stage:
+            return self.norm.add_and_norm(x, residual)[0]
+        x = x + residual
+        return with_choice(x, first, forward_batch) if self.gives_choice else x
 
 
 class DecoderForCausalLM(nn.Module):

@@ -13,6 +13,7 @@ from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from ramet.srt.layers.rotary_embedding import Rotation
 from ramet.srt.models.attention_block import AttentionBlock
+from ramet.srt.models.sparse_index import SparseIndex
 
 if TYPE_CHECKING:
     from ramet.srt.layers.attention.expanded_chunks import ExpandedChunks
@@ -28,9 +29,19 @@ class LatentAttention(AttentionBlock):
     Args:
         parallel: how attention layers are split.
         layer_id: the layer's place among those of the rank.
+        owns_index: see LayerSpec.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, parallel: ParallelConfig, layer_id: int, prefix: str):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        parallel: ParallelConfig,
+        layer_id: int,
+        prefix: str,
+        *,
+        owns_index: bool = False,
+    ):
         super().__init__()
         traits, latent = config.traits, config.traits.latent
         assert latent is not None, "such layers are made where the config describes them"
@@ -70,12 +81,19 @@ class LatentAttention(AttentionBlock):
             num_heads=self.kv_b_proj.num_heads,
             scale=traits.attention_scale,
             layer_id=layer_id,
+            owns_index=owns_index,
         )
+        self.indexer: SparseIndex | None = None
+        if owns_index:
+            self.indexer = SparseIndex(config, dtype, f"{prefix}.indexer")
 
     def _attend(self, x: torch.Tensor, rotary: Rotation | None, forward_batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, columns of o_proj]."""
         assert rotary is not None, "all families with latent attention have positions"
-        q, rows = self._project(x)
+        q, rows, low = self._project(x)
+        if self.indexer is not None:
+            assert low is not None
+            self.indexer(x, low, rotary, self.attn, forward_batch)
         if self.attn.expanded is not None:
             self.attn.store_rows(rows, q, rotary, self.kv_a_layernorm, q, forward_batch)
             return self._attend_expanded(q, self.attn.expanded, forward_batch).flatten(1)
@@ -103,11 +121,16 @@ class LatentAttention(AttentionBlock):
             out[chunks.other_places] = self._attend_to_rows(others, queries, forward_batch)
         return out
 
-    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[num_tokens, hidden_size] -> queries [num_tokens, num_heads, query_dim] and rows [num_tokens, row_dim]."""
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """[num_tokens, hidden_size] -> queries [num_tokens, num_heads, query_dim] and rows [num_tokens, row_dim].
+
+        And what the queries are made of, [num_tokens, q_rank], if they are not of one matrix.
+        """
+        low = None
         if self.latent.q_rank is None:
             q, rows = self.q_proj(x), self.kv_a_proj_with_mqa(x)
         else:
             low, rows = self.q_a_and_kv_a_proj(x).split([self.latent.q_rank, self.latent.row_dim], dim=-1)
-            q = self.q_b_proj(self.q_a_layernorm(low))
-        return q.unflatten(-1, (-1, self.latent.query_dim)), rows
+            low = self.q_a_layernorm(low)
+            q = self.q_b_proj(low)
+        return q.unflatten(-1, (-1, self.latent.query_dim)), rows, low

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 class LatentRadixAttention(RadixAttention):
     """All heads have the same keys, the rows; values are the rows' first columns."""
 
-    def __init__(self, latent: LatentTraits, *, num_heads: int, scale: float, layer_id: int):
+    def __init__(self, latent: LatentTraits, *, num_heads: int, scale: float, layer_id: int, owns_index: bool = False):
         """
         Args:
             num_heads: of this rank.
             scale, layer_id: see RadixAttention.
+            owns_index: see LayerSpec.
         """
-        kv = KVSpec(1, latent.row_dim, latent.kv_rank, is_latent=True)
+        index_dim = latent.index.head_dim if latent.index is not None and owns_index else 0
+        kv = KVSpec(1, latent.row_dim, latent.kv_rank, is_latent=True, index_dim=index_dim)
         super().__init__(num_heads=num_heads, kv=kv, scale=scale, layer_id=layer_id, sliding_window=None)
         self.latent: LatentTraits = latent
 

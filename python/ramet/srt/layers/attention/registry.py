@@ -1,5 +1,7 @@
 """Owns the choice of the attention backend for a model on a device, and binding the model's layers to it."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -18,10 +20,17 @@ def describe_attention(
     """What the attention layers of this rank's part of a model ask of their backend."""
     layers = _attention_layers(model)
     shapes = {
-        (layer.num_heads, layer.kv, layer.scale, layer.soft_cap, layer.sinks is not None, layer.latent)
+        (
+            layer.num_heads,
+            dataclasses.replace(layer.kv, index_dim=0),
+            layer.scale,
+            layer.soft_cap,
+            layer.sinks is not None,
+            layer.latent,
+        )
         for layer in layers
     }
-    assert len(shapes) == 1, "the attention layers of a model differ in their windows only"
+    assert len(shapes) == 1, "the attention layers of a model differ in their windows and indices only"
     windows = tuple(dict.fromkeys(layer.layer.sliding_window for layer in layers))
     num_heads, kv, scale, cap, has_sinks, latent = shapes.pop()
     return AttentionSpec(device, dtype, kv_dtype, page_size, num_heads, kv, scale, windows, cap, has_sinks, latent)
@@ -59,12 +68,18 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
     for candidate in candidates:
         obstacle = missing_package(candidate)
         if obstacle is None:
-            is_latent = candidate == "triton" and spec.kv.is_latent
-            backend = _backend_class("latent_triton" if is_latent else candidate)
+            backend = _backend_class(_variant(candidate, spec))
             obstacle = backend.obstacle(spec)
             if obstacle is None:
                 return backend
     raise ValueError(f"--attention-backend {name} needs {obstacle}")
+
+
+def _variant(name: str, spec: AttentionSpec) -> str:
+    """Which of the classes that make up a backend computes this model."""
+    if name in ("triton", "torch_native") and spec.latent is not None and spec.latent.index is not None:
+        return f"sparse_{name}"
+    return "latent_triton" if name == "triton" and spec.kv.is_latent else name
 
 
 def _backend_class(name: str) -> type[AttentionBackend]:
@@ -77,6 +92,14 @@ def _backend_class(name: str) -> type[AttentionBackend]:
         from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
         return LatentTritonAttnBackend
+    if name == "sparse_triton":
+        from ramet.srt.layers.attention.sparse_triton_backend import SparseTritonAttnBackend
+
+        return SparseTritonAttnBackend
+    if name == "sparse_torch_native":
+        from ramet.srt.layers.attention.sparse_native_backend import SparseNativeAttnBackend
+
+        return SparseNativeAttnBackend
     if name == "flashinfer":
         from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 

@@ -13,7 +13,7 @@ HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
-def _turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF: tl.constexpr):
+def turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF: tl.constexpr):
     """Two [heads, pairs] of coordinates, turned by the angles of a token; float32."""
     cos = tl.load(cos_ptr + token * HALF + pairs, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(sin_ptr + token * HALF + pairs, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
@@ -73,7 +73,7 @@ def _store_rows_kernel(
         row_firsts, row_seconds = RANK + firsts[None, :], RANK + seconds[None, :]
         x = tl.load(row_ptr + row_firsts, mask=row_mask, other=0.0)
         y = tl.load(row_ptr + row_seconds, mask=row_mask, other=0.0)
-        x, y = _turn(x, y, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
+        x, y = turn(x, y, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
         tl.store(out_ptr + row_firsts, x.to(cache_ptr.dtype.element_ty), mask=row_mask)
         tl.store(out_ptr + row_seconds, y.to(cache_ptr.dtype.element_ty), mask=row_mask)
     else:
@@ -82,7 +82,7 @@ def _store_rows_kernel(
         in_ptrs = q_ptr + token * q_stride + (heads * q_dim + q_dim - 2 * HALF)[:, None]
         first = tl.load(in_ptrs + firsts[None, :], mask=mask, other=0.0)
         second = tl.load(in_ptrs + seconds[None, :], mask=mask, other=0.0)
-        first, second = _turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
+        first, second = turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF)
         out_ptrs = queries_ptr + token * queries_stride + (heads * out_dim + out_dim - 2 * HALF)[:, None]
         tl.store(out_ptrs + firsts[None, :], first.to(queries_ptr.dtype.element_ty), mask=mask)
         tl.store(out_ptrs + seconds[None, :], second.to(queries_ptr.dtype.element_ty), mask=mask)
