@@ -1,16 +1,22 @@
 """How fast latent attention is on a GPU: decoding against the memory's rate, prompt chunks over rows and expanded.
 
-    python benchmark/bench_latent.py [--heads 16,64,128] [--output FILE] [--write-model FOLDER]
+    python benchmark/bench_latent.py [--heads 16,64,128] [--output FILE] [--write-model FOLDER [--sparse]]
 
 Rows of 576 columns of which 512 are values, in bfloat16, as DeepSeek-V3, Kimi-K2 and GLM-4.7-Flash have them. Decoding
 is measured with 64 requests of 8192 tokens, and with as many tokens in mixed lengths; the rate is that of the rows that
 are read once, beside that of a plain copy. Chunks have 2048 new tokens alone and behind 8192 others.
+
+With a sparse index as DeepSeek-V3.2 has it (64 heads of 128, the best 2048 keys): what scoring the keys, choosing and
+attending to the chosen take, by one layer, for a token of each of 1 and of 64 requests of 8192 and of 65,536 tokens,
+and for a chunk of 2048 behind 8192 and 63,488, beside attention to all rows.
 
 `--write-model` measures nothing: it writes a model folder without weights, of DeepSeek-V3's widths and format in fewer
 layers and experts, that the other benchmarks serve with made-up weights:
 
     python benchmark/bench_latent.py --write-model out/latent
     python benchmark/profile_decode.py --model-path out/latent -- --load-format dummy
+
+With `--sparse` it is DeepSeek-V3.2's.
 
 Prints a table.
 """
@@ -22,13 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import ROOT, report
-from gpu_model import LATENT_SHAPE, write_config, write_large_tokenizer
+from gpu_model import LATENT_SHAPE, SPARSE_KEYS, write_config, write_large_tokenizer
 
 PAGE_SIZE = 16
 LONG = 8192
 NUM_REQUESTS = 64
 MIXED = [65536, 65536, 32768, 32768, *[8192] * 20, *[4096] * 24, *[3413] * 16]  # as many tokens, about
 CHUNK = 2048
+SPARSE = {  # (tokens before, new tokens) of each sequence
+    **{f"{number} x {length}": [(length - 1, 1)] * number for number in (1, NUM_REQUESTS) for length in (LONG, 65536)},
+    **{f"{CHUNK} tokens behind {prefix}": [(prefix, CHUNK)] for prefix in (LONG, 63488)},
+}
 
 
 def parse() -> argparse.Namespace:
@@ -36,13 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", default="16,64,128", help="of the rank, one run for each number")
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
     parser.add_argument("--write-model", type=Path, help="write a model folder, and end")
+    parser.add_argument("--sparse", action="store_true", help="write a model with a sparse index")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
     if args.write_model is not None:
-        write_large_tokenizer(write_config(args.write_model, LATENT_SHAPE), LATENT_SHAPE["vocab_size"])
+        shape = LATENT_SHAPE | SPARSE_KEYS if args.sparse else LATENT_SHAPE
+        write_large_tokenizer(write_config(args.write_model, shape), shape["vocab_size"])
         return 0
     sys.path.insert(0, str(ROOT / "test"))
     import torch
@@ -69,6 +81,11 @@ def main() -> int:
             rows.append((f"{CHUNK} tokens behind {prefix}, {heads} heads",
                          f"over rows {over_rows * 1e3:.2f} ms, expanded {expanded * 1e3:.2f} ms"))  # fmt: skip
             values[f"chunk_{heads}_{prefix}"] = [over_rows, expanded]
+        for name, sequences in SPARSE.items():
+            parts = measure_sparse(device, heads, sequences)
+            rows.append((f"sparse, {name}, {heads} heads",
+                         ", ".join(f"{part} {seconds * 1e6:.0f} µs" for part, seconds in parts.items())))  # fmt: skip
+            values[f"sparse_{heads}_{name}"] = parts
     report("latent", args.output, rows, values)
     return 0
 
@@ -95,6 +112,45 @@ def measure_decode(device: Any, heads: int, lengths: list[int]) -> float:
     backend = LatentTritonAttnBackend(case.spec, case.pool)
     backend.init_forward_metadata(case.batch)
     return statistics.median(time_on(device, lambda: backend.forward(case.q, case.layer.layer, case.batch), 20))
+
+
+def measure_sparse(device: Any, heads: int, sequences: list[tuple[int, int]]) -> dict[str, float]:
+    """Seconds of one layer's scores and choice, attention to the chosen keys, and attention to all."""
+    import dataclasses
+
+    import torch
+    from attention_case import Case
+    from gpu_timing import time_on
+    from ramet.srt.configs.index_config import IndexTraits
+    from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
+    from ramet.srt.layers.attention.sparse_triton_backend import SparseTritonAttnBackend
+    from ramet.srt.layers.kernels.index_scores import index_scores
+
+    index = IndexTraits(num_heads=64, head_dim=128, top_k=2048, is_interleaved=False)
+    options = {"rank": 512, "page_size": PAGE_SIZE, "dtype": torch.bfloat16, "decode": sequences[0][1] == 1}
+    case = Case(device, sequences, (heads, 1, 576), index=index, **options)
+    q = torch.randn(len(case.q), 64, 128, dtype=torch.bfloat16, device=device)
+    weights = torch.randn(len(case.q), 64, device=device)
+    backend = SparseTritonAttnBackend(case.spec, case.pool)
+    dense = LatentTritonAttnBackend(dataclasses.replace(case.spec, latent=None), case.pool)
+    for one in (backend, dense):
+        one.init_forward_metadata(case.batch)
+    some = slice(0, 256)  # of a chunk whose scores are made some tokens at a time
+    scores = torch.empty((len(q[some]), sum(max(sequences))), dtype=torch.float32, device=device)
+    places = case.batch.req_to_page, backend._rows[some], case.batch.positions[some], scores
+    layer = case.layer.layer
+
+    def score() -> None:
+        keys = case.pool.get_index_keys(0)
+        index_scores(q[some], weights[some], keys, *places, top_k=index.top_k, page_size=PAGE_SIZE)
+
+    runs = {
+        f"scores of {len(scores)} tokens": score,
+        "scores and choice": lambda: backend.choose(q, weights, 0, case.batch),
+        "attention": lambda: backend.forward(case.q, layer, case.batch),
+        "to all keys": lambda: dense.forward(case.q, layer, case.batch),
+    }
+    return {name: statistics.median(time_on(device, run, 10)) for name, run in runs.items()}
 
 
 def measure_chunk(device: Any, heads: int, prefix: int, *, is_expanded: bool) -> float:

@@ -37,6 +37,10 @@ LATENT_SHAPE: dict[str, Any] = {  # DeepSeek-V3's published widths and format, i
                             "weight_block_size": [128, 128]},
     "torch_dtype": "bfloat16", "eos_token_id": 1,
 }  # fmt: skip
+SPARSE_KEYS: dict[str, Any] = {  # what DeepSeek-V3.2 has beside these
+    "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_n_heads": 64,
+    "index_head_dim": 128, "index_topk": 2048,
+}  # fmt: skip
 NUM_FILES = 8
 
 

@@ -20,7 +20,10 @@ GROUPED_ROUTERS = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
 }
+INDEX_TENSORS = ("wq_b.weight", "wk.weight", "weights_proj.weight", "k_norm.bias")
 ROUTER = ("num_group", "topk_group", "routed_scaling_factor")
 SMALL = 2_000_000  # parameters: such models run once, as some configs fail only then
 
@@ -105,6 +108,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
             *(getattr(hf, name) if hf.model_type == "granite" else 1.0 for name in MULTIPLIERS),
         ],
         "qk_norm": shapes.get("model.layers.0.self_attn.q_norm.weight"),
+        "indices": ["self_attn.indexer.wk.weight" in dict(one.named_parameters()) for one in model.model.layers],
         "layer_norms": sorted(name for name in shapes if re.fullmatch(r"model\.layers\.0\.\w+layernorm\.weight", name)),
         "shared_size": _shared_size(shapes) if _has_experts(shapes) else None,
     }
@@ -157,12 +161,27 @@ def _latent(attention: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any
     sizes = {name: getattr(attention, name) for name in names if getattr(attention, name) is not None}
     queries = "q_proj" if attention.q_lora_rank is None else "q_b_proj"
     columns = [shapes[f"model.layers.0.self_attn.{name}.weight"][0] for name in (queries, "kv_b_proj")]
-    return {**sizes, "interleaved": bool(attention.config.rope_interleave), "columns": columns}
+    index = getattr(attention, "indexer", None)
+    is_interleaved = index is not None or bool(attention.config.rope_interleave)
+    found = {**sizes, "interleaved": is_interleaved, "columns": columns}
+    if index is not None:
+        names = {"index_n_heads": index.n_heads, "index_head_dim": index.head_dim, "index_topk": index.index_topk}
+        found |= {**names, "index": [shapes[f"model.layers.0.self_attn.indexer.{name}"] for name in INDEX_TENSORS]}
+    return found
 
 
 def _latent_columns(config: ModelConfig) -> list[int]:
     latent, heads = config.traits.latent, config.num_attention_heads
     return [heads * latent.query_dim, heads * (latent.nope_dim + latent.value_dim)] if latent else []
+
+
+def _index_shapes(config: ModelConfig) -> dict[str, Any]:
+    latent = config.traits.latent
+    if latent is None or latent.index is None:
+        return {}
+    num_heads, dim = latent.index.num_heads, latent.index.head_dim
+    size = config.hidden_size
+    return {"index": [(num_heads * dim, latent.q_rank), (dim, size), (num_heads, size), (dim,)]}
 
 
 def _mlp(shapes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
@@ -194,7 +213,12 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "key_columns": None if latent else config.num_key_value_heads * config.head_dim,
         "head_dim": config.head_dim,
         "latent": latent
-        and {**latent.dimensions, "interleaved": latent.is_interleaved, "columns": _latent_columns(config)},
+        and {
+            **latent.dimensions,
+            "interleaved": latent.is_interleaved,
+            "columns": _latent_columns(config),
+            **_index_shapes(config),
+        },
         "qkv_bias": config.traits.qkv_bias,
         "o_bias": config.traits.o_bias,
         "mlp_bias": config.traits.mlp_bias,
@@ -226,6 +250,7 @@ def ours(config: ModelConfig) -> dict[str, Any]:
             "head": (config.head_dim,),
             "all": (config.num_attention_heads * config.head_dim,),
         }[config.traits.qk_norm],
+        "indices": [layer.owns_index for layer in config.layers],
         "layer_norms": sorted(f"model.layers.0.{name}.weight" for name in NORM_NAMES[config.traits.norms] if name),
         "shared_size": moe.shared_intermediate_size if moe and sparse else None,
     }

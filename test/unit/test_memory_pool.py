@@ -39,12 +39,13 @@ def test_unused_kv_cache_takes_no_memory():
 
 
 def test_each_layer_keeps_what_its_spec_says_and_nothing_else():
-    specs = [KVSpec(4, 8, 8), KVSpec(1, 24, 16, is_latent=True), KVSpec(2, 12, 6)]
+    specs = [KVSpec(4, 8, 8), KVSpec(1, 24, 16, is_latent=True), KVSpec(1, 24, 16, is_latent=True, index_dim=10),
+             KVSpec(2, 12, 6)]  # fmt: skip
     pool = TokenToKVPool(
         num_pages=3, page_size=2, layers=specs, dtype=torch.float32, device=torch.device("cpu")
     )  # fmt: skip
-    assert [spec.bytes_per_token(torch.float32) for spec in specs] == [256, 96, 144]
-    assert pool.buffer.nbytes == (3 + 1) * 2 * (256 + 96 + 144)
+    assert [spec.bytes_per_token(torch.float32) for spec in specs] == [256, 96, 136, 144]
+    assert pool.buffer.nbytes == (3 + 1) * 2 * (256 + 96 + 136 + 144)
     for layer_id, spec in enumerate(specs):
         keys, values = pool.get_kv_buffer(layer_id)
         assert keys.shape == (8, spec.num_kv_heads, spec.key_dim) and not keys.any()
@@ -52,4 +53,9 @@ def test_each_layer_keeps_what_its_spec_says_and_nothing_else():
         values.fill_(2.0)
         assert keys.any() == spec.is_latent  # whose values are a part of the keys
         keys.fill_(1.0)
+        if spec.index_dim:
+            index_keys = pool.get_index_keys(layer_id)
+            assert index_keys.shape == (8, spec.index_dim) and not index_keys.any()
+            index_keys.fill_(3.0)
+            assert (keys == 1.0).all()
     assert not (pool.buffer == 0).any()

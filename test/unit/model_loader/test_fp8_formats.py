@@ -17,6 +17,7 @@ FAMILIES = {
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 48},
     "glm4_moe": {},
     "deepseek_v3": {},
+    "deepseek_v32": {},  # whose index has a matrix that no format quantises
     "phi3": {},  # q, k and v in one tensor, and so are gate and up
 }
 
@@ -39,7 +40,7 @@ def check(folder, plain, *ranks):
     ("family", "kind"),
     [("llama3", kind) for kind in ("rows", "weights_only", "fbgemm_fp8", "modelopt", "ct_tensor", "ct_blocks")]
     + [("qwen3_moe", kind) for kind in ("tensor", "blocks", "mxfp8")]
-    + [("glm4_moe", "blocks"), ("deepseek_v3", "blocks"), ("phi3", "rows")],
+    + [("glm4_moe", "blocks"), ("deepseek_v3", "blocks"), ("deepseek_v32", "blocks"), ("phi3", "rows")],
 )
 def test_values_and_scales_are_the_checkpoints(folders, tmp_path, family, kind):
     """Values times scales are what a plain checkpoint of the products holds, to the last bit."""
@@ -83,7 +84,7 @@ def test_ranks_that_cut_blocks_compute_with_the_same_numbers(folders, tmp_path, 
     check(folder, fp8.write_plain(folder, tmp_path / "plain", CUT), *sm.all_ranks(*topology))
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama3", "qwen3_moe", "glm4_moe", "deepseek_v3", "deepseek_v32"])
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family):
     folder = fp8.write_fp8(folders[family], tmp_path / "fp8", "blocks", block=CUT)
     fp8.check_answers(folder, fp8.write_plain(folder, tmp_path / "plain", CUT))
@@ -106,7 +107,7 @@ def test_layers_that_are_left_out_keep_their_type(folders, tmp_path, kind, words
         folder = fp8.write_fp8(folders[family], tmp_path / family, kind, is_plain=is_plain, **words)
         check(folder, fp8.write_plain(folder, tmp_path / f"{family}-plain"))
         model = fp8.load_model(folder)
-        name = "kv_b_proj" if family == "deepseek_v3" else "qkv_proj"
+        name = "kv_b_proj" if family.startswith("deepseek") else "qkv_proj"
         assert getattr(model.model.layers["1"].self_attn, name).weight.dtype == torch.bfloat16
         assert getattr(model.model.layers["0"].self_attn, name).weight.dtype == fp8.FP8
 

@@ -60,7 +60,10 @@ def read_index_owners(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     kinds = need.value(name)
     need.take("index_topk_pattern")
     if kinds is None:
-        return tuple(max(index - first + 1, 0) % every == 0 for index in range(num_layers))
+        owners = tuple(max(index - first + 1, 0) % every == 0 for index in range(num_layers))
+        if not owners[0]:
+            raise need.wrong("index_skip_topk_offset", "must leave the first layer its index", first)
+        return owners
     if name == "index_topk_pattern" and isinstance(kinds, str):
         kinds = [_PATTERN.get(letter) for letter in kinds]
     if (

@@ -139,6 +139,8 @@ def _sparse_by_type(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
             raise need.wrong("mlp_layer_types", f"must give dense or sparse for each of {num_layers} layers", kinds)
         sparse = tuple(kind == "sparse" for kind in kinds)
     need.take("first_k_dense_replace")
+    if need.has("first_k_dense_replace"):
+        need.integer("first_k_dense_replace", minimum=0)
     first = need.config.get("first_k_dense_replace")
     if first is not None and (type(first) is not int or sparse != tuple(index >= first for index in range(num_layers))):
         dense = [index for index in range(num_layers) if not sparse[index]]

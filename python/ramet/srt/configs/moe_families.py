@@ -219,7 +219,7 @@ _SIGMOID_EXPERTS = ExpertTraits(
     shared="shared_experts",
 )
 _NOAUX_KEYS = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}  # which the classes don't ask
-_INDEXED_KEYS = {**_NOAUX_KEYS, "rope_interleave": (True, None), "num_experts": (None,)}
+_INDEXED_KEYS = {**_NOAUX_KEYS, "rope_interleave": (True, None), "mlp_bias": (False,), "num_experts": (None,)}
 
 MOE_FAMILIES = (
     ModelFamily(
