@@ -83,3 +83,4 @@ def test_a_pass_may_have_no_tokens():
     assert tokens.num_tokens == 0 and tokens.is_decode and tokens.first_tokens.tolist() == [0]
     assert tokens.padded(2, PADDING_ROW).rows.tolist() == [PADDING_ROW] * 2
     assert PassTokens.padding(PADDING_ROW, [3, 1]).positions.tolist() == [0, 1, 2, 0]
+    assert PassTokens.padding(PADDING_ROW, [2, 1], 7).positions.tolist() == [7, 8, 7]

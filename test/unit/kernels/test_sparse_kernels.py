@@ -1,6 +1,8 @@
 """The kernels of attention with a sparse index against plain torch: the index's keys, scores, choice, attention."""
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from ramet.srt.batch.batch_plan import PageWrite
 from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.configs.index_config import IndexTraits
+from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.attention.base_attn_backend import CapturedShape
 from ramet.srt.layers.attention.sparse_native_backend import SparseNativeAttnBackend
+from ramet.srt.layers.latent_linear import LatentHeads
 from ramet.srt.layers.rotary_embedding import apply_rotary, apply_rotary_to_neighbours
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
@@ -196,7 +200,38 @@ def test_where_no_sequence_can_have_more_keys_captured_passes_are_cut(device):
     assert backend._captures_choice
 
 
-def test_only_passes_that_need_no_choice_are_rather_launched(device):
+def test_long_chunks_that_see_few_keys_are_expanded_beside_others(device, monkeypatch):
+    """What stands between them attends to what is chosen."""
+    from ramet.srt.layers.attention import expanded_chunks
+    from ramet.srt.models.latent_attention import LatentAttention
+
+    monkeypatch.setattr(expanded_chunks, "MIN_TOKENS", 16)
+    case = make_case(device, [(90, 1), (0, 20), (30, 17), (5, 3), (12, 18)], heads=5, rank=24, rope=6)
+    latent = case.latent
+    heads = LatentHeads(latent, 5, "kv_b_proj", dtype=torch.float32, parallel=ParallelConfig())
+    heads.weight = torch.nn.Parameter(torch.randn(heads.weight.shape, device=device), requires_grad=False)
+    q = torch.randn(len(case.q), 5, latent.query_dim, device=device)
+    case.q[..., 24:] = q[..., latent.nope_dim :]
+    heads.take_queries(q[..., : latent.nope_dim], case.q[..., :24])
+    asked = ask(case)
+    native = SparseNativeAttnBackend(case.spec, case.pool)
+    native.init_forward_metadata(case.batch)
+    native.choose(*asked, 0, case.batch)
+    wanted = heads.take_results(native.forward(case.q, case.layer.layer, case.batch))
+
+    backend = triton(case)
+    backend.init_forward_metadata(case.batch)
+    assert backend.is_sparse and backend.expanded.others.lens.tolist() == [1, 17, 3]  # 17 see more than 32
+    backend.choose(*asked, 0, case.batch)
+    case.layer.bind(backend)
+    case.layer.rows = case.pool.get_kv_buffer(0)[0]
+    attention = SimpleNamespace(attn=case.layer, kv_b_proj=heads, latent=latent)
+    attention._attend_to_rows = functools.partial(LatentAttention._attend_to_rows, attention)
+    actual = LatentAttention._attend_expanded(attention, q, backend.expanded, case.batch)
+    torch.testing.assert_close(actual, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_long_chunks_that_need_no_choice_are_rather_launched(device):
     backend = triton(make_case(device, [(0, 1)], top_k=4096))
 
     def prefers(start, new):

@@ -34,11 +34,11 @@ class PassTokens:
         )
 
     @classmethod
-    def padding(cls, row: int, lens: Sequence[int]) -> "PassTokens":
-        """Tokens that belong to nobody, in sequences of so many, each from the start of the table's `row` on."""
+    def padding(cls, row: int, lens: Sequence[int], start: int = 0) -> "PassTokens":
+        """Tokens that belong to nobody, in sequences of so many, each behind `start` others of the table's `row`."""
         new = np.array(lens, dtype=np.int64)
         zeros = np.zeros(len(new), dtype=np.int64)
-        return cls(zeros + row, zeros, new, np.zeros(new.sum(), dtype=np.int64))
+        return cls(zeros + row, zeros + start, new, np.zeros(new.sum(), dtype=np.int64))
 
     @property
     def num_tokens(self) -> int:

@@ -220,8 +220,9 @@ class ModelRunner:
                 if num_tokens <= self.max_req_len:
                     self._run_padding([num_tokens])
             largest = min(max_batch_size, MAX_BATCH_SIZE)
-            for size in sorted({1, largest}):  # few and many requests take other kernels
+            for size in sorted({1, largest}):  # few and many requests take other kernels, as do long ones
                 self._run_padding([1] * size)
+                self._run_padding([1] * size, self.max_req_len - 1)
         self._warm_up_libraries()
 
     def _warm_up_libraries(self) -> None:
@@ -263,9 +264,9 @@ class ModelRunner:
         )
         self.attn_backend.use_quiet_moment(limits)
 
-    def _run_padding(self, lens: Sequence[int]) -> torch.Tensor | None:
-        """A pass over sequences of so many tokens that belong to nobody; see run_pass."""
-        tokens = PassTokens.padding(self.req_pool.padding_row, lens)
+    def _run_padding(self, lens: Sequence[int], start: int = 0) -> torch.Tensor | None:
+        """A pass over sequences of so many tokens that belong to nobody, behind others; see run_pass."""
+        tokens = PassTokens.padding(self.req_pool.padding_row, lens, start)
         if self.lora is not None:
             tokens.lora_slots = np.zeros(len(lens), dtype=np.int32)  # in which nothing is: the kernels are compiled
         return self.run_pass(tokens, slice(0, len(lens)))

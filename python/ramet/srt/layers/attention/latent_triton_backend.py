@@ -1,5 +1,6 @@
 """Owns attention over latent rows with Ramet's Triton kernels, but for long prompt chunks, which are expanded."""
 
+import numpy as np
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
@@ -30,17 +31,30 @@ class LatentTritonAttnBackend(TritonAttnBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         if forward_batch.is_captured:
             return  # cut already: that is done on the host
+        tokens = self._expand(forward_batch)
+        if tokens is not None:
+            self._cut(tokens, with_chunks=True)
+
+    def _expand(self, forward_batch: ForwardBatch) -> PassTokens | None:
+        """Find the chunks of a launched pass that are expanded. Returns what attends to rows, whose positions it sets.
+
+        None if all chunks are expanded.
+        """
         tokens, latent = forward_batch.tokens, self.spec.latent
         self.expanded, self._positions = None, forward_batch.positions
-        if latent is not None and (self.spec.dtype != torch.float32 or is_interpreted()):
-            is_expanded = find_expanded(tokens)
-            if is_expanded.any():
-                table, page_size = forward_batch.req_to_page, self.spec.page_size
-                self.expanded = ExpandedChunks(tokens, is_expanded, table, page_size, latent)
-                if self.expanded.others is None:
-                    return
-                tokens, self._positions = self.expanded.others, self._positions[self.expanded.other_places]
-        self._cut(tokens, with_chunks=True)
+        if latent is None or (self.spec.dtype == torch.float32 and not is_interpreted()):
+            return tokens
+        is_expanded = self._find_expanded(tokens)
+        if not is_expanded.any():
+            return tokens
+        self.expanded = ExpandedChunks(tokens, is_expanded, forward_batch.req_to_page, self.spec.page_size, latent)
+        if self.expanded.others is not None:
+            self._positions = self._positions[self.expanded.other_places]
+        return self.expanded.others
+
+    def _find_expanded(self, tokens: PassTokens) -> np.ndarray:
+        """bool [num_sequences]: whose chunks are to be expanded where they are launched."""
+        return find_expanded(tokens)
 
     def init_forward_metadata_replay_cuda_graph(
         self, shape: CapturedShape, tokens: PassTokens, rows: torch.Tensor
@@ -65,7 +79,7 @@ class LatentTritonAttnBackend(TritonAttnBackend):
         )
 
     def prefers_launches(self, tokens: PassTokens) -> bool:
-        is_expanded = find_expanded(tokens)
+        is_expanded = self._find_expanded(tokens)
         return int((tokens.lens * (tokens.starts + tokens.ends))[is_expanded].sum()) // 2 >= LAUNCHED_PAIRS
 
     def use_quiet_moment(self, _limits: PassLimits) -> None:

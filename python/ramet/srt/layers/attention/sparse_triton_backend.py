@@ -5,6 +5,7 @@ What these need is on the device: nothing is cut on the host, and a captured pas
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch
@@ -22,7 +23,7 @@ STEP = 64  # a multiple of which are the scores of a token, so that kernels are 
 
 
 class SparseTritonAttnBackend(SparseBackend, LatentTritonAttnBackend):
-    """Passes where all queries see few keys are cut as by its base, if they are launched.
+    """Passes where all queries see few keys are cut as by its base, if they are launched, and long chunks of such few.
 
     Captured passes choose, unless no sequence can have so many keys.
     """
@@ -37,8 +38,13 @@ class SparseTritonAttnBackend(SparseBackend, LatentTritonAttnBackend):
         if not self.begin_pass(forward_batch):
             super().init_forward_metadata(forward_batch)
             return
-        self.expanded = None
-        tokens, num_tokens = forward_batch.tokens, len(forward_batch.positions)
+        tokens = forward_batch.tokens
+        others: PassTokens | None = tokens
+        self.expanded, self._positions = None, forward_batch.positions
+        if not forward_batch.is_captured:
+            others = self._expand(forward_batch)
+        assert others is not None, "what needs a choice is not expanded"
+        num_tokens = others.num_tokens
         self._rows = forward_batch.rows
         if not forward_batch.is_captured and not tokens.is_decode:
             self._rows = to_device(tokens.row_of_token, torch.int64, self.spec.device)
@@ -59,8 +65,9 @@ class SparseTritonAttnBackend(SparseBackend, LatentTritonAttnBackend):
         if not self._captures_choice:
             super().init_forward_metadata_replay_cuda_graph(shape, tokens, rows)
 
-    def prefers_launches(self, tokens: PassTokens) -> bool:
-        return int(tokens.ends.max()) <= self.index.top_k and super().prefers_launches(tokens)
+    def _find_expanded(self, tokens: PassTokens) -> np.ndarray:
+        few_keys: np.ndarray = tokens.ends <= self.index.top_k
+        return super()._find_expanded(tokens) & few_keys
 
     def choose(self, q: torch.Tensor, weights: torch.Tensor, layer_id: int, forward_batch: ForwardBatch) -> None:
         keys, table, num_tokens = self.kv_pool.get_index_keys(layer_id), forward_batch.req_to_page, len(q)
@@ -82,8 +89,8 @@ class SparseTritonAttnBackend(SparseBackend, LatentTritonAttnBackend):
             q,
             rows,
             self.spec.kv.value_dim,
-            self.chosen,
-            forward_batch.positions,
+            self.chosen if self.expanded is None else self.chosen[self.expanded.other_places],
+            self._positions,
             self._starts,
             self._num_pieces,
             scale=self.spec.scale,

@@ -12,7 +12,7 @@ KEYS_OF_FEW, KEYS_OF_MANY = 256, 1024  # of a program
 
 
 # Positions and rows are parts of what a pass is told at once, from any token on: they begin anywhere.
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["program_keys"], do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"])
 def _scores_kernel(
     q_ptr,
     weights_ptr,
@@ -27,19 +27,19 @@ def _scores_kernel(
     scores_stride,
     num_heads,
     scale,
+    program_keys,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     TOP_K: tl.constexpr,
-    PROGRAM_KEYS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program scores PROGRAM_KEYS keys for one token; a token that sees no more than TOP_K needs no scores."""
+    """One program scores `program_keys` keys for one token; a token that sees no more than TOP_K needs no scores."""
     token = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * PROGRAM_KEYS
+    start = tl.program_id(1) * program_keys
     heads = tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_DIM)
     if EARLY:
@@ -53,7 +53,7 @@ def _scores_kernel(
     q_mask = (dims < DIM)[:, None] & head_mask[None, :]
     q = tl.load(q_ptr + token * q_stride + (heads * DIM)[None, :] + dims[:, None], mask=q_mask, other=0.0)
     weights = tl.load(weights_ptr + token * num_heads + heads, mask=head_mask, other=0.0)
-    stop = tl.minimum(start + PROGRAM_KEYS, num_keys)
+    stop = tl.minimum(start + program_keys, num_keys)
     for key in range(start, stop, BLOCK_KEYS):
         positions = key + tl.arange(0, BLOCK_KEYS)
         valid = positions < stop
@@ -106,11 +106,11 @@ def index_scores(
         scores.stride(0),
         num_heads,
         dim**-0.5,
+        program_keys,
         DIM=dim,
         BLOCK_DIM=max(16, next_power_of_2(dim)),
         BLOCK_HEADS=max(MIN_DOT_ROWS, next_power_of_2(num_heads)),
         TOP_K=top_k,
-        PROGRAM_KEYS=program_keys,
         BLOCK_KEYS=block_keys,
         PAGE_SIZE=page_size,
         PRECISION=dot_precision(q.dtype),

@@ -70,8 +70,8 @@ def _attend(
     return acc, total, maximum
 
 
-# Positions are a row of what a pass is told at once: they begin anywhere.
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
+# Positions are a row of what a pass is told at once: they begin anywhere. Pieces depend on the number of tokens.
+@triton.jit(do_not_specialize=["num_pieces", "piece_keys"], do_not_specialize_on_alignment=["positions_ptr"])
 def _sparse_kernel(
     q_ptr,
     cache_ptr,
@@ -84,9 +84,10 @@ def _sparse_kernel(
     cache_stride,
     num_heads,
     scale,
+    num_pieces,
+    piece_keys,
     TOP_K: tl.constexpr,
-    NUM_PIECES: tl.constexpr,
-    PIECE_KEYS: tl.constexpr,
+    HAS_PIECES: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ROPE: tl.constexpr,
@@ -98,7 +99,7 @@ def _sparse_kernel(
     IS_NARROW: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes PIECE_KEYS of a token's chosen keys, for GROUP of its heads.
+    """One program takes `piece_keys` of a token's chosen keys, for GROUP of its heads.
 
     With several pieces each gives a partial result and the log of the sum of its weights, which is -inf for none.
     """
@@ -114,8 +115,8 @@ def _sparse_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     num_keys = tl.minimum(tl.load(positions_ptr + token).to(tl.int32) + 1, TOP_K)
-    start = piece * PIECE_KEYS
-    stop = tl.maximum(start, tl.minimum(start + PIECE_KEYS, num_keys))
+    start = piece * piece_keys
+    stop = tl.maximum(start, tl.minimum(start + piece_keys, num_keys))
     q_ptrs = q_ptr + token * q_stride + (heads * (RANK + ROPE))[None, :]
     dim_mask = (dims < RANK)[:, None]
     q = tl.load(q_ptrs + dims[:, None], mask=head_mask[None, :] & dim_mask, other=0.0)
@@ -138,11 +139,11 @@ def _sparse_kernel(
 
     total = tl.where(total == 0.0, 1.0, total)  # of a piece without keys, whose maximum is -inf
     out = acc / total[None, :]
-    if NUM_PIECES == 1:
+    if not HAS_PIECES:
         out_ptrs = out_ptr + ((token * num_heads + heads) * RANK)[None, :] + dims[:, None]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=head_mask[None, :] & dim_mask)
     else:
-        parts = (token * NUM_PIECES + piece) * num_heads + heads
+        parts = (token * num_pieces + piece) * num_heads + heads
         has_keys = tl.zeros([BLOCK_ROWS], tl.int32) + start < stop
         mask = (head_mask & has_keys)[None, :] & dim_mask
         tl.store(partial_ptr + (parts * RANK)[None, :] + dims[:, None], out, mask=mask)
@@ -196,9 +197,10 @@ def sparse_attention(
         cache.stride(0),
         num_heads,
         scale * LOG2_E,
+        num_pieces,
+        piece_keys,
         TOP_K=top_k,
-        NUM_PIECES=num_pieces,
-        PIECE_KEYS=piece_keys,
+        HAS_PIECES=num_pieces > 1,
         RANK=rank,
         BLOCK_RANK=max(16, next_power_of_2(rank)),
         ROPE=dim - rank,
