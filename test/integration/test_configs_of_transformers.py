@@ -36,7 +36,8 @@ def keys_of_families() -> dict[str, list[Any]]:
     return values
 
 
-@pytest.mark.parametrize("family", sorted(rm.FAMILIES.keys() - {"llama2"}))  # llama3 is the same class
+# llama3 is llama2's class, and glm_moe_dsa has all keys of deepseek_v32.
+@pytest.mark.parametrize("family", sorted(rm.FAMILIES.keys() - {"llama2", "deepseek_v32"}))
 def test_each_change_of_a_config_is_read_as_transformers_does_or_refused_by_name(family):
     config = rm._COMMON | rm.FAMILIES[family] | {"torch_dtype": "float32"}
     assert cr.compare(config) is None
