@@ -33,7 +33,7 @@ def _highest(scores_ptr, num_keys, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     missing = tl.full([], TOP_K, tl.int32)
     for place in tl.static_range(4):
         counts = tl.zeros([DIGITS], tl.int32)
-        for start in range(0, num_keys, BLOCK):
+        for start in tl.range(0, num_keys, BLOCK, num_stages=3):  # else each load would wait for the one before it
             positions = start + tl.arange(0, BLOCK)
             mask = positions < num_keys
             order = _ordered(tl.load(scores_ptr + positions, mask=mask, other=0.0))
