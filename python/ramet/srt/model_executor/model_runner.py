@@ -220,9 +220,11 @@ class ModelRunner:
                 if num_tokens <= self.max_req_len:
                     self._run_padding([num_tokens])
             largest = min(max_batch_size, MAX_BATCH_SIZE)
-            for size in sorted({1, largest}):  # few and many requests take other kernels, as do long ones
+            num_before = self.attn_backend.num_before_long
+            for size in sorted({1, largest}):  # few and many requests take other kernels
                 self._run_padding([1] * size)
-                self._run_padding([1] * size, self.max_req_len - 1)
+                if num_before is not None and num_before < self.max_req_len:
+                    self._run_padding([1] * size, num_before)
         self._warm_up_libraries()
 
     def _warm_up_libraries(self) -> None:

@@ -90,6 +90,11 @@ class AttentionBackend(ABC):
     # With latent attention: the long prompt chunks of the pass, whose queries are not among those that `forward` gets.
     expanded: "ExpandedChunks | None" = None
 
+    @property
+    def num_before_long(self) -> int | None:
+        """Tokens before a new one from which on a launched pass takes other kernels; None: none does."""
+        return None
+
     @staticmethod
     def maps_windows(_spec: AttentionSpec) -> bool:
         """Whether layers with a sliding window may have pages of their own; see ForwardBatch."""

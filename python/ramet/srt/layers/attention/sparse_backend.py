@@ -26,6 +26,10 @@ class SparseBackend(AttentionBackend):
         assert self.spec.latent is not None and self.spec.latent.index is not None
         return self.spec.latent.index
 
+    @property
+    def num_before_long(self) -> int:
+        return self.index.top_k
+
     def begin_pass(self, forward_batch: ForwardBatch) -> bool:
         """Whether the pass needs a choice; the host knows, and with data-parallel attention of its own tokens."""
         self.is_sparse = int(forward_batch.tokens.ends.max()) > self.index.top_k
