@@ -2,8 +2,9 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import fp8_models
 import msgspec
@@ -29,9 +30,9 @@ MODEL = "policy"
 COLUMNS = ("o_proj.weight", "down_proj.weight")  # that tensor parallelism cuts along columns; other matrices along rows
 
 
-def make_models(folder: Path) -> dict[str, Path]:
+def make_models(folder: Path, **overrides: Any) -> dict[str, Path]:
     """Two checkpoints of one model."""
-    old = write_random_model(folder / "old", "llama2", dtype="bfloat16")
+    old = write_random_model(folder / "old", "llama2", dtype="bfloat16", **overrides)
     rm.write_tokenizer(old)
     new = Path(shutil.copytree(old, folder / "new"))
     tensors = load_file(old / "model.safetensors")
@@ -51,6 +52,20 @@ def halves(weights: Mapping[str, torch.Tensor], rank: int, size: int = 2) -> dic
         local = tensor[tuple(slice(*bounds) for bounds in source)].contiguous()
         found[name] = Sliced(local, Slice(name, tuple(tensor.shape), tuple(source)))
     return found
+
+
+def quarters(weights: Mapping[str, torch.Tensor], rank: int) -> dict[str, Sliced]:
+    """What a rank of a trainer of two pipeline stages has, of two tensor-parallel ranks each."""
+    stage, part = divmod(rank, 2)
+    layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("model.layers.")})
+    first = layers[: len(layers) // 2]
+
+    def stage_of(name: str) -> int:
+        if name.startswith("model.layers."):
+            return int(int(name.split(".")[2]) not in first)
+        return int(not name.startswith("model.embed"))
+
+    return halves({name: one for name, one in weights.items() if stage_of(name) == stage}, part)
 
 
 def fused(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor | Sliced]:
@@ -107,19 +122,33 @@ def take(
     config: LoadConfig | None = None,
 ) -> tuple[WeightArena, LoadReport]:
     """What one rank of an instance has taken, and how."""
+    addresses = [one.address for one in publishers]
+    return take_from(folder, addresses, parallel, quantization, version, config)
+
+
+def take_from(
+    folder: Path,
+    addresses: Sequence[str],
+    parallel: ParallelConfig,
+    quantization: str | None = None,
+    version: str = "step-1",
+    config: LoadConfig | None = None,
+    device: str = "cpu",
+) -> tuple[WeightArena, LoadReport]:
+    """The same from the addresses of all ranks of a trainer."""
     model = sm.build_model(folder, parallel, quantization)
     manifest = sm.make_manifest(model)
-    stage = sm.allocate_arena(manifest, "cpu")
-    addresses = [SeedAddress(*split_address(one.address, "")) for one in publishers]
+    stage = sm.allocate_arena(manifest, device)
+    ranks = [SeedAddress(*split_address(one, "")) for one in addresses]
     whole = describe_whole_model(model.config, manifest)
-    report = take_published(stage, addresses, version, config or LoadConfig(timeout_s=10.0), whole)
+    report = take_published(stage, ranks, version, config or LoadConfig(timeout_s=10.0), whole)
     return stage, report
 
 
 def assert_as_from_files(folder: Path, stage: WeightArena, quantization: str | None = None) -> None:
     """Every byte is that of a load from the files in a folder."""
     model = sm.build_model(folder, stage.manifest.parallel, quantization)
-    loaded = fp8_models.load_arena(folder, model)
+    loaded = fp8_models.load_arena(folder, model, stage.device)
     assert stage.manifest.entries == loaded.manifest.entries
     got, wanted = compute_checksums(stage.manifest, stage), compute_checksums(loaded.manifest, loaded)
     names = [entry.name for entry in stage.manifest.entries]

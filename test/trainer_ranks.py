@@ -1,4 +1,4 @@
-"""Trainers of several processes that publish checkpoints as FSDP2 shards them.
+"""Trainers of several processes that publish checkpoints as they shard them, on CPUs or on GPUs.
 
 As a script it is one rank: it does what the lines of its standard input say, and answers each with a line.
 """
@@ -9,38 +9,57 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import published_weights as pw
 import torch
 from ramet.trainer import WeightPublisher
+from ramet.trainer.tensors import Weights
 from safetensors.torch import load_file
 from trainers import free_port
 
+TP_SIZE = 2
+
 
 class TrainerProcesses:
-    """A trainer of several ranks. Use as a context."""
+    """A trainer of several ranks. Use as a context.
 
-    def __init__(self, num_ranks: int, metadata: str, model_name: str, folder: Path) -> None:
-        port = free_port()
+    Args:
+        folder: with the weights that it begins with.
+        layout: "fsdp"; "tp fsdp", of two tensor-parallel ranks in each group; or "tp", by slices that it names itself.
+        device: "cuda" for one GPU for each rank, as far as there are several.
+        prefix: of the commands, to run them on another host.
+        options: of each rank's WeightPublisher.
+    """
+
+    def __init__(
+        self, num_ranks: int, folder: Path, *, layout: str = "fsdp", device: str = "cpu", prefix: Sequence[str] = (),
+        environment: dict[str, str] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        common = {"folder": str(folder), "layout": layout, "device": device, "size": num_ranks, "port": free_port()}
+        paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         self.ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, str(rank), str(num_ranks), str(port), metadata, model_name, str(folder)],
+                [*prefix, sys.executable, __file__, json.dumps(common | {"rank": rank, "options": options})],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+                env=os.environ | paths | (environment or {}),
             )
             for rank in range(num_ranks)
         ]
-        self.address = ",".join(self._answers())
+        self.addresses = self._answers()
+        self.address = ",".join(self.addresses)
 
-    def publish(self, folder: Path, version: str) -> None:
-        """Have all ranks publish the weights in a folder, and wait until they have."""
+    def publish(self, folder: Path, version: str, layout: str | None = None) -> list[dict[str, Any]]:
+        """Have all ranks publish the weights in a folder, and wait until they have. What each says of it."""
         for rank in self.ranks:
             assert rank.stdin is not None
-            rank.stdin.write(json.dumps([str(folder), version]) + "\n")
+            rank.stdin.write(json.dumps([str(folder), version, layout]) + "\n")
             rank.stdin.flush()
-        self._answers()
+        return [json.loads(answer) for answer in self._answers()]
 
     def _answers(self) -> list[str]:
         answers = [rank.stdout.readline().strip() for rank in self.ranks if rank.stdout is not None]
@@ -75,31 +94,48 @@ class Tree(torch.nn.Module):
                 if not hasattr(module, part):
                     module.add_module(part, torch.nn.Module())
                 module = getattr(module, part)
-            module.register_parameter(last, torch.nn.Parameter(tensor.clone()))
+            module.register_parameter(last, torch.nn.Parameter(tensor))
 
 
-def sharded(folder: str) -> Tree:
-    """The weights in a folder, by FSDP2 over all ranks of the process's group."""
+def sharded(folder: str, layout: str, rank: int, size: int, device: torch.device) -> Weights:
+    """What this rank holds of the weights in a folder."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-    tree = Tree(load_file(Path(folder) / "model.safetensors"))
-    fully_shard(tree)
+    weights = {name: one.to(device) for name, one in load_file(Path(folder) / "model.safetensors").items()}
+    if layout == "tp":
+        return pw.halves(weights, rank, size)
+    if layout == "fsdp":
+        tree = Tree(weights)
+        fully_shard(tree)
+        return tree
+    mesh = init_device_mesh(device.type, (size // TP_SIZE, TP_SIZE), mesh_dim_names=("dp", "tp"))
+    for name, tensor in weights.items():
+        if tensor.dim() == 2:
+            weights[name] = distribute_tensor(tensor, mesh["tp"], [Shard(int(name.endswith(pw.COLUMNS)))])
+    tree = Tree(weights)
+    fully_shard(tree, mesh=mesh["dp"])
     return tree
 
 
-def main() -> None:
+def serve(folder: str, layout: str, device: str, rank: int, size: int, port: int, options: dict[str, Any]) -> None:
     import torch.distributed as dist
 
-    rank, num_ranks, port, metadata, model_name, folder = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=int(rank), world_size=int(num_ranks))
-    dist.device_mesh.init_device_mesh("cpu", (int(num_ranks),))
-    with WeightPublisher(sharded(folder), metadata=metadata, model_name=model_name) as publisher:
+    place = torch.device(device)
+    if device == "cuda":
+        place = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(place)
+    backend = "nccl" if device == "cuda" and torch.cuda.device_count() >= size else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.device_mesh.init_device_mesh(device, (size,))
+    with WeightPublisher(sharded(folder, layout, rank, size, place), **options) as publisher:
         print(publisher.address, flush=True)
         for line in sys.stdin:
-            folder, version = json.loads(line)
-            publisher.publish(version, sharded(folder))
-            print(version, flush=True)
+            folder, version, other = json.loads(line)
+            done = publisher.publish(version, sharded(folder, other or layout, rank, size, place))
+            print(json.dumps({"version": version, "bytes": done.num_bytes, "seconds": done.seconds}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(**json.loads(sys.argv[1]))

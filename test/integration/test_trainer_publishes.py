@@ -50,7 +50,7 @@ class Fleet:
         return ServerProcess(self.models["old"], log, *flags, *self.layouts[name], *SMALL, fake=False)
 
     def start_trainer(self) -> TrainerProcesses:
-        return TrainerProcesses(2, f"127.0.0.1:{self.port}", MODEL, self.models["old"])
+        return TrainerProcesses(2, self.models["old"], metadata=f"127.0.0.1:{self.port}", model_name=MODEL)
 
     def _known_of_files(self, name: str) -> dict[str, tuple[list[list[str]], list[int]]]:
         """What this instance holds and answers when it loads each checkpoint."""
@@ -65,6 +65,9 @@ class Fleet:
         if victim == "metadata":
             self.metadata.kill()
             self.metadata.wait()
+        elif victim == "trainer":
+            for rank in range(len(self.trainer.ranks)):
+                self.trainer.kill(rank)
         elif victim.startswith("trainer"):
             self.trainer.kill(int(victim[-1]))
         else:
@@ -162,7 +165,7 @@ def test_what_can_not_be_taken_is_said(fleet):
     assert fleet.content_of("tp 1") == before
 
 
-VICTIMS = ("trainer 0", "trainer 1", "metadata", "tp 2")
+VICTIMS = ("trainer 0", "trainer 1", "metadata", "tp 2", "trainer", "tp 1")
 NUM_KILLS = int(os.environ.get("RAMET_KILLS", "2"))
 
 

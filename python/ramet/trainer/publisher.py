@@ -12,7 +12,7 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.runner_config import REQUIRED, UNUSED, WANTED
-from ramet.srt.model_loader.arena.allocate import allocate_arena
+from ramet.srt.model_loader.arena.allocate import allocate_lendable
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.seed.weight_seed import WeightSeed
 from ramet.srt.modelexpress.settings import check_installed
@@ -145,7 +145,7 @@ class WeightPublisher:
         held = hold(self._weights, self._dtype)
         manifest = self._describe(held, version)
         self.withdraw()
-        arena = allocate_arena(manifest, held[0].tensor.device)
+        arena = allocate_lendable(manifest, held[0].tensor.device)
         _copy(held, arena)
         self._seed = WeightSeed.start(
             manifest, arena, host=self._host, started_at=self._started_at, network=self._network
@@ -224,7 +224,6 @@ class WeightPublisher:
 
 def _copy(held: list[Held], arena: WeightArena) -> None:
     """Put the tensors in their places. What trains next may change them as soon as this returns."""
-    arena.make_current()
     entries = {entry.name: entry for entry in arena.manifest.entries}
     arena.prepare_fill(())
     arena.populate()

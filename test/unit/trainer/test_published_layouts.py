@@ -20,11 +20,18 @@ EIGHT_BILLION = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
     "head_dim": 128, "num_hidden_layers": 36, "vocab_size": 151936, "max_window_layers": 36, "dtype": "bfloat16",
 }  # fmt: skip
-INSTANCES = {"tp 1": {}, "tp 2": {"tp_size": 2}, "ep 2": {"tp_size": 2, "ep_size": 2}, "pp 2": {"pp_size": 2}}
+INSTANCES = {
+    "tp 1": {},
+    "tp 2": {"tp_size": 2},
+    "tp 4": {"tp_size": 4},
+    "ep 2": {"tp_size": 2, "ep_size": 2},
+    "pp 2": {"pp_size": 2},
+}
 LAYOUTS = {
     "plain": lambda weights: [weights],
     "fused": lambda weights: [pw.fused(weights)],
     "tp 2": lambda weights: [pw.halves(weights, rank) for rank in range(2)],
+    "tp 2 x pp 2": lambda weights: [pw.quarters(weights, rank) for rank in range(4)],
     "tp 3 twice": lambda weights: [pw.halves(weights, rank % 3, 3) for rank in range(6)],
 }
 
@@ -52,7 +59,7 @@ def test_every_topology_takes_every_layout(folders, family, layout):
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [("llama3", "tp 2"), ("qwen3_moe", "plain"), ("qwen3_moe", "tp 3 twice")]
+    ("family", "layout"), [("llama3", "tp 2 x pp 2"), ("qwen3_moe", "plain"), ("qwen3_moe", "tp 3 twice")]
 )
 def test_an_instance_quantises_while_it_takes(folders, family, layout, monkeypatch):
     monkeypatch.setattr("ramet.srt.model_loader.client.published.LANDING_BYTES", 100_000)  # several at a time, not all
