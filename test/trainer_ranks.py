@@ -4,6 +4,7 @@ As a script it is one rank: it does what the lines of its standard input say, an
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -97,9 +98,15 @@ class Tree(torch.nn.Module):
             module.register_parameter(last, torch.nn.Parameter(tensor))
 
 
+@functools.cache
+def mesh_of(kind: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(kind, sizes, mesh_dim_names=names)
+
+
 def sharded(folder: str, layout: str, rank: int, size: int, device: torch.device) -> Weights:
     """What this rank holds of the weights in a folder."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -108,9 +115,9 @@ def sharded(folder: str, layout: str, rank: int, size: int, device: torch.device
         return pw.halves(weights, rank, size)
     if layout == "fsdp":
         tree = Tree(weights)
-        fully_shard(tree)
+        fully_shard(tree, mesh=mesh_of(device.type, (size,), ("dp",)))
         return tree
-    mesh = init_device_mesh(device.type, (size // TP_SIZE, TP_SIZE), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of(device.type, (size // TP_SIZE, TP_SIZE), ("dp", "tp"))
     for name, tensor in weights.items():
         if tensor.dim() == 2:
             weights[name] = distribute_tensor(tensor, mesh["tp"], [Shard(int(name.endswith(pw.COLUMNS)))])
@@ -128,7 +135,6 @@ def serve(folder: str, layout: str, device: str, rank: int, size: int, port: int
         torch.cuda.set_device(place)
     backend = "nccl" if device == "cuda" and torch.cuda.device_count() >= size else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    dist.device_mesh.init_device_mesh(device, (size,))
     with WeightPublisher(sharded(folder, layout, rank, size, place), **options) as publisher:
         print(publisher.address, flush=True)
         for line in sys.stdin:

@@ -290,6 +290,78 @@ async def test_it_has_names_and_headers(server: ModelExpressServer, client: Mode
     assert await tab.evaluate("document.documentElement.lang") == "en"
 
 
+SET = "document.querySelector('[aria-label=\"Set the version of org/model\"]').click()"
+SAID = "document.querySelector('dialog [role=status]').innerText"
+
+
+def targets(server: ModelExpressServer, token: str = "") -> list[dict[str, Any]]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(server.http_url + "/fleet/targets", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.load(answer)
+
+
+async def fill(tab: Tab, version: str, share: int) -> None:
+    """Type into the dialog as somebody does who has opened it, and send it."""
+    assert await tab.evaluate("document.activeElement.name") == "version"
+    await tab.send("Input.insertText", text=version)
+    await tab.evaluate(f"document.querySelector('dialog [name=share]').value = '{share}'")
+    for kind in ("rawKeyDown", "char", "keyUp"):
+        await tab.send(
+            "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+        )
+
+
+async def test_a_target_is_set_and_cleared(server: ModelExpressServer, client: ModelExpressClient, tab: Tab) -> None:
+    publish_two(client)
+    await tab.set_width(360)
+    await tab.open(server.http_url + "/")
+    await tab.wait_for("document.querySelectorAll('tbody').length === 2")
+    await tab.evaluate(SET)
+    assert await tab.too_wide() == []
+    tree = (await tab.send("Accessibility.getFullAXTree"))["nodes"]
+    names = {(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]}
+    assert {("dialog", "Version of org/model"), ("button", "Set target"), ("button", "No target")} <= names
+    assert any("Version that all instances shall serve" in name for _, name in names)
+    await fill(tab, "", 50)
+    assert await tab.evaluate("Boolean(document.querySelector('dialog :invalid'))") and targets(server) == []
+    await fill(tab, "step-7", 50)
+    await tab.wait_for(f"{SAID} === 'Target step-7: at least 50 % go on serving.'")
+    (state,) = targets(server)
+    assert (state["model"], state["target"]["version"], state["target"]["min_serving"]) == ("org/model", "step-7", 0.5)
+    await tab.wait_for("!document.querySelector('dialog')")
+    await tab.wait_for("document.querySelector('.head').innerText.includes('target step-7')")
+    await tab.evaluate(SET)
+    await tab.evaluate(
+        "[...document.querySelectorAll('dialog button')].find((one) => one.innerText === 'No target').click()"
+    )
+    await tab.wait_for(f"{SAID} === 'There is no target any more.'")
+    assert "version" not in targets(server)[0]["target"]
+    await tab.wait_for("!document.querySelector('.head').innerText.includes('target')")
+    assert tab.problems == []
+
+
+async def test_who_may_not_set_a_target_is_told(tmp_path: Path, tab: Tab) -> None:
+    """The page's token is the one that is needed, also when the server has another one by now."""
+    token_file = tmp_path / "token"
+    token_file.write_text("secret\n")
+    with running_server(auth_token_file=str(token_file)) as server:
+        with ModelExpressClient(server.address, environ={"MX_AUTH_TOKEN_PATH": str(token_file)}) as client:
+            publish_two(client)
+        await tab.open(server.http_url + "/")
+        await tab.wait_for("byId('token')")
+        await tab.evaluate("byId('token').value = 'secret'; byId('token').form.requestSubmit()")
+        await tab.wait_for("document.querySelectorAll('tbody').length === 2")
+        await tab.evaluate(SET)
+        await fill(tab, "step-7", 75)
+        await tab.wait_for(f"{SAID} === 'Target step-7: at least 75 % go on serving.'")
+        await tab.wait_for("!document.querySelector('dialog')")
+        await tab.evaluate(f"sessionStorage.setItem(TOKEN, 'old'); {SET}")
+        await fill(tab, "step-8", 75)
+        await tab.wait_for(f"{SAID} === 'Nothing has changed: a valid bearer token is required'")
+        assert targets(server, "secret")[0]["target"]["version"] == "step-7"
+
+
 async def test_a_token_is_asked_for(tmp_path: Path, tab: Tab) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("secret\n")

@@ -21,6 +21,7 @@ PAGE_FILES = {
     "/": ("fleet.html", "text/html"),
     "/fleet.css": ("fleet.css", "text/css"),
     "/fleet.js": ("fleet.js", "text/javascript"),
+    "/fleet_target.js": ("fleet_target.js", "text/javascript"),
     "/fleet_table.js": ("fleet_table.js", "text/javascript"),
     "/fleet_timeline.js": ("fleet_timeline.js", "text/javascript"),
     "/fleet_words.js": ("fleet_words.js", "text/javascript"),

@@ -66,7 +66,7 @@ function shapeOf(models) {
   const ofWorker = (worker) => [worker.worker_id, worker.worker_rank, worker.status, worker.weight_version];
   const ofInstance = (instance) => [instance.name, instance.host, instance.started_at, ...instance.workers.map(ofWorker)];
   return JSON.stringify([snapshot.num_loads, snapshot.models.length, snapshot.claims.map((claim) => [claim.model_name, claim.instance]),
-    models.map((model) => [model.source_id, ...model.instances.map(ofInstance)])]);
+    models.map((model) => [model.source_id, model.target, ...model.instances.map(ofInstance)])]);
 }
 
 function draw(anew) {

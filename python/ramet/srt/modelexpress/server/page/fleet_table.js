@@ -129,7 +129,7 @@ function drawModel(model, claims) {
   return element("section", { class: "model", "aria-label": model.model_name },
     element("div", { class: "head" }, element("h2", {}, model.model_name),
       ...tags.map((tag) => element("span", { class: "tag" }, tag)),
-      element("span", { class: "tag", title: "mx_source_id" }, model.source_id)),
+      element("span", { class: "tag", title: "mx_source_id" }, model.source_id), model.role === "target" ? targetButton(model) : ""),
     ...claims.map((claim) => element("div", { class: "claim" }, `◐ ${shortName(claim.instance)} reads the files; others wait for it`)),
     ...drawTable(model), drawStale(model));
 }
