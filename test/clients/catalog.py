@@ -101,4 +101,14 @@ CLIENTS = {
         "two instances behind round_robin, cache_aware and power_of_two: chats, completions and /generate, whole and "
         "streamed; how they are spread; one instance killed",
     ),
+    "verl_rollout": Client(
+        "verl", ("verl", "sglang"), "rl",
+        "its adapters for SGLang's server, without Ray: rollouts, alone and many at once, with log-probabilities; its "
+        "weight sync in buckets of 1 MB between them; release, resume and a sync of all at once; models, aborts",
+    ),
+    "trl_client": Client(
+        "TRL", ("trl",), "rl",
+        "its clients for vLLM's server, without the weights, which need NCCL: rollouts from ids, several for each "
+        "prompt, from chats; scored sequences, the prefix cache, server information, pause and resume",
+    ),
 }  # fmt: skip

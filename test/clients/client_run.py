@@ -42,8 +42,11 @@ def kept_file(name: str) -> Path:
     return KEPT / name
 
 
-def run_driver(driver: str, group: str, url: str, *, timeout_s: float = 240) -> ClientRun:
+def run_driver(driver: str, group: str, url: str, *, timeout_s: float = 240, **environment: str) -> ClientRun:
     """Run `drivers/DRIVER` in the environment `group`; what passes over the wire is kept, too.
+
+    Args:
+        environment: more variables.
 
     Raises:
         EnvironmentFailed: if the environment can't be made.
@@ -57,7 +60,7 @@ def run_driver(driver: str, group: str, url: str, *, timeout_s: float = 240) -> 
         command = [python_of(group), DRIVERS / driver]
     tap = WireTap(url, kept_file(f"{name}.wire.jsonl"))
     try:
-        result = run_program([*command, tap.url, MODEL_NAME], name, timeout_s)
+        result = run_program([*command, tap.url, MODEL_NAME], name, timeout_s, **environment)
     finally:
         tap.close()
     kept_file(f"{name}.jsonl").write_text(result.stdout)

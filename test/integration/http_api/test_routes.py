@@ -91,6 +91,7 @@ def test_openapi_describes_every_error_as_we_send_it(http: httpx.Client) -> None
         ("GET", f"/v1/models/{MODEL_NAME}", None, answers.ModelCard),
         ("GET", "/get_model_info", None, answers.ModelInfo),
         ("POST", "/flush_cache", None, answers.Done),
+        ("POST", "/reset_prefix_cache", None, answers.Done),
         ("POST", "/abort_request", {"rid": "x"}, answers.Done),
         ("POST", "/generate", {"text": "a", "return_logprob": True, "top_logprobs_num": 2}, NativeOutput),
         ("POST", "/v1/completions", {"prompt": "a", "logprobs": 2, "echo": True}, answers.Completion),

@@ -84,6 +84,8 @@ def test_other_bodies_of_real_clients_are_taken(http: httpx.Client) -> None:
     )  # fmt: skip
     assert output["output_ids"] == generate(http, text="grow a", sampling_params={"max_new_tokens": 3})["output_ids"]
     assert http.post("/abort_request", json={"rid": "x", "abort_all": None, "abort_message": None}).status_code == 200
+    assert http.post("/abort_request", json={"rid": "", "abort_all": True}).status_code == 200
+    assert http.post("/abort_request", json={"rid": "", "abort_all": False}).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -256,3 +258,33 @@ def test_where_cached_tokens_lay(http: httpx.Client, path: str, stream: bool) ->
     content = json.loads(last) if stream else answer.json()
     assert content["sglext"] == {"cached_tokens_details": {"device": 0, "host": 0}}
     assert "sglext" not in http.post(path, json=prompt | {"max_tokens": 2}).json()
+
+
+def test_tokens_by_their_ids(http: httpx.Client) -> None:
+    """As TRL reads log-probabilities."""
+    asked = {"max_tokens": 3, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    choice = complete(http, logprobs=2, **asked)
+    names = [f"token_id:{one}" for one in choice["token_ids"]]
+    assert choice["logprobs"]["tokens"] == names and len(names) == 3
+    plain = complete(http, logprobs=2, max_tokens=3)["logprobs"]
+    assert choice["logprobs"]["text_offset"] == plain["text_offset"]
+    assert choice["logprobs"]["token_logprobs"] == plain["token_logprobs"]
+    for name, top in zip(names, choice["logprobs"]["top_logprobs"], strict=True):
+        assert name in top and all(one.removeprefix("token_id:").isdigit() for one in top) and len(top) == 3
+    answer = http.post(CHAT, json={"messages": [USER], "logprobs": True, "top_logprobs": 2, **asked}).json()["choices"][
+        0
+    ]
+    content = answer["logprobs"]["content"]
+    assert [one["token"] for one in content] == [f"token_id:{one}" for one in answer["token_ids"]]
+    assert all(top["token"].startswith("token_id:") for one in content for top in one["top_logprobs"])
+    assert bytes(content[0]["bytes"]) and not bytes(content[0]["bytes"]).startswith(b"token_id")
+
+
+def test_what_trainers_read_of_vllms_configuration(http: httpx.Client) -> None:
+    assert "vllm_config" not in http.get("/server_info").json()
+    config = http.get("/server_info", params={"config_format": "json"}).json()["vllm_config"]
+    assert config["weight_transfer_config"] == {"backend": "nccl"} and config["model_config"]["dtype"].startswith(
+        "torch."
+    )
+    assert config["parallel_config"]["tensor_parallel_size"] == 1
+    assert http.get("/server_info", params={"config_format": "text"}).status_code == 400

@@ -33,6 +33,25 @@ def server_info(instance: "Instance", states: Sequence[GetInternalStateReqOutput
     }
 
 
+def vllm_config(instance: "Instance") -> dict[str, Any]:
+    """What trainers read of vLLM's configuration in /server_info?config_format=json, where it has the same meaning."""
+    config, args = instance.model_config, instance.server_args
+    return {
+        "model_config": {
+            "model": instance.weight_updates.model_path,
+            "dtype": f"torch.{config.dtype}",
+            "max_model_len": config.context_len,
+            "quantization": config.quantization or None,
+        },
+        "parallel_config": {
+            "tensor_parallel_size": args.tp_size,
+            "pipeline_parallel_size": args.pp_size,
+            "data_parallel_size": args.dp_size,
+        },
+        "weight_transfer_config": {"backend": "nccl"},
+    }
+
+
 def model_info(instance: "Instance") -> dict[str, Any]:
     """What /get_model_info shows."""
     return {

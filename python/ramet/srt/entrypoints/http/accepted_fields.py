@@ -67,7 +67,6 @@ _OPENAI_ROUTES = (
     *_only("vLLM", "beam search", "use_beam_search"),
     *_only("vLLM", "beam search", "length_penalty", values=(1,)),
     *_only("vLLM", "cutting a prompt that is too long", "truncate_prompt_tokens"),
-    *_only("vLLM", "token ids in the place of tokens, in log-probabilities", "return_tokens_as_token_ids"),
     *_only("vLLM", "separate prefix caches", "cache_salt"),
     *_only("SGLang", "separate prefix caches", "extra_key"),
     *_only("vLLM", "prefill and decode on several instances", "kv_transfer_params"),

@@ -16,6 +16,7 @@ NO_KEY = "the Authorization header must be 'Bearer' and a valid key, or the X-Ap
 ADMIN_PATHS = frozenset(
     {
         "/flush_cache",
+        "/reset_prefix_cache",
         "/start_profile",
         "/stop_profile",
         "/load_lora_adapter",

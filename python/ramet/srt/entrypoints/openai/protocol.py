@@ -199,6 +199,7 @@ class SamplingBody(RequestBody):
     bad_words: BadWords | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_OPENAI_LOGPROBS)] | None = None
     return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
     add_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Text | dict[str, Any] | None = None

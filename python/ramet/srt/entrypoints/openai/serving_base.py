@@ -203,6 +203,11 @@ def prompt_logprobs(tokenizer: Tokenizer, logprobs: TokenLogprobs, num_top: int)
     return entries
 
 
+def token_name(tokenizer: Tokenizer, token_id: int, *, as_id: bool | None) -> str:
+    """How log-probabilities name a token: by its text, or by vLLM's "token_id:N", which no two tokens share."""
+    return f"token_id:{token_id}" if as_id else token_text(tokenizer, token_id)
+
+
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as text; one that is no whole character as "bytes:\\xe2\\x82", which is OpenAI's way to write it."""
     raw = tokenizer.token_bytes(token_id)

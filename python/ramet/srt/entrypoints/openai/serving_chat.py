@@ -23,7 +23,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     openai_names,
     prompt_logprobs,
     sglext,
-    token_text,
+    token_name,
     usage,
     version_metadata,
 )
@@ -203,12 +203,16 @@ class ChatServing(OpenAIServing):
         """Of the output tokens [first, end); None when there is nothing to show."""
         if not body.logprobs or first == end:
             return None
-        tokenizer, logprobs, num_top = self.manager.tokenizer, sequence.output_logprobs, body.top_logprobs or 0
+        logprobs, num_top = sequence.output_logprobs, body.top_logprobs or 0
+
+        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+            return _token_entry(self.manager.tokenizer, token_id, logprob, as_id=body.return_tokens_as_token_ids)
+
         content = []
         for place in range(first, end):
             top = zip(logprobs.top_token_ids[place][:num_top], logprobs.top_logprobs[place][:num_top], strict=True)
-            entry = _token_entry(tokenizer, logprobs.token_ids[place], logprobs.logprobs[place])
-            content.append({**entry, "top_logprobs": [_token_entry(tokenizer, *pair) for pair in top]})
+            there = entry(logprobs.token_ids[place], logprobs.logprobs[place])
+            content.append({**there, "top_logprobs": [entry(*pair) for pair in top]})
         return {"content": content, "refusal": None}
 
 
@@ -256,9 +260,9 @@ def _delta(event: Event) -> dict[str, Any]:
     return {"tool_calls": [{"index": event.call_index, "function": {"arguments": event.text}}]}
 
 
-def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
-    text = token_text(tokenizer, token_id)
-    return {"token": text, "logprob": logprob, "bytes": list(tokenizer.token_bytes(token_id))}
+def _token_entry(tokenizer: Tokenizer, token_id: int, logprob: float | None, *, as_id: bool | None) -> dict[str, Any]:
+    name = token_name(tokenizer, token_id, as_id=as_id)
+    return {"token": name, "logprob": logprob, "bytes": list(tokenizer.token_bytes(token_id))}
 
 
 def _chunk(

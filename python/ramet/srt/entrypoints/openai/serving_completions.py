@@ -18,6 +18,7 @@ from ramet.srt.entrypoints.openai.serving_base import (
     openai_names,
     prompt_logprobs,
     sglext,
+    token_name,
     token_text,
     usage,
     version_metadata,
@@ -181,20 +182,24 @@ class ChoiceWriter:
         num_top = self._body.logprobs or 0
         for place in range(first, end):
             text = token_text(self._tokenizer, logprobs.token_ids[place])
+            name = self._name(logprobs.token_ids[place])
             top = {
-                token_text(self._tokenizer, token_id): value
+                self._name(token_id): value
                 for token_id, value in zip(
                     logprobs.top_token_ids[place][:num_top], logprobs.top_logprobs[place][:num_top], strict=True
                 )
             }
             logprob = logprobs.logprobs[place]
             if num_top and logprob is not None:
-                top.setdefault(text, logprob)  # as one more: the API's lists always have the token that is there
-            columns["tokens"].append(text)
+                top.setdefault(name, logprob)  # as one more: the API's lists always have the token that is there
+            columns["tokens"].append(name)
             columns["token_logprobs"].append(logprob)
             columns["top_logprobs"].append(top or None)
             columns["text_offset"].append(self._offset)
             self._offset += len(text)
+
+    def _name(self, token_id: int) -> str:
+        return token_name(self._tokenizer, token_id, as_id=self._body.return_tokens_as_token_ids)
 
 
 def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:

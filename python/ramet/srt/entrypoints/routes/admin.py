@@ -21,8 +21,11 @@ from ramet.srt.managers.metrics import CONTENT_TYPE
 METRICS_TIMEOUT_S = 2.0
 EXACTLY_ONE_TARGET: dict[str, Any] = {
     "oneOf": [
-        {"required": ["rid"], "properties": {"rid": {"type": "string"}, "abort_all": {"enum": [False, None]}}},
-        {"required": ["abort_all"], "properties": {"rid": {"type": "null"}, "abort_all": {"const": True}}},
+        {
+            "required": ["rid"],
+            "properties": {"rid": {"type": "string", "minLength": 1}, "abort_all": {"enum": [False, None]}},
+        },
+        {"required": ["abort_all"], "properties": {"rid": {"enum": ["", None]}, "abort_all": {"const": True}}},
     ]
 }
 
@@ -32,7 +35,7 @@ class AbortBody(RequestBody):
 
     model_config = ConfigDict(json_schema_extra=EXACTLY_ONE_TARGET)
 
-    rid: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    rid: Annotated[str, Field(max_length=256)] | None = None  # SGLang's clients send "" for none
     abort_all: bool | None = False
 
 
@@ -60,6 +63,11 @@ def make_admin_router(instance: Instance) -> APIRouter:
         """Drop the prefix cache; refused while requests run."""
         return done_or_refused(await instance.manager.flush_cache())
 
+    @router.post("/reset_prefix_cache", responses={200: {"model": Done}})
+    async def reset_prefix_cache() -> Response:
+        """The same by vLLM's name."""
+        return done_or_refused(await instance.manager.flush_cache())
+
     @router.post("/start_profile", responses={200: {"model": Done}})
     async def start_profile(body: StartProfileBody | None = None) -> Response:
         """Have every rank record `num_steps` passes, or all until /stop_profile, and write a Chrome trace."""
@@ -82,11 +90,11 @@ def make_admin_router(instance: Instance) -> APIRouter:
     @router.post("/abort_request", responses={200: {"model": Done}})
     async def abort_request(body: AbortBody, request: Request) -> Response:
         """End a request by its id, or all of them. Succeeds for an unknown id too: it may just have ended."""
-        if bool(body.abort_all) == (body.rid is not None):
+        if bool(body.abort_all) == bool(body.rid):
             raise RequestError("exactly one of rid and abort_all must be given", param="rid")
         if body.abort_all and not request.scope["is_admin"]:
             return error_response(401, "abort_all needs the admin key", code="invalid_api_key")
-        number = instance.manager.abort_all() if body.rid is None else instance.manager.abort(body.rid)
+        number = instance.manager.abort(body.rid) if body.rid else instance.manager.abort_all()
         return json_response({"success": True, "message": f"{number} sequences are being aborted"})
 
     @router.get("/metrics", response_class=PlainTextResponse)

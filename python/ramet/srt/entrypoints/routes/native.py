@@ -1,6 +1,6 @@
 """Owns SGLang's native routes of an instance, and those that say what it is."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import HTMLResponse, Response
@@ -41,9 +41,14 @@ def make_native_router(instance: Instance) -> APIRouter:
 
     @router.get("/server_info")
     @router.get("/get_server_info", deprecated=True)
-    async def server_info() -> Response:
-        """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers."""
-        return json_response(instance_info.server_info(instance, await instance.manager.internal_states()))
+    async def server_info(config_format: Literal["json"] | None = None) -> Response:
+        """Configuration, limits, how the weights came, start-up phases and the scheduler's numbers.
+
+        With `config_format=json` also `vllm_config`: what trainers ask vLLM's server for.
+        """
+        answer = instance_info.server_info(instance, await instance.manager.internal_states())
+        more = {} if config_format is None else {"vllm_config": instance_info.vllm_config(instance)}
+        return json_response(answer | more)
 
     @router.get("/get_load", responses={200: {"model": list[ReplicaLoad]}})
     async def get_load() -> Response:
