@@ -115,14 +115,19 @@ class ServerProcess:
         Args:
             verify: knows the authority of an https server's certificate.
         """
-        self.log = log
-        self.verify = verify
-        self.temporary = Path(tempfile.mkdtemp(dir=temporary_root()))  # so that what it leaves behind can be seen
         entry = [str(TEST_FOLDER / "launch_with_fake_scheduler.py")] if fake else ["-m", "ramet.launch_server"]
         port = [] if "--port" in flags else ["--port", "0"]
         name = [] if "--served-model-name" in flags else ["--served-model-name", MODEL_NAME]
+        self._start([*entry, "--model-path", str(model), *port, *name, *flags], log, verify, environment)
+
+    def _start(
+        self, arguments: list[str], log: Path, verify: ssl.SSLContext | bool, environment: dict[str, str]
+    ) -> None:
+        self.log = log
+        self.verify = verify
+        self.temporary = Path(tempfile.mkdtemp(dir=temporary_root()))  # so that what it leaves behind can be seen
         self.process = subprocess.Popen(
-            [sys.executable, *entry, "--model-path", str(model), *port, *name, *flags],
+            [sys.executable, *arguments],
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
             env={

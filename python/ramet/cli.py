@@ -3,17 +3,18 @@
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("serve", "modelexpress-server", "digest", "version")
+COMMANDS = ("serve", "standby", "modelexpress-server", "fleet", "digest", "version")
 USAGE = """usage: ramet <command> …
 
 commands:
   serve MODEL [flags]            start one serving instance (python -m ramet.launch_server MODEL [flags])
+  standby [flags]                start an instance without a model, which becomes one on request (POST /become)
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
   fleet set-version MODEL VERSION  have all instances of a model serve a version (also: clear-version, status)
   digest MODEL                   print the digest of a model's weights, for --weights-digest
   version, --version             print the version
 
-ramet serve --help, ramet modelexpress-server --help, ramet fleet --help and ramet digest --help list the flags.
+ramet serve --help, and likewise those of standby, modelexpress-server, fleet and digest, list the flags.
 """
 
 
@@ -25,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.launch_server import main as launch_main
 
         return launch_main(arguments, prog="ramet serve")
+    if command == "standby":
+        from ramet.srt.utils.early_signals import exit_on_signals
+
+        exit_on_signals()
+        from ramet.srt.entrypoints.standby.launch_standby import main as standby_main
+
+        return standby_main(arguments)
     if command == "modelexpress-server":
         from ramet.modelexpress_server import main as modelexpress_main
 

@@ -29,6 +29,9 @@ from ramet.srt.cli_parser import CliParser
 from ramet.srt.command_line import add_cli_args, parse_server_args
 from ramet.srt.entrypoints import directory_http
 from ramet.srt.entrypoints.http_api import create_app
+from ramet.srt.entrypoints.standby.launch_standby import make_parser as make_standby_parser
+from ramet.srt.entrypoints.standby.standby_app import make_standby_router
+from ramet.srt.entrypoints.standby.standby_metrics import StandbyMetrics
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
 from ramet.srt.modelexpress.server.fleet_service import FleetService
@@ -114,8 +117,9 @@ def all_flags() -> frozenset[str]:
     scripts = [
         path for folder in ("benchmark", "examples", "scripts", "test/manual") for path in (ROOT / folder).glob("*.py")
     ]
-    of_metadata_server = {option for action in metadata_parser()._actions for option in action.option_strings}
-    return server_flags().union(of_metadata_server, *(script_flags(path) for path in scripts))
+    parsers = (metadata_parser(), make_standby_parser("ramet standby"))
+    of_others = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return server_flags().union(of_others, *(script_flags(path) for path in scripts))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -137,6 +141,8 @@ def routes() -> frozenset[tuple[str, str]]:
     found = {(method.upper(), path) for path, operations in described.items() for method in operations}
     fleet_app = make_fleet_app(None, None, None, FleetService().routes("127.0.0.1", None))
     found |= {(method, route.path) for route in fleet_app.routes for method in route.methods}
+    standby = make_standby_router(SimpleNamespace(metrics=StandbyMetrics(None)))
+    found |= {(method, route.path) for route in standby.routes for method in route.methods}
     bootstrap = Path(directory_http.__file__).read_text()
     for method, body in re.findall(r"def do_([A-Z]+)\(self\)(.*?)\n(?=    def )", bootstrap, re.DOTALL):
         found |= {(method, path) for path in re.findall(r'"(/\w+)"', body)}

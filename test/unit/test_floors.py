@@ -65,6 +65,7 @@ FLOORS = {
     "srt.entrypoints.http_api": "all routes as one application",
     "srt.entrypoints.http_server": "when that application is served",
     "srt.entrypoints.launch": "an instance with its HTTP server",
+    "srt.entrypoints.standby": "an instance without a model, and what it becomes",
     "trainer": "a training process: what it publishes of a model, with nothing of the server",
     "launch_server": "python -m ramet.launch_server",
     "modelexpress_server": "python -m ramet.modelexpress_server",

@@ -16,6 +16,13 @@ NEEDLESS_DEST = "needless"
 PATH_DEST = "model_path_alone"
 
 
+class Flags(NamedTuple):
+    """What was given, by the fields of ServerArgs, and what is to be said of it in the log."""
+
+    values: dict[str, Any]
+    notes: list[str]
+
+
 class CommandLine(NamedTuple):
     """What it asks for, and what is to be said of it in the log."""
 
@@ -82,6 +89,17 @@ def read_command_line(argv: Sequence[str], prog: str) -> CommandLine:
     parser = CliParser(
         prog=prog, usage="%(prog)s MODEL [flags]", description="Start one serving instance.", allow_abbrev=False
     )
+    values, notes = read_flags(parser, argv)
+    if "model_path" not in values:
+        parser.error("the following arguments are required: --model-path")
+    return CommandLine(ServerArgs(**values), notes)
+
+
+def read_flags(parser: CliParser, argv: Sequence[str]) -> Flags:
+    """The flags that the command line, and the file that --config names, give; `parser` may have others, too.
+
+    Raises what `read_command_line` does.
+    """
     add_cli_args(parser)
     values = _parse(parser, argv)
     if (path := values.pop(CONFIG_FLAG[2:], None)) is not None:
@@ -89,9 +107,7 @@ def read_command_line(argv: Sequence[str], prog: str) -> CommandLine:
         needless = in_file.pop(NEEDLESS_DEST, []) + values.pop(NEEDLESS_DEST, [])
         values = in_file | values | {NEEDLESS_DEST: needless}
     notes = [f"{name} is not needed: {NEEDLESS[name]}" for name in dict.fromkeys(values.pop(NEEDLESS_DEST, []))]
-    if "model_path" not in values:
-        parser.error("the following arguments are required: --model-path")
-    return CommandLine(ServerArgs(**values), notes)
+    return Flags(values, notes)
 
 
 def _parse(parser: CliParser, argv: Sequence[str]) -> dict[str, Any]:

@@ -147,6 +147,11 @@ class ServerFacts(ServerFlags):
         return self.tp_size * self.pp_size * self.num_replicas
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """How many ranks there are, and what each is for: what ranks that have met can't change any more."""
+        return (self.tp_size, self.pp_size, self.ep_size, self.num_replicas, self.attn_dp_size)
+
+    @property
     def num_replicas(self) -> int:
         """Whole copies of the model, each with a scheduler of its own."""
         return 1 if self.enable_dp_attention else self.dp_size

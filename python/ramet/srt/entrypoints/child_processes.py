@@ -24,7 +24,7 @@ import msgspec
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.entrypoints.child_watch import ChildWatch
 from ramet.srt.errors import address_space_limit, one_line
-from ramet.srt.managers.child_process import ChildConfig
+from ramet.srt.managers.child_process import WARM, ChildConfig
 from ramet.srt.managers.io_struct import (
     DetokenizerFailed,
     DetokenizerReady,
@@ -62,6 +62,7 @@ class Child:
     """One started process and the end of the pipe on which it reports."""
 
     name: str
+    config: ChildConfig
     process: subprocess.Popen[bytes]
     status_pipe: io.FileIO
     status: bytes = b""
@@ -84,8 +85,13 @@ class ChildProcesses:
             self.stop()
             raise ValueError(f"the temporary folder's path is too long for a socket ({longest}); set TMPDIR to another")
 
-    def start(self, server_args: ServerArgs, launch_time: float, bootstrap_url: str | None) -> None:
+    def start(
+        self, server_args: ServerArgs, launch_time: float, bootstrap_url: str | None, *, as_spares: bool = False
+    ) -> None:
         """Start the scheduler of every rank of this node, which takes longest, and on node 0 the detokenizer.
+
+        Args:
+            as_spares: they do what needs no model, and wait for `give_orders`.
 
         Raises:
             LaunchError: if a process can't be started.
@@ -107,6 +113,7 @@ class ChildProcesses:
             parent_pid=os.getpid(),
             board_fd=watch.board.fd,
             slot=DETOKENIZER_SLOT,
+            is_spare=as_spares,
         )
         for slot, rank in enumerate(args.local_ranks, start=DETOKENIZER_SLOT + 1):
             parallel = ParallelConfig.of_rank(
@@ -161,15 +168,38 @@ class ChildProcesses:
         finally:
             os.close(write_fd)
         with self._lock:
-            self._children.append(Child(name, process, io.FileIO(read_fd)))
+            self._children.append(child := Child(name, config, process, io.FileIO(read_fd)))
         if self._watch is not None:
             self._watch.add(name, process.pid, config.slot, process.kill)
-        assert process.stdin is not None
-        try:
-            process.stdin.write(msgspec.json.encode(config) + b"\n")
-            process.stdin.close()
-        except BrokenPipeError:
-            logger.debug("the %s ended before it had its configuration", name)
+        _tell(child, config, is_last=not config.is_spare)
+
+    def wait_warm(self) -> None:
+        """Wait until nothing but a model is missing to the children that were started as spares.
+
+        Raises:
+            LaunchError: as `wait_ready`.
+        """
+        with self._lock:
+            children = list(self._children)
+        for child in children:
+            if (first := child.status_pipe.read(1)) != WARM:
+                child.status = first + child.status_pipe.readall()
+                self._status_message(child)
+
+    def give_orders(self, server_args: ServerArgs, launch_time: float, bootstrap_url: str | None) -> None:
+        """Tell spares that are warm what they are parts of. What follows is as after `start`."""
+        for child in self._children:
+            config = msgspec.structs.replace(
+                child.config,
+                server_args=dataclasses.asdict(server_args),
+                bootstrap_url=bootstrap_url,
+                launch_time=launch_time,
+            )
+            _tell(child, config, is_last=True)
+
+    def watch_spares(self, on_death: Callable[[str], None]) -> None:
+        """Call `on_death` with one line, in a thread of its own, when a spare ends though nobody has stopped it."""
+        self._watch_all(on_death, None)
 
     def wait_ready(self) -> list[SchedulerReady]:
         """Wait until every child says that it can serve; the schedulers' messages. Ends when a child or `stop` does.
@@ -217,7 +247,11 @@ class ChildProcesses:
         Args:
             on_end: called instead when a child has ended in good order; without it, that is a death too.
         """
+        if self._watch is not None:
+            self._watch.serve()
+        self._watch_all(on_death, on_end)
 
+    def _watch_all(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None) -> None:
         def wait_for(child: Child) -> None:
             return_code = child.process.wait()
             if self._stopping:
@@ -228,8 +262,6 @@ class ChildProcesses:
                 line = f"the {child.name}, process {child.process.pid}, {describe_end(return_code)}"
                 on_death(self._verdict or line)
 
-        if self._watch is not None:
-            self._watch.serve()
         for child in self._children:
             threading.Thread(target=wait_for, args=(child,), name=f"watch {child.name}", daemon=True).start()
 
@@ -285,6 +317,19 @@ class ChildProcesses:
     def kill(self) -> None:
         """End every child at once, without asking."""
         self.stop(timeout_s=0.0)
+
+
+def _tell(child: Child, config: ChildConfig, *, is_last: bool) -> None:
+    """Give a child a configuration, and the last one with the end of its input."""
+    pipe = child.process.stdin
+    assert pipe is not None
+    try:
+        pipe.write(msgspec.json.encode(config) + b"\n")
+        pipe.flush()
+        if is_last:
+            pipe.close()
+    except BrokenPipeError:
+        logger.debug("the %s ended before it had its configuration", child.name)
 
 
 def child_environment(python_path: str) -> dict[str, str]:

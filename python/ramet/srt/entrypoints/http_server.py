@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ramet.srt.entrypoints.child_processes import LaunchError
 from ramet.srt.entrypoints.http.body_check import BodyChecker
@@ -20,6 +21,7 @@ from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.instance import Instance
 from ramet.srt.entrypoints.instance_info import ready_line
 from ramet.srt.entrypoints.listener import BACKLOG, shares
+from ramet.srt.server_args import ServerArgs
 from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
 
@@ -40,13 +42,38 @@ def serve(instance: Instance, listener: socket.socket, check_signals: Callable[[
         ValueError: if the tokenizer can't be read.
         LaunchError: if the instance can't start, or has ended because a child has.
     """
-    loop_factory = None
-    if find_spec("uvloop") is not None:
-        import uvloop
-
-        loop_factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with make_runner() as runner:
         runner.run(HttpServer(instance, listener).run(check_signals))
+
+
+def make_runner() -> asyncio.Runner:
+    """What runs the event loop of a server, the fastest that there is."""
+    if find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+
+def make_server(app: ASGIApp, args: ServerArgs) -> "SignalFreeServer":
+    """What serves an application as the flags say."""
+    limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
+    config = uvicorn.Config(
+        app,
+        http=guarded_protocol(limits, lambda path: without_root(path, args.root_path).rstrip("/") in HEALTH_PATHS),
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_keyfile_password=args.ssl_keyfile_password,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+    )
+    return SignalFreeServer(config, f"listening on {args.url()}")
 
 
 class HttpServer:
@@ -56,26 +83,9 @@ class HttpServer:
         self._instance = instance
         self._listener = listener
         self._end = asyncio.Event()  # set by a signal or a death
-        args = instance.server_args
         self._checker = BodyChecker(instance.model_config.vocab_size)
-        limits = HttpLimits(max_connections=room_for_connections(args.max_connections))
         self._app = create_app(instance, self._checker if instance.is_head else None)
-        config = uvicorn.Config(
-            self._app,
-            http=guarded_protocol(limits, lambda path: without_root(path, args.root_path).rstrip("/") in HEALTH_PATHS),
-            ssl_certfile=args.ssl_certfile,
-            ssl_keyfile=args.ssl_keyfile,
-            ssl_keyfile_password=args.ssl_keyfile_password,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
-        )
-        self._server = SignalFreeServer(config, f"listening on {args.url()}")
+        self._server = make_server(self._app, instance.server_args)
 
     async def run(self, check_signals: Callable[[], None]) -> None:
         """Serve until the end. Raises what `serve` raises."""

@@ -101,6 +101,36 @@ class Instance:
         """Why /health should not send requests here: a process has not moved for a while. None if all move."""
         return None if self._children is None else self._children.doubt
 
+    def warm_up(self) -> None:
+        """Start the children before anybody knows the model: `take` says which it is, and then comes `start`.
+
+        Raises:
+            LaunchError: if a process can't be started.
+        """
+        self._children = ChildProcesses(self._scheduler_module)
+        self._children.start(self.server_args, self.progress.launch_time, None, as_spares=True)
+
+    def wait_warm(self, on_death: Callable[[str], None]) -> None:
+        """Wait until nothing but a model is missing.
+
+        Args:
+            on_death: called with one line, in some thread, when a child ends from now on.
+
+        Raises:
+            LaunchError: if a child can't do its part.
+        """
+        assert self._children is not None
+        self._children.wait_warm()
+        self._children.watch_spares(on_death)
+
+    def take(self, server_args: ServerArgs, launch_time: float) -> None:
+        """What an instance that was warmed up is to be. Children of other sizes than it was warmed up for are ended."""
+        if self._children is not None and server_args.sizes != self.server_args.sizes:
+            self._children.stop()
+            self._children = None
+        self.server_args, self.progress = server_args, Progress(launch_time)
+        self.http_counts.model_name = server_args.model_name
+
     def start(self) -> None:
         """Check the model folder and start the children. Imports little: what follows can overlap with their start.
 
@@ -124,8 +154,11 @@ class Instance:
             bootstrap_url = bootstrap.url
         elif args.is_seed:
             bootstrap_url = format_url(args.head_host, args.engine_info_bootstrap_port)
-        self._children = ChildProcesses(self._scheduler_module)
-        self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
+        if self._children is not None:
+            self._children.give_orders(self.server_args, self.progress.launch_time, bootstrap_url)
+        else:
+            self._children = ChildProcesses(self._scheduler_module)
+            self._children.start(self.server_args, self.progress.launch_time, bootstrap_url)
         self.progress.mark("children started")
 
     def open(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:

@@ -22,6 +22,7 @@ def server_info(instance: "Instance", states: Sequence[GetInternalStateReqOutput
     }
     return {
         **args,
+        "state": "serving",
         "served_model_name": instance.server_args.model_name,
         "weight_version": instance.manager.weight_version,
         "version": ramet.__version__,

@@ -43,7 +43,7 @@ def serve_from_command_line(argv: Sequence[str], prog: str) -> int:
     try:
         server_args, notes = read_command_line(argv, prog)
     except ValueError as error:
-        return _fail(error)
+        return fail(error)
     configure_logging(server_args.log_level, "server", server_args.log_format)
     for note in notes:
         logger.info("%s", note)
@@ -61,11 +61,11 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
         try:
             start_traces(server_args.otlp_traces_endpoint, {"ramet.model": server_args.model_name})
         except ValueError as error:
-            return _fail(error)
+            return fail(error)
     allow_bars(server_args.log_format == "text")
     raise_file_limit()
     try:
-        with _StartSignals() as signals:
+        with StartSignals() as signals:
             return _run(server_args, launch_time, scheduler_module, signals)
     except Interrupted:
         return 0
@@ -73,10 +73,10 @@ def launch(server_args: ServerArgs, launch_time: float, scheduler_module: str = 
         stop_traces()
 
 
-def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, signals: "_StartSignals") -> int:
+def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, signals: "StartSignals") -> int:
     instance: Instance | None = None
     try:
-        _check_file_limit()
+        check_file_limit()
         with contextlib.closing(bind(server_args.host, server_args.port)) as listener:
             server_args = dataclasses.replace(server_args, port=listener.getsockname()[1])
             logger.info("starting; users will be served on %s", server_args.url())
@@ -90,14 +90,14 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
     except (ValueError, LaunchError) as error:
         if (own := tracer()) is not None and (instance is None or not instance.schedulers):
             trace_failed_start(own, launch_time, one_line(error))
-        return _fail(error)
+        return fail(error)
     except (OSError, MemoryError, RuntimeError) as error:
         if limit_advice(error) is None:
             raise
-        return _fail(error)
+        return fail(error)
     finally:
         if instance is not None:
-            with _StartSignals():  # once more: an event loop that ends leaves Python's own handlers behind
+            with StartSignals():  # once more: an event loop that ends leaves Python's own handlers behind
                 try:
                     instance.stop_processes()
                 except Interrupted:
@@ -106,7 +106,7 @@ def _run(server_args: ServerArgs, launch_time: float, scheduler_module: str, sig
     return 0
 
 
-def _check_file_limit() -> None:
+def check_file_limit() -> None:
     """Refuse a limit at which libraries end the process without a word that helps. Raises ValueError."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit < MIN_FILES:
@@ -115,7 +115,7 @@ def _check_file_limit() -> None:
         )
 
 
-class _StartSignals:
+class StartSignals:
     """Until a server takes the signals, they end the start in an orderly way."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class _StartSignals:
         if self._has_come:
             raise Interrupted
 
-    def __enter__(self) -> "_StartSignals":
+    def __enter__(self) -> "StartSignals":
         self._before = {number: signal.signal(number, self._interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -140,7 +140,7 @@ class _StartSignals:
         raise Interrupted
 
 
-def _fail(error: Exception) -> int:
+def fail(error: Exception) -> int:
     """One line for the user, whatever the error's text looks like; the exit code."""
     print("ramet: error:", one_line(error), file=sys.stderr, flush=True)
     return 1

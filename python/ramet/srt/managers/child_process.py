@@ -1,5 +1,8 @@
 """Owns the child's side of a start: its configuration from stdin, its one status message, and its end with the parent.
 
+A spare child is given two configurations: with the first it does all that needs no model, and the second, whenever that
+comes, is of the instance that it is to be a part of.
+
 The parent's side is entrypoints/child_processes.py.
 """
 
@@ -17,6 +20,7 @@ from ramet.srt.managers.port_args import PortArgs
 from ramet.srt.server_args import ServerArgs
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+WARM = b"\n"  # what a spare reports before its one message: nothing but a model is missing
 
 
 class ChildConfig(msgspec.Struct, kw_only=True):
@@ -31,6 +35,7 @@ class ChildConfig(msgspec.Struct, kw_only=True):
     parent_pid: int
     board_fd: int  # of the page on which the node's processes beat, see managers/pulse.py
     slot: int  # of this process on it
+    is_spare: bool = False  # its model is in a second configuration, which is yet to come
 
     def make_server_args(self) -> ServerArgs:
         return ServerArgs(**self.server_args)
@@ -57,6 +62,16 @@ def read_child_config(stream: TextIO = sys.stdin) -> ChildConfig:
     if not line:
         raise ValueError("there is no configuration on stdin: the launcher has gone")
     return msgspec.json.decode(line, type=ChildConfig)
+
+
+def take_orders(status_fd: int) -> ChildConfig:
+    """For a spare that is warm: report that, and wait for the configuration with its model, for as long as it takes.
+
+    Raises:
+        ValueError: if there will be none: the parent has died.
+    """
+    os.write(status_fd, WARM)
+    return read_child_config()
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:

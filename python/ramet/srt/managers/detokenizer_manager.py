@@ -18,6 +18,7 @@ from ramet.srt.managers.child_process import (
     read_child_config,
     send_status,
     status_fd_argument,
+    take_orders,
 )
 from ramet.srt.managers.io_struct import (
     BatchStrOutput,
@@ -164,6 +165,9 @@ def _serve(config: ChildConfig, status_fd: int) -> int:
     args = config.make_server_args()
     configure_logging(args.log_level, "detokenizer", args.log_format)
     pulse, _ = start_pulse(config)
+    if config.is_spare:
+        config = take_orders(status_fd)
+        args = config.make_server_args()
     try:
         path = resolve_tokenizer_path(args.tokenizer_path, args.model_path, args.revision)
         tokenizer = Tokenizer.from_path(path)

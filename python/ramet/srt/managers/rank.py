@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Callable
 
+import torch
+
 from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
@@ -47,12 +49,38 @@ class RankStart:
         self.args = config.make_server_args()
         self.parallel = config.parallel
         self.phases: dict[str, float] = {}
+        self._sockets: RoleSockets | None = None  # of a rank that has met the others before it knew its model
         self.rendezvous: Rendezvous | None = None  # with the other ranks: from the meeting on, and if there are others
         self._on_phase("imports")
 
     def _on_phase(self, name: str) -> None:
         """Note that start-up phase `name` has just ended: seconds since the launch of the instance."""
         self.phases[name] = round(time.time() - self.config.launch_time, 3)
+
+    def warm_up(self) -> None:
+        """For a spare: take the device and meet the other ranks, before anybody knows the model.
+
+        Raises what `run` does.
+        """
+        self._take_device()
+        if self.device.type == "cuda":
+            torch.zeros(1, device=self.device)  # the context, and the libraries that come with the first kernel
+            torch.cuda.synchronize(self.device)
+        else:
+            ones = torch.ones(8, 8)
+            torch.mm(ones, ones)  # threads and libraries that come with the first product
+        self._sockets = self._meet()
+
+    def take(self, config: ChildConfig) -> None:
+        """For a spare that is warm: what it is to be. Sizes and addresses are those that it was warmed up with."""
+        self.config = config
+        self.args = config.make_server_args()
+        self.phases = {}
+        self._on_phase("orders")
+
+    def _take_device(self) -> None:
+        self.device = pick_device(self.args.device, self.args.gpu_id(self.parallel.world_rank))
+        self._on_phase("device")
 
     def run(self) -> "Rank":
         """Meet the other ranks, load the weights, let others find them, and get ready to serve.
@@ -61,8 +89,8 @@ class RankStart:
             ValueError, OSError, MemoryError, RuntimeError: if the rank can't serve; the message says why.
         """
         args = self.args
-        self.device = pick_device(args.device, args.gpu_id(self.parallel.world_rank))
-        self._on_phase("device")
+        if self._sockets is None:
+            self._take_device()
         needs_files = not (args.takes_weights_from_instances or args.awaits_weights)
         model_path = resolve_model_path(args.model_path, args.revision, weights=needs_files)
         config = ModelConfig.from_path(
@@ -79,7 +107,7 @@ class RankStart:
             kv_cache_dtype=args.kv_cache_dtype,
         )
         scheduler_config = args.scheduler_config(self.device.type)
-        sockets = self._meet(scheduler_config)
+        sockets = self._sockets or self._meet()
         runner_config = args.runner_config(self.device.type, dtype=config.dtype, quantization=config.quantization)
         self.runner = ModelRunner(
             runner_config, config, self.parallel, self.device, self._on_phase, self._load_context()
@@ -111,9 +139,10 @@ class RankStart:
             raise StandsStill
         return role.load()
 
-    def _meet(self, scheduler_config: SchedulerConfig) -> RoleSockets:
+    def _meet(self) -> RoleSockets:
         """Open this rank's sockets, and find the other ranks if there are any."""
         args, parallel = self.args, self.parallel
+        scheduler_config = args.scheduler_config(self.device.type)
         is_local = args.nnodes == 1
         address = self.config.directory if is_local else local_address(args.dist_init_addr)
         if parallel.world_size == 1:
@@ -157,9 +186,7 @@ class RankStart:
             rendezvous,
             address,
             self.config.port_args,
-            functools.partial(
-                resolve_tokenizer_path, self.args.tokenizer_path, self.args.model_path, self.args.revision
-            ),
+            lambda: resolve_tokenizer_path(self.args.tokenizer_path, self.args.model_path, self.args.revision),
             self.args.grammar_backend,
         )
 

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import zmq
 
 from ramet.srt.errors import one_line
-from ramet.srt.managers.child_process import die_with_parent, read_child_config, send_status, status_fd_argument
+from ramet.srt.managers.child_process import (
+    die_with_parent,
+    read_child_config,
+    send_status,
+    status_fd_argument,
+    take_orders,
+)
 from ramet.srt.managers.io_struct import SchedulerFailed, encode
 from ramet.srt.managers.pulse import BoardVoice, LauncherBeats, WatchLimits
 from ramet.srt.managers.watchdog import start_pulse
@@ -46,6 +52,9 @@ def main(argv: Sequence[str]) -> int:
     launcher = LauncherBeats(board, WatchLimits(args.watchdog_timeout).period_s)
     start = RankStart(config, BoardVoice(board), launcher.move)
     try:
+        if config.is_spare:
+            start.warm_up()
+            start.take(take_orders(status_fd))
         rank = start.run()
     except (ValueError, OSError, MemoryError, RuntimeError, zmq.ZMQError) as error:
         logger.debug("start failed", exc_info=True)

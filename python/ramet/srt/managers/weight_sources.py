@@ -112,8 +112,13 @@ def instance_source(address: str, digest: str | None = None) -> InstanceSource:
     return InstanceSource(host=host, port=port, scheme=SCHEMES[scheme], digest=digest)
 
 
-def find_instance(config: LoadConfig, address: str, digest: str | None) -> FoundInstance | FoundPublication:
+def find_instance(
+    config: LoadConfig, address: str, digest: str | None, *, keeps_name: bool = False
+) -> FoundInstance | FoundPublication:
     """The instance at "host:port", "http://host:port" or "https://host:port", or a trainer at those of all its ranks.
+
+    Args:
+        keeps_name: an instance's weights keep their version's name, unless they are given another.
 
     Raises:
         ValueError: if that is no address, or its weights have no checksums.
@@ -128,7 +133,8 @@ def find_instance(config: LoadConfig, address: str, digest: str | None) -> Found
     if len(sources) > 1:
         raise ValueError(f"{source.host}:{source.port} is an instance, of which one address is enough")
     content = _content(_server(source, config), first, config.timeout_s)
-    return FoundInstance(source, address, config, content)
+    name = first.manifest.weight_version if keeps_name and first.manifest is not None else None
+    return FoundInstance(source, address, config, content, version=name)
 
 
 def find_listed(

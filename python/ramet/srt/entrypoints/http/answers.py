@@ -264,7 +264,7 @@ class ModelList(Answer):
 class Status(Answer):
     """How the instance is."""
 
-    status: Literal["ready", "paused", "asleep", "awaiting_weights"]
+    status: Literal["ready", "paused", "asleep", "awaiting_weights", "warming", "standby", "becoming", "serving"]
 
 
 class SglangOutcome(Answer):

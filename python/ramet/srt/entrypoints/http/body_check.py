@@ -49,7 +49,7 @@ class BodyChecker:
     """Two helper processes, each started at the first body that it has to look at."""
 
     def __init__(self, vocab_size: int):
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._helpers = {is_large: _Helper() for is_large in (False, True)}
 
     async def check(self, path: str, pieces: Sequence[bytes], max_req_len: int) -> None:
@@ -60,7 +60,7 @@ class BodyChecker:
             ServiceError: if there are too many others, or it takes too long.
         """
         num_bytes = sum(map(len, pieces))
-        question = BodyQuestion(path=path, num_bytes=num_bytes, vocab_size=self._vocab_size, max_req_len=max_req_len)
+        question = BodyQuestion(path=path, num_bytes=num_bytes, vocab_size=self.vocab_size, max_req_len=max_req_len)
         verdict = await self._helpers[num_bytes > LARGE_BYTES].ask(question, pieces)
         if verdict.message is not None:
             raise RequestError(verdict.message, param=verdict.param, code=verdict.code, status_code=verdict.status_code)

@@ -15,6 +15,7 @@ OPEN_PATHS = HEALTH_PATHS | {"/docs"}  # answered to everybody, at any time
 NO_KEY = "the Authorization header must be 'Bearer' and a valid key, or the X-Api-Key header one"
 ADMIN_PATHS = frozenset(
     {
+        "/become",
         "/flush_cache",
         "/reset_prefix_cache",
         "/start_profile",

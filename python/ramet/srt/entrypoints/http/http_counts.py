@@ -15,7 +15,7 @@ class HttpCounts:
     """A collector for Prometheus's library, which is not imported before it asks."""
 
     def __init__(self, model_name: str):
-        self._model_name = model_name
+        self.model_name = model_name
         self.num_active = 0
         self._responses: Counter[tuple[str, str, int]] = Counter()  # by endpoint, method and status
 
@@ -35,9 +35,9 @@ class HttpCounts:
         totals: Counter[tuple[str, str]] = Counter()
         for (endpoint, method, status), number in sorted(self._responses.items()):
             totals[endpoint, method] += number
-            responses.add_metric([self._model_name, endpoint, method, str(status)], number)
+            responses.add_metric([self.model_name, endpoint, method, str(status)], number)
         for (endpoint, method), number in totals.items():
-            requests.add_metric([self._model_name, endpoint, method], number)
+            requests.add_metric([self.model_name, endpoint, method], number)
         active = GaugeMetricFamily("ramet:http_requests_active", "HTTP requests under way.", labels=["model_name"])
-        active.add_metric([self._model_name], self.num_active)
+        active.add_metric([self.model_name], self.num_active)
         yield from (requests, responses, active)
