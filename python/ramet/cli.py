@@ -10,7 +10,7 @@ commands:
   serve MODEL [flags]            start one serving instance (python -m ramet.launch_server MODEL [flags])
   standby [flags]                start an instance without a model, which becomes one on request (POST /become)
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
-  fleet set-version MODEL VERSION  have all instances of a model serve a version (also: clear-version, status)
+  fleet set-version MODEL VERSION  have all instances of a model serve a version (also: scale, clear-version, status)
   digest MODEL                   print the digest of a model's weights, for --weights-digest
   version, --version             print the version
 

@@ -32,6 +32,7 @@ from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.standby.launch_standby import make_parser as make_standby_parser
 from ramet.srt.entrypoints.standby.standby_app import make_standby_router
 from ramet.srt.entrypoints.standby.standby_metrics import StandbyMetrics
+from ramet.srt.modelexpress.client.fleet_command import make_parser as make_fleet_parser
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
 from ramet.srt.modelexpress.server.fleet_app import make_fleet_app
 from ramet.srt.modelexpress.server.fleet_service import FleetService
@@ -117,7 +118,8 @@ def all_flags() -> frozenset[str]:
     scripts = [
         path for folder in ("benchmark", "examples", "scripts", "test/manual") for path in (ROOT / folder).glob("*.py")
     ]
-    parsers = (metadata_parser(), make_standby_parser("ramet standby"))
+    (commands_of_fleets,) = make_fleet_parser("ramet fleet")._subparsers._group_actions
+    parsers = (metadata_parser(), make_standby_parser("ramet standby"), *commands_of_fleets.choices.values())
     of_others = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return server_flags().union(of_others, *(script_flags(path) for path in scripts))
 

@@ -1,6 +1,7 @@
 """Owns the start and the end of one rank: whom it meets and what it builds. What it does between, its role says."""
 
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -70,6 +71,10 @@ class RankStart:
             ones = torch.ones(8, 8)
             torch.mm(ones, ones)  # threads and libraries that come with the first product
         self._sockets = self._meet()
+        importlib.import_module("ramet.srt.utils.http_client")  # what is imported only where it is needed
+        if self.args.modelexpress is not None:
+            importlib.import_module("ramet.srt.modelexpress.client.publication")
+            importlib.import_module("ramet.srt.modelexpress.client.seed_search")
 
     def take(self, config: ChildConfig) -> None:
         """For a spare that is warm: what it is to be. Sizes and addresses are those that it was warmed up with."""

@@ -94,12 +94,20 @@ class SleepControl:
         gone = self._others if self._updates.has_weights else self._others | {WEIGHTS}
         return tuple(tag for tag in MEMORY_TAGS if tag in gone)
 
-    async def release(self, tags: Collection[AskedTag], mode: SleepMode, *, keeps_copy: bool | None = None) -> Moved:
+    async def release(
+        self,
+        tags: Collection[AskedTag],
+        mode: SleepMode,
+        *,
+        keeps_copy: bool | None = None,
+        made_up: bool = False,
+    ) -> Moved:
         """Put the instance to sleep; give the memory of the tags back, if there are any.
 
         Args:
             mode: what becomes of requests.
             keeps_copy: of the weights, in host memory; None: as the instance was started.
+            made_up: also an instance that awaits its first weights: an update must bring them before it wakes.
 
         Raises:
             RequestError: if it can't be done; what is not said to sleep then is as it was.
@@ -108,7 +116,8 @@ class SleepControl:
         if tags and not self._can_sleep:
             raise RequestError("memory is only given back by an instance that was started with --enable-memory-saver")
         copies = self._keeps_copy if keeps_copy is None else keeps_copy
-        return await self._updates.shielded(self._release([tag for tag in MEMORY_TAGS if tag in tags], mode, copies))
+        chosen = [tag for tag in MEMORY_TAGS if tag in tags]
+        return await self._updates.shielded(self._release(chosen, mode, copies, made_up=made_up))
 
     async def resume(self, tags: Collection[AskedTag] | None, address: str | None = None) -> Moved:
         """Take the memory of the tags again, with the weights that were in it. Wakes when nothing is missing any more.
@@ -189,15 +198,17 @@ class SleepControl:
             note_update(report)
         return report
 
-    async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool) -> Moved:
+    async def _release(self, tags: list[MemoryTag], mode: SleepMode, copies: bool, *, made_up: bool) -> Moved:
         async with self._updates.turn(changes=False):
-            return await self._release_now(tags, mode, copies)
+            return await self._release_now(tags, mode, copies, made_up=made_up)
 
-    async def _release_now(self, tags: list[MemoryTag], mode: SleepMode | None, copies: bool) -> Moved:
+    async def _release_now(
+        self, tags: list[MemoryTag], mode: SleepMode | None, copies: bool, *, made_up: bool = False
+    ) -> Moved:
         """As `release`. A mode of None leaves requests what the sleep that lasts has made of them."""
         begun = time.perf_counter()
         new = [tag for tag in tags if tag not in self.tags]
-        if self._updates.current.is_made_up:
+        if self._updates.current.is_made_up and not made_up:
             raise RequestError("no weights are there that can serve: an instance sleeps with such weights alone")
         if mode is not None:
             await self._pauses.fall_asleep(mode, keeps_cache="kv_cache" not in (*self.tags, *new))

@@ -32,7 +32,7 @@ def main(argv: Sequence[str], prog: str = "ramet standby", scheduler_module: str
     parser = make_parser(prog)
     try:
         flags = read_flags(parser, argv)
-        num_kept = flags.values.pop("keep_models")
+        num_kept, shapes = flags.values.pop("keep_models"), flags.values.pop("shapes")
         with importing("fastapi"):
             from ramet.srt.entrypoints.standby.orders import make_template
         template = make_template(flags.values)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str], prog: str = "ramet standby", scheduler_module: str
                 with importing("fastapi"):
                     from ramet.srt.entrypoints.standby.standby_server import serve_standby
                 signals.check()
-                serve_standby(template, num_kept, launch_time, scheduler_module, listener, signals.check)
+                serve_standby(template, num_kept, shapes, launch_time, scheduler_module, listener, signals.check)
     except Interrupted:
         return 0
     except (ValueError, LaunchError) as error:
@@ -83,7 +83,22 @@ def make_parser(prog: str) -> CliParser:
         help="Models that it keeps when it becomes another one: processes, tokenizer, CUDA graphs and addresses, but "
         f"neither weights nor KV cache. They are back soonest. (default: {DEFAULT_KEPT})",
     )
+    group.add_argument(
+        "--shapes",
+        type=_paths,
+        default=(),
+        metavar="MODEL,MODEL…",
+        help="Models that it prepares before it is warm: all but their weights, of which none are read. The folders or "
+        "hub ids that /become will name, with the standby's own flags.",
+    )
     return parser
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    paths = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not all(paths):
+        raise argparse.ArgumentTypeError(f"must be models with commas between them; got {text!r}")
+    return paths
 
 
 def _count(text: str) -> int:

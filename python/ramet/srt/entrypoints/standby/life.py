@@ -7,10 +7,11 @@ shape, and ends.
 import asyncio
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ramet.srt.entrypoints.child_processes import LaunchError
@@ -58,7 +59,9 @@ class Life:
         self.instance = Instance(template, launch_time, scheduler_module)
         self.checker = BodyChecker(0)
         self.key = ""  # of the shape that it has
+        self.recipe = ""  # by which it has become what it is: a body of /become as JSON
         self.is_over = False
+        self._is_made_up = False  # it has a shape, and no weights have ever come
         self._starter = starter
         self._loop = asyncio.get_running_loop()
         self._on_death = on_death
@@ -85,6 +88,9 @@ class Life:
 
     def _warm_up(self) -> None:
         self.instance.warm_up()
+        importlib.import_module("ramet.srt.utils.http_client")  # by which seeds are asked
+        if self.args.modelexpress is not None:
+            importlib.import_module("ramet.srt.modelexpress.client.client")
         self.app = create_app(self.instance, self.checker)
         self.instance.wait_warm(self._tell_spare_death)
 
@@ -124,6 +130,16 @@ class Life:
         reports = [scheduler.load_report for scheduler in instance.schedulers]
         return Weights(", ".join(sorted({one.source for one in reports})), sum(one.num_bytes for one in reports))
 
+    async def prepare(self, args: ServerArgs, progress: Progress, give_up: asyncio.Event) -> None:
+        """Have the shape of a model, put down: all but its weights, in whose place others were made up.
+
+        Raises:
+            RequestError, ServiceError: as `start`.
+        """
+        await self.start(replace(args, checkpoint_engine_wait_weights_before_ready=True), progress, give_up)
+        self._is_made_up = True
+        await self.instance.sleep.release(MEMORY_TAGS, "abort", keeps_copy=False, made_up=True)
+
     async def put_down(self, *, drains: bool) -> None:
         """Have requests end, and give back the memory of the weights and the KV cache. No more requests may come.
 
@@ -155,11 +171,14 @@ class Life:
         instance = self.instance
         find = self._finder(body, args)
         if find is None:
+            if self._is_made_up:
+                raise RequestError("its weights have no name yet")
             moved = await instance.sleep.resume(None)
             return Weights(moved.source, moved.num_bytes)
         from_files = isinstance(find, functools.partial) and find.func is find_files
         version = body.weight_version or (DEFAULT_VERSION if from_files else None)  # as a start would call them
         report = await instance.sleep.update(find, version, abort_all=False, in_place=False)
+        self._is_made_up = False
         await instance.sleep.resume(None)
         return Weights(report.source, report.num_bytes)
 

@@ -63,6 +63,7 @@ REFUSED_FLAGS = {
 }
 # What says where weights come from, which is another matter at each change.
 WAY_FIELDS = (
+    "checkpoint_engine_wait_weights_before_ready",
     "load_format",
     "weight_version",
     "weights_digest",
@@ -141,6 +142,11 @@ def make_template(values: dict[str, Any]) -> ServerArgs:
     if template.modelexpress.source or template.modelexpress.model_name:
         raise ValueError("--modelexpress-config: source and model_name are not for a standby: /become says them")
     return template
+
+
+def shape_of(model_path: str) -> BecomeBody:
+    """What asks for a model that is to be prepared."""
+    return BecomeBody.make(model_path=model_path, source="files")
 
 
 def server_args_of(body: BecomeBody, template: ServerArgs) -> ServerArgs:

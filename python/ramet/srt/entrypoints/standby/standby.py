@@ -6,19 +6,20 @@ A change has two ends only: the model that was asked for serves, or all is as it
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ramet.srt.entrypoints.read_model import read_model
 from ramet.srt.entrypoints.standby.life import Life, Weights
-from ramet.srt.entrypoints.standby.orders import BecomeBody, server_args_of, shape_key
+from ramet.srt.entrypoints.standby.orders import BecomeBody, server_args_of, shape_key, shape_of
 from ramet.srt.entrypoints.standby.spares import Spares
 from ramet.srt.entrypoints.standby.standby_metrics import StandbyMetrics
 from ramet.srt.errors import RequestError, ServiceError, one_line
 from ramet.srt.observability.progress import Progress
 from ramet.srt.server_args import ServerArgs
+from ramet.srt.weights.pool import recipe_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Standby:
     Args:
         template: what all of its models have in common.
         num_kept: lives that are kept when they are put down, to be woken.
+        shapes: paths of models whose shapes are prepared, and kept beside those.
         on_death: called with one line when what serves has ended by itself.
     """
 
@@ -51,6 +53,7 @@ class Standby:
         template: ServerArgs,
         launch_time: float,
         num_kept: int,
+        shapes: Sequence[str],
         scheduler_module: str,
         on_death: Callable[[str], None],
     ):
@@ -62,7 +65,8 @@ class Standby:
         self.warm_after_s: float | None = None  # from the launch, when it could become a model first
         self.spares: Spares
         self._launch_time = launch_time
-        self._num_kept = num_kept
+        self._shapes = shapes
+        self._num_kept = num_kept + len(shapes)
         self._scheduler_module = scheduler_module
         self._report_death = on_death
         self._turn = asyncio.Lock()
@@ -78,9 +82,34 @@ class Standby:
         return Life(self.template, time.time(), self._scheduler_module, self._starter, self._on_life_death)
 
     async def wait_warm(self) -> None:
-        """Wait until it can become a model. Raises LaunchError or OSError if it can't."""
+        """Wait until it can become a model, and has prepared shapes.
+
+        Raises:
+            LaunchError, OSError, RequestError, ServiceError: if it can't.
+        """
         await self.spares.wait()
+        async with self._turn:
+            for path in self._shapes:
+                await self._prepare(path)
         self.warm_after_s = time.time() - self._launch_time
+
+    async def _prepare(self, path: str) -> None:
+        self.becoming = f"this instance prepares {path}"
+        try:
+            args, progress = server_args_of(shape_of(path), self.template), Progress(time.time())
+            await _in_thread(read_model, args)
+            life = await self.spares.take()
+            try:
+                await life.prepare(args, progress, self._give_up)
+            except BaseException:
+                await life.end()
+                raise
+            life.instance.metrics.registry.register(self.metrics)
+            self.kept[life.key] = life
+            self.spares.replace()
+            await self.spares.wait()
+        finally:
+            self.becoming = None
 
     @property
     def is_standby(self) -> bool:
@@ -176,6 +205,7 @@ class Standby:
                     self.spares.give_back(spare)
                 raise
         life, way, weights = await self._serve(body, args, progress, kept, spare, before)
+        life.recipe = recipe_of(body.model_dump(exclude_none=True, exclude={"requests", "seed", "source"}))
         self.serving = life
         self.kept.pop(key, None)
         for other in (before, kept):

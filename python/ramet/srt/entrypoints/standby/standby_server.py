@@ -6,14 +6,16 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 from ramet.srt.entrypoints.child_processes import LaunchError
 from ramet.srt.entrypoints.http_server import SIGNALS, make_runner, make_server
 from ramet.srt.entrypoints.listener import shares
+from ramet.srt.entrypoints.standby.pool_member import PoolMember
 from ramet.srt.entrypoints.standby.standby import Standby
 from ramet.srt.entrypoints.standby.standby_app import StandbyApp
-from ramet.srt.errors import one_line
+from ramet.srt.errors import ServiceError, one_line
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.text.template_process import end_template_processes
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 def serve_standby(
     template: ServerArgs,
     num_kept: int,
+    shapes: Sequence[str],
     launch_time: float,
     scheduler_module: str,
     listener: socket.socket,
@@ -37,7 +40,7 @@ def serve_standby(
         LaunchError: if it can't start, or what serves has ended because a process of it has.
     """
     with make_runner() as runner:
-        server = StandbyServer(template, num_kept, launch_time, scheduler_module, listener)
+        server = StandbyServer(template, num_kept, shapes, launch_time, scheduler_module, listener)
         runner.run(server.run(check_signals))
 
 
@@ -45,13 +48,19 @@ class StandbyServer:
     """One run of the HTTP server and the standby behind it."""
 
     def __init__(
-        self, template: ServerArgs, num_kept: int, launch_time: float, scheduler_module: str, listener: socket.socket
+        self,
+        template: ServerArgs,
+        num_kept: int,
+        shapes: Sequence[str],
+        launch_time: float,
+        scheduler_module: str,
+        listener: socket.socket,
     ):
         self._listener = listener
         self._template = template
         self._end: asyncio.Event
         self._death: str | None = None
-        self._standby = Standby(template, launch_time, num_kept, scheduler_module, self._on_death)
+        self._standby = Standby(template, launch_time, num_kept, shapes, scheduler_module, self._on_death)
         self._app = StandbyApp(self._standby)
 
     def _on_death(self, line: str) -> None:
@@ -70,12 +79,17 @@ class StandbyServer:
         server = make_server(self._app, self._template)
         serving = asyncio.create_task(server.serve(sockets=shares(self._listener)))
         serving.add_done_callback(lambda _task: self._end.set())
+        reporting: asyncio.Task[None] | None = None
         try:
+            if self._template.modelexpress is not None:
+                reporting = asyncio.create_task(PoolMember(standby, time.time()).run())
             await self._warm_up()
             await self._end.wait()
             if self._death is None:
                 await standby.drain()
         finally:
+            if reporting is not None:
+                reporting.cancel()
             standby.fail_requests()
             server.should_exit = True
             await serving
@@ -96,7 +110,7 @@ class StandbyServer:
             return
         try:
             await warming
-        except (LaunchError, OSError, ValueError) as error:
+        except (LaunchError, OSError, ValueError, ServiceError) as error:
             raise LaunchError(one_line(error)) from None
         logger.info("standby on %s %.2f s after the launch", self._template.url(), self._standby.warm_after_s)
         gc.freeze()  # what there is now stays: the collector need not keep requests waiting to look through it

@@ -24,6 +24,7 @@ PAGE_FILES = {
     "/fleet_target.js": ("fleet_target.js", "text/javascript"),
     "/fleet_table.js": ("fleet_table.js", "text/javascript"),
     "/fleet_timeline.js": ("fleet_timeline.js", "text/javascript"),
+    "/fleet_pool.js": ("fleet_pool.js", "text/javascript"),
     "/fleet_words.js": ("fleet_words.js", "text/javascript"),
 }
 PAGE_HEADERS = {

@@ -197,6 +197,11 @@ class FleetTargets:
             raise ValueError(f"{MAX_MEMBERS} instances report already")
         return fleet.report(report, now)
 
+    def instances(self, model: str) -> list[str]:
+        """URLs of the instances of a model that have reported lately."""
+        fleet = self._fleets.get(model)
+        return [] if fleet is None else list(fleet.members)
+
     def states(self) -> list[FleetState]:
         """Of all models, by their names."""
         return [fleet.state(name) for name, fleet in sorted(self._fleets.items())]

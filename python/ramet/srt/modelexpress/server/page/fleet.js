@@ -121,11 +121,13 @@ function takeLoads(answer, afresh) {
 async function refresh() {
   const token = sessionStorage.getItem(TOKEN);
   const first = !snapshot;
-  const [answer, allLoads] = await Promise.all([ask("fleet.json", token), first ? ask("loads.json?after=0", token) : null]);
+  const [answer, standbys, allLoads] = await Promise.all([ask("fleet.json", token), ask("fleet/scale", token), first ? ask("loads.json?after=0", token) : null]);
   if (!answer) { setLive("a token is needed", true); askForToken(Boolean(token)); return; }
   snapshot = answer;
   lastAnswer = Date.now();
   setLive("live", false);
+  pool = standbys;
+  drawPool();
   draw(false);
   if (allLoads) takeLoads(allLoads, true);
   if (first || snapshot.num_loads === numLoads) return;
