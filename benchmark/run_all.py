@@ -1,7 +1,7 @@
 """Runs every benchmark, one after the other, and writes .run/bench/results.md with command, machine and date.
 
 python benchmark/run_all.py [NAME …]    names: weights, transfers, registration, seed_latency, startup, decode, serving,
-                                        modelexpress, discovery, replicas, parsers; all when none is given
+                                        modelexpress, discovery, replicas, standby, parsers; all when none is given
 """
 
 import argparse
@@ -22,6 +22,7 @@ NAMES = (
     "modelexpress",
     "discovery",
     "replicas",
+    "standby",
     "parsers",
 )
 

@@ -41,3 +41,21 @@ class StandbyProcess(ServerProcess):
         answer = self.ask(model, **body)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+
+def newest(pids: list[int]) -> int:
+    """The process that was started last."""
+
+    def started(pid: int) -> int:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rsplit(")", 1)[1].split()[19])
+
+    return max(pids, key=started)
+
+
+class ParkProcess(ServerProcess):
+    """One parked model's port."""
+
+    def __init__(self, model: Path, log: Path, *flags: str):
+        arguments = ["-m", "ramet.cli", "park", str(model), "--port", "0", "--wake-timeout", "5", *flags]
+        self._start(arguments, log, True, {})

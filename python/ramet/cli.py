@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("serve", "standby", "modelexpress-server", "fleet", "digest", "version")
+COMMANDS = ("serve", "standby", "park", "modelexpress-server", "fleet", "digest", "version")
 USAGE = """usage: ramet <command> …
 
 commands:
   serve MODEL [flags]            start one serving instance (python -m ramet.launch_server MODEL [flags])
   standby [flags]                start an instance without a model, which becomes one on request (POST /become)
+  park MODEL [flags]             hold a model's port; the first request has a standby become the model
   modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
   fleet set-version MODEL VERSION  have all instances of a model serve a version (also: scale, clear-version, status)
   digest MODEL                   print the digest of a model's weights, for --weights-digest
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.srt.entrypoints.standby.launch_standby import main as standby_main
 
         return standby_main(arguments)
+    if command == "park":
+        from ramet.srt.entrypoints.standby.park_command import main as park_main
+
+        return park_main(arguments)
     if command == "modelexpress-server":
         from ramet.modelexpress_server import main as modelexpress_main
 

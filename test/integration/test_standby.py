@@ -10,7 +10,7 @@ import httpx
 import pytest
 import random_models as rm
 from server_process import Background, ServerProcess, assert_nothing_left, is_running, wait_until
-from standby_process import StandbyProcess
+from standby_process import ParkProcess, StandbyProcess, newest
 from updated_servers import GREEDY, NUM_TOKENS, PROMPT, SEED, SMALL, ranks_of, tokens
 
 FEW = ("--max-total-tokens", "2048", "--max-running-requests", "8")
@@ -195,16 +195,6 @@ def test_a_spare_that_is_killed_is_replaced(standby, models, expected):
     assert tokens(standby) == expected["b"]
 
 
-def newest(pids):
-    """The process that was started last."""
-
-    def started(pid):
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rsplit(")", 1)[1].split()[19])
-
-    return max(pids, key=started)
-
-
 def test_a_rank_that_is_killed_while_it_becomes_a_model_leaves_what_served(tmp_path, models, expected):
     """And one that is killed while its model serves ends the instance, as always."""
     with (
@@ -247,3 +237,24 @@ def test_a_signal_ends_it_and_all_that_it_has_started(tmp_path):
         standby.signal(signal.SIGTERM)
         assert standby.wait_exit() == 0
         assert_nothing_left(standby, children)
+
+
+def test_a_parked_port_wakes_it_at_the_first_request(standby, models, expected, tmp_path):
+    with ParkProcess(models["a"], tmp_path / "log", "--standby", standby.url, "--idle-timeout", "1") as park:
+        assert get(park, "/health").json() == {"status": "parked"} and standby.state["state"] == "standby"
+        assert tokens(park) == expected["a"] and standby.state["state"] == "serving"
+        wait_until(lambda: standby.state["state"] == "standby", "that it is parked again")
+        assert tokens(park) == expected["a"]
+        assert standby.ask(models["b"], from_standby=True).status_code == 409
+        with httpx.Client(base_url=park.url, timeout=30) as client:
+            body = {"input_ids": PROMPT, "sampling_params": GREEDY}
+            assert client.post("/generate", json=body).json()["output_ids"] == expected["a"]
+            standby.become(models["b"])  # an operator may
+            refused = client.post("/generate", json=body)
+            assert refused.status_code == 503, "on the same connection another model has answered"
+        refused = httpx.post(f"{park.url}/generate", json={"input_ids": PROMPT, "sampling_params": GREEDY}, timeout=30)
+        assert refused.status_code == 503 and "no standby" in refused.text, refused.text
+        assert tokens(standby) == expected["b"], "nobody's model is taken away"
+        park.signal(signal.SIGTERM)
+        assert park.wait_exit() == 0
+    assert tokens(standby) == expected["b"]

@@ -30,6 +30,7 @@ from ramet.srt.command_line import add_cli_args, parse_server_args
 from ramet.srt.entrypoints import directory_http
 from ramet.srt.entrypoints.http_api import create_app
 from ramet.srt.entrypoints.standby.launch_standby import make_parser as make_standby_parser
+from ramet.srt.entrypoints.standby.park_command import make_parser as make_park_parser
 from ramet.srt.entrypoints.standby.standby_app import make_standby_router
 from ramet.srt.entrypoints.standby.standby_metrics import StandbyMetrics
 from ramet.srt.modelexpress.client.fleet_command import make_parser as make_fleet_parser
@@ -119,7 +120,12 @@ def all_flags() -> frozenset[str]:
         path for folder in ("benchmark", "examples", "scripts", "test/manual") for path in (ROOT / folder).glob("*.py")
     ]
     (commands_of_fleets,) = make_fleet_parser("ramet fleet")._subparsers._group_actions
-    parsers = (metadata_parser(), make_standby_parser("ramet standby"), *commands_of_fleets.choices.values())
+    parsers = (
+        metadata_parser(),
+        make_standby_parser("ramet standby"),
+        make_park_parser("ramet park"),
+        *commands_of_fleets.choices.values(),
+    )
     of_others = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return server_flags().union(of_others, *(script_flags(path) for path in scripts))
 

@@ -96,6 +96,8 @@ class BecomeBody(RequestBody):
     is_embedding: bool | None = None
     tool_call_parser: Text | None = None
     reasoning_parser: Text | None = None
+    # Refused unless no model serves, or this one: nobody's model is taken away by who looks for a standby.
+    from_standby: bool | None = None
     # Of the model that serves now: those that run end by themselves, for up to --drain-timeout, or at once.
     requests: Literal["drain", "abort"] | None = None
 

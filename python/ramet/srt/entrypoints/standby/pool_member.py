@@ -111,6 +111,8 @@ class PoolMember:
         error = "the standby is about to end"
         try:
             body: dict[str, Any] = msgspec.json.decode(order.become, type=dict[str, Any])
+            if body.get("model_path") is not None:
+                body["from_standby"] = True  # the server may not know yet what it serves
             await self._standby.become(BecomeBody.make(**body))
             error = ""
         except (RequestError, ServiceError, msgspec.DecodeError) as failure:

@@ -46,6 +46,7 @@ class Standby:
         num_kept: lives that are kept when they are put down, to be woken.
         shapes: paths of models whose shapes are prepared, and kept beside those.
         on_death: called with one line when what serves has ended by itself.
+        on_change: called when nothing serves any more: whoever is connected must not take the next model for this one.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Standby:
         shapes: Sequence[str],
         scheduler_module: str,
         on_death: Callable[[str], None],
+        on_change: Callable[[], None],
     ):
         self.template = template
         self.metrics = StandbyMetrics(self)
@@ -69,6 +71,7 @@ class Standby:
         self._num_kept = num_kept + len(shapes)
         self._scheduler_module = scheduler_module
         self._report_death = on_death
+        self._on_change = on_change
         self._turn = asyncio.Lock()
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="starter")
         self._give_up = asyncio.Event()
@@ -188,6 +191,8 @@ class Standby:
             return self._became(None, was, "same" if before is None else "kept", Weights("", 0), progress)
         args = server_args_of(body, self.template)
         key = shape_key(args)
+        if before is not None and before.key != key and body.from_standby:
+            raise RequestError(f"this instance is no standby: it serves {was}", param="from_standby", status_code=409)
         if before is not None and before.key == key and not self._asks_for_more(body, before):
             return self._became(before, was, "same", Weights("", 0), progress)
         if before is not None and before.key == key:  # an update is all that it takes, while it serves
@@ -205,7 +210,9 @@ class Standby:
                     self.spares.give_back(spare)
                 raise
         life, way, weights = await self._serve(body, args, progress, kept, spare, before)
-        life.recipe = recipe_of(body.model_dump(exclude_none=True, exclude={"requests", "seed", "source"}))
+        life.recipe = recipe_of(
+            body.model_dump(exclude_none=True, exclude={"requests", "seed", "source", "from_standby"})
+        )
         self.serving = life
         self.kept.pop(key, None)
         for other in (before, kept):
@@ -236,6 +243,7 @@ class Standby:
                 self.serving = life
                 raise
             logger.error("what served has ended while it was put down: %s", life.death)
+        self._on_change()
         progress.mark("put down")
 
     async def _serve(

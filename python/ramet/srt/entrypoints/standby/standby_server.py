@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ramet.srt.entrypoints.child_processes import LaunchError
-from ramet.srt.entrypoints.http_server import SIGNALS, make_runner, make_server
+from ramet.srt.entrypoints.http_server import SIGNALS, SignalFreeServer, make_runner, make_server
 from ramet.srt.entrypoints.listener import shares
 from ramet.srt.entrypoints.standby.pool_member import PoolMember
 from ramet.srt.entrypoints.standby.standby import Standby
@@ -59,9 +59,17 @@ class StandbyServer:
         self._listener = listener
         self._template = template
         self._end: asyncio.Event
+        self._server: SignalFreeServer
         self._death: str | None = None
-        self._standby = Standby(template, launch_time, num_kept, shapes, scheduler_module, self._on_death)
+        self._standby = Standby(
+            template, launch_time, num_kept, shapes, scheduler_module, self._on_death, self._close_connections
+        )
         self._app = StandbyApp(self._standby)
+
+    def _close_connections(self) -> None:
+        """Those that are idle now, and the others with their answers."""
+        for connection in list(self._server.server_state.connections):
+            connection.shutdown()
 
     def _on_death(self, line: str) -> None:
         self._death = self._death or line
@@ -76,7 +84,7 @@ class StandbyServer:
         check_signals()
         standby = self._standby
         standby.open()
-        server = make_server(self._app, self._template)
+        server = self._server = make_server(self._app, self._template)
         serving = asyncio.create_task(server.serve(sockets=shares(self._listener)))
         serving.add_done_callback(lambda _task: self._end.set())
         reporting: asyncio.Task[None] | None = None
