@@ -32,6 +32,9 @@ log-requests: true
 modelexpress-config: {url: "10.0.0.9:8001"}
 ```
 
+`--from-standby` has a standby of this host become the model, if there is one
+([standby.md](standby.md#serve-by-a-standby)).
+
 `make docs` writes this page from `python/ramet/srt/flags`.
 """
 TAIL = """

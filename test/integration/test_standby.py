@@ -239,6 +239,16 @@ def test_a_signal_ends_it_and_all_that_it_has_started(tmp_path):
         assert_nothing_left(standby, children)
 
 
+def test_serve_takes_a_standby_of_its_host(standby, models, expected, tmp_path):
+    log = tmp_path / "log"
+    with ServerProcess(models["a"], log, "--from-standby", fake=False, TMPDIR=str(standby.temporary)) as server:
+        server.wait_ready()
+        assert tokens(server) == expected["a"] and "by the standby" in server.output
+        assert standby.state["served_model_name"] == "fake"
+        standby.become(None)
+        assert server.wait_exit() == 1 and "no more" in server.output.splitlines()[-1]
+
+
 def test_a_parked_port_wakes_it_at_the_first_request(standby, models, expected, tmp_path):
     with ParkProcess(models["a"], tmp_path / "log", "--standby", standby.url, "--idle-timeout", "1") as park:
         assert get(park, "/health").json() == {"status": "parked"} and standby.state["state"] == "standby"

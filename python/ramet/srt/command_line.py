@@ -14,6 +14,7 @@ from ramet.srt.server_flags import NEEDLESS, sectioned_fields
 
 NEEDLESS_DEST = "needless"
 PATH_DEST = "model_path_alone"
+STANDBY_FLAG = "--from-standby"
 
 
 class Flags(NamedTuple):
@@ -41,6 +42,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="FILE",
         help="YAML file with flags and their values, as in tp-size: 2; flags of the command line go before it.",
+    )
+    general.add_argument(
+        STANDBY_FLAG,
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Have a standby of this host become the model if there is one: see docs/standby.md.",
     )
     general.add_argument("--version", action="version", version=ramet.__version__, help="Print the version.")
     hints = get_type_hints(ServerArgs)
@@ -90,6 +97,8 @@ def read_command_line(argv: Sequence[str], prog: str) -> CommandLine:
         prog=prog, usage="%(prog)s MODEL [flags]", description="Start one serving instance.", allow_abbrev=False
     )
     values, notes = read_flags(parser, argv)
+    if values.pop("from_standby", False):
+        raise ValueError(f"{STANDBY_FLAG} is for the command line of ramet serve alone")
     if "model_path" not in values:
         parser.error("the following arguments are required: --model-path")
     return CommandLine(ServerArgs(**values), notes)

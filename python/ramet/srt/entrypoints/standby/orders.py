@@ -53,6 +53,7 @@ BODY_FLAGS = {
     "remote_instance_weight_loader_seed_instance_service_port": "seed",
 }
 REFUSED_FLAGS = {
+    "from_standby": "it is one",
     "engine_info_bootstrap_port": "each of its models takes a free one",
     "checkpoint_engine_wait_weights_before_ready": "it becomes models whose weights are there",
     "remote_instance_weight_loader_send_weights_group_ports": "it knows no seed yet",

@@ -60,6 +60,12 @@ class ParkedModel:
         self._turn = asyncio.Lock()
         self._connections: set[asyncio.Task[None]] = set()
 
+    async def wake_now(self) -> Awake:
+        """Have a standby become the model before anybody asks, in one attempt. Raises NoStandbyError if none does."""
+        async with self._turn:
+            self._awake = await asyncio.to_thread(self._finder.wake, self._body, self._wake_timeout_s)
+            return self._awake
+
     async def serve(self, listener: socket.socket, end: asyncio.Event) -> None:
         """Serve until `end`; what is awake then is put down."""
         server = await asyncio.start_server(self._connected, sock=listener, limit=MAX_HEAD_BYTES)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ramet.srt.entrypoints.child_processes import LaunchError
 from ramet.srt.entrypoints.http_server import SIGNALS, SignalFreeServer, make_runner, make_server
 from ramet.srt.entrypoints.listener import shares
+from ramet.srt.entrypoints.standby.host_record import HostRecord, RecordFile
 from ramet.srt.entrypoints.standby.pool_member import PoolMember
 from ramet.srt.entrypoints.standby.standby import Standby
 from ramet.srt.entrypoints.standby.standby_app import StandbyApp
@@ -88,14 +89,18 @@ class StandbyServer:
         serving = asyncio.create_task(server.serve(sockets=shares(self._listener)))
         serving.add_done_callback(lambda _task: self._end.set())
         reporting: asyncio.Task[None] | None = None
+        record: RecordFile | None = None
         try:
             if self._template.modelexpress is not None:
                 reporting = asyncio.create_task(PoolMember(standby, time.time()).run())
             await self._warm_up()
+            record = self._leave_record()
             await self._end.wait()
             if self._death is None:
                 await standby.drain()
         finally:
+            if record is not None:
+                record.close()
             if reporting is not None:
                 reporting.cancel()
             standby.fail_requests()
@@ -106,6 +111,14 @@ class StandbyServer:
             await standby.close()
         if self._death is not None:
             raise LaunchError(self._death)
+
+    def _leave_record(self) -> RecordFile | None:
+        """Let `ramet serve --from-standby` of this user on this host find it."""
+        try:
+            return RecordFile(HostRecord(url=self._template.url(), device=self._template.device))
+        except OSError as error:
+            logger.warning("this host's starts won't find this standby: %s", one_line(error))
+            return None
 
     async def _warm_up(self) -> None:
         """Return when it could become a model, or the end has come."""
