@@ -195,7 +195,24 @@ def test_a_spare_that_is_killed_is_replaced(standby, models, expected):
     assert tokens(standby) == expected["b"]
 
 
-def test_a_rank_that_is_killed_while_it_becomes_a_model_leaves_what_served(tmp_path, models, expected):
+def test_a_rank_that_is_killed_while_it_becomes_a_model_leaves_what_served(standby, models, expected):
+    standby.become(models["b"])
+    standby.wait_warm()
+    spare = newest(ranks_of(standby))
+    os.kill(spare, signal.SIGSTOP)
+    answers = []
+    change = threading.Thread(target=lambda: answers.append(standby.ask(models["a"], context_length=64)))
+    change.start()
+    wait_until(lambda: standby.state["state"] == "becoming", "that it changes")
+    assert get(standby, "/health").json() == {"status": "becoming"}
+    os.kill(spare, signal.SIGKILL)
+    change.join(60)
+    assert answers[0].status_code == 400 and "SIGKILL" in answers[0].text, answers[0].text
+    assert tokens(standby) == expected["b"]
+
+
+@pytest.mark.skipif("RAMET_KILLS" not in os.environ, reason="takes long; RAMET_KILLS is not set")
+def test_a_rank_or_a_seed_that_is_killed_while_it_becomes_a_model_leaves_what_served(tmp_path, models, expected):
     """And one that is killed while its model serves ends the instance, as always."""
     with (
         ServerProcess(models["a"], tmp_path / "seed", SEED, *SMALL, fake=False) as seed,
@@ -208,9 +225,11 @@ def test_a_rank_that_is_killed_while_it_becomes_a_model_leaves_what_served(tmp_p
         spare = newest(serving)
         os.kill(spare, signal.SIGSTOP)
         answers = []
-        change = threading.Thread(
-            target=lambda: answers.append(standby.ask(models["a"], source="instance", seed=address))
-        )
+
+        def become_a():
+            answers.append(standby.ask(models["a"], source="instance", seed=address))
+
+        change = threading.Thread(target=become_a)
         change.start()
         wait_until(lambda: standby.state["state"] == "becoming", "that it changes")
         assert get(standby, "/health").json() == {"status": "becoming"}
@@ -222,8 +241,21 @@ def test_a_rank_that_is_killed_while_it_becomes_a_model_leaves_what_served(tmp_p
         assert tokens(standby) == expected["b"]
         outcome = standby.become(models["a"], source="instance", seed=address)
         assert outcome["source"].startswith("local") and tokens(standby) == expected["a"]
-        children = standby.wait_warm().children()
+        standby.become(models["b"])
+        seed.signal(signal.SIGSTOP)
+        change = threading.Thread(target=become_a)
+        change.start()
+        wait_until(lambda: standby.state["state"] == "becoming", "that it changes")
+        seed.kill()
+        change.join(60)
+        assert answers[1].status_code == 400 and address in answers[1].text, answers[1].text
+        assert tokens(standby) == expected["b"]
+        outcome = standby.become(models["a"], seed=address)
+        assert outcome["source"] == "checkpoint" and tokens(standby) == expected["a"]
+        standby.wait_warm()
+        wait_until(lambda: len(ranks_of(standby)) == 3, "the end of what could not be woken")
         (rank,) = set(ranks_of(standby)) - (serving - {spare}) - {newest(ranks_of(standby))}
+        children = standby.children()
         os.kill(rank, signal.SIGKILL)
         assert standby.wait_exit() == 1
         assert "SIGKILL" in standby.output.splitlines()[-1]
