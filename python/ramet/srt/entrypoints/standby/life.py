@@ -173,6 +173,8 @@ class Life:
         if find is None:
             if self._is_made_up:
                 raise RequestError("its weights have no name yet")
+            if body.way == "modelexpress" and not self._is_from_listed:
+                raise RequestError("its weights were not those of an instance that is listed")
             moved = await instance.sleep.resume(None)
             return Weights(moved.source, moved.num_bytes)
         from_files = isinstance(find, functools.partial) and find.func is find_files
@@ -181,6 +183,12 @@ class Life:
         self._is_made_up = False
         await instance.sleep.resume(None)
         return Weights(report.source, report.num_bytes)
+
+    @property
+    def _is_from_listed(self) -> bool:
+        """Whether what it has, or had, came from where a metadata server says."""
+        is_of_start = self.instance.weight_updates.current.number == 0
+        return is_of_start and self.args.modelexpress is not None and self.args.takes_weights_from_instances
 
     def _finder(self, body: BecomeBody, args: ServerArgs) -> Callable[[], FoundSource] | None:
         """What finds the weights; None where those that it had are asked for by no name."""
