@@ -5,7 +5,7 @@ import pytest
 import random_models as rm
 from modelexpress_harness import running_server
 from ramet.srt.modelexpress.client.fleet_command import run_fleet_command
-from server_process import wait_until
+from server_process import assert_nothing_left, wait_until
 from standby_process import StandbyProcess
 from updated_servers import NUM_TOKENS, PROMPT, tokens
 
@@ -17,7 +17,7 @@ def model(tmp_path_factory):
     return rm.make_model(tmp_path_factory.mktemp("models") / "m", "llama3", seed=0)
 
 
-def test_a_standby_becomes_what_is_wanted(model, tmp_path, capsys):
+def test_a_standby_becomes_what_is_wanted_until_a_signal_ends_all_of_it(model, tmp_path, capsys):
     with running_server() as server:
         config = f'{{"url": "{server.address}"}}'
         with StandbyProcess(tmp_path / "log", *FEW, "--modelexpress-config", config) as standby:
@@ -46,3 +46,7 @@ def test_a_standby_becomes_what_is_wanted(model, tmp_path, capsys):
             assert httpx.post(url, json={"model": "grown"}, timeout=10).status_code == 400
             page = httpx.get(f"{server.http_url}/", timeout=10).text
             assert "fleet_pool.js" in page
+            children = standby.wait_warm().children()
+            standby.signal()
+            assert standby.wait_exit() == 0
+            assert_nothing_left(standby, children)

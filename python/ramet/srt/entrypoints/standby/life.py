@@ -162,7 +162,7 @@ class Life:
         """Serve what it served when it was put down. Raises RequestError or ServiceError if that can't be had."""
         await self.instance.sleep.resume(None)
 
-    async def wake(self, body: BecomeBody, args: ServerArgs) -> Weights:
+    async def wake(self, body: BecomeBody, args: ServerArgs, progress: Progress) -> Weights:
         """Serve weights of its shape from where the body says.
 
         Raises:
@@ -181,6 +181,7 @@ class Life:
         version = body.weight_version or (DEFAULT_VERSION if from_files else None)  # as a start would call them
         report = await instance.sleep.update(find, version, abort_all=False, in_place=False)
         self._is_made_up = False
+        progress.mark("weights")
         await instance.sleep.resume(None)
         return Weights(report.source, report.num_bytes)
 

@@ -196,7 +196,7 @@ class Standby:
         if before is not None and before.key == key and not self._asks_for_more(body, before):
             return self._became(before, was, "same", Weights("", 0), progress)
         if before is not None and before.key == key:  # an update is all that it takes, while it serves
-            return self._became(before, was, "kept", await before.wake(body, args), progress)
+            return self._became(before, was, "kept", await before.wake(body, args, progress), progress)
         await _in_thread(read_model, args)
         kept = self.kept.get(key)
         spare = None if kept is not None else await self.spares.take()
@@ -259,7 +259,7 @@ class Standby:
         try:
             if kept is not None:
                 try:
-                    return kept, "kept", await kept.wake(body, args)
+                    return kept, "kept", await kept.wake(body, args, progress)
                 except (RequestError, ServiceError) as error:
                     logger.warning("%s, which was kept, can't be woken and is built anew: %s", args.model_name, error)
             life = spare or await self.spares.take()
