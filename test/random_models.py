@@ -189,6 +189,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "mscale": 1.0, "mscale_all_dim": 2.0,
         },
     },
+    "qwen3_next": {  # linear layers by key head, gated attention, a part of each head rotates, gated shared expert
+        "model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "partial_rotary_factor": 0.5, "attention_bias": False, "layer_types": [
+            "linear_attention", "full_attention", "linear_attention",
+        ], "linear_conv_kernel_dim": 4, "linear_key_head_dim": 20, "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [1], "tie_word_embeddings": False, "rope_theta": 1000000.0,
+        "rope_scaling": None,
+    },
+    "qwen3_5": {  # linear layers part by part, another kernel size, as many key heads as value heads
+        "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"], "hidden_size": 64,
+        "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "partial_rotary_factor": 0.5, "attention_bias": False, "layer_types": [
+            "full_attention", "linear_attention", "linear_attention",
+        ], "linear_conv_kernel_dim": 3, "linear_key_head_dim": 16, "linear_value_head_dim": 24,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 4, "tie_word_embeddings": True,
+        "rope_theta": 1000000.0, "rope_scaling": None,
+    },
     "glm4_moe_lite": {  # latent attention with queries of one matrix
         "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"], "hidden_size": 64,
         "intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None,
@@ -247,6 +267,24 @@ COMPOSED: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         {"model_type": "qwen3_vl_moe_text", "hidden_size": 64, "head_dim": 32, "use_sliding_window": None,
          "sliding_window": None, "norm_topk_prob": True, "rope_scaling": {
              "rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+    ),
+    "qwen3_5_vl": (
+        {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "tie_word_embeddings": True,
+         "vision_config": {"model_type": "qwen3_5_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+                           "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16, "patch_size": 4}},
+        "qwen3_5",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True,
+                          "partial_rotary_factor": 0.5}},
+    ),
+    "qwen3_5_moe_vl": (
+        {"model_type": "qwen3_5_moe", "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+         "tie_word_embeddings": False, "vision_config": {
+             "model_type": "qwen3_5_moe_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16,
+             "num_heads": 2, "out_hidden_size": 64, "num_position_embeddings": 16, "patch_size": 4}},
+        "qwen3_next",
+        {"model_type": "qwen3_5_moe_text", "mlp_only_layers": [], "rope_scaling": {
+            "rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True,
+            "partial_rotary_factor": 0.5}},
     ),
     "mistral3": (
         {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "tie_word_embeddings": True,
@@ -448,7 +486,9 @@ def _randomize(model: Any, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in (*model.named_parameters(), *biases):  # a tied head is not listed twice
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("sinks"):
+            if name.endswith("A_log"):  # so that what is kept of a token fades over some tens of others
+                parameter.copy_(noise - 2.0)
+            elif name.endswith("sinks"):
                 parameter.copy_(2.0 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * noise + (parameter if "norm" in name else 0.0))

@@ -212,6 +212,7 @@ class Simulation:
             parallel=ParallelConfig(),
             max_total_num_tokens=num_tokens,
             windows=None,
+            num_state_slots=0,
             max_req_len=num_tokens,
             device=torch.device("cpu"),
             finish_sending=None,

@@ -105,6 +105,7 @@ class ServerArgs(ServerFacts):
             max_running_requests=self.max_running_requests or defaults.max_running_requests,
             max_prefill_tokens=self.scheduler_config(device_type).prefill_budget,
             max_total_tokens=self.max_total_tokens,
+            max_state_slots=self.max_mamba_cache_size,
             mem_fraction_static=self.mem_fraction_static or defaults.mem_fraction_static,
             use_cuda_graph=not self.disable_cuda_graph,
             num_local_ranks=len(self.local_ranks),

@@ -474,8 +474,8 @@ def test_the_architecture_is_judged_first(read, keys, message):
     ("keys", "message"),
     [
         ({"clip_qkv": 8.0, "alibi": None}, r"Ramet lacks clipped queries, keys and values \('clip_qkv'\)$"),
-        ({"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 16},
-         r"lacks linear attention \('linear_num_key_heads'\); layers of type 'linear_attention'$"),
+        ({"layer_types": ["mamba", "full_attention"], "linear_attn_config": {"num_heads": 16}},
+         r"lacks other linear attention than gated delta nets \('linear_attn_config'\); layers of type 'mamba'$"),
         ({"hidden_act": "relu2", "norm_eps": 1e-5}, r"lacks layer norms \('norm_eps'\); the activation 'relu2'$"),
         ({"swiglu_limit": 7.0, "a": 1, "b": None, "c": False},
          r"lacks clamped gates of experts \('swiglu_limit'\); no family here has the keys 'a'$"),

@@ -24,6 +24,18 @@ class PlaceWrite(msgspec.Struct, array_like=True):
     places: list[int]  # 0: none
 
 
+class StateMoves(msgspec.Struct, array_like=True):
+    """What becomes of the states that an attention group's linear layers keep."""
+
+    group: int
+    rows: list[int]  # of the page table
+    slots: list[int]  # where their states are from now on
+    sources: list[int] = []  # slots that are copied before the pass, one after the other
+    targets: list[int] = []
+    kept_sources: list[int] = []  # and behind it
+    kept_targets: list[int] = []
+
+
 class Pooling(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
     """What is wanted of a prompt's last token by a request that generates nothing: one vector of float32."""
 
@@ -46,6 +58,7 @@ class SequencePlan(msgspec.Struct, array_like=True, kw_only=True):
     top_logprobs_num: int = 0
     pooling: Pooling | None = None  # of the last new token, where it is the last of a prompt that only this is asked of
     lora_slot: int = -1  # whose adapter all of its tokens have; -1: none
+    saves: list[tuple[int, int]] = []  # (new tokens, fewer than all, after which its state is kept once more, slot)
 
     @property
     def gains_a_token(self) -> bool:
@@ -78,6 +91,7 @@ class BatchPlan(msgspec.Struct, kw_only=True, tag=True):
     shared: list[SharedPrefix] = []  # of sequences that gain a token each
     page_writes: list[PageWrite]
     place_writes: list[PlaceWrite] = []
+    state_moves: list[StateMoves] = []
     lora_placements: list[LoraPlacement] = []
     new_states: list[SamplingState]
     ended_rids: list[str]  # states that are no longer needed

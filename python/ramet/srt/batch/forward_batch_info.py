@@ -39,6 +39,7 @@ class ForwardBatch:
     # Where layers with a window have pages of their own, int64: the place of each page, the slot of each new token.
     window_map: torch.Tensor | None = None
     window_cache_loc: torch.Tensor | None = None
+    state_slots: torch.Tensor | None = None  # int64 [num_rows]: where layers with a state keep that of each row
     is_captured: bool = False  # the pass is captured in a CUDA graph, or runs as it will be
 
     @property

@@ -19,6 +19,7 @@ class PassTokens:
     ids: np.ndarray  # int64 [num_tokens]; LAST_TOKEN for the one that the row's last pass chose
     shared: list[SharedPrefix] = field(default_factory=list)
     lora_slots: np.ndarray | None = None  # int32 [num_sequences], of adapters; None: no sequence has one
+    saves: list[list[tuple[int, int]]] | None = None  # by sequence, see SequencePlan; None: there are none
 
     @classmethod
     def of(cls, sequences: Sequence[SequencePlan], shared: Sequence[SharedPrefix] = ()) -> "PassTokens":
@@ -31,6 +32,7 @@ class PassTokens:
             np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(part, dtype=np.int64) for part in ids)]),
             list(shared),
             _lora_slots(sequences),
+            [sequence.saves for sequence in sequences] if any(sequence.saves for sequence in sequences) else None,
         )
 
     @classmethod
@@ -95,7 +97,12 @@ class PassTokens:
             self.ids[first:end],
             shared,
             None if self.lora_slots is None else self.lora_slots[sequences],
+            None if self.saves is None else self.saves[sequences],
         )
+
+    def saves_of(self, sequence: int) -> list[tuple[int, int]]:
+        """See SequencePlan."""
+        return [] if self.saves is None else self.saves[sequence]
 
     def padded(self, num_tokens: int, row: int) -> "PassTokens":
         """So many tokens: behind these, single ones that belong to nobody, at the start of the table's `row`."""
@@ -110,6 +117,7 @@ class PassTokens:
             np.concatenate([self.ids, zeros]),
             self.shared,
             None if self.lora_slots is None else np.concatenate([self.lora_slots, np.full(missing, -1, np.int32)]),
+            None if self.saves is None else [*self.saves, *([] for _ in range(missing))],
         )
 
 

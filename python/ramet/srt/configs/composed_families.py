@@ -6,8 +6,10 @@ from typing import Any
 
 from ramet.srt.configs.dense_families import DENSE_FAMILIES, PLAIN
 from ramet.srt.configs.harmless_keys import ANY
+from ramet.srt.configs.hybrid_families import MTP, QWEN3_5, QWEN3_5_MOE
 from ramet.srt.configs.model_family import ExpertTraits, ModelFamily
 
+OTHER_PARTS = r"(model\.)?(visual|vision_tower|multi_modal_projector)\."
 TEXT = "text_config"  # the key of the text model's config
 # Of the text model's modules: since transformers 4.52, and before.
 PREFIXES = ("model.language_model.", "language_model.model.")
@@ -52,7 +54,7 @@ class ComposedFamily:
     model_type: str
     texts: Mapping[str, ModelFamily]  # by their model type
     is_tied: bool  # when the config of the whole doesn't say
-    surplus: str = r"(model\.)?(visual|vision_tower|multi_modal_projector)\."  # of the files; a regular expression
+    surplus: str = OTHER_PARTS  # of the files; a regular expression
     harmless: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, config: Mapping[str, Any], file: str) -> tuple[ModelFamily, dict[str, Any]]:
@@ -149,6 +151,22 @@ COMPOSED_FAMILIES = (
             )
         },
         is_tied=False,
+        harmless=dict.fromkeys(_PICTURE_TOKENS, ANY),
+    ),
+    ComposedFamily(
+        architecture="Qwen3_5ForConditionalGeneration",
+        model_type="qwen3_5",
+        texts={"qwen3_5_text": QWEN3_5},
+        is_tied=False,
+        surplus=rf"{OTHER_PARTS}|{MTP}",
+        harmless=dict.fromkeys(_PICTURE_TOKENS, ANY),
+    ),
+    ComposedFamily(
+        architecture="Qwen3_5MoeForConditionalGeneration",
+        model_type="qwen3_5_moe",
+        texts={"qwen3_5_moe_text": QWEN3_5_MOE},
+        is_tied=False,
+        surplus=rf"{OTHER_PARTS}|{MTP}",
         harmless=dict.fromkeys(_PICTURE_TOKENS, ANY),
     ),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.delta_config import DeltaTraits
 from ramet.srt.configs.index_config import INDEXED, read_index_owners
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.configs.model_family import HIDDEN_ACTS, NormPlacement, QkNorm
@@ -10,6 +11,7 @@ from ramet.srt.configs.moe_config import MoeConfig
 from ramet.srt.configs.rope_config import FULL, SLIDING, RopeConfig
 
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+LINEAR = "linear_attention"
 KINDS = {FULL: FULL, "attention": FULL, SLIDING: SLIDING}
 
 
@@ -21,6 +23,7 @@ class LayerSpec:
     rope: RopeConfig | None  # None: no positions
     has_experts: bool  # in place of the MLP
     owns_index: bool = False  # of a model with a sparse index: whether this layer has its own
+    is_linear: bool = False  # a gated delta net in place of attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class DecoderTraits:
     norm_offset: float  # added to each norm's weight
     qk_norm: QkNorm  # "" for none
     latent: LatentTraits | None  # None: each layer has keys and values of its heads
+    delta: DeltaTraits | None  # of the linear layers; None: there are none
+    has_output_gate: bool  # of attention: a sigmoid for each column of its output
     attention_scale: float  # of the products of queries and keys
     attention_soft_cap: float | None  # the bound of those products, which tanh keeps
     has_sinks: bool  # a logit for each head in the softmax of its attention, whose weight goes to nothing
@@ -61,6 +66,7 @@ def read_layers(
         raise need.wrong(
             "attn_type_list", "must have a 1, for full attention, for each layer", need.value("attn_type_list")
         )
+    is_linear = _linear_layers(need, num_layers)
     rotates = _rotates(need, num_layers)
     windows = _windows(need, num_layers, rotates)
     kinds = [FULL if window is None else SLIDING for window in windows]
@@ -68,15 +74,22 @@ def read_layers(
     return tuple(
         LayerSpec(
             window=windows[index],
-            rope=ropes[kinds[index]] if rotates[index] else None,
+            rope=ropes[kinds[index]] if rotates[index] and not is_linear[index] else None,
             has_experts=moe is not None and moe.sparse_layers[index],
             owns_index=owners[index],
+            is_linear=is_linear[index],
         )
         for index in range(num_layers)
     )
 
 
-def read_traits(need: ConfigReader, head_dim: int, latent: LatentTraits | None, full_rope: RopeConfig) -> DecoderTraits:
+def read_traits(
+    need: ConfigReader,
+    head_dim: int,
+    latent: LatentTraits | None,
+    full_rope: RopeConfig,
+    delta: DeltaTraits | None = None,
+) -> DecoderTraits:
     """What all layers have.
 
     Args:
@@ -98,6 +111,8 @@ def read_traits(need: ConfigReader, head_dim: int, latent: LatentTraits | None, 
         norm_offset=family.norm_offset,
         qk_norm="head" if need.flag("use_qk_norm") else family.qk_norm,
         latent=latent,
+        delta=delta,
+        has_output_gate=family.has_output_gate,
         attention_scale=_attention_scale(need, head_dim) if latent is None else _latent_scale(latent, full_rope),
         attention_soft_cap=need.optional_number("attn_logit_softcapping"),
         has_sinks=family.has_sinks,
@@ -138,6 +153,21 @@ def _rotates(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     if not isinstance(given, list) or len(given) < num_layers or not all(type(one) is int for one in given):
         raise need.wrong("no_rope_layers", "must have a 0 or a 1 for each layer", given)
     return tuple(one != 0 for one in given[:num_layers])
+
+
+def _linear_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
+    """Which layers are linear: by `layer_types`, or all but every so many-th."""
+    if not need.has("full_attention_interval"):
+        return (False,) * num_layers
+    interval = need.integer("full_attention_interval")
+    kinds = _layer_types(need, num_layers)
+    if kinds is None:
+        kinds = [FULL if (index + 1) % interval == 0 else LINEAR for index in range(num_layers)]
+    if FULL not in kinds:
+        raise ValueError(f"{need.file}: none of the {num_layers} layers has full attention")
+    if SLIDING in kinds:
+        raise need.wrong("layer_types", f"must give {LINEAR} or {FULL} for each layer", need.value("layer_types"))
+    return tuple(kind == LINEAR for kind in kinds)
 
 
 def _windows(need: ConfigReader, num_layers: int, rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
@@ -192,10 +222,12 @@ def _layer_types(need: ConfigReader, num_layers: int) -> list[str] | None:
         if kinds != [INDEXED] * num_layers:
             raise need.wrong("layer_types", f"must give {INDEXED} for each layer", kinds)
         return None
+    known = {**KINDS, LINEAR: LINEAR} if need.has("full_attention_interval") else KINDS
     if (
         not isinstance(kinds, list)
         or len(kinds) != num_layers
-        or not all(isinstance(kind, str) and kind in KINDS for kind in kinds)
+        or not all(isinstance(kind, str) and kind in known for kind in kinds)
     ):
-        raise ValueError(f"{need.file}: 'layer_types' must give full_attention or sliding_attention for each layer")
-    return [KINDS[kind] for kind in kinds]
+        names = f"{FULL} or {LINEAR}" if LINEAR in known else f"{FULL} or {SLIDING}"
+        raise ValueError(f"{need.file}: 'layer_types' must give {names} for each layer")
+    return [known[kind] for kind in kinds]

@@ -8,12 +8,7 @@ from ramet.srt.configs.model_family import HIDDEN_ACTS, ModelFamily
 
 # Traits by the keys that ask for them, unless they are null, false, zero or empty.
 _LACKING: dict[str, tuple[str, ...]] = {
-    "linear attention": (
-        "linear_num_key_heads",
-        "linear_attn_config",
-        "full_attention_interval",
-        "linear_key_head_dim",
-    ),
+    "other linear attention than gated delta nets": ("linear_attn_config",),
     "state space layers": (
         "ssm_state_size",
         "mamba_d_state",
@@ -22,7 +17,6 @@ _LACKING: dict[str, tuple[str, ...]] = {
         "conv_kernel",
     ),
     "attention in chunks": ("attention_chunk_size",),
-    "a gate on the output of attention": ("attn_output_gate",),
     "clamped gates of experts": ("swiglu_limit",),
     "keys shared between layers": ("num_kv_shared_layers",),
     "clipped queries, keys and values": ("clip_qkv",),
@@ -31,7 +25,7 @@ _LACKING: dict[str, tuple[str, ...]] = {
     "an encoder": ("is_encoder_decoder", "add_cross_attention"),
     "positions by a bias": ("alibi", "position_embedding_type"),
 }
-_LAYER_TYPES = ("full_attention", "attention", "sliding_attention")
+_LAYER_TYPES = ("full_attention", "attention", "sliding_attention", "linear_attention")
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "architectures", "model_type")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ramet.srt.configs.config_reader import ConfigReader
+from ramet.srt.configs.delta_config import read_delta
 from ramet.srt.configs.kv_cache_config import AUTO, FP8_E4M3, OF_A_LAYER, check_cache_dtype, read_cache_scales
 from ramet.srt.configs.latent_config import LatentTraits, read_latent
 from ramet.srt.configs.layer_specs import DecoderTraits, LayerSpec, idle_window_keys, read_layers, read_traits
@@ -92,6 +93,8 @@ class ModelConfig:
         dimensions = {name: getattr(self, name) for name in names}
         if self.traits.latent is not None:
             dimensions |= self.traits.latent.dimensions
+        if self.traits.delta is not None:
+            dimensions |= self.traits.delta.dimensions
         if self.moe is not None:
             dimensions |= {"num_experts": self.moe.num_experts, "moe_intermediate_size": self.moe.intermediate_size}
             if self.moe.shared_intermediate_size:
@@ -152,7 +155,7 @@ class ModelConfig:
             context_len=_context_len(need, ropes[FULL], context_length),
             vocab_size=need.integer("vocab_size"),
             hidden_size=need.integer("hidden_size"),
-            intermediate_size=need.integer("intermediate_size"),
+            intermediate_size=_intermediate_size(need, moe),
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             num_key_value_heads=_num_kv_heads(need, num_heads),
@@ -161,7 +164,7 @@ class ModelConfig:
             rope=ropes[FULL],
             quantization_config=_quantization(need, modelopt, path, quantization, embedding is not None),
             layers=layers,
-            traits=read_traits(need, head_dim, latent, ropes[FULL]),
+            traits=read_traits(need, head_dim, latent, ropes[FULL], read_delta(need)),
             eos_token_ids=_eos_token_ids(path, tokenizer_path or path, hf_config, need.integer("vocab_size")),
             moe=moe,
             surplus_tensors=_surplus_tensors(need, num_layers),
@@ -218,6 +221,13 @@ def _dtype(need: ConfigReader, wanted: str) -> str:
             f"{need.file}: {key!r} {name!r} is not supported; use --dtype with one of {sorted(set(DTYPES.values()))}"
         )
     return known
+
+
+def _intermediate_size(need: ConfigReader, moe: MoeConfig | None) -> int:
+    """Of the MLPs; of a family without any, of an expert."""
+    if moe is not None and not need.has("intermediate_size"):
+        return moe.intermediate_size
+    return need.integer("intermediate_size")
 
 
 def _num_kv_heads(need: ConfigReader, num_heads: int) -> int:

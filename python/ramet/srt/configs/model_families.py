@@ -9,12 +9,13 @@ from typing import Any
 
 from ramet.srt.configs.composed_families import COMPOSED_FAMILIES, ComposedFamily
 from ramet.srt.configs.dense_families import DENSE_FAMILIES
+from ramet.srt.configs.hybrid_families import HYBRID_FAMILIES
 from ramet.srt.configs.missing_traits import missing_traits
 from ramet.srt.configs.model_family import ModelFamily
 from ramet.srt.configs.moe_families import MOE_FAMILIES
 
 FAMILIES: dict[str, ModelFamily | ComposedFamily] = {
-    family.architecture: family for family in (*DENSE_FAMILIES, *MOE_FAMILIES, *COMPOSED_FAMILIES)
+    family.architecture: family for family in (*DENSE_FAMILIES, *MOE_FAMILIES, *HYBRID_FAMILIES, *COMPOSED_FAMILIES)
 }
 
 # Keys under which multimodal and other composed configs hold the configs of their parts.

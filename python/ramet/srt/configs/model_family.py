@@ -63,6 +63,8 @@ class ModelFamily:
     has_sinks: bool = False  # a logit for each head that takes part in the softmax of attention, and gives nothing
     always_interleaved: bool = False  # latent attention rotates neighbouring columns, which no key says
     is_index_interleaved: bool = False  # the same of a sparse index
+    has_output_gate: bool = False  # of attention: each head has as many columns more, whose sigmoid scales its output
+    delta_by_key_head: bool = False  # see DeltaTraits
     scales_embedding: bool = False  # by the square root of the hidden size, rounded to the model's type
     scales_queries: bool = False  # by the logarithm of their position, beyond the original length (Llama 4's rule)
     rope_extras: tuple[str, ...] = ()  # parameters of positions that change nothing here

@@ -117,6 +117,8 @@ def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
         return tuple(index >= first for index in range(num_layers))
     if need.has("mlp_layer_types"):
         return _sparse_by_type(need, num_layers)
+    if not need.has("decoder_sparse_step"):
+        return (True,) * num_layers
     step = need.integer("decoder_sparse_step")
     plain = need.value("mlp_only_layers")
     if plain is None:

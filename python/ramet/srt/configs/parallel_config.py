@@ -154,6 +154,9 @@ def check_parallel_sizes(
         raise ValueError(f"{what} does not divide the model's {heads} attention heads")
     if kv_heads % attn_tp_size and attn_tp_size % kv_heads:
         raise ValueError(f"{what} is neither a divisor nor a multiple of {kv_heads} key/value heads")
+    delta = config.traits.delta
+    if delta is not None and delta.num_key_heads % attn_tp_size:
+        raise ValueError(f"{what} does not divide the {delta.num_key_heads} key heads of the model's linear layers")
     if config.traits.qk_norm == "all" and 1 < attn_tp_size < tp_size:
         raise ValueError(
             f"{config.architecture} norms all heads together: with --enable-dp-attention each rank must have all of "

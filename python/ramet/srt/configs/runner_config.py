@@ -39,4 +39,5 @@ class RunnerConfig:
     weights: WeightsConfig
     lora: LoraConfig | None = None  # None: there are no adapters
     can_sleep: bool = False  # the memory of weights and KV cache can be given back while their addresses stay
+    max_state_slots: int | None = None  # states of linear layers that are kept; None: by memory and requests
     keeps_copy_room: bool = False  # host memory that was taken for the weights of an instance asleep stays taken

@@ -49,6 +49,13 @@ class RuntimeFlags:
     max_total_tokens: int | None = flag(
         None, "KV cache capacity in tokens; computed from free memory when not given.", limit=COUNT
     )
+    max_mamba_cache_size: int | None = flag(
+        None,
+        "Most states of linear layers that are kept, of models that have some: one for each request that runs, the "
+        "others for cached prefixes; by default two for each of --max-running-requests and 16 more, within half of the "
+        "KV cache's memory.",
+        limit=COUNT,
+    )
     mem_fraction_static: float | None = flag(
         None,
         "Share of the free memory for weights and KV cache together; 0.5 on a CPU and 0.85 on a GPU by default.",

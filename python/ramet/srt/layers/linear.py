@@ -1,6 +1,6 @@
 """Owns the linear layers and the rule by which each is sharded over tensor-parallel ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -82,8 +82,36 @@ class MergedColumnParallelLinear(nn.Module):
         return activate_for(y, activation, weight_of(user, "weight"))
 
 
+class SlicedColumnParallelLinear(MergedColumnParallelLinear):
+    """The same where a checkpoint matrix has several parts, each of which is split over the ranks.
+
+    Args:
+        parts: rows of each matrix's parts, by its checkpoint prefix, in the order in which they stand.
+    """
+
+    def __init__(
+        self, input_size: int, parts: Mapping[str, Sequence[int]], *, dtype: torch.dtype, parallel: ParallelConfig
+    ):
+        nn.Module.__init__(self)
+        names, sizes, ranges = [], [], []
+        for name, rows in parts.items():
+            first = 0
+            for size in rows:
+                shard = divide(size, parallel.tp_size, name)
+                start = first + parallel.tp_rank * shard
+                names.append(name)
+                sizes.append(sum(rows))
+                ranges.append((start, start + shard))
+                first += size
+        self._declare(input_size, names, sizes, ranges, False, dtype)
+
+
 class QKVParallelLinear(MergedColumnParallelLinear):
-    """The q, k and v projections as one. Ranks beyond the number of KV heads share them (replication)."""
+    """The q, k and v projections as one. Ranks beyond the number of KV heads share them (replication).
+
+    Args:
+        query_columns: rows of a head's queries; None: `head_dim`, as of its keys and values.
+    """
 
     def __init__(
         self,
@@ -96,8 +124,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         bias: bool,
         dtype: torch.dtype,
         parallel: ParallelConfig,
+        query_columns: int | None = None,
     ):
         nn.Module.__init__(self)
+        query_columns = query_columns or head_dim
         tp_size, tp_rank = parallel.tp_size, parallel.tp_rank
         self.num_heads = divide(num_heads, tp_size, f"{prefix}: attention heads")
         if num_kv_heads >= tp_size:
@@ -106,7 +136,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         else:
             self.num_kv_heads = 1
             kv_start = tp_rank // divide(tp_size, num_kv_heads, f"{prefix}: ranks per key/value head")
-        self.q_size = self.num_heads * head_dim
+        self.q_size = self.num_heads * query_columns
         self.kv_size = self.num_kv_heads * head_dim
         # Columns of this rank among those of all queries, and of all keys or values.
         self.q_range = q_range = (tp_rank * self.q_size, (tp_rank + 1) * self.q_size)
@@ -114,7 +144,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         self._declare(
             hidden_size,
             [f"{prefix}.{part}_proj" for part in "qkv"],
-            [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim],
+            [num_heads * query_columns, num_kv_heads * head_dim, num_kv_heads * head_dim],
             [q_range, kv_range, kv_range],
             bias,
             dtype,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PlaceWrite, SequencePlan
+from ramet.srt.batch.batch_plan import LAST_TOKEN, BatchPlan, PlaceWrite, SequencePlan, StateMoves
 from ramet.srt.managers.lora_slots import LoraSlots
 from ramet.srt.managers.prefix_groups import shared_prefixes
 from ramet.srt.managers.schedule_batch import Req, RunningReq, ScheduleBatch
@@ -34,11 +34,14 @@ class BatchPlanner:
         known.update(state.rid for state in new_states)
         ended, self._ended_rids = self._ended_rids, []
         chunks = set(batch.chunks)
+        sequences = [_chunk(running) if running in chunks else _newest_token(running) for running in batch.reqs]
+        self._keep_states(batch, sequences)
         return BatchPlan(
-            sequences=[_chunk(running) if running in chunks else _newest_token(running) for running in batch.reqs],
+            sequences=sequences,
             shared=shared_prefixes(batch.reqs),
             page_writes=self._rows.take_writes(),
             place_writes=self._place_pages(batch),
+            state_moves=self._move_states(),
             lora_placements=self._lora_slots.take_placements(),
             new_states=new_states,
             ended_rids=ended,
@@ -60,6 +63,33 @@ class BatchPlanner:
             if cache.windows is not None and (changed := cache.windows.take_writes()):
                 writes.append(PlaceWrite(group, *(list(column) for column in zip(*changed, strict=True))))
         return writes
+
+    def _keep_states(self, batch: ScheduleBatch, sequences: Sequence[SequencePlan]) -> None:
+        """Say which states of linear layers the pass keeps beside the newest."""
+        chunks = set(batch.chunks)
+        for running, sequence in zip(batch.reqs, sequences, strict=True):
+            num_tokens = running.req.num_tokens if running in chunks else None
+            cache = self._caches[running.group] if self._caches else None
+            if cache is not None and cache.states is not None:
+                sequence.saves = cache.plan_states(running.handle, running.extend_len, num_tokens)
+
+    def _move_states(self) -> list[StateMoves]:
+        """What has become of states since the last plan, and what the pass keeps at its end."""
+        moves = []
+        for group, cache in enumerate(self._caches):
+            if cache.states is not None and not (steps := cache.states.take_steps()).is_empty:
+                moves.append(
+                    StateMoves(
+                        group,
+                        steps.rows,
+                        steps.slots,
+                        steps.sources,
+                        steps.targets,
+                        steps.kept_sources,
+                        steps.kept_targets,
+                    )
+                )
+        return moves
 
     def forget(self, rid: str) -> None:
         """Have the ranks drop a request's sampling state: it has stopped running."""

@@ -45,6 +45,8 @@ class RunningRequests:
             self._caches[running.group].share(running.handle, running.req.fill_ids)
         for running in batch.reqs:
             self._caches[running.group].pass_by(running.handle)
+            if running.handle.state is not None and running.handle.state.saved:
+                self._caches[running.group].note_states(running.handle, running.req.fill_ids)
         self.decoding += [running for running in batch.chunks if running.missing_len == 0]
         for running in (*batch.sampled_reqs, *batch.pooled_reqs):
             running.num_pending += 1

@@ -25,6 +25,7 @@ from ramet.srt.managers.scheduler_output import OutputProcessor, OutputSender, a
 from ramet.srt.managers.token_budget import TokenBudget
 from ramet.srt.managers.tp_worker import TpModelWorker
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
+from ramet.srt.mem_cache.prefix_states import PrefixStates
 from ramet.srt.mem_cache.radix_cache import RadixCache
 from ramet.srt.mem_cache.request_cache import RequestCache
 from ramet.srt.mem_cache.window_pages import WindowedPageAllocator, WindowPages
@@ -98,7 +99,10 @@ class Scheduler:
             windows = WindowPages(self.model_runner.windows, num_pages, page_size)
             allocator = WindowedPageAllocator(num_pages, windows)
         tree = RadixCache(allocator, page_size, self.config.disable_radix_cache)
-        return RequestCache(self.rows, allocator, tree, page_size, switch_len, windows)
+        states = None
+        if self.model_runner.num_state_slots:
+            states = PrefixStates(self.model_runner.num_state_slots, tree, page_size)
+        return RequestCache(self.rows, allocator, tree, page_size, switch_len, windows, states)
 
     # -- A step
 

@@ -55,6 +55,9 @@ class TpModelWorker:
             self._rows[state.rid] = SamplingRow(state)
         self.model_runner.req_pool.write(plan.page_writes)
         group = self.model_runner.parallel.attn_dp_rank
+        moves = [one for one in plan.state_moves if one.group == group]
+        for one in moves:
+            self.model_runner.states.begin_pass(one)
         self.model_runner.req_pool.place([write for write in plan.place_writes if write.group == group])
         if plan.lora_placements and self.model_runner.lora is not None:
             self.model_runner.lora.place(plan.lora_placements)
@@ -62,6 +65,8 @@ class TpModelWorker:
         hidden_states = self.model_runner.run_pass(
             PassTokens.of(plan.sequences, plan.shared), self._own_sequences(plan)
         )
+        for one in moves:
+            self.model_runner.states.end_pass(one)
         if hidden_states is None:  # they go on to the next pipeline stage
             return None
         copies, pooled = HostCopies(), PooledTokens()

@@ -1,15 +1,13 @@
 """Owns the memory of the KV cache and the table of each running request's pages, but not who gets which page."""
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ramet.srt.batch.batch_plan import PageWrite, PlaceWrite
+from ramet.srt.mem_cache.pool_memory import PoolMemory
 from ramet.srt.utils.device import to_device
-from ramet.srt.utils.returnable_zeros import ReturnableZeros
 
 FP8 = torch.float8_e4m3fn
 MAX_FP8 = torch.finfo(FP8).max
@@ -29,16 +27,21 @@ class ReqToPagePool:
         *,
         has_two_ropes: bool = False,
         num_mapped_pages: int | None = None,
+        has_states: bool = False,
     ):
         """
         Args:
             num_mapped_pages: of the cache, where layers with a sliding window keep others of fewer.
+            has_states: whether layers keep states, beside keys and values or in place of them.
             has_two_ropes: whether a sequence's length decides between two sets of rotary frequencies.
         """
         self.padding_row = size
         self.req_to_page = torch.zeros((size + 1, max_pages_per_req), dtype=torch.int64, device=device)
         self.last_tokens = torch.zeros(size + 1, dtype=torch.int64, device=device)
         self.is_long = torch.zeros(size + 1, dtype=torch.bool, device=device) if has_two_ropes else None
+
+        # int64 [size + 1]: where the layers with a state keep each row's; 0 belongs to nobody.
+        self.state_slots = torch.zeros(size + 1, dtype=torch.int64, device=device) if has_states else None
 
         # int64 [num_pages + 1]: the place of each page in layers with a window; 0: none, or one that nobody sees.
         self.window_map: torch.Tensor | None = None
@@ -53,6 +56,12 @@ class ReqToPagePool:
             places = [place for write in writes for place in write.places]
             changes = to_device([pages, places], torch.int64, self.window_map.device)
             self.window_map.index_copy_(0, changes[0], changes[1])
+
+    def place_states(self, rows: Sequence[int], slots: Sequence[int]) -> None:
+        """Say where the states of some rows are, as one step of the current stream."""
+        assert self.state_slots is not None
+        changes = to_device([list(rows), list(slots)], torch.int64, self.state_slots.device)
+        self.state_slots.index_copy_(0, changes[0], changes[1])
 
     def write(self, writes: Sequence[PageWrite]) -> None:
         """Change the table, in order, as one step of the current stream."""
@@ -121,14 +130,8 @@ class TokenToKVPool:
         counts = [num_window_pages if index in window_layers else num_pages for index in range(len(layers))]
         num_slots = [(count + 1) * page_size for count in counts]
         sizes = [slots * size for slots, spec in zip(num_slots, layers, strict=True) for size in spec.row_sizes]
-        shape = (sum(sizes),)
-        self._memory = ReturnableZeros(math.prod(shape) * dtype.itemsize, device) if can_be_put_away else None
-        if self._memory is not None:
-            self.buffer = self._memory.tensor.view(dtype).view(*shape)
-        elif device.type == "cpu":
-            self.buffer = _lazy_zeros(shape, dtype)
-        else:
-            self.buffer = torch.zeros(shape, dtype=dtype, device=device)
+        self._memory = PoolMemory(sum(sizes) * dtype.itemsize, device, can_be_put_away=can_be_put_away)
+        self.buffer = self._memory.bytes.view(dtype)
         self.page_size = page_size
         self.is_fp8 = dtype == FP8
         # Views, made once: every layer of every pass asks for its own.
@@ -142,27 +145,16 @@ class TokenToKVPool:
 
     @property
     def is_put_away(self) -> bool:
-        """Whether there is no memory at the addresses."""
-        return self._memory is not None and not self._memory.is_there
+        """See PoolMemory."""
+        return self._memory.is_put_away
 
     def put_away(self) -> None:
-        """Give the memory back; the addresses stay, and nobody may read them. Does nothing if there is none.
-
-        Raises:
-            RuntimeError: if it can't be given back.
-        """
-        if self._memory is None:
-            raise RuntimeError("the memory of the KV cache can only be given back with --enable-memory-saver")
-        self._memory.give_back()
+        """See PoolMemory."""
+        self._memory.put_away()
 
     def take_back(self) -> None:
-        """Have memory at the addresses again, all zeros. Does nothing if there is some.
-
-        Raises:
-            MemoryError: if there is not enough; nothing has changed then.
-        """
-        if self._memory is not None:
-            self._memory.take()
+        """See PoolMemory."""
+        self._memory.take_back()
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a layer: views [num_slots, num_kv_heads, key_dim] and [..., value_dim]."""
@@ -195,8 +187,3 @@ def _layer_views(spec: KVSpec, parts: Iterator[torch.Tensor], num_slots: int) ->
     if spec.is_latent:
         return keys, keys[..., : spec.value_dim]
     return keys, next(parts).view(num_slots, spec.num_kv_heads, spec.value_dim)
-
-
-def _lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros on the host that take memory only where something is written; torch.zeros writes all of them."""
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)

@@ -6,7 +6,7 @@ change, new trees begin: nothing in the old ones is found again, and what nobody
 
 import heapq
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ramet.srt.mem_cache.allocator import PageAllocator
 
@@ -48,6 +48,7 @@ class RadixCache:
         self.disabled = disabled
         self._clock = itertools.count(1)
         self.generation = 0  # of the trees in which prefixes are found
+        self.on_evict: Callable[[TreeEdge], None] | None = None  # called with each edge that is evicted
         self.reset()
 
     def reset(self) -> None:
@@ -183,6 +184,8 @@ class RadixCache:
             edge = heapq.heappop(leaves)[2]
             self.allocator.free(edge.pages)
             freed += len(edge.pages)
+            if self.on_evict is not None:
+                self.on_evict(edge)
             parent = edge.parent
             del parent.children[edge.keys[0]]
             if isinstance(parent, TreeEdge) and _is_evictable_leaf(parent):

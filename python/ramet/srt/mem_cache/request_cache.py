@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ramet.srt.mem_cache.allocator import PageAllocator, RowAllocator
+from ramet.srt.mem_cache.prefix_states import PrefixStates, RequestState
 from ramet.srt.mem_cache.radix_cache import RadixCache, TreeNode
 from ramet.srt.mem_cache.window_pages import WindowPages
 
@@ -18,6 +19,7 @@ class PrefixMatch:
     lora_id: int  # the adapter that has computed them; 0: none
     num_evictions: int  # of the cache when it was found
     is_long: bool  # see CacheHandle
+    branch_len: int = 0  # tokens whose pages are cached, with a state or without
 
 
 @dataclass(slots=True)
@@ -34,6 +36,7 @@ class CacheHandle:
     generation: int  # of the prefix tree when the request began
     window_start: int = 0  # of its pages, those from here up to the end below have their places in layers with a window
     window_stop: int = 0
+    state: RequestState | None = None  # of linear layers, where there are some
 
 
 class CommonPrefix(NamedTuple):
@@ -50,6 +53,7 @@ class RequestCache:
         switch_len: see RopeConfig. The keys of longer sequences are others, so such a one has nothing in common with
             shorter ones, and starts over when it grows beyond.
         windows: the pages' places in layers that keep their window alone; None if there are none.
+        states: of linear layers; None if there are none.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class RequestCache:
         page_size: int,
         switch_len: int | None = None,
         windows: WindowPages | None = None,
+        states: PrefixStates | None = None,
     ):
         self.rows = rows
         self.allocator = allocator
@@ -67,6 +72,7 @@ class RequestCache:
         self.page_size = page_size
         self.switch_len = switch_len
         self.windows = windows
+        self.states = states
         self._num_evictions = 0
 
     @property
@@ -88,7 +94,15 @@ class RequestCache:
         pages, node = self.tree.match_prefix(tree_ids, limit, lora_id)
         if self.windows is not None and (num_pages := self.windows.longest_prefix(pages)) < len(pages):
             pages, node = self.tree.match_prefix(tree_ids, num_pages * self.page_size, lora_id)
-        return PrefixMatch(pages, node, lora_id, self._num_evictions, is_long)
+        branch_len = len(pages) * self.page_size
+        if self.states is not None:
+            pages, node = self.states.deepest(pages, node)
+        return PrefixMatch(pages, node, lora_id, self._evictions, is_long, branch_len)
+
+    @property
+    def _evictions(self) -> int:
+        """How often something was evicted that a match may have found."""
+        return self._num_evictions + (0 if self.states is None else self.states.slots.num_evictions)
 
     def must_start_over(self, handle: CacheHandle, num_tokens: int) -> bool:
         """Whether the keys that the handle has are not those of a sequence of so many tokens."""
@@ -96,7 +110,7 @@ class RequestCache:
 
     def is_current(self, match: PrefixMatch) -> bool:
         """Whether nothing has been evicted since, so that the match may still be taken."""
-        return match.num_evictions == self._num_evictions
+        return match.num_evictions == self._evictions
 
     def begin(self, match: PrefixMatch, num_tokens: int, num_wanted: int = 0) -> CacheHandle | None:
         """A handle with pages for `num_tokens` in all, the first of which are those of the match, which it takes over.
@@ -107,8 +121,10 @@ class RequestCache:
             num_wanted: pages that must be available beside those of the match, even if fewer are taken.
 
         Returns:
-            None, and nothing changes, if there are not enough pages.
+            None, and nothing changes, if there are not enough pages, or there is no place for a state.
         """
+        if self.states is not None and not self.states.slots.num_available:
+            return None
         num_missing = max(0, self.num_pages(num_tokens) - len(match.pages))
         self.tree.lock(match.node)
         if max(num_wanted, num_missing) > self.num_available_pages:
@@ -123,6 +139,8 @@ class RequestCache:
         if self.windows is not None:
             handle.window_start = handle.window_stop = self.windows.first_seen(kv_len)
             self.see(handle, kv_len)
+        if self.states is not None:
+            handle.state = self.states.begin(row, match.node, match.branch_len)
         return handle
 
     def see(self, handle: CacheHandle, num_tokens: int) -> None:
@@ -153,6 +171,26 @@ class RequestCache:
             if index >= handle.num_tree_pages:
                 self.windows.forget(handle.pages[index])
 
+    def plan_states(self, handle: CacheHandle, num_new: int, num_tokens: int | None) -> list[tuple[int, int]]:
+        """Which states of the handle the next pass, of so many new tokens, is to keep; see PrefixStates.plan."""
+        if self.states is None or handle.state is None or self.tree.disabled or self._is_old(handle):
+            return []
+        return self.states.plan(handle.state, handle.kv_len, handle.kv_len + num_new, num_tokens)
+
+    def note_states(self, handle: CacheHandle, token_ids: Sequence[int]) -> None:
+        """The pass is queued that keeps them. What it computes of a prompt is shared before.
+
+        Args:
+            token_ids: of the sequence, as far as it is known.
+        """
+        if self.states is not None and handle.state is not None:
+            num_in_tree = handle.num_tree_pages * self.page_size
+            self.states.note_launched(handle.state, _tree_ids(token_ids, handle.is_long), num_in_tree, handle.lora_id)
+
+    def _is_old(self, handle: CacheHandle) -> bool:
+        """Whether it was begun with other weights."""
+        return handle.generation != self.tree.generation
+
     def extend(self, handle: CacheHandle, num_tokens: int) -> bool:
         """Give the handle pages for `num_tokens` in all; False, and no change, if there are not enough."""
         missing = self.num_pages(num_tokens) - len(handle.pages)
@@ -182,8 +220,7 @@ class RequestCache:
             token_ids: of the sequence; the cache may hold one more, which isn't known yet.
         """
         num_full = min(handle.kv_len, len(token_ids)) // self.page_size
-        is_old = handle.generation != self.tree.generation
-        if self.tree.disabled or is_old or num_full <= handle.num_tree_pages:
+        if self.tree.disabled or self._is_old(handle) or num_full <= handle.num_tree_pages:
             return
         token_ids = _tree_ids(token_ids[: num_full * self.page_size], handle.is_long)
         num_held = self.tree.insert(token_ids, handle.pages, handle.lora_id)
@@ -215,6 +252,9 @@ class RequestCache:
         self.share(handle, token_ids)
         if self.windows is not None:
             self._leave(handle, handle.window_start, handle.window_stop)
+        if self.states is not None and handle.state is not None:
+            num_in_tree = 0 if self._is_old(handle) else handle.num_tree_pages * self.page_size
+            self.states.release(handle.state, _tree_ids(token_ids, handle.is_long), num_in_tree, handle.lora_id)
         self.allocator.free(handle.pages[handle.num_tree_pages :])
         self.tree.unlock(handle.node)
         self.rows.free(handle.row)
@@ -227,12 +267,16 @@ class RequestCache:
     def begin_generation(self) -> None:
         """The weights have changed: nothing that is cached is found again. Handles go on with what they have."""
         self.tree.begin_generation()
+        if self.states is not None:
+            self.states.slots.drop_all()
         self._num_evictions += 1
 
     def flush(self) -> None:
         """Drop every cached prefix. No handle may be alive."""
         self.tree.evict(self.tree.num_evictable_pages)
         self.tree.reset()
+        if self.states is not None:
+            self.states.slots.drop_all()
         self._num_evictions += 1
 
     def check(self, handles: Sequence[CacheHandle]) -> None:
@@ -245,6 +289,8 @@ class RequestCache:
         self.allocator.check(held)
         if self.windows is not None:
             self.windows.check([page for one in handles for page in one.pages[one.window_start : one.window_stop]])
+        if self.states is not None:
+            self.states.slots.check([one.state.slot for one in handles if one.state is not None])
 
 
 def _tree_ids(token_ids: Sequence[int], is_long: bool) -> Sequence[int]:

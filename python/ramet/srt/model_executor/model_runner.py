@@ -32,10 +32,12 @@ from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs
 from ramet.srt.lora.lora_manager import LoraManager
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool, TokenToKVPool
+from ramet.srt.mem_cache.state_pool import StatePool
 from ramet.srt.mem_cache.window_pages import WindowCapacity
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
 from ramet.srt.model_executor.kv_cache_plan import KVCachePlan, KVLayers, plan_kv_cache
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
+from ramet.srt.model_executor.linear_states import LinearStates, state_bytes
 from ramet.srt.model_executor.pass_batch import make_forward_batch
 from ramet.srt.model_executor.rank_memory import RankMemory
 from ramet.srt.model_executor.rank_weights import OfferedWeights, RankWeights, find_own_head
@@ -62,6 +64,8 @@ class ModelRunner:
     kv_pool: TokenToKVPool
     req_pool: ReqToPagePool
     windows: WindowCapacity | None  # what layers keep that have a window; None: everything, as the others
+    states: LinearStates  # of linear layers, if the model has some
+    num_state_slots = 0  # of them; 0: it has none
 
     def __init__(
         self,
@@ -109,11 +113,14 @@ class ModelRunner:
                 config.lora, self.model, self.model_config, parallel, device, config.weights, context.started_at
             )
         kv_dtype = torch.float8_e4m3fn if model_config.has_fp8_cache else self.dtype
-        attention = describe_attention(self.model, device, self.dtype, kv_dtype, self.page_size)
+        attention = describe_attention(
+            self.model, device, self.dtype, kv_dtype, self.page_size, self.model.attention_stand_in()
+        )
         backend_class = choose_attn_backend(config.attention_backend, attention)
         kv_layers = describe_kv_cache(self.model, kv_dtype, may_differ=backend_class.maps_windows(attention))
         weights_nbytes = self.manifest.arena_nbytes + (0 if self.lora is None else self.lora.nbytes)
-        kv_plan = plan_kv_cache(config, self.model_config, kv_layers, device, free_bytes, weights_nbytes)
+        num_bytes = state_bytes(self.model, self.dtype)
+        kv_plan = plan_kv_cache(config, self.model_config, kv_layers, device, free_bytes, weights_nbytes, num_bytes)
         self.arena = allocate_arena(self.manifest, device, can_be_put_away=config.can_sleep)
         self.arena.bind(self.model)
         if self.lora is not None:
@@ -132,7 +139,9 @@ class ModelRunner:
                 self._prepare_kernels()
                 on_phase("graphs")
             keeps_room = config.keeps_copy_room
-            memory = RankMemory(weights, model_config.path, self.kv_pool, open_checkpoint, keeps_room=keeps_room)
+            pools: list[TokenToKVPool | StatePool] = [self.kv_pool]
+            pools += [self.states.pool] if self.num_state_slots else []
+            memory = RankMemory(weights, model_config.path, pools, open_checkpoint, keeps_room=keeps_room)
             self.versions = RankVersions(loading.result(), open_checkpoint, memory)
         self.inspector = WeightInspector(self.versions)
         on_phase("weights")
@@ -186,7 +195,14 @@ class ModelRunner:
             self.device,
             has_two_ropes=has_two_ropes,
             num_mapped_pages=None if plan.windows is None else plan.num_pages,
+            has_states=plan.num_state_slots > 0,
         )
+        if plan.num_state_slots:
+            self.num_state_slots = num_states = plan.num_state_slots
+            can_be_put_away = self.config.can_sleep
+            self.states = LinearStates(
+                self.model, num_states, self.dtype, self.req_pool, can_be_put_away=can_be_put_away
+            )
         if plan.windows is not None:
             num_tokens, window = plan.windows.num_pages * self.page_size, plan.windows.window
             logger.info("KV cache: layers with a window of %d keep %d tokens", window, num_tokens)

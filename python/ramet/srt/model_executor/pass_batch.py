@@ -46,6 +46,7 @@ def make_forward_batch(
         tokens=tokens,
         is_long=_is_long(req_pool, rows),
         window_map=req_pool.window_map,
+        state_slots=req_pool.state_slots,
         window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
         lora_slots=lora_slots,
         attn_tokens=attn_tokens,
@@ -75,6 +76,7 @@ def make_captured_batch(
         tokens=PassTokens(zeros, zeros + (width * page_size - 1), zeros + 1, zeros),
         is_long=_is_long(req_pool, rows),
         window_map=req_pool.window_map,
+        state_slots=req_pool.state_slots,
         window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
         is_captured=True,
     )

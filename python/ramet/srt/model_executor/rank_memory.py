@@ -6,6 +6,7 @@ What comes back as weights is compared, all of it, with what was there. Until th
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -13,6 +14,7 @@ import torch
 from ramet.srt.configs.load_config import LoadConfig
 from ramet.srt.errors import one_line
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
+from ramet.srt.mem_cache.state_pool import StatePool
 from ramet.srt.model_executor.rank_weights import RankWeights
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
@@ -47,6 +49,7 @@ class RankMemory:
     Args:
         start: where the weights that the rank was started with came from, and their arena.
         model_path: the files then.
+        pools: what the tag "kv_cache" is about: keys and values, and states of linear layers.
         open_checkpoint: opens files as checkpoints of the rank's model.
         keeps_room: host memory that was taken for a copy stays, for the next one.
     """
@@ -55,14 +58,14 @@ class RankMemory:
         self,
         start: RankWeights,
         model_path: str,
-        kv_pool: TokenToKVPool,
+        pools: Sequence[TokenToKVPool | StatePool],
         open_checkpoint: CheckpointOpener,
         *,
         keeps_room: bool,
     ):
         self._start = start
         self._model_path = model_path
-        self._kv_pool = kv_pool
+        self._pools = pools
         self._open_checkpoint = open_checkpoint
         self._keeps_room = keeps_room
 
@@ -92,9 +95,10 @@ class RankMemory:
             arena.put_away(keeps_copy=step.keeps_copy)
             is_kept = step.keeps_copy and device.type == "cpu"  # the copy is the memory itself
             num_bytes += 0 if is_kept else arena.nbytes
-        if "kv_cache" in step.tags and not self._kv_pool.is_put_away:
-            self._kv_pool.put_away()
-            num_bytes += self._kv_pool.buffer.nbytes
+        for pool in self._pools if "kv_cache" in step.tags else ():
+            if not pool.is_put_away:
+                pool.put_away()
+                num_bytes += pool.buffer.nbytes
         if device.type == "cuda":
             torch.cuda.empty_cache()
             logger.info("rank %d: %.2f GB of GPU memory stay: graphs, adapters, and what libraries hold",
@@ -108,8 +112,9 @@ class RankMemory:
 
     def _resume(self, step: ResumeMemoryReq) -> Moved:
         begun = time.perf_counter()
-        if "kv_cache" in step.tags and self._kv_pool.is_put_away:
-            self._kv_pool.take_back()
+        if "kv_cache" in step.tags and any(pool.is_put_away for pool in self._pools):
+            for pool in self._pools:
+                pool.take_back()
             logger.info("rank %d: the KV cache is back after %.3f s", self._rank, time.perf_counter() - begun)
         if "weights" not in step.tags or not self._arena.is_put_away:
             return Moved(0)

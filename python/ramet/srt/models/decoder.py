@@ -18,6 +18,7 @@ from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.models.attention_block import AttentionBlock
+from ramet.srt.models.delta_net import DeltaNet
 from ramet.srt.models.latent_attention import LatentAttention
 from ramet.srt.models.stage_border import choice_columns, take_choice, with_choice
 
@@ -46,6 +47,7 @@ class Attention(AttentionBlock):
             bias=traits.qkv_bias,
             dtype=dtype,
             parallel=parallel.attention,
+            query_columns=2 * config.head_dim if traits.has_output_gate else None,
         )
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim,
@@ -80,11 +82,12 @@ class Attention(AttentionBlock):
             num_heads=self.qkv_proj.num_heads,
             kv=KVSpec(self.qkv_proj.num_kv_heads, config.head_dim, config.head_dim),
             scale=traits.attention_scale,
-            layer_id=layer_id - model.layer_ids.start,
+            layer_id=model.place_of(layer_id),
             sliding_window=spec.window,
             soft_cap=traits.attention_soft_cap,
             scales_prefix=prefix if config.has_cache_scales else None,
             sinks=self._declare_sinks(f"{prefix}.sinks", config, dtype) if traits.has_sinks else None,
+            has_gate=traits.has_output_gate,
         )
 
     def _declare_sinks(self, name: str, config: ModelConfig, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -101,7 +104,8 @@ class Attention(AttentionBlock):
             q_and_k = list(qkv[:, : q_size + kv_size].split([q_size, kv_size], dim=-1))
             norm_in_place(q_and_k, self.wide_norms, self.attn_tp_size)
         q = self.attn.rotate_and_store(qkv, rotary, self.norms, forward_batch)
-        return self.attn(q, forward_batch).flatten(1)
+        out = self.attn(q, forward_batch)
+        return out.flatten(1) if not self.attn.has_gate else self.attn.gated(out, qkv).flatten(1)
 
 
 class DecoderLayer(nn.Module):
@@ -111,7 +115,10 @@ class DecoderLayer(nn.Module):
         super().__init__()
         config, spec, prefix = model.config, model.config.layers[layer_id], f"model.layers.{layer_id}"
         self.rotary_id = None if spec.rope is None else model.ropes.index(spec.rope)
-        self.self_attn = self._make_attention(model, spec, layer_id, f"{prefix}.self_attn")
+        self.attention_name = "linear_attn" if spec.is_linear else "self_attn"
+        self.add_module(
+            self.attention_name, self._make_attention(model, spec, layer_id, f"{prefix}.{self.attention_name}")
+        )
         self.mlp_name = config.moe.traits.block if config.moe is not None else "mlp"
         self.add_module(self.mlp_name, self._make_mlp(model, spec, f"{prefix}.{self.mlp_name}"))
         # (before attention, after it, before the MLP, after it)
@@ -123,8 +130,10 @@ class DecoderLayer(nn.Module):
     @staticmethod
     def _make_attention(model: "DecoderForCausalLM", spec: LayerSpec, layer_id: int, prefix: str) -> AttentionBlock:
         """The first half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
+        place = model.place_of(layer_id)
+        if spec.is_linear:
+            return DeltaNet(model.config, model.dtype, model.parallel.attention, place, prefix)
         if model.config.traits.latent is not None:
-            place = layer_id - model.layer_ids.start
             sizes, owns = (model.dtype, model.parallel.attention, place, prefix), spec.owns_index
             return LatentAttention(model.config, *sizes, owns_index=owns)
         return Attention(model, spec, layer_id, prefix)
@@ -155,7 +164,7 @@ class DecoderLayer(nn.Module):
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         rotary = None if self.rotary_id is None else rotaries[self.rotary_id]
         x, residual = self._enter(before_attention, x, residual)
-        x = self._leave(after_attention, self.self_attn(x, rotary, forward_batch))
+        x = self._leave(after_attention, getattr(self, self.attention_name)(x, rotary, forward_batch))
         x, residual = self._enter(before_mlp, x, residual)
         return self._leave(after_mlp, getattr(self, self.mlp_name)(x)), residual
 
@@ -261,6 +270,19 @@ class DecoderForCausalLM(nn.Module):
             self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, name, dtype=dtype, parallel=parallel)
             if tied and parallel.is_first_stage:
                 self.lm_head.weight = self.model.embed_tokens.weight
+
+    def place_of(self, layer_id: int) -> int:
+        """The place of a layer among those of its kind, linear or not, of this stage."""
+        layers = self.config.layers
+        return sum(layers[one].is_linear == layers[layer_id].is_linear for one in self.layer_ids if one < layer_id)
+
+    def attention_stand_in(self) -> RadixAttention | None:
+        """What attention layers are like in other stages, of one that has none."""
+        layers = self.config.layers
+        if not all(layers[layer_id].is_linear for layer_id in self.layer_ids):
+            return None
+        place = next(layer_id for layer_id, layer in enumerate(layers) if not layer.is_linear)
+        return Attention(self, layers[place], place, "").attn
 
     def make_norm(self, name: str, size: int | None = None) -> RMSNorm:
         """One of the decoder's norms; without a size, of hidden states."""

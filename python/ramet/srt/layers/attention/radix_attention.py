@@ -42,6 +42,7 @@ class RadixAttention(nn.Module):
         soft_cap: float | None = None,
         scales_prefix: str | None = None,
         sinks: nn.Parameter | None = None,
+        has_gate: bool = False,
     ):
         """
         Args:
@@ -49,6 +50,7 @@ class RadixAttention(nn.Module):
             scale: of the products of queries and keys.
             soft_cap: see AttentionSpec.
             layer_id, sliding_window, sinks: see AttentionLayer.
+            has_gate: each head of the queries has a second one behind it, whose sigmoid scales its output.
             scales_prefix: of the checkpoint's scales of keys and values in an fp8 cache; None if it has none.
         """
         super().__init__()
@@ -63,6 +65,7 @@ class RadixAttention(nn.Module):
                      for place, part in enumerate("kv")]  # fmt: skip
             self.kv_scales = declare_weight((2,), torch.float32, boxes)
         self.sinks = sinks
+        self.has_gate = has_gate
         self.layer = AttentionLayer(layer_id, sliding_window)
 
     def bind(self, backend: AttentionBackend) -> None:
@@ -85,7 +88,8 @@ class RadixAttention(nn.Module):
         """Norm and rotate q and k, and write k and v to the cache.
 
         Args:
-            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; may be overwritten.
+            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], with gates num_heads more; but for them it
+                may be overwritten.
             rotary: None for a layer without positions.
             norms: of each head; None for none.
 
@@ -96,6 +100,8 @@ class RadixAttention(nn.Module):
         if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
             slots = forward_batch.window_cache_loc
         heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
+        num_query_heads = (1 + self.has_gate) * self.num_heads
+        queries = heads[:, : num_query_heads : 1 + self.has_gate]
         if use_kernels(qkv) and (not self.kv_pool.is_fp8 or has_fp8_units(qkv.device)):
             from ramet.srt.layers.kernels import rotary as kernel
 
@@ -111,9 +117,10 @@ class RadixAttention(nn.Module):
                 norm_offset=norms.q.offset if norms is not None else 0.0,
                 kv_scales=self.layer.kv_scales,
             )
-            q = heads[:, : self.num_heads]
+            q = queries
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
-        q, k, v = heads.split([self.num_heads, self.kv.num_kv_heads, self.kv.num_kv_heads], dim=1)
+        k, v = heads[:, num_query_heads:].split(self.kv.num_kv_heads, dim=1)
+        q = queries
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
         if rotary is not None:
@@ -121,3 +128,8 @@ class RadixAttention(nn.Module):
             q = q if rotary.query_scale is None else q * rotary.query_scale
         self.kv_pool.set_kv_buffer(layer_id, slots, k, v, self.layer.kv_scales)
         return q
+
+    def gated(self, out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
+        """The output [num_tokens, num_heads, columns], scaled by the gates that stand among the queries of `qkv`."""
+        gates = qkv.unflatten(-1, (-1, self.kv.key_dim))[:, 1 : 2 * self.num_heads : 2]
+        return out * gates.sigmoid()

@@ -15,10 +15,19 @@ PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
 
 
 def describe_attention(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, page_size: int
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    page_size: int,
+    stand_in: RadixAttention | None = None,
 ) -> AttentionSpec:
-    """What the attention layers of this rank's part of a model ask of their backend."""
-    layers = _attention_layers(model)
+    """What the attention layers of this rank's part of a model ask of their backend.
+
+    Args:
+        stand_in: a layer of the model, for a part that has none.
+    """
+    layers = _attention_layers(model) or ([] if stand_in is None else [stand_in])
     shapes = {
         (
             layer.num_heads,
