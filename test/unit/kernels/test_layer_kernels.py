@@ -77,6 +77,31 @@ def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, h
     assert (cache[:, others] == 7.0).all()
 
 
+def test_rotation_beside_gates_and_what_they_scale(device):
+    """Behind each query stands a gate: the kernels do with the others what they do without."""
+    from ramet.srt.layers.kernels.output_gate import gate_output
+    from ramet.srt.layers.kernels.rotary import rotate_and_store
+
+    num_heads, num_kv_heads, head_dim, num_tokens = 3, 2, 24, 4
+    rope = RopeConfig(theta=10000.0, rotary_factor=0.5)
+    rotary = RotaryEmbedding(rope, head_dim, torch.float32, device).cos_sin(torch.arange(3, 7, device=device))[:2]
+    plain = torch.randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim, device=device)
+    gates = torch.randn(num_tokens, num_heads, head_dim, device=device)
+    pairs = torch.stack((plain[:, :num_heads], gates), dim=2).flatten(1, 2)
+    gated = torch.cat((pairs, plain[:, num_heads:]), dim=1).flatten(1)
+    norms = torch.randn(2, head_dim, device=device)
+    caches = torch.zeros(2, 2, 9, num_kv_heads, head_dim, device=device)
+    slots = torch.tensor([3, 1, 8, 0], device=device)
+    options = {"num_q_heads": num_heads, "q_norm": norms[0], "k_norm": norms[1], "eps": 1e-6, "norm_offset": 1.0}
+    before = gated.clone()
+    expected = rotate_and_store(plain.clone().flatten(1), rotary, slots, *caches[0], **options)
+    got = rotate_and_store(gated, rotary, slots, *caches[1], **options, has_gates=True)
+    assert torch.equal(got, expected) and torch.equal(caches[0], caches[1]) and torch.equal(gated, before)
+    assert got.stride() == expected.stride()  # attention relies on where the rows are
+    out = torch.randn(num_tokens, num_heads, head_dim, device=device)
+    close(gate_output(out, gated), out * gates.sigmoid())
+
+
 @pytest.mark.parametrize("has_scales", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_cache_writes_in_fp8(device, dtype, has_scales):

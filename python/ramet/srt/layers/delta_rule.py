@@ -7,7 +7,8 @@ A head keeps a matrix S [key_dim, value_dim]. Each token forgets a part of it an
 import torch
 import torch.nn.functional as F
 
-CHUNK = 64  # tokens whose writes are found together
+from ramet.srt.batch.delta_pass import CHUNK
+
 NORM_EPS = 1e-6  # of queries and keys
 
 

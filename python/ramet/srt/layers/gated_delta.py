@@ -9,7 +9,9 @@ from torch import nn
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.delta_config import DeltaTraits
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.layers.delta_passes import DeltaPasses
 from ramet.srt.layers.delta_rule import causal_conv, delta_chunks, delta_step
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
 from ramet.srt.mem_cache.state_pool import StatePool, StateSpec
 from ramet.srt.weights.manifest import WeightBox
@@ -64,6 +66,7 @@ class GatedDelta(nn.Module):
     """
 
     pool: StatePool
+    passes: DeltaPasses
 
     def __init__(
         self,
@@ -110,18 +113,57 @@ class GatedDelta(nn.Module):
             heads.num_channels, traits.kernel_size - 1, heads.num_value_heads, traits.key_dim, traits.value_dim
         )
 
-    def bind(self, pool: StatePool) -> None:
-        """Keep states in `pool` from now on."""
+    def bind(self, pool: StatePool, passes: DeltaPasses) -> None:
+        """Keep states in `pool` from now on.
+
+        Args:
+            passes: what the kernels read of the pass under way.
+        """
         self.pool = pool
+        self.passes = passes
 
     def forward(self, qkvz: torch.Tensor, ba: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """Columns of the projections (see DeltaHeads) -> [num_tokens, num_value_heads * value_dim]."""
+        if use_kernels(qkvz):
+            return self._run_kernels(qkvz, ba, forward_batch)
         x, z = self.heads.split(qkvz)
         b, a = self.heads.split_numbers(ba)
         g = -self.a_log.exp() * F.softplus(a.float() + self.dt_bias)
         out = self._mix(x, g, b.float().sigmoid(), forward_batch)
         scaled = F.rms_norm(out.float(), self.norm.shape, self.norm, self.eps)
         return (scaled * F.silu(z.float()).view_as(scaled)).to(qkvz.dtype).flatten(1)
+
+    def _run_kernels(self, qkvz: torch.Tensor, ba: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        from ramet.srt.layers.kernels.delta_conv import convolve
+        from ramet.srt.layers.kernels.delta_rule import delta_rule
+
+        heads, table, run = self.heads, forward_batch.state_slots, self.passes.current
+        assert table is not None, "a pool of requests has places for states where layers have some"
+        mixed = convolve(
+            qkvz,
+            self.pool.conv(self.place),
+            self.conv,
+            table,
+            run,
+            num_key_heads=heads.num_key_heads,
+            key_dim=heads.key_dim,
+            values=heads.sizes[2] // heads.num_key_heads,
+            is_by_key_head=heads.is_by_key_head,
+        )
+        return delta_rule(
+            mixed,
+            qkvz,
+            ba,
+            self.pool.matrices(self.place),
+            table,
+            run,
+            a_log=self.a_log,
+            dt_bias=self.dt_bias,
+            norm=self.norm,
+            eps=self.eps,
+            num_key_heads=heads.num_key_heads,
+            is_by_key_head=heads.is_by_key_head,
+        )
 
     def _mix(self, x: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """Channels, decays and shares to write of each token -> [num_tokens, num_value_heads, value_dim]."""

@@ -9,6 +9,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, CapturedShape
+from ramet.srt.layers.delta_passes import DeltaPasses
 from ramet.srt.layers.kernels.split_sums import counts_of
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
@@ -57,6 +58,7 @@ class CudaGraphRunner:
         max_tokens: int,
         hidden_size: int,
         may_launch: bool,
+        linear: DeltaPasses | None = None,
     ):
         """
         Args:
@@ -66,10 +68,12 @@ class CudaGraphRunner:
             may_launch: whether the backend may prefer launches. Not where ranks compute a pass together and may not
                 prefer alike: each finds its kernels by itself, and one that launches sums fewer tokens with the others
                 than those that pad.
+            linear: of the model's linear layers; None if it has none.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
+        self._linear = linear
         self._may_launch = may_launch or backend.prefers_alike
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
@@ -90,6 +94,8 @@ class CudaGraphRunner:
         pool = torch.cuda.graph_pool_handle()
         counts_of(device)  # which no graph may own
         self._backend.init_cuda_graph_state(self._shapes, self._req_pool.req_to_page)
+        if self._linear is not None:
+            self._linear.init_captured(self._shapes, device)
         stream.wait_stream(torch.cuda.current_stream(device))
         by_size = sorted(self._shapes, reverse=True)
         kinds = [[shape for shape in by_size if shape.has_chunks == has_chunks] for has_chunks in (False, True)]
@@ -128,12 +134,15 @@ class CudaGraphRunner:
         batch = make_captured_batch(self._req_pool, page_size, self._fixed_inputs(shape), mode)
         self._hidden_states[: shape.num_tokens].copy_(self._forward(batch))
 
-    def _prepare(self, shape: CapturedShape, tokens: PassTokens) -> None:
-        """Put the tokens, as many as the shape has, where the graph reads them."""
+    def _prepare(self, shape: CapturedShape, tokens: PassTokens) -> bool:
+        """Put the tokens, as many as the shape has, where the graph reads them; False if they have no place there."""
+        if self._linear is not None and not self._linear.prepare(shape, tokens):
+            return False
         inputs = torch.from_numpy(token_inputs(tokens)).pin_memory()
         fixed = self._fixed_inputs(shape)
         fixed.copy_(inputs, non_blocking=True)
         self._backend.init_forward_metadata_replay_cuda_graph(shape, tokens, fixed[0])
+        return True
 
     @property
     def chunk_sizes(self) -> list[int]:
@@ -148,6 +157,7 @@ class CudaGraphRunner:
         shape = next(fitting, None)
         if shape is None or (self._may_launch and self._backend.prefers_launches(tokens)):
             return None
-        self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row))
+        if not self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row)):
+            return None
         self._graphs[shape].replay()
         return self._hidden_states[: tokens.num_tokens]

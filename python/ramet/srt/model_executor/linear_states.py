@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ramet.srt.batch.batch_plan import StateMoves
+from ramet.srt.layers.delta_passes import DeltaPasses
 from ramet.srt.layers.gated_delta import GatedDelta
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.mem_cache.state_pool import StatePool
@@ -43,6 +44,7 @@ class LinearStates:
     ):
         layers = linear_layers(model)
         self._req_pool = req_pool
+        self.passes = DeltaPasses()
         self.pool = StatePool(
             num_slots=num_slots,
             layers=[layer.spec for layer in layers],
@@ -51,7 +53,7 @@ class LinearStates:
             can_be_put_away=can_be_put_away,
         )
         for layer in layers:
-            layer.bind(self.pool)
+            layer.bind(self.pool, self.passes)
         logger.info("states of %d linear layers: %d of %.1f MB", len(layers), num_slots, self.pool.slot_bytes / 1e6)
 
     def begin_pass(self, moves: StateMoves) -> None:

@@ -228,6 +228,7 @@ class ModelRunner:
                 min(self.config.max_prefill_tokens + max_batch_size, self.max_total_num_tokens),
                 self.model_config.hidden_size,
                 may_launch=self.parallel.tp_size == 1,
+                linear=self.states.passes if self.num_state_slots else None,
             )
             graphs.capture()
             self.graph_runner = graphs
@@ -388,6 +389,8 @@ class ModelRunner:
         """This stage's output [num_tokens, hidden_size]: of the token ids, or of what the stage before has sent."""
         if batch.batch_size > 0:
             self.attn_backend.init_forward_metadata(batch)
+            if self.num_state_slots:
+                self.states.passes.begin(batch)
         if self.lora is not None:
             self.lora.begin_pass(batch)
         inputs = batch.input_ids

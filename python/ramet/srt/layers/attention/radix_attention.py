@@ -99,13 +99,10 @@ class RadixAttention(nn.Module):
         slots, layer_id = forward_batch.out_cache_loc, self.layer.layer_id
         if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
             slots = forward_batch.window_cache_loc
-        heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
-        num_query_heads = (1 + self.has_gate) * self.num_heads
-        queries = heads[:, : num_query_heads : 1 + self.has_gate]
         if use_kernels(qkv) and (not self.kv_pool.is_fp8 or has_fp8_units(qkv.device)):
             from ramet.srt.layers.kernels import rotary as kernel
 
-            kernel.rotate_and_store(
+            q = kernel.rotate_and_store(
                 qkv,
                 None if rotary is None else rotary[:2],
                 slots,
@@ -115,12 +112,14 @@ class RadixAttention(nn.Module):
                 k_norm=norms.k.weight if norms is not None else None,
                 eps=norms.q.eps if norms is not None else 0.0,
                 norm_offset=norms.q.offset if norms is not None else 0.0,
+                has_gates=self.has_gate,
                 kv_scales=self.layer.kv_scales,
             )
-            q = queries
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
+        heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
+        num_query_heads = (1 + self.has_gate) * self.num_heads
+        q = heads[:, : num_query_heads : 1 + self.has_gate]
         k, v = heads[:, num_query_heads:].split(self.kv.num_kv_heads, dim=1)
-        q = queries
         if norms is not None:
             q, k = norms.q(q), norms.k(k)
         if rotary is not None:
@@ -131,5 +130,9 @@ class RadixAttention(nn.Module):
 
     def gated(self, out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """The output [num_tokens, num_heads, columns], scaled by the gates that stand among the queries of `qkv`."""
+        if use_kernels(out):
+            from ramet.srt.layers.kernels.output_gate import gate_output
+
+            return gate_output(out, qkv)
         gates = qkv.unflatten(-1, (-1, self.kv.key_dim))[:, 1 : 2 * self.num_heads : 2]
         return out * gates.sigmoid()

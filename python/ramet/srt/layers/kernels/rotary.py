@@ -40,7 +40,9 @@ def _rotate_and_store_kernel(
     scales_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    out_ptr,
     qkv_stride,
+    out_stride,
     cache_stride,
     num_q_heads,
     num_kv_heads,
@@ -53,6 +55,7 @@ def _rotate_and_store_kernel(
     HAS_NORM: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_GATES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -70,11 +73,16 @@ def _rotate_and_store_kernel(
     columns = tl.arange(0, HALF)
     in_half = (columns < HALF_DIM)[None, :]
     mask = is_any & in_half
-    offsets = heads[:, None] * HEAD_DIM + columns[None, :]
+    places = heads  # in the row; elsewhere they are counted without gates
+    if HAS_GATES:  # behind each query
+        places = heads + tl.minimum(heads, num_q_heads)
+    offsets = places[:, None] * HEAD_DIM + columns[None, :]
+    kept = heads[:, None] * HEAD_DIM + columns[None, :]
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row_ptr = qkv_ptr + token * qkv_stride
+    out_row_ptr = out_ptr + token * out_stride
     slot = tl.load(slots_ptr + token).to(tl.int64)
     k_cache_ptr += slot * cache_stride - num_q_heads * HEAD_DIM
     v_cache_ptr += slot * cache_stride - (num_q_heads + num_kv_heads) * HEAD_DIM
@@ -84,7 +92,8 @@ def _rotate_and_store_kernel(
     if REST > 0:
         rest_columns = 2 * HALF_DIM + tl.arange(0, REST)
         in_rest = (rest_columns < HEAD_DIM)[None, :]
-        rest_offsets = heads[:, None] * HEAD_DIM + rest_columns[None, :]
+        rest_offsets = places[:, None] * HEAD_DIM + rest_columns[None, :]
+        rest_kept = heads[:, None] * HEAD_DIM + rest_columns[None, :]
         rest = tl.load(row_ptr + rest_offsets, mask=is_any & in_rest, other=0.0).to(tl.float32)
         square += tl.sum(rest * rest, axis=1)
     if HAS_NORM:
@@ -105,19 +114,19 @@ def _rotate_and_store_kernel(
         first = turned
     first = first.to(qkv_ptr.dtype.element_ty)
     second = second.to(qkv_ptr.dtype.element_ty)
-    tl.store(row_ptr + offsets, first, mask=rotated & in_half)
-    tl.store(row_ptr + offsets + HALF_DIM, second, mask=rotated & in_half)
+    tl.store(out_row_ptr + kept, first, mask=rotated & in_half)
+    tl.store(out_row_ptr + kept + HALF_DIM, second, mask=rotated & in_half)
     scales = tl.full([BLOCK_HEADS, 1], 1.0, tl.float32)
     if HAS_SCALES:
         scales = tl.load(scales_ptr + is_v.to(tl.int32))[:, None]
     k_mask, v_mask = is_k[:, None] & in_half, is_v[:, None] & in_half
-    _store_head(k_cache_ptr + offsets, v_cache_ptr + offsets, first, k_mask, v_mask, scales)
-    _store_head(k_cache_ptr + offsets + HALF_DIM, v_cache_ptr + offsets + HALF_DIM, second, k_mask, v_mask, scales)
+    _store_head(k_cache_ptr + kept, v_cache_ptr + kept, first, k_mask, v_mask, scales)
+    _store_head(k_cache_ptr + kept + HALF_DIM, v_cache_ptr + kept + HALF_DIM, second, k_mask, v_mask, scales)
     if REST > 0:
         rest = rest.to(qkv_ptr.dtype.element_ty)
-        tl.store(row_ptr + rest_offsets, rest, mask=rotated & in_rest)
+        tl.store(out_row_ptr + rest_kept, rest, mask=rotated & in_rest)
         k_mask, v_mask = is_k[:, None] & in_rest, is_v[:, None] & in_rest
-        _store_head(k_cache_ptr + rest_offsets, v_cache_ptr + rest_offsets, rest, k_mask, v_mask, scales)
+        _store_head(k_cache_ptr + rest_kept, v_cache_ptr + rest_kept, rest, k_mask, v_mask, scales)
 
 
 def rotate_and_store(
@@ -133,24 +142,34 @@ def rotate_and_store(
     eps: float,
     norm_offset: float = 0.0,
     kv_scales: torch.Tensor | None = None,
-) -> None:
+    has_gates: bool = False,
+) -> torch.Tensor:
     """Norm the heads of q and k (with norms given), rotate them in place, and write k and v to their cache slots.
 
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]; rows may be apart.
+        has_gates: behind each head of q stands another one in the row. Nothing is overwritten then.
         rotary: cosines and sines, contiguous [num_tokens, 1, columns of a head that rotate / 2]; None rotates nothing.
         slots: int64 [num_tokens].
         k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous, like qkv or float8_e4m3fn.
         kv_scales: float32 [2], what k and v are divided by in a cache of fp8; None for 1.
         q_norm, k_norm: [head_dim], both or none; `norm_offset` is added to them, in float32.
+
+    Returns:
+        q: the first columns of rows as wide as those of qkv, without gates.
     """
     num_kv_heads, head_dim = k_cache.shape[1:]
     cos, sin = (qkv, qkv) if rotary is None else rotary
     half_dim = head_dim // 2 if rotary is None else cos.shape[-1]
     assert qkv.stride(1) == 1 and (rotary is None or (cos.is_contiguous() and sin.is_contiguous()))
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1)
+    out = qkv
+    if has_gates:
+        width = (num_q_heads + 2 * num_kv_heads) * head_dim
+        out = torch.empty((len(qkv), width), dtype=qkv.dtype, device=qkv.device)
+    q = out[:, : num_q_heads * head_dim].unflatten(-1, (num_q_heads, head_dim))
     if qkv.shape[0] == 0:
-        return
+        return q
     early = can_launch_early(qkv.device)
     half, num_rest = next_power_of_2(half_dim), head_dim - 2 * half_dim
     _rotate_and_store_kernel[(qkv.shape[0], triton.cdiv(num_q_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))](
@@ -163,7 +182,9 @@ def rotate_and_store(
         slots if kv_scales is None else kv_scales,
         k_cache,
         v_cache,
+        out,
         qkv.stride(0),
+        out.stride(0),
         k_cache.stride(0),
         num_q_heads,
         num_kv_heads,
@@ -176,8 +197,10 @@ def rotate_and_store(
         HAS_NORM=q_norm is not None,
         HAS_ROTATION=rotary is not None,
         HAS_SCALES=kv_scales is not None,
+        HAS_GATES=has_gates,
         BLOCK_HEADS=HEADS_PER_PROGRAM,
         EARLY=early,
         num_warps=min(4, max(1, HEADS_PER_PROGRAM * half // 64)),
         **({"launch_pdl": True} if early else {}),
     )
+    return q
