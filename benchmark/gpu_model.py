@@ -41,6 +41,20 @@ SPARSE_KEYS: dict[str, Any] = {  # what DeepSeek-V3.2 has beside these
     "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_n_heads": 64,
     "index_head_dim": 128, "index_topk": 2048,
 }  # fmt: skip
+HYBRID_SHAPE: dict[str, Any] = {  # Qwen3.5's dense shape of 9 billion parameters
+    "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 4096,
+    "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 256, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "rms_norm_eps": 1e-6,
+    "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+    "dtype": "bfloat16", "eos_token_id": 248044,
+}  # fmt: skip
+TINY_HYBRID: dict[str, Any] = HYBRID_SHAPE | {  # see TINY
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 512, "eos_token_id": 2,
+}  # fmt: skip
 NUM_FILES = 8
 
 

@@ -16,6 +16,7 @@ from ramet.srt.models.decoder import NORM_NAMES
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 INVERSE_FREQUENCIES = ("inv_freq", "full_attention_inv_freq", "sliding_attention_inv_freq")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 GROUPED_ROUTERS = {
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -61,7 +62,9 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         small(torch.arange(20)[None] % hf.vocab_size, use_cache=False)
     experts = next((one for one in model.modules() if hasattr(one, "e_score_correction_bias")), None)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    layer = model.model.layers[0]
+    place = next(index for index, one in enumerate(model.model.layers) if hasattr(one, "self_attn"))
+    layer, attention = model.model.layers[place], f"model.layers.{place}.self_attn"
+    is_hybrid = hf.model_type in HYBRIDS
     shapes |= _split_shapes(shapes, hf, layer)
     latent = _latent(layer.self_attn, shapes) if hasattr(layer.self_attn, "kv_lora_rank") else None
     return {
@@ -70,12 +73,12 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": len(model.model.layers),
         "vocab_size": shapes["model.embed_tokens.weight"][0],
         "hidden_size": shapes["model.embed_tokens.weight"][1],
-        "query_columns": None if latent else shapes["model.layers.0.self_attn.q_proj.weight"][0],
-        "key_columns": None if latent else shapes["model.layers.0.self_attn.k_proj.weight"][0],
+        "query_columns": None if latent else shapes[f"{attention}.q_proj.weight"][0] // (1 + is_hybrid),
+        "key_columns": None if latent else shapes[f"{attention}.k_proj.weight"][0],
         "head_dim": rotary.inv_freq.shape[0] * 2 if latent else layer.self_attn.head_dim,
         "latent": latent,
-        "qkv_bias": any(f"model.layers.0.self_attn.{name}.bias" in shapes for name in ("q_proj", "kv_a_proj_with_mqa")),
-        "o_bias": "model.layers.0.self_attn.o_proj.bias" in shapes,
+        "qkv_bias": any(f"{attention}.{name}.bias" in shapes for name in ("q_proj", "kv_a_proj_with_mqa")),
+        "o_bias": f"{attention}.o_proj.bias" in shapes,
         "mlp_bias": any(name.startswith("model.layers.0.mlp") and name.endswith("_proj.bias") for name in shapes),
         "rms_norm_eps": getattr(model.model.norm, "variance_epsilon", None) or getattr(model.model.norm, "eps", 0),
         "hidden_act": hf.hidden_activation if hf.model_type.startswith("gemma") else hf.hidden_act,
@@ -99,26 +102,38 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         else None,
         "num_experts_per_tok": hf.num_experts_per_tok if _has_experts(shapes) else None,
         "norm_topk_prob": hf.norm_topk_prob
-        if _has_experts(shapes) and hf.model_type not in ("mixtral", "minimax_m2", "gpt_oss")
+        if _has_experts(shapes) and hf.model_type not in ("mixtral", "minimax_m2", "gpt_oss", "qwen3_5_moe_text")
         else None,
-        "rotates": [bool(getattr(one.self_attn, "use_rope", True)) for one in model.model.layers],
+        "rotates": [
+            hasattr(one, "self_attn") and bool(getattr(one.self_attn, "use_rope", True)) for one in model.model.layers
+        ],
+        "delta": _delta(model.model.layers),
         "attention_scale": layer.self_attn.scaling,
         "multipliers": [
             getattr(model.model.embed_tokens, "scalar_embed_scale", 1.0),
             *(getattr(hf, name) if hf.model_type == "granite" else 1.0 for name in MULTIPLIERS),
         ],
-        "qk_norm": shapes.get("model.layers.0.self_attn.q_norm.weight"),
+        "qk_norm": shapes.get(f"{attention}.q_norm.weight"),
         "indices": ["self_attn.indexer.wk.weight" in dict(one.named_parameters()) for one in model.model.layers],
         "layer_norms": sorted(name for name in shapes if re.fullmatch(r"model\.layers\.0\.\w+layernorm\.weight", name)),
         "shared_size": _shared_size(shapes) if _has_experts(shapes) else None,
     }
 
 
+def _delta(layers: Any) -> list[tuple[int, ...]]:
+    """Heads, their columns and the kernel of each linear layer; those of attention have none."""
+    return [
+        (one.num_k_heads, one.num_v_heads, one.head_k_dim, one.head_v_dim, one.conv_kernel_size)
+        for one in (getattr(layer, "linear_attn", None) for layer in layers)
+        if one is not None
+    ]
+
+
 def _windows(hf: Any) -> list[int | None]:
     """By what the classes look at: Llama at nothing, some at the window alone, some at the layer types as well."""
     if hf.model_type == "llama":
         return [None] * hf.num_hidden_layers
-    if hf.model_type in ("granite", "olmo2", "seed_oss", "minimax_m2", *GROUPED_ROUTERS):
+    if hf.model_type in ("granite", "olmo2", "seed_oss", "minimax_m2", *GROUPED_ROUTERS, *HYBRIDS):
         return [None] * hf.num_hidden_layers
     if hf.model_type in (
         "ministral",
@@ -238,6 +253,11 @@ def ours(config: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": moe.num_experts_per_tok if moe and sparse else None,
         "norm_topk_prob": moe.norm_topk_prob if moe and sparse and not moe.traits.always_normalised else None,
         "rotates": [layer.rope is not None for layer in config.layers],
+        "delta": [
+            tuple(config.traits.delta.dimensions.values())
+            for layer in config.layers
+            if layer.is_linear and config.traits.delta is not None
+        ],
         "attention_scale": config.traits.attention_scale,
         "multipliers": [
             config.traits.embedding_multiplier if config.traits.rounds_embedding_multiplier else 1.0,

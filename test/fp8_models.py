@@ -21,7 +21,7 @@ from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.checkpoint.whole_model import GRID_ATTRIBUTES
 from safetensors.torch import load_file, save_file
 
-QUANTISED = re.compile(r"((?<!\.weights)_proj|_proj_with_mqa|\.w[123]|\.wq_b|\.wk)\.weight$")
+QUANTISED = re.compile(r"((?<!\.weights)_proj|_proj_with_mqa|\.w[123]|\.wq_b|\.wk|\.in_proj_(qkvz|qkv|z))\.weight$")
 MAX_FP8 = 448
 _ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
 

@@ -20,7 +20,7 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight, weight_of
 from ramet.srt.weights.manifest import WeightBox
 from safetensors.torch import load_file, save_file
 
-QUANTISED = re.compile(r"(_proj|_proj_with_mqa|\.w[123])\.weight$")
+QUANTISED = re.compile(r"(_proj|_proj_with_mqa|\.w[123]|\.in_proj_(qkvz|qkv|z))\.weight$")
 GROUP = 16  # columns that share a scale
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Parts = dict[str, torch.Tensor]  # the tensors of a matrix, by the ends of their names

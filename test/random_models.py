@@ -195,7 +195,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5, "attention_bias": False, "layer_types": [
             "linear_attention", "full_attention", "linear_attention",
         ], "linear_conv_kernel_dim": 4, "linear_key_head_dim": 20, "linear_value_head_dim": 12,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "num_experts": 6, "num_experts_per_tok": 3,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 3,
         "moe_intermediate_size": 40, "shared_expert_intermediate_size": 48, "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [1], "tie_word_embeddings": False, "rope_theta": 1000000.0,
         "rope_scaling": None,

@@ -115,8 +115,9 @@ def test_every_family(tmp_path, family):
     """All that adapters can add to, whatever it is called and wherever it is: beside biases, norms and experts."""
     excluded = r".*(\.(experts|block_sparse_moe)\.|kv_b_proj|weights_proj).*"
     latent = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "wq_b", "wk")
+    linear = ("out_proj", "in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
     kind = {
-        "targets": (*ALL, "qkv_proj", "gate_up_proj", *latent),
+        "targets": (*ALL, "qkv_proj", "gate_up_proj", *latent, *linear),
         "target_modules": "all-linear",
         "exclude_modules": excluded,
     }

@@ -102,6 +102,24 @@ def test_latent_attention_with_such_weights(folders, tmp_path, kind):
     fp8.check_answers(folder, plain)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3_next", "awq"), ("qwen3_5", "int4 with zeros"), ("qwen3_next", "nvfp4 of modelopt")],
+)
+def test_linear_layers_with_such_weights(folders, tmp_path, family, kind):
+    """What gives a head's few numbers stays as it is, as in published checkpoints."""
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
+             "linear_value_head_dim": 16, "intermediate_size": 96, "head_dim": 32}  # fmt: skip
+    if family == "qwen3_next":
+        sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64}
+    model = rm.make_model(tmp_path / "model", family, dtype="bfloat16", **sizes)
+    numbers = [f"model.layers.{layer}.linear_attn.in_proj_{part}" for layer in range(3) for part in ("ba", "b", "a")]
+    left_out = {KINDS[kind].left_out: [*numbers, "lm_head"]}
+    folder, plain = pm.write(model, tmp_path / "packed", KINDS[kind], **left_out)
+    check(folder, plain, sm.all_ranks(2))
+    fp8.check_answers(folder, plain)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ONE_OF_A_KIND)
 def test_the_engine_answers_as_transformers_over_the_plain_weights(folders, tmp_path, family, kind):

@@ -164,7 +164,8 @@ def _linear_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     if kinds is None:
         kinds = [FULL if (index + 1) % interval == 0 else LINEAR for index in range(num_layers)]
     if FULL not in kinds:
-        raise ValueError(f"{need.file}: none of the {num_layers} layers has full attention")
+        names = "'layer_types' and 'full_attention_interval'"
+        raise ValueError(f"{need.file}: by {names} none of the {num_layers} layers has full attention")
     if SLIDING in kinds:
         raise need.wrong("layer_types", f"must give {LINEAR} or {FULL} for each layer", need.value("layer_types"))
     return tuple(kind == LINEAR for kind in kinds)
