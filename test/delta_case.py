@@ -8,9 +8,9 @@ from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.configs.delta_config import DeltaTraits
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers import gated_delta
-from ramet.srt.layers.delta_passes import DeltaPasses
-from ramet.srt.layers.gated_delta import GatedDelta
+from ramet.srt.layers.attention import gated_delta
+from ramet.srt.layers.attention.delta_passes import DeltaPasses
+from ramet.srt.layers.attention.gated_delta import GatedDelta
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.mem_cache.state_pool import StatePool
 from ramet.srt.model_executor.pass_batch import make_forward_batch

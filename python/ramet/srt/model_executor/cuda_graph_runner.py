@@ -9,7 +9,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import PassTokens
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, CapturedShape
-from ramet.srt.layers.delta_passes import DeltaPasses
+from ramet.srt.layers.attention.delta_passes import DeltaPasses
 from ramet.srt.layers.kernels.split_sums import counts_of
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs

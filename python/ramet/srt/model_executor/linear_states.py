@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ramet.srt.batch.batch_plan import StateMoves
-from ramet.srt.layers.delta_passes import DeltaPasses
-from ramet.srt.layers.gated_delta import GatedDelta
+from ramet.srt.layers.attention.delta_passes import DeltaPasses
+from ramet.srt.layers.attention.gated_delta import GatedDelta
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.mem_cache.state_pool import StatePool
 

@@ -5,7 +5,7 @@ import torch
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.gated_delta import GatedDelta
+from ramet.srt.layers.attention.gated_delta import GatedDelta
 from ramet.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear, SlicedColumnParallelLinear
 from ramet.srt.layers.rotary_embedding import Rotation
 from ramet.srt.models.attention_block import AttentionBlock

@@ -9,7 +9,7 @@ from torch import nn
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.delta_config import DeltaTraits
 from ramet.srt.configs.parallel_config import ParallelConfig
-from ramet.srt.layers.delta_passes import DeltaPasses
+from ramet.srt.layers.attention.delta_passes import DeltaPasses
 from ramet.srt.layers.delta_rule import causal_conv, delta_chunks, delta_step
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, divide, shard_box
