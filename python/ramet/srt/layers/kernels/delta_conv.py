@@ -11,7 +11,7 @@ from ramet.srt.batch.delta_pass import DeltaPass
 from ramet.srt.layers.kernels.delta_columns import channel_columns
 
 BLOCK_CHANNELS = 256
-CHUNK_BLOCK = 64  # channels of a program that takes a chunk
+CHUNK_BLOCK = 32  # channels of a program that takes a chunk
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Owns the kernels of the gated delta rule: chunks of prompts in two steps, and single tokens.
 
 What the tokens of a chunk write depends on each other. The first step solves that for every chunk by itself, as a
-function of the state before it (Yang et al., 2024); the second goes through a sequence's chunks and carries the state.
+function of the state S before it (Yang et al., 2024): they write W - R S, and give Q S + A (W - R S). The second goes
+through a sequence's chunks and carries the state, which becomes kept * S + K^T (W - R S).
 """
 
 import torch
@@ -10,11 +11,11 @@ import triton.language as tl
 
 from ramet.srt.batch.delta_pass import DeltaPass
 from ramet.srt.layers.kernels.delta_columns import gate_column, kept_and_written, number_columns
-from ramet.srt.layers.kernels.runtime import dot_precision, next_power_of_2
+from ramet.srt.layers.kernels.runtime import has_large_shared_memory, next_power_of_2
 
 NORM_EPS = tl.constexpr(1e-6)  # of queries and keys
 LEAST_DOT = 16  # rows and columns of a product
-SCAN_COLUMNS = 32  # of the values, that a program of the second step takes
+BLOCK_COLUMNS = 32  # of the values, that a program takes which holds a part of a state
 NORM_HEADS = 4
 
 
@@ -33,35 +34,52 @@ def _normed(x):
 
 @triton.jit
 def _solve_kernel(
-    mixed_ptr, ba_ptr, a_log_ptr, dt_bias_ptr, chunks_ptr, writes_ptr, reads_ptr, kept_ptr, mixed_stride, ba_stride,
+    mixed_ptr, ba_ptr, a_log_ptr, dt_bias_ptr, chunks_ptr,
+    writes_ptr, reads_ptr, scores_ptr, queries_ptr, keys_ptr, kept_ptr, mixed_stride, ba_stride,
     NUM_KEYS: tl.constexpr, REPEATS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program takes a chunk and a value head. What the chunk writes is `writes` - `reads` S of the state S."""
+    """One program takes a chunk and a value head, and gives what the scan needs of them; see delta_rule."""
     length = tl.load(chunks_ptr + tl.program_id(0) * 4 + 1)
     if length > 0:
         start = tl.load(chunks_ptr + tl.program_id(0) * 4).to(tl.int64)
         head = tl.program_id(1)
         num_heads = NUM_KEYS * REPEATS
+        dtype = mixed_ptr.dtype.element_ty
         offsets = tl.arange(0, CHUNK)
         tokens = start + offsets
         is_token = offsets < length
         key_columns, value_columns = tl.arange(0, KEYS), tl.arange(0, VALUES)
         is_key, is_value = key_columns < KEY_DIM, value_columns < VALUE_DIM
-        first_key = (NUM_KEYS + head // REPEATS) * KEY_DIM
-        k = _normed(_load_rows(mixed_ptr, tokens, mixed_stride, first_key, key_columns, is_token, is_key))
+        rows = tokens * num_heads + head
+        key_places = rows[:, None] * KEY_DIM + key_columns[None, :]
+        in_keys = is_token[:, None] & is_key[None, :]
+
         b_column, a_column = number_columns(head, NUM_KEYS, REPEATS, GROUPED)
         b = tl.load(ba_ptr + tokens * ba_stride + b_column, mask=is_token, other=0.0)
         a = tl.load(ba_ptr + tokens * ba_stride + a_column, mask=is_token, other=0.0)
         g, beta = kept_and_written(b, a, a_log_ptr, dt_bias_ptr, head)
         g, beta = tl.where(is_token, g, 0.0), tl.where(is_token, beta, 0.0)
         total = tl.cumsum(g, axis=0)
+        last = tl.sum(g, axis=0)
+        tl.store(kept_ptr + tl.program_id(0) * num_heads + head, tl.exp(last))
         later, earlier = offsets[:, None], offsets[None, :]
-        dtype = mixed_ptr.dtype.element_ty
+        kept = tl.exp(tl.where(later >= earlier, total[:, None] - total[None, :], float("-inf")))
+
+        first_query = head // REPEATS * KEY_DIM
+        first_key = NUM_KEYS * KEY_DIM + first_query
+        k = _normed(_load_rows(mixed_ptr, tokens, mixed_stride, first_key, key_columns, is_token, is_key))
+        tl.store(keys_ptr + key_places, (k * tl.exp(last - total)[:, None]).to(dtype), mask=in_keys)
         low = k.to(dtype)
         overlap = tl.dot(low, tl.trans(low), input_precision=PRECISION)
-        kept = tl.exp(tl.where(later > earlier, total[:, None] - total[None, :], float("-inf")))
-        system = beta[:, None] * kept * overlap
+        q = _load_rows(mixed_ptr, tokens, mixed_stride, first_query, key_columns, is_token, is_key)
+        q = _normed(q) * (KEY_DIM**-0.5)
+        tl.store(queries_ptr + key_places, (q * tl.exp(total)[:, None]).to(dtype), mask=in_keys)
+        scores = tl.dot(q.to(dtype), tl.trans(low), input_precision=PRECISION) * kept
+        places = rows[:, None] * CHUNK + offsets[None, :]
+        tl.store(scores_ptr + places, scores.to(dtype), mask=is_token[:, None] & is_token[None, :])
+
+        system = tl.where(later > earlier, beta[:, None] * kept * overlap, 0.0)
         inverse = tl.where(later == earlier, 1.0, 0.0)
         for row in range(1, length):  # of the inverse of 1 + system, by those above it
             factors = tl.sum(tl.where(later == row, system, 0.0), axis=0)
@@ -71,21 +89,19 @@ def _solve_kernel(
         first_value = 2 * NUM_KEYS * KEY_DIM + head * VALUE_DIM
         v = _load_rows(mixed_ptr, tokens, mixed_stride, first_value, value_columns, is_token, is_value)
         writes = tl.dot(inverse, (v * beta[:, None]).to(dtype), input_precision=PRECISION)
-        reads = tl.dot(inverse, (k * (beta * tl.exp(total))[:, None]).to(dtype), input_precision=PRECISION)
-        rows = tokens * num_heads + head
         places = rows[:, None] * VALUE_DIM + value_columns[None, :]
         tl.store(writes_ptr + places, writes.to(dtype), mask=is_token[:, None] & is_value[None, :])
-        places = rows[:, None] * KEY_DIM + key_columns[None, :]
-        tl.store(reads_ptr + places, reads.to(dtype), mask=is_token[:, None] & is_key[None, :])
-        tl.store(kept_ptr + rows, total, mask=is_token)
+        k = _normed(_load_rows(mixed_ptr, tokens, mixed_stride, first_key, key_columns, is_token, is_key))
+        reads = tl.dot(inverse, (k * (beta * tl.exp(total))[:, None]).to(dtype), input_precision=PRECISION)
+        tl.store(reads_ptr + key_places, reads.to(dtype), mask=in_keys)
 
 
 @triton.jit
 def _scan_kernel(
-    mixed_ptr, writes_ptr, reads_ptr, kept_ptr, state_ptr, out_ptr, chunks_ptr, sequences_ptr, slots_ptr,
-    mixed_stride, state_stride,
-    NUM_KEYS: tl.constexpr, REPEATS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    writes_ptr, reads_ptr, scores_ptr, queries_ptr, keys_ptr, kept_ptr, state_ptr, out_ptr,
+    chunks_ptr, sequences_ptr, slots_ptr, state_stride, num_heads,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program takes a sequence, a value head, and some columns of its values."""
     sequence_ptr = sequences_ptr + tl.program_id(0) * 5
@@ -95,47 +111,38 @@ def _scan_kernel(
         slot = tl.load(slots_ptr + tl.load(sequence_ptr + 2)).to(tl.int64)
         is_new = tl.load(sequence_ptr + 3)
         head = tl.program_id(1)
-        num_heads = NUM_KEYS * REPEATS
         offsets = tl.arange(0, CHUNK)
         key_columns = tl.arange(0, KEYS)
         value_columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         is_key, is_value = key_columns < KEY_DIM, value_columns < VALUE_DIM
         in_state = is_key[:, None] & is_value[None, :]
         own = head * KEY_DIM * VALUE_DIM + key_columns[:, None] * VALUE_DIM + value_columns[None, :]
-        state = tl.load(state_ptr + slot * state_stride + own, mask=in_state & (own * 0 + is_new == 0), other=0.0)
-        dtype = mixed_ptr.dtype.element_ty
-        first_query = head // REPEATS * KEY_DIM
+        is_kept = in_state & (own * 0 + is_new == 0)
+        state = tl.load(state_ptr + slot * state_stride + own, mask=is_kept, other=0.0)
+        dtype = out_ptr.dtype.element_ty
         for index in range(first_chunk, first_chunk + num_chunks):
             start = tl.load(chunks_ptr + index * 4).to(tl.int64)
             length = tl.load(chunks_ptr + index * 4 + 1)
             save = tl.load(chunks_ptr + index * 4 + 3).to(tl.int64)
-            tokens = start + offsets
             is_token = offsets < length
-            rows = tokens * num_heads + head
-            total = tl.load(kept_ptr + rows, mask=is_token, other=0.0)
-            last = tl.sum(tl.where(offsets == length - 1, total, 0.0), axis=0)
-            q = _load_rows(mixed_ptr, tokens, mixed_stride, first_query, key_columns, is_token, is_key)
-            q = _normed(q) * (KEY_DIM**-0.5)
-            first_key = first_query + NUM_KEYS * KEY_DIM
-            k = _normed(_load_rows(mixed_ptr, tokens, mixed_stride, first_key, key_columns, is_token, is_key))
+            rows = (start + offsets) * num_heads + head
             places = rows[:, None] * KEY_DIM + key_columns[None, :]
-            reads = tl.load(reads_ptr + places, mask=is_token[:, None] & is_key[None, :], other=0.0)
+            in_keys = is_token[:, None] & is_key[None, :]
+            reads = tl.load(reads_ptr + places, mask=in_keys, other=0.0)
+            q = tl.load(queries_ptr + places, mask=in_keys, other=0.0)
+            k = tl.load(keys_ptr + places, mask=in_keys, other=0.0)
+            places = rows[:, None] * CHUNK + offsets[None, :]
+            scores = tl.load(scores_ptr + places, mask=is_token[:, None] & is_token[None, :], other=0.0)
             places = rows[:, None] * VALUE_DIM + value_columns[None, :]
             in_out = is_token[:, None] & is_value[None, :]
             writes = tl.load(writes_ptr + places, mask=in_out, other=0.0).to(tl.float32)
             before = state.to(dtype)
             written = (writes - tl.dot(reads, before, input_precision=PRECISION)).to(dtype)
-            later, earlier = offsets[:, None], offsets[None, :]
-            is_seen = (later >= earlier) & is_token[:, None]
-            kept = tl.exp(tl.where(is_seen, total[:, None] - total[None, :], float("-inf")))
-            scores = tl.dot(q.to(dtype), tl.trans(k.to(dtype)), input_precision=PRECISION) * kept
-            faded = (q * tl.exp(total)[:, None]).to(dtype)
-            out = tl.dot(faded, before, input_precision=PRECISION)
-            out += tl.dot(scores.to(dtype), written, input_precision=PRECISION)
+            out = tl.dot(q, before, input_precision=PRECISION)
+            out += tl.dot(scores, written, input_precision=PRECISION)
             tl.store(out_ptr + places, out.to(dtype), mask=in_out)
-            remaining = tl.where(is_token, tl.exp(last - total), 0.0)
-            late = (k * remaining[:, None]).to(dtype)
-            state = state * tl.exp(last) + tl.dot(tl.trans(late), written, input_precision=PRECISION)
+            kept = tl.load(kept_ptr + index * num_heads + head)
+            state = state * kept + tl.dot(tl.trans(k), written, input_precision=PRECISION)
             if save >= 0:
                 tl.store(state_ptr + save * state_stride + own, state, mask=in_state)
         tl.store(state_ptr + slot * state_stride + own, state, mask=in_state)
@@ -143,19 +150,20 @@ def _scan_kernel(
 
 @triton.jit
 def _step_kernel(
-    mixed_ptr, z_ptr, ba_ptr, a_log_ptr, dt_bias_ptr, norm_ptr, state_ptr, out_ptr, rows_ptr, positions_ptr,
-    slots_ptr, mixed_stride, z_stride, ba_stride, state_stride, eps,
+    mixed_ptr, ba_ptr, a_log_ptr, dt_bias_ptr, state_ptr, out_ptr, rows_ptr, positions_ptr,
+    slots_ptr, mixed_stride, ba_stride, state_stride,
     NUM_KEYS: tl.constexpr, REPEATS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    GROUPED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    GROUPED: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program takes a value head of a token that is a sequence by itself, up to its gated and normed output."""
+    """One program takes a token that is a sequence by itself, a value head, and some columns of its values."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + token)
     if row >= 0:
         slot = tl.load(slots_ptr + row).to(tl.int64)
         position = tl.load(positions_ptr + token)
         head = tl.program_id(1)
-        key_columns, value_columns = tl.arange(0, KEYS), tl.arange(0, VALUES)
+        key_columns = tl.arange(0, KEYS)
+        value_columns = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
         is_key, is_value = key_columns < KEY_DIM, value_columns < VALUE_DIM
         in_state = is_key[:, None] & is_value[None, :]
         own = head * KEY_DIM * VALUE_DIM + key_columns[:, None] * VALUE_DIM + value_columns[None, :]
@@ -177,34 +185,29 @@ def _step_kernel(
         written = beta * (v - tl.sum(state * k[:, None], axis=0))
         state += k[:, None] * written[None, :]
         tl.store(state_ptrs, state, mask=in_state)
-        out = tl.sum(state * q[:, None], axis=0).to(out_ptr.dtype.element_ty).to(tl.float32)
-        gates = gate_column(head, NUM_KEYS, REPEATS, KEY_DIM, VALUE_DIM, GROUPED) + value_columns
-        z = tl.load(z_ptr + token * z_stride + gates, mask=is_value, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(out * out, axis=0) / VALUE_DIM + eps)
-        out = out * scale * tl.load(norm_ptr + value_columns, mask=is_value, other=0.0) * (z * tl.sigmoid(z))
+        out = tl.sum(state * q[:, None], axis=0)
         places = (token * NUM_KEYS * REPEATS + head) * VALUE_DIM + value_columns
         tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=is_value)
 
 
 @triton.jit
 def _norm_kernel(
-    out_ptr, z_ptr, norm_ptr, rows_ptr, z_stride, eps,
+    out_ptr, z_ptr, norm_ptr, z_stride, eps,
     NUM_KEYS: tl.constexpr, REPEATS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     GROUPED: tl.constexpr, VALUES: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One program norms and gates some heads of a token that is not a sequence by itself, in place."""
+    """One program norms and gates some heads of a token, in place."""
     token = tl.program_id(0).to(tl.int64)
-    if tl.load(rows_ptr + token) < 0:
-        heads, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, VALUES)
-        mask = (heads < NUM_KEYS * REPEATS)[:, None] & (columns < VALUE_DIM)[None, :]
-        places = (token * NUM_KEYS * REPEATS + heads)[:, None] * VALUE_DIM + columns[None, :]
-        out = tl.load(out_ptr + places, mask=mask, other=0.0).to(tl.float32)
-        gates = gate_column(heads, NUM_KEYS, REPEATS, KEY_DIM, VALUE_DIM, GROUPED)[:, None] + columns[None, :]
-        z = tl.load(z_ptr + token * z_stride + gates, mask=mask, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(out * out, axis=1) / VALUE_DIM + eps)[:, None]
-        weight = tl.load(norm_ptr + columns, mask=columns < VALUE_DIM, other=0.0)[None, :]
-        out = out * scale * weight * (z * tl.sigmoid(z))
-        tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=mask)
+    heads, columns = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, VALUES)
+    mask = (heads < NUM_KEYS * REPEATS)[:, None] & (columns < VALUE_DIM)[None, :]
+    places = (token * NUM_KEYS * REPEATS + heads)[:, None] * VALUE_DIM + columns[None, :]
+    out = tl.load(out_ptr + places, mask=mask, other=0.0).to(tl.float32)
+    gates = gate_column(heads, NUM_KEYS, REPEATS, KEY_DIM, VALUE_DIM, GROUPED)[:, None] + columns[None, :]
+    z = tl.load(z_ptr + token * z_stride + gates, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(out * out, axis=1) / VALUE_DIM + eps)[:, None]
+    weight = tl.load(norm_ptr + columns, mask=columns < VALUE_DIM, other=0.0)[None, :]
+    out = out * scale * weight * (z * tl.sigmoid(z))
+    tl.store(out_ptr + places, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def delta_rule(
@@ -240,33 +243,32 @@ def delta_rule(
     assert state[0].is_contiguous() and qkvz.stride(1) == ba.stride(1) == mixed.stride(1) == 1
     out = torch.empty((num_tokens, num_heads * value_dim), dtype=mixed.dtype, device=mixed.device)
     keys, values = (max(LEAST_DOT, next_power_of_2(size)) for size in (key_dim, value_dim))
-    heads = {"NUM_KEYS": num_key_heads, "REPEATS": num_heads // num_key_heads}
-    shape = {**heads, "KEY_DIM": key_dim, "VALUE_DIM": value_dim}
+    block = min(BLOCK_COLUMNS, values)
+    num_blocks = triton.cdiv(value_dim, block)
+    sizes = {"KEY_DIM": key_dim, "VALUE_DIM": value_dim}
+    shape = {"NUM_KEYS": num_key_heads, "REPEATS": num_heads // num_key_heads, **sizes, "GROUPED": is_by_key_head}
+    numbers = a_log, dt_bias
     if run.has_singles:
-        _step_kernel[(num_tokens, num_heads)](
-            mixed, qkvz, ba, a_log, dt_bias, norm, state, out, run.single_rows, run.positions, state_slots,
-            mixed.stride(0), qkvz.stride(0), ba.stride(0), state.stride(0), eps,
-            **shape, GROUPED=is_by_key_head, KEYS=keys, VALUES=values, num_warps=8 if keys * values > 4096 else 4,
+        _step_kernel[(num_tokens, num_heads, num_blocks)](
+            mixed, ba, *numbers, state, out, run.single_rows, run.positions, state_slots,
+            mixed.stride(0), ba.stride(0), state.stride(0), **shape, KEYS=keys, BLOCK=block, num_warps=4,
         )  # fmt: skip
-    if not run.num_chunks:
-        return out
-    precision = dot_precision(mixed.dtype)
-    writes = torch.empty((num_tokens, num_heads, value_dim), dtype=mixed.dtype, device=mixed.device)
-    reads = torch.empty((num_tokens, num_heads, key_dim), dtype=mixed.dtype, device=mixed.device)
-    kept = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=mixed.device)
-    _solve_kernel[(run.num_chunks, num_heads)](
-        mixed, ba, a_log, dt_bias, run.chunks, writes, reads, kept, mixed.stride(0), ba.stride(0),
-        **shape, GROUPED=is_by_key_head, CHUNK=run.chunk_size, KEYS=keys, VALUES=values, PRECISION=precision,
-        num_warps=4,
-    )  # fmt: skip
-    block = min(SCAN_COLUMNS, values)
-    _scan_kernel[(run.num_sequences, num_heads, triton.cdiv(value_dim, block))](
-        mixed, writes, reads, kept, state, out, run.chunks, run.sequences, state_slots,
-        mixed.stride(0), state.stride(0),
-        **shape, CHUNK=run.chunk_size, KEYS=keys, BLOCK=block, PRECISION=precision, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    if run.num_chunks:
+        is_float32 = mixed.dtype == torch.float32
+        precision = "tf32x3" if is_float32 else "tf32"
+        columns = (value_dim, key_dim, run.chunk_size, key_dim, key_dim)
+        parts = [torch.empty((num_tokens, num_heads, size), dtype=mixed.dtype, device=mixed.device) for size in columns]
+        kept = torch.empty((run.num_chunks, num_heads), dtype=torch.float32, device=mixed.device)
+        _solve_kernel[(run.num_chunks, num_heads)](
+            mixed, ba, *numbers, run.chunks, *parts, kept, mixed.stride(0), ba.stride(0),
+            **shape, CHUNK=run.chunk_size, KEYS=keys, VALUES=values, PRECISION=precision, num_warps=8,
+        )  # fmt: skip
+        _scan_kernel[(run.num_sequences, num_heads, num_blocks)](
+            *parts, kept, state, out, run.chunks, run.sequences, state_slots, state.stride(0), num_heads,
+            **sizes, CHUNK=run.chunk_size, KEYS=keys, BLOCK=block, PRECISION=precision,
+            num_warps=4, num_stages=2 if has_large_shared_memory(mixed.device) and not is_float32 else 1,
+        )  # fmt: skip
     _norm_kernel[(num_tokens, triton.cdiv(num_heads, NORM_HEADS))](
-        out, qkvz, norm, run.single_rows, qkvz.stride(0), eps,
-        **shape, GROUPED=is_by_key_head, VALUES=values, HEADS=NORM_HEADS,
-    )  # fmt: skip
+        out, qkvz, norm, qkvz.stride(0), eps, **shape, VALUES=values, HEADS=NORM_HEADS
+    )
     return out
