@@ -42,9 +42,10 @@ def check(server, expected, logprobs):
     assert answers[0]["meta_info"]["cached_tokens"] == 144
 
 
-def test_two_ranks_answer_as_transformers_and_so_does_a_clone_by_one(tmp_path, model):
+def test_two_attention_groups_answer_as_transformers_and_so_does_a_clone_by_one_rank(tmp_path, model):
     folder, expected, logprobs = model
-    flags = ("--tp-size", "2", "--ep-size", "2", "--max-total-tokens", "1024", "--chunked-prefill-size", "24")
+    flags = ("--tp-size", "2", "--ep-size", "2", "--enable-dp-attention", "--dp-size", "2")
+    flags += ("--max-total-tokens", "1024", "--chunked-prefill-size", "24")
     with ServerProcess(folder, tmp_path / "seed.log", *flags, *SEED, fake=False) as seed:
         seed.wait_ready()
         check(seed, expected, logprobs)
@@ -58,12 +59,9 @@ def test_two_ranks_answer_as_transformers_and_so_does_a_clone_by_one(tmp_path, m
             check(client, expected, logprobs)
 
 
-@pytest.mark.parametrize(
-    "flags", [("--pp-size", "2"), ("--tp-size", "2", "--enable-dp-attention", "--dp-size", "2")], ids=["pp", "dp"]
-)
-def test_stages_and_attention_groups_keep_their_own_states(tmp_path, model, flags):
+def test_stages_keep_their_own_states(tmp_path, model):
     folder, expected, logprobs = model
-    more = ("--max-total-tokens", "1024", "--chunked-prefill-size", "24")
-    with ServerProcess(folder, tmp_path / "server.log", *flags, *more, fake=False) as server:
+    flags = ("--pp-size", "2", "--max-total-tokens", "1024", "--chunked-prefill-size", "24")
+    with ServerProcess(folder, tmp_path / "server.log", *flags, fake=False) as server:
         server.wait_ready()
         check(server, expected, logprobs)

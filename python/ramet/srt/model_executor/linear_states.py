@@ -54,7 +54,7 @@ class LinearStates:
         )
         for layer in layers:
             layer.bind(self.pool, self.passes)
-        logger.info("states of %d linear layers: %d of %.1f MB", len(layers), num_slots, self.pool.slot_bytes / 1e6)
+        logger.info("states of %d linear layers: %d of %.3f MB", len(layers), num_slots, self.pool.slot_bytes / 1e6)
 
     def begin_pass(self, moves: StateMoves) -> None:
         """Do what comes before the pass."""
