@@ -25,6 +25,7 @@ command -v "$python" >/dev/null || fail "there is no $python; install Python 3.1
 
 # Mooncake's TransferEngine links against these even where there is no RDMA device.
 missing=()
+has_library libcurl.so.4 || missing+=(libcurl4)
 has_library libibverbs.so.1 || missing+=(libibverbs1)
 has_library librdmacm.so.1 || missing+=(librdmacm1)
 has_library libnuma.so.1 || missing+=(libnuma1)

@@ -1,4 +1,4 @@
-"""Owns the console script `ramet`: its subcommands, each of which is also a module of its own."""
+"""Owns the console script `ramet`, which is also `python -m ramet`: its subcommands."""
 
 import sys
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ COMMANDS = ("serve", "standby", "park", "modelexpress-server", "fleet", "digest"
 USAGE = """usage: ramet <command> …
 
 commands:
-  serve MODEL [flags]            start one serving instance (python -m ramet.launch_server MODEL [flags])
-  standby [flags]                start an instance without a model, which becomes one on request (POST /become)
-  park MODEL [flags]             hold a model's port; the first request has a standby become the model
-  modelexpress-server [flags]    start a metadata server (python -m ramet.modelexpress_server [flags])
+  serve MODEL [flags]              start one serving instance (python -m ramet.launch_server MODEL [flags])
+  standby [flags]                  start an instance without a model, which becomes one on request (POST /become)
+  park MODEL [flags]               hold a model's port; the first request has a standby become the model
+  modelexpress-server [flags]      start a metadata server (python -m ramet.modelexpress_server [flags])
   fleet set-version MODEL VERSION  have all instances of a model serve a version (also: scale, clear-version, status)
-  digest MODEL                   print the digest of a model's weights, for --weights-digest
-  version, --version             print the version
+  digest MODEL                     print the digest of a model's weights, for --weights-digest
+  version, --version               print the version
 
 ramet serve --help, and likewise those of standby, modelexpress-server, fleet and digest, list the flags.
 """

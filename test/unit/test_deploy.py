@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted(path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "prometheus-adapter.yaml")
 VERSIONS = ("1.30", kubernetes_validate.latest_version())  # of Kubernetes: the oldest that the manifests are for
 BY_HAND = ("leaderworkerset.x-k8s.io/v1",)  # no package has these schemas
+SHARED_LIBRARY = re.compile(rb"(?<=\0)lib[\w+.-]+\.so(?:\.\d+)*(?=\0)")
+PACKAGES = {  # Debian's, and Ubuntu's
+    "libcurl.so.4": "libcurl4",
+    "libibverbs.so.1": "libibverbs1",
+    "libnuma.so.1": "libnuma1",
+    "librdmacm.so.1": "librdmacm1",
+}
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 # What Kubernetes, LeaderWorkerSet and Compose put in the place of variables.
 VALUES = {
@@ -207,6 +215,28 @@ def test_the_images_are_made_of_what_there_is() -> None:
     extras |= set(re.findall(r"ARG EXTRA=(\w+)", text))
     assert extras == {"cpu", "cuda13", "modelexpress", "cudnn", "otel"}
     assert all(f'"{one}": [' in setup for one in extras)
+
+
+def libraries_of_mooncake() -> set[str]:
+    """The system's libraries that Mooncake's engine names and that come neither with it nor with every Debian."""
+    package = Path(find_spec("mooncake").submodule_search_locations[0])
+    names = {name.decode() for name in SHARED_LIBRARY.findall((package / "engine.so").read_bytes())}
+    shipped = {re.split(r"[-.]", path.name)[0] for path in package.parent.glob("mooncake*/*.so*")}
+    shipped |= {"libc", "libdl", "libgcc_s", "libm", "libpthread", "librt", "libstdc++"}
+    return {name for name in names if re.split(r"[-.]", name)[0] not in shipped}
+
+
+def test_mooncake_finds_its_libraries_wherever_ramet_is_set_up() -> None:
+    """An image without one of them would serve, and its weights would reach no other container."""
+    if find_spec("mooncake") is None:
+        pytest.skip("needs Mooncake")
+    needed = libraries_of_mooncake()
+    assert {"libcurl.so.4", "libibverbs.so.1"} <= needed <= PACKAGES.keys()
+    stages = re.findall(r"apt-get install[^&]*", (DEPLOY / "Dockerfile").read_text())
+    setups = [*stages, *((ROOT / name).read_text() for name in ("scripts/setup_env.sh", "docs/dependencies.md"))]
+    assert len(setups) == 4
+    for setup in setups:
+        assert not [PACKAGES[name] for name in needed if PACKAGES[name] not in setup], setup
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,7 @@ FLOORS = {
     "launch_server": "python -m ramet.launch_server",
     "modelexpress_server": "python -m ramet.modelexpress_server",
     "cli": "the console script",
+    "__main__": "python -m ramet",
 }
 # The face makes Engine known without importing it: whoever asks for it gets it.
 EXCEPTED = {("ramet", "ramet.srt.entrypoints.engine")}

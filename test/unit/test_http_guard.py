@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import threading
@@ -126,6 +127,26 @@ def test_what_is_only_sent_to_cost_is_refused() -> None:
     with serving(LIMITS) as (port, _guard):
         for request, status in ODD_REQUESTS:
             assert ask(port, request).split(b" ")[1] == str(status).encode(), request[:100]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "reason"),
+    [
+        (b'garb"age\r\n\r\n', "illegal request line: 'garb\"age'"),
+        (b"GET / HTTP/1.1\r\nno header\r\n\r\n", "illegal header line: 'no header'"),
+        (b"\x16\x03\x01" * 20, "it begins as TLS does; this server is reached by http://"),
+        (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", "the URL has more than 8192 bytes"),
+    ],
+)
+def test_why_a_request_is_none_stands_in_the_answer_and_in_one_line_of_the_log(
+    request_bytes: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(LIMITS) as (port, _guard), caplog.at_level(logging.INFO):
+        answer = ask(port, request_bytes)
+    message = f"this is no valid HTTP request: {reason}"
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == message
+    (line,) = [record for record in caplog.messages if "127.0.0.1" in record or "Invalid" in record]
+    assert line.startswith("refused: a request from 127.0.0.1: 4") and line.endswith(message)
 
 
 def test_long_bodies_share_a_rate_and_short_ones_do_not_wait(

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,9 +105,19 @@ def test_console_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert cli.main([]) == 1
     assert cli.main(["grow"]) == 1
     assert "unknown command 'grow'" in capsys.readouterr().err
+    commands = re.findall(r"^  ([\w-]+)", cli.USAGE, re.MULTILINE)
+    assert tuple(commands) == cli.COMMANDS
+    for command in commands:
+        assert cli.main([command[:-1]]) == 1
+        assert f"(did you mean {command}?)" in capsys.readouterr().err
     launched = []
     monkeypatch.setattr("ramet.launch_server.main", lambda argv, prog: launched.append((argv, prog)) or 0)
     assert cli.main(["serve", "my/model", "--port", "0"]) == 0
     assert launched == [(["my/model", "--port", "0"], "ramet serve")]
     assert cli.main(["serve", "--model-path", "m"]) == 0
     assert launched[1][0] == ["--model-path", "m"]
+
+
+def test_the_package_runs_as_the_console_script() -> None:
+    command = [sys.executable, "-m", "ramet", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip() == ramet.__version__

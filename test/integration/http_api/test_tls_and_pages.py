@@ -6,7 +6,7 @@ import ssl
 from pathlib import Path
 
 from browser import open_browser
-from server_process import ServerProcess
+from server_process import ServerProcess, wait_until
 from tls_server import key_digest, make_certificates, trust
 
 ASK = """fetch(%s, {method: "POST", headers: {"Content-Type": "application/json", "Authorization": "Bearer secret"},
@@ -38,7 +38,7 @@ async def test_pages_of_named_origins_call_by_https(model: str, server: ServerPr
 
 
 def assert_old_clients_are_told(secure: ServerProcess) -> None:
-    """Who speaks no TLS, or trusts nobody, gets no answer, and the server goes on."""
+    """Who speaks no TLS, or trusts nobody, gets no answer; the log says why, and the server goes on."""
     port = int(secure.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
@@ -51,4 +51,11 @@ def assert_old_clients_are_told(secure: ServerProcess) -> None:
             raise AssertionError("a certificate of nobody's was taken")
     except ssl.SSLCertVerificationError:
         pass
+    with socket.create_connection(("127.0.0.1", port), timeout=10):
+        pass  # a balancer that looks whether the port is open: no line
+    reasons = ("it speaks plain HTTP; this server is reached by https://",
+               "it does not trust the certificate of --ssl-certfile")  # fmt: skip
+    lines = [f"INFO refused: a connection without TLS: {reason}" for reason in reasons]
+    wait_until(lambda: all(line in secure.output for line in lines), "the lines about both", 10)
+    assert secure.output.count("a connection without TLS") == 2
     assert secure.status(f"{secure.url}/health") == 200

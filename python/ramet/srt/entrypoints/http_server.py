@@ -24,6 +24,7 @@ from ramet.srt.entrypoints.listener import BACKLOG, shares
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
+from ramet.srt.utils.tls_log import log_handshakes
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class SignalFreeServer(uvicorn.Server):
         self._line = line
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.config.ssl is not None:
+            log_handshakes(self.config.ssl)
         await super().startup(sockets)
         if self.started:
             logger.info("%s", self._line)

@@ -7,6 +7,7 @@ may ask.
 import asyncio
 import json
 import logging
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -39,7 +40,8 @@ NUM_EVICTED = 16  # connections that are closed when there are no files left
 LOG_PERIOD_S = 10.0
 FULL = "all %d connections of the HTTP server are in use (--max-connections)"
 NO_FILES = "the HTTP server has no files left to open (ulimit -n)"
-UVICORN_WARNINGS = ("Invalid HTTP request received.", "Unsupported upgrade request.")
+QUOTED = re.compile(r"bytearray\(b?('.*'|\".*\")\)")  # what h11 quotes of a request
+TLS_BEGINNING = b"\x16\x03"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +211,10 @@ class GuardedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         error = self.conn.error
-        self.refuse(400 if error is None else error.error_status_hint, f"{msg} {str(error or '')[:200]}".strip())
+        reason = QUOTED.sub(r"\1", str(error))[:200] if error else msg
+        if self.conn.trailing_data[0].startswith(TLS_BEGINNING):
+            reason = "it begins as TLS does; this server is reached by http://"
+        self.refuse(400 if error is None else error.error_status_hint, f"this is no valid HTTP request: {reason}")
 
     def refuse(self, status: int, message: str) -> None:
         """Answer what can't be answered otherwise, if there is still a way to, and close the connection."""
@@ -359,10 +364,13 @@ def guarded_protocol(limits: HttpLimits, is_health: Callable[[str], bool]) -> ty
     class Protocol(GuardedProtocol):
         guard = ConnectionGuard(limits, is_health)
 
-    silenced = logging.getLogger("uvicorn.error")
-    if not any(isinstance(one, Seldom) for one in silenced.filters):
-        silenced.addFilter(Seldom(LOG_PERIOD_S, *UVICORN_WARNINGS))
+    logging.getLogger("uvicorn.error").addFilter(_says_more)
     return Protocol
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's tells what none of ours does, with the reason."""
+    return record.msg != "Invalid HTTP request received."
 
 
 def room_for_connections(wanted: int) -> int:
