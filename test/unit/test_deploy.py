@@ -244,4 +244,4 @@ def test_mooncake_finds_its_libraries_wherever_ramet_is_set_up() -> None:
 )
 def test_the_first_lines_say_what_was_not_run(path: Path) -> None:
     head = path.read_text()[:900]
-    assert re.search(r"Not run|not run|Neither was built", head)
+    assert re.search(r"Not run|not run", head)
