@@ -179,6 +179,8 @@ def problem_of(words: list[str], whole: bool) -> str | None:
     Args:
         whole: it is meant to be typed as it is, so that its flags' values must be good ones too.
     """
+    if words[:3] == ["python", "-m", "ramet"]:
+        words = words[2:]
     for prefix in SERVE:
         if words[: len(prefix)] == prefix:
             return problem_of_serve(words[len(prefix) :], whole)
@@ -295,6 +297,7 @@ def test_blocks_that_have_no_mark_run(block: Block) -> None:
         ("ramet serve M --tp-size 0", "must be at least 1"),
         ("X=1 .venv/bin/python -m ramet.launch_server --model-path M  # with a comment", None),
         ("python -m ramet.launch", "no module"),
+        ("python -m ramet serve M --tensor-size 2", "unknown flags"),
         ("ramet grow", "no such command"),
         ("ramet serve --help && ramet modelexpress-server --help", None),
         ("ramet modelexpress-server --port x", "flags can't be used"),
