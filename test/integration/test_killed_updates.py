@@ -1,4 +1,7 @@
-"""SIGKILL while weights change, at random moments: afterwards they are the old or the new ones, never a mixture."""
+"""SIGKILL while weights change, at random moments: afterwards they are the old or the new ones, never a mixture.
+
+RAMET_KILLS=20 kills at 20 moments.
+"""
 
 import os
 import random
@@ -12,13 +15,15 @@ from seed_server import SeedServerProcess
 from server_process import ServerProcess, assert_nothing_left
 from updated_servers import SEED, SMALL, Case, Load, checksums, post, ranks_of, tokens, update, versions
 
+NUM_KILLS = int(os.environ.get("RAMET_KILLS", "2"))
+
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return Case(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", range(NUM_KILLS))
 def test_a_rank_that_is_killed_ends_the_instance_and_not_one_answer_is_mixed(case, tmp_path, seed):
     random_ = random.Random(seed)
     with ServerProcess(case.models["old"], tmp_path / "log", "--tp-size", "2", *SMALL, fake=False) as server:

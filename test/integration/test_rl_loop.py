@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 LOOP = Path(__file__).resolve().parents[2] / "examples" / "rl_loop.py"
-NUM_STEPS = int(os.environ.get("RL_STEPS", "10"))
+NUM_STEPS = int(os.environ.get("RL_STEPS", "3"))
 LEARNS_IN = 20  # steps
 
 

@@ -1,4 +1,7 @@
-"""Servers that sleep and wake: what requests, clones and updates meet meanwhile, and what faults leave."""
+"""Servers that sleep and wake: what requests, clones and updates meet meanwhile, and what faults leave.
+
+RAMET_KILLS=20 kills at 20 moments.
+"""
 
 import base64
 import os
@@ -35,6 +38,7 @@ from updated_servers import (
 SAVER = "--enable-memory-saver"
 NAME = ("--served-model-name", "random")  # as seeds of tests call it
 LONG = {**GREEDY, "max_new_tokens": 400}
+NUM_KILLS = int(os.environ.get("RAMET_KILLS", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +256,7 @@ def shared_nbytes(pid):
         return next((int(line.split()[1]) * 1024 for line in file if line.startswith("RssShmem")), 0)
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+@pytest.mark.parametrize("seed", range(NUM_KILLS))
 def test_a_rank_that_is_killed_asleep_or_waking_ends_the_instance(case, tmp_path, seed):
     random_ = random.Random(seed)
     with ServerProcess(case.models["old"], tmp_path / "log", "--tp-size", "2", SAVER, *SMALL, fake=False) as one:

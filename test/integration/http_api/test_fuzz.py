@@ -1,6 +1,10 @@
-"""Any body at all: the API answers it or says in its own words what is wrong, and never fails."""
+"""Any body at all: the API answers it or says in its own words what is wrong, and never fails.
+
+FUZZ_EXAMPLES=300 asks for longer.
+"""
 
 import json
+import os
 from typing import Any
 
 import httpx
@@ -35,7 +39,10 @@ LENGTHS = {"max_tokens", "max_new_tokens", "max_completion_tokens", "max_output_
 FOREIGN_WORDS = ("Input should", "pydantic", "Value error", "msgspec", "Expected `", "got `", "validation error",
                  "Traceback", "string_type", "discriminator", "Extra inputs")  # fmt: skip
 WITHOUT_PARAM = ("the body must be a JSON object",)
-FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True, database=None)
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
+FUZZ = settings(
+    max_examples=NUM_EXAMPLES, deadline=None, suppress_health_check=[*HealthCheck], derandomize=True, database=None
+)
 
 
 def cut(value: Any) -> Any:
@@ -146,7 +153,7 @@ def test_each_field_by_itself(http: httpx.Client, description: Any, path: str) -
         lambda name: st.fixed_dictionaries({name: values.of(schema["properties"][name]), "stream": st.booleans()})
     )
 
-    @settings(FUZZ, max_examples=300)
+    @settings(FUZZ, max_examples=5 * NUM_EXAMPLES)
     @given(bodies)
     def fuzz(body: Any) -> None:
         check(http, path, cut(prompts[path] | body))
