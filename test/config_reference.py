@@ -1,7 +1,10 @@
 """Owns what transformers makes of a config, in the terms of Ramet's ModelConfig, and the comparison of the two."""
 
+import atexit
+import functools
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,33 +36,42 @@ class Disagreement(AssertionError):
     """Ramet accepts a config, and computes something else than transformers, or what transformers can't."""
 
 
+@functools.cache
+def _folder() -> Path:
+    """One for all: to make one for each of thousands of configs takes longer than to read them."""
+    folder = tempfile.mkdtemp(prefix="ramet-config-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def written(config: dict[str, Any]) -> str:
+    """A folder whose config.json has this content, until the next call."""
+    (_folder() / "config.json").write_text(json.dumps(config))
+    return str(_folder())
+
+
 def read(config: dict[str, Any]) -> ModelConfig:
     """Ramet's reading of a config.json with this content. Raises ValueError where it is refused."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        return ModelConfig.from_path(folder)
+    return ModelConfig.from_path(written(config))
 
 
 def reference(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers makes of it, by the names of `ours`. Raises whatever transformers raises."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers import logging as hf_logging
+    from transformers.initialization import no_init_weights
 
     hf_logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        hf = AutoConfig.from_pretrained(folder)
+    hf = AutoConfig.from_pretrained(written(config))
     if getattr(hf, "quantization_config", None) is not None:
         del hf.quantization_config  # the shapes are asked for, and no quantiser's package
     dtype, hf.dtype = hf.dtype, torch.float32
     hf.pad_token_id = None  # a default of the class may be beyond the vocabulary
     hf._experts_implementation = "eager"  # the others want sizes that are multiples of 4
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
+        model.tie_weights()
     rotary = type(model.model.rotary_emb)(hf)
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
-        small = AutoModelForCausalLM.from_config(hf, attn_implementation="eager")
-        small(torch.arange(20)[None] % hf.vocab_size, use_cache=False)
     experts = next((one for one in model.modules() if hasattr(one, "e_score_correction_bias")), None)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     place = next(index for index, one in enumerate(model.model.layers) if hasattr(one, "self_attn"))
@@ -67,7 +79,7 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
     is_hybrid = hf.model_type in HYBRIDS
     shapes |= _split_shapes(shapes, hf, layer)
     latent = _latent(layer.self_attn, shapes) if hasattr(layer.self_attn, "kv_lora_rank") else None
-    return {
+    facts = {
         "architecture": type(model).__name__.replace("MinistralFor", "MistralFor"),
         "dtype": str(dtype or torch.float32).removeprefix("torch."),
         "num_hidden_layers": len(model.model.layers),
@@ -118,6 +130,18 @@ def reference(config: dict[str, Any]) -> dict[str, Any]:
         "layer_norms": sorted(name for name in shapes if re.fullmatch(r"model\.layers\.0\.\w+layernorm\.weight", name)),
         "shared_size": _shared_size(shapes) if _has_experts(shapes) else None,
     }
+    if sum(parameter.numel() for parameter in model.parameters()) < SMALL:
+        _run(model, hf.vocab_size)
+    return facts
+
+
+def _run(model: Any, vocab_size: int) -> None:
+    """One pass of a model that was made without memory, all of whose numbers are 0: only shapes matter."""
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+        model(torch.arange(20)[None] % vocab_size, use_cache=False)
 
 
 def _delta(layers: Any) -> list[tuple[int, ...]]:
