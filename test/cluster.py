@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 PYTHON_FOLDER = Path(__file__).resolve().parent.parent / "python"
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 READY_TIMEOUT_S = 150.0
+ALL_TOPOLOGIES = os.environ.get("RAMET_TOPOLOGIES") == "all"
 
 Result = TypeVar("Result")
 
@@ -45,6 +46,11 @@ class Case:
         sizes |= {"--ep-size": self.ep_size, "--nnodes": self.nnodes}
         words = [word for name, size in sizes.items() for word in (name, str(size))]
         return [*words, "--enable-dp-attention"] if self.dp_attention else words
+
+
+def usual_or_all(usual: Iterable[str], others: Iterable[str]) -> list[str]:
+    """What a test runs: `others`, whose parts are in the usual ones too, where RAMET_TOPOLOGIES=all asks for them."""
+    return [*usual, *(others if ALL_TOPOLOGIES else ())]
 
 
 CASES = {

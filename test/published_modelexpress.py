@@ -30,8 +30,8 @@ def published_python(version: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             try:
-                run_setup([sys.executable, "-m", "venv", "--clear", str(folder)])
-                pip = [str(folder / "bin" / "pip"), "install", "-q"]
+                run_setup([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)])
+                pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "-q"]
                 run_setup([*pip, "--no-deps", f"modelexpress=={version}"])
                 run_setup([*pip, "--only-binary=:all:", *REQUIREMENTS[version]])
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:

@@ -13,7 +13,7 @@ import openai
 import pytest
 import random_models as rm
 import torch
-from cluster import Case, Cluster, Network
+from cluster import Case, Cluster, Network, usual_or_all
 from ramet import Engine
 from ramet.srt.text.tokenizer import Tokenizer
 from server_process import MODEL_NAME, ServerProcess, wait_until
@@ -206,7 +206,7 @@ def test_a_client_that_goes_away(http: httpx.Client, server: ServerProcess) -> N
     assert http.post("/flush_cache").status_code == 200
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", usual_or_all(("pp2", "dp_attention2"), ("tp2", "dp2")))
 def test_topologies(model: Path, tmp_path: Path, name: str) -> None:
     wanted = expected(model, PROMPTS)
     with (

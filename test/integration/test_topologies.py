@@ -8,20 +8,24 @@ from pathlib import Path
 
 import pytest
 import random_models as rm
-from cluster import CASES, Case, Cluster, Network, check_registrations
+from cluster import CASES, Case, Cluster, Network, check_registrations, usual_or_all
 
 PROMPTS = rm.random_prompts([3, 40, 17])
 NUM_TOKENS = 8
 SEED = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 LOSS_TIMEOUT_S = 30
 
-SINGLE_NODE = {  # what is split in one way alone is in the tests of updates, of experts and of clones
+SINGLE_NODE = {  # what is split in one way alone is in the tests of updates, of experts and of clones, too
     "tp2_pp2": Case(tp_size=2, pp_size=2),
     "dp2_tp2": Case(dp_size=2, tp_size=2),
     "ep2": Case(tp_size=2, ep_size=2),
     "dp_attention2": Case(tp_size=2, dp_size=2, ep_size=2, dp_attention=True),
     "dp_attention2_tp4": Case(tp_size=4, dp_size=2, dp_attention=True),
 }
+NAMES = usual_or_all(
+    ("dp_attention2", "dp_attention2_tp4", "tp4_nodes2", "dp2_tp2_nodes2", "pp2_tp2_nodes2"),
+    ("tp2_pp2", "dp2_tp2", "ep2", "dp2_single_node"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def assert_answers(cluster: Cluster, expected: list[list[int]]) -> None:
         assert list(answers) == expected * 3
 
 
-@pytest.mark.parametrize("name", [*SINGLE_NODE, *CASES])
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_and_registrations(model, tmp_path: Path, name: str) -> None:
     folder, expected = model
     case = SINGLE_NODE.get(name) or CASES[name]

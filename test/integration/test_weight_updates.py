@@ -209,7 +209,7 @@ def test_a_mapped_clone_keeps_the_weights_that_it_took(case, peer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", ["--pp-size 2", "--dp-size 2"])  # both with tensor parallelism: the next test
+@pytest.mark.parametrize("sizes", cluster.usual_or_all(["--dp-size 2"], ["--pp-size 2"]))
 def test_every_rank_of_every_topology_changes(tmp_path, sizes):
     case = Case(tmp_path, num_hidden_layers=4)
     flags = (*sizes.split(), "--load-balance-method", "round_robin", *SMALL)
@@ -228,7 +228,7 @@ def test_every_rank_of_every_topology_changes(tmp_path, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dp2_tp2_nodes2", "pp2_tp2_nodes2"])
+@pytest.mark.parametrize("name", cluster.usual_or_all(["pp2_tp2_nodes2"], ["dp2_tp2_nodes2"]))
 def test_ranks_on_other_nodes_change_too(tmp_path, name):
     case, sizes = Case(tmp_path / "models", num_hidden_layers=4), cluster.CASES[name]
 

@@ -3,6 +3,7 @@
 import httpx
 import pytest
 import random_models as rm
+from cluster import usual_or_all
 from ramet.srt.modelexpress.client.client import ModelExpressClient
 from ramet.srt.modelexpress.client.publisher import READY, STALE
 from server_process import ServerProcess, wait_until
@@ -38,7 +39,7 @@ def test_all_replicas_sleep_and_nobody_is_sent_to_them(server, mx):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", ["--pp-size 2", "--tp-size 2 --dp-size 2"])
+@pytest.mark.parametrize("sizes", usual_or_all(["--pp-size 2"], ["--tp-size 2 --dp-size 2"]))
 def test_every_topology_sleeps(tmp_path, sizes):
     model = rm.make_model(tmp_path / "model", "llama3", num_hidden_layers=4)
     flags = (*sizes.split(), "--max-total-tokens", "2048", "--max-running-requests", "8", "--enable-memory-saver")
