@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import random_models as rm
-from cluster import Case, Cluster, Network, Node
+from cluster import Case, Cluster, Network, Node, usual_or_all
 
 SHORT, LONG = rm.random_prompts([3, 9, 12, 7]), rm.random_prompts([200, 130, 90], seed=1)
 NUM_SHORT, NUM_LONG = 90, 6
@@ -42,7 +42,7 @@ def stream(node: Node, input_ids: list[int], begun: threading.Semaphore) -> list
     return output_ids
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", usual_or_all(("pp2", "dp_attention2"), ("one rank", "tp2")))
 def test_the_same_tokens_whatever_the_company(model, tmp_path: Path, name: str) -> None:
     folder, short, long = model
     flags = ["--chunked-prefill-size", "24"]
