@@ -112,7 +112,8 @@ def _spelling(need: ConfigReader) -> str | None:
 
 def _sparse_layers(need: ConfigReader, num_layers: int) -> tuple[bool, ...]:
     """All but the first, those of a list, or every `decoder_sparse_step`-th has experts, but for `mlp_only_layers`."""
-    if need.has("first_k_dense_replace") and need.value("mlp_layer_types") is None:
+    has_types = need.has("mlp_layer_types") and need.value("mlp_layer_types") is not None
+    if need.has("first_k_dense_replace") and not has_types:
         first = need.integer("first_k_dense_replace", minimum=0)
         return tuple(index >= first for index in range(num_layers))
     if need.has("mlp_layer_types"):
