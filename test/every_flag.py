@@ -8,8 +8,9 @@ from ramet.srt.server_flags import NEEDLESS, sectioned_fields
 
 API_KEY, ADMIN_KEY = "sesame", "locksmith"
 ROOT_PATH = "/llm"
-# What contradicts others that are given.
+# What contradicts others that are given, or the model.
 LEFT_OUT = {
+    "max_mamba_cache_size": "linear layers, which this model has not",
     "classifier_from_token": "another task",
     "is_embedding": "another task",
     "checkpoint_engine_wait_weights_before_ready": "no weights to serve",
