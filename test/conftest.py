@@ -1,4 +1,4 @@
-"""Owns what holds for all tests: one thread for each process that computes; no digests in the user's cache."""
+"""Owns what holds for all tests: one thread for each process that computes; nothing in the user's caches."""
 
 import atexit
 import os
@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if "RAMET_DIGEST_DIR" not in os.environ:
-    os.environ["RAMET_DIGEST_DIR"] = tempfile.mkdtemp(prefix="ramet-digests-")
-    atexit.register(shutil.rmtree, os.environ["RAMET_DIGEST_DIR"], ignore_errors=True)
+for cache in ("RAMET_DIGEST_DIR", "RAMET_TUNING_DIR"):
+    if cache not in os.environ:
+        os.environ[cache] = tempfile.mkdtemp(prefix="ramet-cache-")
+        atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

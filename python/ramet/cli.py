@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("serve", "standby", "park", "modelexpress-server", "fleet", "digest", "version")
+COMMANDS = ("serve", "standby", "park", "modelexpress-server", "fleet", "digest", "tune", "version")
 USAGE = """usage: ramet <command> …
 
 commands:
@@ -13,9 +13,10 @@ commands:
   modelexpress-server [flags]      start a metadata server (python -m ramet.modelexpress_server [flags])
   fleet set-version MODEL VERSION  have all instances of a model serve a version (also: scale, clear-version, status)
   digest MODEL                     print the digest of a model's weights, for --weights-digest
+  tune MODEL                       measure which kernels are the fastest for a model on this GPU, and keep that
   version, --version               print the version
 
-ramet serve --help, and likewise those of standby, modelexpress-server, fleet and digest, list the flags.
+ramet serve --help, and likewise those of standby, modelexpress-server, fleet, digest and tune, list the flags.
 """
 
 
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ramet.srt.model_loader.digest_command import print_digest
 
         return print_digest(arguments, prog="ramet digest")
+    if command == "tune":
+        from ramet.srt.model_executor.tune_command import run_tune_command
+
+        return run_tune_command(arguments, prog="ramet tune")
     if command in ("version", "--version", "-V"):
         import ramet
 

@@ -1,7 +1,9 @@
 """Owns the environment variables that are read: their names, types and defaults."""
 
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,23 @@ class Envs:
     RAMET_FABRIC_PROXY = EnvStr("RAMET_FABRIC_PROXY", "")
     # Where digests of checkpoints are kept; empty: ramet/digests in $XDG_CACHE_HOME, or in ~/.cache.
     RAMET_DIGEST_DIR = EnvStr("RAMET_DIGEST_DIR", "")
+    # Where `ramet tune` keeps what it measures of kernels; empty: ramet/tuning, beside the digests.
+    RAMET_TUNING_DIR = EnvStr("RAMET_TUNING_DIR", "")
 
 
 def default_profile_dir() -> str:
     """The folder of traces that nobody has named: this user's own."""
     return f"/tmp/ramet-profiles-{os.geteuid()}"
+
+
+def cache_folder(name: str, given: EnvStr) -> Path:
+    """Where something is kept from one start to the next: a user without a home has it among the temporary files."""
+    if folder := given.get():
+        return Path(folder)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        return Path(tempfile.gettempdir(), f"ramet-{name}-{os.geteuid()}")
+    return Path(cache, "ramet", name)
 
 
 envs = Envs()

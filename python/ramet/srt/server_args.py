@@ -108,6 +108,7 @@ class ServerArgs(ServerFacts):
             max_state_slots=self.max_mamba_cache_size,
             mem_fraction_static=self.mem_fraction_static or defaults.mem_fraction_static,
             use_cuda_graph=not self.disable_cuda_graph,
+            tuning_dir=self.tuning_dir,
             num_local_ranks=len(self.local_ranks),
             weights=WeightsConfig(
                 name=self.weights_name,

@@ -78,6 +78,8 @@ def _check_task(args: ServerFacts) -> None:
 
 
 def _check_passes(args: ServerFacts) -> None:
+    if args.tuning_dir is not None and not os.path.isdir(args.tuning_dir):
+        raise ValueError(f"--tuning-dir {args.tuning_dir} is no folder")
     if args.target_itl_ms and args.chunked_prefill_size == -1:
         raise ValueError("--target-itl-ms splits prompts, which --chunked-prefill-size -1 forbids")
     if args.schedule_low_priority_values_first and args.schedule_policy != "priority":

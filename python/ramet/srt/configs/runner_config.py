@@ -37,6 +37,7 @@ class RunnerConfig:
     use_cuda_graph: bool
     num_local_ranks: int  # that share the node's processors and memory
     weights: WeightsConfig
+    tuning_dir: str | None = None  # files of what was measured of kernels, beside those in the user's cache
     lora: LoraConfig | None = None  # None: there are no adapters
     can_sleep: bool = False  # the memory of weights and KV cache can be given back while their addresses stay
     max_state_slots: int | None = None  # states of linear layers that are kept; None: by memory and requests

@@ -38,6 +38,11 @@ class RuntimeFlags:
         "auto, cuDNN, FlashAttention 3 or FlashInfer compute long prompts where installed and faster than triton.",
         choices=ATTENTION_BACKENDS,
     )
+    tuning_dir: str | None = flag(
+        None,
+        "Folder of files of `ramet tune`: which kernels and tiles are the fastest on a GPU. What is there goes before "
+        "what the user's cache has ($RAMET_TUNING_DIR); files of other GPUs and versions are not taken.",
+    )
     disable_cuda_graph: bool = flag(False, "Launch every kernel of a decode pass by itself.")
     disable_overlap_schedule: bool = flag(
         False, "Plan a pass only when the tokens of the one before it are known, on a GPU too."

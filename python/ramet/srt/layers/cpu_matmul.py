@@ -13,8 +13,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from ramet.srt.layers.kernels.choices import CPU_LINEAR, OTHER, OURS, row_class
+
 MIN_VECTOR_ELEMENTS = 1 << 21  # of weights: below, a vector is no faster than a matrix of one row
-MIN_ROWS = 12  # of the input; below, reading the weights once costs more than widening them in registers
+MIN_ROWS = 12  # of the input, where nothing was measured; below, reading weights costs more than widening in registers
 BLOCK_ELEMENTS = 1 << 20  # of widened weights: 4 MB, few enough for a processor's shared cache
 MANY_ROWS = 256  # from here on it pays to round block by block rather than to transpose at the end
 MANY_ROWS_BLOCK_ELEMENTS = 1 << 21
@@ -46,7 +48,9 @@ def widens_weights(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def widening_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b for half-precision x [num_rows, input_size] and W [output_size, input_size], the fastest way."""
-    if x.shape[0] >= MIN_ROWS:
+    num_rows = x.shape[0]
+    default = OURS if num_rows >= MIN_ROWS else OTHER
+    if num_rows > 1 and CPU_LINEAR.pick(default, row_class(num_rows), *weight.shape) == OURS:
         return blocked_linear(x, weight, bias)
     is_large_vector_product = x.shape[0] == 1 and weight.numel() >= MIN_VECTOR_ELEMENTS
     if is_large_vector_product and weight.dtype == torch.bfloat16 and bias is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 
 from ramet.srt.layers.activation import Activation, act_and_mul
+from ramet.srt.layers.kernels.choices import FP8_BLOCKS_BY, OTHER, OURS, row_class
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 MATRIX_ALIGNMENT = 16  # rows and columns that torch._scaled_mm takes
 BLOCK = 128  # rows and columns of the blocks that the kernels and torch know
-TORCH_ROWS = 96  # from so many on, torch's product of blocks is the faster one, measured on an H200
+TORCH_ROWS = 96  # from so many on, torch's product of blocks is the faster one on an H200, where nothing was measured
 
 
 def has_fp8_kernel(weight: QuantizedWeight) -> bool:
@@ -123,7 +124,7 @@ def _multiply_blocks(x: QuantizedRows, weight: QuantizedWeight) -> torch.Tensor:
     from ramet.srt.layers.kernels.fp8_blocks import blocks_linear
 
     num_rows = x.values.shape[0]
-    if num_rows >= TORCH_ROWS and _torch_takes(num_rows, weight):
+    if _torch_takes(num_rows, weight) and _torch_is_faster(num_rows, weight):
         return torch._scaled_mm(x.values, weight.values.T, x.scales, weight.scales.T, out_dtype=torch.bfloat16)
     stack = weight.as_stack()
     return blocks_linear(x.values, x.scales, stack.values, stack.scales, *_row_blocks(weight), None, x.dtype)
@@ -135,6 +136,11 @@ def _torch_takes(num_rows: int, weight: QuantizedWeight) -> bool:
     is_whole = num_rows % 4 == 0 and num_outputs % BLOCK == 0 and num_columns % (4 * BLOCK) == 0
     index = weight.layout.indices["scales"]
     return is_whole and index.is_regular and weight.format.scales.rows == BLOCK and _has_torch_blocks(weight.device)
+
+
+def _torch_is_faster(num_rows: int, weight: QuantizedWeight) -> bool:
+    default = OTHER if num_rows >= TORCH_ROWS else OURS
+    return FP8_BLOCKS_BY.pick(default, row_class(num_rows), *weight.shape) == OTHER
 
 
 @functools.cache

@@ -99,19 +99,24 @@ def _run_by_kernels(
     from ramet.srt.layers.kernels.expert_rows import OutputBias, combine_rows, lay_out_rows
 
     values, share = shared or (None, None)
-    if isinstance(gate, BiasedGate):
-        rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
-        gated = clamped_gate(grouped_linear(rows, w13, ends), gate.w13_bias, ends, gate.clamp)
-        bias = None if gate.w2_bias is None else OutputBias(gate.w2_bias, expert_ids, first_expert)
-        return combine_rows(grouped_linear(gated, w2, ends), places, ends, weights, values, share, bias)
-    if takes_experts_gemv(x, w13) and takes_experts_gemv(x, w2):
-        gated = multiply_row_by_experts(x, w13, expert_ids[0], first_expert, gate.name)
-        y = multiply_row_by_experts(gated, w2, expert_ids[0], first_expert)
-        return combine_rows(y, None, None, weights, values, share)
+    bias = None
+    if isinstance(gate, BiasedGate) and gate.w2_bias is not None:
+        bias = OutputBias(gate.w2_bias, expert_ids, first_expert)
+    if all(takes_experts_gemv(x, weight, expert_ids.numel()) for weight in (w13, w2)):
+        ids = expert_ids.flatten()
+        gated = multiply_row_by_experts(x, w13, ids, first_expert, "" if isinstance(gate, BiasedGate) else gate.name)
+        if isinstance(gate, BiasedGate):
+            gated = clamped_gate(gated, gate.w13_bias, None, gate.clamp, ids, first_expert)
+        y = multiply_row_by_experts(gated, w2, ids, first_expert)
+        return combine_rows(y, None, None, weights, values, share, bias)
 
     rows, places, ends = lay_out_rows(x, expert_ids, w13.shape[0], first_expert)
-    hidden = activate_for(grouped_linear(rows, w13, ends), gate, w2)
-    return combine_rows(grouped_linear(hidden, w2, ends), places, ends, weights, values, share)
+    hidden = grouped_linear(rows, w13, ends)
+    if isinstance(gate, BiasedGate):
+        gated = clamped_gate(hidden, gate.w13_bias, ends, gate.clamp)
+        return combine_rows(grouped_linear(gated, w2, ends), places, ends, weights, values, share, bias)
+    gated_rows = activate_for(hidden, gate, w2)
+    return combine_rows(grouped_linear(gated_rows, w2, ends), places, ends, weights, values, share)
 
 
 def _run_in_turn(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.layers.fp8_matmul import Rows, grouped_fp8_linear, has_fp8_kernel
+from ramet.srt.layers.kernels.choices import GROUPED_BY, OTHER, row_class
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.packed import fits_packed_kernel, packed_linear
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
@@ -40,7 +41,7 @@ def grouped_linear(x: Rows, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
         values, scales = weight.values, weight.scales
     else:
         values, scales = weight, None
-    if _torch_takes(x.dtype, values):
+    if _torch_takes(x.dtype, values) and _torch_is_faster(len(x), values):
         return multiply_by_torch(x, values, ends, scales)
     from ramet.srt.layers.kernels import grouped_linear as kernel
 
@@ -79,6 +80,13 @@ def _torch_takes(dtype: torch.dtype, weight: torch.Tensor) -> bool:
     if weight.dtype == torch.float8_e4m3fn:
         return capability == (9, 0) and use_kernels(weight)  # which quantise the rows
     return dtype == torch.bfloat16 and capability in ((9, 0), (10, 0))
+
+
+def _torch_is_faster(num_rows: int, weight: torch.Tensor) -> bool:
+    """Where torch has a kernel; where nothing was measured, it is."""
+    if not use_kernels(weight):
+        return True
+    return GROUPED_BY.pick(OTHER, row_class(num_rows), *weight.shape, weight.element_size()) == OTHER
 
 
 @functools.cache

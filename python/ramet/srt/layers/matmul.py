@@ -14,10 +14,20 @@ from ramet.srt.layers.fp8_matmul import (
     takes_rows,
 )
 from ramet.srt.layers.grouped_linear import can_group, multiply_as_it_is
+from ramet.srt.layers.kernels.choices import EXPERTS_BY, OTHER, OURS, row_class
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.quantization.dequantize import dequantize
-from ramet.srt.layers.quantization.packed import most_rows, packed_row, packed_rows, takes_packed_row
+from ramet.srt.layers.quantization.packed import (
+    multiplies_words,
+    packed_row,
+    packed_row_by_experts,
+    packed_rows,
+    takes_packed_experts,
+    takes_packed_row,
+)
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
+
+MOST_ASSIGNMENTS = 256  # of tokens to experts that are multiplied one by one, whatever was measured
 
 
 def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,9 +66,18 @@ def multiply_row(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, act
     return gemv(x, weight, bias, None, activation)
 
 
-def takes_experts_gemv(x: torch.Tensor, weight: Weight) -> bool:
-    """Whether that kernel multiplies `x`, a single token, with the matrices of a stack that it goes to."""
-    return _is_row_on_gpu(x) and (not isinstance(weight, QuantizedWeight) or has_fp8_kernel(weight))
+def takes_experts_gemv(x: torch.Tensor, weight: Weight, num_assignments: int) -> bool:
+    """Whether a kernel for single rows multiplies those of x with the matrices of a stack that their tokens go to.
+
+    Each matrix is read once for each assignment to it: where nothing was measured, that is for one token alone.
+    """
+    if not use_kernels(x) or not x.is_contiguous() or not 0 < num_assignments <= MOST_ASSIGNMENTS:
+        return False
+    if isinstance(weight, QuantizedWeight) and not has_fp8_kernel(weight) and not takes_packed_experts(weight):
+        return False
+    bits = weight.format.bits if isinstance(weight, QuantizedWeight) else 8 * weight.element_size()
+    default = OURS if len(x) == 1 else OTHER
+    return EXPERTS_BY.pick(default, row_class(num_assignments), *weight.shape, bits) == OURS
 
 
 def _is_row_on_gpu(x: torch.Tensor) -> bool:
@@ -68,17 +87,21 @@ def _is_row_on_gpu(x: torch.Tensor) -> bool:
 def multiply_row_by_experts(
     x: torch.Tensor, weight: Weight, ids: torch.Tensor, first_expert: int, activation: str = ""
 ) -> torch.Tensor:
-    """x W^T, or act(first half) * second half of it, with the W of each expert that one token goes to.
+    """x W^T, or act(first half) * second half of it, with the W of each expert that a token goes to.
 
     Args:
-        x: contiguous, [1, n] for all, or [num_ids, n].
+        x: contiguous, [num_ids, n], or a row for each run of as many ids.
         weight: [num_experts, output_size, n], one that `takes_experts_gemv` takes.
         ids: contiguous integers [num_ids]; those outside of num_experts from `first_expert` on give zeros.
     """
     from ramet.srt.layers.kernels.gemv import Experts, gemv
 
-    values, scales = (weight.values, scales_of(weight)) if isinstance(weight, QuantizedWeight) else (weight, None)
-    return gemv(x, values, None, scales, activation, experts=Experts(ids, first_expert))
+    experts = Experts(ids, first_expert)
+    if not isinstance(weight, QuantizedWeight):
+        return gemv(x, weight, None, None, activation, experts=experts)
+    if weight.format.numbers != "e4m3":
+        return packed_row_by_experts(x, weight, experts, activation)
+    return gemv(x, weight.values, None, scales_of(weight), activation, experts=experts)
 
 
 def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -91,7 +114,7 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         return fp8_linear(x, weight, bias)
     is_packed = weight.format.numbers != "e4m3"
     has_row_scales = weight.format.multiplies_fp8 and not weight.format.has_blocks
-    if has_row_scales or not can_group(x.dtype, weight) or (is_packed and x.shape[0] > most_rows(weight)):
+    if has_row_scales or not can_group(x.dtype, weight) or (is_packed and not multiplies_words(x.shape[0], weight)):
         # Scaled before the product: its sums with numbers up to 448 can be more than float16 holds.
         return project(x, dequantize(weight, x.dtype), bias)
     if is_packed:

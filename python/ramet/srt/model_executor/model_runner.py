@@ -35,6 +35,7 @@ from ramet.srt.mem_cache.memory_pool import ReqToPagePool, TokenToKVPool
 from ramet.srt.mem_cache.state_pool import StatePool
 from ramet.srt.mem_cache.window_pages import WindowCapacity
 from ramet.srt.model_executor.cuda_graph_runner import CHUNK_SIZES, MAX_BATCH_SIZE, CudaGraphRunner
+from ramet.srt.model_executor.kernel_choices import choose_kernels
 from ramet.srt.model_executor.kv_cache_plan import KVCachePlan, KVLayers, plan_kv_cache
 from ramet.srt.model_executor.library_warm_up import padded_count, warm_up_head, warm_up_products
 from ramet.srt.model_executor.linear_states import LinearStates, state_bytes
@@ -95,6 +96,7 @@ class ModelRunner:
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_local_ranks))
+        choose_kernels(config.tuning_dir, device)
         free_bytes = free_memory_nbytes(device)
         if device.type == "cpu":
             free_bytes //= config.num_local_ranks  # the ranks of a node share its memory

@@ -58,51 +58,74 @@ def _clamped_gate_kernel(
     y_ptr,
     bias_ptr,
     ends_ptr,
+    ids_ptr,
     out_ptr,
     num_experts,
+    first_expert,
     size,
     alpha,
     limit,
+    HAS_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program takes BLOCK pairs of one row. The row is of the first expert whose rows end behind it."""
+    """One program takes BLOCK pairs of one row: of the expert that ids say, or the first whose rows end behind it."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     experts = tl.arange(0, BLOCK_EXPERTS)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    ends = tl.load(ends_ptr + experts, mask=experts < num_experts, other=0)
-    expert = tl.sum(((experts < num_experts) & (ends <= row)).to(tl.int32), axis=0)
-    mask = columns < tl.where(expert < num_experts, size, 0)
+    if HAS_IDS:
+        expert = tl.load(ids_ptr + row).to(tl.int32) - first_expert
+    else:
+        ends = tl.load(ends_ptr + experts, mask=experts < num_experts, other=0)
+        expert = tl.sum(((experts < num_experts) & (ends <= row)).to(tl.int32), axis=0)
+    is_here = (expert >= 0) & (expert < num_experts)
+    mask = columns < tl.where(is_here, size, 0)
     pairs = 2 * columns[:, None] + tl.arange(0, 2)[None, :]
     y = tl.load(y_ptr + row.to(tl.int64) * 2 * size + pairs, mask=mask[:, None], other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + expert.to(tl.int64) * 2 * size + pairs, mask=mask[:, None], other=0.0)
     gate, up = tl.split(y + bias.to(tl.float32))
     gate, up = tl.minimum(gate, limit), tl.clamp(up, -limit, limit)
     out = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    if HAS_IDS:  # the next product multiplies these rows with zeros, which must stay zeros
+        mask = columns < size
+        out = tl.where(is_here, out, 0.0)
     tl.store(out_ptr + row.to(tl.int64) * size + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def clamped_gate(y: torch.Tensor, bias: torch.Tensor, ends: torch.Tensor, clamp: ClampedGate) -> torch.Tensor:
+def clamped_gate(
+    y: torch.Tensor,
+    bias: torch.Tensor,
+    ends: torch.Tensor | None,
+    clamp: ClampedGate,
+    ids: torch.Tensor | None = None,
+    first_expert: int = 0,
+) -> torch.Tensor:
     """What an expert gives its second product, of its first one: see ClampedGate.
 
     Args:
-        y: contiguous [num_rows, 2 * size], gate and up in turns, sorted by expert.
+        y: contiguous [num_rows, 2 * size], gate and up in turns, sorted by expert if there are ends.
         bias: contiguous [num_experts, 2 * size], added before.
         ends: int32 [num_experts], where each expert's rows end. Behind the last, rows hold anything.
+        ids: without ends, contiguous integers [num_rows]: the expert of each row, counted from `first_expert` on. Rows
+            of experts that are not here give zeros.
 
     Returns:
         [num_rows, size] in the type of y.
     """
     num_rows, size = y.shape[0], y.shape[1] // 2
-    assert y.is_contiguous() and bias.is_contiguous() and bias.shape == (len(ends), 2 * size)
+    num_experts = len(bias)
+    assert y.is_contiguous() and bias.is_contiguous() and bias.shape[1] == 2 * size
+    assert (ends is None) != (ids is None) and (ends is None or len(ends) == num_experts)
+    assert ids is None or (ids.is_contiguous() and len(ids) == num_rows)
     out = torch.empty((num_rows, size), dtype=y.dtype, device=y.device)
     early = can_launch_early(y.device)
     _clamped_gate_kernel[(num_rows, triton.cdiv(size, BLOCK))](
-        y, bias, ends, out, len(ends), size, clamp.alpha, clamp.limit, BLOCK=BLOCK,
-        BLOCK_EXPERTS=next_power_of_2(len(ends)), EARLY=early, **({"launch_pdl": True} if early else {}),
+        y, bias, y if ends is None else ends, y if ids is None else ids, out, num_experts, first_expert, size,
+        clamp.alpha, clamp.limit, HAS_IDS=ids is not None, BLOCK=BLOCK, BLOCK_EXPERTS=next_power_of_2(num_experts),
+        EARLY=early, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out

@@ -243,7 +243,6 @@ def combine_rows(
         weights: contiguous float32 [num_tokens, top_k].
         shared: [num_tokens, size]; rows may be apart.
         gate: contiguous [num_tokens, 1], whose sigmoid multiplies `shared`.
-        bias: with `ends`.
 
     Returns:
         [num_tokens, size] in the type of y.
@@ -252,7 +251,9 @@ def combine_rows(
     assert y.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
     assert shared is None or (shared.shape == (num_tokens, size) and shared.stride(1) == 1)
     assert gate is None or (gate.shape == (num_tokens, 1) and gate.is_contiguous())
-    assert bias is None or (ends is not None and bias.values.shape == (len(ends), size) and bias.ids.is_contiguous())
+    assert bias is None or (bias.values.shape[1] == size and bias.ids.is_contiguous())
+    assert bias is None or ends is None or len(ends) == len(bias.values)
+    num_experts = len(ends) if ends is not None else 0 if bias is None else len(bias.values)
     out = torch.empty((num_tokens, size), dtype=y.dtype, device=y.device)
     early = can_launch_early(y.device)
     _combine_kernel[(num_tokens, triton.cdiv(size, BLOCK_COLUMNS))](
@@ -266,7 +267,7 @@ def combine_rows(
         weights if bias is None else bias.ids,
         out,
         0 if bias is None else bias.first_expert,
-        0 if ends is None else len(ends),
+        num_experts,
         0 if shared is None else shared.stride(0),
         size,
         TOP_K=top_k,

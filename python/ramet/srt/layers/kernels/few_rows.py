@@ -4,11 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.choices import FEW_ROWS, row_class
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
 from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 
 MAX_ROWS = 32  # beyond that the library's kernels are as fast, measured on an H200
-ROW_TILES = (16, 32)
+ROW_TILES = (16, 32, 64)
+BY_LIBRARY = (0, 0)
 BLOCK_OUTPUTS = 64
 BLOCK_COLUMNS = 128
 MAX_SPLITS = 4
@@ -80,13 +82,28 @@ def _few_rows_kernel(
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel multiplies such rows with such a matrix, and is faster than the library."""
     num_rows, num_outputs = x.shape[0], weight.shape[0]
-    if not 1 < num_rows <= MAX_ROWS or x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
+    if not 1 < num_rows <= ROW_TILES[-1] or x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if not can_launch_early(x.device) and not is_interpreted():
         return False  # not measured there
     # The library reads matrices with more tiles of outputs at the memory's rate.
     is_whole = num_outputs % BLOCK_OUTPUTS == 0 and weight.shape[1] % (BLOCK_COLUMNS * MAX_SPLITS) == 0
-    return is_whole and num_outputs <= MAX_TILES * BLOCK_OUTPUTS and x.stride(1) == 1 and weight.is_contiguous()
+    if not is_whole or num_outputs > MAX_TILES * BLOCK_OUTPUTS or x.stride(1) != 1 or not weight.is_contiguous():
+        return False
+    return _plan(num_rows, weight) != BY_LIBRARY
+
+
+def _plan(num_rows: int, weight: torch.Tensor) -> tuple[int, int]:
+    """(splits of the columns, stages) that were measured or are known to be the best, or BY_LIBRARY."""
+    default = _default_plan(weight) if num_rows <= MAX_ROWS else BY_LIBRARY
+    splits, stages = FEW_ROWS.pick(default, row_class(max(num_rows, ROW_TILES[0])), *weight.shape)
+    return splits, stages
+
+
+def _default_plan(weight: torch.Tensor) -> tuple[int, int]:
+    num_tiles, num_multi = weight.shape[0] // BLOCK_OUTPUTS, num_multiprocessors(weight.device)
+    splits = next((splits for splits in (1, 2) if num_tiles * splits >= FULL * num_multi), MAX_SPLITS)
+    return splits, STAGES[num_tiles * splits <= num_multi]
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,8 +117,8 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         [num_rows, num_outputs].
     """
     num_rows, num_outputs = x.shape[0], weight.shape[0]
-    num_tiles, num_multi = num_outputs // BLOCK_OUTPUTS, num_multiprocessors(x.device)
-    splits = next((splits for splits in (1, 2) if num_tiles * splits >= FULL * num_multi), MAX_SPLITS)
+    num_tiles, plan = num_outputs // BLOCK_OUTPUTS, _plan(num_rows, weight)
+    splits, stages = _default_plan(weight) if plan == BY_LIBRARY else plan
     block_rows = next(size for size in ROW_TILES if size >= num_rows)
     out = torch.empty((num_rows, num_outputs), dtype=x.dtype, device=x.device)
     partial = counts = out  # not touched
@@ -127,7 +144,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         SPLITS=splits,
         EARLY=early,
         num_warps=4,
-        num_stages=STAGES[num_tiles * splits <= num_multi],
+        num_stages=stages,
         **({"launch_pdl": True} if early else {}),
     )
     return out

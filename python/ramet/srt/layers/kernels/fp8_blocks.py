@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
+from ramet.srt.layers.kernels.choices import FP8_BLOCKS, row_class
 from ramet.srt.layers.kernels.fp8 import MAX_FP8, MIN_SCALE
 from ramet.srt.layers.kernels.grouped_linear import find_tile, max_tiles
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
@@ -244,7 +245,11 @@ def blocks_linear(
     out = torch.empty((num_rows, num_outputs), dtype=dtype, device=values.device)
     if num_rows == 0:
         return out
-    tile = tile or choose_tile(num_rows, num_groups)
+    if tile is None:
+        default = choose_tile(num_rows, num_groups)
+        shape = row_class(num_rows), num_groups, num_outputs, num_columns
+        rows, outputs, is_turned, num_warps, num_stages = FP8_BLOCKS.pick(default, *shape)
+        tile = Tile(rows, outputs, bool(is_turned), num_warps, num_stages)
     num_tiles = max_tiles(num_rows, num_groups, tile.rows)
     num_output_tiles = triton.cdiv(num_outputs, tile.outputs)
     splits, partial, counts = 1, out, out
@@ -289,7 +294,7 @@ def blocks_linear(
 
 
 def choose_tile(num_rows: int, num_groups: int) -> Tile:
-    """By the rows of a group, on average."""
+    """Where nothing was measured: by the rows of a group, on average."""
     tiles, largest = (INTERPRETED_TILES, INTERPRETED_LARGE_TILE) if is_interpreted() else (TILES, LARGE_TILE)
     return next((tile for most, tile in tiles.items() if num_rows <= most * num_groups), largest)
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
+from ramet.srt.layers.kernels.choices import GEMV
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted
 
 
@@ -119,6 +120,7 @@ def _gemv_kernel(
     first_expert,
     num_experts,
     x_stride,
+    matrices_per_row,
     matrix_stride,
     scale_stride,
     HAS_EXPERTS: tl.constexpr,
@@ -150,7 +152,7 @@ def _gemv_kernel(
         expert = tl.where(is_here, expert, 0)
         weight_ptr += expert * matrix_stride
         scales_ptr += expert * scale_stride
-        x_ptr += place * x_stride
+        x_ptr += place // matrices_per_row * x_stride
         out_ptr += place * num_rows
     columns = tl.arange(0, BLOCK_COLUMNS)
     weight_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
@@ -236,23 +238,26 @@ def gemv(
     """x W^T + b, or with an activation's name act(first half) * second half of it.
 
     Args:
-        x: contiguous [1, num_columns]; with experts also a row for each of them.
+        x: contiguous [1, num_columns]; with experts also a row for each of them, or for each run of as many.
         weight: contiguous [num_rows, num_columns]; any floating-point type. With experts a stack of such, without bias.
         scales: float32 [num_rows, 1] that multiply the rows of the weight, or those of its blocks; those of a stack
             have its number of matrices in front.
-        tile: None takes the best that is known.
+        tile: None takes what was measured, or else the best that is known.
 
     Returns:
         [1, num_rows], or [1, num_rows / 2]; with experts a row for each.
     """
     all_rows, num_columns = weight.shape[-2:]
     num_rows, number = all_rows // 2 if activation else all_rows, 1 if experts is None else len(experts.ids)
-    assert x.shape in ((1, num_columns), (number, num_columns)) and x.is_contiguous() and weight.is_contiguous()
+    assert x.shape[1] == num_columns and number % len(x) == 0 and x.is_contiguous() and weight.is_contiguous()
     assert experts is None or (weight.dim() == 3 and bias is None and experts.ids.is_contiguous())
     out = torch.empty((number, num_rows), dtype=x.dtype, device=x.device)
     if tile is None:
         is_fp8 = weight.element_size() == 1
-        tile = (GATED_FP8_TILE if is_fp8 else GATED_TILE) if activation else FP8_TILE if is_fp8 else TILE
+        default = (GATED_FP8_TILE if is_fp8 else GATED_TILE) if activation else FP8_TILE if is_fp8 else TILE
+        scale_kind = 0 if scales is None else 1 if isinstance(scales, torch.Tensor) else 2
+        shape = num_rows, num_columns, weight.element_size(), scale_kind, number
+        tile = Tile(*GEMV.pick(default, int(bool(activation)), *shape))
     kind, grid, grid_rows, block_rows = "", x, None, 1
     if isinstance(scales, torch.Tensor):
         kind, grid = "rows", scales
@@ -277,7 +282,8 @@ def gemv(
         block_rows,
         experts.first if experts is not None else 0,
         len(weight),
-        num_columns if len(x) > 1 else 0,
+        num_columns,
+        number // len(x),
         all_rows * num_columns,
         grid.shape[-2] * grid.shape[-1],
         HAS_EXPERTS=experts is not None,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.choices import GROUPED, Value, row_class
 from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
 
 FEW_ROWS = 16  # of a group, on average
@@ -122,7 +123,11 @@ def grouped_linear(
     out = torch.empty((num_rows, output_size), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return out
-    block_rows, block_outputs, block_columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
+    tile: Value = _tile(x.dtype, num_rows, num_groups)
+    if x.element_size() == 2:
+        shape = row_class(num_rows), num_groups, output_size, num_columns, weight.element_size()
+        tile = GROUPED.pick(tile, *shape)
+    block_rows, block_outputs, block_columns, num_warps, num_stages = tile
     num_tiles = max_tiles(num_rows, num_groups, block_rows)
     row_blocks, block_width, first_column = blocks or (None, 1, 0)
     grid = (1, 1) if scales is None else (scales.shape[1], scales.shape[2])
@@ -158,7 +163,7 @@ def max_tiles(num_rows: int, num_groups: int, block_rows: int) -> int:
 
 
 def _tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> tuple[int, int, int, int, int]:
-    """(rows, outputs, columns, warps, stages) of one program."""
+    """(rows, outputs, columns, warps, stages) of one program, where nothing was measured."""
     if is_interpreted():
         return 16, 32, 32, 4, 1
     has_few_rows = num_rows <= FEW_ROWS * num_groups

@@ -1,5 +1,7 @@
 """Owns the product of one row with a matrix whose words hold columns: a decode pass of one request, bound by reading.
 
+The matrices of a stack, too, each with a row: experts of one or a few requests.
+
 That is compressed-tensors' integers, MXFP4 and NVFP4; packed_row.py and awq_rows.py have the formats whose words lie
 one output after the other. Numbers are used where their bits are, as float32 values far below one: conversions of
 integers would take longer than reading the weights.
@@ -12,6 +14,8 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
+from ramet.srt.layers.kernels.choices import PACKED_GEMV
+from ramet.srt.layers.kernels.gemv import Experts
 from ramet.srt.layers.kernels.grouped_linear import e4m3_to_float
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted
@@ -124,11 +128,20 @@ def _packed_gemv_kernel(
     zeros_ptr,
     outer_ptr,
     bias_ptr,
+    ids_ptr,
     out_ptr,
     num_rows,
     num_words,
     num_groups,
     group_words,
+    first_expert,
+    num_experts,
+    matrices_per_row,
+    value_stride,
+    scale_stride,
+    zero_stride,
+    outer_stride,
+    HAS_EXPERTS: tl.constexpr,
     NUMBERS: tl.constexpr,
     BITS: tl.constexpr,
     SCALES: tl.constexpr,
@@ -149,11 +162,23 @@ def _packed_gemv_kernel(
     row_mask = rows < num_rows
     up_rows = num_rows + rows
     words = tl.arange(0, BLOCK_WORDS)
-    value_ptrs = values_ptr + rows.to(tl.int64)[:, None] * num_words + words[None, :]
-    up_offset = tl.cast(num_rows, tl.int64) * num_words
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if HAS_EXPERTS:
+        place = tl.program_id(1).to(tl.int64)
+        expert = tl.load(ids_ptr + place).to(tl.int64) - first_expert
+        is_here = (expert >= 0) & (expert < num_experts)
+        row_mask = rows < tl.where(is_here, num_rows, 0)
+        expert = tl.where(is_here, expert, 0)
+        values_ptr += expert * value_stride
+        scales_ptr += expert * scale_stride
+        zeros_ptr += expert * zero_stride
+        outer_ptr += expert * outer_stride
+        x_ptr += place // matrices_per_row * (num_words * NUM)
+        out_ptr += place * num_rows
+    value_ptrs = values_ptr + rows.to(tl.int64)[:, None] * num_words + words[None, :]
+    up_offset = tl.cast(num_rows, tl.int64) * num_words
     acc = tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.float32)
     up_acc = tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.float32)
     for first in range(0, num_words, BLOCK_WORDS):
@@ -189,7 +214,9 @@ def _packed_gemv_kernel(
     if ACTIVATION != "":
         up = _output(up_acc, up_rows, row_mask, outer_ptr, bias_ptr, OUTER, HAS_BIAS)
         out = activate(out, ACTIVATION) * up
-    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=row_mask)
+    if HAS_EXPERTS:
+        out = tl.where(row_mask, out, 0.0)  # of an expert that is not here
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=rows < num_rows)
 
 
 def takes_group(group_columns: int, bits: int) -> bool:
@@ -199,38 +226,58 @@ def takes_group(group_columns: int, bits: int) -> bool:
 
 
 def packed_gemv(
-    x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None, activation: str = "", tile: Tile | None = None
+    x: torch.Tensor,
+    packed: PackedArguments,
+    bias: torch.Tensor | None,
+    activation: str = "",
+    tile: Tile | None = None,
+    experts: Experts | None = None,
 ) -> torch.Tensor:
     """x W^T + b, or with an activation's name act(first half) * second half of it.
 
     Args:
-        x: contiguous [1, n].
-        packed: a stack of one matrix, whose words hold columns, the first of them the first of its group; see
-            `takes_group`.
-        bias: [number of outputs].
-        tile: None takes the best that is known.
+        x: contiguous [1, n]; with experts also a row for each of them, or for each run of as many.
+        packed: a stack of one matrix, with experts of theirs, whose words hold columns, the first of them the first of
+            its group; see `takes_group`.
+        bias: [number of outputs]; not with experts.
+        tile: None takes what was measured, or else the best that is known.
+
+    Returns:
+        [1, number of outputs], or half of them; with experts a row for each.
     """
     values, scales, outer, zeros, *_ = packed.pointers
     all_rows, num_columns, _, group_columns = packed.sizes
     num_rows, constants = all_rows // 2 if activation else all_rows, packed.constants
-    bits = constants["BITS"]
-    assert x.shape == (1, num_columns) and x.is_contiguous()
-    out = torch.empty((1, num_rows), dtype=x.dtype, device=x.device)
-    tile = INTERPRETED_TILE if is_interpreted() else tile or (GATED_TILE if activation else TILE)
-    group_words = group_columns * bits // 32
+    bits, number = constants["BITS"], 1 if experts is None else len(experts.ids)
+    assert x.shape[1] == num_columns and number % len(x) == 0 and x.is_contiguous()
+    assert experts is None or (bias is None and experts.ids.is_contiguous())
+    out = torch.empty((number, num_rows), dtype=x.dtype, device=x.device)
+    group_words, num_words = group_columns * bits // 32, num_columns * bits // 32
+    if is_interpreted():
+        tile = INTERPRETED_TILE
+    elif tile is None:
+        default, shape = GATED_TILE if activation else TILE, (num_rows, num_words, bits, group_words, number)
+        tile = Tile(*PACKED_GEMV.pick(default, int(bool(activation)), *shape))
     early = can_launch_early(x.device)
-    _packed_gemv_kernel[(triton.cdiv(num_rows, tile.rows),)](
+    _packed_gemv_kernel[(triton.cdiv(num_rows, tile.rows), number)](
         x,
         values,
         scales,
         zeros,
         outer,
         x if bias is None else bias,
+        x if experts is None else experts.ids,
         out,
         num_rows,
-        num_columns * bits // 32,
+        num_words,
         scales.shape[2],
         group_words,
+        0 if experts is None else experts.first,
+        len(values),
+        number // len(x),
+        *packed.group_strides[:3],
+        all_rows,
+        HAS_EXPERTS=experts is not None,
         NUMBERS=constants["NUMBERS"],
         BITS=bits,
         SCALES=constants["SCALES"],

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ramet.srt.layers.kernels.choices import PACKED, Value, row_class
 from ramet.srt.layers.kernels.grouped_linear import find_tile, max_tiles
 from ramet.srt.layers.kernels.packed_weights import PackedArguments, weights_tile
 from ramet.srt.layers.kernels.runtime import dot_precision, is_interpreted, next_power_of_2
@@ -136,7 +137,11 @@ def packed_linear(x: torch.Tensor, packed: PackedArguments, ends: torch.Tensor |
     out = torch.empty((num_rows, output_size), dtype=x.dtype, device=x.device)
     if num_rows == 0:
         return out
-    rows, outputs, columns, num_warps, num_stages = _tile(x.dtype, num_rows, num_groups)
+    tile: Value = _tile(x.dtype, num_rows, num_groups)
+    if x.element_size() == 2:
+        bits = packed.constants["BITS"]
+        tile = PACKED.pick(tile, row_class(num_rows), num_groups, output_size, x.shape[1], bits)
+    rows, outputs, columns, num_warps, num_stages = tile
     if packed.constants["HAS_COLUMN_GROUPS"]:
         num_stages = min(num_stages, COLUMN_GROUPS_STAGES)
     _grouped_kernel[(max_tiles(num_rows, num_groups, rows), triton.cdiv(output_size, outputs))](

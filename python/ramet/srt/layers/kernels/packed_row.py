@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
+from ramet.srt.layers.kernels.choices import PACKED_ROW
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.prefetch import prefetch_words
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
@@ -244,7 +245,10 @@ def packed_row(
     Returns:
         [1, num_outputs], or [1, num_outputs / 2].
     """
-    return launch_packed_row(x, packed, bias, activation, INTERPRETED_TILE if is_interpreted() else TILE)
+    default = INTERPRETED_TILE if is_interpreted() else TILE
+    shape = packed.sizes[0], packed.sizes[1], packed.constants["BITS"]
+    words, runs, steps, loads, num_warps, num_programs = PACKED_ROW.pick(default, int(bool(activation)), *shape)
+    return launch_packed_row(x, packed, bias, activation, (words, runs, steps, loads, num_warps, num_programs))
 
 
 def launch_packed_row(

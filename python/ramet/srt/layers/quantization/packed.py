@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE
+from ramet.srt.layers.kernels.choices import OTHER, OURS, PACKED_BY, row_class
 from ramet.srt.layers.kernels.runtime import is_interpreted
 from ramet.srt.layers.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
+    from ramet.srt.layers.kernels.gemv import Experts
     from ramet.srt.layers.kernels.packed_weights import PackedArguments
 
 logger = logging.getLogger(__name__)
 
-MOST_TRANSPOSED_ROWS = 16  # that are multiplied from words; see `most_rows`
+MOST_TRANSPOSED_ROWS = 16  # that are multiplied from words where nothing was measured; see `multiplies_words`
+MOST_CHOSEN_ROWS = 128  # beyond that a matrix is dequantised, whatever was measured
 MOST_NUMBERS = (1 << 31) - 1  # of a matrix, for kernels that count them in 32 bits
 
 
@@ -32,18 +35,22 @@ def fits_packed_kernel(weight: QuantizedWeight) -> bool:
     return index.columns % num == index.first_column % num == 0
 
 
-def most_rows(weight: QuantizedWeight) -> int:
-    """Rows up to which multiplying words is faster than dequantising the matrix for a library's product.
+def multiplies_words(num_rows: int, weight: QuantizedWeight) -> bool:
+    """Whether multiplying words with so many rows is faster than dequantising the matrix for a library's product.
 
-    Measured on an H200, with matrices of an 8 B model.
+    What it is where nothing was measured comes from an H200 and matrices of an 8 B model.
     """
+    most, most_chosen = MOST_TRANSPOSED_ROWS, MOST_CHOSEN_ROWS
     if not weight.format.values.is_transposed:
-        return 1
-    if weight.format.has_awq_order and takes_packed_row(weight):
+        most = 1
+    elif weight.format.has_awq_order and takes_packed_row(weight):
         from ramet.srt.layers.kernels.awq_rows import MAX_ROWS
 
-        return MAX_ROWS
-    return MOST_TRANSPOSED_ROWS
+        most = most_chosen = MAX_ROWS
+    if num_rows == 1 or num_rows > most_chosen:
+        return num_rows == 1
+    default = OURS if num_rows <= most else OTHER
+    return PACKED_BY.pick(default, row_class(num_rows), *weight.shape, weight.format.bits) == OURS
 
 
 def packed_rows(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -69,11 +76,7 @@ def takes_packed_row(weight: QuantizedWeight) -> bool:
     if weight_format.column_groups is not None or not fits_packed_kernel(weight):
         return False
     if not weight_format.values.is_transposed:
-        from ramet.srt.layers.kernels.packed_gemv import takes_group
-
-        index = weight.layout.indices["scales"]
-        is_whole = takes_group(index.columns, weight_format.bits) and index.first_column == 0
-        return is_whole and num_rows * num_columns <= MOST_NUMBERS
+        return _has_whole_groups(weight) and num_rows * num_columns <= MOST_NUMBERS
     if weight_format.zeros is None:
         return False
     has_halves = num_rows % (2 * 32 // weight_format.bits) == 0  # of whole words, as gate and up are
@@ -112,6 +115,31 @@ def _has_gluon() -> bool:
         logger.warning("Triton's Gluon is another one than this version knows: slower kernels are taken. %s", error)
         return False
     return True
+
+
+def takes_packed_experts(weight: QuantizedWeight) -> bool:
+    """Whether a kernel multiplies single rows each with a matrix of a stack, as those of experts."""
+    weight_format, (_, num_rows, num_columns) = weight.format, weight.shape
+    if weight_format.column_groups is not None or weight_format.values.is_transposed or not fits_packed_kernel(weight):
+        return False
+    return _has_whole_groups(weight) and num_rows * num_columns <= MOST_NUMBERS
+
+
+def packed_row_by_experts(
+    x: torch.Tensor, weight: QuantizedWeight, experts: "Experts", activation: str
+) -> torch.Tensor:
+    """x W^T with the W of each expert, or with an activation's name act(first half) * second half of it."""
+    from ramet.srt.layers.kernels.packed_gemv import packed_gemv
+
+    return packed_gemv(x, _arguments(weight), None, activation, experts=experts)
+
+
+def _has_whole_groups(weight: QuantizedWeight) -> bool:
+    """Whether scales are of groups of words from the first one on, as the kernel for a single row takes them."""
+    from ramet.srt.layers.kernels.packed_gemv import takes_group
+
+    index = weight.layout.indices["scales"]
+    return takes_group(index.columns, weight.format.bits) and index.first_column == 0
 
 
 def packed_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ramet.srt.environ import envs
+from ramet.srt.environ import cache_folder, envs
 from ramet.srt.model_loader.checkpoint.file_stamps import file_stamps
 from ramet.srt.model_loader.checkpoint.safetensors_header import TensorInfo, find_checkpoint_files, read_header
 from ramet.srt.model_loader.checksums.tensor_digest import digest_tensor
@@ -141,13 +141,8 @@ def _store_path(folder: str) -> Path:
 
 
 def store_folder() -> Path:
-    """Where digests are kept: a user without a home has them among the temporary files."""
-    if given := envs.RAMET_DIGEST_DIR.get():
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):
-        return Path(tempfile.gettempdir(), f"ramet-digests-{os.geteuid()}")
-    return Path(cache, "ramet", "digests")
+    """Where digests are kept."""
+    return cache_folder("digests", envs.RAMET_DIGEST_DIR)
 
 
 def _store(folder: str, stored: _Stored) -> None:

@@ -1,4 +1,7 @@
-"""Owns which kernels compute the prompt chunks of long passes: those that are installed are tried beside Ramet's."""
+"""Owns which kernels compute the prompt chunks of long passes: those that are installed are tried beside Ramet's.
+
+What `ramet tune` has measured for such layers, with the same of them installed, is not measured again.
+"""
 
 import contextlib
 import logging
@@ -15,6 +18,7 @@ from ramet.srt.layers.attention.prompts.base import PromptAttention, PromptChunk
 from ramet.srt.layers.attention.prompts.cudnn_prompts import CudnnPrompts
 from ramet.srt.layers.attention.prompts.flash_prompts import FlashPrompts
 from ramet.srt.layers.attention.prompts.flashinfer_prompts import FlashInferPrompts
+from ramet.srt.layers.kernels.choices import PROMPTS, Key, Value
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,8 @@ NUM_TRIALS = 7
 NUM_RUNS = 4  # of each trial: while one is computed the next is launched, as in a pass of many layers
 LEAST_GAIN = 1.03  # a candidate must be so many times as fast
 MAX_ERROR = 2e-2  # relative, from Ramet's own kernels in the same 16-bit type
+
+UNKNOWN, OWN = (-1,), (0,)  # beside the places in CANDIDATES, from one on
 
 RunPrompts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int | None], torch.Tensor]
 """(q, k_cache, v_cache, window) -> like q"""
@@ -44,19 +50,24 @@ class PromptChoice:
         self._limits = limits
         self._plan_own = plan_own
         self.chosen: PromptAttention | None = None  # None: Ramet's own
+        self.own_s = self.chosen_s = 0.0  # what a layer takes, where it was measured
         self._thread = threading.Thread(target=self._run, name="choose-prompt-attention", daemon=True)
         self._thread.start()
 
-    def wait(self, timeout_s: float) -> None:
-        """Until the choice is made."""
+    def wait(self, timeout_s: float) -> bool:
+        """Until the choice is made; whether it is."""
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         if self._spec.device.type == "cuda":
             torch.cuda.set_device(self._spec.device)  # a thread starts with the first GPU
+        known = PROMPTS.pick(UNKNOWN, *shape_of(self._spec))
+        if known == OWN:
+            return
         best: PromptAttention | None = None
         best_s = 0.0
-        for candidate in CANDIDATES:
+        for candidate in CANDIDATES if known == UNKNOWN else CANDIDATES[known[0] - 1 : known[0]]:
             if (obstacle := candidate.obstacle(self._spec)) is not None:
                 logger.debug("prompt attention: %s needs %s", candidate.name, obstacle)
                 continue
@@ -69,9 +80,15 @@ class PromptChoice:
             logger.info("prompt attention: %s takes %.3f ms, Triton %.3f", made.name, seconds * 1e3, own_s * 1e3)
             if seconds * LEAST_GAIN < own_s and (best is None or seconds < best_s):
                 best, best_s = made, seconds
+            self.own_s = own_s
         if best is not None:
             logger.info("prompt chunks of long passes are computed by %s", best.name)
-        self.chosen = best
+        self.chosen, self.chosen_s = best, best_s
+
+    @property
+    def value(self) -> Value:
+        """What PROMPTS calls the choice."""
+        return OWN if self.chosen is None else (CANDIDATES.index(type(self.chosen)) + 1,)
 
     @torch.inference_mode()
     def _compare(self, candidate: PromptAttention) -> tuple[float, float]:
@@ -97,6 +114,12 @@ class PromptChoice:
                 own_s.append(_seconds(lambda: run_own(*inputs, window)))
                 theirs_s.append(_seconds(lambda: candidate.run(*inputs, window, out)))
         return statistics.median(own_s), statistics.median(theirs_s)
+
+
+def shape_of(spec: AttentionSpec) -> Key:
+    """What PROMPTS calls layers, and the candidates that could compute them here."""
+    installed = sum(1 << place for place, one in enumerate(CANDIDATES) if one.obstacle(spec) is None)
+    return spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.kv_dtype.itemsize, installed
 
 
 class _Trial:
