@@ -92,7 +92,7 @@ class RankThreads:
                 parts = []
                 for start in range(0, len(ids), chunk):
                     part = list(ids[start : start + chunk])
-                    hidden = runner.run_pass(_tokens(start, part), slice(0, 1))
+                    hidden = runner.run_pass(_tokens(start, part), [slice(0, 1)])
                     parts.append(runner.compute_logits(hidden).log_softmax(-1))
                 results.append(torch.cat(parts))
             return results
@@ -115,7 +115,7 @@ def stage_logprobs(
     for parallel in sm.ranks_of(pp_size=pp_size):
         runner = ModelRunner(runner_config, config, parallel, pick_device("cpu", 0), lambda phase: None, LoadContext())
         runner.req_pool.write([PageWrite(row=0, start=0, pages=list(range(1, 1 + -(-len(ids) // PAGE_SIZE))))])
-        hidden = runner.run_pass(_tokens(0, list(ids)), slice(0, 1))
+        hidden = runner.run_pass(_tokens(0, list(ids)), [slice(0, 1)])
         runner._sending = None  # nothing is waited for
     torch.set_num_threads(1)
     return runner.compute_logits(hidden).log_softmax(-1)

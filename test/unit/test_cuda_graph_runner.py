@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.batch.pass_tokens import PassTokens, TokenGroups
 from ramet.srt.layers.attention.base_attn_backend import CapturedShape
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.model_executor.cuda_graph_runner import CudaGraphRunner
@@ -41,19 +41,22 @@ class Graph:
     def replay(self):
         rows, positions, ids = self.runner._fixed_inputs(self.shape)
         hidden = torch.stack([rows, positions, ids, ids], dim=1).float()
-        self.runner._hidden_states[: self.shape.num_tokens].copy_(hidden)
+        if self.runner._num_groups > 1:
+            rows, ids = self.runner._fixed_group_inputs(self.shape)
+            hidden = torch.stack([rows, ids, ids, ids], dim=1).float()
+        self.runner._hidden_states[: len(hidden)].copy_(hidden)
 
 
 @pytest.fixture
 def make(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
 
-    def make(max_tokens=500, may_launch=True, can_capture_chunks=True, prefers_alike=False):
+    def make(max_tokens=500, may_launch=True, can_capture_chunks=True, prefers_alike=False, **groups):
         backend = Backend()
         backend.prefers_alike = prefers_alike
         backend.can_capture_chunks = can_capture_chunks
         pool = ReqToPagePool(NUM_ROWS, 8, torch.device("cpu"))
-        runner = CudaGraphRunner(None, pool, backend, NUM_ROWS, max_tokens, HIDDEN, may_launch=may_launch)
+        runner = CudaGraphRunner(None, pool, backend, NUM_ROWS, max_tokens, HIDDEN, may_launch=may_launch, **groups)
         runner._graphs = {shape: Graph(runner, shape) for shape in runner._shapes}
         return runner, backend
 
@@ -124,3 +127,30 @@ def test_without_captured_chunks_only_decoding_passes_are_replayed(make):
 
 def test_sizes_of_passes_with_chunks_are_said(make):
     assert make(max_tokens=200)[0].chunk_sizes == [64, 128, 192, 256]
+
+
+@pytest.mark.parametrize(
+    ("lens", "ends", "shape"),
+    [
+        ([1, 1, 1], (1, 3), (2, False)),  # by the longest group
+        ([1, 1, 1], (0, 3), (4, False)),  # one has nothing to do
+        ([1, 1, 70], (2, 3), (128, True)),  # one decodes while the other has a chunk
+        ([1, 513], (1, 2), None),
+    ],
+)
+@pytest.mark.parametrize("own", [0, 1])
+def test_groups_of_data_parallel_attention_take_the_same_graph(make, lens, ends, shape, own):
+    runner, backend = make(may_launch=False, prefers_alike=True, num_groups=2, own_group=own)
+    backend.prefers = True  # which each group would say by itself
+    tokens = make_tokens(lens)
+    done = runner.replay_groups(TokenGroups(tokens, [slice(0, ends[0]), slice(*ends)], own))
+    if shape is None:
+        assert done is None and not backend.prepared
+        return
+    hidden, grouped = done
+    assert len(hidden) == 2 * shape[0] and grouped.sizes == [shape[0]] * 2
+    expected = np.stack([tokens.row_of_token, tokens.ids], axis=1)
+    assert hidden[grouped.places, :2].tolist() == expected.tolist()
+    used, padded, rows = backend.prepared.pop()
+    assert used == CapturedShape(*shape) and padded is grouped.own and len(rows) == shape[0]
+    assert runner._fixed_inputs(used)[0].tolist() == padded.row_of_token.tolist()

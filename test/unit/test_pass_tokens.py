@@ -1,10 +1,12 @@
 """The tokens of a pass on the host, against what a loop over the sequences says."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ramet.srt.batch.batch_plan import LAST_TOKEN, SequencePlan, SharedPrefix
-from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.batch.pass_tokens import PassTokens, TokenGroups
 
 SEQUENCES = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 6)), max_size=8)  # start, new tokens
 PADDING_ROW = 99
@@ -84,3 +86,32 @@ def test_a_pass_may_have_no_tokens():
     assert tokens.padded(2, PADDING_ROW).rows.tolist() == [PADDING_ROW] * 2
     assert PassTokens.padding(PADDING_ROW, [3, 1]).positions.tolist() == [0, 1, 2, 0]
     assert PassTokens.padding(PADDING_ROW, [2, 1], 7).positions.tolist() == [7, 8, 7]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SEQUENCES, min_size=1, max_size=3), st.integers(0, 5), st.data())
+def test_groups_stand_behind_each_other_each_padded_to_its_size(groups, missing, data):
+    tokens = make([sequence for group in groups for sequence in group])
+    ends = np.cumsum([0, *map(len, groups)]).tolist()
+    parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+    own = data.draw(st.integers(0, len(groups) - 1))
+    made = TokenGroups(tokens, parts, own)
+    assert sum(made.counts) == tokens.num_tokens
+    sizes = [count + missing for count in made.counts]
+    grouped = made.padded(sizes, PADDING_ROW)
+    assert grouped.rows[grouped.places].tolist() == tokens.row_of_token.tolist()
+    assert grouped.ids[grouped.places].tolist() == tokens.ids.tolist()
+    padding = np.ones(sum(sizes), dtype=bool)
+    padding[grouped.places] = False
+    assert set(grouped.rows[padding]) <= {PADDING_ROW} and padding.sum() == missing * len(groups)
+    assert len(grouped.rows) == len(grouped.ids) == sum(sizes) and grouped.own.num_tokens == sizes[own]
+    start = sum(sizes[:own])
+    assert grouped.own.row_of_token.tolist() == grouped.rows[start : start + sizes[own]].tolist()
+
+
+def test_adapters_of_groups_are_padded_with_none():
+    tokens = make([(0, 2), (3, 1), (0, 1)])
+    tokens.lora_slots = np.array([4, -1, 2], dtype=np.int32)
+    grouped = TokenGroups(tokens, [slice(0, 1), slice(1, 3)], 1).padded([3, 2], PADDING_ROW)
+    assert grouped.lora_slots.tolist() == [4, 4, -1, -1, 2]
+    assert grouped.own.lora_slot_of_token.tolist() == [-1, 2]

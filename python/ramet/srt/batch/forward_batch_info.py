@@ -1,6 +1,7 @@
 """Owns the tensors of one forward pass: what the scheduler decided, in the form that layers and backends read."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -21,13 +22,12 @@ class ForwardMode(Enum):
 class ForwardBatch:
     """One forward pass over some sequences, whose new tokens stand one behind the other; see `make_forward_batch`.
 
-    Layers and backends only read it. What attention reads is of the tokens whose attention this rank computes, which
-    are all unless attention is data-parallel.
+    Layers and backends only read it. Unless attention is data-parallel, all tokens are this rank's own.
     """
 
     forward_mode: ForwardMode
     input_ids: torch.Tensor  # int64 [num_tokens]: all tokens of the pass
-    positions: torch.Tensor  # int64 [num_tokens]
+    positions: torch.Tensor  # int64 [num_tokens], of the own ones
     out_cache_loc: torch.Tensor  # int64 [num_tokens]: KV slot of each new token
     req_to_page: torch.Tensor  # int64 [num_rows, max_pages]: the KV pages of every request
     rows: torch.Tensor  # int64 [batch_size]: the row of each sequence there
@@ -35,7 +35,10 @@ class ForwardBatch:
     tokens: PassTokens  # the same on the host; in a captured pass, as long as a replay may have them
     is_long: torch.Tensor | None = None  # bool [num_tokens]: whose positions turn by the second set of frequencies
     lora_slots: np.ndarray | None = None  # int32 [num_tokens]: the adapter's slot of all tokens; None: none has one
-    attn_tokens: slice | None = None  # with data-parallel attention: the tokens of `input_ids` that attention is for
+    # With data-parallel attention: how many of `input_ids` are of each attention group, one group behind the other, and
+    # which group this rank is in. All else is of this group's tokens.
+    group_sizes: Sequence[int] | None = None
+    own_group: int = 0
     # Where layers with a window have pages of their own, int64: the place of each page, the slot of each new token.
     window_map: torch.Tensor | None = None
     window_cache_loc: torch.Tensor | None = None

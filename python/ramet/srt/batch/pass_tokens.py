@@ -121,6 +121,50 @@ class PassTokens:
         )
 
 
+@dataclass(frozen=True)
+class GroupedTokens:
+    """The tokens of a pass as data-parallel attention has them: group by group, each padded to a size."""
+
+    own: PassTokens  # of one group
+    own_group: int
+    sizes: list[int]  # of all groups
+    rows: np.ndarray  # int64 [sum of sizes], and the ids: of all groups
+    ids: np.ndarray
+    lora_slots: np.ndarray | None  # int32 [sum of sizes]
+    places: np.ndarray  # int64 [num_tokens]: where the tokens of the pass stand among those
+
+
+@dataclass(frozen=True)
+class TokenGroups:
+    """The tokens of a pass, and which attention group computes which of them."""
+
+    tokens: PassTokens
+    parts: Sequence[slice]  # the sequences of each group, one behind the other
+    own: int
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each group."""
+        first = self.tokens.first_tokens
+        return [int(first[part.stop] - first[part.start]) for part in self.parts]
+
+    def padded(self, sizes: list[int], row: int) -> GroupedTokens:
+        """Each group padded to its size, as PassTokens.padded does it."""
+        groups = [self.tokens.part(part).padded(size, row) for part, size in zip(self.parts, sizes, strict=True)]
+        starts = np.cumsum([0, *sizes[:-1]])
+        counts = zip(starts, self.counts, strict=True)
+        slots = [group.lora_slot_of_token for group in groups if group.lora_slot_of_token is not None]
+        return GroupedTokens(
+            own=groups[self.own],
+            own_group=self.own,
+            sizes=sizes,
+            rows=np.concatenate([group.row_of_token for group in groups]),
+            ids=np.concatenate([group.ids for group in groups]),
+            lora_slots=np.concatenate(slots) if slots else None,
+            places=np.concatenate([start + np.arange(count, dtype=np.int64) for start, count in counts]),
+        )
+
+
 def _lora_slots(sequences: Sequence[SequencePlan]) -> np.ndarray | None:
     slots = [sequence.lora_slot for sequence in sequences]
     return np.array(slots, dtype=np.int32) if any(slot >= 0 for slot in slots) else None

@@ -1,9 +1,11 @@
 """Owns the collective operations that layers use. With one rank in the group each returns its input."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
-from ramet.srt.distributed.parallel_state import get_tp_group
+from ramet.srt.distributed.parallel_state import get_attention_dp_group, get_attention_tp_group, get_tp_group
 
 
 def tensor_model_parallel_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -22,3 +24,49 @@ def tensor_model_parallel_all_gather(tensor: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
+
+
+def gather_attention_groups(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The rows of all attention groups, one group behind the other, from those of this rank's own: one exchange.
+
+    Args:
+        tensor: [own size, n], equal on the ranks of a group.
+        sizes: rows of each group, known on the host.
+
+    Returns:
+        [sum of sizes, n], the same on every rank.
+    """
+    out = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
+    num_groups = len(sizes)
+    dist.all_to_all_single(
+        out, tensor.repeat(num_groups, 1), list(sizes), [len(tensor)] * num_groups, group=get_attention_dp_group()
+    )
+    return out
+
+
+def sum_for_attention_groups(tensor: torch.Tensor, sizes: Sequence[int], own: int) -> torch.Tensor:
+    """The sum over all tensor-parallel ranks of the rows that belong to this rank's attention group: one exchange.
+
+    Each part goes to the rank that needs it, which adds up in the order of the ranks; a second exchange, of these rows
+    alone, adds up what the ranks of an attention group have, where there are several.
+
+    Args:
+        tensor: [sum of sizes, n], this rank's part of the sum.
+        sizes: rows of each group, known on the host.
+        own: this rank's group.
+
+    Returns:
+        [sizes[own], n], equal on the ranks of a group.
+    """
+    num_groups, size = len(sizes), sizes[own]
+    parts = tensor.new_empty((num_groups * size, *tensor.shape[1:]))
+    dist.all_to_all_single(parts, tensor.contiguous(), [size] * num_groups, list(sizes), group=get_attention_dp_group())
+    return attention_all_reduce(parts.unflatten(0, (num_groups, size)).sum(0))
+
+
+def attention_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over the ranks of this one's attention group, in place."""
+    group = get_attention_tp_group()
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor

@@ -14,6 +14,8 @@ class _Groups:
     """The groups that this rank is in; None where it is the only member."""
 
     tp: dist.ProcessGroup | None = None
+    attn_tp: dist.ProcessGroup | None = None  # ranks that compute attention for the same sequences
+    attn_dp: dist.ProcessGroup | None = None  # those that have the same heads in other attention groups
     replica: dist.ProcessGroup | None = None
     parallel: ParallelConfig = ParallelConfig()
 
@@ -45,9 +47,20 @@ def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: st
         groups.replica = replica or groups.replica
         for stage in range(parallel.pp_size):
             first = start + stage * parallel.tp_size
-            tp = _new_group(list(range(first, first + parallel.tp_size)), parallel)
-            groups.tp = tp or groups.tp
+            tp_ranks = list(range(first, first + parallel.tp_size))
+            groups.tp = _new_group(tp_ranks, parallel) or groups.tp
+            if parallel.attn_dp_size > 1:
+                _add_attention_groups(groups, tp_ranks, parallel)
     _groups = groups
+
+
+def _add_attention_groups(groups: _Groups, tp_ranks: list[int], parallel: ParallelConfig) -> None:
+    """Split a tensor-parallel group into its attention groups, and those across them."""
+    size = parallel.attention.tp_size
+    for start in range(0, parallel.tp_size, size):
+        groups.attn_tp = _new_group(tp_ranks[start : start + size], parallel) or groups.attn_tp
+    for place in range(size):
+        groups.attn_dp = _new_group(tp_ranks[place::size], parallel) or groups.attn_dp
 
 
 def _new_group(ranks: list[int], parallel: ParallelConfig) -> dist.ProcessGroup | None:
@@ -61,6 +74,16 @@ def _new_group(ranks: list[int], parallel: ParallelConfig) -> dist.ProcessGroup 
 def get_tp_group() -> dist.ProcessGroup | None:
     """The tensor-parallel group, or None when this rank is its only member."""
     return _groups.tp
+
+
+def get_attention_tp_group() -> dist.ProcessGroup | None:
+    """With data-parallel attention the ranks of this one's attention group, or None when it is the only one."""
+    return _groups.attn_tp
+
+
+def get_attention_dp_group() -> dist.ProcessGroup | None:
+    """The ranks that have this one's heads in all attention groups, in their order; None if there is one group."""
+    return _groups.attn_dp
 
 
 def min_over_replica(value: int) -> int:

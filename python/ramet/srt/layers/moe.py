@@ -62,12 +62,16 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] -> [num_tokens, hidden_size], the same on every rank."""
+        y = self.partial(x)
+        return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, hidden_size] -> [num_tokens, hidden_size]: what this rank adds to the sum."""
         shared = None
         if self.has_shared:
             gate = getattr(self, self.traits.shared_gate)(x) if self.traits.shared_gate else None
             shared = SharedOutput(getattr(self, self.traits.shared).partial(x), gate)
-        y = self.experts(x, *self.gate(x), shared)
-        return y if self.tp_size == 1 else tensor_model_parallel_all_reduce(y)
+        return self.experts(x, *self.gate(x), shared)
 
 
 class SharedExpertGate(nn.Module):

@@ -35,11 +35,16 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[num_tokens] int64 -> [num_tokens, hidden_size]."""
+        x = self.partial(input_ids)
+        return x if self.tp_size == 1 else tensor_model_parallel_all_reduce(x)
+
+    def partial(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[num_tokens] int64 -> [num_tokens, hidden_size]: what this rank adds to the sum."""
         if self.tp_size == 1:
             return F.embedding(input_ids, self.weight)
         outside = (input_ids < self.start) | (input_ids >= self.stop)
         embedded = F.embedding((input_ids - self.start).masked_fill(outside, 0), self.weight)
-        return tensor_model_parallel_all_reduce(embedded.masked_fill(outside.unsqueeze(-1), 0))
+        return embedded.masked_fill(outside.unsqueeze(-1), 0)
 
 
 class ParallelLMHead(VocabParallelEmbedding):

@@ -62,9 +62,7 @@ class TpModelWorker:
         if plan.lora_placements and self.model_runner.lora is not None:
             self.model_runner.lora.place(plan.lora_placements)
         result = BatchResult(token_ids=[], output_logprobs={}, prompt_logprobs={})
-        hidden_states = self.model_runner.run_pass(
-            PassTokens.of(plan.sequences, plan.shared), self._own_sequences(plan)
-        )
+        hidden_states = self.model_runner.run_pass(PassTokens.of(plan.sequences, plan.shared), self._groups(plan))
         for one in moves:
             self.model_runner.states.end_pass(one)
         if hidden_states is None:  # they go on to the next pipeline stage
@@ -104,13 +102,11 @@ class TpModelWorker:
 
         return wait
 
-    def _own_sequences(self, plan: BatchPlan) -> slice:
-        """The sequences whose attention this rank computes: all, unless attention is data-parallel."""
-        parallel = self.model_runner.parallel
-        if parallel.attn_dp_size == 1:
-            return slice(0, len(plan.sequences))
+    def _groups(self, plan: BatchPlan) -> list[slice]:
+        """The sequences of each attention group: all are in one, unless attention is data-parallel."""
         groups = [sequence.group for sequence in plan.sequences]
-        return slice(bisect_left(groups, parallel.attn_dp_rank), bisect_right(groups, parallel.attn_dp_rank))
+        numbers = range(self.model_runner.parallel.attn_dp_size)
+        return [slice(bisect_left(groups, number), bisect_right(groups, number)) for number in numbers]
 
     def _add_prompt_logprobs(self, plan: BatchPlan, hidden_states: torch.Tensor, result: BatchResult) -> None:
         first_row = 0

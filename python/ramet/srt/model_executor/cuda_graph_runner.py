@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.batch.pass_tokens import GroupedTokens, PassTokens, TokenGroups
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, CapturedShape
 from ramet.srt.layers.attention.delta_passes import DeltaPasses
 from ramet.srt.layers.kernels.split_sums import counts_of
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
-from ramet.srt.model_executor.pass_batch import make_captured_batch, token_inputs
+from ramet.srt.model_executor.pass_batch import group_inputs, make_captured_batch, token_inputs
 from ramet.srt.observability.progress_bar import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class CudaGraphRunner:
         hidden_size: int,
         may_launch: bool,
         linear: DeltaPasses | None = None,
+        num_groups: int = 1,
+        own_group: int = 0,
     ):
         """
         Args:
@@ -69,17 +71,21 @@ class CudaGraphRunner:
                 prefer alike: each finds its kernels by itself, and one that launches sums fewer tokens with the others
                 than those that pad.
             linear: of the model's linear layers; None if it has none.
+            num_groups: of data-parallel attention, whose tokens are padded to the same number; `own_group` is this
+                rank's.
         """
         self._forward = forward
         self._req_pool = req_pool
         self._backend = backend
         self._linear = linear
-        self._may_launch = may_launch or backend.prefers_alike
+        self._may_launch = may_launch or (backend.prefers_alike and num_groups == 1)
+        self._num_groups, self._own_group = num_groups, own_group
         self._shapes = captured_shapes(max_batch_size, max_tokens if backend.can_capture_chunks else 0)
         largest = max(shape.num_tokens for shape in self._shapes)
         self._device, dtype = backend.spec.device, backend.spec.dtype
         self._inputs = torch.zeros(3 * largest, dtype=torch.int64, device=self._device)
-        self._hidden_states = torch.empty((largest, hidden_size), dtype=dtype, device=self._device)
+        self._group_inputs = torch.zeros(2 * largest * num_groups, dtype=torch.int64, device=self._device)
+        self._hidden_states = torch.empty((largest * num_groups, hidden_size), dtype=dtype, device=self._device)
         self._graphs: dict[CapturedShape, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
@@ -102,7 +108,7 @@ class CudaGraphRunner:
         first = {shape for kind in kinds for shape in (*kind[:1], *kind[-1:])}
         first |= {shape for shape in by_size if shape.num_tokens <= SHORT_TOKENS}
         for shape in self._shown(by_size):
-            self._prepare(shape, PassTokens.padding(self._req_pool.padding_row, [1] * shape.num_tokens))
+            self._prepare(shape, *self._nobodys(shape.num_tokens))
             stream.wait_stream(torch.cuda.current_stream(device))
             if shape in first:
                 with torch.cuda.stream(stream):
@@ -127,18 +133,36 @@ class CudaGraphRunner:
         """int64 [3, num_tokens], where a pass of this shape reads its tokens."""
         return self._inputs[: 3 * shape.num_tokens].view(3, -1)
 
+    def _fixed_group_inputs(self, shape: CapturedShape) -> torch.Tensor:
+        """int64 [2, num_groups * num_tokens], where it reads those of all groups."""
+        return self._group_inputs[: 2 * self._num_groups * shape.num_tokens].view(2, -1)
+
+    def _nobodys(self, num_tokens: int) -> tuple[PassTokens, GroupedTokens | None]:
+        """Tokens that belong to nobody, so many for each group."""
+        row = self._req_pool.padding_row
+        tokens = PassTokens.padding(row, [1] * num_tokens * self._num_groups)
+        if self._num_groups == 1:
+            return tokens, None
+        parts = [slice(group * num_tokens, (group + 1) * num_tokens) for group in range(self._num_groups)]
+        grouped = TokenGroups(tokens, parts, self._own_group).padded([num_tokens] * self._num_groups, row)
+        return grouped.own, grouped
+
     def _run(self, shape: CapturedShape) -> None:
         """One pass, in terms of fixed addresses only."""
         mode = ForwardMode.EXTEND if shape.has_chunks else ForwardMode.DECODE
         page_size = self._backend.spec.page_size
-        batch = make_captured_batch(self._req_pool, page_size, self._fixed_inputs(shape), mode)
-        self._hidden_states[: shape.num_tokens].copy_(self._forward(batch))
+        groups = (self._fixed_group_inputs(shape), self._own_group) if self._num_groups > 1 else None
+        batch = make_captured_batch(self._req_pool, page_size, self._fixed_inputs(shape), mode, groups)
+        self._hidden_states[: self._num_groups * shape.num_tokens].copy_(self._forward(batch))
 
-    def _prepare(self, shape: CapturedShape, tokens: PassTokens) -> bool:
+    def _prepare(self, shape: CapturedShape, tokens: PassTokens, grouped: GroupedTokens | None = None) -> bool:
         """Put the tokens, as many as the shape has, where the graph reads them; False if they have no place there."""
         if self._linear is not None and not self._linear.prepare(shape, tokens):
             return False
         inputs = torch.from_numpy(token_inputs(tokens)).pin_memory()
+        if grouped is not None:
+            of_groups = torch.from_numpy(group_inputs(grouped)).pin_memory()
+            self._fixed_group_inputs(shape).copy_(of_groups, non_blocking=True)
         fixed = self._fixed_inputs(shape)
         fixed.copy_(inputs, non_blocking=True)
         self._backend.init_forward_metadata_replay_cuda_graph(shape, tokens, fixed[0])
@@ -152,12 +176,30 @@ class CudaGraphRunner:
     @torch.inference_mode()
     def replay(self, tokens: PassTokens) -> torch.Tensor | None:
         """Hidden states [num_tokens, hidden_size], valid until the next replay; None if no graph holds such a pass."""
-        has_chunks = not tokens.is_decode
-        fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= tokens.num_tokens)
-        shape = next(fitting, None)
+        shape = self._fitting(not tokens.is_decode, tokens.num_tokens)
         if shape is None or (self._may_launch and self._backend.prefers_launches(tokens)):
             return None
         if not self._prepare(shape, tokens.padded(shape.num_tokens, self._req_pool.padding_row)):
             return None
         self._graphs[shape].replay()
         return self._hidden_states[: tokens.num_tokens]
+
+    @torch.inference_mode()
+    def replay_groups(self, groups: TokenGroups) -> tuple[torch.Tensor, GroupedTokens] | None:
+        """The same with data-parallel attention: hidden states of all groups' tokens, and where each token stands.
+
+        Every rank takes the same graph: it depends on what all of them know. A group that only decodes may be in a pass
+        with chunks of another's.
+        """
+        shape = self._fitting(not groups.tokens.is_decode, max(groups.counts))
+        if shape is None:
+            return None
+        grouped = groups.padded([shape.num_tokens] * self._num_groups, self._req_pool.padding_row)
+        self._prepare(shape, grouped.own, grouped)
+        self._graphs[shape].replay()
+        return self._hidden_states[: self._num_groups * shape.num_tokens], grouped
+
+    def _fitting(self, has_chunks: bool, num_tokens: int) -> CapturedShape | None:
+        """The smallest shape of a kind that holds so many tokens."""
+        fitting = (one for one in self._shapes if one.has_chunks == has_chunks and one.num_tokens >= num_tokens)
+        return next(fitting, None)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ramet.srt.batch.batch_plan import LogprobRows
 from ramet.srt.batch.forward_batch_info import ForwardBatch
-from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.batch.pass_tokens import PassTokens, TokenGroups
 from ramet.srt.configs.device_config import free_memory_nbytes
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
@@ -48,6 +48,7 @@ from ramet.srt.model_loader.arena.allocate import allocate_arena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import CheckpointOpener
 from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
 from ramet.srt.models.decoder import DecoderForCausalLM
+from ramet.srt.utils.device import to_device
 from ramet.srt.weights.manifest import build_weight_manifest
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
@@ -220,7 +221,10 @@ class ModelRunner:
         """Capture and compile what passes need, and take its memory. The values don't matter: page 0 takes them."""
         max_batch_size = self.config.max_running_requests
         is_wanted = self.config.use_cuda_graph and self.parallel.pp_size == 1
-        is_wanted = is_wanted and self.parallel.attn_dp_size == 1  # each group's share of a batch is another
+        # Adapters of a graph are told to all layers at once, and those of attention have other tokens then; whether
+        # linear layers have room in a graph each group would find by itself.
+        is_alike = self.lora is None and not self.num_state_slots
+        is_wanted = is_wanted and (self.parallel.attn_dp_size == 1 or is_alike)
         if is_wanted and self.can_be_captured:
             graphs = CudaGraphRunner(
                 self._compute,
@@ -231,6 +235,8 @@ class ModelRunner:
                 self.model_config.hidden_size,
                 may_launch=self.parallel.tp_size == 1,
                 linear=self.states.passes if self.num_state_slots else None,
+                num_groups=self.parallel.attn_dp_size,
+                own_group=self.parallel.attn_dp_rank,
             )
             graphs.capture()
             self.graph_runner = graphs
@@ -287,10 +293,11 @@ class ModelRunner:
 
     def _run_padding(self, lens: Sequence[int], start: int = 0) -> torch.Tensor | None:
         """A pass over sequences of so many tokens that belong to nobody, behind others; see run_pass."""
-        tokens = PassTokens.padding(self.req_pool.padding_row, lens, start)
-        if self.lora is not None:
-            tokens.lora_slots = np.zeros(len(lens), dtype=np.int32)  # in which nothing is: the kernels are compiled
-        return self.run_pass(tokens, slice(0, len(lens)))
+        number, num_groups = len(lens), self.parallel.attn_dp_size
+        tokens = PassTokens.padding(self.req_pool.padding_row, list(lens) * num_groups, start)
+        if self.lora is not None:  # in which nothing is: the kernels are compiled
+            tokens.lora_slots = np.zeros(number * num_groups, dtype=np.int32)
+        return self.run_pass(tokens, [slice(group * number, (group + 1) * number) for group in range(num_groups)])
 
     @property
     def can_be_captured(self) -> bool:
@@ -356,27 +363,40 @@ class ModelRunner:
         self.versions.close()
 
     @torch.inference_mode()
-    def run_pass(self, tokens: PassTokens, own: slice) -> torch.Tensor | None:
+    def run_pass(self, tokens: PassTokens, groups: Sequence[slice]) -> torch.Tensor | None:
         """Run this rank's layers over the tokens; their keys and values are in the cache after.
 
         Args:
-            own: the sequences whose attention this rank computes.
+            groups: the sequences of each attention group, one behind the other.
 
         Returns:
             Hidden states [num_tokens, hidden_size] in the last pipeline stage, valid until the next call; None in the
             others, which send theirs to the next.
         """
+        if self.parallel.attn_dp_size > 1:
+            return self._run_groups(TokenGroups(tokens, groups, self.parallel.attn_dp_rank))
         if self.graph_runner is not None:
             if self.lora is not None:
                 self.lora.tokens.stage(tokens.lora_slot_of_token)
             hidden_states = self.graph_runner.replay(tokens)
             if hidden_states is not None:
                 return hidden_states
-        if self.parallel.attn_dp_size > 1:
-            return self._forward(make_forward_batch(self.req_pool, self.page_size, tokens, own))
         padded = tokens.padded(self._padded_count(tokens.num_tokens), self.req_pool.padding_row)
         hidden_states = self._forward(make_forward_batch(self.req_pool, self.page_size, padded))
         return None if hidden_states is None else hidden_states[: tokens.num_tokens]
+
+    def _run_groups(self, groups: TokenGroups) -> torch.Tensor | None:
+        """The same with data-parallel attention. Every group has a token at least: all ranks launch the same."""
+        done = None if self.graph_runner is None else self.graph_runner.replay_groups(groups)
+        if done is None:
+            sizes = [self._padded_count(max(1, count)) for count in groups.counts]
+            grouped = groups.padded(sizes, self.req_pool.padding_row)
+            output = self._forward(make_forward_batch(self.req_pool, self.page_size, grouped.own, grouped))
+            if output is None:
+                return None
+            done = output, grouped
+        hidden_states, grouped = done
+        return hidden_states.index_select(0, to_device(grouped.places, torch.int64, self.device))
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor | None:
         """Launch the kernels of a pass; see run_pass."""
@@ -389,15 +409,14 @@ class ModelRunner:
 
     def _compute(self, batch: ForwardBatch) -> torch.Tensor:
         """This stage's output [num_tokens, hidden_size]: of the token ids, or of what the stage before has sent."""
-        if batch.batch_size > 0:
-            self.attn_backend.init_forward_metadata(batch)
-            if self.num_state_slots:
-                self.states.passes.begin(batch)
+        self.attn_backend.init_forward_metadata(batch)
+        if self.num_state_slots:
+            self.states.passes.begin(batch)
         if self.lora is not None:
             self.lora.begin_pass(batch)
         inputs = batch.input_ids
         if not self.parallel.is_first_stage:
-            shape = (len(batch.input_ids), self.model.model.input_columns(batch))
+            shape = (len(batch.positions), self.model.model.input_columns(batch))
             inputs = torch.empty(shape, dtype=self.dtype, device=self.device)
             receive_from_previous_stage(inputs)
         return self.model(inputs, batch.positions, batch)

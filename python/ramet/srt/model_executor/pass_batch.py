@@ -5,7 +5,7 @@ import torch
 
 from ramet.srt.batch.batch_plan import LAST_TOKEN
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
-from ramet.srt.batch.pass_tokens import PassTokens
+from ramet.srt.batch.pass_tokens import GroupedTokens, PassTokens
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.utils.device import to_device
 
@@ -15,21 +15,27 @@ def token_inputs(tokens: PassTokens) -> np.ndarray:
     return np.stack([tokens.row_of_token, tokens.positions, tokens.ids])
 
 
+def group_inputs(grouped: GroupedTokens) -> np.ndarray:
+    """int64 [2, num_tokens]: row and id of each token of all groups."""
+    return np.stack([grouped.rows, grouped.ids])
+
+
 def make_forward_batch(
-    req_pool: ReqToPagePool, page_size: int, tokens: PassTokens, own: slice | None = None
+    req_pool: ReqToPagePool, page_size: int, tokens: PassTokens, grouped: GroupedTokens | None = None
 ) -> ForwardBatch:
     """A pass over the tokens.
 
     Args:
-        own: with data-parallel attention, the sequences whose attention this rank computes.
+        grouped: with data-parallel attention those of all groups, of which `tokens` are this rank's.
     """
     device = req_pool.req_to_page.device
     rows, positions, ids = to_device(token_inputs(tokens), torch.int64, device)
-    input_ids = _known_ids(req_pool, rows, ids) if LAST_TOKEN in tokens.ids else ids
-    attn_tokens, lora_slots = None, tokens.lora_slot_of_token
-    if own is not None:
-        attn_tokens = slice(*tokens.first_tokens[[own.start, own.stop]].tolist())
-        rows, positions, tokens = rows[attn_tokens], positions[attn_tokens], tokens.part(own)
+    lora_slots, all_rows, all_ids = tokens.lora_slot_of_token, rows, ids
+    if grouped is not None:
+        all_rows, all_ids = to_device(group_inputs(grouped), torch.int64, device)
+        lora_slots = grouped.lora_slots
+    has_unknown = LAST_TOKEN in (tokens.ids if grouped is None else grouped.ids)
+    input_ids = _known_ids(req_pool, all_rows, all_ids) if has_unknown else all_ids
     if tokens.is_decode:
         sequence_rows, seq_lens = rows, positions + 1
     else:
@@ -49,25 +55,35 @@ def make_forward_batch(
         state_slots=req_pool.state_slots,
         window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
         lora_slots=lora_slots,
-        attn_tokens=attn_tokens,
+        group_sizes=None if grouped is None else grouped.sizes,
+        own_group=0 if grouped is None else grouped.own_group,
     )
 
 
 def make_captured_batch(
-    req_pool: ReqToPagePool, page_size: int, inputs: torch.Tensor, forward_mode: ForwardMode
+    req_pool: ReqToPagePool,
+    page_size: int,
+    inputs: torch.Tensor,
+    forward_mode: ForwardMode,
+    groups: tuple[torch.Tensor, int] | None = None,
 ) -> ForwardBatch:
     """The same in terms of fixed addresses only: each token counts as a sequence, which it is when all decode.
 
     Args:
         inputs: int64 [3, num_tokens], as of `token_inputs`; each replay reads what is there then.
+        groups: with data-parallel attention int64 [2, number of groups * num_tokens], as of `group_inputs`, and which
+            of the groups is this rank's.
     """
     rows, positions, ids = inputs
+    all_rows, all_ids, own = rows, ids, 0
+    if groups is not None:
+        (all_rows, all_ids), own = groups
     width = req_pool.req_to_page.shape[1]
     zeros = np.zeros(len(rows), dtype=np.int64)
     pages = req_pool.req_to_page[rows, positions // page_size]
     return ForwardBatch(
         forward_mode=forward_mode,
-        input_ids=_known_ids(req_pool, rows, ids),
+        input_ids=_known_ids(req_pool, all_rows, all_ids),
         positions=positions,
         out_cache_loc=_cache_slots(page_size, pages, positions),
         req_to_page=req_pool.req_to_page,
@@ -78,6 +94,8 @@ def make_captured_batch(
         window_map=req_pool.window_map,
         state_slots=req_pool.state_slots,
         window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
+        group_sizes=None if groups is None else [len(rows)] * (len(all_rows) // len(rows)),
+        own_group=own,
         is_captured=True,
     )
 

@@ -8,6 +8,7 @@ from ramet.srt.configs.layer_specs import LayerSpec
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.rope_config import RopeConfig
+from ramet.srt.distributed.communication_op import gather_attention_groups, sum_for_attention_groups
 from ramet.srt.layers.attention.radix_attention import HeadNorms, RadixAttention
 from ramet.srt.layers.layernorm import RMSNorm, ShardedRMSNorm, norm_in_place
 from ramet.srt.layers.linear import QKVParallelLinear, RowParallelLinear
@@ -138,7 +139,7 @@ class DecoderLayer(nn.Module):
             return LatentAttention(model.config, *sizes, owns_index=owns)
         return Attention(model, spec, layer_id, prefix)
 
-    def _make_mlp(self, model: "DecoderForCausalLM", spec: LayerSpec, prefix: str) -> nn.Module:
+    def _make_mlp(self, model: "DecoderForCausalLM", spec: LayerSpec, prefix: str) -> GatedMLP | SparseMoeBlock:
         """The second half: [num_tokens, hidden_size] -> the same shape, equal on every tp rank."""
         config, traits = model.config, model.config.traits
         if spec.has_experts:
@@ -166,7 +167,18 @@ class DecoderLayer(nn.Module):
         x, residual = self._enter(before_attention, x, residual)
         x = self._leave(after_attention, getattr(self, self.attention_name)(x, rotary, forward_batch))
         x, residual = self._enter(before_mlp, x, residual)
-        return self._leave(after_mlp, getattr(self, self.mlp_name)(x)), residual
+        return self._leave(after_mlp, self._run_mlp(x, forward_batch)), residual
+
+    def _run_mlp(self, x: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """The same; with data-parallel attention all ranks compute all groups' tokens, each its part of the weights.
+
+        That takes one exchange there and one back. No router's choice goes over the host, and none can overflow a
+        buffer: a rank gets every token once, however many of its experts that goes to.
+        """
+        mlp, sizes = getattr(self, self.mlp_name), forward_batch.group_sizes
+        if sizes is None:
+            return mlp(x)
+        return sum_for_attention_groups(mlp.partial(gather_attention_groups(x, sizes)), sizes, forward_batch.own_group)
 
     def _enter(
         self, norm_name: str, x: torch.Tensor, residual: torch.Tensor | None
@@ -224,11 +236,15 @@ class DecoderModel(nn.Module):
         """Token ids, or the stage before's output -> this stage's output, normalised in the last stage.
 
         Between stages goes the sum of hidden states and residual, [num_tokens, hidden_size], and what stage_border
-        puts behind it.
+        puts behind it. With data-parallel attention it is that of the own tokens; ids and the last stage's output are
+        all groups'.
         """
-        x = inputs
+        x, sizes = inputs, forward_batch.group_sizes
         if self.parallel.is_first_stage:
-            x = self.embed_tokens(inputs)
+            if sizes is None:
+                x = self.embed_tokens(inputs)
+            else:
+                x = sum_for_attention_groups(self.embed_tokens.partial(inputs), sizes, forward_batch.own_group)
             if self.embedding_multiplier != 1:
                 x = x * self.embedding_multiplier
         first, *others = self.layers.values()
@@ -238,7 +254,8 @@ class DecoderModel(nn.Module):
         for layer in others:
             x, residual = layer(x, residual, rotaries, forward_batch)
         if self.parallel.is_last_stage:
-            return self.norm.add_and_norm(x, residual)[0]
+            x = self.norm.add_and_norm(x, residual)[0]
+            return x if sizes is None else gather_attention_groups(x, sizes)
         x = x + residual
         return with_choice(x, first, forward_batch) if self.gives_choice else x
 
