@@ -166,9 +166,9 @@ class Bench:
             runs.append(self._send([Request(f"{prefix},{one}", size.new_tokens(OUTPUT_LEN)) for one in own]))
         self._say_burst(f"{count} x ({size.tokens(2000)} shared + {size.tokens(64)}) in", runs)
 
-    def lengths(self) -> None:
+    def lengths(self, batches: Sequence[tuple[dict[int, int], int]] = LENGTHS) -> None:
         """The token time while a batch decodes."""
-        for counts, output_len in LENGTHS:
+        for counts, output_len in batches:
             parts = {self._size.tokens(length): self._size.requests(number) for length, number in counts.items()}
             lens = [length for length, number in parts.items() for _ in range(number)]
             gaps: list[float] = []

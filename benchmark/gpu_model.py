@@ -17,9 +17,19 @@ SHAPE: dict[str, Any] = {  # Qwen3-8B's published config
     "max_position_embeddings": 40960, "rope_theta": 1000000.0, "attention_bias": False, "dtype": "bfloat16",
     "eos_token_id": 151645,
 }  # fmt: skip
+EXPERTS_SHAPE: dict[str, Any] = SHAPE | {  # Qwen3-30B-A3B's published config
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
+    "num_hidden_layers": 48, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
 TINY: dict[str, Any] = SHAPE | {  # for a run on a CPU, which only shows that all of it works
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 2,
+}  # fmt: skip
+TINY_EXPERTS: dict[str, Any] = EXPERTS_SHAPE | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
+    "max_position_embeddings": 512, "eos_token_id": 2,
 }  # fmt: skip
 LATENT_SHAPE: dict[str, Any] = {  # DeepSeek-V3's published widths and format, in fewer layers and experts
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 129280,

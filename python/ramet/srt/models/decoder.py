@@ -249,7 +249,7 @@ class DecoderModel(nn.Module):
                 x = x * self.embedding_multiplier
         first, *others = self.layers.values()
         if self.takes_choice:
-            x = take_choice(x, self.hidden_size, first, forward_batch)
+            x = take_choice(x, self.hidden_size, first)
         x, residual = first(x, None, rotaries, forward_batch)
         for layer in others:
             x, residual = layer(x, residual, rotaries, forward_batch)

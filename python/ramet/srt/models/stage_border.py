@@ -25,25 +25,17 @@ def choice_columns(layer: nn.Module, forward_batch: ForwardBatch) -> int:
 
 def with_choice(x: torch.Tensor, layer: nn.Module, forward_batch: ForwardBatch) -> torch.Tensor:
     """Hidden states [num_tokens, hidden_size] -> the same with the choice behind them, bit by bit."""
-    num_columns = choice_columns(layer, forward_batch)
-    if num_columns == 0:
+    if choice_columns(layer, forward_batch) == 0:
         return x
-    choice = x.new_zeros((len(x), num_columns))
-    choice[_own(forward_batch)] = _backend(layer).chosen.view(x.dtype)
-    return torch.cat([x, choice], dim=-1)
+    return torch.cat([x, _backend(layer).chosen.view(x.dtype)], dim=-1)
 
 
-def take_choice(x: torch.Tensor, hidden_size: int, layer: nn.Module, forward_batch: ForwardBatch) -> torch.Tensor:
+def take_choice(x: torch.Tensor, hidden_size: int, layer: nn.Module) -> torch.Tensor:
     """What another stage has sent -> the hidden states; the backend has the choice from then on."""
     if x.shape[1] > hidden_size:
-        choice = x[_own(forward_batch), hidden_size:].contiguous()
+        choice = x[:, hidden_size:].contiguous()
         _backend(layer).chosen = choice.view(torch.int32)
     return x[:, :hidden_size].contiguous()
-
-
-def _own(forward_batch: ForwardBatch) -> slice:
-    """The tokens that attention is for."""
-    return slice(None) if forward_batch.attn_tokens is None else forward_batch.attn_tokens
 
 
 def _backend(layer: nn.Module) -> SparseBackend:
