@@ -14,7 +14,7 @@ from packed_models import make_weight
 from ramet.cli import main
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.fused_experts import fused_experts
-from ramet.srt.layers.kernels.choices import CHOICES, EXPERTS_BY, OTHER, OURS, choose_all, row_class, trying
+from ramet.srt.layers.kernels.choices import CHOICES, EXPERTS_BY, OTHER, OURS, row_class, trying
 from ramet.srt.layers.tuned_file import load_measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmark"))
@@ -26,9 +26,14 @@ pytestmark = [
 ]
 NEEDS_TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 EXPERTS, HIDDEN, SIZE, TOP_K = 16, 256, 128, 4
-KINDS = {"mxfp4": pm.mxfp4(), "int4": pm.ct_packed(has_zeros=True), "nvfp4": pm.nvfp4("compressed-tensors")}
+KINDS = {"mxfp4": pm.mxfp4(), "int4": pm.ct_packed(has_zeros=True), "nvfp4": pm.nvfp4("compressed-tensors"),
+         "gptq": pm.gptq()}  # fmt: skip
 PROMPTS = rm.random_prompts([5, 33, 60])
 TIMEOUT_S = 300
+
+
+def matrix(generator, num_rows, num_columns):
+    return torch.randn(num_rows, num_columns, generator=generator) / num_columns**0.5
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
@@ -36,12 +41,9 @@ TIMEOUT_S = 300
 def test_packed_experts_one_by_one_give_what_grouped_ones_give(kind, num_tokens):
     """In a graph that follows the routing: spread, all tokens to the same experts, and some to other ranks'."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2 * SIZE, HIDDEN), (HIDDEN, SIZE))
     w13, w2 = (
-        on_device(
-            make_weight(KINDS[kind], [torch.randn(shape, generator=generator) / shape[1] ** 0.5] * EXPERTS)[0], "cuda"
-        )
-        for shape in shapes
+        on_device(make_weight(KINDS[kind], [matrix(generator, *shape) for _ in range(EXPERTS)])[0], "cuda")
+        for shape in ((2 * SIZE, HIDDEN), (HIDDEN, SIZE))
     )
     x = torch.randn(num_tokens, HIDDEN, generator=generator).cuda().bfloat16()
     weights = torch.rand(num_tokens, TOP_K, generator=generator).cuda()
@@ -87,7 +89,6 @@ def test_all_that_a_small_model_asks_for_is_measured_and_taken(tmp_path, monkeyp
     with running(folder, *common, "--tuning-dir", str(path.parent)) as server:
         answers = server.call("/generate", {"input_ids": PROMPTS, "sampling_params": sampling})
     assert [len(answer["output_ids"]) for answer in answers] == [4] * len(PROMPTS)
-    choose_all({})
 
 
 @NEEDS_TWO

@@ -1,5 +1,10 @@
 """Single rows each with the matrix of a stack that it goes to: packed experts of one and of a few tokens."""
 
+import os
+import subprocess
+import sys
+
+import compiled_kernels
 import packed_models as pm
 import pytest
 import torch
@@ -14,8 +19,9 @@ from ramet.srt.layers.kernels.gemv import Experts, gemv
 from ramet.srt.layers.quantization import packed
 from ramet.srt.layers.quantization.packed import packed_row_by_experts, takes_packed_experts
 
-KINDS = {"mxfp4": pm.mxfp4(), "int4 with zeros": pm.ct_packed(has_zeros=True), "nvfp4": pm.nvfp4("compressed-tensors")}
-EXPERTS, OUTPUTS, COLUMNS, TOP_K = 5, 48, 96, 3
+KINDS = {"mxfp4": pm.mxfp4(), "int4 with zeros": pm.ct_packed(has_zeros=True), "nvfp4": pm.nvfp4("compressed-tensors"),
+         "gptq": pm.gptq()}  # fmt: skip
+EXPERTS, OUTPUTS, COLUMNS, TOP_K = 5, 32, 96, 3
 # Of three tokens: one expert hit by all, one twice by the same token, some by nobody, and others' on both sides.
 IDS = torch.tensor([[2, 4, 9], [2, 0, 0], [-1, 2, 5]], dtype=torch.int32)
 
@@ -39,8 +45,9 @@ def expected_of(x, plain, ids, first_expert):
     return y
 
 
-@pytest.mark.parametrize(("first_expert", "activation"), [(0, "silu"), (1, "")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "first_expert", "activation"), [*((kind, 0, "silu") for kind in KINDS), ("mxfp4", 1, ""), ("gptq", 1, "")]
+)
 def test_each_row_has_its_experts_matrix(device, kind, first_expert, activation):
     weight, plain = stack(kind, OUTPUTS, COLUMNS, device)
     assert takes_packed_experts(weight)
@@ -52,6 +59,16 @@ def test_each_row_has_its_experts_matrix(device, kind, first_expert, activation)
         gate, up = expected.chunk(2, dim=1)
         expected = F.silu(gate) * up
     torch.testing.assert_close(actual.cpu(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_columns_that_are_split_are_added_up_for_each_row(device):
+    """GPTQ's, of more columns than a program takes at once."""
+    weight, plain = stack("gptq", 2 * 32, 1024, device)
+    x = rows(len(IDS), 1024, device)
+    for _ in range(2):  # the counters are zero again
+        actual = packed_row_by_experts(x, weight, Experts(IDS.flatten().to(device), 0), "silu")
+        gate, up = expected_of(x, plain, IDS, 0).chunk(2, dim=1)
+        torch.testing.assert_close(actual.cpu(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_of_several_tokens_by_plain_matrices(device):
@@ -100,7 +117,16 @@ def test_clamped_experts_of_few_tokens(device, by_kernels, num_tokens):
 
 
 def test_what_is_not_taken():
-    transposed, _ = make_weight(pm.gptq(), [torch.randn(OUTPUTS, COLUMNS)])
-    assert not takes_packed_experts(transposed)
+    for kind in (pm.awq(), pm.gptq(desc_act=True)):
+        other, _ = make_weight(kind, [torch.randn(OUTPUTS, COLUMNS)])
+        assert not takes_packed_experts(other)
     within, _ = make_weight(pm.nvfp4("modelopt"), [torch.randn(OUTPUTS, COLUMNS)], columns=(8, COLUMNS))
     assert not takes_packed_experts(within)
+
+
+def test_they_compile_for_a_gpu():
+    """The interpreter takes what the compiler does not: a variable that changes its type in a loop, for one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, compiled_kernels.__file__]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr

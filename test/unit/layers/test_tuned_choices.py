@@ -103,10 +103,10 @@ def _forged(change):
 
 
 BAD = {
-    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "it is no such file"),
-    "empty": (lambda path: path.write_text(""), "it is no such file"),
-    "not text": (lambda path: path.write_bytes(b"\xff\xfe{}"), "it is no such file"),
-    "another thing": (lambda path: path.write_text('{"format": 1, "stamp": 3}'), "it is no such file"),
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-20]), "it is no file of `ramet tune`"),
+    "empty": (lambda path: path.write_text(""), "it is no file of `ramet tune`"),
+    "not text": (lambda path: path.write_bytes(b"\xff\xfe{}"), "it is no file of `ramet tune`"),
+    "another thing": (lambda path: path.write_text('{"format": 1, "stamp": 3}'), "it is no file of `ramet tune`"),
     "a folder": (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
     "another format": (_edited(lambda content: content.update(format=2)), "it has format 2, not 1"),
     "changed by hand": (_edited(lambda content: content["entries"][0].update(value=[1])), "it has been changed"),
@@ -256,7 +256,8 @@ def test_the_command_measures_a_model_on_a_cpu(tmp_path, monkeypatch, capsys):
 def _shapes(said, path):
     """Shapes in a file, each with a class of rows that was measured."""
     keys = [tuple(entry["key"][name] for name in CPU_LINEAR.key) for entry in json.loads(path.read_text())["entries"]]
-    assert all(rows == 16 for rows, *_ in keys) and f"has {len(keys)}" in said
+    # An expert has some of the 16 rows.
+    assert {rows for rows, *_ in keys} <= {2, 4, 8, 16} and f"has {len(keys)}" in said
     return keys
 
 
@@ -270,3 +271,12 @@ def test_the_command_says_when_there_is_nothing_to_measure(tmp_path, monkeypatch
     assert main(["tune", str(tmp_path / "none"), "--device", "cpu"]) == 1
     assert main(["tune", str(folder), "--device", "cpu", "--tp-size", "7"]) == 1
     assert "does not divide" in capsys.readouterr().err
+
+
+def test_the_stamp_of_this_machine_is_kept(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    here = tuned_file.stamp_of(CPU)
+    assert here.torch == str(torch.__version__) and here.device.endswith("threads")
+    write(tmp_path, stamp=here)
+    assert set(tuned_file.read_measured(tmp_path / "one.json", here)) == {("cpu_linear", SHAPE)}
+    assert file_name(here).endswith(".json") and "/" not in file_name(here)

@@ -57,6 +57,9 @@ def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: st
 def _add_attention_groups(groups: _Groups, tp_ranks: list[int], parallel: ParallelConfig) -> None:
     """Split a tensor-parallel group into its attention groups, and those across them."""
     size = parallel.attention.tp_size
+    if size == 1:
+        groups.attn_dp = groups.tp
+        return
     for start in range(0, parallel.tp_size, size):
         groups.attn_tp = _new_group(tp_ranks[start : start + size], parallel) or groups.attn_tp
     for place in range(size):

@@ -66,7 +66,7 @@ def stamp_of(device: torch.device) -> Stamp:
     """This process's, on a device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     triton = importlib.metadata.version("triton") if has_triton() else ""
-    return Stamp(name, torch.__version__, triton, KERNELS_VERSION)
+    return Stamp(name, str(torch.__version__), triton, KERNELS_VERSION)
 
 
 def _processor() -> str:
@@ -97,7 +97,7 @@ def load_measured(given: str | None, device: torch.device) -> dict[tuple[str, Ke
         for path in sorted(Path(folder).glob("*.json")):
             measured |= _take(path, stamp)
     if measured:
-        logger.info("kernels: %d choices were measured on a %s", len(measured), stamp.device)
+        logger.info("kernels: %d choices were measured on %s", len(measured), stamp.device)
     return {place: entry.value for place, entry in measured.items()}
 
 
@@ -137,7 +137,7 @@ def read_measured(path: Path, stamp: Stamp) -> Measured:
     except OSError as error:
         raise ValueError(one_line(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"it is no such file: {one_line(error)}") from error
+        raise ValueError(f"it is no file of `ramet tune`: {one_line(error)}") from error
     if file.digest != _digest(file.stamp, file.entries):
         raise ValueError("it has been changed since it was measured: run `ramet tune` again")
     for name in Stamp.__struct_fields__:

@@ -120,7 +120,7 @@ PACKED_GEMV = Choice(
 )  # fmt: skip
 # packed_row.Tile, of which a thread has one to four words of a row.
 PACKED_ROW = Choice(
-    "packed_row", "is_gated outputs columns bits",
+    "packed_row", "is_gated outputs columns bits num_matrices",
     [tile for tile in _combine((64, 128, 256), (2, 4, 8), (8,), (4,), (4, 8), (2, 4, 8))
      if 32 * tile[4] <= tile[0] * tile[1] <= 4 * 32 * tile[4]],
 )  # fmt: skip

@@ -166,8 +166,8 @@ def _packed_gemv_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if HAS_EXPERTS:
-        place = tl.program_id(1).to(tl.int64)
-        expert = tl.load(ids_ptr + place).to(tl.int64) - first_expert
+        assignment = tl.program_id(1).to(tl.int64)
+        expert = tl.load(ids_ptr + assignment).to(tl.int64) - first_expert
         is_here = (expert >= 0) & (expert < num_experts)
         row_mask = rows < tl.where(is_here, num_rows, 0)
         expert = tl.where(is_here, expert, 0)
@@ -175,8 +175,8 @@ def _packed_gemv_kernel(
         scales_ptr += expert * scale_stride
         zeros_ptr += expert * zero_stride
         outer_ptr += expert * outer_stride
-        x_ptr += place // matrices_per_row * (num_words * NUM)
-        out_ptr += place * num_rows
+        x_ptr += assignment // matrices_per_row * (num_words * NUM)
+        out_ptr += assignment * num_rows
     value_ptrs = values_ptr + rows.to(tl.int64)[:, None] * num_words + words[None, :]
     up_offset = tl.cast(num_rows, tl.int64) * num_words
     acc = tl.zeros([BLOCK_ROWS, BLOCK_WORDS], tl.float32)

@@ -1,7 +1,7 @@
 """Owns the product of one row with GPTQ's words, each of which holds columns of one output, and lies beside the next's.
 
 That is a decode pass of one request, bound by reading the weights. Columns are split over programs, the last of which
-adds up.
+adds up. The matrices of a stack, too, each with a row: experts of one or a few requests.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ramet.srt.layers.kernels.activation import activate
 from ramet.srt.layers.kernels.choices import PACKED_ROW
+from ramet.srt.layers.kernels.gemv import Experts
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.prefetch import prefetch_words
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, num_multiprocessors
@@ -146,6 +147,23 @@ def _add_partial(partial_ptrs, mask, stride, num_splits, AT_ONCE: tl.constexpr):
     return total
 
 
+@triton.jit
+def _add_up(out, up, partial_ptr, counter, outputs, mask, num_outputs, part, num_splits, NUM_HALVES: tl.constexpr):
+    """Leave a program's sums; for the last one of a tile, whether it is that one, and all sums added up in order."""
+    size = num_outputs * NUM_HALVES
+    tl.store(partial_ptr + part * size + outputs, out, mask=mask)
+    if NUM_HALVES == 2:
+        tl.store(partial_ptr + part * size + num_outputs + outputs, up, mask=mask)
+    tl.debug_barrier()  # all of the program's sums are there before it counts
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1
+    if is_last:
+        out = _add_partial(partial_ptr + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
+        if NUM_HALVES == 2:
+            up = _add_partial(partial_ptr + num_outputs + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
+        tl.store(counter, 0)
+    return is_last, out, up
+
+
 @triton.jit(do_not_specialize=["num_iterations", "num_splits"])
 def _packed_row_kernel(
     x_ptr,
@@ -153,6 +171,7 @@ def _packed_row_kernel(
     scales_ptr,
     zeros_ptr,
     bias_ptr,
+    ids_ptr,
     out_ptr,
     partial_ptr,
     counts_ptr,
@@ -164,6 +183,13 @@ def _packed_row_kernel(
     zero_stride,
     num_iterations,
     num_splits,
+    first_expert,
+    num_experts,
+    matrices_per_row,
+    value_matrix_stride,
+    scale_matrix_stride,
+    zero_matrix_stride,
+    HAS_EXPERTS: tl.constexpr,
     GROUP_COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
     ZERO_ONES: tl.constexpr,
@@ -182,7 +208,8 @@ def _packed_row_kernel(
     It walks over RUNS runs of STEPS rows of words at a time, each of them in one group of columns.
     Each program leaves its sums, and the last one of a tile adds them up, always in the same order. `counts` tells how
     many of a tile have come, and is zero again after. Strides are those from row to row of words or groups.
-    The first words go to the L2 cache before the wait for the kernel that makes x: nothing writes weights.
+    The first words go to the L2 cache before the wait for the kernel that makes x: nothing writes weights. Of a stack,
+    they can't: the router must have said which.
     """
     NUM: tl.constexpr = 32 // BITS
     NUM_HALVES: tl.constexpr = 1 if ACTIVATION == "" else 2
@@ -190,7 +217,23 @@ def _packed_row_kernel(
     outputs = tile * BLOCK_WORDS + tl.arange(0, BLOCK_WORDS)
     mask = outputs < num_outputs
     first_row = part * num_iterations * (RUNS * STEPS)
-    if EARLY:
+    is_here = True
+    if HAS_EXPERTS:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        place = tl.program_id(2).to(tl.int64)
+        expert = tl.load(ids_ptr + place).to(tl.int64) - first_expert
+        is_here = (expert >= 0) & (expert < num_experts)
+        expert = tl.where(is_here, expert, 0)
+        values_ptr += expert * value_matrix_stride
+        scales_ptr += expert * scale_matrix_stride
+        zeros_ptr += expert * zero_matrix_stride
+        x_ptr += place // matrices_per_row * num_columns
+        out_ptr += place * num_outputs
+        partial_ptr += place * num_splits * num_outputs * NUM_HALVES
+        counts_ptr += place * tl.num_programs(0)
+    if EARLY and not HAS_EXPERTS:
         prefetch_words(
             values_ptr, first_row, num_columns // NUM, tile * BLOCK_WORDS, num_outputs, value_stride, RUNS * STEPS,
             BLOCK_WORDS,
@@ -212,17 +255,9 @@ def _packed_row_kernel(
         )  # fmt: skip
     is_last = True
     if IS_SPLIT:
-        size = num_outputs * NUM_HALVES
-        tl.store(partial_ptr + part * size + outputs, out, mask=mask)
-        if NUM_HALVES == 2:
-            tl.store(partial_ptr + part * size + num_outputs + outputs, up, mask=mask)
-        tl.debug_barrier()  # all of the program's sums are there before it counts
-        is_last = tl.atomic_add(counts_ptr + tile, 1, sem="acq_rel") == num_splits - 1
-        if is_last:
-            out = _add_partial(partial_ptr + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
-            if NUM_HALVES == 2:
-                up = _add_partial(partial_ptr + num_outputs + outputs, mask, size, num_splits, SPLITS_AT_ONCE)
-            tl.store(counts_ptr + tile, 0)
+        is_last, out, up = _add_up(
+            out, up, partial_ptr, counts_ptr + tile, outputs, mask, num_outputs, part, num_splits, NUM_HALVES
+        )
     if is_last:
         if HAS_BIAS:
             out += tl.load(bias_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
@@ -230,57 +265,75 @@ def _packed_row_kernel(
             if HAS_BIAS:
                 up += tl.load(bias_ptr + num_outputs + outputs, mask=mask, other=0.0).to(tl.float32)
             out = activate(out, ACTIVATION) * up
+        if HAS_EXPERTS:
+            out = tl.where(is_here, out, 0.0)
         tl.store(out_ptr + outputs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def packed_row(
-    x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None = None, activation: str = ""
+    x: torch.Tensor,
+    packed: PackedArguments,
+    bias: torch.Tensor | None = None,
+    activation: str = "",
+    experts: Experts | None = None,
 ) -> torch.Tensor:
     """x W^T + b, or with an activation's name act(first half) * second half of it.
 
     Args:
-        x: contiguous [1, num_columns].
-        packed: a stack of one matrix, of less than 2^31 numbers, for which `takes_packed_row` holds.
+        x: contiguous [1, num_columns]; with experts also a row for each of them, or for each run of as many.
+        packed: a stack of one matrix, with experts of theirs, of less than 2^31 numbers each, for which
+            `takes_packed_row` holds.
+        bias: not with experts.
 
     Returns:
-        [1, num_outputs], or [1, num_outputs / 2].
+        [1, num_outputs], or [1, num_outputs / 2]; with experts a row for each.
     """
     default = INTERPRETED_TILE if is_interpreted() else TILE
-    shape = packed.sizes[0], packed.sizes[1], packed.constants["BITS"]
+    shape = *packed.sizes[:2], packed.constants["BITS"], 1 if experts is None else len(experts.ids)
     words, runs, steps, loads, num_warps, num_programs = PACKED_ROW.pick(default, int(bool(activation)), *shape)
-    return launch_packed_row(x, packed, bias, activation, (words, runs, steps, loads, num_warps, num_programs))
+    tile = words, runs, steps, loads, num_warps, num_programs
+    return launch_packed_row(x, packed, bias, activation, tile, experts)
 
 
 def launch_packed_row(
-    x: torch.Tensor, packed: PackedArguments, bias: torch.Tensor | None, activation: str, tile: Tile
+    x: torch.Tensor,
+    packed: PackedArguments,
+    bias: torch.Tensor | None,
+    activation: str,
+    tile: Tile,
+    experts: Experts | None = None,
 ) -> torch.Tensor:
     """The launch, with the tile that one program takes."""
     block_words, runs, steps, loads, num_warps, num_programs = tile
     num_matrix_outputs, num_columns, first_column, group_columns = packed.sizes
     constants = {name: packed.constants[name] for name in ("BITS", "ZERO_ONES")}
-    num = 32 // constants["BITS"]
+    num, number = 32 // constants["BITS"], 1 if experts is None else len(experts.ids)
+    assert number % len(x) == 0 and (experts is None or (bias is None and experts.ids.is_contiguous()))
     num_outputs = num_matrix_outputs // 2 if activation else num_matrix_outputs
     while group_columns % (steps * num) or first_column % (steps * num):
         steps //= 2
     num_tiles = triton.cdiv(num_outputs, block_words)
     num_blocks = triton.cdiv(num_columns, runs * steps * num)
-    wanted = 1 if num_tiles > MAX_TILES else num_programs * num_multiprocessors(x.device) // num_tiles
+    all_tiles = num_tiles * number
+    wanted = 1 if all_tiles > MAX_TILES else num_programs * num_multiprocessors(x.device) // all_tiles
     num_iterations = triton.cdiv(num_blocks, max(1, min(wanted, num_blocks, MOST_SPLITS)))
     # Rather somewhat fewer splits than some columns that are not there: those would mask all loads.
     whole = (number for number in range(num_iterations, 2 * num_iterations) if num_blocks % number == 0)
     num_iterations = next(whole, num_iterations)
     splits = triton.cdiv(num_blocks, num_iterations)
-    out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
+    out = torch.empty((number, num_outputs), dtype=x.dtype, device=x.device)
     partial = counts = out  # not touched
     if splits > 1:
-        partial = torch.empty((splits, num_matrix_outputs), dtype=torch.float32, device=x.device)
+        partial = torch.empty((number, splits, num_matrix_outputs), dtype=torch.float32, device=x.device)
         counts = counts_of(x.device)
     values, scales, _, zeros, *_ = packed.pointers
     early = can_launch_early(x.device)
-    _packed_row_kernel[(num_tiles, splits)](
-        x, values, scales, zeros, x if bias is None else bias, out, partial, counts, num_outputs, num_columns,
-        first_column, packed.strides[1], packed.strides[3], packed.strides[5], num_iterations,
-        splits, GROUP_COLUMNS=group_columns, **constants, HAS_BIAS=bias is not None, ACTIVATION=activation,
+    _packed_row_kernel[(num_tiles, splits, number)](
+        x, values, scales, zeros, x if bias is None else bias, x if experts is None else experts.ids, out, partial,
+        counts, num_outputs, num_columns, first_column, packed.strides[1], packed.strides[3], packed.strides[5],
+        num_iterations, splits, 0 if experts is None else experts.first, len(values), number // len(x),
+        *packed.group_strides[:3], HAS_EXPERTS=experts is not None, GROUP_COLUMNS=group_columns, **constants,
+        HAS_BIAS=bias is not None, ACTIVATION=activation,
         IS_WHOLE=num_outputs % block_words == 0 and num_columns == splits * num_iterations * runs * steps * num,
         BLOCK_WORDS=block_words, RUNS=runs, STEPS=steps, LOADS=min(loads, steps), IS_SPLIT=splits > 1,
         EARLY=early, num_warps=num_warps, maxnreg=MOST_REGISTERS, **({"launch_pdl": True} if early else {}),

@@ -71,8 +71,8 @@ def packed_linear(x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor |
 
 
 def takes_packed_row(weight: QuantizedWeight) -> bool:
-    """Whether a kernel of its own multiplies a single row with a matrix."""
-    weight_format, (num_rows, num_columns) = weight.format, weight.shape
+    """Whether a kernel of its own multiplies a single row with a matrix, or with those of a stack."""
+    weight_format, (num_rows, num_columns) = weight.format, weight.shape[-2:]
     if weight_format.column_groups is not None or not fits_packed_kernel(weight):
         return False
     if not weight_format.values.is_transposed:
@@ -118,17 +118,18 @@ def _has_gluon() -> bool:
 
 
 def takes_packed_experts(weight: QuantizedWeight) -> bool:
-    """Whether a kernel multiplies single rows each with a matrix of a stack, as those of experts."""
-    weight_format, (_, num_rows, num_columns) = weight.format, weight.shape
-    if weight_format.column_groups is not None or weight_format.values.is_transposed or not fits_packed_kernel(weight):
-        return False
-    return _has_whole_groups(weight) and num_rows * num_columns <= MOST_NUMBERS
+    """Whether a kernel multiplies single rows each with its matrix of a stack, as those of experts. AWQ has none."""
+    return not weight.format.has_awq_order and takes_packed_row(weight)
 
 
 def packed_row_by_experts(
     x: torch.Tensor, weight: QuantizedWeight, experts: "Experts", activation: str
 ) -> torch.Tensor:
     """x W^T with the W of each expert, or with an activation's name act(first half) * second half of it."""
+    if weight.format.values.is_transposed:
+        from ramet.srt.layers.kernels.packed_row import packed_row
+
+        return packed_row(x, _arguments(weight), None, activation, experts)
     from ramet.srt.layers.kernels.packed_gemv import packed_gemv
 
     return packed_gemv(x, _arguments(weight), None, activation, experts=experts)
