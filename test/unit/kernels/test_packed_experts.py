@@ -21,7 +21,7 @@ from ramet.srt.layers.quantization.packed import packed_row_by_experts, takes_pa
 
 KINDS = {"mxfp4": pm.mxfp4(), "int4 with zeros": pm.ct_packed(has_zeros=True), "nvfp4": pm.nvfp4("compressed-tensors"),
          "gptq": pm.gptq()}  # fmt: skip
-EXPERTS, OUTPUTS, COLUMNS, TOP_K = 5, 32, 96, 3
+EXPERTS, OUTPUTS, COLUMNS, TOP_K = 5, 16, 64, 3
 # Of three tokens: one expert hit by all, one twice by the same token, some by nobody, and others' on both sides.
 IDS = torch.tensor([[2, 4, 9], [2, 0, 0], [-1, 2, 5]], dtype=torch.int32)
 
@@ -63,12 +63,11 @@ def test_each_row_has_its_experts_matrix(device, kind, first_expert, activation)
 
 def test_columns_that_are_split_are_added_up_for_each_row(device):
     """GPTQ's, of more columns than a program takes at once."""
-    weight, plain = stack("gptq", 2 * 32, 1024, device)
-    x = rows(len(IDS), 1024, device)
+    weight, plain = stack("gptq", 32, 512, device)
+    x, ids = rows(1, 512, device), IDS[0]
     for _ in range(2):  # the counters are zero again
-        actual = packed_row_by_experts(x, weight, Experts(IDS.flatten().to(device), 0), "silu")
-        gate, up = expected_of(x, plain, IDS, 0).chunk(2, dim=1)
-        torch.testing.assert_close(actual.cpu(), F.silu(gate) * up, atol=1e-4, rtol=1e-4)
+        actual = packed_row_by_experts(x, weight, Experts(ids.to(device), 0), "")
+        torch.testing.assert_close(actual.cpu(), expected_of(x, plain, ids, 0), atol=1e-4, rtol=1e-4)
 
 
 def test_rows_of_several_tokens_by_plain_matrices(device):
@@ -91,9 +90,9 @@ def by_kernels(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_tokens", [1, 2])
 def test_clamped_experts_of_few_tokens(device, by_kernels, num_tokens):
-    """gpt-oss's, with biases: the whole way of a layer, one token as it is and three where that was measured."""
+    """gpt-oss's, with biases: the whole way of a layer, one token as it is and two where that was measured."""
     w13, plain13 = stack("mxfp4", 2 * 32, COLUMNS, device)
     w2, plain2 = stack("mxfp4", OUTPUTS, 32, device)
     generator = torch.Generator().manual_seed(3)
