@@ -45,6 +45,7 @@ def every_flag(model: Path, certificates: Path, adapter: Path, folder: Path) -> 
         "cors_allow_origins": ["https://ui.example", "http://localhost:8080"],
         "root_path": ROOT_PATH,
         "profile_dir": str(folder),
+        "tuning_dir": str(folder),
         "log_format": "json",
         "log_requests": True,
         "log_requests_level": 1,
