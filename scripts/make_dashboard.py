@@ -72,6 +72,7 @@ ROWS: dict[str, list[Panel]] = {
     "Instances": [
         Panel("Requests that are computed", "short", [gauge("num_running_reqs")]),
         Panel("Requests that wait", "short", [gauge("num_queue_reqs")]),
+        Panel("For how long the oldest waits", "s", [gauge("queue_oldest_seconds")]),
         Panel("Requests put back for lack of cache", "short", [gauge("num_retracted_reqs")]),
         Panel("KV cache held by requests", "percentunit", [gauge("token_usage")]),
         Panel(

@@ -1,5 +1,6 @@
 """What operators see of an instance: its log, its traces, its metrics; from its start to an update of its weights."""
 
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -117,6 +118,33 @@ def test_a_stream_is_one_line_too(seed: ServerProcess, http: httpx.Client) -> No
         assert response.headers["x-request-id"] == "stream-1"
     line = record_of(seed, "stream-1")
     assert (line["completion_tokens"], line["bytes"], line["status"]) == (4, size, 200)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_who_leaves_is_a_line_with_what_was_computed(
+    seed: ServerProcess, http: httpx.Client, certificates: Path, is_stream: bool
+) -> None:
+    def counted(name: str) -> float:
+        text = http.get("/metrics").text
+        return float(re.search(rf'^ramet:{name}\{{model_name="tiny"\}} (\S+)', text, re.MULTILINE)[1])
+
+    names = ("prompt_tokens_total", "generation_tokens_total", "inter_token_latency_seconds_count")
+    before = {name: counted(name) for name in names}
+    body = {"prompt": "a", "max_tokens": 480, "ignore_eos": True, "stream": is_stream}
+    headers = {"X-Request-Id": f"leaves-{is_stream}"}
+    async with asyncio.timeout(30), httpx.AsyncClient(base_url=seed.url, verify=trust(certificates)) as client:
+        asking = asyncio.create_task(client.post("/v1/completions", json=body, headers=headers))
+        while counted("num_used_tokens") < 100:
+            await asyncio.sleep(0.005)
+        asking.cancel()
+        await asyncio.wait([asking])
+    line = record_of(seed, headers["X-Request-Id"])
+    assert line["status"] == (200 if is_stream else 499) and line["finish_reason"] == "abort"
+    assert 0 < line["completion_tokens"] < 480
+    assert 0 < line["queue_seconds"] < line["ttft_seconds"] < line["seconds"]
+    gained = {name: counted(name) - before[name] for name in names}
+    num_tokens = line["completion_tokens"]
+    assert gained == dict(zip(names, (line["prompt_tokens"], num_tokens, num_tokens - 1), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -251,4 +279,10 @@ def test_metrics_of_all_that(http: httpx.Client) -> None:
             "generation_tokens_histogram",
         )  # fmt: skip
     }
-    assert len(set(counts.values())) == 1 and counts["queue_time_seconds"] >= 4
+    num_finished = counts["generation_tokens_histogram"]
+    assert counts["time_per_output_token_seconds"] == num_finished >= 4
+    num_aborted = float(
+        re.search(r'^ramet:num_aborted_requests_total\{model_name="tiny"\} (\S+)', text, re.MULTILINE)[1]
+    )
+    assert num_aborted == 2  # who has left
+    assert counts["queue_time_seconds"] == counts["prompt_tokens_histogram"] == num_finished + num_aborted

@@ -53,7 +53,7 @@ def make_adder(cache, budget=100, reserve_pages=0, max_share=1.0):
     return PrefillAdder([GroupRoom(cache, reserve_pages)], budget, max_share, LoraRoom(LoraSlots(0)))
 
 
-def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slots=None, **config):
+def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slots=None, clock=lambda: 0.0, **config):
     defaults = {
         "max_running_requests": num_rows,
         "max_queued_requests": 100,
@@ -73,7 +73,7 @@ def make_admission(num_groups=1, num_pages=16, num_rows=8, token_s=0.0, lora_slo
     caches = [make_cache(num_pages, rows=rows) for _ in range(num_groups)]
     budget = TokenBudget(config.prefill_budget, config.target_itl_s, config.most_itl_s)
     budget.observe(10_000 * token_s, 10_000)
-    return Admission(config, caches, rows, budget, lambda: 0.0, lora_slots or LoraSlots(0)), caches
+    return Admission(config, caches, rows, budget, clock, lora_slots or LoraSlots(0)), caches
 
 
 def rids(reqs):
@@ -463,6 +463,27 @@ class TestAdmission:
             admission.put(make_req(rid, prompt(4)))
         assert [req.rid for req in admission.take_out(lambda rid: rid == "b")] == ["b"]
         assert [req.rid for req in admission.waiting] == ["a", "c"]
+
+    def test_who_waits_has_an_age_and_who_is_taken_out_has_waited(self):
+        now = [10.0]
+        admission, _ = make_admission(clock=lambda: now[0])
+        assert admission.oldest_wait_s([]) == 0.0
+        for rid, arrival_s in (("a", 2.0), ("b", 4.0)):
+            admission.put(make_req(rid, prompt(4), arrival_s=arrival_s))
+        assert admission.oldest_wait_s([]) == 8.0 and admission.oldest_wait_s([1.0]) == 9.0
+        (left,) = admission.take_out(lambda rid: rid == "a")
+        assert left.queue_time_s == 8.0 and admission.oldest_wait_s([]) == 6.0
+
+    def test_who_has_run_waits_since_its_cache_was_taken(self):
+        now = [10.0]
+        admission, (cache,) = make_admission(clock=lambda: now[0])
+        running = run(cache, make_req("a", prompt(4), arrival_s=2.0))
+        cache.release(running.handle, running.req.fill_ids)
+        admission.put_back(running)
+        now[0] = 13.0
+        assert admission.oldest_wait_s([]) == 3.0
+        (left,) = admission.take_out(lambda rid: True)
+        assert left.queue_time_s == 0.0, "it has not waited for its first pass"
 
 
 class TestRetraction:

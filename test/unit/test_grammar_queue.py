@@ -43,17 +43,17 @@ def queue(pool: Any) -> GrammarQueue:
 def put(queue: GrammarQueue, *texts: str, group: int = 0) -> None:
     for text in texts:
         message = TokenizedGenerateReqInput(rid=text, input_ids=[1, 2], sampling_params=SamplingParams(regex=text))
-        queue.put(message, Constraint("regex", text), sampling_seed=7, group=group)
+        queue.put(message, Constraint("regex", text), sampling_seed=7, group=group, arrival_s=3.0)
 
 
 def test_what_is_compiled_can_run(queue: GrammarQueue, pool: SlowPool) -> None:
     put(queue, "a", group=2)
-    assert list(queue.groups()) == [2]
+    assert list(queue.groups()) == [2] and list(queue.since_s()) == [3.0]
     assert queue.collect() == []
     pool.finish("a")
     (req,) = queue.collect()
     assert isinstance(req, Req) and req.grammar is pool.opened["a"]
-    assert (req.rid, req.sampling_seed, req.group) == ("a", 7, 2)
+    assert (req.rid, req.sampling_seed, req.group, req.arrival_s) == ("a", 7, 2, 3.0)
     assert len(queue) == 0 and queue.collect() == []
 
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_compiled_comes_out_with_the_reason(queue: GrammarQueue, 
 
 def test_who_is_taken_out_does_not_come_back_and_is_compiled_no_further(queue: GrammarQueue, pool: SlowPool) -> None:
     put(queue, "first", "second", "third")
-    assert [message.rid for message in queue.take_out(lambda rid: rid != "second")] == ["first", "third"]
+    assert [one.message.rid for one in queue.take_out(lambda rid: rid != "second")] == ["first", "third"]
     assert pool.closed == ["first", "third"]
     pool.finish("first", "second", "third")
     assert [one.rid for one in queue.collect() if isinstance(one, Req)] == ["second"]

@@ -2,13 +2,22 @@
 
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prometheus_client import Histogram
 from ramet.srt.entrypoints.http.http_counts import HttpCounts
+from ramet.srt.entrypoints.standby.standby_metrics import StandbyMetrics
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
+from ramet.srt.managers.io_struct import (
+    FinishReason,
+    GetInternalStateReqOutput,
+    RequestOutput,
+    TokenizedGenerateReqInput,
+)
 from ramet.srt.managers.metrics import TOKEN_BUCKETS, Metrics
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.report import LoadReport
@@ -34,13 +43,12 @@ def test_what_each_seed_gave_of_a_load_that_files_completed() -> None:
 def test_tokens_and_their_times_are_counted_as_the_library_does() -> None:
     reference = Histogram("reference", "", buckets=TOKEN_BUCKETS, registry=None)
     metrics = Metrics("m")
-    metrics.tokens.observe_first(3)
-    for num_tokens, seconds in ((1, 0.001), (4, 0.01), (1, 0.0011), (2, 100.0)):
-        metrics.tokens.observe_next(num_tokens, seconds)
-        for _ in range(num_tokens):
-            reference.observe(seconds / num_tokens)
+    for num_tokens, gaps_s in ((1, []), (1, [0.001]), (4, [0.01, 0.002, 0.02, 0.5]), (2, [0.0011, 100.0])):
+        metrics.tokens.observe(num_tokens, gaps_s)
+        for gap_s in gaps_s:
+            reference.observe(gap_s)
     lines = metrics.render().decode().splitlines()
-    assert 'ramet:generation_tokens_total{model_name="m"} 11.0' in lines
+    assert 'ramet:generation_tokens_total{model_name="m"} 8.0' in lines
     for sample in next(iter(reference.collect())).samples:
         labels = "".join(f'le="{bound}",' for bound in sample.labels.values())
         name = sample.name.removeprefix("reference")
@@ -49,11 +57,66 @@ def test_tokens_and_their_times_are_counted_as_the_library_does() -> None:
             assert [float(line.split()[-1]) for line in found] == [pytest.approx(sample.value)], sample
 
 
+def an_output(token_ids: list[int], queue_time_s: float, gaps_s: Sequence[float] = ()) -> RequestOutput:
+    return RequestOutput(
+        rid="r", token_ids=token_ids, finish_reason=None, prompt_tokens=5, completion_tokens=0, cached_tokens=2,
+        queue_time_s=queue_time_s, prefill_time_s=0.2, gaps_s=list(gaps_s),
+    )  # fmt: skip
+
+
+def a_sequence(**fields: Any) -> RunningSequence:
+    request = TokenizedGenerateReqInput(rid="r", input_ids=[1] * 5, sampling_params=SamplingParams(), **fields)
+    return RunningSequence(request=request, created_s=10.0, queue_time_s=0.3, prefill_time_s=0.2)
+
+
+def value(metrics: Metrics, name: str) -> float:
+    found = re.search(rf'^ramet:{name}\{{model_name="m"\}} (\S+)$', metrics.render().decode(), re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
+@pytest.mark.parametrize(("is_stream", "ttft_s"), [(True, 0.6), (False, 0.5)])
+def test_what_is_not_streamed_has_its_first_token_when_it_was_computed(is_stream: bool, ttft_s: float) -> None:
+    metrics, sequence = Metrics("m"), a_sequence(stream=is_stream)
+    ids, gaps_s, now = ([7], [], 10.6) if is_stream else ([7, 8, 9], [0.1, 0.9], 11.5)
+    sequence.output_ids = ids
+    metrics.observe_output(sequence, an_output(ids, 0.3, gaps_s), now, begins=True)
+    metrics.observe_output(sequence, an_output([6], 0.3, [0.4]), now + 0.4, begins=False)
+    assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(ttft_s)
+    assert value(metrics, "inter_token_latency_seconds_count") == len(gaps_s) + 1
+    assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(sum(gaps_s) + 0.4)
+    assert value(metrics, "generation_tokens_total") == len(ids) + 1 and value(metrics, "prompt_tokens_total") == 5
+
+
+def test_who_leaves_the_queue_has_waited_and_got_nothing() -> None:
+    metrics, sequence = Metrics("m"), a_sequence()
+    sequence.finish_reason = FinishReason(type="abort", status_code=499)
+    metrics.observe_output(sequence, an_output([], 0.3), 10.6, begins=False)
+    assert value(metrics, "queue_time_seconds_sum") == 0.3 and value(metrics, "prompt_tokens_total") == 0
+    metrics.observe_output(sequence, an_output([], 0.0), 10.6, begins=False)  # it was refused
+    assert value(metrics, "queue_time_seconds_count") == 1
+    assert value(metrics, "time_to_first_token_seconds_count") == 0
+
+
+def test_the_oldest_that_waits_is_that_of_all_replicas() -> None:
+    metrics = Metrics("m")
+    states = [
+        GetInternalStateReqOutput(
+            request_id="", num_running_reqs=1, num_waiting_reqs=int(age_s > 0), queue_oldest_s=age_s, num_used_tokens=0,
+            num_cached_tokens=0, max_total_num_tokens=1, num_retracted_reqs=0, last_gen_throughput=0.0,
+        )
+        for age_s in (0.0, 7.5, 2.0)
+    ]  # fmt: skip
+    metrics.observe_states(states)
+    assert value(metrics, "queue_oldest_seconds") == 7.5
+    metrics.observe_states(states[:1])
+    assert value(metrics, "queue_oldest_seconds") == 0.0
+
+
 def test_a_request_in_the_histograms_of_dashboards() -> None:
     metrics = Metrics("m")
-    request = TokenizedGenerateReqInput(rid="r", input_ids=[1] * 5, sampling_params=SamplingParams(), lora_name="a")
-    sequence = RunningSequence(request=request, created_s=10.0, queue_time_s=0.3, prefill_time_s=0.2)
-    metrics.observe_output(sequence, 1, 10.6, None)
+    sequence = a_sequence(lora_name="a")
+    metrics.observe_output(sequence, an_output([7], 0.3), 10.6, begins=True)
     sequence.output_ids, sequence.last_output_s = [7, 8, 9], 11.5
     metrics.observe_end(sequence, FinishReason(type="stop"))
     lines = metrics.render().decode().splitlines()
@@ -75,6 +138,7 @@ def test_a_request_in_the_histograms_of_dashboards() -> None:
 def test_the_page_has_every_metric_with_its_kind_and_labels() -> None:
     metrics = Metrics("m")
     metrics.registry.register(HttpCounts("m"))
+    metrics.registry.register(StandbyMetrics(SimpleNamespace(is_standby=False, num_kept=0)))
     made = set(re.findall(r"^# TYPE (\S+) (\w+)$", metrics.render().decode(), re.MULTILINE))
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     assert set(re.findall(r"^\| `(ramet:\w+)` \| (\w+) \|", page, re.MULTILINE)) == made

@@ -286,3 +286,29 @@ def test_memory_does_not_grow_with_the_passes(engine, monkeypatch):
     finally:
         tracemalloc.stop()
     assert after - before < 8_000, "240 passes more"
+
+
+def test_who_waits_has_an_age_until_it_runs_or_leaves(folder):
+    engine = EngineHarness(folder, max_running_requests=1)
+
+    def oldest_s():
+        engine.channel.replies.clear()
+        engine.loop.handle(GetInternalStateReq(request_id="q"))
+        return engine.channel.replies[0].queue_oldest_s
+
+    engine.submit("runs", rm.random_prompts([5])[0], max_new_tokens=40)
+    engine.step()
+    assert oldest_s() == 0.0
+    engine.submit("waits", rm.random_prompts([5])[0], max_new_tokens=2)
+    engine.submit("compiles", rm.random_prompts([5])[0], max_new_tokens=2, regex="a+")
+    engine.step()
+    first_s = oldest_s()
+    engine.step()
+    assert 0.0 < first_s < oldest_s()
+    engine.send(AbortReq(rid="waits"))
+    engine.send(AbortReq(rid="compiles"))
+    engine.step()
+    assert oldest_s() == 0.0
+    left = {output.rid: output for output in engine.channel.outputs}
+    assert left["waits"].queue_time_s > first_s and left["compiles"].queue_time_s > 0.0
+    engine.run()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ramet.srt.managers.io_struct import TokenizedGenerateReqInput
 from ramet.srt.managers.schedule_batch import Req
-from ramet.srt.managers.scheduler_output import OutputProcessor, make_output
+from ramet.srt.managers.scheduler_output import PROGRESS_S, OutputProcessor, make_output
 from ramet.srt.sampling.sampling_params import parse_sampling_params
 from ramet.srt.text.tokenizer import Tokenizer
 from random_models import write_tokenizer
@@ -71,3 +71,30 @@ def test_the_last_token(
     assert req.finish_reason is not None
     assert req.finish_reason.matched == matched
     assert make_output(req).ends_in_stop_token is is_cut
+
+
+def test_what_is_not_streamed_tells_of_its_progress_now_and_then(tokenizer: Tokenizer) -> None:
+    """So that tokens are counted while they come, at the cost of an output a second."""
+    req, processor = run(tokenizer, []), OutputProcessor(lambda: tokenizer, [EOS], 1)
+    now, outputs = 100.0, []
+    for _ in range(21):
+        req.output_ids.append(69)
+        req.note_token_time(now)
+        outputs.append(processor.collect(req))
+        now += PROGRESS_S / 8
+    sent = {number: output for number, output in enumerate(outputs) if output is not None}
+    assert {number: len(output.token_ids) for number, output in sent.items()} == {8: 9, 16: 8}
+    assert sent[8].gaps_s == sent[16].gaps_s == [PROGRESS_S / 8] * 8
+    assert len(make_output(req).gaps_s) == 4
+
+
+def test_a_stream_has_the_time_before_each_token(tokenizer: Tokenizer) -> None:
+    req, processor = run(tokenizer, []), OutputProcessor(lambda: tokenizer, [EOS], 2)
+    req.stream = True
+    sent = []
+    for now in (5.0, 5.5, 7.0, 7.25):
+        req.output_ids.append(69)
+        req.note_token_time(now)
+        if (output := processor.collect(req)) is not None:
+            sent.append(output.gaps_s)
+    assert sent == [[], [0.5, 1.5]]

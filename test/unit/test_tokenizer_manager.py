@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import zmq
@@ -92,11 +92,14 @@ class Front:
         await asyncio.wait([asking])
         return isinstance(message, GetInternalStateReq) and isinstance(asking.exception(), ServiceError)
 
-    async def send(self, rid: str, text: str = "", ids: tuple[int, ...] = (), end: FinishReason | None = None) -> None:
+    async def send(
+        self, rid: str, text: str = "", ids: tuple[int, ...] = (), end: FinishReason | None = None, **more: Any
+    ) -> None:
         """An output of the request, as the detokenizer sends it."""
         output = RequestOutput(
-            rid=rid, token_ids=list(ids), finish_reason=end, prompt_tokens=1, completion_tokens=0, cached_tokens=0
-        )
+            rid=rid, token_ids=list(ids), finish_reason=end, prompt_tokens=1, completion_tokens=0, cached_tokens=0,
+            **more,
+        )  # fmt: skip
         await self.answers.send(encode(BatchStrOutput(outputs=[RequestText(text=text, output=output)])))
 
     async def start(self, rid: str, n: int = 1) -> "asyncio.Task[list[RunningSequence]]":
@@ -284,6 +287,41 @@ async def test_a_client_that_goes_ends_its_request(front: Front) -> None:
     await front.send("r_1", "late", (1,))
     await front.send("s", "b", (1,), LENGTH)
     assert [sequence.text for sequence in await soon(other)] == ["b"]
+
+
+async def test_what_was_computed_for_a_client_that_has_gone_counts(front: Front) -> None:
+    generation = await front.manager.generate([prompt(n=2)], "r")
+    waiting = asyncio.create_task(generation.finish())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await front.send("r_0", "ab", (1, 2), ABORTED, queue_time_s=0.5, prefill_time_s=0.25, gaps_s=[0.125])
+    await front.send("r_1", end=ABORTED, queue_time_s=2.0)  # it has waited all the time
+    other = asyncio.create_task((await front.manager.generate([prompt()], "s")).finish())
+    await front.send("s", "x", (1,), LENGTH, queue_time_s=4.0)
+    await soon(other)
+    first, second = generation.sequences
+    assert (first.output_ids, first.ttft_s, first.finish_reason) == ([1, 2], 0.75, ABORTED)
+    assert (second.queue_time_s, second.ttft_s, second.finish_reason) == (2.0, 0.0, ABORTED)
+
+    def value(name: str) -> float | None:
+        return front.metrics.registry.get_sample_value(f"ramet:{name}", {"model_name": "m"})
+
+    await asyncio.sleep(0)  # the metrics are told behind those who wait
+    assert value("generation_tokens_total") == 3 and value("prompt_tokens_total") == 6
+    assert value("queue_time_seconds_sum") == 6.5 and value("time_to_first_token_seconds_count") == 2
+    assert value("inter_token_latency_seconds_sum") == 0.125
+    assert value("num_aborted_requests_total") == 2 and value("num_requests_total") == 1
+
+
+async def test_a_refused_request_has_got_nothing(front: Front) -> None:
+    waiting = await front.start("r")
+    await front.send("r", end=FinishReason(type="abort", message="full", status_code=503))
+    with pytest.raises(ServiceError):
+        await soon(waiting)
+    await asyncio.sleep(0)
+    for name in ("prompt_tokens_total", "time_to_first_token_seconds_count", "queue_time_seconds_count"):
+        assert front.metrics.registry.get_sample_value(f"ramet:{name}", {"model_name": "m"}) == 0, name
 
 
 async def test_a_client_that_leaves_a_stream_ends_its_request(front: Front) -> None:

@@ -1,5 +1,6 @@
 """What is written down of requests: which of them have a line, and what is in it at each level."""
 
+import asyncio
 import json
 import logging
 from types import SimpleNamespace
@@ -7,17 +8,18 @@ from typing import Any
 
 import httpx
 import pytest
+from ramet.srt.entrypoints.http import request_log
 from ramet.srt.entrypoints.http.http_counts import HttpCounts
 from ramet.srt.entrypoints.http.http_front import FrontMiddleware
-from ramet.srt.entrypoints.http.request_log import LogConfig, RequestLogMiddleware
+from ramet.srt.entrypoints.http.request_log import Exchange, LogConfig, RequestLines, RequestLogMiddleware
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.prepare_requests import SequenceInput
 from ramet.srt.observability.logs import JsonFormatter, OneLineFormatter
-from ramet.srt.observability.request_record import current_request
+from ramet.srt.observability.request_record import RequestRecord, current_request
 from ramet.srt.sampling.sampling_params import SamplingParams
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 LONG = "x" * 5000
 
@@ -28,6 +30,15 @@ def a_sequence() -> RunningSequence:
     sequence.output_ids, sequence.text, sequence.queue_time_s, sequence.prefill_time_s = [4, 5], LONG, 0.25, 0.5
     sequence.finish_reason = FinishReason(type="stop")
     return sequence
+
+
+def an_exchange() -> Exchange:
+    """One that has ended just now."""
+
+    async def send(_message: Message) -> None:
+        pass
+
+    return Exchange({"type": "http", "headers": [], "http_version": "1.1", "path": "/a"}, send)
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +103,62 @@ async def test_levels(lines: list[logging.LogRecord], level: int, num_chars: int
     text = OneLineFormatter("%(message)s").format(lines[0])
     assert ("more characters" not in text) and text.count("x" * num_chars) == 2
     assert json.loads(JsonFormatter("server").format(lines[0]))["inputs"] == ["x" * num_chars]
+
+
+async def test_the_line_of_a_client_that_has_gone_waits_for_what_was_computed(
+    lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "WRITE_PERIOD_S", 0.001)
+    sequence, other = a_sequence(), a_sequence()
+    sequence.finish_reason, sequence.output_ids = None, []
+    written = RequestLines(0)
+    record = RequestRecord("id")
+    record.generations.append(([], SimpleNamespace(rid="r", sequences=[sequence])))
+    written.add(an_exchange(), record, None)
+    done = RequestRecord("done")
+    done.generations.append(([], SimpleNamespace(rid="s", sequences=[other])))
+    written.add(an_exchange(), done, None)
+    async with asyncio.timeout(10):
+        while not lines:
+            await asyncio.sleep(0.001)
+        assert [line.fields["rid"] for line in lines] == ["s"]
+        sequence.finish_reason, sequence.output_ids = FinishReason(type="abort"), [1, 2, 3]
+        while len(lines) < 2:
+            await asyncio.sleep(0.001)
+    assert lines[1].fields["completion_tokens"] == 3 and lines[1].fields["finish_reason"] == "abort"
+
+
+async def test_a_line_waits_for_no_end_that_does_not_come(
+    lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_log, "WRITE_PERIOD_S", 0.001)
+    monkeypatch.setattr(request_log, "END_TIMEOUT_S", 0.01)
+    sequence = a_sequence()
+    sequence.finish_reason, sequence.output_ids = None, []
+    record = RequestRecord("id")
+    record.generations.append(([], SimpleNamespace(rid="r", sequences=[sequence])))
+    RequestLines(0).add(an_exchange(), record, None)
+    async with asyncio.timeout(10):
+        while not lines:
+            await asyncio.sleep(0.001)
+    fields = lines[0].fields
+    assert (fields["finish_reason"], fields["ttft_seconds"], fields["queue_seconds"]) == ("none", 0.0, 0.25)
+
+
+@pytest.mark.parametrize(("path", "num_active"), [("/a", 1), ("/metrics", 0), ("/health", 0), ("/ready", 0)])
+async def test_scrapes_and_probes_are_not_under_way(path: str, num_active: int) -> None:
+    counts, seen = HttpCounts("m"), []
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(counts.num_active)
+        await JSONResponse({})(scope, receive, send)
+
+    logged = RequestLogMiddleware(look, counts, ["/a"], LogConfig())
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(FrontMiddleware(logged, "")), base_url="http://h"
+    ) as client:
+        await client.get(path)
+    assert (seen, counts.num_active) == ([num_active], 0)
 
 
 async def test_counts_by_route_and_status() -> None:

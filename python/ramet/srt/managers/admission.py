@@ -82,6 +82,7 @@ class Admission:
         """Let a request wait for its turn."""
         if req.arrival_s is None:
             req.arrival_s = self._clock()
+        req.waits_since_s = self._clock() if req.has_run else req.arrival_s
         if req.has_run:
             self.waiting.appendleft(req)
         elif self._policy == "priority":
@@ -105,8 +106,17 @@ class Admission:
         """Remove and return the waiting requests whose ids are meant."""
         found = [req for req in self.waiting if is_meant(req.rid)]
         for req in found:
-            self.waiting.remove(req)
+            self._end_waiting(req)
         return found
+
+    def oldest_wait_s(self, others_since_s: Iterable[float]) -> float:
+        """Seconds for which the request has waited that has waited longest; 0.0 if none waits.
+
+        Args:
+            others_since_s: when those came that wait for something else before they come here.
+        """
+        since = min((*others_since_s, *(req.waits_since_s for req in self.waiting)), default=None)
+        return 0.0 if since is None else self._clock() - since
 
     def drop(self, running: RunningReq) -> None:
         """Compute nothing more of a request's prompt, if it is in progress."""
@@ -145,13 +155,13 @@ class Admission:
             if isinstance(prompt, RunningReq):
                 adder.add(prompt)
             elif self._rows.num_free and adder.begin(prompt):
-                self._note_begin(prompt.req)
+                self._end_waiting(prompt.req)
         adder.top_up()
         self._update_progress(adder.reqs)
         return adder.reqs
 
-    def _note_begin(self, req: Req) -> None:
-        """A request waits no longer."""
+    def _end_waiting(self, req: Req) -> None:
+        """A request waits no longer: it is computed now, or never will be."""
         self.waiting.remove(req)
         if not req.has_run and req.arrival_s is not None:
             req.queue_time_s = self._clock() - req.arrival_s

@@ -52,6 +52,11 @@ class RunningSequence:
         return [{"version": one.version, "start": one.start, "end": end} for one, end in zip(starts, ends, strict=True)]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether something has come out of it; a refusal is nothing."""
+        return bool(self.output_ids) or (self.finish_reason is not None and self.finish_reason.type != "abort")
+
+    @property
     def e2e_latency_s(self) -> float:
         """Seconds from the request to its newest output."""
         return (self.last_output_s or time.monotonic()) - self.created_s
@@ -59,7 +64,7 @@ class RunningSequence:
     @property
     def ttft_s(self) -> float:
         """Seconds from the request to its first token, also where that was not sent by itself; 0 without one."""
-        return self.queue_time_s + self.prefill_time_s
+        return self.queue_time_s + self.prefill_time_s if self.has_begun else 0.0
 
     def add(self, item: RequestText, now: float) -> None:
         """Take in what the scheduler and the detokenizer say."""

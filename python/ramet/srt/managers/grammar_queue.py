@@ -18,6 +18,7 @@ class CompilingReq:
     sampling_seed: int
     group: int
     grammar: RequestGrammar
+    arrival_s: float  # on the scheduler's clock
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,18 @@ class GrammarQueue:
         """The attention group of each request."""
         return (compiling.group for compiling in self._compiling)
 
-    def put(self, message: TokenizedGenerateReqInput, constraint: Constraint, sampling_seed: int, group: int) -> None:
+    def since_s(self) -> Iterator[float]:
+        """When each request came."""
+        return (compiling.arrival_s for compiling in self._compiling)
+
+    def put(
+        self,
+        message: TokenizedGenerateReqInput,
+        constraint: Constraint,
+        sampling_seed: int,
+        group: int,
+        arrival_s: float,
+    ) -> None:
         """Begin to compile a request's constraint.
 
         Raises:
@@ -55,7 +67,7 @@ class GrammarQueue:
         """
         if self._pool is None:
             raise ValueError("constrained output is off (--grammar-backend none)")
-        self._compiling.append(CompilingReq(message, sampling_seed, group, self._pool.open(constraint)))
+        self._compiling.append(CompilingReq(message, sampling_seed, group, self._pool.open(constraint), arrival_s))
 
     def collect(self) -> list[Req | UnusableGrammar]:
         """Remove and return those that are compiled, or can't be, in the order in which they came."""
@@ -66,13 +78,13 @@ class GrammarQueue:
             self._compiling = [compiling for compiling in self._compiling if compiling.grammar.is_busy]
         return [_outcome(compiling) for compiling in done]
 
-    def take_out(self, is_meant: Callable[[str], bool]) -> list[TokenizedGenerateReqInput]:
+    def take_out(self, is_meant: Callable[[str], bool]) -> list[CompilingReq]:
         """Remove and return the requests whose ids are meant. What only they want is compiled no further."""
         found = [compiling for compiling in self._compiling if is_meant(compiling.message.rid)]
         for compiling in found:
             compiling.grammar.close()
             self._compiling.remove(compiling)
-        return [compiling.message for compiling in found]
+        return found
 
     def wait(self, timeout_s: float) -> None:
         """Wait until all are compiled, but not longer than `timeout_s`."""
@@ -84,4 +96,6 @@ def _outcome(compiling: CompilingReq) -> Req | UnusableGrammar:
     grammar = compiling.grammar
     if grammar.failure is not None:
         return UnusableGrammar(compiling.message, grammar.constraint.name, grammar.failure)
-    return Req(compiling.message, compiling.sampling_seed, compiling.group, grammar)
+    req = Req(compiling.message, compiling.sampling_seed, compiling.group, grammar)
+    req.arrival_s = compiling.arrival_s
+    return req

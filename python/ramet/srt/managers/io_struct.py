@@ -171,6 +171,7 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     num_running_reqs: int
     num_waiting_reqs: int
+    queue_oldest_s: float = 0.0  # seconds for which the one of them waits that has waited longest
     num_used_tokens: int  # KV slots held by running requests
     num_cached_tokens: int  # KV slots held by the prefix cache alone
     max_total_num_tokens: int
@@ -199,6 +200,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     prefill_time_s: float = 0.0  # and from then on until its first token was there; 0 before that
     input_logprobs: TokenLogprobs | None = None  # sent once, with the first output
     output_logprobs: TokenLogprobs | None = None  # of the new tokens
+    gaps_s: list[float] = []  # seconds before each of the new tokens, since the one before it; the very first has none
     ends_in_stop_token: bool = False  # the last token only ends the request: its text is no part of the output's
     is_pooled: bool = False  # of a request with a pooling: there is no text to come
     vector: bytes = b""  # float32, of such a request when it has ended well

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput
+from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, RequestOutput
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,15 +30,12 @@ class TokenMetrics(Collector):
         self._bucket_counts = [0] * (len(TOKEN_BUCKETS) + 1)
         self._sum_s = 0.0
 
-    def observe_first(self, num_tokens: int) -> None:
-        """A sequence has got its first tokens."""
+    def observe(self, num_tokens: int, gaps_s: Sequence[float]) -> None:
+        """A sequence has got tokens, each so long after the one before it; its very first is after none."""
         self._num_tokens += num_tokens
-
-    def observe_next(self, num_tokens: int, seconds: float) -> None:
-        """A sequence has got more, so long after those before."""
-        self._num_tokens += num_tokens
-        self._bucket_counts[bisect_left(TOKEN_BUCKETS, seconds / num_tokens)] += num_tokens
-        self._sum_s += seconds
+        for gap_s in gaps_s:
+            self._bucket_counts[bisect_left(TOKEN_BUCKETS, gap_s)] += 1
+            self._sum_s += gap_s
 
     def collect(self) -> Iterator[Metric]:
         labels, values = ["model_name"], [self._model_name]
@@ -86,7 +83,9 @@ class Metrics:
             "time_per_output_token_seconds", "Of a request, on average, behind the first output.", TOKEN_BUCKETS
         )
         self.queue_time = histogram(
-            "queue_time_seconds", "From a request's arrival at its replica to the first pass with it.", QUEUE_BUCKETS
+            "queue_time_seconds",
+            "From a request's arrival at its replica to the first pass with it, or its end without one.",
+            QUEUE_BUCKETS,
         )
         self.prompt_lengths = histogram("prompt_tokens_histogram", "Prompt tokens of a request.", LENGTH_BUCKETS)
         self.output_lengths = histogram(
@@ -94,6 +93,9 @@ class Metrics:
         )
         self.num_running_reqs = gauge("num_running_reqs", "Requests that are being computed.")
         self.num_queue_reqs = gauge("num_queue_reqs", "Requests that wait.")
+        self.queue_oldest = gauge(
+            "queue_oldest_seconds", "For which the request has waited that has waited longest; 0 if none waits."
+        )
         self.num_used_tokens = gauge("num_used_tokens", "KV cache slots held by running requests.")
         self.num_prefix_tokens = gauge("num_prefix_cache_tokens", "KV cache slots held by the prefix cache alone.")
         self.max_total_num_tokens = gauge("max_total_num_tokens", "KV cache slots that there are.")
@@ -153,19 +155,24 @@ class Metrics:
         for seed, num_bytes in zip(report.taken_from, report.taken_bytes, strict=True):
             self._load_taken.labels(**self._labels, seed=seed, rank=str(rank)).set(num_bytes)
 
-    def observe_output(self, sequence: RunningSequence, num_tokens: int, now: float, previous_s: float | None) -> None:
-        """A sequence has got `num_tokens` more now; its output before that came at `previous_s`."""
-        if previous_s is None:
-            self.tokens.observe_first(num_tokens)
+    def observe_output(self, sequence: RunningSequence, output: RequestOutput, now: float, *, begins: bool) -> None:
+        """A sequence has got this now.
+
+        Args:
+            begins: whether it had nothing before, and has something now.
+        """
+        self.tokens.observe(len(output.token_ids), output.gaps_s)
+        if begins:
             self.prompt_tokens.inc(sequence.prompt_tokens)
-            self.cached_tokens.inc(sequence.cached_tokens)
+            self.cached_tokens.inc(output.cached_tokens)
             self._num_prompt_tokens += sequence.prompt_tokens
-            self._num_cached_tokens += sequence.cached_tokens
-            self.time_to_first_token.observe(now - sequence.created_s)
-            self.queue_time.observe(sequence.queue_time_s)
+            self._num_cached_tokens += output.cached_tokens
+            is_first = sequence.request.stream  # or else this has come after the first token
+            self.time_to_first_token.observe(now - sequence.created_s if is_first else sequence.ttft_s)
+            self.queue_time.observe(output.queue_time_s)
             self.prompt_lengths.observe(sequence.prompt_tokens)
-        elif num_tokens:
-            self.tokens.observe_next(num_tokens, now - previous_s)
+        elif not sequence.has_begun and output.queue_time_s:
+            self.queue_time.observe(output.queue_time_s)  # it has waited for nothing
 
     def observe_end(self, sequence: RunningSequence, reason: FinishReason) -> None:
         """A sequence has finished."""
@@ -194,10 +201,11 @@ class Metrics:
         self.num_aborted.inc()
 
     def observe_states(self, states: Sequence[GetInternalStateReqOutput]) -> None:
-        """The numbers of the replicas' schedulers; what is shown is their sum."""
+        """The numbers of the replicas' schedulers; what is shown is their sum, and the oldest of all that wait."""
         used = sum(state.num_used_tokens for state in states)
         self.num_running_reqs.set(sum(state.num_running_reqs for state in states))
         self.num_queue_reqs.set(sum(state.num_waiting_reqs for state in states))
+        self.queue_oldest.set(max(state.queue_oldest_s for state in states))
         self.num_used_tokens.set(used)
         self.num_prefix_tokens.set(sum(state.num_cached_tokens for state in states))
         num_slots = sum(state.max_total_num_tokens for state in states)

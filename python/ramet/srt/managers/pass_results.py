@@ -1,6 +1,6 @@
 """Owns what becomes of a pass's results: tokens, log-probabilities and vectors go to their requests, or to nobody."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ramet.srt.layers.sampler import INVALID_TOKEN
 from ramet.srt.managers.admission import Admission
@@ -24,12 +24,14 @@ class PassResults:
         grammar_steps: GrammarSteps,
         budget: TokenBudget,
         sender: OutputSender,
+        clock: Callable[[], float],
     ):
         self._running = running
         self._admission = admission
         self._grammar_steps = grammar_steps
         self._budget = budget
         self._sender = sender
+        self._clock = clock
         self.throughput = Throughput()
 
     def take(self, finished: FinishedPass) -> None:
@@ -68,11 +70,12 @@ class PassResults:
 
     def _take_tokens(self, tokens: list[ChosenToken]) -> None:
         gaining: list[Req] = []
+        now_s = self._clock()
         for chosen in tokens:
             running, req = chosen.running, chosen.running.req
             running.num_pending -= 1
             if req.finish_reason is None:
-                self._take_token(req, chosen)
+                self._take_token(req, chosen, now_s)
                 if req.finish_reason is not None:
                     self._running.end(running)
                 elif running.is_parked:
@@ -82,7 +85,7 @@ class PassResults:
         self.throughput.add(len(gaining))
         self._sender.send_news(gaining)
 
-    def _take_token(self, req: Req, chosen: ChosenToken) -> None:
+    def _take_token(self, req: Req, chosen: ChosenToken, now_s: float) -> None:
         req.note_version(chosen.weight_version)
         self._admission.note_first_token(req)
         if req.sampling_params.max_new_tokens == 0:  # nobody wants a token: the prompt has been computed
@@ -93,6 +96,7 @@ class PassResults:
             req.finish_reason = processor.no_token_reason(req)
             return
         processor.append_token(req, chosen.token_id)
+        req.note_token_time(now_s)
         if req.return_logprob:
             assert chosen.logprobs is not None
             req.logprobs.add_output(chosen.token_id, chosen.logprobs)

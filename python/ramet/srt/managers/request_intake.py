@@ -1,6 +1,7 @@
 """Owns how a request comes in: it is refused, has its constraint compiled first, or waits for its turn."""
 
 import random
+from collections.abc import Callable
 
 from ramet.srt.configs.scheduler_config import SchedulerConfig
 from ramet.srt.managers.admission import Admission
@@ -27,6 +28,7 @@ class RequestIntake:
         admission: Admission,
         grammar_queue: GrammarQueue,
         sender: OutputSender,
+        clock: Callable[[], float],
     ):
         self._config = config
         self._max_req_len = max_req_len
@@ -34,6 +36,7 @@ class RequestIntake:
         self._admission = admission
         self._grammar_queue = grammar_queue
         self._sender = sender
+        self._clock = clock
         self._seeds = random.Random(config.random_seed)
 
     def accept(self, message: TokenizedGenerateReqInput) -> None:
@@ -63,7 +66,7 @@ class RequestIntake:
             if constraint is None:
                 self._admission.put(Req(message, seed, group))
             else:
-                self._grammar_queue.put(message, constraint, seed, group)
+                self._grammar_queue.put(message, constraint, seed, group, self._clock())
         except ValueError as error:
             self._refuse(message, str(error), 400)
 

@@ -45,6 +45,7 @@ class Req:
         self.is_silent = False  # whether nobody waits for the output
 
         self.arrival_s: float | None = None  # when it came to wait, on the scheduler's clock
+        self.waits_since_s = 0.0  # while it waits: when it came, or when its KV cache was taken away
         self.queue_time_s = 0.0  # how long it then waited until a pass first took some of it
         self.prefill_time_s = 0.0  # and from then on until its first token or its vector was there
         self.num_retractions = 0  # how often its KV cache was taken away
@@ -57,6 +58,9 @@ class Req:
 
         # Output that has not been sent yet
         self.num_sent_tokens = 0
+        self.unsent_gaps_s: list[float] = []  # between its tokens and those before them
+        self.token_s: float | None = None  # when the newest token came
+        self.sent_s = 0.0  # when the newest token came of those that have been sent; before that, the first one
         self.num_sent_versions = 0
         self.logprobs = UnsentLogprobs(message)
         self.stop_stream: TextStream | None = None  # made with the first token of a request with stop strings
@@ -79,6 +83,14 @@ class Req:
         """What the request gets next, a token or a vector, comes from this version of the weights."""
         if not self.versions or self.versions[-1].version != version:
             self.versions.append(VersionStart(version, len(self.output_ids)))
+
+    def note_token_time(self, now_s: float) -> None:
+        """It has got a token just now."""
+        if self.token_s is None:
+            self.sent_s = now_s
+        else:
+            self.unsent_gaps_s.append(now_s - self.token_s)
+        self.token_s = now_s
 
     def start_over(self) -> None:
         """Its KV cache has been taken away: what it has got stays, and all of its tokens are computed again."""

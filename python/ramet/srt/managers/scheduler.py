@@ -62,6 +62,7 @@ class Scheduler:
         """
         parallel = model_runner.parallel
         self.config = config
+        self._clock = clock
         self.model_runner = model_runner
         self.get_tokenizer = get_tokenizer
         self.worker = TpModelWorker(model_runner)
@@ -83,9 +84,9 @@ class Scheduler:
         self.passes = make_passes(self.worker, plan_sender, parallel.pp_size, config.overlap, clock)
         processor = OutputProcessor(get_tokenizer, model_config.eos_token_ids, config.stream_interval)
         self._sender = OutputSender(processor, channel)
-        self.results = PassResults(self.running, self.admission, self.grammar_steps, self.budget, self._sender)
+        self.results = PassResults(self.running, self.admission, self.grammar_steps, self.budget, self._sender, clock)
         self.intake = RequestIntake(
-            config, model_runner.max_req_len, self.running, self.admission, self.grammar_queue, self._sender
+            config, model_runner.max_req_len, self.running, self.admission, self.grammar_queue, self._sender, clock
         )
         self.is_paused = False
         self.weight_version = model_runner.weight_version  # by which passes are computed; `switch_weight_version`
@@ -146,6 +147,11 @@ class Scheduler:
     def num_unfinished(self) -> int:
         """Requests that run or wait."""
         return len(self.running.decoding) + len(self.admission) + len(self.grammar_queue)
+
+    @property
+    def queue_oldest_s(self) -> float:
+        """Seconds for which the request has waited that has waited longest; 0.0 if none waits."""
+        return self.admission.oldest_wait_s(self.grammar_queue.since_s())
 
     def load(self) -> float:
         """How busy the replica is: requests over those that can run, at most 1. Any thread may ask."""
@@ -281,7 +287,8 @@ class Scheduler:
                 req.grammar.close()
             self._sender.send([make_output(req)])
         for compiling in self.grammar_queue.take_out(is_meant):
-            self._sender.send([refusal(compiling, aborted_reason())])
+            waited_s = self._clock() - compiling.arrival_s
+            self._sender.send([refusal(compiling.message, aborted_reason(), waited_s)])
         self._aborted += [
             running for running in (*self.running.admitted(), *self.grammar_steps.parked()) if is_meant(running.req.rid)
         ]

@@ -161,6 +161,7 @@ class SchedulerLoop:
             request_id=message.request_id,
             num_running_reqs=len(scheduler.running.admitted()),
             num_waiting_reqs=len(scheduler.admission.waiting) + len(scheduler.grammar_queue),
+            queue_oldest_s=scheduler.queue_oldest_s,
             num_used_tokens=(num_pages - num_free - num_cached) * page_size,
             num_cached_tokens=num_cached * page_size,
             max_total_num_tokens=num_pages * page_size,

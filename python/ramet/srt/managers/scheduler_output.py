@@ -15,6 +15,8 @@ from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.text.incremental_decode import IncrementalDecoder, TextStream, prompt_tail
 from ramet.srt.text.tokenizer import Tokenizer
 
+PROGRESS_S = 1.0  # of tokens after which an output is sent that is not streamed: metrics and logs know of it
+
 
 class OutputProcessor:
     """Appends tokens, decides when a request ends and collects its unsent output."""
@@ -75,14 +77,13 @@ class OutputProcessor:
 
     def collect(self, req: Req) -> RequestOutput | None:
         """What the request has gained since its last output, or None if it is not yet time to send it."""
-        num_new = len(req.output_ids) - req.num_sent_tokens
-        if req.finish_reason is None and (not req.stream or num_new < self._interval(req)):
-            return None
-        return make_output(req)
+        return make_output(req) if req.finish_reason is not None or self._is_due(req) else None
 
-    def _interval(self, req: Req) -> int:
-        """The first token is never held back."""
-        return 1 if req.num_sent_tokens == 0 else self.stream_interval
+    def _is_due(self, req: Req) -> bool:
+        """The first token of a stream is never held back."""
+        if not req.stream:
+            return req.token_s is not None and req.token_s - req.sent_s >= PROGRESS_S
+        return req.num_sent_tokens == 0 or len(req.output_ids) - req.num_sent_tokens >= self.stream_interval
 
 
 class OutputSender:
@@ -111,6 +112,9 @@ def make_output(req: Req) -> RequestOutput:
     req.num_sent_tokens = len(req.output_ids)
     new_versions = req.versions[req.num_sent_versions :]
     req.num_sent_versions = len(req.versions)
+    gaps_s, req.unsent_gaps_s = req.unsent_gaps_s, []
+    if req.token_s is not None:
+        req.sent_s = req.token_s
     input_logprobs, output_logprobs = req.logprobs.take()
     return RequestOutput(
         rid=req.rid,
@@ -123,6 +127,7 @@ def make_output(req: Req) -> RequestOutput:
         prefill_time_s=req.prefill_time_s,
         input_logprobs=input_logprobs,
         output_logprobs=output_logprobs,
+        gaps_s=gaps_s,
         ends_in_stop_token=req.ends_in_stop_token,
         is_pooled=req.pooling is not None,
         vector=req.vector,
@@ -147,7 +152,7 @@ def aborted_reason() -> FinishReason:
     return FinishReason(type="abort", message="aborted", status_code=499)
 
 
-def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> RequestOutput:
+def refusal(message: TokenizedGenerateReqInput, reason: FinishReason, queue_time_s: float = 0.0) -> RequestOutput:
     """The output of a request that never ran."""
     return RequestOutput(
         rid=message.rid,
@@ -156,5 +161,6 @@ def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> Request
         prompt_tokens=len(message.input_ids),
         completion_tokens=0,
         cached_tokens=0,
+        queue_time_s=queue_time_s,
         is_pooled=message.pooling is not None,
     )

@@ -34,6 +34,7 @@ from ramet.srt.managers.io_struct import (
     ProfileReqOutput,
     RenameWeightsReqInput,
     RenameWeightsReqOutput,
+    RequestOutput,
     RequestText,
     StartProfileReqInput,
     StopProfileReqInput,
@@ -110,9 +111,11 @@ class TokenizerManager:
         self.pause_refusal: str | None = None  # why requests are refused in a pause, where they are
         self.weights_refusal: str | None = None  # why requests are refused while the weights are none to serve
         self._running: dict[str, tuple[Generation, int]] = {}
-        self._ending: set[str] = set()  # given up, and their last outputs, which still bear their ids, are to come
-        # Sequence, number of tokens, when they came, and those before them: what the metrics are yet to be told.
-        self._uncounted: list[tuple[RunningSequence, int, float, float | None, FinishReason | None]] = []
+        # Given up, and their last outputs, which still bear their ids, are to come.
+        self._ending: dict[str, RunningSequence] = {}
+        # Output of a sequence, when it came, and whether it is its first: what the metrics are yet to be told.
+        self._uncounted: list[tuple[RunningSequence, RequestOutput, float, bool]] = []
+        self._ends: list[tuple[RunningSequence, FinishReason]] = []  # which they are to be told after it
         self._idle = asyncio.Event()
         self._idle.set()
         self._replies: dict[str, asyncio.Future[AnyReply]] = {}
@@ -281,20 +284,20 @@ class TokenizerManager:
     def _take_output(self, item: RequestText, now: float) -> None:
         if item.output.finish_reason is not None:
             self.adapters.end(item.output.rid)
-        entry = self._running.get(item.output.rid)
-        if entry is None:  # its client has gone
-            if item.output.finish_reason is not None:
-                self._ending.discard(item.output.rid)
+        rid, reason = item.output.rid, item.output.finish_reason
+        entry = self._running.get(rid)
+        if entry is None:
+            self._take_last_output(item, now)
             return
         generation, index = entry
         sequence = generation.sequences[index]
-        reason = item.output.finish_reason
-        previous_s = sequence.last_output_s
+        had_begun = sequence.has_begun
         generation.add(index, item, now)
-        self._uncounted.append((sequence, len(item.output.token_ids), now, previous_s, reason))
+        self._uncounted.append((sequence, item.output, now, sequence.has_begun > had_begun))
         if reason is None:
             return
-        self._forget(item.output.rid)
+        self._ends.append((sequence, reason))
+        self._forget(rid)
         if reason.type == "abort" and reason.status_code not in (None, ABORTED_STATUS):
             message = reason.message or "the request was refused"
             if reason.status_code < 500:
@@ -302,12 +305,24 @@ class TokenizerManager:
             else:
                 generation.fail(ServiceError(message, status_code=reason.status_code))
 
+    def _take_last_output(self, item: RequestText, now: float) -> None:
+        """Its client has gone. What was computed for it counts nevertheless."""
+        sequence = self._ending.get(item.output.rid)
+        if sequence is None:
+            return
+        had_begun = sequence.has_begun
+        sequence.add(item, now)
+        self._uncounted.append((sequence, item.output, now, sequence.has_begun > had_begun))
+        if item.output.finish_reason is not None:
+            del self._ending[item.output.rid]
+
     def _count_outputs(self) -> None:
         uncounted, self._uncounted = self._uncounted, []
-        for sequence, num_tokens, now, previous_s, reason in uncounted:
-            self.metrics.observe_output(sequence, num_tokens, now, previous_s)
-            if reason is not None:
-                self.metrics.observe_end(sequence, reason)
+        ends, self._ends = self._ends, []
+        for sequence, output, now, begins in uncounted:
+            self.metrics.observe_output(sequence, output, now, begins=begins)
+        for sequence, reason in ends:
+            self.metrics.observe_end(sequence, reason)
 
     def _release(self, generation: Generation) -> None:
         """The client has all it wanted, or has gone: end what still runs."""
@@ -316,7 +331,7 @@ class TokenizerManager:
             if rid in self._running:
                 self._controller.abort(rid)
                 self._forget(rid)
-                self._ending.add(rid)
+                self._ending[rid] = sequence
                 self.metrics.observe_abort()
 
     def _forget(self, rid: str) -> None:

@@ -38,6 +38,8 @@ class HttpCounts:
             responses.add_metric([self.model_name, endpoint, method, str(status)], number)
         for (endpoint, method), number in totals.items():
             requests.add_metric([self.model_name, endpoint, method], number)
-        active = GaugeMetricFamily("ramet:http_requests_active", "HTTP requests under way.", labels=["model_name"])
+        active = GaugeMetricFamily(
+            "ramet:http_requests_active", "HTTP requests under way, but for probes and scrapes.", labels=["model_name"]
+        )
         active.add_metric([self.model_name], self.num_active)
         yield from (requests, responses, active)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ MAX_ERROR_BYTES = 64 << 10  # of an answer that says what is wrong
 SHOWN_CHARS = 2048  # of a prompt or an output, from level 2 on
 SHOWN_IDS = 256
 WRITE_PERIOD_S = 0.1
+END_TIMEOUT_S = 5.0  # for the ends of sequences whose client has gone
 UNTRACED_PATHS = HEALTH_PATHS | {"/metrics"}
 WITH_PARAMETERS, WITH_BEGINNINGS, WHOLE = 1, 2, 3  # levels of --log-requests-level
 
@@ -81,6 +82,9 @@ class Exchange:
         return self.ended_s - self.begun_s
 
 
+Ended = tuple[Exchange, RequestRecord, str | None]  # a request with what was wrong
+
+
 class Trace(NamedTuple):
     """How requests get into traces: what begins a span for one, and what ends it, with its error."""
 
@@ -109,18 +113,19 @@ class RequestLogMiddleware:
         self._paths = frozenset(paths)
         self._config = config
         self._lines = RequestLines(config.level)
-        self.flush = self._lines.write  # at the end of the server
+        self.flush = self._lines.flush  # at the end of the server
         self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, send)
         if self._trace is not None:
             self._begin_trace(scope, self._trace)
-        self._counts.num_active += 1
+        is_asked_for = scope["path"] not in UNTRACED_PATHS  # by a user, and no scrape that would count itself
+        self._counts.num_active += is_asked_for
         try:
             await self._app(scope, receive, exchange.send)
         finally:
-            self._counts.num_active -= 1
+            self._counts.num_active -= is_asked_for
             exchange.ended_s = time.monotonic()
             self._note(exchange)
 
@@ -164,20 +169,36 @@ class RequestLines:
 
     def __init__(self, level: int) -> None:
         self._level = level
-        self._waiting: list[tuple[Exchange, RequestRecord, str | None]] = []
+        self._waiting: list[Ended] = []
 
     def add(self, exchange: Exchange, record: RequestRecord, error: str | None) -> None:
         """A request has ended."""
         if not self._waiting:
-            asyncio.get_running_loop().call_later(WRITE_PERIOD_S, self.write)
+            asyncio.get_running_loop().call_later(WRITE_PERIOD_S, self._write_known)
         self._waiting.append((exchange, record, error))
 
-    def write(self) -> None:
+    def flush(self) -> None:
         """Write what has not been written yet."""
         waiting, self._waiting = self._waiting, []
-        if waiting and logger.isEnabledFor(logging.INFO):
+        self._write(waiting)
+
+    def _write_known(self) -> None:
+        """Write those of which all is known. Others wait for it: a sequence ends a bit after its client has gone."""
+        since = time.monotonic() - END_TIMEOUT_S
+        waiting, self._waiting = self._waiting, []
+        known: list[Ended] = []
+        for one in waiting:
+            exchange, record, _ = one
+            is_open = exchange.ended_s > since and has_open_sequences(record)
+            (self._waiting if is_open else known).append(one)
+        if self._waiting:
+            asyncio.get_running_loop().call_later(WRITE_PERIOD_S, self._write_known)
+        self._write(known)
+
+    def _write(self, ended: Sequence[Ended]) -> None:
+        if ended and logger.isEnabledFor(logging.INFO):
             with written_together():
-                for exchange, record, error in waiting:
+                for exchange, record, error in ended:
                     logger.handle(_line_of(exchange, record, self._level, error))
 
 
@@ -219,6 +240,11 @@ def request_fields(exchange: Exchange, record: RequestRecord) -> dict[str, Any]:
     }
 
 
+def has_open_sequences(record: RequestRecord) -> bool:
+    """Whether something is still computed for a request, or was when last heard of."""
+    return any(one.finish_reason is None for _, generation in record.generations for one in generation.sequences)
+
+
 def generation_fields(record: RequestRecord, level: int) -> dict[str, Any]:
     """What was computed for a request: counts of tokens, times, and what else the level asks for."""
     sequences = [sequence for _, generation in record.generations for sequence in generation.sequences]
@@ -230,7 +256,9 @@ def generation_fields(record: RequestRecord, level: int) -> dict[str, Any]:
         num_prompt += sequence.prompt_tokens
         num_cached += sequence.cached_tokens
         num_output += len(sequence.output_ids)
-        queue_s, ttft_s = max(queue_s, sequence.queue_time_s), min(ttft_s, sequence.ttft_s)
+        queue_s = max(queue_s, sequence.queue_time_s)
+        if sequence.has_begun:
+            ttft_s = min(ttft_s, sequence.ttft_s)
         reasons.append("none" if sequence.finish_reason is None else sequence.finish_reason.type)
     fields: dict[str, Any] = {
         "rid": ",".join([generation.rid for _, generation in record.generations]),
@@ -238,7 +266,7 @@ def generation_fields(record: RequestRecord, level: int) -> dict[str, Any]:
         "cached_tokens": num_cached,
         "completion_tokens": num_output,
         "queue_seconds": round(queue_s, 4),
-        "ttft_seconds": round(ttft_s, 4),
+        "ttft_seconds": round(ttft_s, 4) if ttft_s < math.inf else 0.0,
         "finish_reason": ",".join(reasons),
         "weight_version": sequences[-1].weight_version,
     }
