@@ -205,7 +205,7 @@ class Metrics:
         used = sum(state.num_used_tokens for state in states)
         self.num_running_reqs.set(sum(state.num_running_reqs for state in states))
         self.num_queue_reqs.set(sum(state.num_waiting_reqs for state in states))
-        self.queue_oldest.set(max(state.queue_oldest_s for state in states))
+        self.queue_oldest.set(max((state.queue_oldest_s for state in states), default=0.0))
         self.num_used_tokens.set(used)
         self.num_prefix_tokens.set(sum(state.num_cached_tokens for state in states))
         num_slots = sum(state.max_total_num_tokens for state in states)
