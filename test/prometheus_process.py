@@ -11,6 +11,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -30,12 +31,31 @@ def dashboard_queries() -> set[str]:
     return filled
 
 
+def autoscaler_metric() -> dict[str, Any]:
+    """Name and selector of the metric that the autoscaler asks for."""
+    autoscaler = yaml.safe_load((DEPLOY / "kubernetes" / "autoscaler.yaml").read_text())
+    return autoscaler["spec"]["metrics"][0]["external"]["metric"]
+
+
+def scraped_labels() -> dict[str, str]:
+    """What Kubernetes' service discovery adds to all that the autoscaler's own pods say."""
+    return {"namespace": "default"} | autoscaler_metric()["selector"]["matchLabels"]
+
+
 def autoscaler_query() -> str:
     """As prometheus-adapter makes it from its rule."""
     rules = yaml.safe_load((DEPLOY / "kubernetes" / "prometheus-adapter.yaml").read_text())["rules"]["external"]
-    (name,) = re.findall(r'__name__="([^"]+)"', rules[0]["seriesQuery"])
-    query = rules[0]["metricsQuery"].replace("<<.Series>>", name)
-    return query.replace("<<.LabelMatchers>>", 'namespace="default"')
+    (rule,) = [rule for rule in rules if rule["name"]["as"] == autoscaler_metric()["name"]]
+    (name,) = re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])
+    matchers = ",".join(f'{label}="{value}"' for label, value in scraped_labels().items())
+    return rule["metricsQuery"].replace("<<.Series>>", name).replace("<<.LabelMatchers>>", matchers)
+
+
+def alert_queries() -> list[str]:
+    """Of the table at the end of docs/deploy.md."""
+    text = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    (table,) = re.findall(r"^\| expression \| means \|\n\|---\|---\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [re.match(r"\| `([^`|]+)` \| [^|]+ \|$", line)[1] for line in table.splitlines()]
 
 
 class Prometheus:
@@ -68,8 +88,7 @@ def running_prometheus(folder: Path, targets: Sequence[str]) -> Iterator[Prometh
     """A Prometheus that scrapes these host:ports. Skips the test where there is none."""
     if shutil.which("prometheus") is None:
         pytest.skip("needs prometheus")
-    labels = {"namespace": "default"}  # as Kubernetes' service discovery adds it
-    jobs = [{"job_name": "ramet", "static_configs": [{"targets": list(targets), "labels": labels}]}]
+    jobs = [{"job_name": "ramet", "static_configs": [{"targets": list(targets), "labels": scraped_labels()}]}]
     config = {"global": {"scrape_interval": f"{SCRAPE_S * 1000:.0f}ms"}, "scrape_configs": jobs}
     (folder / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
     address = f"127.0.0.1:{free_port()}"

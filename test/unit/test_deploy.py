@@ -15,6 +15,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 from ramet.srt.command_line import parse_server_args
+from ramet.srt.environ import cache_folder, envs
 from ramet.srt.modelexpress.server import command_line as modelexpress_command_line
 from ramet.srt.modelexpress.server.server import ServerOptions
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted(path for path in (DEPLOY / "kubernetes").glob("*.yaml") if path.name != "prometheus-adapter.yaml")
 VERSIONS = ("1.30", kubernetes_validate.latest_version())  # of Kubernetes: the oldest that the manifests are for
-BY_HAND = ("leaderworkerset.x-k8s.io/v1",)  # no package has these schemas
+BY_HAND = ("leaderworkerset.x-k8s.io/v1", "monitoring.coreos.com/v1")  # no package has these schemas
 SHARED_LIBRARY = re.compile(rb"(?<=\0)lib[\w+.-]+\.so(?:\.\d+)*(?=\0)")
 PACKAGES = {  # Debian's, and Ubuntu's
     "libcurl.so.4": "libcurl4",
@@ -116,27 +117,109 @@ def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return selector.items() <= labels.items()
 
 
-def test_selectors_find_pods_and_ports() -> None:
-    labels = {name: template["metadata"]["labels"] for name, template in PODS.items()}
-    containers = {name: template["spec"]["containers"] for name, template in PODS.items()}
-    ports = {name: {value for one in ones for port in one["ports"] for value in port.values()}
-             for name, ones in containers.items()}  # fmt: skip
-    for document in documents():
-        kind, spec = document["kind"], document["spec"]
-        if kind == "Service":
-            found = [name for name in PODS if selects(spec["selector"], labels[name])]
-            assert found, name_of(document)
-            for port in spec["ports"]:
-                assert all(port.get("targetPort", port["port"]) in ports[name] for name in found)
-        elif kind in ("Deployment", "StatefulSet"):
-            assert selects(spec["selector"]["matchLabels"], spec["template"]["metadata"]["labels"])
-        elif kind == "PodDisruptionBudget":
-            assert any(selects(spec["selector"]["matchLabels"], one) for one in labels.values())
-        elif kind == "HorizontalPodAutoscaler":
-            target = spec["scaleTargetRef"]
-            assert f"{target['kind']}-{target['name']}" in PODS
-            rules = yaml.safe_load((DEPLOY / "kubernetes/prometheus-adapter.yaml").read_text())["rules"]["external"]
-            assert [rule["name"]["as"] for rule in rules] == [spec["metrics"][0]["external"]["metric"]["name"]]
+def found_by(selector: dict[str, str]) -> list[str]:
+    """The names of the pods that a selector finds, once everything has been applied."""
+    return [name for name, template in PODS.items() if selects(selector, template["metadata"]["labels"])]
+
+
+def sets_of(names: list[str]) -> set[str]:
+    """By what these pods are made: those of one serve one model."""
+    return {re.sub("-(leader|worker)Template$", "", name) for name in names}
+
+
+def ports_of(name: str) -> set[str | int]:
+    return {value for one in PODS[name]["spec"]["containers"] for port in one["ports"] for value in port.values()}
+
+
+SELECTORS = {
+    "Service": lambda spec: spec["selector"],
+    "Deployment": lambda spec: spec["selector"]["matchLabels"],
+    "StatefulSet": lambda spec: spec["selector"]["matchLabels"],
+    "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
+}
+
+
+@pytest.mark.parametrize("kind", SELECTORS)
+def test_selectors_find_the_pods_of_one_set(kind: str) -> None:
+    """A Service over two would send requests to instances that don't serve their model."""
+    found = {document["metadata"]["name"]: found_by(SELECTORS[kind](document["spec"]))
+             for document in documents() if document["kind"] == kind}  # fmt: skip
+    assert found
+    for name, pods in found.items():
+        assert len(sets_of(pods)) == 1, f"{kind} {name} selects {pods}"
+        if kind in ("Deployment", "StatefulSet"):
+            assert pods == [f"{kind}-{name}"]
+
+
+def test_services_send_to_ports_that_answer() -> None:
+    services = [document for document in documents() if document["kind"] == "Service"]
+    for service in services:
+        for pod in found_by(service["spec"]["selector"]):
+            assert {port.get("targetPort", port["port"]) for port in service["spec"]["ports"]} <= ports_of(pod)
+            assert not pod.endswith("workerTemplate")  # answers no users
+    reached = {pod for service in services for pod in found_by(service["spec"]["selector"])}
+    assert reached == {name for name in PODS if not name.endswith("workerTemplate")}
+    groups = {document["metadata"]["name"] for document in documents() if document["kind"] == "LeaderWorkerSet"}
+    assert not groups & {service["metadata"]["name"] for service in services}  # its controller makes one of this name
+
+
+def test_autoscalers_go_by_their_own_pods() -> None:
+    rules = yaml.safe_load((DEPLOY / "kubernetes/prometheus-adapter.yaml").read_text())["rules"]["external"]
+    autoscalers = [document["spec"] for document in documents() if document["kind"] == "HorizontalPodAutoscaler"]
+    assert {spec["metrics"][0]["external"]["metric"]["name"] for spec in autoscalers} == {
+        rule["name"]["as"] for rule in rules
+    }
+    for rule in rules:  # every series that it names is narrowed down
+        series = re.findall(r"<<\.Series>>|ramet:\w+", rule["metricsQuery"])
+        assert len(series) == rule["metricsQuery"].count("{<<.LabelMatchers>>}") > 0
+    for spec in autoscalers:
+        (metric,) = spec["metrics"]
+        selector = metric["external"]["metric"]["selector"]["matchLabels"]
+        pods = found_by(selector)
+        assert sets_of(pods) == {f"{spec['scaleTargetRef']['kind']}-{spec['scaleTargetRef']['name']}"}
+        for pod in pods:
+            ((monitor, _),) = monitors_of(pod)
+            assert selector.keys() <= set(monitor["podTargetLabels"])
+
+
+def monitors_of(pod: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The PodMonitors that select a pod, each with its way to scrape it."""
+    specs = [document["spec"] for document in documents() if document["kind"] == "PodMonitor"]
+    return [
+        (spec, way) for spec in specs if pod in found_by(spec["selector"]["matchLabels"])
+        for way in spec["podMetricsEndpoints"]
+    ]  # fmt: skip
+
+
+def test_every_pod_that_has_metrics_is_scraped_once_with_the_key_that_it_wants() -> None:
+    for pod, template in PODS.items():
+        (container,) = template["spec"]["containers"]
+        if container["args"][0] not in ("serve", "modelexpress-server") or pod.endswith("workerTemplate"):
+            assert monitors_of(pod) == []
+            continue
+        ((_, way),) = monitors_of(pod)
+        assert way["port"] in ports_of(pod) and way["honorLabels"]
+        environment = {one["name"]: one.get("valueFrom", {}) for one in container.get("env", ())}
+        wanted = [
+            environment[name]["secretKeyRef"]
+            for word in container["args"] for name in re.findall(r"^--api-key=\$\((\w+)\)$", word)
+        ]  # fmt: skip
+        assert wanted == ([way["authorization"]["credentials"]] if "authorization" in way else [])
+        assert len(wanted) == (container["args"][0] == "serve")
+        annotations = template["metadata"].get("annotations", {})
+        assert not [one for one in annotations if one.startswith("prometheus.io/")]  # a job that goes by it has no key
+
+
+def test_prometheus_in_compose_sends_the_key() -> None:
+    jobs = {job["job_name"]: job for job in yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]}
+    (names,) = [one["names"] for one in jobs["ramet"]["dns_sd_configs"]]
+    with_key = [name for name, service in COMPOSE["services"].items()
+                if any(word.startswith("--api-key=") for word in service.get("command", ()))]  # fmt: skip
+    assert names == with_key
+    (secret,) = COMPOSE["services"]["prometheus"]["secrets"]
+    assert jobs["ramet"]["authorization"] == {"credentials_file": f"/run/secrets/{secret}"}
+    assert all(f"${{{COMPOSE['secrets'][secret]['environment']}:?}}" in " ".join(COMPOSE["services"][name]["command"])
+               for name in with_key)  # fmt: skip
 
 
 def peers(rules: list[dict[str, Any]], side: str) -> Iterator[tuple[dict[str, str], list[int]]]:
@@ -192,6 +275,50 @@ def test_compose_takes_the_file() -> None:
         assert set(service.get("depends_on", ())) <= set(COMPOSE["services"])
         if isinstance(service.get("build"), dict):
             assert f" AS {service['build']['target']}\n" in (DEPLOY / "Dockerfile").read_text()
+
+
+def test_compose_starts_again_what_has_ended() -> None:
+    """With 0, too, as an instance does that was told to end by something else than Compose."""
+    assert {service.get("restart") for service in COMPOSE["services"].values()} == {"unless-stopped"}
+
+
+def image_environments() -> dict[str, dict[str, str]]:
+    """What the images set, by their names."""
+    stages = re.split(r"^FROM \S+ AS (\w+)$", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    return {
+        f"ramet:{name}": dict(re.findall(r"(\w+)=(\S+)", " ".join(re.findall(r"^ENV (.*)$", text, re.MULTILINE))))
+        for name, text in zip(stages[::2], stages[1::2], strict=True)
+    }
+
+
+CACHES = ("HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+
+
+def instances() -> Iterator[tuple[str, str, dict[str, str], list[str]]]:
+    """Of each set of instances: its name, its image, its own environment, and where it has volumes."""
+    for name, template in PODS.items():
+        for one in template["spec"]["containers"]:
+            if one["args"][0] == "serve":
+                environment = {entry["name"]: entry.get("value", "") for entry in one["env"]}
+                mounts = [mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")]
+                yield name, one["image"], environment, mounts
+    for name, service in COMPOSE["services"].items():
+        if service.get("command", [""])[0] == "serve":
+            mounts = [volume.split(":")[1] for volume in service["volumes"]]
+            yield f"compose-{name}", service["image"], service["environment"], mounts
+
+
+@pytest.mark.parametrize("instance", list(instances()), ids=lambda instance: instance[0])
+def test_what_instances_keep_is_on_volumes(instance: tuple[str, str, dict[str, str], list[str]]) -> None:
+    """Elsewhere the file system may be read-only, and is gone with the container."""
+    _, image, own, mounts = instance
+    environment = image_environments()[image] | own
+    folders = {name: Path(environment[name]) for name in CACHES}
+    assert not [name for name, folder in folders.items() if not any(folder.is_relative_to(one) for one in mounts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+        patch.delenv("RAMET_DIGEST_DIR", raising=False)
+        assert cache_folder("digests", envs.RAMET_DIGEST_DIR).is_relative_to("/cache")
 
 
 def test_prometheus_takes_its_file() -> None:
