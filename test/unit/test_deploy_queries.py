@@ -1,6 +1,7 @@
 """What the autoscaler's query and the alerts of docs/deploy.md find in made-up metrics, by Prometheus' own tool."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from prometheus_process import DEPLOY, alert_queries, autoscaler_query
+from ramet.srt.entrypoints.http.http_counts import HttpCounts
+from ramet.srt.managers.metrics import Metrics
+from ramet.srt.modelexpress.server.server_metrics import ServerMetrics
 
 END_S, STEP_S = 600, 5
 NUM_STEPS = END_S // STEP_S
@@ -31,6 +35,15 @@ def find(folder: Path, query: str, series: dict[str, str], expected: list[float]
     file.write_text(json.dumps({"rule_files": [], "evaluation_interval": f"{STEP_S}s", "tests": [case]}))
     result = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_queries_name_metrics_that_there_are() -> None:
+    metrics = Metrics("m")
+    metrics.registry.register(HttpCounts("m"))
+    text = metrics.render().decode() + ServerMetrics().render().decode()
+    made = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
+    named = {name for query in (autoscaler_query(), *alert_queries()) for name in re.findall(r"ramet[:_]\w+", query)}
+    assert {re.sub("_bucket$", "", name) for name in named} <= made
 
 
 # ---- the autoscaler ----

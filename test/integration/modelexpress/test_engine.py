@@ -190,8 +190,9 @@ def test_every_query_of_the_dashboard_finds_something(mx, replicas, tmp_path):
         while found_nothing := missing():
             assert time.monotonic() < deadline, "\n".join(found_nothing)
         assert prometheus.find("ramet:no_such_metric") == []
-        (queue_time_s,) = prometheus.find(autoscaler_query())
-        assert 0 <= queue_time_s < 5
+        (queue_s,) = prometheus.find(autoscaler_query())
+        assert 0 <= queue_s < 5
+        assert prometheus.find("ramet:queue_oldest_seconds") == [0, 0, 0]  # half of that query
 
 
 async def test_the_fleet_page_shows_who_lives_who_stands_still_and_who_died(mx, replicas, tmp_path):
