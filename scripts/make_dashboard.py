@@ -13,6 +13,7 @@ PATH = Path(__file__).parent.parent / "deploy" / "grafana" / "ramet.json"
 WIDTH, HEIGHT, COLUMNS = 8, 8, 3
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 LABELS = 'model_name=~"$model",instance=~"$instance"'
+NO_PROBES = 'endpoint!~"/health.*|/ping|/ready|/metrics"'
 
 
 class Query(NamedTuple):
@@ -31,8 +32,9 @@ def gauge(name: str, legend: str = "{{instance}}") -> Query:
     return Query(f"ramet:{name}{{{LABELS}}}", legend)
 
 
-def rate(name: str, by: str, legend: str) -> Query:
-    return Query(f"sum by ({by}) (rate(ramet:{name}_total{{{LABELS}}}[$__rate_interval]))", legend)
+def rate(name: str, by: str, legend: str, *more: str) -> Query:
+    labels = ",".join([LABELS, *more])
+    return Query(f"sum by ({by}) (rate(ramet:{name}_total{{{labels}}}[$__rate_interval]))", legend)
 
 
 def quantiles(name: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> list[Query]:
@@ -44,7 +46,7 @@ def quantiles(name: str, shares: tuple[float, ...] = (0.5, 0.9, 0.99)) -> list[Q
 SERVER_BUCKETS = "sum by (method, le) (rate(ramet_modelexpress_call_seconds_bucket[$__rate_interval]))"
 ROWS: dict[str, list[Panel]] = {
     "Requests": [
-        Panel("Answers by status", "reqps", [rate("http_responses", "status_code", "{{status_code}}")]),
+        Panel("Answers by status", "reqps", [rate("http_responses", "status_code", "{{status_code}}", NO_PROBES)]),
         Panel("Requests under way", "short", [gauge("http_requests_active")]),
         Panel(
             "Sequences",
