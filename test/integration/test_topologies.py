@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import random_models as rm
 from cluster import CASES, Case, Cluster, Network, check_registrations, usual_or_all
+from server_process import wait_until
 
 PROMPTS = rm.random_prompts([3, 40, 17])
 NUM_TOKENS = 8
 SEED = "--remote-instance-weight-loader-start-seed-via-transfer-engine"
 LOSS_TIMEOUT_S = 30
+LONG_NUM_TOKENS = 100
+TOLD_TO_END = {"tp4_nodes2": (1, 0), "dp2_tp2_nodes2": (0, 1), "pp2_tp2_nodes2": (1,)}  # in which order; node 0 else
 
 SINGLE_NODE = {  # what is split in one way alone is in the tests of updates, of experts and of clones, too
     "tp2_pp2": Case(tp_size=2, pp_size=2),
@@ -52,7 +55,17 @@ def test_tokens_and_registrations(model, tmp_path: Path, name: str) -> None:
             assert_answers(cluster, expected)
             check_registrations(cluster.head, case)
             everyone = [pid for node in cluster.nodes for pid in node.descendants()]
-            cluster.head.process.send_signal(signal.SIGTERM)
+            with ThreadPoolExecutor() as pool:
+                long = pool.submit(cluster.head.generate, PROMPTS[0], LONG_NUM_TOKENS)
+                wait_until(
+                    lambda: any(one["num_tokens"] for one in cluster.head.request("/get_load")[1]),
+                    "the long request",
+                    20,
+                )
+                for number in TOLD_TO_END.get(name, (0,)):
+                    cluster.nodes[number].process.send_signal(signal.SIGTERM)
+                    time.sleep(0.3)  # as far apart as a controller that deletes pods tells them
+                assert len(long.result()) == LONG_NUM_TOKENS
             assert [node.process.wait(LOSS_TIMEOUT_S) for node in cluster.nodes] == [0] * case.nnodes
         assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()]
 

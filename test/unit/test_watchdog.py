@@ -14,6 +14,7 @@ from ramet.srt.entrypoints.child_watch import ChildWatch
 from ramet.srt.managers import watchdog
 from ramet.srt.managers.pulse import (
     BEATS,
+    END,
     HEARD_WORD,
     MAIN_SLOT,
     OWN_WORD,
@@ -166,7 +167,7 @@ def test_a_rank_sees_whether_the_main_process_beats(board, monkeypatch):
 
 
 def test_words_pass_over_the_board(board):
-    voice = BoardVoice(PulseBoard(board.fd))
+    voice = BoardVoice(PulseBoard(board.fd), slot=2)
     assert voice.own_word() is None
     word = Word("the scheduler (rank 3), process 4 on node 1, has not moved – ü", is_final=True)
     board.put_word(OWN_WORD, word)
@@ -175,6 +176,10 @@ def test_words_pass_over_the_board(board):
     assert set(board.word(HEARD_WORD).text) == {"x"} and not board.word(HEARD_WORD).is_final
     voice.hear(None)
     assert board.word(HEARD_WORD) is None
+    assert not voice.is_told_to_end()
+    board.put(MAIN_SLOT, END, 1)
+    voice.hear_end(3)
+    assert voice.is_told_to_end() and board.get(2, END) == 3
 
 
 def test_the_limits_leave_time_for_the_end():

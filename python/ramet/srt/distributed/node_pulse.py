@@ -17,6 +17,7 @@ PULSE_TIMEOUT_S = 15.0
 PULSE_DOUBT_S = 5.0  # of silence, after which the other nodes' /health says so
 SUSPECT_TIMEOUT_S = 6.0  # instead of PULSE_TIMEOUT_S once an operation between ranks has broken off
 SUSPECT_KEY = "suspect"
+END_KEY = "asks-for-end"  # a node other than 0 that was told to end
 STORE_TIMEOUT_S = 10.0
 LONGEST_STEP_S = 3 * PULSE_PERIOD_S  # that counts between two looks: a pause of this process is nobody's silence
 
@@ -76,12 +77,20 @@ class NodePulse:
                     store.set(f"left/{self._node}", "")
                     self._on_end()
                     return
+                self._pass_end_on(store)
                 self._voice.hear(self._look(store, step_s))
         except _Lost as loss:
             self._lose(str(loss))
         except (dist.DistError, RuntimeError, ValueError) as error:
             if not self._closing.is_set():
                 self._lose(f"node 0 can't be reached any more: {first_line(error)}")
+
+    def _pass_end_on(self, store: dist.Store) -> None:
+        """Have node 0 end the instance if another node was told to end: it alone knows when the requests have ended."""
+        if self._node == 0 and store.check([END_KEY]):
+            self._voice.hear_end(int(store.get(END_KEY)))
+        elif self._node > 0 and self._voice.is_told_to_end():
+            store.set(END_KEY, str(self._node))
 
     def _lose(self, line: str) -> None:
         self._voice.hear(Word(line, is_final=True))

@@ -1,4 +1,4 @@
-"""Owns what the processes of an instance say about one that doesn't move. No torch."""
+"""Owns what nodes of an instance say to each other: whose process doesn't move, who was told to end. No torch."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,3 +30,9 @@ class NodeVoice(Protocol):
 
     def hear(self, word: Word | None, /) -> None:
         """What another node says, or what its silence means; None once all move."""
+
+    def is_told_to_end(self) -> bool:
+        """Whether this node was told to end, and waits for node 0 to end the instance."""
+
+    def hear_end(self, node: int, /) -> None:
+        """Such a node, 1 or above, as node 0 hears of it."""

@@ -241,14 +241,20 @@ class ChildProcesses:
             raise LaunchError(f"the {child.name} reported a {type(message).__name__} while starting")
         return message
 
-    def watch(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None = None) -> None:
+    def watch(
+        self,
+        on_death: Callable[[str], None],
+        on_end: Callable[[], None] | None = None,
+        on_asked: Callable[[int], None] | None = None,
+    ) -> None:
         """Call `on_death` with one line, in a thread of its own, when a child ends though nobody has stopped it.
 
         Args:
             on_end: called instead when a child has ended in good order; without it, that is a death too.
+            on_asked: called with the number of another node that was told to end.
         """
         if self._watch is not None:
-            self._watch.serve()
+            self._watch.serve(on_asked)
         self._watch_all(on_death, on_end)
 
     def _watch_all(self, on_death: Callable[[str], None], on_end: Callable[[], None] | None) -> None:
@@ -264,6 +270,11 @@ class ChildProcesses:
 
         for child in self._children:
             threading.Thread(target=wait_for, args=(child,), name=f"watch {child.name}", daemon=True).start()
+
+    def ask_for_end(self) -> None:
+        """Have node 0 end the instance, which this is another node of."""
+        if self._watch is not None:
+            self._watch.ask_for_end()
 
     @property
     def doubt(self) -> str | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ramet.srt.distributed.words import Word
 from ramet.srt.managers.pulse import (
     BEATS,
+    END,
     HEARD_WORD,
     MAIN_SLOT,
     OWN_WORD,
@@ -48,6 +49,7 @@ class ChildWatch:
         self._loop_turns: int | None = None  # of the event loop, from its beginning to its end
         self._loop = Stillness()
         self._is_judging = True
+        self._on_asked: Callable[[int], None] | None = None
         self._ticks = Ticks(self.limits.period_s)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -59,9 +61,18 @@ class ChildWatch:
     def start(self) -> None:
         self._thread.start()
 
-    def serve(self) -> None:
-        """The instance is up: processor time of the main process is no sign of life any more."""
+    def serve(self, on_asked: Callable[[int], None] | None) -> None:
+        """The instance is up: processor time of the main process is no sign of life any more.
+
+        Args:
+            on_asked: called once, on node 0, with the number of a node that was told to end, if there is one.
+        """
         self.board.put(MAIN_SLOT, SERVES, 1)
+        self._on_asked = on_asked
+
+    def ask_for_end(self) -> None:
+        """Let node 0 know that this node was told to end."""
+        self.board.put(MAIN_SLOT, END, 1)
 
     def loop_turned(self) -> None:
         """To be called by the event loop in each period, from the first call on until `loop_ends`."""
@@ -107,8 +118,15 @@ class ChildWatch:
             for process in self._processes:
                 process.look(self.board, step_s)
             self.loop_seen(step_s)
+            self._hear_end()
             if self._is_judging:
                 self._judge()
+
+    def _hear_end(self) -> None:
+        node = max((self.board.get(process.slot, END) for process in self._processes), default=0)
+        if node > 0 and self._on_asked is not None:
+            self._on_asked(node)
+            self._on_asked = None
 
     def _judge(self) -> None:
         found = judge(self._processes)

@@ -245,7 +245,7 @@ class EngineCore:
 
     async def _serve(self) -> None:
         try:
-            self.instance.open(on_death=self._on_death)
+            self.instance.open(on_death=self._on_death, on_end=self._end.set)
             if await self.instance.wait_ready(self._end):
                 self._started.put(None)
                 await self._end.wait()

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT_S = 3  # for the last answers to reach their clients once nothing runs any more
 KEEP_ALIVE_S = 60
+HEAD_TIMEOUT_S = 300.0  # beyond --drain-timeout, for what node 0 does after it: a profile may take it minutes
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -84,6 +85,7 @@ class HttpServer:
         self._instance = instance
         self._listener = listener
         self._end = asyncio.Event()  # set by a signal or a death
+        self._has_signal = False
         self._checker = BodyChecker(instance.model_config.vocab_size)
         self._app = create_app(instance, self._checker if instance.is_head else None)
         self._server = make_server(self._app, instance.server_args)
@@ -120,12 +122,27 @@ class HttpServer:
             raise LaunchError(instance.death)
 
     def _on_signal(self, name: str) -> None:
-        if self._end.is_set():
+        if self._has_signal:
             logger.warning("%s again: ending at once", name)
             self._instance.kill_processes()
             logging.shutdown()
             os._exit(1)
-        logger.info("%s: running requests may end within %g s", name, self._instance.server_args.drain_timeout)
+        self._has_signal = True
+        drain_s = self._instance.server_args.drain_timeout
+        if self._end.is_set():
+            logger.info("%s: the end has begun already", name)  # another node, or a death, has been faster
+            return
+        if self._instance.ask_for_end():
+            logger.info("%s: node 0 is told, and ends this node when its requests have ended", name)
+            asyncio.get_running_loop().call_later(drain_s + HEAD_TIMEOUT_S, self._give_head_up)
+            return
+        logger.info("%s: running requests may end within %g s", name, drain_s)
+        self._end.set()
+
+    def _give_head_up(self) -> None:
+        logger.warning(
+            "node 0 has not ended the instance within %g s of --drain-timeout; this node ends", HEAD_TIMEOUT_S
+        )
         self._end.set()
 
 

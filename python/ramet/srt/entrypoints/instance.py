@@ -165,7 +165,8 @@ class Instance:
         """Make the tokenizer manager on the running event loop, and call `on_death` there when a child ends.
 
         Args:
-            on_end: called there on a node other than 0 when node 0 has ended the instance in good order.
+            on_end: called there when another node ends the instance in good order: on node 0 when one was told to end,
+                so that requests may still end; on others when node 0 has ended.
 
         Raises:
             ValueError: if the tokenizer can't be read.
@@ -186,10 +187,15 @@ class Instance:
             assert on_end is not None
             loop.call_soon_threadsafe(on_end)
 
+        def report_asked(node: int) -> None:
+            logger.info("node %d was told to end, so the instance ends", node)
+            report_end()
+
         assert self._children is not None
         self._turning = loop.create_task(self._children.follow_loop())
         self._on_death = report_death
         self._on_end = None if on_end is None else report_end
+        self._on_asked = None if on_end is None else report_asked
         if self.is_head:
             self._open_manager()
 
@@ -297,8 +303,8 @@ class Instance:
                 await ready
             return False
         schedulers = await ready
-        self._children.watch(self._on_death, None if self.is_head else self._on_end)
         if self.is_head:
+            self._children.watch(self._on_death, on_asked=self._on_asked)
             self.manager.connect(schedulers[0].scheduler_addresses)
             givers = schedulers[0].load_report.instances
             loading = asyncio.create_task(self._load_adapters(givers))
@@ -307,6 +313,8 @@ class Instance:
                 await asyncio.to_thread(self.stop_processes)
                 return False
             await loading
+        else:
+            self._children.watch(self._on_death, self._on_end)
         self._start_serving(schedulers)
         return True
 
@@ -360,6 +368,14 @@ class Instance:
         self.weight_updates.await_first()
         if self.doors.gives_weights:
             self.doors.close_for_weights()
+
+    def ask_for_end(self) -> bool:
+        """Have node 0 end the instance, with this node, once requests have ended; whether that is for node 0 to do."""
+        if self.is_head or not self.schedulers:
+            return False
+        assert self._children is not None
+        self._children.ask_for_end()
+        return True
 
     async def drain(self) -> None:
         """Refuse new requests and let the running ones end, for up to --drain-timeout; then abort them.

@@ -19,8 +19,9 @@ from ramet.srt.distributed.words import Word
 MAIN_SLOT = 0
 WORD_NBYTES = 1024  # of text, its length before it
 LENGTH = struct.Struct("=Q")
-SLOT = struct.Struct("=QQQ")  # beats; whether it serves; what its main thread is at
-BEATS, SERVES, TASK = range(3)
+SLOT = struct.Struct("=QQQQ")  # beats; whether it serves; what its main thread is at; who is to end
+BEATS, SERVES, TASK, END = range(4)
+NUM_FIELDS = 4
 OWN_WORD, HEARD_WORD = range(2)
 LATE_PERIODS = 2.5  # without a beat, after which a process is late
 HEADER_NBYTES = 2 * (LENGTH.size + WORD_NBYTES)
@@ -79,10 +80,10 @@ class PulseBoard:
             self.fd = -1
 
     def get(self, slot: int, field: int) -> int:
-        return self._numbers[3 * slot + field]
+        return self._numbers[NUM_FIELDS * slot + field]
 
     def put(self, slot: int, field: int, value: int) -> None:
-        self._numbers[3 * slot + field] = value
+        self._numbers[NUM_FIELDS * slot + field] = value
 
     def word(self, which: int) -> Word | None:
         """OWN_WORD: what other nodes are to hear of this one. HEARD_WORD: what they say, or don't."""
@@ -100,10 +101,15 @@ class PulseBoard:
 
 
 class BoardVoice:
-    """A NodeVoice: what nodes say of their processes passes over the board, as the main process judges them."""
+    """A NodeVoice: what nodes say passes over the board, where main processes put it and find it.
 
-    def __init__(self, board: PulseBoard):
+    Args:
+        slot: of the process that speaks for its node.
+    """
+
+    def __init__(self, board: PulseBoard, slot: int):
         self._board = board
+        self._slot = slot
         self._heard: Word | None = None
 
     def own_word(self) -> Word | None:
@@ -113,6 +119,12 @@ class BoardVoice:
         if word != self._heard:
             self._heard = word
             self._board.put_word(HEARD_WORD, word)
+
+    def is_told_to_end(self) -> bool:
+        return self._board.get(MAIN_SLOT, END) > 0
+
+    def hear_end(self, node: int) -> None:
+        self._board.put(self._slot, END, node)
 
 
 class LauncherBeats:

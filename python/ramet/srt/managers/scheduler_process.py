@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         from ramet.srt.managers.rank import RankStart
 
     launcher = LauncherBeats(board, WatchLimits(args.watchdog_timeout).period_s)
-    start = RankStart(config, BoardVoice(board), launcher.move)
+    start = RankStart(config, BoardVoice(board, config.slot), launcher.move)
     try:
         if config.is_spare:
             start.warm_up()
