@@ -21,8 +21,8 @@ The model may stand alone: `ramet serve MODEL`.
 
 `--config FILE` reads flags from a YAML file; those of the command line go before it. Keys are flags without their
 dashes at the front, `-` and `_` are the same inside, other spellings count, too. A switch is `true` or `false`, `null`
-is as good as no line, a list is several values, an object is JSON. Values stay as they are written: `1.10` is no number
-where a name is expected. An unknown key, and one that is there twice, is an error:
+is as good as no line, a list is several values where a flag takes them, an object is JSON. Values stay as they are
+written: `1.10` is no number where a name is expected. An unknown key, and one that is there twice, is an error:
 
 ```text
 model: org/name

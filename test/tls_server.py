@@ -12,8 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
-def make_certificates(folder: Path) -> Path:
-    """Write ca.pem, and server.pem with server.key for 127.0.0.1, which it has signed. Returns `folder`."""
+def make_certificates(folder: Path, days: int = 2) -> Path:
+    """Write ca.pem, and server.pem with server.key for 127.0.0.1, which it has signed. Returns `folder`.
+
+    Args:
+        days: for which the server's is valid; below 0 its time is over.
+    """
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True, timeout=60)
@@ -23,8 +27,8 @@ def make_certificates(folder: Path) -> Path:
             "-addext", "keyUsage=critical,keyCertSign,cRLSign")  # fmt: skip
     openssl("req", *new_key, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=seed")
     (folder / "extensions").write_text("subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
-    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-            "-extfile", "extensions", "-out", "server.pem")  # fmt: skip
+    openssl("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+            "-days", str(days), "-extfile", "extensions", "-out", "server.pem")  # fmt: skip
     return folder
 
 

@@ -91,8 +91,10 @@ def test_a_file_as_people_write_it(tmp_path: Path) -> None:
     [
         ("modle-path: m", "has modle-path, which is no flag (did you mean model-path?)"),
         ("xyz: 1", "has xyz, which is no flag"),
-        ("help: true", "has help, which is no flag"),
-        ("config: other.yaml", "has config, which is no flag"),
+        *((f"{name}: x", f"has {name}, which is for the command line alone") for name in ("help", "version", "config")),
+        ("verson: true", "has verson, which is no flag"),
+        ("model-path: [x]", "c.yaml, model-path takes one value, not a list"),
+        ("tp-size: [2, 4]", "c.yaml, tp-size takes one value, not a list"),
         ("port: 1\nport: 2", "has port and port, which are one flag"),
         ("tp: 1\ntensor_parallel_size: 2", "has tp and tensor_parallel_size, which are one flag"),
         ("log-requests: maybe", "log-requests must be true or false"),

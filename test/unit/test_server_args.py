@@ -101,7 +101,7 @@ def test_a_digest_is_64_hex_digits_or_that_of_the_files() -> None:
     config = ServerArgs(model_path="m", weights_digest=digest).load_config()
     assert config.weights_digest == digest.lower()
     assert ServerArgs(model_path="m", weights_digest="files").load_config().weights_digest == "files"
-    for wrong in ("", "abc", digest + "0", "g" * 64, "sha256:" + digest):
+    for wrong in ("abc", digest + "0", "g" * 64, "sha256:" + digest):
         with pytest.raises(ValueError, match="--weights-digest must be 64 hex digits, as ramet digest prints them"):
             ServerArgs(model_path="m", weights_digest=wrong)
     with pytest.raises(ValueError, match="--weights-digest and --load-format dummy"):
@@ -124,3 +124,32 @@ def test_parsers_are_known_and_go_together() -> None:
         ServerArgs(model_path="m", tool_call_parser="qwen4")
     with pytest.raises(ValueError, match="don't go together"):
         ServerArgs(model_path="m", tool_call_parser="gpt-oss", reasoning_parser="qwen3")
+
+
+TEXTS = [field.name for field in fields(ServerArgs) if "str" in str(field.type) and not field.metadata["choices"]]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+@pytest.mark.parametrize("name", TEXTS)
+def test_an_empty_text_is_refused_wherever_it_is_not_the_default(name: str, text: str) -> None:
+    several = next(field for field in fields(ServerArgs) if field.name == name).metadata["several"]
+    if (name, text) == ("root_path", ""):
+        ServerArgs(model_path="m", root_path="")
+        return
+    with pytest.raises(ValueError, match=f"^{flag_name(name)} must not be empty"):
+        ServerArgs(**{"model_path": "m", name: ("a", text) if several else text})
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://*.example", "https://ui.*", "https://ui.example:443", "http://ui.example:80", "*.example"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="^--cors-allow-origins"):
+        ServerArgs(model_path="m", cors_allow_origins=("https://ok.example", origin))
+    ServerArgs(model_path="m", cors_allow_origins=("*", "https://ui.example:8443", "http://[::1]:8080"))
+
+
+def test_a_level_without_lines_is_refused() -> None:
+    with pytest.raises(ValueError, match="^--log-requests-level needs --log-requests$"):
+        ServerArgs(model_path="m", log_requests_level=2)
+    assert ServerArgs(model_path="m", log_requests=True, log_requests_level=2).log_requests_level == 2

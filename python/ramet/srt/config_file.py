@@ -9,6 +9,7 @@ from ramet.srt.cli_parser import CliParser, JoinAction, did_you_mean
 CONFIG_FLAG = "--config"
 SWITCH = {"true": True, "false": False}
 NOTHING = ("", "null", "~")  # unless in quotes
+JSON_LISTS = ("-send-weights-group-ports",)  # ends of flags whose one value is a list
 NAMELESS = ("help", "version", "config")  # flags that mean nothing in a file
 
 
@@ -16,10 +17,10 @@ def read_config_file(path: str, parser: CliParser) -> list[str]:
     """The flags of a file as arguments for `parser`. A value stays as it is written: 1.10 is no number here.
 
     Keys are flags with or without their dashes at the front; inside, _ is as good as -. A switch is true or false, null
-    is the same as no line, a list is several values, and an object is JSON.
+    is the same as no line, a list is several values where a flag takes them, and an object is JSON.
 
     Raises:
-        ValueError: if it can't be read, or has a key that is no flag, or one twice.
+        ValueError: if it can't be read, or has a key that is no flag, one twice, or several values for a flag of one.
     """
     import yaml  # seldom needed at a start
 
@@ -52,8 +53,12 @@ def _flag_of(key: Any, path: str, actions: dict[str, Action]) -> str:
     """The flag that a key means. Raises ValueError."""
     word = str(key.value).strip()
     name = "--" + word.lstrip("-").replace("_", "-")
-    if name not in actions or name[2:] in NAMELESS:
-        hint = did_you_mean(name, (one for one in actions if one.startswith("--"))).replace(" --", " ")
+    if name[2:] in NAMELESS:
+        raise ValueError(f"{CONFIG_FLAG}: {path} has {word}, which is for the command line alone")
+    if name not in actions:
+        hint = did_you_mean(name, (one for one in actions if one.startswith("--") and one[2:] not in NAMELESS)).replace(
+            " --", " "
+        )
         raise ValueError(f"{CONFIG_FLAG}: {path} has {word}, which is no flag{hint}")
     return name
 
@@ -68,6 +73,8 @@ def _arguments(name: str, action: Action, node: Any, where: str) -> list[str]:
             raise ValueError(f"{where} must be true or false")
         return [name] if is_on else []
     takes_several = action.nargs == "+" or isinstance(action, JoinAction)
+    if node.id == "sequence" and not takes_several and not name.endswith(JSON_LISTS):
+        raise ValueError(f"{where} takes one value, not a list")
     nodes = node.value if node.id == "sequence" and takes_several else [node]
     return [f"{name}={_text(one)}" for one in nodes]
 

@@ -1,5 +1,6 @@
 """Owns what the flags must be together."""
 
+import dataclasses
 import os
 import re
 
@@ -12,12 +13,15 @@ from ramet.srt.utils.net import split_address
 from ramet.srt.weights.content_digest import parse_digest
 from ramet.srt.weights.version import check_version
 
-ORIGIN = re.compile(r"https?://[^/\s?#@]+")
+ORIGIN = re.compile(r"https?://[^/\s?#@*]+")
+USUAL_PORT = re.compile(r"http://.*:80|https://.*:443")
+CHECKED_KEYS = ("api_key", "admin_api_key")  # in words of their own
 ROOT_PATH = re.compile(r"(/[^/\s?#]+)+")
 
 
 def check_server_args(args: ServerFacts) -> None:
     """Raises ValueError, which names the flags, if some contradict each other or can't be used."""
+    _check_texts(args)
     _check_files(args)
     _check_task(args)
     _check_passes(args)
@@ -29,13 +33,19 @@ def check_server_args(args: ServerFacts) -> None:
     _check_allowed_hosts(args)
     _check_origins(args)
     _check_root_path(args)
-    _check_traces(args)
+    _check_log(args)
     _check_lora(args)
 
 
+def _check_texts(args: ServerFacts) -> None:
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        texts = value if isinstance(value, tuple | list) else (value,)
+        if field.name not in CHECKED_KEYS and value != field.default and "" in [str(text).strip() for text in texts]:
+            raise ValueError(f"{flag_name(field.name)} must not be empty")
+
+
 def _check_files(args: ServerFacts) -> None:
-    if not args.model_path:
-        raise ValueError("--model-path must not be empty")
     if args.weights_digest is not None and args.load_format == "dummy":
         raise ValueError("--weights-digest and --load-format dummy contradict each other")
     if args.awaits_weights:
@@ -182,24 +192,20 @@ def _check_certificates(args: ServerFacts) -> None:
             reason = error.strerror or str(error)
             raise ValueError(f"--ssl-ca-certs: no certificates in {args.ssl_ca_certs}: {reason}") from None
     if args.ssl_certfile is not None:
-        password = args.ssl_keyfile_password or ""  # without one the library would ask whoever sits at the terminal
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
-                args.ssl_certfile, args.ssl_keyfile, lambda: password
-            )
-        except OSError as error:
-            files = f"{args.ssl_certfile} and {args.ssl_keyfile or 'the key in it'}"
-            reason = error.strerror or str(error)
-            raise ValueError(f"--ssl-certfile and --ssl-keyfile: {files} can't be used: {reason}") from None
+        from ramet.srt.utils.tls_certificate import server_context
+
+        server_context(args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password)
 
 
 def _check_origins(args: ServerFacts) -> None:
     for origin in args.cors_allow_origins:
         if origin != ANY_HOST and not ORIGIN.fullmatch(origin):
             raise ValueError(
-                "--cors-allow-origins takes origins, as in https://ui.example or http://localhost:8080, or *; got "
-                f"{origin!r}"
+                "--cors-allow-origins takes origins, as in https://ui.example or http://localhost:8080, or * "
+                f"alone for all; got {origin!r}"
             )
+        if USUAL_PORT.fullmatch(origin):
+            raise ValueError(f"--cors-allow-origins: browsers leave the port of {origin} out, and so must you")
 
 
 def _check_root_path(args: ServerFacts) -> None:
@@ -207,7 +213,9 @@ def _check_root_path(args: ServerFacts) -> None:
         raise ValueError(f"--root-path must be a path without a slash at its end, as in /llm; got {args.root_path!r}")
 
 
-def _check_traces(args: ServerFacts) -> None:
+def _check_log(args: ServerFacts) -> None:
+    if args.log_requests_level and not args.log_requests:
+        raise ValueError("--log-requests-level needs --log-requests")
     endpoint = args.otlp_traces_endpoint
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
         split_address(endpoint, "--otlp-traces-endpoint")

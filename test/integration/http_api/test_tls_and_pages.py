@@ -37,6 +37,14 @@ async def test_pages_of_named_origins_call_by_https(model: str, server: ServerPr
         assert_old_clients_are_told(secure)
 
 
+def test_an_expired_certificate_is_said_at_the_start(model: str, tmp_path: Path) -> None:
+    folder = make_certificates(tmp_path, days=-1)
+    flags = ("--ssl-certfile", str(folder / "server.pem"), "--ssl-keyfile", str(folder / "server.key"))
+    with ServerProcess(Path(model), tmp_path / "log", *flags) as secure:
+        line = "WARNING the certificate of --ssl-certfile expired on"
+        wait_until(lambda: line in secure.output, "the line about the certificate")
+
+
 def assert_old_clients_are_told(secure: ServerProcess) -> None:
     """Who speaks no TLS, or trusts nobody, gets no answer; the log says why, and the server goes on."""
     port = int(secure.url.rsplit(":", 1)[1])

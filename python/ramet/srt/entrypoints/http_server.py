@@ -24,6 +24,7 @@ from ramet.srt.entrypoints.listener import BACKLOG, shares
 from ramet.srt.server_args import ServerArgs
 from ramet.srt.text.template_process import end_template_processes
 from ramet.srt.utils.http_guard import HttpLimits, guarded_protocol, room_for_connections
+from ramet.srt.utils.net import reachable_host
 from ramet.srt.utils.tls_log import log_handshakes
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def make_server(app: ASGIApp, args: ServerArgs) -> "SignalFreeServer":
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
     )
-    return SignalFreeServer(config, f"listening on {args.url()}")
+    listed_as = reachable_host(args.host) if args.modelexpress is not None and args.node_rank == 0 else None
+    return SignalFreeServer(config, f"listening on {args.url()}", listed_as)
 
 
 class HttpServer:
@@ -147,18 +149,33 @@ class HttpServer:
 
 
 class SignalFreeServer(uvicorn.Server):
-    """uvicorn's server without its own idea of signals, which says in a line of ours when it takes requests."""
+    """uvicorn's server without its own idea of signals, which says in a line of ours when it takes requests.
 
-    def __init__(self, config: uvicorn.Config, line: str) -> None:
+    Args:
+        listed_as: the host that a metadata server names to clones; None if none does.
+    """
+
+    def __init__(self, config: uvicorn.Config, line: str, listed_as: str | None = None) -> None:
         super().__init__(config)
         self._line = line
+        self._listed_as = listed_as
+        self._watch: asyncio.Task[None] | None = None  # over the certificate
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self.config.ssl is not None:
+            from ramet.srt.utils.tls_certificate import watch_certificate
+
             log_handshakes(self.config.ssl)
+            certificate = str(self.config.ssl_certfile)
+            self._watch = asyncio.create_task(watch_certificate(self.config.ssl, certificate, self._listed_as))
         await super().startup(sockets)
         if self.started:
             logger.info("%s", self._line)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
