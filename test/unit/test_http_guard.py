@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -146,7 +147,8 @@ def test_why_a_request_is_none_stands_in_the_answer_and_in_one_line_of_the_log(
     message = f"this is no valid HTTP request: {reason}"
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"] == message
     (line,) = [record for record in caplog.messages if "127.0.0.1" in record or "Invalid" in record]
-    assert line.startswith("refused: a request from 127.0.0.1: 4") and line.endswith(message)
+    logged = re.sub("'.*'", "…", message)  # what has come may be anything, such as a header with a key
+    assert line.startswith("refused: a request from 127.0.0.1: 4") and line.endswith(logged)
 
 
 def test_long_bodies_share_a_rate_and_short_ones_do_not_wait(

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
-from ramet.srt.observability.logs import MAX_MESSAGE_CHARS, JsonFormatter, OneLineFormatter, Seldom, escape_text
+from ramet.srt.observability.logs import (
+    MAX_MESSAGE_CHARS,
+    JsonFormatter,
+    OneLineFormatter,
+    Seldom,
+    SeldomFrom,
+    escape_text,
+)
 from ramet.srt.observability.request_record import RequestRecord, begin_request
 
 
@@ -103,3 +110,21 @@ def test_lines_of_a_request_bear_its_id() -> None:
     assert contextvars.copy_context().run(both) == ("done request_id=id-7", "id-7")
     assert contextvars.copy_context().run(afterwards) == "done", "of work that all requests share"
     assert OneLineFormatter("%(message)s").format(record) == "done"
+
+
+def test_what_a_library_repeats_is_seldom_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("ramet.srt.observability.logs.time.monotonic", lambda: now)
+    seldom = SeldomFrom(60.0, "opentelemetry")
+
+    def passes(name: str, level: int, text: str) -> str | None:
+        record = logging.LogRecord(name, level, __file__, 0, text, (), None)
+        return record.getMessage() if seldom.filter(record) else None
+
+    grpc, sdk = "opentelemetry.exporter.otlp.proto.grpc.exporter", "opentelemetry.sdk._shared_internal"
+    assert passes(grpc, logging.WARNING, "transient") == "transient"
+    assert passes(grpc, logging.ERROR, "failed") == "failed", "another level is another line"
+    assert [passes(one, logging.ERROR, "failed again") for one in (grpc, sdk, grpc)] == [None] * 3
+    assert passes("ramet.x", logging.ERROR, "ours") == passes("opentelemetryx", logging.ERROR, "ours") == "ours"
+    now += 60.0
+    assert passes(sdk, logging.ERROR, "failed") == "failed (3 more like this since the last line)"

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from ramet.srt.entrypoints.http import request_log
+from ramet.srt.entrypoints.http import logged_text, request_log
 from ramet.srt.entrypoints.http.http_counts import HttpCounts
 from ramet.srt.entrypoints.http.http_front import FrontMiddleware
-from ramet.srt.entrypoints.http.request_log import Exchange, LogConfig, RequestLines, RequestLogMiddleware
+from ramet.srt.entrypoints.http.request_log import Exchange, LogConfig, RequestLines, RequestLogMiddleware, Trace
 from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput
 from ramet.srt.managers.prepare_requests import SequenceInput
@@ -73,7 +73,7 @@ async def test_only_refused_ones_have_a_line_by_themselves(lines: list[logging.L
     await ask("/bad?x=1")
     await ask("/broken")
     refused, broken = lines
-    assert refused.getMessage() == 'refused: GET /bad?x=1 from 127.0.0.1: 404 no "such"\nthing'
+    assert refused.getMessage() == 'refused: GET /bad?x=… from 127.0.0.1: 404 no "such"\nthing'
     assert broken.getMessage() == "refused: GET /broken from 127.0.0.1: 200 it broke off"
     assert refused.fields["error"] == 'no "such"\nthing' and refused.fields["status"] == 404
 
@@ -82,7 +82,7 @@ async def test_the_combined_log_format_with_what_it_cost(lines: list[logging.Log
     await ask("/root/a/?q=1", method="HEAD", log_requests=True)
     await ask("/bad", log_requests=True)
     done, refused = map(OneLineFormatter("%(message)s").format, lines)
-    assert '] "HEAD /root/a/?q=1 HTTP/1.1" 200 7 "-" "a \\"b\\"" seconds=' in done
+    assert '] "HEAD /root/a/?q=… HTTP/1.1" 200 7 "-" "a \\"b\\"" seconds=' in done
     assert done.endswith(
         "rid=r prompt_tokens=3 cached_tokens=0 completion_tokens=2 queue_seconds=0.25 ttft_seconds=0.75 "
         "finish_reason=stop weight_version=v1 request_id=id-1"
@@ -171,3 +171,67 @@ async def test_counts_by_route_and_status() -> None:
     assert found == {("/a", "GET", "200"): 2, ("/bad", "GET", "404"): 1, ("other", "GET", "200"): 2,
                      ("/a", "other", "200"): 1}  # fmt: skip
     assert sum(sample.value for sample in requests.samples) == 6 and active.samples[0].value == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        ("messages must be a list, not 'my private words about'", "messages must be a list, not '…'"),
+        ("messages must be a list, not 'secret'", "messages must be a list, not '…'"),
+        ("messages must be a list, not 'my private words that are cut of", "messages must be a list, not '…'"),
+        ("role can't be 'it\\'s \"mine\"'", "role can't be '…'"),
+        ('prompt must be a string, not "it\'s mine"', 'prompt must be a string, not "…"'),
+        ("metadata['my private key'] must be given", "metadata['…'] must be given"),
+        ("there is no response 'resp_1f' (any more)", "there is no response 'resp_1f' (any more)"),
+        ("the model 'Org/x-7B' does not exist; this instance serves 'tiny'",) * 2,
+        (f"the model {'x' * 900!r} does not exist; this instance serves 'tiny'",
+         "the model '…' does not exist; this instance serves 'tiny'"),
+        ("temperature must be at least 0, not -1", "temperature must be at least 0, not -1"),
+        ("the body can't be parsed: it doesn't end", "the body can't be parsed: it doesn't end"),
+        ("w " * 500, "w " * 200 + "… (600 more characters)"),
+    ],
+)  # fmt: skip
+def test_what_users_write_is_taken_out_of_errors(error: str, logged: str) -> None:
+    assert logged_text.without_texts(error) == logged
+
+
+async def wordy_app(scope: Scope, receive: Receive, send: Send) -> None:
+    error = {"message": "messages must be a list, not 'my private words'", "type": "t", "param": None, "code": None}
+    await JSONResponse({"error": error}, 400)(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_shown"),
+    [
+        ({}, False),
+        ({"log_requests": True, "level": 1}, False),
+        ({"log_requests": True, "level": 2}, True),
+    ],
+)
+async def test_below_level_2_no_line_or_span_has_what_users_write(
+    lines: list[logging.LogRecord], config: dict[str, Any], is_shown: bool
+) -> None:
+    spans: list[str | None] = []
+    trace = Trace(lambda _name, _headers: object(), lambda _exchange, _record, error: spans.append(error))
+    logged = RequestLogMiddleware(wordy_app, HttpCounts("m"), ["/a"], LogConfig(**config), trace)
+    transport = httpx.ASGITransport(FrontMiddleware(logged))
+    async with httpx.AsyncClient(transport=transport, base_url="http://h") as client:
+        target = f"/a/{'p' * 4000}?api_key=QUERYSECRET&SECRETALONE&x%20y=SECRET"
+        await client.get(target, headers={"Referer": "http://ui/page?key=SECRET#SECRET", "User-Agent": "u" * 4000})
+    logged.flush()
+    (line,) = lines
+    for form in (OneLineFormatter("%(message)s"), JsonFormatter("server")):
+        text = form.format(line)
+        assert ("my private words" in text) == is_shown and len(text) < 4000 and "SECRET" not in text
+    assert [("private" in str(error)) for error in spans] == [is_shown]
+
+
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        ("", ""), ("rank=1", "?rank=…"), ("api_key=S&rank=2", "?api_key=…&rank=…"), ("S", "?…"), ("a b=S", "?…"),
+        ("a=b=c", "?a=…"),
+    ],
+)  # fmt: skip
+def test_the_names_of_a_query_are_logged_and_not_its_values(query: str, shown: str) -> None:
+    assert logged_text.logged_target("/p", query) == f"/p{shown}"

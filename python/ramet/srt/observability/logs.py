@@ -165,18 +165,37 @@ class Seldom(logging.Filter):
         self._num_left_out: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        beginning = next((one for one in self._beginnings if str(record.msg).startswith(one)), None)
-        if beginning is None:
+        kind = self.kind(record)
+        if kind is None:
             return True
         now = time.monotonic()
-        if now < self._next.get(beginning, 0.0):
-            self._num_left_out[beginning] = self._num_left_out.get(beginning, 0) + 1
+        if now < self._next.get(kind, 0.0):
+            self._num_left_out[kind] = self._num_left_out.get(kind, 0) + 1
             return False
-        self._next[beginning] = now + self._period_s
-        num_left_out = self._num_left_out.pop(beginning, 0)
+        self._next[kind] = now + self._period_s
+        num_left_out = self._num_left_out.pop(kind, 0)
         if num_left_out:
             record.msg = f"{record.msg} ({num_left_out} more like this since the last line)"
         return True
+
+    def kind(self, record: logging.LogRecord) -> str | None:
+        """Messages of a kind count together; None for those that always pass."""
+        return next((one for one in self._beginnings if str(record.msg).startswith(one)), None)
+
+
+class SeldomFrom(Seldom):
+    """The same for all that a library says, level by level.
+
+    Args:
+        library: its loggers' first name.
+    """
+
+    def __init__(self, period_s: float, library: str) -> None:
+        super().__init__(period_s)
+        self._library = library
+
+    def kind(self, record: logging.LogRecord) -> str | None:
+        return record.levelname if record.name.partition(".")[0] == self._library else None
 
 
 def configure_logging(level: str, process: str, form: str = "text") -> None:

@@ -11,7 +11,7 @@ class RequestRecord:
 
     request_id: str  # the caller's X-Request-Id, or one of our own
     method: str = "GET"  # and
-    target: str = "/"  # path with query, as the caller has them
+    target: str = "/"  # path as the caller has it, with the names in its query
     is_given: bool = False  # whether it is the caller's, who may use it again
     is_over: bool = False  # answered: what still runs in its name, such as what was started for all, is not its own
     span: Any = None  # of a trace, where there are traces

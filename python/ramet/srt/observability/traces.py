@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import ramet
+from ramet.srt.observability.logs import SeldomFrom
 from ramet.srt.observability.request_record import current_request
 
 logger = logging.getLogger(__name__)
 
+LOG_PERIOD_S = 60.0
 CLOSE_TIMEOUT_S = 3.0  # for what is left to reach the collector
 PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 GRPC, HTTP = "grpc", "http/protobuf"
@@ -116,12 +118,15 @@ def _nanoseconds(unix_seconds: float) -> int:
 
 
 _tracers: list[Tracer] = []
+_complaints = SeldomFrom(LOG_PERIOD_S, "opentelemetry")  # of a collector that is not there, or does not answer
 
 
 def start_traces(endpoint: str, attributes: Attributes) -> Tracer:
     """Send this process's spans from now on. Raises what Tracer raises."""
     tracer = Tracer(endpoint, attributes)
     _tracers.append(tracer)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_complaints)
     return tracer
 
 
@@ -129,6 +134,8 @@ def stop_traces() -> None:
     """Send no more of them."""
     while _tracers:
         _tracers.pop().close()
+    for handler in logging.getLogger().handlers:
+        handler.removeFilter(_complaints)
 
 
 def tracer() -> Tracer | None:

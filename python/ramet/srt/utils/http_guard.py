@@ -41,6 +41,7 @@ LOG_PERIOD_S = 10.0
 FULL = "all %d connections of the HTTP server are in use (--max-connections)"
 NO_FILES = "the HTTP server has no files left to open (ulimit -n)"
 QUOTED = re.compile(r"bytearray\(b?('.*'|\".*\")\)")  # what h11 quotes of a request
+INVALID = "this is no valid HTTP request"
 TLS_BEGINNING = b"\x16\x03"
 
 
@@ -212,13 +213,19 @@ class GuardedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         error = self.conn.error
         reason = QUOTED.sub(r"\1", str(error))[:200] if error else msg
+        logged = QUOTED.sub("…", str(error))[:200] if error else msg
         if self.conn.trailing_data[0].startswith(TLS_BEGINNING):
-            reason = "it begins as TLS does; this server is reached by http://"
-        self.refuse(400 if error is None else error.error_status_hint, f"this is no valid HTTP request: {reason}")
+            reason = logged = "it begins as TLS does; this server is reached by http://"
+        status = 400 if error is None else error.error_status_hint
+        self.refuse(status, f"{INVALID}: {reason}", f"{INVALID}: {logged}")
 
-    def refuse(self, status: int, message: str) -> None:
-        """Answer what can't be answered otherwise, if there is still a way to, and close the connection."""
-        logger.info("refused: a request from %s: %d %s", (self.client or ("-",))[0], status, message)
+    def refuse(self, status: int, message: str, logged: str | None = None) -> None:
+        """Answer what can't be answered otherwise, if there is still a way to, and close the connection.
+
+        Args:
+            logged: what the log says, if the message quotes what may be secret.
+        """
+        logger.info("refused: a request from %s: %d %s", (self.client or ("-",))[0], status, logged or message)
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()

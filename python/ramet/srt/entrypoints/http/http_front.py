@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ramet.srt.entrypoints.http.http_access import ADMIN_PATHS
+from ramet.srt.entrypoints.http.logged_text import MAX_METHOD_CHARS, cut, logged_target
 from ramet.srt.observability.request_record import RequestRecord, begin_request
 from ramet.srt.utils.http_origin import OriginCheck
 
@@ -39,7 +40,8 @@ class FrontMiddleware:
         is_given = REQUEST_ID.fullmatch(request_id) is not None
         if not is_given:
             request_id = uuid.uuid4().hex.encode()
-        record = RequestRecord(request_id.decode("ascii"), scope["method"], target_of(scope), is_given)
+        method = cut(scope["method"], MAX_METHOD_CHARS)
+        record = RequestRecord(request_id.decode("ascii"), method, target_of(scope), is_given)
         begin_request(record)
 
         async def send_with_id(message: Message) -> None:
@@ -63,9 +65,8 @@ class FrontMiddleware:
 
 
 def target_of(scope: Scope) -> str:
-    """Path and query, as they came."""
-    query = scope["query_string"].decode("latin-1")
-    return scope["path"] + (f"?{query}" if query else "")
+    """The path as it came, with the names in its query."""
+    return logged_target(scope["path"], scope["query_string"].decode("latin-1"))
 
 
 def without_root(path: str, root_path: str) -> str:

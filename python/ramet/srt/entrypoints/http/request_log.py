@@ -1,6 +1,7 @@
 """Owns what is written down of each HTTP request once it has ended: a count, a line of the log. Plain ASGI.
 
-A refused request always has a line, with the reason. Others have one with --log-requests.
+A refused request always has a line, with the reason. Others have one with --log-requests. Below level 2 neither has
+what users write: logged_text.py.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ramet.srt.entrypoints.http.event_stream import CLIENT_GONE_STATUS
 from ramet.srt.entrypoints.http.http_access import HEALTH_PATHS
 from ramet.srt.entrypoints.http.http_counts import OTHER_ENDPOINT, HttpCounts
+from ramet.srt.entrypoints.http.logged_text import MAX_TARGET_CHARS, cut, without_query, without_texts
 from ramet.srt.observability.logs import written_together
 from ramet.srt.observability.request_record import RequestRecord, current_request
 
@@ -135,6 +137,8 @@ class RequestLogMiddleware:
         self._counts.count(self._endpoint(scope), record.method, exchange.status)
         error = exchange.error or record.error
         is_refused = error is not None and exchange.status != CLIENT_GONE_STATUS
+        if error is not None and not (self._config.log_requests and self._config.level >= WITH_BEGINNINGS):
+            error = without_texts(error)
         if self._config.log_requests:
             self._lines.add(exchange, record, error)
         elif is_refused and scope["path"] not in HEALTH_PATHS:
@@ -206,7 +210,8 @@ def _line_of(exchange: Exchange, record: RequestRecord, level: int, error: str |
     """The combined log format, then what the request cost as name=value."""
     scope = exchange.scope
     headers = dict(scope["headers"])
-    referrer, agent = (headers.get(name, b"-").decode("latin-1") for name in (b"referer", b"user-agent"))
+    referrer = without_query(headers.get(b"referer", b"-").decode("latin-1"))
+    agent = cut(headers.get(b"user-agent", b"-").decode("latin-1"), MAX_TARGET_CHARS)
     request = f"{record.method} {record.target} HTTP/{scope['http_version']}"
     line = (
         f"{exchange.client} - - [{_moment(int(exchange.begun_at))}] {_quoted(request)} {exchange.status} "
