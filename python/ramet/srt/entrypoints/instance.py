@@ -188,7 +188,8 @@ class Instance:
             loop.call_soon_threadsafe(on_end)
 
         def report_asked(node: int) -> None:
-            logger.info("node %d was told to end, so the instance ends", node)
+            drain_s = self.server_args.drain_timeout
+            logger.info("node %d was told to end: running requests may end within %g s", node, drain_s)
             report_end()
 
         assert self._children is not None
