@@ -8,6 +8,7 @@ import os
 import httpx
 import pytest
 import random_models as rm
+from generate_check import check_generate_twice
 from server_process import ServerProcess
 
 SEED = ("--remote-instance-weight-loader-start-seed-via-transfer-engine", "--engine-info-bootstrap-port", "0")
@@ -19,20 +20,7 @@ takes_long = pytest.mark.skipif(not os.environ.get("RAMET_KILLS"), reason="RAMET
 
 
 def check(server, expected, logprobs):
-    """Tokens and log-probabilities, by HTTP; twice, as the second time most of it comes from the cache."""
-    body = {
-        "input_ids": PROMPTS,
-        "sampling_params": {"max_new_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True},
-        "return_logprob": True,
-        "logprob_start_len": -1,
-    }
-    for _ in range(2):
-        answers = httpx.post(f"{server.url}/generate", json=body, timeout=120).json()
-        assert [answer["output_ids"] for answer in answers] == expected
-        for answer, wanted in zip(answers, logprobs, strict=True):
-            got = [logprob for logprob, *_ in answer["meta_info"]["output_token_logprobs"]]
-            assert got == pytest.approx(wanted, abs=1e-4)
-    assert answers[0]["meta_info"]["cached_tokens"] >= 64
+    assert check_generate_twice(server, PROMPTS, NUM_TOKENS, expected, logprobs) >= 64
 
 
 def answers_of_transformers(folder):

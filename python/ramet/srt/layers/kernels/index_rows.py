@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ramet.srt.layers.kernels.latent_rows import turn
+from ramet.srt.layers.kernels.latent_rows import pair_columns, turn
 from ramet.srt.layers.kernels.runtime import can_launch_early, next_power_of_2
 
 HEADS_PER_PROGRAM = 16
@@ -48,12 +48,7 @@ def _index_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK_HALF)
     pair_mask = pairs < HALF
-    if IS_INTERLEAVED:
-        firsts = 2 * pairs
-        seconds = firsts + 1
-    else:
-        firsts = pairs
-        seconds = pairs + HALF
+    firsts, seconds = pair_columns(pairs, HALF, IS_INTERLEAVED)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

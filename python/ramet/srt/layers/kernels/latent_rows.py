@@ -13,6 +13,18 @@ HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
+def pair_columns(pairs, HALF: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """Where the two coordinates of each rotating pair stand among the columns that rotate."""
+    if IS_INTERLEAVED:
+        firsts = 2 * pairs
+        seconds = firsts + 1
+    else:
+        firsts = pairs
+        seconds = pairs + HALF
+    return firsts, seconds
+
+
+@triton.jit
 def turn(first, second, cos_ptr, sin_ptr, token, pairs, pair_mask, HALF: tl.constexpr):
     """Two [heads, pairs] of coordinates, turned by the angles of a token; float32."""
     cos = tl.load(cos_ptr + token * HALF + pairs, mask=pair_mask, other=0.0).to(tl.float32)[None, :]
@@ -51,12 +63,7 @@ def _store_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, BLOCK_HALF)
     pair_mask = pairs < HALF
-    if IS_INTERLEAVED:
-        firsts = 2 * pairs
-        seconds = firsts + 1
-    else:
-        firsts = pairs
-        seconds = pairs + HALF
+    firsts, seconds = pair_columns(pairs, HALF, IS_INTERLEAVED)
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
