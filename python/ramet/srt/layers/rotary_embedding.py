@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ramet.srt.configs.rope_config import ORIGINAL_LENGTH, RopeConfig
+from ramet.srt.layers.kernels.runtime import use_kernels
 
 
 class Rotation(NamedTuple):
@@ -100,6 +101,15 @@ class RotaryEmbedding:
         Args:
             is_long: bool [num_tokens]; see ForwardBatch.
         """
+        query_scale = None
+        if self.query_beta:
+            growth = torch.log(1 + torch.floor(positions / self.original_length))
+            query_scale = (1 + self.query_beta * growth).to(self.dtype).view(-1, 1, 1)
+        if use_kernels(positions):
+            from ramet.srt.layers.kernels.cos_sin import cos_sin
+
+            sets = (self.long_inv_freq, is_long)
+            return Rotation(*cos_sin(positions, self.inv_freq, self.scale, self.dtype, *sets), query_scale)
         frequencies = self.inv_freq
         if self.long_inv_freq is not None and is_long is not None:
             frequencies = torch.where(is_long.unsqueeze(-1), self.long_inv_freq, self.inv_freq)
@@ -107,10 +117,6 @@ class RotaryEmbedding:
         cos, sin = angles.cos(), angles.sin()
         if self.scale != 1:
             cos, sin = cos * self.scale, sin * self.scale
-        query_scale = None
-        if self.query_beta:
-            growth = torch.log(1 + torch.floor(positions / self.original_length))
-            query_scale = (1 + self.query_beta * growth).to(self.dtype).view(-1, 1, 1)
         return Rotation(cos.to(self.dtype).unsqueeze(1), sin.to(self.dtype).unsqueeze(1), query_scale)
 
 

@@ -1,13 +1,26 @@
 """Owns how the new tokens of a pass become tensors on the device, where it is launched and where it is captured."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 from ramet.srt.batch.batch_plan import LAST_TOKEN
 from ramet.srt.batch.forward_batch_info import ForwardBatch, ForwardMode
 from ramet.srt.batch.pass_tokens import GroupedTokens, PassTokens
+from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool
 from ramet.srt.utils.device import to_device
+
+
+class TokenPlaces(NamedTuple):
+    """Of the tokens of a pass; see ForwardBatch."""
+
+    input_ids: torch.Tensor
+    out_cache_loc: torch.Tensor
+    seq_lens: torch.Tensor  # as if each token were a sequence
+    window_cache_loc: torch.Tensor | None
+    is_long: torch.Tensor | None
 
 
 def token_inputs(tokens: PassTokens) -> np.ndarray:
@@ -34,26 +47,23 @@ def make_forward_batch(
     if grouped is not None:
         all_rows, all_ids = to_device(group_inputs(grouped), torch.int64, device)
         lora_slots = grouped.lora_slots
-    has_unknown = LAST_TOKEN in (tokens.ids if grouped is None else grouped.ids)
-    input_ids = _known_ids(req_pool, all_rows, all_ids) if has_unknown else all_ids
-    if tokens.is_decode:
-        sequence_rows, seq_lens = rows, positions + 1
-    else:
+    places = _token_places(req_pool, page_size, rows, positions, all_rows, all_ids)
+    sequence_rows, seq_lens = rows, places.seq_lens
+    if not tokens.is_decode:
         sequence_rows, seq_lens = to_device(np.stack([tokens.rows, tokens.ends]), torch.int64, device)
-    pages = req_pool.req_to_page[rows, positions // page_size]
     return ForwardBatch(
         forward_mode=ForwardMode.DECODE if tokens.is_decode else ForwardMode.EXTEND,
-        input_ids=input_ids,
+        input_ids=places.input_ids,
         positions=positions,
-        out_cache_loc=_cache_slots(page_size, pages, positions),
+        out_cache_loc=places.out_cache_loc,
         req_to_page=req_pool.req_to_page,
         rows=sequence_rows,
         seq_lens=seq_lens.to(torch.int32),
         tokens=tokens,
-        is_long=_is_long(req_pool, rows),
+        is_long=places.is_long,
         window_map=req_pool.window_map,
         state_slots=req_pool.state_slots,
-        window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
+        window_cache_loc=places.window_cache_loc,
         lora_slots=lora_slots,
         group_sizes=None if grouped is None else grouped.sizes,
         own_group=0 if grouped is None else grouped.own_group,
@@ -80,42 +90,55 @@ def make_captured_batch(
         (all_rows, all_ids), own = groups
     width = req_pool.req_to_page.shape[1]
     zeros = np.zeros(len(rows), dtype=np.int64)
-    pages = req_pool.req_to_page[rows, positions // page_size]
+    places = _token_places(req_pool, page_size, rows, positions, all_rows, all_ids)
     return ForwardBatch(
         forward_mode=forward_mode,
-        input_ids=_known_ids(req_pool, all_rows, all_ids),
+        input_ids=places.input_ids,
         positions=positions,
-        out_cache_loc=_cache_slots(page_size, pages, positions),
+        out_cache_loc=places.out_cache_loc,
         req_to_page=req_pool.req_to_page,
         rows=rows,
-        seq_lens=(positions + 1).to(torch.int32),
+        seq_lens=places.seq_lens,
         tokens=PassTokens(zeros, zeros + (width * page_size - 1), zeros + 1, zeros),
-        is_long=_is_long(req_pool, rows),
+        is_long=places.is_long,
         window_map=req_pool.window_map,
         state_slots=req_pool.state_slots,
-        window_cache_loc=_window_slots(req_pool, page_size, pages, positions),
+        window_cache_loc=places.window_cache_loc,
         group_sizes=None if groups is None else [len(rows)] * (len(all_rows) // len(rows)),
         own_group=own,
         is_captured=True,
     )
 
 
-def _known_ids(req_pool: ReqToPagePool, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The ids, with that of the row's last token for LAST_TOKEN."""
-    return torch.where(ids == LAST_TOKEN, req_pool.last_tokens.index_select(0, rows), ids)
+def _token_places(
+    req_pool: ReqToPagePool,
+    page_size: int,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    id_rows: torch.Tensor,
+    ids: torch.Tensor,
+) -> TokenPlaces:
+    """What the tokens' rows, all int64, tell of them; `id_rows` and `ids` may be those of more tokens."""
+    table, last_tokens, window_map, is_long = (
+        req_pool.req_to_page, req_pool.last_tokens, req_pool.window_map, req_pool.is_long,
+    )  # fmt: skip
+    if use_kernels(rows):
+        from ramet.srt.layers.kernels.token_places import token_places
 
-
-def _is_long(req_pool: ReqToPagePool, rows: torch.Tensor) -> torch.Tensor | None:
-    return None if req_pool.is_long is None else req_pool.is_long.index_select(0, rows)
+        kept = {"window_map": window_map, "is_long": is_long}
+        known = (rows, positions, id_rows, ids, table, last_tokens)
+        return TokenPlaces(*token_places(*known, page_size=page_size, last_token_id=LAST_TOKEN, **kept))
+    pages = table[rows, positions // page_size]
+    window_pages = None if window_map is None else window_map[pages]
+    return TokenPlaces(
+        input_ids=torch.where(ids == LAST_TOKEN, last_tokens.index_select(0, id_rows), ids),
+        out_cache_loc=_cache_slots(page_size, pages, positions),
+        seq_lens=(positions + 1).to(torch.int32),
+        window_cache_loc=None if window_pages is None else _cache_slots(page_size, window_pages, positions),
+        is_long=None if is_long is None else is_long.index_select(0, rows),
+    )
 
 
 def _cache_slots(page_size: int, pages: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """int64 [num_tokens]: the KV slot of each token, whose page is given."""
     return pages * page_size + positions % page_size
-
-
-def _window_slots(
-    req_pool: ReqToPagePool, page_size: int, pages: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor | None:
-    """The same in layers with a window, if those have pages of their own."""
-    return None if req_pool.window_map is None else _cache_slots(page_size, req_pool.window_map[pages], positions)

@@ -133,10 +133,13 @@ def _piece_kernel(
     rows = tl.arange(0, BLOCK_ROWS)
     dims = tl.arange(0, BLOCK_RANK)
     rope_dims = tl.arange(0, BLOCK_ROPE)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     num_tokens = tl.load(piece_ptr + 2)
+    # As in paged_attention: programs with nothing to do make room at once, but for one.
+    if (num_tokens == 0) & (tl.program_id(0) > 0):
+        return
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if num_tokens == 0:
         return
     row, tokens, start, stop, place = load_piece(piece_ptr)

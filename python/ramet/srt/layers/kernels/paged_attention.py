@@ -181,6 +181,10 @@ def _piece_kernel(
     q_positions = tl.load(positions_ptr + tokens, mask=row_mask, other=-1).to(tl.int32)
     first_part = tl.load(starts_ptr + tokens, mask=row_mask, other=0)
     is_part = first_part < tl.load(starts_ptr + tokens + 1, mask=row_mask, other=0)
+    # Most programs of a captured pass have nothing to do: those make room at once. One waits in any case, or kernels
+    # that wait for this one would not wait for those before it.
+    if (num_tokens == 0) & (tl.program_id(0) > 0):
+        return
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
