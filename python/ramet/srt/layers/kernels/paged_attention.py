@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ramet.srt.layers.kernels.combine_pieces import LOG2, LOG2_E, combine
+from ramet.srt.layers.kernels.prefetch import prefetch_sectors
 from ramet.srt.layers.kernels.runtime import (
     can_launch_early,
     dot_precision,
@@ -16,6 +17,7 @@ from ramet.srt.layers.kernels.runtime import (
 
 MIN_DOT_ROWS = 16  # the least that the matrix units take
 NO_WINDOW = 2**30
+PREFETCH_TOKENS = 8  # so few don't keep the memory busy: their first keys come into the L2 cache while q is made
 NO_LIMIT = tl.constexpr(2**30)
 
 
@@ -115,6 +117,21 @@ def load_piece(piece_ptr):
 
 
 @triton.jit
+def _prefetch_keys(
+    k_ptr, v_ptr, table_ptr, map_ptr, cache_stride, start, stop, HEAD_DIM: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, HAS_MAP: tl.constexpr,
+):  # fmt: skip
+    """The first BLOCK_KEYS keys and values of [start, stop), or what is there in place of those being made."""
+    SECTOR: tl.constexpr = 256 // k_ptr.dtype.element_ty.primitive_bitwidth
+    NUM: tl.constexpr = HEAD_DIM // SECTOR
+    positions = tl.maximum(tl.minimum(start + tl.arange(0, BLOCK_KEYS), stop - 1), 0)
+    slots = key_offsets(table_ptr, positions, None, cache_stride, PAGE_SIZE, False, map_ptr, HAS_MAP)
+    sectors = slots[:, None] + (tl.arange(0, NUM) * SECTOR)[None, :]
+    prefetch_sectors(k_ptr + sectors)
+    prefetch_sectors(v_ptr + sectors)
+
+
+@triton.jit
 def end_of_open_keys(start, stop, q_positions, row_mask, BLOCK_KEYS: tl.constexpr):
     """Up to where, in whole blocks from `start` on, all rows see all keys."""
     seen_by_all = tl.minimum(stop, tl.min(tl.where(row_mask, q_positions, NO_LIMIT), axis=0) + 1)
@@ -157,6 +174,7 @@ def _piece_kernel(
     HAS_SCALES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    PREFETCHES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes one piece, for the query heads of one KV head: row i is head i % GROUP of token i // GROUP.
@@ -185,6 +203,13 @@ def _piece_kernel(
     # that wait for this one would not wait for those before it.
     if (num_tokens == 0) & (tl.program_id(0) > 0):
         return
+    k_ptr = k_cache_ptr + kv_head * HEAD_DIM
+    v_ptr = v_cache_ptr + kv_head * HEAD_DIM
+    table_ptr += row * table_stride
+    if PREFETCHES:
+        _prefetch_keys(
+            k_ptr, v_ptr, table_ptr, map_ptr, cache_stride, start, stop, HEAD_DIM, BLOCK_KEYS, PAGE_SIZE, HAS_MAP
+        )
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -196,9 +221,6 @@ def _piece_kernel(
     maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    k_ptr = k_cache_ptr + kv_head * HEAD_DIM
-    v_ptr = v_cache_ptr + kv_head * HEAD_DIM
-    table_ptr += row * table_stride
     if HAS_OPEN_KEYS:
         open_stop = end_of_open_keys(start, stop, q_positions, row_mask, BLOCK_KEYS)
         acc, total, maximum = _attend(
@@ -285,6 +307,7 @@ def paged_attention(
     early = can_launch_early(q.device)
     launch = {"launch_pdl": True} if early else {}
     block_dim = max(16, next_power_of_2(head_dim))
+    prefetches = early and len(q) <= PREFETCH_TOKENS and block_dim == head_dim >= 32
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Of the same type with and without partial results: the kernels are compiled anew for another.
     partial = torch.empty((pieces.num_partials, num_heads, head_dim), dtype=torch.float32, device=q.device)
@@ -326,6 +349,7 @@ def paged_attention(
             HAS_SCALES=kv_scales is not None,
             HAS_SINKS=sinks is not None,
             HAS_MAP=page_map is not None,
+            PREFETCHES=prefetches,
             EARLY=early,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
