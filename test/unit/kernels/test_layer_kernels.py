@@ -77,6 +77,41 @@ def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, h
     assert (cache[:, others] == 7.0).all()
 
 
+@pytest.mark.parametrize("num_parts", [1, 3, 7])
+def test_rotation_of_a_row_in_parts(device, num_parts):
+    """The sum of the parts is rotated, normed and stored as a row is."""
+    from ramet.srt.layers.kernels.rotary import rotate_and_store
+
+    num_heads, num_kv_heads, head_dim, slots = 6, 2, 24, torch.tensor([5], device=device)
+    rope = RopeConfig(theta=10000.0, rotary_factor=0.75)
+    rotary = RotaryEmbedding(rope, head_dim, torch.float32, device).cos_sin(torch.tensor([17], device=device))[:2]
+    parts = torch.randn(num_parts, (num_heads + 2 * num_kv_heads) * head_dim, device=device)
+    norms = torch.randn(2, head_dim, device=device)
+    caches = torch.zeros(2, 2, 9, num_kv_heads, head_dim, device=device)
+    options = {"num_q_heads": num_heads, "q_norm": norms[0], "k_norm": norms[1], "eps": 1e-6}
+    before = parts.clone()
+    expected = rotate_and_store(parts.sum(0, keepdim=True), rotary, slots, *caches[0], **options)
+    got = rotate_and_store(parts, rotary, slots, *caches[1], **options, sum_dtype=torch.float32)
+    close(got, expected)
+    close(caches[1], caches[0])
+    assert torch.equal(parts, before) and got.shape == (1, num_heads, head_dim) and got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("num_parts, size", [(1, 64), (5, 300), (70, 128)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_begin_of_a_norm_of_sums(device, num_parts, size, offset):
+    """It lacks a factor that depends on all columns, and has what that is made of."""
+    from ramet.srt.layers.kernels.add_sums import add_sums
+
+    parts, residual = torch.randn(num_parts, size, device=device), torch.randn(1, size, device=device)
+    weight, total = torch.randn(size, device=device), residual + parts.sum(0, keepdim=True)
+    values, squares = add_sums(parts, residual, weight, offset)
+    torch.testing.assert_close(residual, total, atol=1e-4, rtol=1e-5)
+    factor = torch.rsqrt(squares.sum() / size + 1e-5)
+    expected = torch.nn.functional.rms_norm(total, (size,), weight + offset, 1e-5)
+    torch.testing.assert_close(values * factor, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_rotation_beside_gates_and_what_they_scale(device):
     """Behind each query stands a gate: the kernels do with the others what they do without."""
     from ramet.srt.layers.kernels.output_gate import gate_output

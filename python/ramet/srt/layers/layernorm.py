@@ -7,6 +7,7 @@ from torch import nn
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, shard_box
+from ramet.srt.layers.row_sums import RowSums, UnscaledRow
 
 
 class RMSNorm(nn.Module):
@@ -40,6 +41,12 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
         residual = x + residual
         return self.forward(residual), residual
+
+    def begin(self, sums: RowSums, residual: torch.Tensor) -> UnscaledRow:
+        """norm(sums + residual) but for its factor, by a kernel; the sum takes residual's memory."""
+        from ramet.srt.layers.kernels.add_sums import add_sums
+
+        return UnscaledRow(*add_sums(sums.parts, residual, self.weight, self.offset), self.eps)
 
 
 class ShardedRMSNorm(RMSNorm):

@@ -125,9 +125,11 @@ def _token_places(
     if use_kernels(rows):
         from ramet.srt.layers.kernels.token_places import token_places
 
-        kept = {"window_map": window_map, "is_long": is_long}
-        known = (rows, positions, id_rows, ids, table, last_tokens)
-        return TokenPlaces(*token_places(*known, page_size=page_size, last_token_id=LAST_TOKEN, **kept))
+        found = token_places(
+            rows, positions, id_rows, ids, table, last_tokens,
+            page_size=page_size, last_token_id=LAST_TOKEN, window_map=window_map, is_long=is_long,
+        )  # fmt: skip
+        return TokenPlaces(*found)
     pages = table[rows, positions // page_size]
     window_pages = None if window_map is None else window_map[pages]
     return TokenPlaces(

@@ -1,5 +1,7 @@
 """Owns the decoder that all model families are: its layers are built from the traits that a config was read into."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -16,11 +18,13 @@ from ramet.srt.layers.mlp import GatedMLP
 from ramet.srt.layers.moe import SparseMoeBlock
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, Rotation
+from ramet.srt.layers.row_sums import RowSums, whole
 from ramet.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.models.attention_block import AttentionBlock
 from ramet.srt.models.delta_net import DeltaNet
 from ramet.srt.models.latent_attention import LatentAttention
+from ramet.srt.models.row_path import RowPath, row_path_of
 from ramet.srt.models.stage_border import choice_columns, take_choice, with_choice
 
 # A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
@@ -127,6 +131,11 @@ class DecoderLayer(nn.Module):
         for name in filter(None, self.norm_names):
             self.add_module(name, model.make_norm(f"{prefix}.{name}"))
         self.multiplier = config.traits.residual_multiplier
+        self.dtype = model.dtype
+
+    @functools.cached_property
+    def _row_path(self) -> RowPath | None:
+        return row_path_of(self, self.dtype)
 
     @staticmethod
     def _make_attention(model: "DecoderForCausalLM", spec: LayerSpec, layer_id: int, prefix: str) -> AttentionBlock:
@@ -156,14 +165,17 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | RowSums,
         residual: torch.Tensor | None,
         rotaries: list[Rotation],
         forward_batch: ForwardBatch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | RowSums, torch.Tensor]:
         """(hidden states, residual), both [num_tokens, hidden_size]; a stage's first layer is given no residual."""
         before_attention, after_attention, before_mlp, after_mlp = self.norm_names
         rotary = None if self.rotary_id is None else rotaries[self.rotary_id]
+        if self._row_path is not None and self._row_path.takes(x, forward_batch):
+            return self._row_path.forward(x, residual, rotary, forward_batch)
+        x = whole(x)
         x, residual = self._enter(before_attention, x, residual)
         x = self._leave(after_attention, getattr(self, self.attention_name)(x, rotary, forward_batch))
         x, residual = self._enter(before_mlp, x, residual)
@@ -253,6 +265,7 @@ class DecoderModel(nn.Module):
         x, residual = first(x, None, rotaries, forward_batch)
         for layer in others:
             x, residual = layer(x, residual, rotaries, forward_batch)
+        x = whole(x)
         if self.parallel.is_last_stage:
             x = self.norm.add_and_norm(x, residual)[0]
             return x if sizes is None else gather_attention_groups(x, sizes)

@@ -13,6 +13,7 @@ from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
+from ramet.srt.layers.row_sums import RowSums
 from ramet.srt.mem_cache.memory_pool import KVSpec, TokenToKVPool
 from ramet.srt.weights.manifest import WeightBox
 
@@ -83,13 +84,13 @@ class RadixAttention(nn.Module):
         return self.backend.forward(q * scales[0], self.layer, forward_batch) * scales[1]
 
     def rotate_and_store(
-        self, qkv: torch.Tensor, rotary: Rotation | None, norms: HeadNorms | None, forward_batch: ForwardBatch
+        self, qkv: torch.Tensor | RowSums, rotary: Rotation | None, norms: HeadNorms | None, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Norm and rotate q and k, and write k and v to the cache.
 
         Args:
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], with gates num_heads more; but for them it
-                may be overwritten.
+                may be overwritten. Of one token on a GPU, also the sums of it, without gates.
             rotary: None for a layer without positions.
             norms: of each head; None for none.
 
@@ -99,11 +100,12 @@ class RadixAttention(nn.Module):
         slots, layer_id = forward_batch.out_cache_loc, self.layer.layer_id
         if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
             slots = forward_batch.window_cache_loc
-        if use_kernels(qkv) and (not self.kv_pool.is_fp8 or has_fp8_units(qkv.device)):
+        rows, sum_dtype = qkv if isinstance(qkv, RowSums) else (qkv, None)
+        if self.has_kernels(rows):
             from ramet.srt.layers.kernels import rotary as kernel
 
             q = kernel.rotate_and_store(
-                qkv,
+                rows,
                 None if rotary is None else rotary[:2],
                 slots,
                 *self.kv_pool.get_kv_buffer(layer_id),
@@ -114,9 +116,10 @@ class RadixAttention(nn.Module):
                 norm_offset=norms.q.offset if norms is not None else 0.0,
                 has_gates=self.has_gate,
                 kv_scales=self.layer.kv_scales,
+                sum_dtype=sum_dtype,
             )
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
-        heads = qkv.unflatten(-1, (-1, self.kv.key_dim))
+        heads = rows.unflatten(-1, (-1, self.kv.key_dim))
         num_query_heads = (1 + self.has_gate) * self.num_heads
         q = heads[:, : num_query_heads : 1 + self.has_gate]
         k, v = heads[:, num_query_heads:].split(self.kv.num_kv_heads, dim=1)
@@ -127,6 +130,10 @@ class RadixAttention(nn.Module):
             q = q if rotary.query_scale is None else q * rotary.query_scale
         self.kv_pool.set_kv_buffer(layer_id, slots, k, v, self.layer.kv_scales)
         return q
+
+    def has_kernels(self, x: torch.Tensor) -> bool:
+        """Whether a kernel does what is done where `x` is."""
+        return use_kernels(x) and (not self.kv_pool.is_fp8 or has_fp8_units(x.device))
 
     def gated(self, out: torch.Tensor, qkv: torch.Tensor) -> torch.Tensor:
         """The output [num_tokens, num_heads, columns], scaled by the gates that stand among the queries of `qkv`."""

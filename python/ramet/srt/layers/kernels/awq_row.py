@@ -107,9 +107,74 @@ def _sum_of_splits(ptrs, num_splits, split_stride, SIZE: gl.constexpr, LAYOUT: g
     return total
 
 
+@gluon.jit
+def _finish_tile(
+    out_ptr,
+    partial_ptr,
+    bias_ptr,
+    counts_ptr,
+    num_words,
+    TILE_WORDS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):
+    """Add up the sums of all splits, if this program is the last one of its tile, or of one in each half."""
+    _barrier()  # all of the program's sums are there before it counts
+    num_halves: gl.constexpr = 1 if ACTIVATION == "" else 2
+    num_tiles, num_splits = gl.num_programs(0), gl.num_programs(1)
+    half_tile = gl.program_id(0) % (num_tiles // num_halves)
+    if gl.atomic_add(counts_ptr + half_tile, 1, sem="acq_rel") == num_splits * num_halves - 1:
+        SUM: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, NUM_WARPS], [1, 0])
+        outputs = half_tile * TILE_WORDS * NUM + gl.arange(0, TILE_WORDS * NUM, gl.SliceLayout(0, SUM))
+        num_outputs = num_words * NUM
+        width = num_outputs // num_halves
+        y = _sum_of_splits(partial_ptr + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
+        if HAS_BIAS:
+            y += gl.load(bias_ptr + outputs, mask=outputs < width, other=0.0).to(gl.float32)
+        if num_halves == 2:
+            up = _sum_of_splits(partial_ptr + width + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
+            if HAS_BIAS:
+                up += gl.load(bias_ptr + width + outputs, mask=outputs < width, other=0.0).to(gl.float32)
+            y = activate(y, ACTIVATION) * up
+        gl.store(out_ptr + outputs, y.to(out_ptr.dtype.element_ty), mask=outputs < width)
+        gl.store(counts_ptr + half_tile, 0)
+
+
+@gluon.jit
+def _gated(parts_ptr, columns, mask, size, PARTS: gl.constexpr, ACTIVATION: gl.constexpr):
+    """act(first half) * second half of a row in parts, at some columns of `size`."""
+    gate = gl.load(parts_ptr + columns, mask=mask, other=0.0)
+    up = gl.load(parts_ptr + size + columns, mask=mask, other=0.0)
+    for part in gl.static_range(1, PARTS):
+        gate += gl.load(parts_ptr + part * 2 * size + columns, mask=mask, other=0.0)
+        up += gl.load(parts_ptr + (part * 2 + 1) * size + columns, mask=mask, other=0.0)
+    return activate(gate, ACTIVATION) * up
+
+
+@gluon.jit
+def _read_x(
+    x_ptr, columns, mask, num_columns, INPUT: gl.constexpr, PARTS: gl.constexpr, ACTIVATION: gl.constexpr
+):  # fmt: skip
+    if INPUT == "gated":
+        x = _gated(x_ptr, columns, mask, num_columns, PARTS, ACTIVATION)
+    else:
+        x = gl.load(x_ptr + columns, mask=mask, other=0.0)
+    return x
+
+
+@gluon.jit
+def _norm_factor(squares_ptr, num_squares, size, eps, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """1 / sqrt(mean of the squares + eps)."""
+    places = gl.arange(0, BLOCK, LAYOUT)
+    total = gl.sum(gl.load(squares_ptr + places, mask=places < num_squares, other=0.0), axis=0)
+    return tl.rsqrt(total / size + eps)
+
+
 @gluon.jit(do_not_specialize=["num_groups", "each"])
 def _awq_row_kernel(
     x_ptr,
+    squares_ptr,
     values_ptr,
     scales_ptr,
     zeros_ptr,
@@ -123,6 +188,12 @@ def _awq_row_kernel(
     value_stride,
     scale_stride,
     zero_stride,
+    num_squares,
+    eps,
+    INPUT: gl.constexpr,
+    X_PARTS: gl.constexpr,
+    BLOCK_SQUARES: gl.constexpr,
+    LEAVES_SUMS: gl.constexpr,
     GROUP: gl.constexpr,
     X_GROUPS: gl.constexpr,
     WORDS: gl.constexpr,
@@ -137,8 +208,10 @@ def _awq_row_kernel(
 ):
     """One program sums `each` groups of columns of a tile of words.
 
-    It leaves its sums in partial[split, output], and the last one of a tile, or of one in each half, adds them up.
-    `counts` tells how many of a tile have come, and is zero again after.
+    It leaves its sums in partial[split, output]. Unless that is all that is asked for, the last one of a tile, or of
+    one in each half, adds them up: `counts` tells how many of a tile have come, and is zero again after.
+
+    INPUT is "row", "unscaled" or "gated", see Input. ACTIVATION is that of the input, or else of the output.
 
     The product's rows are words, and its columns are groups of columns: x is zero in those of other groups. x is scaled
     by a power of two to the upper end of float16, which has more digits than bfloat16: what is 2^29 times smaller than
@@ -153,7 +226,7 @@ def _awq_row_kernel(
     # Threads whose columns are two apart read the same words at once: from other banks, so.
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    X: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    X: gl.constexpr = gl.BlockedLayout([4 if INPUT == "gated" else 1], [32], [NUM_WARPS], [0])
     tile, split = gl.program_id(0), gl.program_id(1)
     first_group = split * each
     there_groups = gl.minimum(num_groups - first_group, each)
@@ -184,7 +257,12 @@ def _awq_row_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     x_columns = gl.arange(0, X_GROUPS * GROUP, X)
-    x = gl.load(x_ptr + first_group * GROUP + x_columns, mask=x_columns < there_groups * GROUP, other=0.0)
+    x_mask = x_columns < there_groups * GROUP
+    num_columns = num_groups * GROUP
+    x = _read_x(x_ptr, first_group * GROUP + x_columns, x_mask, num_columns, INPUT, X_PARTS, ACTIVATION)
+    factor = 1.0
+    if INPUT == "unscaled":
+        factor = _norm_factor(squares_ptr, num_squares, num_columns, eps, BLOCK_SQUARES, X)
     exponent = gl.max(gl.abs(x.to(gl.float32)), axis=0).to(gl.int32, bitcast=True) >> 23
     power = gl.minimum(268 - exponent, 253)  # biased as in float32, and so that 1 / 2^power is normal, too
     x_stage = gl.allocate_shared_memory(gl.float16, [X_GROUPS * GROUP], VECTOR)
@@ -227,7 +305,7 @@ def _awq_row_kernel(
     scales_1, scales_5 = gl.split(low_odd)
     scales_3, scales_7 = gl.split(high_odd)
     ordered = (scales_0, scales_2, scales_4, scales_6, scales_1, scales_3, scales_5, scales_7)
-    unscaling = ((254 - power) << 23).to(gl.float32, bitcast=True)
+    unscaling = ((254 - power) << 23).to(gl.float32, bitcast=True) * factor
     outs: tl.tuple = ()
     for place in gl.static_range(NUM):
         outs += (_finished(totals[place], x_sums, zeros, ordered[place], place, PRODUCT) * unscaling,)
@@ -236,42 +314,40 @@ def _awq_row_kernel(
     out = gl.reshape(gl.join(even_out, odd_out), [TILE_WORDS, NUM])
     OUT: gl.constexpr = out.type.layout
     out_words = tile * TILE_WORDS + _word_of(gl.arange(0, TILE_WORDS, gl.SliceLayout(1, OUT)), WORDS, NUM_WARPS)
+    if LEAVES_SUMS and HAS_BIAS:
+        bias_places = out_words[:, None] * NUM + gl.arange(0, NUM, gl.SliceLayout(0, OUT))[None, :]
+        bias_mask = (out_words < num_words)[:, None] & (split == 0)
+        out += gl.load(bias_ptr + bias_places, mask=bias_mask, other=0.0).to(gl.float32)
     out_ptrs = partial_ptr + split * num_words * NUM + out_words[:, None] * NUM
     out_ptrs += gl.arange(0, NUM, gl.SliceLayout(0, OUT))[None, :]
     gl.store(out_ptrs, out, mask=(out_words < num_words)[:, None])
-    _barrier()  # all of the program's sums are there before it counts
-    num_halves: gl.constexpr = 1 if ACTIVATION == "" else 2
-    num_tiles, num_splits = gl.num_programs(0), gl.num_programs(1)
-    half_tile = tile % (num_tiles // num_halves)
-    if gl.atomic_add(counts_ptr + half_tile, 1, sem="acq_rel") == num_splits * num_halves - 1:
-        SUM: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [1, NUM_WARPS], [1, 0])
-        outputs = half_tile * TILE_WORDS * NUM + gl.arange(0, TILE_WORDS * NUM, gl.SliceLayout(0, SUM))
-        num_outputs = num_words * NUM
-        width = num_outputs // num_halves
-        y = _sum_of_splits(partial_ptr + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + outputs, mask=outputs < width, other=0.0).to(gl.float32)
-        if num_halves == 2:
-            up = _sum_of_splits(partial_ptr + width + outputs, num_splits, num_outputs, TILE_WORDS * NUM, SUM)
-            if HAS_BIAS:
-                up += gl.load(bias_ptr + width + outputs, mask=outputs < width, other=0.0).to(gl.float32)
-            y = activate(y, ACTIVATION) * up
-        gl.store(out_ptr + outputs, y.to(out_ptr.dtype.element_ty), mask=outputs < width)
-        gl.store(counts_ptr + half_tile, 0)
+    if not LEAVES_SUMS:
+        _finish_tile(out_ptr, partial_ptr, bias_ptr, counts_ptr, num_words, TILE_WORDS, HAS_BIAS, ACTIVATION, NUM_WARPS)
 
 
-def takes_awq_row(x: torch.Tensor, packed: PackedArguments, activation: str, tile: Tile = TILE) -> bool:
-    """Whether x is a row, and the matrix has whole groups of columns and, if there is an activation, whole tiles."""
+def takes_awq_row(
+    dtype: torch.dtype, device: torch.device, packed: PackedArguments, activation: str = "", tile: Tile = TILE
+) -> bool:
+    """Whether the matrix has whole groups of columns and, if there is an activation, whole tiles."""
     num_outputs, num_columns, first_column, group_columns = packed.sizes
-    if is_interpreted() or len(x) != 1 or x.dtype == torch.float32 or first_column or num_columns % group_columns:
+    if is_interpreted() or dtype == torch.float32 or first_column or num_columns % group_columns:
         return False
     tile_outputs = 8 * tile.words * tile.num_warps * NUM.value
     if num_outputs > MAX_TILES * tile_outputs or (activation and num_outputs % (2 * tile_outputs)):
         return False
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return False
     is_power = group_columns & (group_columns - 1) == 0
     return STEP <= group_columns <= 4 * STEP and is_power and num_columns <= MAX_SPLITS * MAX_GROUPS * group_columns
+
+
+class Input(NamedTuple):
+    """One row, as `awq_row_sums` takes it: whole, or see UnscaledRow and GatedSums for the fields of those."""
+
+    values: torch.Tensor  # contiguous [1, num_columns], bfloat16 or float16; or float32 [num_parts, 2 * num_columns]
+    squares: torch.Tensor | None = None
+    eps: float = 0.0
+    activation: str = ""
 
 
 def awq_row(
@@ -286,22 +362,47 @@ def awq_row(
     Returns:
         [1, num_outputs], or [1, num_outputs / 2].
     """
+    num_outputs = packed.sizes[0]
+    out = torch.empty((1, num_outputs // 2 if activation else num_outputs), dtype=x.dtype, device=x.device)
+    _launch(Input(x), packed, bias, activation, out, tile)
+    return out
+
+
+def awq_row_sums(
+    x: Input, packed: PackedArguments, bias: torch.Tensor | None = None, tile: Tile = TILE
+) -> torch.Tensor:
+    """What x W^T + b is the sum of, float32 [num_parts, num_outputs]. `packed` as for `awq_row`."""
+    return _launch(x, packed, bias, x.activation, None, tile)
+
+
+def _launch(
+    x: Input, packed: PackedArguments, bias: torch.Tensor | None, activation: str, out: torch.Tensor | None, tile: Tile
+) -> torch.Tensor:
+    """The parts of the product; their sum, with the activation, is in `out` if that is given."""
     num_outputs, num_columns, _, group_columns = packed.sizes
+    device, kind = x.values.device, "row"
+    if x.squares is not None:
+        kind = "unscaled"
+    elif x.activation:
+        kind = "gated"
+    assert x.values.is_contiguous() and x.values.shape[1] == num_columns * (2 if kind == "gated" else 1)
     num_words, num_groups = num_outputs // NUM.value, num_columns // group_columns
     num_tiles = triton.cdiv(num_words, 8 * tile.words * tile.num_warps)
-    wanted = max(1, min(tile.num_programs * num_multiprocessors(x.device) // num_tiles, num_groups, MAX_SPLITS))
+    wanted = max(1, min(tile.num_programs * num_multiprocessors(device) // num_tiles, num_groups, MAX_SPLITS))
     each = min(triton.cdiv(num_groups, wanted), MAX_GROUPS.value)
     splits = triton.cdiv(num_groups, each)
-    partial = torch.empty((splits, num_outputs), dtype=torch.float32, device=x.device)
-    out = torch.empty((1, num_outputs // 2 if activation else num_outputs), dtype=x.dtype, device=x.device)
+    partial = torch.empty((splits, num_outputs), dtype=torch.float32, device=device)
     values, scales, _, zeros, *_ = packed.pointers
-    early = can_launch_early(x.device)
+    early = can_launch_early(device)
+    squares = x.values if x.squares is None else x.squares
     _awq_row_kernel[(num_tiles, splits)](
-        x, values, scales, zeros, x if bias is None else bias, out, partial, counts_of(x.device), num_words, num_groups,
-        each, packed.strides[1], packed.strides[3], packed.strides[5],
-        GROUP=group_columns, X_GROUPS=next_power_of_2(each), WORDS=tile.words, STEP=STEP, NUM_STAGES=tile.num_stages,
+        x.values, squares, values, scales, zeros, x.values if bias is None else bias, partial if out is None else out,
+        partial, counts_of(device), num_words, num_groups, each, packed.strides[1], packed.strides[3],
+        packed.strides[5], len(squares), x.eps, INPUT=kind, X_PARTS=len(x.values),
+        BLOCK_SQUARES=next_power_of_2(len(squares)), LEAVES_SUMS=out is None, GROUP=group_columns,
+        X_GROUPS=next_power_of_2(each), WORDS=tile.words, STEP=STEP, NUM_STAGES=tile.num_stages,
         NUM_WARPS=tile.num_warps, WORDS_LAYOUT=words_layout(tile), SCALES_LAYOUT=scales_layout(tile),
         HAS_BIAS=bias is not None, ACTIVATION=activation, EARLY=early, num_warps=tile.num_warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
-    return out
+    return partial

@@ -30,6 +30,15 @@ def _store_head(k_ptrs, v_ptrs, values, k_mask, v_mask, scales):
 
 
 @triton.jit
+def _load_sum(ptrs, mask, part_stride, PARTS: tl.constexpr):
+    """float32: what is there, in PARTS parts."""
+    values = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        values += tl.load(ptrs + part * part_stride, mask=mask, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def _rotate_and_store_kernel(
     qkv_ptr,
     cos_ptr,
@@ -56,12 +65,14 @@ def _rotate_and_store_kernel(
     HAS_ROTATION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_GATES: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One program takes a few heads of one token. Heads count through q, k and v; v is only copied to the cache.
 
-    Of each head, 2 * HALF_DIM columns rotate; behind them are REST (a power of two, or 0) and fewer that do not.
+    Of each head, 2 * HALF_DIM columns rotate; behind them are REST (a power of two, or 0) and fewer that do not. With
+    more than one of PARTS there is one token, whose row is their sum: a part is a row of qkv.
     """
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -86,15 +97,15 @@ def _rotate_and_store_kernel(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     k_cache_ptr += slot * cache_stride - num_q_heads * HEAD_DIM
     v_cache_ptr += slot * cache_stride - (num_q_heads + num_kv_heads) * HEAD_DIM
-    first = tl.load(row_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(row_ptr + offsets + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
+    first = _load_sum(row_ptr + offsets, mask, qkv_stride, PARTS)
+    second = _load_sum(row_ptr + offsets + HALF_DIM, mask, qkv_stride, PARTS)
     square = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
     if REST > 0:
         rest_columns = 2 * HALF_DIM + tl.arange(0, REST)
         in_rest = (rest_columns < HEAD_DIM)[None, :]
         rest_offsets = places[:, None] * HEAD_DIM + rest_columns[None, :]
         rest_kept = heads[:, None] * HEAD_DIM + rest_columns[None, :]
-        rest = tl.load(row_ptr + rest_offsets, mask=is_any & in_rest, other=0.0).to(tl.float32)
+        rest = _load_sum(row_ptr + rest_offsets, is_any & in_rest, qkv_stride, PARTS)
         square += tl.sum(rest * rest, axis=1)
     if HAS_NORM:
         scale = tl.rsqrt(square / HEAD_DIM + eps)[:, None]
@@ -112,8 +123,8 @@ def _rotate_and_store_kernel(
         turned = tl.where(rotated, first * cos - second * sin, first)
         second = tl.where(rotated, second * cos + first * sin, second)
         first = turned
-    first = first.to(qkv_ptr.dtype.element_ty)
-    second = second.to(qkv_ptr.dtype.element_ty)
+    first = first.to(out_ptr.dtype.element_ty)
+    second = second.to(out_ptr.dtype.element_ty)
     tl.store(out_row_ptr + kept, first, mask=rotated & in_half)
     tl.store(out_row_ptr + kept + HALF_DIM, second, mask=rotated & in_half)
     scales = tl.full([BLOCK_HEADS, 1], 1.0, tl.float32)
@@ -123,7 +134,7 @@ def _rotate_and_store_kernel(
     _store_head(k_cache_ptr + kept, v_cache_ptr + kept, first, k_mask, v_mask, scales)
     _store_head(k_cache_ptr + kept + HALF_DIM, v_cache_ptr + kept + HALF_DIM, second, k_mask, v_mask, scales)
     if REST > 0:
-        rest = rest.to(qkv_ptr.dtype.element_ty)
+        rest = rest.to(out_ptr.dtype.element_ty)
         tl.store(out_row_ptr + rest_kept, rest, mask=rotated & in_rest)
         k_mask, v_mask = is_k[:, None] & in_rest, is_v[:, None] & in_rest
         _store_head(k_cache_ptr + rest_kept, v_cache_ptr + rest_kept, rest, k_mask, v_mask, scales)
@@ -143,12 +154,14 @@ def rotate_and_store(
     norm_offset: float = 0.0,
     kv_scales: torch.Tensor | None = None,
     has_gates: bool = False,
+    sum_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Norm the heads of q and k (with norms given), rotate them in place, and write k and v to their cache slots.
 
     Args:
         qkv: [num_tokens, (num_q_heads + 2 * num_kv_heads) * head_dim]; rows may be apart.
         has_gates: behind each head of q stands another one in the row. Nothing is overwritten then.
+        sum_dtype: qkv is float32, parts of one token's row, which is their sum in this type; they are kept.
         rotary: cosines and sines, contiguous [num_tokens, 1, columns of a head that rotate / 2]; None rotates nothing.
         slots: int64 [num_tokens].
         k_cache, v_cache: [num_slots, num_kv_heads, head_dim], each slot contiguous, like qkv or float8_e4m3fn.
@@ -163,16 +176,18 @@ def rotate_and_store(
     half_dim = head_dim // 2 if rotary is None else cos.shape[-1]
     assert qkv.stride(1) == 1 and (rotary is None or (cos.is_contiguous() and sin.is_contiguous()))
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[1:] == (head_dim, 1)
-    out = qkv
-    if has_gates:
+    out, num_tokens, num_parts, heads_each = qkv, len(qkv), 1, HEADS_PER_PROGRAM
+    if sum_dtype is not None:
+        num_tokens, num_parts, heads_each = 1, len(qkv), 1
+    if has_gates or sum_dtype is not None:
         width = (num_q_heads + 2 * num_kv_heads) * head_dim
-        out = torch.empty((len(qkv), width), dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty((num_tokens, width), dtype=sum_dtype or qkv.dtype, device=qkv.device)
     q = out[:, : num_q_heads * head_dim].unflatten(-1, (num_q_heads, head_dim))
     if qkv.shape[0] == 0:
         return q
     early = can_launch_early(qkv.device)
     half, num_rest = next_power_of_2(half_dim), head_dim - 2 * half_dim
-    _rotate_and_store_kernel[(qkv.shape[0], triton.cdiv(num_q_heads + 2 * num_kv_heads, HEADS_PER_PROGRAM))](
+    _rotate_and_store_kernel[(num_tokens, triton.cdiv(num_q_heads + 2 * num_kv_heads, heads_each))](
         qkv,
         cos,
         sin,
@@ -198,9 +213,10 @@ def rotate_and_store(
         HAS_ROTATION=rotary is not None,
         HAS_SCALES=kv_scales is not None,
         HAS_GATES=has_gates,
-        BLOCK_HEADS=HEADS_PER_PROGRAM,
+        PARTS=num_parts,
+        BLOCK_HEADS=heads_each,
         EARLY=early,
-        num_warps=min(4, max(1, HEADS_PER_PROGRAM * half // 64)),
+        num_warps=min(4, max(1, heads_each * half // 64)),
         **({"launch_pdl": True} if early else {}),
     )
     return q

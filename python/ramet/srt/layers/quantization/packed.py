@@ -10,6 +10,7 @@ from ramet.srt.configs.weight_format import WHOLE
 from ramet.srt.layers.kernels.choices import OTHER, OURS, PACKED_BY, row_class
 from ramet.srt.layers.kernels.runtime import is_interpreted
 from ramet.srt.layers.quantization.weight import QuantizedWeight
+from ramet.srt.layers.row_sums import GatedSums, UnfinishedRow, UnscaledRow
 
 if TYPE_CHECKING:
     from ramet.srt.layers.kernels.gemv import Experts
@@ -94,7 +95,7 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
         if _has_gluon():
             from ramet.srt.layers.kernels.awq_row import awq_row, takes_awq_row
 
-            if takes_awq_row(x, arguments, activation):
+            if len(x) == 1 and takes_awq_row(x.dtype, x.device, arguments, activation):
                 return awq_row(x, arguments, bias, activation)
         from ramet.srt.layers.kernels.awq_rows import awq_rows
 
@@ -102,6 +103,27 @@ def packed_row(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | No
     from ramet.srt.layers.kernels.packed_row import packed_row
 
     return packed_row(x, arguments, bias, activation)
+
+
+def leaves_row_sums(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
+    """Whether a kernel multiplies a row of `dtype` and leaves its sums to who reads them."""
+    if not weight.format.has_awq_order or not takes_packed_row(weight) or not _has_gluon():
+        return False
+    from ramet.srt.layers.kernels.awq_row import takes_awq_row
+
+    return takes_awq_row(dtype, weight.device, _arguments(weight.as_stack()))
+
+
+def packed_row_sums(x: UnfinishedRow, weight: QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The sums of x W^T + b, float32 [num_parts, num_outputs], by that kernel."""
+    from ramet.srt.layers.kernels.awq_row import Input, awq_row_sums
+
+    arguments = _arguments(weight.as_stack())
+    if isinstance(x, UnscaledRow):
+        return awq_row_sums(Input(x.values, squares=x.squares, eps=x.eps), arguments, bias)
+    if isinstance(x, GatedSums):
+        return awq_row_sums(Input(x.row.parts, activation=x.activation.name), arguments, bias)
+    return awq_row_sums(Input(x), arguments, bias)
 
 
 @functools.cache
