@@ -24,7 +24,7 @@ from ramet.srt.mem_cache.memory_pool import KVSpec
 from ramet.srt.models.attention_block import AttentionBlock
 from ramet.srt.models.delta_net import DeltaNet
 from ramet.srt.models.latent_attention import LatentAttention
-from ramet.srt.models.row_path import RowPath, row_path_of
+from ramet.srt.models.row_path import RowPath
 from ramet.srt.models.stage_border import choice_columns, take_choice, with_choice
 
 # A layer's norms: before and after attention, before and after the MLP. One name stands for two of them.
@@ -135,7 +135,18 @@ class DecoderLayer(nn.Module):
 
     @functools.cached_property
     def _row_path(self) -> RowPath | None:
-        return row_path_of(self, self.dtype)
+        """The way of a single token; None if there is none of its own."""
+        attention, mlp = getattr(self, self.attention_name), getattr(self, self.mlp_name)
+        before_attention, after_attention, before_mlp, after_mlp = self.norm_names
+        is_plain = before_attention and before_mlp and not after_attention and not after_mlp and self.multiplier == 1
+        if not is_plain or not isinstance(attention, Attention) or not isinstance(mlp, GatedMLP):
+            return None
+        if attention.wide_norms is not None or attention.attn.has_gate:
+            return None
+        first_norm, mlp_norm = getattr(self, before_attention), getattr(self, before_mlp)
+        parts = (attention.qkv_proj, attention.attn, attention.norms, attention.o_proj)
+        path = RowPath(first_norm, *parts, mlp_norm, mlp)
+        return path if path.fits(self.dtype) else None
 
     @staticmethod
     def _make_attention(model: "DecoderForCausalLM", spec: LayerSpec, layer_id: int, prefix: str) -> AttentionBlock:

@@ -15,32 +15,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from ramet.srt.layers.kernels.activation import activate
+from ramet.srt.layers.kernels.awq_row_layouts import MAX_GROUPS, NUM, STEP, TILE, Tile, scales_layout, words_layout
 from ramet.srt.layers.kernels.packed_weights import PackedArguments
 from ramet.srt.layers.kernels.runtime import can_launch_early, is_interpreted, next_power_of_2, num_multiprocessors
 from ramet.srt.layers.kernels.split_sums import MAX_TILES, counts_of
 
-NUM = tl.constexpr(8)  # numbers of a word
-MAX_GROUPS = tl.constexpr(8)  # of columns for a program: each has a column of the matrix units' product
 MAX_SPLITS = 64
 SPLITS_AT_ONCE = tl.constexpr(16)
-STEP = 64  # columns at a time; no group ends within
 
 # Triton 3.9 has other names for these.
 _copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
-
-
-class Tile(NamedTuple):
-    """What one program multiplies at a time."""
-
-    words: int  # of one thread, beside each other: 2 or 4
-    num_warps: int  # beside each other, eight threads of words each
-    num_stages: int  # steps of words in shared memory
-    num_programs: int  # for a multiprocessor
-
-
-TILE = Tile(2, 2, 4, 6)  # measured on an H200
 
 
 # Numbers of four bits at the eight places of two words each, as pairs of float16: 1024 and the number, and at odd
@@ -56,29 +42,6 @@ def _unpacking() -> str:
 
 
 UNPACK = tl.constexpr(_unpacking())
-
-
-def words_layout(tile: Tile) -> gl.DistributedLinearLayout:
-    """Of [words, columns]: which of them a thread reads, so that it has what the matrix units take of it."""
-    columns, width = [8], 8 * tile.words * tile.num_warps
-    while columns[-1] < STEP // 2:
-        columns.append(2 * columns[-1])
-    beside = [[1 << bit, 0] for bit in range(tile.words.bit_length() - 1)]
-    lanes = [[0, 2], [0, 4], *([tile.words << bit, 0] for bit in range(3))]
-    warps = [[8 * tile.words << bit, 0] for bit in range(tile.num_warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        [*beside, [0, 1], *([0, column] for column in columns)], lanes, warps, [], [width, STEP]
-    )
-
-
-def scales_layout(tile: Tile) -> gl.DistributedLinearLayout:
-    """Of [words in the product's order, groups, places]: a thread has the scales of the sums that it has."""
-    width, block = 8 * tile.words * tile.num_warps, 16 * tile.num_warps
-    more = [[block << bit, 0, 0] for bit in range((width // block).bit_length() - 1)]
-    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [8, 0, 0], *more]
-    lanes = [[0, 2, 0], [0, 4, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    warps = [[16 << bit, 0, 0] for bit in range(tile.num_warps.bit_length() - 1)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [width, MAX_GROUPS.value, NUM.value])
 
 
 @gluon.jit
