@@ -6,9 +6,9 @@ Rows of 576 columns of which 512 are values, in bfloat16, as DeepSeek-V3, Kimi-K
 is measured with 64 requests of 8192 tokens, and with as many tokens in mixed lengths; the rate is that of the rows that
 are read once, beside that of a plain copy. Chunks have 2048 new tokens alone and behind 8192 others.
 
-With a sparse index as DeepSeek-V3.2 has it (64 heads of 128, the best 2048 keys): what scoring the keys, choosing and
-attending to the chosen take, by one layer, for a token of each of 1 and of 64 requests of 8192 and of 65,536 tokens,
-and for a chunk of 2048 behind 8192 and 63,488, beside attention to all rows.
+With a sparse index as DeepSeek-V3.2 has it (64 heads of 128, the best 2048 keys): what scoring the keys, choosing among
+them and attending to the chosen take, by one layer, for a token of each of 1 and of 64 requests of 8192 and of 65,536
+tokens, of one of 65,536 among 63 of 8192, and for a chunk of 2048 behind 8192 and 63,488, beside attention to all rows.
 
 `--write-model` measures nothing: it writes a model folder without weights, of DeepSeek-V3's widths and format in fewer
 layers and experts, that the other benchmarks serve with made-up weights:
@@ -37,6 +37,7 @@ MIXED = [65536, 65536, 32768, 32768, *[8192] * 20, *[4096] * 24, *[3413] * 16]  
 CHUNK = 2048
 SPARSE = {  # (tokens before, new tokens) of each sequence
     **{f"{number} x {length}": [(length - 1, 1)] * number for number in (1, NUM_REQUESTS) for length in (LONG, 65536)},
+    "1 x 65536 among 63 x 8192": [(65535, 1), *[(LONG - 1, 1)] * 63],
     **{f"{CHUNK} tokens behind {prefix}": [(prefix, CHUNK)] for prefix in (LONG, 63488)},
 }
 
@@ -124,6 +125,7 @@ def measure_sparse(device: Any, heads: int, sequences: list[tuple[int, int]]) ->
     from ramet.srt.configs.index_config import IndexTraits
     from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
     from ramet.srt.layers.attention.sparse_triton_backend import SparseTritonAttnBackend
+    from ramet.srt.layers.kernels.choose_keys import choose_keys
     from ramet.srt.layers.kernels.index_scores import index_scores
 
     index = IndexTraits(num_heads=64, head_dim=128, top_k=2048, is_interleaved=False)
@@ -137,15 +139,17 @@ def measure_sparse(device: Any, heads: int, sequences: list[tuple[int, int]]) ->
         one.init_forward_metadata(case.batch)
     some = slice(0, 256)  # of a chunk whose scores are made some tokens at a time
     scores = torch.empty((len(q[some]), sum(max(sequences))), dtype=torch.float32, device=device)
-    places = case.batch.req_to_page, backend._rows[some], case.batch.positions[some], scores
+    places = case.batch.req_to_page, backend._rows[some], case.batch.positions[some]
     layer = case.layer.layer
 
     def score() -> None:
         keys = case.pool.get_index_keys(0)
-        index_scores(q[some], weights[some], keys, *places, top_k=index.top_k, page_size=PAGE_SIZE)
+        index_scores(q[some], weights[some], keys, *places, scores, top_k=index.top_k, page_size=PAGE_SIZE)
 
+    chosen = torch.empty((len(q[some]), index.top_k), dtype=torch.int32, device=device)
     runs = {
         f"scores of {len(scores)} tokens": score,
+        "their choice": lambda: choose_keys(scores, *places, chosen, page_size=PAGE_SIZE),
         "scores and choice": lambda: backend.choose(q, weights, 0, case.batch),
         "attention": lambda: backend.forward(case.q, layer, case.batch),
         "to all keys": lambda: dense.forward(case.q, layer, case.batch),

@@ -110,22 +110,68 @@ def test_a_graph_serves_passes_of_any_lengths():
         case.compare(out[:number], wanted[:number])
 
 
+def choice_case(lengths, width, values="distinct"):
+    """Scores of tokens that see so many keys, with what says where these are."""
+    scores = torch.randn(len(lengths), width, device=DEVICE)
+    if values != "distinct":
+        scores = scores.mul_(3).round_() if values == "few" else torch.full_like(scores, 1.5)
+    table = torch.arange(width // 64, device=DEVICE).flip(0)[None].contiguous()
+    rows = torch.zeros(len(lengths), dtype=torch.int64, device=DEVICE)
+    return scores, table, rows, torch.tensor(lengths, device=DEVICE) - 1
+
+
+def check_chosen(chosen, scores, table, lengths, top_k):
+    """As torch sorts them: of equal scores the first, in the order of their positions."""
+    for place, length in enumerate(lengths):
+        count = min(top_k, length)
+        best = scores[place, :length].sort(descending=True, stable=True).indices[:count].sort().values
+        assert torch.equal(chosen[place, :count].long(), table[0, best // 64] * 64 + best % 64), length
+
+
+@pytest.mark.parametrize("values", ["distinct", "few", "equal"])
+@pytest.mark.parametrize("repeats", [1, 20, 150], ids=["few tokens", "some tokens", "many tokens"])
 @pytest.mark.parametrize("number", [1, 63, 2048])
-def test_a_choice_among_many_scores_is_exact(number):
-    """As torch.topk has it, of distinct scores of both signs, with lengths on both sides of the number."""
+def test_a_choice_among_many_scores_is_exact(number, repeats, values):
+    """Of both signs and with ties, with lengths on both sides of the number, by one program and by several."""
     from ramet.srt.layers.kernels.choose_keys import choose_keys
 
-    lengths = np.array([1, number, number + 1, 5000, 131072])
-    scores = torch.randn(len(lengths), 131072, device=DEVICE)
-    table = torch.arange(131072 // 64, device=DEVICE).flip(0)[None].contiguous()
-    rows, positions = torch.zeros(len(lengths), dtype=torch.int64, device=DEVICE), torch.tensor(lengths - 1).to(DEVICE)
+    lengths = [1, number, number + 1, 5000, 131072] * repeats
+    scores, *places = choice_case(lengths, 131072, values)
     chosen = torch.zeros(len(lengths), number, dtype=torch.int32, device=DEVICE)
-    choose_keys(scores, table, rows, positions, chosen, page_size=64)
-    for place, length in enumerate(lengths.tolist()):
-        count = min(number, length)
-        best = scores[place, :length].topk(count).indices.sort().values
-        slots = table[0, best // 64] * 64 + best % 64
-        assert torch.equal(chosen[place, :count].long(), slots)
+    choose_keys(scores, *places, chosen, page_size=64)
+    check_chosen(chosen, scores, places[0], lengths, number)
+
+
+def test_a_graph_chooses_for_any_lengths_and_the_choice_of_one_of_65536_takes_little_time():
+    """No more than a few times what reading the scores from memory five times and five launches take."""
+    from ramet.srt.layers.kernels.choose_keys import choose_keys
+
+    first, then = [65536, 1, 2049, 30000], [3, 65536, 65535, 2048]
+    scores, table, rows, positions = choice_case(first, 65536)
+    chosen = torch.zeros(4, 2048, dtype=torch.int32, device=DEVICE)
+
+    def run():
+        choose_keys(scores, table, rows, positions, chosen, page_size=64)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for lengths in (first, then):
+        positions.copy_(torch.tensor(lengths) - 1)
+        scores.normal_()
+        graph.replay()
+        check_chosen(chosen, scores, table, lengths, 2048)
+    times = []
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    assert sorted(times)[10] < 0.1, "milliseconds"
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])

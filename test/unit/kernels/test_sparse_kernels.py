@@ -153,6 +153,50 @@ def test_negative_scores_and_those_of_any_size(device):
         assert chosen.tolist() == [sorted(best)]
 
 
+def best_slots(scores, table, length, top_k, page_size):
+    """Of one token, by torch: of equal scores the first, in the order of their positions."""
+    order = torch.where(scores == 0.0, 0.0, scores)[:length].sort(descending=True, stable=True).indices
+    best = order[:top_k].sort().values
+    return (table[best // page_size] * page_size + best % page_size).tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "top_k", "width"),
+    [("distinct", 1, 1025), ("few", 1, 1281), ("equal", 100, 1601), ("few", 700, 1601), ("distinct", 700, 2048)],
+)
+def test_programs_that_share_keys_choose_what_torch_does(device, top_k, width, values):
+    """One long sequence among short ones, some with fewer keys than are chosen; ties over the borders of parts."""
+    from ramet.srt.layers.kernels.choose_keys import choose_keys, keys_of_part
+
+    lengths = [width, 1, top_k, top_k + 1, 513, 256]
+    assert width > keys_of_part(device, len(lengths), width, 256) < 513 < width
+    generator = torch.Generator().manual_seed(top_k)
+    scores = torch.randn(len(lengths), width, generator=generator)
+    if values != "distinct":
+        scores = scores.mul_(1.5).round_() if values == "few" else torch.full_like(scores, -2.5)
+    for row, length in enumerate(lengths):
+        scores[row, length:] = float("inf")  # what nobody sees may be anything
+    table = torch.randperm(width // 8 + 1, generator=generator)[None].repeat(2, 1)
+    table[1] = table[1].flip(0)
+    rows = torch.tensor([1, 0, 1, 0, 1, 0])
+    chosen = torch.full((len(lengths), top_k), -7, dtype=torch.int32, device=device)
+    places = (one.to(device) for one in (scores, table, rows, torch.tensor(lengths) - 1))
+    choose_keys(*places, chosen, page_size=8)
+    for token, length in enumerate(lengths):
+        wanted = best_slots(scores[token], table[rows[token]], length, top_k, 8)
+        assert chosen[token].tolist() == wanted + [-7] * (top_k - len(wanted)), length
+
+
+@pytest.mark.parametrize(("num_tokens", "width"), [(1, 65536), (3, 70001), (64, 65536), (1000, 262144), (9, 512)])
+def test_parts_hold_all_keys_and_are_few(device, num_tokens, width):
+    from ramet.srt.layers.kernels import choose_keys as kernel
+
+    keys = kernel.keys_of_part(device, num_tokens, width, 256)
+    num_parts = -(-width // keys)
+    assert keys % 256 == 0 and 1 <= num_parts <= kernel.MOST_PARTS.value
+    assert (num_parts > 1) == (num_tokens < 32 and width > 1024)
+
+
 def test_passes_in_which_nobody_sees_more_are_cut_as_without_an_index(device):
     case = make_case(device, [(20, 1), (0, 9), (31, 1)])
     backend = triton(case)
