@@ -4,7 +4,6 @@ Numbers are known before they are packed: nothing here unpacks, so that no mista
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import random_models as rm
 import torch
-from fp8_models import change_config
+from fp8_models import QUANTISED, change_config
 from ramet.srt.configs.quantization_readers import read_quantization
 from ramet.srt.layers.parameter import declare_weight
 from ramet.srt.layers.quantization.declare import declare_format
@@ -20,7 +19,6 @@ from ramet.srt.layers.quantization.weight import QuantizedWeight, weight_of
 from ramet.srt.weights.manifest import WeightBox
 from safetensors.torch import load_file, save_file
 
-QUANTISED = re.compile(r"(_proj|_proj_with_mqa|\.w[123]|\.in_proj_(qkvz|qkv|z))\.weight$")
 GROUP = 16  # columns that share a scale
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Parts = dict[str, torch.Tensor]  # the tensors of a matrix, by the ends of their names

@@ -3,11 +3,15 @@
 import json
 
 import fp8_models as fp8
+import packed_models as packed
 import pytest
 import random_models as rm
 import sharded_models as sm
 import torch
 from engine_harness import EngineHarness
+from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.model_loader.checkpoint.describe_model import describe_whole_model
+from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from safetensors.torch import load_file, save_file
 
@@ -204,6 +208,37 @@ def test_files_and_config_that_contradict_each_other_are_refused(folders, tmp_pa
     folder = changed(folder, tmp_path / "changed", change, **config)
     with pytest.raises(ValueError, match=message):
         fp8.load_model(folder, quantization=quantization)
+
+
+@pytest.mark.parametrize("format_", ["fp8", "fp8 left out", "AWQ"])
+def test_head_weights_of_an_index_that_are_quantised_are_named_before_memory_is_taken(tmp_path, format_):
+    """Tools may quantise them as any linear layer; here they are computed as they are."""
+    plain = rm.make_model(tmp_path / "plain", "deepseek_v32", dtype="bfloat16", tokenizer=False, index_head_dim=32)
+    name = "model.layers.1.self_attn.indexer.weights_proj"
+    if format_ == "AWQ":
+        whole, _ = packed.write(plain, tmp_path / "whole", packed.awq())
+
+        def quantise(tensors):
+            parts, _ = packed.awq().quantise(tensors.pop(f"{name}.weight").float())
+            tensors.update({name + end: part.contiguous() for end, part in parts.items()})
+    else:
+        whole = fp8.write_fp8(plain, tmp_path / "whole", "blocks")
+
+        def quantise(tensors):
+            weight, scale = fp8.quantize_blocks(tensors[f"{name}.weight"], (16, 16), torch.float32)
+            tensors |= {f"{name}.weight": weight, f"{name}.weight_scale_inv": scale}
+
+    fp8.load_model(whole)
+    section = json.loads((whole / "config.json").read_text())["quantization_config"]
+    left_out = {"modules_to_not_convert": ["weights_proj"]} if format_ == "fp8 left out" else {}
+    folder = changed(whole, tmp_path / "changed", quantise, quantization_config=section | left_out)
+    what = {"fp8": "is float8_e4m3fn: .*", "AWQ": "it has .*weights_proj.qweight: .*"}.get(format_)
+    message = f"{what}{name}.weight is computed unquantised here.* with {name} among the modules that are not"
+    if what is None:
+        message = f"{name}.weight is float8_e4m3fn, but .* does not say that it is quantised"
+    model = sm.build_model(folder, ParallelConfig())
+    with pytest.raises(ValueError, match=message):  # when they are opened, which is what a rank does first of all
+        CheckpointSource(str(folder), describe_whole_model(model.config, sm.make_manifest(model)))
 
 
 def test_a_head_that_differs_from_the_embedding_is_found(folders, tmp_path):

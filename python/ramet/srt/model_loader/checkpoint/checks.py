@@ -57,7 +57,7 @@ def check_some(tensors: Tensors, whole: WholeModel) -> None:
     Raises:
         ValueError: the message names the tensor and what is wrong.
     """
-    source = whole.quantization.file if whole.quantization is not None else "the model's config"
+    source = _source(whole)
     for name, (path, info) in tensors.items():
         if name in whole.grids:
             _check_grid_type(name, path, info, whole)
@@ -69,7 +69,7 @@ def check_some(tensors: Tensors, whole: WholeModel) -> None:
                     f"{path}: {name} is {info.dtype}, but {source} says that it is {whole.dtypes[name]}{words}"
                 )
         elif name in whole.shapes:
-            _check_type(name, path, info, source)
+            _check_type(name, path, info, whole)
         elif not _is_idle(name, whole):
             raise ValueError(f"{path}: the model has no tensor {name}")
     _check_shapes(tensors, whole)
@@ -112,8 +112,30 @@ def _packed_hint(lost: list[str], tensors: Tensors, whole: WholeModel) -> str:
     found = next((name for name in packed if name in tensors), None)
     if found is None:
         return ""
-    source = whole.quantization.file if whole.quantization is not None else "the model's config"
-    return f"; it has {found}, a quantised weight of which {source} says nothing"
+    weight = f"{found.rpartition('.')[0]}.weight"
+    if _is_said_quantised(weight, whole):
+        return f"; it has {found}: {_never_quantised(weight)}"
+    return f"; it has {found}, a quantised weight of which {_source(whole)} says nothing"
+
+
+def _source(whole: WholeModel) -> str:
+    """What says how weights are quantised."""
+    return whole.quantization.file if whole.quantization is not None else "the model's config"
+
+
+def _is_said_quantised(name: str, whole: WholeModel) -> bool:
+    """Whether the config says so of a weight that this engine has plain: the head weights of an index, a router's."""
+    quantization = whole.quantization
+    if quantization is None or quantization.is_online or name in whole.quantised:
+        return False
+    return not quantization.is_ignored(name.removesuffix(".weight"))
+
+
+def _never_quantised(name: str) -> str:
+    return (
+        f"{name} is computed unquantised here, whatever the other weights are; the checkpoint must be made with "
+        f"{name.removesuffix('.weight')} among the modules that are not quantised"
+    )
 
 
 def _with_purpose(name: str, whole: WholeModel) -> str:
@@ -124,7 +146,7 @@ def _check_types(tensors: Tensors, whole: WholeModel, where: str) -> None:
     quantization = whole.quantization
     weights = [name for name in whole.quantised if name in tensors]
     others = [name for name in weights if tensors[name][1].dtype != whole.dtypes[name]]
-    source = quantization.file if quantization is not None else "the model's config"
+    source = _source(whole)
     if is_quantised_here(tensors, whole):
         for name in sorted(set(weights) - set(others)):
             raise ValueError(
@@ -145,7 +167,7 @@ def _check_types(tensors: Tensors, whole: WholeModel, where: str) -> None:
         if name in whole.grids:
             _check_grid_type(name, path, info, whole)
         elif name in whole.shapes and name not in whole.quantised:
-            _check_type(name, path, info, source)
+            _check_type(name, path, info, whole)
 
 
 def _typed(tensors: Tensors, name: str) -> str:
@@ -161,11 +183,14 @@ def _check_grid_type(name: str, path: str, info: TensorInfo, whole: WholeModel) 
         raise ValueError(f"{path}: {name} is {info.dtype}, but belongs to a quantised matrix as {words}")
 
 
-def _check_type(name: str, path: str, info: TensorInfo, source: str) -> None:
+def _check_type(name: str, path: str, info: TensorInfo, whole: WholeModel) -> None:
+    if info.dtype in CASTABLE_DTYPES:
+        return
+    if _is_said_quantised(name, whole):
+        raise ValueError(f"{path}: {name} is {info.dtype}: {_never_quantised(name)}")
     if info.dtype.startswith("float8"):
-        raise ValueError(f"{path}: {name} is {info.dtype}, but {source} does not say that it is quantised")
-    if info.dtype not in CASTABLE_DTYPES:
-        raise ValueError(f"{path}: {name} is {info.dtype}; a weight must be one of {', '.join(CASTABLE_DTYPES)}")
+        raise ValueError(f"{path}: {name} is {info.dtype}, but {_source(whole)} does not say that it is quantised")
+    raise ValueError(f"{path}: {name} is {info.dtype}; a weight must be one of {', '.join(CASTABLE_DTYPES)}")
 
 
 def _check_shapes(tensors: Tensors, whole: WholeModel) -> None:
