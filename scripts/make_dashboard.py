@@ -87,6 +87,23 @@ ROWS: dict[str, list[Panel]] = {
             ],
         ),
         Panel("Prompt tokens from the cache", "percentunit", [gauge("cache_hit_rate")]),
+        Panel(
+            "States of linear layers",
+            "short",
+            [
+                gauge("state_slots", "{{instance}} all"),
+                gauge("state_slots_used", "{{instance}} held by requests"),
+                gauge("state_snapshots", "{{instance}} snapshots of prefixes"),
+            ],
+        ),
+        Panel(
+            "Snapshots of states, a second",
+            "short",
+            [
+                Query(f"rate(ramet:state_snapshot_hits{{{LABELS}}}[$__rate_interval])", "{{instance}} used"),
+                Query(f"rate(ramet:state_snapshot_evictions{{{LABELS}}}[$__rate_interval])", "{{instance}} given up"),
+            ],
+        ),
     ],
     "Weights": [
         Panel("Version that is served", "short", [gauge("weight_version", "{{instance}} {{weight_version}}")], True),

@@ -15,6 +15,7 @@ from ramet.srt.managers.generation import RunningSequence
 from ramet.srt.managers.io_struct import (
     FinishReason,
     GetInternalStateReqOutput,
+    LinearStateStats,
     RequestOutput,
     TokenizedGenerateReqInput,
 )
@@ -113,6 +114,21 @@ def test_the_oldest_that_waits_is_that_of_all_replicas() -> None:
         metrics.observe_states(states)
         metrics.observe_states(fewer)
         assert value(metrics, "queue_oldest_seconds") == 0.0
+
+
+def test_states_of_linear_layers_are_summed_over_replicas() -> None:
+    metrics = Metrics("m")
+    common = dict.fromkeys(
+        ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "num_cached_tokens", "num_retracted_reqs"), 0
+    )
+    names = ("slots", "slots_used", "snapshots", "snapshot_hits", "snapshot_evictions")
+    some = LinearStateStats(num_slots=7, num_used=2, num_snapshots=3, num_hits=5, num_evictions=1)
+    for states, shown in ((some, [14, 4, 6, 10, 2]), (None, [0] * 5)):
+        one = GetInternalStateReqOutput(
+            request_id="", max_total_num_tokens=1, last_gen_throughput=0.0, linear_states=states, **common
+        )
+        metrics.observe_states([one, one])
+        assert [value(metrics, f"state_{name}") for name in names] == shown
 
 
 def test_a_request_in_the_histograms_of_dashboards() -> None:

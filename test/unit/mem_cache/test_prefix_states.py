@@ -6,6 +6,7 @@ import pytest
 import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.managers.io_struct import AbortReq
+from ramet.srt.managers.scheduler_loop import _linear_states
 from ramet.srt.mem_cache.state_slots import StateSlots
 
 PAGE = 4
@@ -40,6 +41,11 @@ def check_slots(engine):
     cache.check([running.handle for running in engine.scheduler.running.admitted()])
 
 
+def stats_of(engine):
+    """What metrics and /server_info show."""
+    return _linear_states(engine.scheduler.caches)
+
+
 def test_hits_give_what_misses_give(folder, plain):
     engine = EngineHarness(folder, **SMALL)
     prompt = rm.random_prompts([121])[0]
@@ -53,6 +59,9 @@ def test_hits_give_what_misses_give(folder, plain):
     assert check(engine, plain, [inside], 4) == [120]
     begun = prompt[:30] + rm.random_prompts([9], seed=5)[0]
     assert check(engine, plain, [begun], 4) == [0]
+    states = stats_of(engine)
+    assert (states.num_hits, states.num_used, states.num_evictions) == (3, 0, 0)
+    assert states.num_snapshots == engine.scheduler.caches[0].states.slots.num_snapshots > 2
 
 
 def test_a_prefix_that_prompts_share_is_kept_where_they_part(folder, plain):
@@ -96,6 +105,11 @@ def test_few_slots_make_requests_wait_and_no_answer_wrong(folder, plain, num_slo
     assert most <= min(num_slots, 4)
     states = engine.scheduler.caches[0].states
     assert states.slots.num_available == num_slots
+    stats = stats_of(engine)
+    assert (stats.num_slots, stats.num_used) == (num_slots, 0)
+    assert (stats.num_evictions > 0) == (num_slots > 1) and (stats.num_hits > 0) == any(
+        result.cached_tokens for result in results.values()
+    )
     if num_slots == 7:
         assert sum(results[str(rid)].cached_tokens for rid in range(len(prompts))) > 0
     engine.scheduler.flush_caches()
@@ -172,6 +186,10 @@ def test_the_snapshot_that_is_unused_longest_gives_way():
     assert slots.take() == oldest and slots.num_available == 2
     slots.hand_over("a", "c")  # which has its own
     assert not slots.has("a") and slots.num_snapshots == 1
+    assert slots.num_displaced == 1  # the others were replaced
+    for owner in "ca":  # whose pages are evicted; a has nothing
+        slots.displace(owner)
+    assert (slots.num_displaced, slots.num_snapshots, slots.num_used) == (2, 0, 1)
     slots.check([oldest])
     slots.drop_all()
     with pytest.raises(AssertionError, match="two owners"):

@@ -167,6 +167,16 @@ class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
 
 
+class LinearStateStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What has become of the slots for states of linear layers."""
+
+    num_slots: int
+    num_used: int  # slots that running requests hold
+    num_snapshots: int  # slots that hold the state of a cached prefix
+    num_hits: int  # requests that began from a snapshot, since the start
+    num_evictions: int  # snapshots that gave way to requests, newer ones or other pages, since the start
+
+
 class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     request_id: str
     num_running_reqs: int
@@ -178,6 +188,7 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     num_retracted_reqs: int  # total since the start
     last_gen_throughput: float  # output tokens per second over the last window
     modelexpress: PublisherStats | None = None  # of the rank that schedules, if it publishes its weights
+    linear_states: LinearStateStats | None = None  # of a model with linear layers
 
 
 class VersionStart(msgspec.Struct, frozen=True, array_like=True):

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from ramet.srt.managers.generation import RunningSequence
-from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, RequestOutput
+from ramet.srt.managers.io_struct import FinishReason, GetInternalStateReqOutput, LinearStateStats, RequestOutput
 from ramet.srt.weights.report import LoadReport, PublisherStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -103,6 +103,13 @@ class Metrics:
         self.gen_throughput = gauge("gen_throughput", "Output tokens per second, lately.")
         self.num_retracted = gauge("num_retracted_reqs", "Requests that were put back for lack of KV cache, in total.")
         self.cache_hit_rate = gauge("cache_hit_rate", "Share of all prompt tokens that came from the prefix cache.")
+        self.num_state_slots = gauge("state_slots", "Slots for states of linear layers that there are.")
+        self.num_used_state_slots = gauge("state_slots_used", "Slots for states that running requests hold.")
+        self.num_snapshots = gauge("state_snapshots", "Slots for states that hold that of a cached prefix.")
+        self.num_snapshot_hits = gauge("state_snapshot_hits", "Requests that began from a snapshot, in total.")
+        self.num_snapshot_evictions = gauge(
+            "state_snapshot_evictions", "Snapshots that gave way to requests, newer ones or pages, in total."
+        )
         self.startup_seconds = gauge("startup_seconds", "From the launch to ready.")
         self._weight_version = Gauge(
             "ramet:weight_version",
@@ -213,9 +220,17 @@ class Metrics:
         self.token_usage.set(used / max(1, num_slots))
         self.gen_throughput.set(sum(state.last_gen_throughput for state in states))
         self.num_retracted.set(sum(state.num_retracted_reqs for state in states))
+        self._observe_linear_states([state.linear_states for state in states if state.linear_states is not None])
         for replica, state in enumerate(states):
             if state.modelexpress is not None:
                 self._observe_publisher(replica, state.modelexpress)
+
+    def _observe_linear_states(self, states: Sequence[LinearStateStats]) -> None:
+        self.num_state_slots.set(sum(state.num_slots for state in states))
+        self.num_used_state_slots.set(sum(state.num_used for state in states))
+        self.num_snapshots.set(sum(state.num_snapshots for state in states))
+        self.num_snapshot_hits.set(sum(state.num_hits for state in states))
+        self.num_snapshot_evictions.set(sum(state.num_evictions for state in states))
 
     def _observe_publisher(self, replica: int, stats: PublisherStats) -> None:
         values = {

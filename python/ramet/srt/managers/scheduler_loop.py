@@ -1,5 +1,7 @@
 """Owns a replica's loop: it takes messages in, does between two passes what they say, and has the scheduler go on."""
 
+from collections.abc import Sequence
+
 from ramet.srt.managers.io_struct import (
     AbortReq,
     ContinueReqInput,
@@ -8,6 +10,7 @@ from ramet.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    LinearStateStats,
     LoadLoraReqInput,
     Message,
     PauseReqInput,
@@ -26,6 +29,7 @@ from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
 from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
+from ramet.srt.mem_cache.request_cache import RequestCache
 from ramet.srt.weights.inspection_messages import (
     CheckWeightsReq,
     ReadWeightReq,
@@ -168,4 +172,19 @@ class SchedulerLoop:
             num_retracted_reqs=scheduler.running.num_retracted,
             last_gen_throughput=scheduler.results.throughput.tokens_per_s(),
             modelexpress=scheduler.model_runner.publisher_stats(),
+            linear_states=_linear_states(caches),
         )
+
+
+def _linear_states(caches: Sequence[RequestCache]) -> LinearStateStats | None:
+    """The sum over attention groups; None where no layer is linear."""
+    groups = [cache.states for cache in caches if cache.states is not None]
+    if not groups:
+        return None
+    return LinearStateStats(
+        num_slots=sum(group.slots.num_slots for group in groups),
+        num_used=sum(group.slots.num_used for group in groups),
+        num_snapshots=sum(group.slots.num_snapshots for group in groups),
+        num_hits=sum(group.num_hits for group in groups),
+        num_evictions=sum(group.slots.num_displaced for group in groups),
+    )

@@ -54,7 +54,8 @@ class PrefixStates:
         self._page_size = page_size
         self._stride = -(-DECODE_STRIDE // page_size) * page_size
         self._steps = StateSteps()
-        tree.on_evict = self.slots.drop
+        self.num_hits = 0  # requests that have begun with the state of a prefix
+        tree.on_evict = self.slots.displace
 
     def deepest(self, pages: list[int], node: TreeNode) -> tuple[list[int], TreeNode]:
         """Of a prefix that ends at `node`, what has a state."""
@@ -67,6 +68,7 @@ class PrefixStates:
     def begin(self, row: int, node: TreeNode, branch_len: int) -> RequestState:
         """Give a request a slot, and in it the state of the prefix that ends at `node`. There is one available."""
         source = self.slots.use(node) if isinstance(node, TreeEdge) else None
+        self.num_hits += source is not None
         slot = self.slots.take()  # where nothing else is left, the snapshot itself
         self._steps.rows.append(row)
         self._steps.slots.append(slot)

@@ -12,7 +12,8 @@ class StateSlots:
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
-        self.num_evictions = 0
+        self.num_evictions = 0  # snapshots that are gone, for whatever reason
+        self.num_displaced = 0  # of those, the ones that gave way to a request or another snapshot, or to pages
         self._free = list(range(num_slots, 0, -1))
         self._snapshots: dict[Hashable, int] = {}  # slot of each owner, the longest unused first
 
@@ -25,11 +26,17 @@ class StateSlots:
     def num_snapshots(self) -> int:
         return len(self._snapshots)
 
+    @property
+    def num_used(self) -> int:
+        """Slots of running requests, and of snapshots that a pass under way makes for them."""
+        return self.num_slots - self.num_available
+
     def take(self) -> int:
         """A slot, of which nothing is known. The caller has checked that one is available."""
         if self._free:
             return self._free.pop()
         self.num_evictions += 1
+        self.num_displaced += 1
         return self._snapshots.pop(next(iter(self._snapshots)))
 
     def give_back(self, slot: int) -> None:
@@ -63,6 +70,11 @@ class StateSlots:
         if slot is not None:
             self.num_evictions += 1
             self._free.append(slot)
+
+    def displace(self, owner: Hashable) -> None:
+        """The pages of an owner's prefix are needed: its snapshot, if it has one, goes with them."""
+        self.num_displaced += self.has(owner)
+        self.drop(owner)
 
     def drop_all(self) -> None:
         """Forget every snapshot."""
