@@ -1,7 +1,10 @@
 """What the children of an instance find in their environment."""
 
+import os
+
 import pytest
 from ramet.srt.entrypoints.child_processes import child_environment
+from ramet.srt.managers.child_process import send_status
 
 
 def test_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +28,12 @@ def test_what_is_compiled_for_each_number_of_rows_is_bounded(monkeypatch):
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     found = child_environment("here")
     assert (found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], found["LRU_CACHE_CAPACITY"]) == ("256", "7")
+
+
+def test_a_status_that_nobody_reads_any_more_is_no_error():
+    """An instance ends when its first rank fails; others that fail in the same moment say so to nobody."""
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    send_status(write_fd, b"failed")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(write_fd)

@@ -6,6 +6,7 @@ comes, is of the instance that it is to be a part of.
 The parent's side is entrypoints/child_processes.py.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -82,6 +83,9 @@ def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> Non
 
 
 def send_status(status_fd: int, message: bytes) -> None:
-    """Send the one start-up message, an encoded SchedulerReady, SchedulerFailed or such, and close the pipe."""
-    with os.fdopen(status_fd, "wb") as pipe:
+    """Send the one start-up message, an encoded SchedulerReady, SchedulerFailed or such, and close the pipe.
+
+    Where the instance ends already, as another rank has failed first, nobody reads it: that is no error.
+    """
+    with contextlib.suppress(BrokenPipeError), os.fdopen(status_fd, "wb") as pipe:
         pipe.write(message)
