@@ -114,3 +114,51 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
     def _run(self, q, paged_kv_cache, *, out):
         assert len(q) == self.query_starts[-1]
         return self._attend(q, paged_kv_cache, self.query_starts.tolist(), out)
+
+
+class BatchMLAPagedAttentionWrapper(_Wrapper):
+    """Of the module flashinfer.mla."""
+
+    def _make(
+        self, float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, kv_indices=None,
+        kv_len_arr=None,
+    ):  # fmt: skip
+        assert float_workspace_buffer.dtype == torch.uint8
+        self.buffers = None
+        if use_cuda_graph:
+            self.buffers = qo_indptr, kv_indptr, kv_indices, kv_len_arr
+            assert len(qo_indptr) == len(kv_indptr) == len(kv_len_arr) + 1
+
+    def _plan(
+        self, qo_indptr, kv_indptr, kv_indices, kv_len_arr, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal,
+        sm_scale, q_data_type, kv_data_type,
+    ):  # fmt: skip
+        parts = qo_indptr, kv_indptr, kv_indices, kv_len_arr
+        assert all(part.dtype == torch.int32 for part in parts) and causal
+        assert all(part.device.type == "cpu" for part in (qo_indptr, kv_indptr, kv_len_arr))
+        assert torch.equal(kv_indptr.diff(), (kv_len_arr + page_size - 1) // page_size)
+        if self.buffers is None:
+            self.pages = [part.clone() for part in parts]
+        else:
+            assert len(kv_len_arr) == len(self.buffers[3])
+            for buffer, part in zip(self.buffers, parts, strict=True):
+                buffer[: len(part)].copy_(part)
+            self.pages = self.buffers
+        self.sizes, self.page_size, self.scale = (num_heads, head_dim_ckv, head_dim_kpe), page_size, sm_scale
+        self.dtypes = q_data_type, kv_data_type
+
+    def _run(self, q_nope, q_pe, ckv_cache, kpe_cache, *, out):
+        heads, rank, rope = self.sizes
+        assert q_nope.shape[1:] == (heads, rank) and q_pe.shape[1:] == (heads, rope)
+        assert ckv_cache.shape[1:] == (self.page_size, rank) and kpe_cache.shape[1:] == (self.page_size, rope)
+        assert (q_nope.dtype, ckv_cache.dtype) == self.dtypes and out.shape == q_nope.shape
+        query_starts, starts, indices, lengths = self.pages
+        q, cache = (torch.cat(parts, -1).float() for parts in ((q_nope, q_pe), (ckv_cache, kpe_cache)))
+        for index, length in enumerate(lengths.tolist()):
+            rows = cache[indices[starts[index] : starts[index + 1]].long()].flatten(0, 1)[:length]
+            part = slice(int(query_starts[index]), int(query_starts[index + 1]))
+            scores = torch.einsum("qhd,kd->hqk", q[part], rows) * self.scale
+            unseen = torch.arange(length) > torch.arange(length - (part.stop - part.start), length)[:, None]
+            probs = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+            out[part] = torch.einsum("hqk,kd->qhd", probs, rows[:, :rank]).to(out.dtype)
+        return out

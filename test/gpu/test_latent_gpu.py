@@ -12,6 +12,7 @@ from engine_harness import EngineHarness
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.configs.weight_format import fp8_blocks
+from ramet.srt.layers.attention.registry import choose_attn_backend
 from ramet.srt.layers.latent_linear import LatentHeads, multiply_heads
 from ramet.srt.layers.quantization.declare import declare_format
 from ramet.srt.layers.quantization.dequantize import dequantize
@@ -116,3 +117,45 @@ def test_an_engine_with_long_chunks_and_cache_hits(tmp_path, family, graphs):
             theirs = score.input_logprobs.logprobs[len(prompt) :]
             best = [top[0] for top in score.input_logprobs.top_logprobs[len(prompt) :]]
             assert len(theirs) == 12 and theirs == pytest.approx(best, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["flash_mla", "flashinfer"])
+@pytest.mark.parametrize("sequences", [MIXED, DECODE], ids=["mixed", "decode"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_attention_by_a_library(name, heads, sequences):
+    """Launched, and measured in a graph beside Ramet's kernels."""
+    from ramet.srt.layers.attention.rows.choice import Trial
+
+    options = {"rank": 512, "page_size": 64, "dtype": torch.bfloat16, "decode": sequences is DECODE}
+    case = Case(DEVICE, sequences, (heads, 1, 576), **options)
+    try:
+        backend = choose_attn_backend(name, case.spec)(case.spec, case.pool)
+    except ValueError as error:
+        pytest.skip(str(error))
+    case.check_made(backend)
+    if sequences is DECODE:
+        assert min(Trial(case.spec).compare(backend.library)) > 0
+
+
+@pytest.mark.parametrize("name", ["flash_mla", "flashinfer"])
+def test_an_engine_whose_graphs_hold_a_library(tmp_path, name):
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "max_position_embeddings": 2048}
+    folder = rm.make_model(tmp_path, "deepseek_v3", dtype="bfloat16", **sizes)
+    prompts = rm.random_prompts([5, 300, 40, 450])
+    options = {"device": "cuda", "max_total_tokens": 8192, "chunked_prefill_size": 400, "page_size": 64}
+    native = EngineHarness(folder, attention_backend="torch_native", disable_cuda_graph=True, **options)
+    try:
+        engine = EngineHarness(folder, overlap=True, attention_backend=name, **options)
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert engine.runner.attn_backend.library.name == name and engine.runner.graph_runner is not None
+    for _ in range(2):
+        engine.channel.outputs.clear()
+        results = engine.generate(prompts, max_new_tokens=12)
+        whole = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
+        native.channel.outputs.clear()
+        scores = native.generate(whole, max_new_tokens=1, logprob_start_len=0, top=1)
+        for prompt, score in zip(prompts, scores, strict=True):
+            theirs = score.input_logprobs.logprobs[len(prompt) :]
+            best = [top[0] for top in score.input_logprobs.top_logprobs[len(prompt) :]]
+            assert max(a - b for a, b in zip(best, theirs, strict=True)) < 0.3

@@ -219,6 +219,8 @@ class ModelRunner:
 
     def _prepare_kernels(self) -> None:
         """Capture and compile what passes need, and take its memory. The values don't matter: page 0 takes them."""
+        if self.config.attention_backend == "auto":
+            self.attn_backend.choose_at_start()
         max_batch_size = self.config.max_running_requests
         is_wanted = self.config.use_cuda_graph and self.parallel.pp_size == 1
         # Adapters of a graph are told to all layers at once, and those of attention have other tokens then; whether

@@ -19,7 +19,7 @@ from ramet.srt.layers.kernels.runtime import has_triton
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.tuned_file import file_name, stamp_of, user_folder, write_measured
 from ramet.srt.model_executor.layer_trials import layer_trials
-from ramet.srt.model_executor.prompt_trial import tune_prompts
+from ramet.srt.model_executor.prompt_trial import tune_latent_rows, tune_prompts
 from ramet.srt.model_executor.tuner import Tuner
 from ramet.srt.models.decoder import DecoderForCausalLM
 from ramet.srt.observability.logs import configure_logging
@@ -86,6 +86,8 @@ def _tune(values: argparse.Namespace) -> str:
             del trial  # its memory is the next one's
         if device.type == "cuda":
             tune_prompts(tuner, model, config, dtype)
+            if config.traits.latent is not None:
+                tune_latent_rows(tuner, model, dtype)
     stamp = stamp_of(device)
     path = (values.output or user_folder()) / file_name(stamp)
     total = write_measured(path, stamp, tuner.entries, tuner.tuned)

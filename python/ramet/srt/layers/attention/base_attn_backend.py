@@ -146,6 +146,9 @@ class AttentionBackend(ABC):
         """Whether a pass that could be replayed is faster if its kernels are launched."""
         return False
 
+    def choose_at_start(self) -> None:  # noqa: B027  optional
+        """Measure which kernels are the fastest, where that is worth a start's time; called before anything runs."""
+
     def use_quiet_moment(self, limits: PassLimits) -> None:  # noqa: B027  optional
         """Begin to look for faster ways, beside the passes; called when nothing has been to do for a moment."""
 

@@ -11,7 +11,7 @@ from ramet.srt.layers.attention.requirements import missing_package
 from ramet.srt.mem_cache.kv_sizes import KVLayers
 
 # What "auto" tries on a GPU, in order. Ours comes first: it is the one that was measured there.
-PREFERENCE = ("triton", "flashinfer", "torch_varlen", "torch_native")
+PREFERENCE = ("triton", "flashinfer", "flash_mla", "torch_varlen", "torch_native")
 
 
 def describe_attention(
@@ -73,9 +73,11 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
     candidates: tuple[str, ...] = (name,)
     if name == "auto":
         candidates = PREFERENCE if spec.device.type == "cuda" else ("torch_native",)
+        if spec.kv.is_latent and not _has_index(spec) and spec.device.type == "cuda":
+            candidates = ("latent_auto", *candidates)  # Ramet's kernels, beside which libraries are measured
     obstacle: str | None = None
     for candidate in candidates:
-        obstacle = missing_package(candidate)
+        obstacle = missing_package("triton" if candidate == "latent_auto" else candidate)
         if obstacle is None:
             backend = _backend_class(_variant(candidate, spec))
             obstacle = backend.obstacle(spec)
@@ -86,9 +88,13 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
 
 def _variant(name: str, spec: AttentionSpec) -> str:
     """Which of the classes that make up a backend computes this model."""
-    if name in ("triton", "torch_native") and spec.latent is not None and spec.latent.index is not None:
+    if name in ("triton", "torch_native") and _has_index(spec):
         return f"sparse_{name}"
-    return "latent_triton" if name == "triton" and spec.kv.is_latent else name
+    return f"latent_{name}" if name in ("triton", "flashinfer") and spec.kv.is_latent else name
+
+
+def _has_index(spec: AttentionSpec) -> bool:
+    return spec.latent is not None and spec.latent.index is not None
 
 
 def _backend_class(name: str) -> type[AttentionBackend]:
@@ -101,6 +107,12 @@ def _backend_class(name: str) -> type[AttentionBackend]:
         from ramet.srt.layers.attention.latent_triton_backend import LatentTritonAttnBackend
 
         return LatentTritonAttnBackend
+    if name in ("latent_auto", "flash_mla", "latent_flashinfer"):
+        from ramet.srt.layers.attention import latent_library_backend as latent
+
+        if name == "latent_auto":
+            return latent.LatentLibraryBackend
+        return latent.FlashMlaAttnBackend if name == "flash_mla" else latent.LatentFlashInferAttnBackend
     if name == "sparse_triton":
         from ramet.srt.layers.attention.sparse_triton_backend import SparseTritonAttnBackend
 

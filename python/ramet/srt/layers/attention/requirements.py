@@ -12,6 +12,8 @@ def missing_package(backend: str) -> str | None:
         return "the package triton, which is not installed"
     if backend == "flashinfer" and importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer, which is not installed (pip install flashinfer-python)"
+    if backend == "flash_mla" and importlib.util.find_spec("flash_mla") is None:
+        return "the package flash_mla, which is not installed (github.com/deepseek-ai/FlashMLA)"
     if backend == "torch_varlen":
         installed = importlib.metadata.version("torch")
         if _major_minor(installed) < VARLEN_TORCH:

@@ -127,4 +127,6 @@ PACKED_ROW = Choice(
 PACKED_BY = Choice("packed_by", "rows outputs columns bits", (OTHER, OURS))
 # The place in prompts.choice.CANDIDATES, from one on; 0: Ramet's own. `installed` has a bit for each of them.
 PROMPTS = Choice("prompts", "heads kv_heads head_dim element_bytes installed", [(place,) for place in range(4)])
+# The same of rows.choice.CANDIDATES, for latent attention of requests that decode.
+LATENT_ROWS = Choice("latent_rows", "heads page_size element_bytes installed", [(place,) for place in range(3)])
 CPU_LINEAR = Choice("cpu_linear", "rows outputs columns", (OTHER, OURS))
