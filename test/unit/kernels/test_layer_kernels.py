@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairs import pairs
 from ramet.srt.configs.model_config import RopeConfig
 from ramet.srt.layers.activation import get_activation
 from ramet.srt.layers.rotary_embedding import RotaryEmbedding, apply_rotary
@@ -37,14 +38,16 @@ def test_gated_activation(device, name):
     close(act_and_mul(x, name), get_activation(name)(gate) * up)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", [(4, 2, 16), (6, 3, 24)])
-@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
-@pytest.mark.parametrize("rotary_factor", [0, 0.25, 0.75, 1.0])
-def test_rotation_norm_and_cache_write(device, dtype, num_heads, num_kv_heads, head_dim, norm_offset, rotary_factor):
+@pytest.mark.parametrize(
+    ("dtype", "heads", "norm_offset", "rotary_factor"),
+    pairs([torch.float32, torch.bfloat16], [(4, 2, 16), (6, 3, 24)], [None, 0.0, 1.0], [0, 0.25, 0.75, 1.0]),
+    ids=str,
+)
+def test_rotation_norm_and_cache_write(device, dtype, heads, norm_offset, rotary_factor):
     """All heads of each layer against torch; a factor of 0 stands for a layer without positions."""
     from ramet.srt.layers.kernels.rotary import rotate_and_store
 
+    num_heads, num_kv_heads, head_dim = heads
     num_tokens, num_slots = 5, 12
     rotary = None
     if rotary_factor:
