@@ -1,6 +1,8 @@
-"""Owns what holds for all tests: one thread for each process that computes; nothing in the user's caches."""
+"""Owns what holds for all tests: one thread for each process that computes, little work for a call, clean caches."""
 
 import atexit
+import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +16,12 @@ for cache in ("RAMET_DIGEST_DIR", "RAMET_TUNING_DIR"):
     if cache not in os.environ:
         os.environ[cache] = tempfile.mkdtemp(prefix="ramet-cache-")
         atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
+
+# Each call without a client, so each look whether a server is ready, would read all authorities' certificates anew.
+with contextlib.suppress(ImportError):  # not every test needs httpx
+    from httpx._transports import default as httpx_transports
+
+    httpx_transports.create_ssl_context = functools.cache(httpx_transports.create_ssl_context)
 
 
 @pytest.hookimpl(wrapper=True)

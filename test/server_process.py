@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(0.03)
     raise TimeoutError(f"{what} has not come true within {timeout_s:g} s")
 
 
