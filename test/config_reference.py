@@ -309,16 +309,25 @@ def _ropes(config: ModelConfig) -> list[RopeConfig]:
     return [config.rope] * has_full + sliding[:1]
 
 
+def refusal(config: dict[str, Any]) -> str | None:
+    """Ramet's message if it refuses `config`."""
+    try:
+        ours(read(config))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def compare(config: dict[str, Any]) -> str | None:
     """Read `config` in both ways. Returns Ramet's message if it refuses it, None if both are equal.
 
     Raises:
         Disagreement: if Ramet accepts it, and transformers has other values or fails.
     """
-    try:
-        got = ours(read(config))
-    except ValueError as error:
-        return str(error)
+    message = refusal(config)
+    if message is not None:
+        return message
+    got = ours(read(config))
     try:
         wanted = reference(config)
     except Exception:  # noqa: BLE001 - whatever transformers fails with
