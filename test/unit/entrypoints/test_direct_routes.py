@@ -1,5 +1,6 @@
 """The short way of users' requests: what stands before it, and what becomes of an error that nobody expects."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,8 +41,14 @@ def make_instance(refusal: str | None = None, **args: Any) -> Any:
     return SimpleNamespace(**fields, reranker=SimpleNamespace(prompts=lambda *args: {}["secret"]))
 
 
-async def ask(instance: Any, path: str, **headers: str) -> tuple[int, str]:
-    transport = httpx.ASGITransport(create_app(instance), raise_app_exceptions=False)
+@functools.cache
+def app_of(api_key: str | None = None, refusal: str | None = None) -> Any:
+    """One for all paths and requests: to make one takes longer than all that is asked of it."""
+    return create_app(make_instance(refusal, api_key=api_key))
+
+
+async def ask(app: Any, path: str, **headers: str) -> tuple[int, str]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         answer = await client.post(path, json=BODIES[path], headers=headers)
         return answer.status_code, answer.json()["error"]["message"]
@@ -53,16 +60,16 @@ def test_every_path_has_a_body() -> None:
 
 @pytest.mark.parametrize("path", BODIES)
 async def test_an_unexpected_error_tells_nothing(path: str) -> None:
-    assert await ask(make_instance(), path) == (500, "internal error")
+    assert await ask(app_of(), path) == (500, "internal error")
 
 
 @pytest.mark.parametrize("path", BODIES)
 async def test_who_may_not_ask_gets_no_further(path: str) -> None:
-    status, message = await ask(make_instance(api_key="k"), path)
+    status, message = await ask(app_of("k"), path)
     assert status == 401 and "Authorization" in message
     for headers in ({"Authorization": "Bearer k"}, {"X-Api-Key": "k"}, {"Authorization": "Bearer x", "X-Api-Key": "k"}):
-        assert (await ask(make_instance(api_key="k"), path, **headers))[0] == 500
+        assert (await ask(app_of("k"), path, **headers))[0] == 500
     for headers in ({"Authorization": "k"}, {"X-Api-Key": "Bearer k"}, {"X-Api-Key": ""}, {"X-Api-Key": "k2"}):
-        assert (await ask(make_instance(api_key="k"), path, **headers))[0] == 401
-    assert (await ask(make_instance(), path, Origin="http://elsewhere.example"))[0] == 403
-    assert await ask(make_instance(refusal="it is loading"), path) == (503, "it is loading")
+        assert (await ask(app_of("k"), path, **headers))[0] == 401
+    assert (await ask(app_of(), path, Origin="http://elsewhere.example"))[0] == 403
+    assert await ask(app_of(refusal="it is loading"), path) == (503, "it is loading")
