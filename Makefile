@@ -15,10 +15,11 @@ CLIENTS ?= test/clients
 ARGS ?=
 
 STAMP := $(VENV)/.ramet-$(EXTRA)
+LOWEST := $(VENV)-lowest/.made
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-lowest test-clients lint format docs proto bench demo-model clean
+.PHONY: help setup setup-lowest run test test-lowest test-clients lint format docs proto bench demo-model clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -27,6 +28,11 @@ setup: $(STAMP) ## make the virtual environment and install everything
 $(STAMP): setup.py constraints.txt scripts/setup_env.sh
 	@bash scripts/setup_env.sh $(VENV) $(PYTHON) $(EXTRA)
 	@rm -f $(VENV)/.ramet-*
+	@touch $@
+
+setup-lowest: $(LOWEST) ## make the environment of test-lowest
+$(LOWEST): $(STAMP) scripts/lowest_env.sh scripts/lowest_versions.py
+	@bash scripts/lowest_env.sh $(VENV)
 	@touch $@
 
 run: $(STAMP) ## start a seed, clone it, ask both the same question; MODEL=... takes a real model
@@ -38,7 +44,7 @@ SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(STAMP) ## run the integration and the unit tests, side by side; TESTS=... picks
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "$(MARKS)" $(TESTS)
 
-test-lowest: $(STAMP) ## run a part of the tests with the lowest versions that setup.py allows
+test-lowest: $(LOWEST) ## run a part of the tests with the lowest versions that setup.py allows
 	@bash scripts/test_lowest_versions.sh $(VENV) $(SIDE_BY_SIDE)
 
 test-clients: $(STAMP) ## run published clients against a server; CLIENTS=... picks; the first time fetches several GB
