@@ -1,5 +1,6 @@
 """Owns what one rank of a trainer has on offer: a copy of its weights of one version, and who is told of it."""
 
+import hashlib
 import logging
 import os
 import time
@@ -19,7 +20,8 @@ from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.utils.net import format_address, format_url, is_loopback, reachable_host
 from ramet.srt.weights.manifest import WeightManifest, build_weight_manifest, dtype_name
 from ramet.srt.weights.registration import PublishedModel
-from ramet.srt.weights.version import check_version
+from ramet.srt.weights.version import check_shared_version
+from ramet.trainer.run import run_name
 from ramet.trainer.server import PublisherServer
 from ramet.trainer.tensors import HEAD, Held, Weights, hold
 
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 LISTING_TIMEOUT_S = 10.0  # for the metadata server to list a version
 NETWORKS = (UNUSED, WANTED, REQUIRED)
+
+
+class VersionReused(ValueError):
+    """A version's name stands for other content already."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,22 @@ class WeightPublisher:
             port: 0 takes a free one.
             api_key: that instances must have, if any.
             run: a name for this run of the trainer, the same on all ranks; what two runs hold is never put together.
-                None takes torchrun's, which is another one after a restart.
+                None: one that all ranks of torch.distributed's default group have, and that no other run has. Ranks
+                without such a group must be given one.
             network: whether a transfer engine (Mooncake) gives the weights to other hosts: "unused", "wanted" (where it
                 is installed), "required"; None: "unused" where `host` is of this host alone, else "wanted".
 
         Raises:
             ValueError: for a bad argument, or what can't be published.
+            TypeError: for weights or a version of another type.
             OSError: if the address can't be bound.
         """
         if metadata is not None and not model_name:
             raise ValueError("a metadata server lists weights by their model's name: give model_name")
         if network is not None and network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(NETWORKS)}; got {network!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating-point type of torch's; got {dtype!r}")
         if metadata is not None:
             check_installed()
         self._weights = weights
@@ -100,7 +110,8 @@ class WeightPublisher:
         )
         self._host = host
         self._network = network or (UNUSED if is_loopback(host) else WANTED)
-        self._run = _run_name() if run is None else run
+        self._run = run
+        self._contents: dict[str, bytes] = {}  # of each version that has been published: a digest of what is held
         self._started_at = time.time()
         self._seed: WeightSeed | None = None
         self._record: Publication | None = None
@@ -131,15 +142,17 @@ class WeightPublisher:
         Instances that are taking the version before start over with this one, or fail and keep what they serve.
 
         Args:
-            version: its name: 1 to 256 printable characters. Other content must have another name.
+            version: its name: 1 to 256 printable characters, not "default" or "update-N", which are names of
+                instances. Other content must have another name.
             weights: to be read from now on, in the place of those that were given.
 
         Raises:
-            ValueError: for a bad version, or weights that can't be published; what was offered before still is.
-            MemoryError, OSError, WeightTransferError: if they can't be offered; nothing is then.
+            ValueError, TypeError: for a bad version, or weights that can't be published; what was offered before still
+                is.
+            VersionReused, MemoryError, OSError, WeightTransferError: if they can't be offered; nothing is then.
         """
         start = time.perf_counter()
-        check_version(version, "version")
+        check_shared_version(version, "version")
         if weights is not None:
             self._weights = weights
         held = hold(self._weights, self._dtype)
@@ -150,12 +163,13 @@ class WeightPublisher:
         self._seed = WeightSeed.start(
             manifest, arena, host=self._host, started_at=self._started_at, network=self._network
         )
+        self._check_name(version, self._seed)
         shapes = {name: shape for one in held for name, shape in one.shapes.items()}
-        published = PublishedModel(run=self._run, shapes=shapes)
+        published = PublishedModel(run=run_name() if self._run is None else self._run, shapes=shapes)
         self._seed.registration = msgspec.structs.replace(self._seed.registration, published=published, control=None)
         self._server.show(self._seed.registration, self._seed.answer)
         if self._metadata is not None:
-            self._record = self._list(self._seed, arena)
+            self._record = self._list(self._seed, arena, published.run)
         self.version = version
         done = Published(version, manifest.payload_nbytes, time.perf_counter() - start)
         logger.info("published %.3f GB as version %s at %s in %.2f s", done.num_bytes / 1e9, version, self.address,
@@ -193,7 +207,19 @@ class WeightPublisher:
             weight_version=version,
         )
 
-    def _list(self, seed: WeightSeed, arena: WeightArena) -> "Publication":
+    def _check_name(self, version: str, seed: WeightSeed) -> None:
+        """Raises VersionReused, and offers nothing, if something else has been published under that name.
+
+        A rank that is behind would have it still, and nobody could tell the two apart.
+        """
+        manifest = seed.registration.manifest
+        assert manifest is not None and manifest.checksums is not None
+        digest = hashlib.sha256(msgspec.json.encode([manifest.entries, manifest.checksums.values])).digest()
+        if self._contents.setdefault(version, digest) != digest:
+            self.withdraw()
+            raise VersionReused(f"{version!r} has been published with other content: what is other needs another name")
+
+    def _list(self, seed: WeightSeed, arena: WeightArena, run: str) -> "Publication":
         """Tell the metadata server, and wait for a moment until it lists the version; it need not be there."""
         from ramet.srt.modelexpress.client.publication import Publication  # needs grpc
         from ramet.srt.modelexpress.records import make_instance_facts
@@ -210,7 +236,7 @@ class WeightPublisher:
         record = Publication(
             config,
             seed.registration,
-            msgspec.structs.replace(facts, trainer_run=self._run),
+            msgspec.structs.replace(facts, trainer_run=run),
             accelerator="cuda" if arena.gpu_id >= 0 else "cpu",
             device_id=max(0, arena.gpu_id),
             load_probe=_no_load,
@@ -238,8 +264,3 @@ def _copy(held: list[Held], arena: WeightArena) -> None:
 
 def _no_load() -> float | None:
     return None
-
-
-def _run_name() -> str:
-    run, restarts = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return f"{run}.{restarts}" if run else ""

@@ -7,9 +7,11 @@ from typing import TypeAlias
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
 
 from ramet.srt.weights.manifest import WeightBox, box_shape
 
+COMPILED = "_orig_mod"  # of a module in a module that torch.compile has made
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]  # (start, stop) along each dimension
@@ -67,8 +69,9 @@ def hold(weights: Weights, dtype: torch.dtype | None) -> list[Held]:
 
     Raises:
         ValueError: for what can't be published: partial sums, boxes that don't fit, nothing at all.
+        TypeError: for weights that are no module and no mapping by name.
     """
-    values = weights.state_dict() if isinstance(weights, torch.nn.Module) else dict(weights)
+    values = _named(weights)
     if HEAD in values and EMBEDDING in values and _are_same(values[HEAD], values[EMBEDDING]):
         del values[HEAD]
     found = [held for name, value in values.items() for held in _hold_one(name, value, dtype)]
@@ -82,6 +85,25 @@ def hold(weights: Weights, dtype: torch.dtype | None) -> list[Held]:
         for name, shape in held.shapes.items():
             if shapes.setdefault(name, shape) != shape:
                 raise ValueError(f"{name} is given with the shapes {shapes[name]} and {shape}")
+    return found
+
+
+def _named(weights: Weights) -> dict[str, Value]:
+    """Each tensor by its name in a checkpoint: without what torch.compile and data parallelism put around modules."""
+    if isinstance(weights, torch.nn.Module):
+        weights = getattr(weights, COMPILED, weights)
+        weights = weights.module if isinstance(weights, DistributedDataParallel) else weights
+    elif not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a module, or a mapping of tensors by name; got a {type(weights).__name__}")
+    values = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
+    found: dict[str, Value] = {}
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of tensors must be strings; got {name!r}")
+        plain = name.replace(f"{COMPILED}.", "")
+        if plain in found:
+            raise ValueError(f"there are two tensors {plain}")
+        found[plain] = value
     return found
 
 

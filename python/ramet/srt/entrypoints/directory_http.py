@@ -5,6 +5,7 @@ import logging
 import re
 import socket
 import socketserver
+import sys
 import threading
 import time
 from email.message import Message
@@ -94,6 +95,13 @@ class DirectoryHTTPServer(ThreadingHTTPServer):
             self._cut_off_one()
             time.sleep(0.1)
             raise
+
+    def handle_error(self, _request: Any, client_address: Any) -> None:
+        """Whoever asked may have gone meanwhile, which is nobody's fault."""
+        if isinstance(sys.exception(), OSError):
+            logger.debug("%s did not wait for its answer", client_address[0])
+        else:
+            logger.exception("an answer to %s failed", client_address[0])
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:

@@ -133,7 +133,11 @@ def _obstacle(answers: Sequence[SeedAnswer], version: str | None) -> str | None:
     if len(published) < len(answers) or not answers:
         raise ValueError("some of these are ranks of a trainer, and others are not")
     if len({one.run for one in published}) > 1:
-        return f"they are of several runs: {', '.join(sorted({one.run or 'one without a name' for one in published}))}"
+        names = ", ".join(sorted({one.run or "one without a name" for one in published}))
+        return (
+            f"they are of several runs ({names}); ranks of one trainer are in torch.distributed's default group, or "
+            "are given the same run"
+        )
     versions = {answer.manifest.weight_version for answer in answers if answer.manifest is not None}
     if len(versions) > 1 or version is not None and versions != {version}:
         return f"they publish {', '.join(sorted(versions))}, not {'one version' if version is None else version}"

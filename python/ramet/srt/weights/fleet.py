@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from ramet.srt.utils.outside_json import Natural, decode_json
-from ramet.srt.weights.version import MAX_VERSION_LEN
+from ramet.srt.weights.version import MAX_VERSION_LEN, check_shared_version
 
 MAX_NAME_LEN = 4096
 DEFAULT_MIN_SERVING = 0.75
@@ -89,6 +89,6 @@ def read_set_target(data: bytes) -> SetTarget:
     wanted = decode_json(data, SetTarget)
     if not wanted.model:
         raise ValueError("model is empty")
-    if not wanted.version.isprintable():
-        raise ValueError("version must be of printable characters")
+    if wanted.version:
+        check_shared_version(wanted.version, "version")
     return wanted

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from ramet.srt.configs.weight_format import BLOCKS, WHOLE
 from ramet.srt.model_loader.checkpoint.cache_scales import is_cache_scale
@@ -88,16 +88,27 @@ def _check_names(tensors: Tensors, whole: WholeModel, where: str) -> None:
     absent.update(name for name in whole.shapes if is_cache_scale(name))  # 1 then
     if lost := [name for name in whole.shapes if name not in tensors and name not in absent]:
         words = name_some([_with_purpose(name, whole) for name in lost])
-        raise ValueError(f"{where} lacks {words}{_packed_hint(lost, tensors, whole)}")
+        hint = _packed_hint(lost, tensors, whole) or _other_names_hint(_surplus(tensors, whole, absent))
+        raise ValueError(f"{where} lacks {words}{hint}")
+    if surplus := _surplus(tensors, whole, absent):
+        told = [f"{name} in {os.path.basename(tensors[name][0])}" for name in surplus]
+        raise ValueError(f"{where} has tensors that the model does not have: {name_some(told)}")
+
+
+def _surplus(tensors: Tensors, whole: WholeModel, absent: Collection[str]) -> list[str]:
+    """Names that no rank has a place for."""
     if not whole.is_complete:
-        return  # the rest belongs to other ranks
-    surplus = []
-    for name, (path, _) in tensors.items():
-        is_known = name in whole.shapes and (name not in absent or is_cache_scale(name))
-        if not is_known and not _is_idle(name, whole):
-            surplus.append(f"{name} in {os.path.basename(path)}")
-    if surplus:
-        raise ValueError(f"{where} has tensors that the model does not have: {name_some(surplus)}")
+        return []  # the rest belongs to other ranks
+    known = {name for name in whole.shapes if name not in absent or is_cache_scale(name)}
+    return [name for name in tensors if name not in known and not _is_idle(name, whole)]
+
+
+def _other_names_hint(surplus: Sequence[str]) -> str:
+    """What there is instead, if names are spelled in a way that nobody knows."""
+    if not surplus:
+        return ""
+    rest = f" and {len(surplus) - 1} others that the model does not have" if len(surplus) > 1 else ""
+    return f"; it has {surplus[0]}{rest}"
 
 
 def _is_idle(name: str, whole: WholeModel) -> bool:
