@@ -102,7 +102,10 @@ class FakeRequest:
         top_ids = [[(token_id + place) % 256 for place in range(num)] for token_id in token_ids]
         if first_has_none and token_ids:
             values[0], tops[0], top_ids[0] = None, [], []
-        return TokenLogprobs(logprobs=values, token_ids=token_ids, top_logprobs=tops, top_token_ids=top_ids)
+        ranks = [num + 1] * len(token_ids)
+        return TokenLogprobs(
+            logprobs=values, token_ids=token_ids, top_logprobs=tops, top_token_ids=top_ids, ranks=ranks
+        )
 
 
 class FakeScheduler:

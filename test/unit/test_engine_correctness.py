@@ -55,6 +55,11 @@ def test_logprobs_equal_transformers(model, chunk):
             got = result.input_logprobs.logprobs + result.output_logprobs
             assert got[0] is None
             assert got[1:] == pytest.approx(wanted, abs=1e-4)
+            ranks = result.input_logprobs.ranks
+            assert ranks[0] == 0 and len(ranks) == len(result.input_logprobs.token_ids)
+            assert len(ranks) < 20 or max(ranks) > 10  # tokens by chance are seldom the likeliest
+            for rank, row, value in zip(ranks[1:], expected, wanted, strict=False):
+                assert 1 + int((row > value + 1e-4).sum()) <= rank <= 1 + int((row > value - 1e-4).sum())
             best = expected[-2].topk(3).values.tolist()
             assert result.top_logprobs[-1] == pytest.approx(best, abs=1e-4)
 

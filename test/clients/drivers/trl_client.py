@@ -50,6 +50,12 @@ def score():
 
 
 @step
+def score_unlikely():
+    """Tokens that nobody has said: prompts, each from its third token on."""
+    return client().get_sequence_logprobs(PROMPTS, [2, 2], top_logprobs=3)
+
+
+@step
 def server():
     """All that it asks before it sends weights, and after."""
     asked = client()

@@ -176,8 +176,8 @@ def test_token_ids_and_prompt_logprobs(http: httpx.Client, tokenizer: Tokenizer)
     assert [len(one) for one in choice["logprobs"]["top_logprobs"]] == [2, 2]  # and the token itself
     assert choice["prompt_logprobs"][0] is None and len(choice["prompt_logprobs"]) == len(ids)
     entry = choice["prompt_logprobs"][1]
-    assert entry[str(ids[1])] == {"logprob": -0.5, "rank": None, "decoded_token": tokenizer.decode([ids[1]])}
-    assert [one["rank"] for one in entry.values()] == [None, 1, 2], "the fake scheduler finds others likelier"
+    assert entry[str(ids[1])] == {"logprob": -0.5, "rank": 3, "decoded_token": tokenizer.decode([ids[1]])}
+    assert [one["rank"] for one in entry.values()] == [3, 1, 2], "the fake scheduler finds others likelier"
     answer = chat(http, return_token_ids=True, prompt_logprobs=0)
     ChatCompletion.model_validate_json(answer.text)
     content = answer.json()

@@ -109,12 +109,14 @@ class LogprobRows(msgspec.Struct, kw_only=True):
     logprobs: list[float]  # of the token of each row
     top_logprobs: list[list[float]]
     top_token_ids: list[list[int]]
+    ranks: list[int] = []  # of the token of each row in the vocabulary, 1 the likeliest; [] of output tokens
 
     def extend(self, rows: "LogprobRows") -> None:
         """Append other rows."""
         self.logprobs += rows.logprobs
         self.top_logprobs += rows.top_logprobs
         self.top_token_ids += rows.top_token_ids
+        self.ranks += rows.ranks
 
 
 class BatchResult(msgspec.Struct, kw_only=True):

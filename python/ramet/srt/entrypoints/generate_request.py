@@ -250,6 +250,7 @@ def _slice(logprobs: TokenLogprobs, start: int, stop: int) -> TokenLogprobs:
         token_ids=logprobs.token_ids[start:stop],
         top_logprobs=logprobs.top_logprobs[start:stop],
         top_token_ids=logprobs.top_token_ids[start:stop],
+        ranks=logprobs.ranks[start:stop],
     )
 
 

@@ -184,3 +184,12 @@ def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, most: int) -
     chosen = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
     values, indices = torch.topk(logprobs, min(most, logits.shape[1]), dim=-1)
     return LogprobTensors(chosen, values, indices)
+
+
+def compute_ranks(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """int64 [num_rows]: the places of `token_ids` [num_rows] in the vocabulary, 1 the likeliest; equals share the best.
+
+    Args:
+        logits: [num_rows, vocab_size]
+    """
+    return (logits > logits.gather(1, token_ids.unsqueeze(1))).sum(dim=-1) + 1

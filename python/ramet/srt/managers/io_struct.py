@@ -31,6 +31,7 @@ class TokenLogprobs(msgspec.Struct, kw_only=True, array_like=True):
     token_ids: list[int]  # [num_tokens]
     top_logprobs: list[list[float]]  # [num_tokens][top_logprobs_num]; empty lists when not asked for
     top_token_ids: list[list[int]]
+    ranks: list[int] = []  # [num_tokens] of a prompt: see LogprobRows; 0 for its first token
 
 
 class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):

@@ -16,6 +16,7 @@ def extend_logprobs(total: TokenLogprobs, token_ids: Sequence[int], rows: Logpro
     total.token_ids += token_ids
     total.top_logprobs += rows.top_logprobs
     total.top_token_ids += rows.top_token_ids
+    total.ranks += rows.ranks
 
 
 def split_rows(rids: Sequence[str], rows: LogprobRows) -> dict[str, LogprobRows]:
@@ -41,7 +42,9 @@ class UnsentLogprobs:
         """The prompt is computed from its beginning."""
         self._prompt = no_logprobs()
         if self._is_prompt_due and self._first_ids:
-            first = TokenLogprobs(logprobs=[None], token_ids=self._first_ids, top_logprobs=[[]], top_token_ids=[[]])
+            first = TokenLogprobs(
+                logprobs=[None], token_ids=self._first_ids, top_logprobs=[[]], top_token_ids=[[]], ranks=[0]
+            )
             self.add_prompt(first.token_ids, first)
 
     def add_prompt(self, token_ids: Sequence[int], rows: LogprobRows | TokenLogprobs) -> None:

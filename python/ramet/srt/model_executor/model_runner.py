@@ -29,7 +29,7 @@ from ramet.srt.layers.attention.registry import (
 )
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
-from ramet.srt.layers.sampler import compute_logprobs
+from ramet.srt.layers.sampler import compute_logprobs, compute_ranks
 from ramet.srt.lora.lora_manager import LoraManager
 from ramet.srt.mem_cache.memory_pool import ReqToPagePool, TokenToKVPool
 from ramet.srt.mem_cache.state_pool import StatePool
@@ -443,10 +443,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prompt_logprobs(self, hidden_states: torch.Tensor, token_ids: Sequence[int], top_num: int) -> LogprobRows:
-        """Log-probabilities of `token_ids`, each given the hidden state in its row, a few hundred rows at a time."""
+        """Log-probabilities and ranks of `token_ids`, given the hidden state in its row; a few hundred at a time."""
         rows = LogprobRows(logprobs=[], top_logprobs=[], top_token_ids=[])
         for start in range(0, len(token_ids), PROMPT_LOGPROB_ROWS):
             targets = torch.tensor(token_ids[start : start + PROMPT_LOGPROB_ROWS], device=hidden_states.device)
             logits = self.compute_logits(hidden_states[start : start + PROMPT_LOGPROB_ROWS])
             rows.extend(compute_logprobs(logits, targets, top_num).to_rows([top_num] * len(targets)))
+            rows.ranks += compute_ranks(logits, targets).tolist()
         return rows

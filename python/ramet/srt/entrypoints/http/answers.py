@@ -82,10 +82,10 @@ class Detokenized(Answer):
 
 
 class PromptLogprob(Answer):
-    """A token that could have stood in a prompt, vLLM's way. Its rank is null if it is not among those asked for."""
+    """A token that could have stood in a prompt, vLLM's way."""
 
     logprob: float
-    rank: int | None
+    rank: int  # in the whole vocabulary, 1 the likeliest
     decoded_token: str
 
 

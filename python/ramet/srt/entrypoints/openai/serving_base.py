@@ -180,17 +180,14 @@ class StreamUsage:
 
 
 def prompt_logprobs(tokenizer: Tokenizer, logprobs: TokenLogprobs, num_top: int) -> list[dict[str, Any] | None]:
-    """vLLM's form of a prompt's log-probabilities: for each token an object by token id; null for the first.
-
-    The rank of a token that is not among those asked for is null.
-    """
+    """vLLM's form of a prompt's log-probabilities: for each token an object by token id; null for the first."""
     entries: list[dict[str, Any] | None] = []
     for place, (token_id, logprob) in enumerate(zip(logprobs.token_ids, logprobs.logprobs, strict=True)):
         if logprob is None:
             entries.append(None)
             continue
         top_ids = logprobs.top_token_ids[place][:num_top]
-        found = {token_id: (logprob, None)} | {
+        found = {token_id: (logprob, logprobs.ranks[place])} | {
             top_id: (value, rank)
             for rank, (top_id, value) in enumerate(zip(top_ids, logprobs.top_logprobs[place], strict=False), 1)
         }
