@@ -49,6 +49,7 @@ def test_verl(
     saw = run.saw("weight_sync")
     assert saw["before"]["output_ids"] == known["old"][0] and saw["at_once"] == [known["old"][0]] * 8
     assert [one[1] for one in saw["before"]["meta_info"]["output_token_logprobs"]] == known["old"][0]
+    assert saw["megabytes"] > 1  # more than one bucket, also where nothing serves that could stay
     assert saw["after"] == saw["after_sleep"] == known["new"][0]
     assert len(saw["models"]["data"]) == 1
 
@@ -81,6 +82,15 @@ def score(saw: Any, tokens: list[list[int]]) -> None:
     assert [[place[:1] for place in answer] for answer in saw["logprobs"]] == saw["actual_logprobs"]
 
 
+def score_unlikely(saw: Any, tokens: list[list[int]]) -> None:
+    """Whatever its rank, the token itself is told beside the likeliest ones, which stand first."""
+    assert saw["actual_token_ids"] == [[[one] for one in prompt[2:]] for prompt in PROMPTS]
+    places = [place for answer in saw["logprobs"] for place in answer]
+    assert all(len(place) == 3 and place == sorted(place, reverse=True) for place in places)
+    actual = [value for answer in saw["actual_logprobs"] for (value,) in answer]
+    assert any(value < place[-1] for value, place in zip(actual, places, strict=True))
+
+
 def server(saw: Any, tokens: list[list[int]]) -> None:
     assert saw["world_size"] == 1 and saw["info"]["weight_transfer_config"] is not None
 
@@ -89,7 +99,7 @@ def control(saw: Any, tokens: list[list[int]]) -> None:
     assert saw["dtype"] == "torch.float32" and saw["max_model_len"] > 0 and saw["world_size"] == 1
 
 
-STEPS = {one.__name__: one for one in (generate, generate_several, chat, score, server, control)}
+STEPS = {one.__name__: one for one in (generate, generate_several, chat, score, score_unlikely, server, control)}
 
 
 @pytest.mark.parametrize("step", STEPS)

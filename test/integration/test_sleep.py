@@ -165,12 +165,36 @@ def test_tensors_that_fail_half_way_leave_it_asleep_and_all_of_them_heal_it(case
         assert answer.status_code == 400 and "the session has failed" in answer.text
         check_asleep()
     answer = send(tensors[1:])
+    assert answer.status_code == 200 and f"{tensors[0][0]} must come before they do" in answer.text
+    answer = post(server, "/resume_memory_occupation")
+    assert answer.status_code == 400 and "not all have come yet" in answer.text
+    answer = post(server, "/end_weight_update")
     assert answer.status_code == 400 and f"nothing serves that could stay, and {tensors[0][0]} did not" in answer.text
     check_asleep()
-    assert send(tensors, weight_version="all").json()["weight_version"] == "all"
+    assert send(tensors[:1]).json()["success"]
+    answer = send(tensors)
+    assert answer.status_code == 400 and f"{tensors[0][0]} has come before" in answer.text
+    check_asleep()
+    for start in range(0, len(tensors), 5):  # one bucket after the other, as trainers have room for
+        check_asleep()
+        answer = send(tensors[start : start + 5], weight_version="all").json()
+        assert answer["success"]
+    assert answer["weight_version"] == "all" and answer["num_bytes"] == 2 * sum(one.nbytes for _, one in tensors)
     assert get(server, "/is_sleeping").json()["tags"] == ["kv_cache"] and get(server, "/ready").status_code == 503
     wake(server)
     assert tokens(server) == case.tokens["new"] and versions(server) == [("all", True)]
+
+    update(server, case.models["old"], weight_version="files")  # which are there to be taken again
+    fall_asleep(server, mode="abort")
+    wake(server, tags=["weights"])
+    assert get(server, "/is_sleeping").json()["tags"] == ["kv_cache"]
+    assert send(tensors[:4]).status_code == 200 and versions(server) == [("files", True)]
+    answer = post(server, "/resume_memory_occupation")  # half of a step would serve, on top of another one
+    assert answer.status_code == 400 and "not all have come yet" in answer.text
+    check_asleep()
+    assert send(tensors[4:], weight_version="step").json()["weight_version"] == "step"
+    wake(server)
+    assert tokens(server) == case.tokens["new"] and versions(server)[0] == ("step", True)
 
     for step in range(2):  # as trainers of SGLang's users do it, in their order
         fall_asleep(server)

@@ -8,7 +8,7 @@ import pytest
 from ramet.srt.errors import RequestError, ServiceError
 from ramet.srt.managers.update_report import Staged, UpdateReport
 from ramet.srt.managers.weight_sessions import WeightSessions
-from ramet.srt.weights.update_messages import PickledTensors
+from ramet.srt.weights.update_messages import LentTensors, PickledTensors, WeightStepOutput
 from updated_replicas import Case, Found
 
 SOURCE = PickledTensors(payloads=[], load_format=None, host_identity="")
@@ -185,3 +185,119 @@ def test_a_session_that_nobody_goes_on_with_is_given_up() -> None:
     case = Case()
     run(case, script, timeout_s=0.3)
     assert case.take_events()[0] == "drop 1" and case.names() == ["later", "files"]
+
+
+def part(lacks: str) -> WeightStepOutput:
+    """What a replica says of tensors that are not all of them."""
+    return WeightStepOutput(request_id="0", success=True, num_bytes=10, source="tensors", lacks=lacks)
+
+
+def asleep(faults: dict[str, Any]) -> Case:
+    """Two replicas whose weights are away."""
+    case = Case()
+    case.replicas.faults = faults
+    case.control.has_weights, case.control.is_asleep = False, True
+    return case
+
+
+def test_in_the_place_of_weights_that_are_away_tensors_wait_until_they_are_whole() -> None:
+    async def script(sessions: WeightSessions) -> UpdateReport:
+        first = await put(sessions, "one")
+        assert isinstance(first, Staged) and (first.num_bytes, first.lacks) == (20, "a and b")
+        assert case.take_events() == ["put 1"] and case.control.has_session and not case.control.has_weights
+        with pytest.raises(RequestError, match="not all have come yet"):
+            await case.control.update(Found, None)
+        case.replicas.faults["put 1"] = part("b")
+        second = await put(sessions, abort_all=True)
+        assert isinstance(second, Staged) and second.lacks == "b" and case.take_events() == ["put 1"]
+        return await put(sessions)
+
+    case = asleep({"put 1": part("a and b")})
+    report = run(case, script)
+    assert (report.version, report.num_bytes) == ("one", 55)
+    assert case.take_events() == ["put 1", "seal 1", "abort", "switch 1", "drop 0"]
+    assert case.control.has_weights and not case.control.has_session and case.control.current.origin == "tensors"
+
+
+def test_old_weights_that_are_back_are_nothing_to_mix_with_while_it_sleeps() -> None:
+    """As verl does it: it wakes the weights first, which may be there to be taken."""
+
+    async def script(sessions: WeightSessions) -> UpdateReport:
+        assert isinstance(await put(sessions), Staged) and case.names() == ["default"]
+        return await put(sessions)
+
+    case = asleep({"put 1": part("a")})
+    case.control.has_weights = True
+    assert run(case, script).num_bytes == 35
+    case.control.is_asleep = False
+    case.replicas.faults["put 2"] = part("a")  # what does not come is what serves
+    assert isinstance(run(case, put), UpdateReport)
+
+
+def test_what_is_not_whole_never_serves() -> None:
+    async def script(sessions: WeightSessions) -> None:
+        await put(sessions)
+        case.replicas.faults["seal 1"] = "nothing serves that could stay, and a did not come"
+        with pytest.raises(RequestError, match="a did not come"):
+            await sessions.end()
+        assert case.take_events() == ["put 1", "seal 1", "drop 1", "drop 1"] and not case.control.has_session
+        case.replicas.faults |= {"put 2": part("a")}
+        await put(sessions)
+        await sessions.discard()
+        assert case.take_events() == ["put 2", "drop 2"] and not case.control.has_session
+        case.replicas.faults |= {"put 3": part("a")}
+        await put(sessions)
+        await sessions.begin()  # a trainer that says when it is done
+        assert case.take_events() == ["put 3", "drop 3"] and case.control.has_session
+        assert isinstance(await put(sessions), Staged) and case.take_events() == ["put 4"]
+        await sessions.discard()
+        assert not case.control.has_weights
+
+    case = asleep({"put 1": part("a")})
+    run(case, script)
+
+
+def test_a_part_that_fails_drops_those_before_and_all_of_them_again_serve() -> None:
+    async def script(sessions: WeightSessions) -> UpdateReport:
+        await put(sessions)
+        case.replicas.faults["put 1"] = "a has come before"
+        with pytest.raises(RequestError, match="a has come before; what came before is dropped, too: send all"):
+            await put(sessions)
+        assert "drop 1" in case.take_events() and not case.control.has_session
+        return await put(sessions)
+
+    case = asleep({"put 1": part("b")})
+    assert run(case, script).num_bytes == 15
+
+
+def test_a_part_that_comes_when_old_weights_are_back_is_no_update() -> None:
+    """Somebody has woken them: it would be half of one thing and half of another."""
+
+    async def script(sessions: WeightSessions) -> UpdateReport:
+        await put(sessions)
+        case.replicas.faults["put 1"] = "broken"
+        with pytest.raises(RequestError):
+            await put(sessions)
+        case.control.has_weights, case.control.is_asleep = True, False
+        case.take_events()
+        with pytest.raises(RequestError, match="the session has failed.*broken"):
+            await put(sessions)
+        assert case.take_events() == []
+        await sessions.discard()
+        return await put(sessions)
+
+    case = asleep({"put 1": part("b")})
+    assert isinstance(run(case, script), UpdateReport)
+
+
+def test_buffers_are_all_that_comes() -> None:
+    """checkpoint-engine says by itself when it is done: what it has not sent will not come."""
+
+    async def script(sessions: WeightSessions) -> None:
+        case.replicas.faults["seal 1"] = "a did not come"
+        with pytest.raises(RequestError, match="a did not come"):
+            await sessions.put(LentTensors(sockets={}), None, abort_all=False)
+        assert not case.control.has_session
+
+    case = asleep({"put 1": part("a")})
+    run(case, script)

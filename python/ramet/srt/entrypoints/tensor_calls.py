@@ -198,9 +198,12 @@ def tensors_answer(report: UpdateReport | Staged) -> dict[str, Any]:
     """What came of a call that brings tensors, into a session or by themselves, as it is answered."""
     if isinstance(report, UpdateReport):
         return update_answer(report)
+    then = "/end_weight_update serves them"
+    if report.lacks:
+        then = f"nothing serves now, and {report.lacks} must come before they do"
     return {
         "success": True,
-        "message": f"{report.num_bytes} bytes have come; /end_weight_update serves them",
+        "message": f"{report.num_bytes} bytes have come; {then}",
         "source": report.source,
         "num_bytes": report.num_bytes,
         "stage_seconds": report.seconds,

@@ -76,6 +76,7 @@ class Staged:
     seconds: float = 0.0
     transfer_s: float = 0.0  # 0 where that is not taken apart
     in_host_memory: bool = False
+    lacks: str = ""  # names of tensors that have not come, if the weights are to be whole
 
     @classmethod
     def of(cls, replies: list[WeightStepOutput]) -> "Staged":
@@ -86,13 +87,14 @@ class Staged:
             max(reply.seconds for reply in replies),
             max(reply.transfer_s for reply in replies),
             any(reply.in_host_memory for reply in replies),
+            next((reply.lacks for reply in replies if reply.lacks), ""),
         )
 
     def __add__(self, other: "Staged") -> "Staged":
         source = _joined((self.source, other.source))
         seconds, transfer_s = self.seconds + other.seconds, self.transfer_s + other.transfer_s
         in_host_memory = self.in_host_memory or other.in_host_memory
-        return Staged(source, self.num_bytes + other.num_bytes, seconds, transfer_s, in_host_memory)
+        return Staged(source, self.num_bytes + other.num_bytes, seconds, transfer_s, in_host_memory, other.lacks)
 
     @property
     def mode(self) -> UpdateMode:

@@ -37,6 +37,10 @@ OFFER_TIMEOUT_S = 120.0
 SWITCH_TIMEOUT_S = 600.0
 DROP_TIMEOUT_S = 60.0
 RESET = "the weights have been reset: an update or a rollback must restore them first"
+OPEN = (
+    "a session (/begin_weight_update) is open, or tensors come while the instance sleeps, of which not all have come "
+    "yet: end it first (/end_weight_update)"
+)
 Result = TypeVar("Result")
 NUM_TRIES = 3  # of a source whose content changes while it is taken
 
@@ -104,6 +108,11 @@ class WeightUpdateControl:
     def has_come(content: Content) -> bool:
         """Whether it is there at all, rather than awaited."""
         return bool(content.number) or not content.is_made_up
+
+    @property
+    def has_base(self) -> bool:
+        """Whether weights are there that stay where nothing comes in their place."""
+        return self.has_weights and not self._current.is_made_up
 
     @property
     def model_path(self) -> str:
@@ -211,7 +220,7 @@ class WeightUpdateControl:
             if changes:
                 self._check_adapters()
             if self.has_session and not session:
-                raise RequestError("a session (/begin_weight_update) is open: end it first (/end_weight_update)")
+                raise RequestError(OPEN)
             yield
 
     async def new_number(self) -> int:

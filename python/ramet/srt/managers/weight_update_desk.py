@@ -129,6 +129,7 @@ class WeightUpdateDesk:
             transfer_s=outcome.transfer_s,
             in_host_memory=outcome.in_host_memory,
             lacks_memory=outcome.lacks_memory,
+            lacks=outcome.lacks,
             received=outcome.received,
         )
         self._reply(output)

@@ -15,6 +15,7 @@ class StepOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     transfer_s: float = 0.0
     in_host_memory: bool = False
     lacks_memory: bool = False
+    lacks: str = ""  # names of tensors that have not come, if the weights are to be whole
     received: str = ""  # a digest of the tensors that have come or the files, which must be the same on all ranks
 
 
@@ -36,5 +37,6 @@ def together(outcomes: dict[int, StepOutcome]) -> StepOutcome:
         transfer_s=max(outcome.transfer_s for outcome in outcomes.values()),
         in_host_memory=any(outcome.in_host_memory for outcome in outcomes.values()),
         lacks_memory=bool(failures) and all(outcome.lacks_memory for outcome in outcomes.values() if outcome.failure),
+        lacks=next((outcome.lacks for outcome in outcomes.values() if outcome.lacks), ""),
         received=min(received),
     )

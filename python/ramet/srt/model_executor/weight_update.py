@@ -268,7 +268,9 @@ class RankVersions:
             if step.number not in self._dropped:
                 self._open[step.number] = stage
         seconds = time.perf_counter() - start
-        return StepOutcome(sources=(source,), num_bytes=stage.num_bytes - before, seconds=seconds)
+        num_bytes, lacking = stage.num_bytes - before, stage.lacking
+        lacks = name_some(lacking) if lacking else ""
+        return StepOutcome(sources=(source,), num_bytes=num_bytes, seconds=seconds, lacks=lacks)
 
     def _seal(self, step: SealWeightsReq) -> StepOutcome:
         start = time.perf_counter()

@@ -202,6 +202,14 @@ class TensorStage:
         """The same on all ranks if the same whole tensors have come to them, and their own by the same names."""
         return hashlib.sha256(repr(sorted(self._came.items())).encode()).hexdigest()
 
+    @property
+    def lacking(self) -> list[str]:
+        """Names of what has not come, sorted."""
+        lost = self._boxes.keys() - self._received
+        if not self._serving.is_put_away:  # scales of a cache stay, or are 1; those that are away may have been others
+            lost = {name for name in lost if not is_cache_scale(name)}
+        return sorted(lost)
+
     def seal(self) -> None:
         """Take over what has not come, and make sure of all that stands here; the arena has its checksums then.
 
@@ -212,14 +220,10 @@ class TensorStage:
             self._check_modules()
             self._check_head()
             self._check_stacks()
-        missing = self._boxes.keys() - self._received
-        lost = set(missing) if self._serving.is_made_up or self._serving.is_put_away else set()
-        if self._serving.is_made_up:  # scales of a cache are 1 then; those that were put away may have been others
-            lost = {name for name in lost if not is_cache_scale(name)}
-        if lost:
-            raise ValueError(f"nothing serves that could stay, and {name_some(sorted(lost))} did not come")
+        if (lost := self.lacking) and (self._serving.is_made_up or self._serving.is_put_away):
+            raise ValueError(f"nothing serves that could stay, and {name_some(lost)} did not come")
         with self.arena.work_context():
-            for name in missing:
+            for name in self._boxes.keys() - self._received:
                 for entry, box in self._boxes[name]:
                     kept = self._serving.tensor(entry)[_slices(box.target)]
                     if self._serving.is_made_up:

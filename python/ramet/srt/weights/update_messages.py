@@ -188,6 +188,7 @@ class WeightStepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_reqs: int = 0  # that ran or waited at a switch
     in_host_memory: bool = False  # some of what was staged is in host memory, for want of room on a GPU
     lacks_memory: bool = False  # all that it has failed for
+    lacks: str = ""  # names of tensors that have not come, if the weights are to be whole
     received: str = ""  # a digest of the tensors that have come to each of them, or of the files that it has found
 
 
