@@ -49,12 +49,18 @@ def flat_bucket(tensors: dict[str, torch.Tensor], *, is_bytes: bool = False) -> 
     return {"flattened_tensor": torch.cat(flats), "metadata": parts}
 
 
-def lend(path: str, device: str) -> None:
-    """A trainer: print a file's tensors, pickled for two ranks, and keep them."""
+def lend(path: str, devices: str, num_buckets: str = "1") -> None:
+    """A trainer: print a file's tensors, each bucket pickled for two ranks, and keep them.
+
+    Args:
+        devices: one for each rank, divided by commas, or one for both.
+    """
     torch.multiprocessing.set_sharing_strategy("file_system")
-    tensors = list(load_file(path, device).items())
-    for _ in range(2):
-        print(base64.b64encode(forked(tensors)).decode(), flush=True)
+    copies = [list(load_file(path, device).items()) for device in devices.split(",")]
+    for bucket in range(int(num_buckets)):
+        for rank in range(2):
+            tensors = copies[rank % len(copies)][bucket :: int(num_buckets)]
+            print(base64.b64encode(forked(tensors)).decode(), flush=True)
     sys.stdin.read()
 
 
