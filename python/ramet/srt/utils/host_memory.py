@@ -155,9 +155,9 @@ def create_memfd(name: str, nbytes: int) -> int:
     return fd
 
 
-def drop_file_memory(fd: int, nbytes: int) -> None:
-    """Give a memfd's memory back; it reads as zeros afterwards."""
-    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, 0, nbytes):
+def drop_file_memory(fd: int, nbytes: int, start: int = 0) -> None:
+    """Give a memfd's memory back, from a byte on; it reads as zeros afterwards."""
+    if _libc.fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, start, nbytes):
         raise _os_error("cannot give back the memory of a shared-memory file")
 
 

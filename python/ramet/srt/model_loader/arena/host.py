@@ -180,6 +180,17 @@ class HostWeightArena(WeightArena):
         self._require_private()
         host_memory.drop_file_memory(self.own_fd, self.nbytes)
 
+    def drop_pages(self, start: int, stop: int) -> None:
+        """Give the own memory of a part back that nobody reads any more; another arena's is left to its owner.
+
+        Args:
+            start, stop: bytes of the arena; a page that is not wholly between them stays.
+        """
+        self._require_private()
+        first, end = align_up(start, host_memory.PAGE_BYTES), stop // host_memory.PAGE_BYTES * host_memory.PAGE_BYTES
+        if first < end and self._files.mapped_fd is None:
+            host_memory.drop_file_memory(self.own_fd, end - first, first)
+
     def publish(self) -> None:
         """Declare the content final: from now on others may map or read it, and no source may fill it."""
         if self._files.mapped_fd is None:
