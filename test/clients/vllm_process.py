@@ -18,6 +18,8 @@ from server_process import temporary_root, wait_until
 READY_LIMIT_S = 600.0  # importing vLLM in four processes takes minutes on a busy machine
 INSTALL_LIMIT_S = 300.0
 VERSION = "0.32.0"
+PROMPTS = [[5, 6, 7, 8, 9, 200, 11], [300, 12], list(range(20, 120))]
+NUM_TOKENS = 24
 
 
 @functools.cache
@@ -88,9 +90,12 @@ class VllmProcess:
         """Its exit status, once it has given up by itself."""
         return self._process.wait(READY_LIMIT_S)
 
-    def tokens(self, prompt: list[int], count: int) -> list[int]:
-        """The ids of a greedy continuation."""
-        body = {"model": self.name, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True,
+    def continuations(self) -> list[list[int]]:
+        """The ids of greedy continuations of PROMPTS."""
+        return [self._continue(prompt) for prompt in PROMPTS]
+
+    def _continue(self, prompt: list[int]) -> list[int]:
+        body = {"model": self.name, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
                 "return_token_ids": True}  # fmt: skip
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
         assert answer.status_code == 200, answer.text
