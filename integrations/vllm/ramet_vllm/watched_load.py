@@ -4,6 +4,7 @@ The model's own loading code runs on tensors without memory. So its rules alone 
 sharded, and nothing is copied. Whatever is more than a copy of a slice is refused: bytes alone could not do it again.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -107,9 +108,10 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
-        sources = [one for one in given if _storage(one) in self._handed_out]
-        targets = [one for one in given if _storage(one) in self._targets]
+        given = list(_tensors_in((*args, *kwargs.values())))
+        keys = [_storage(one) for one in given]
+        sources = [one for one, key in zip(given, keys, strict=True) if key in self._handed_out]
+        targets = [one for one, key in zip(given, keys, strict=True) if key in self._targets]
         if not sources and not targets:
             return func(*args, **kwargs)
         if func is _ATEN.copy_.default and targets and sources and args[0] is targets[0] and args[1] is sources[0]:
@@ -120,16 +122,13 @@ class _Watch(TorchDispatchMode):
             return args[0]
         if sources and func in _SAME_ELEMENTS and kwargs.get("dtype", args[0].dtype) in (None, args[0].dtype):
             return _ATEN.alias.default(args[0])
-        if any(argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments):
+        if _writes(func):
             raise self._refusal(func, sources, targets)
         result = func(*args, **kwargs)
         if not sources and all(self._may_be_read(one) for one in targets):
             return result
-        known = {_storage(one) for one in (*sources, *targets)}
-        made = [
-            one for one in tree_flatten(result)[0] if not isinstance(one, torch.Tensor) or _storage(one) not in known
-        ]
-        if made:
+        made = [result] if isinstance(result, torch.Tensor) else tree_flatten(result)[0]
+        if any(not isinstance(one, torch.Tensor) or _storage(one) not in keys for one in made):
             raise self._refusal(func, sources, targets)
         return result
 
@@ -176,6 +175,20 @@ class _Watch(TorchDispatchMode):
         if any(intersect(region, box.target) for box in self.boxes.get(name, ())):
             raise CannotMap(f"a part of {name} is cleared after it has been loaded")
         self.zeros.setdefault(name, []).append(region)
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether an operation changes one of its arguments."""
+    return any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.arguments)
 
 
 def _storage(tensor: torch.Tensor) -> int:
