@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from ramet.srt.utils.key_proof import is_proof
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
 
 DEFAULTS: dict[str, Any] = {
+    "host": "127.0.0.1",
     "shapes": {"a": [3, 7], "b": [1000, 64], "c": [0, 4], "d": [5]},
     "dtype": "float32",
     "fill": 1,  # seed of the numbers; another one is another model of the same layout
@@ -82,10 +84,10 @@ def serve(config: dict[str, Any]) -> None:
     manifest = make_manifest(config)
     arena = allocate_arena(manifest, "cpu")
     fill_arena(arena, make_tensors(config))
-    seed = WeightSeed.start(manifest, arena, host="127.0.0.1", started_at=config["started_at"])
+    seed = WeightSeed.start(manifest, arena, host=config["host"], started_at=config["started_at"])
     if config["lie"]:
         arena.memory[manifest.entries[1].offset] ^= 1
-    bootstrap = EngineInfoBootstrapServer("127.0.0.1", 0)
+    bootstrap = EngineInfoBootstrapServer(config["host"], 0)
     seed.register(bootstrap.url, admin_api_key=None, timeout_s=10)
 
     class Handler(BaseHTTPRequestHandler):
@@ -109,13 +111,13 @@ def serve(config: dict[str, Any]) -> None:
 
         def _has_key(self, key: str) -> bool:
             given = self.headers["Authorization"] or ""
-            authority = f"127.0.0.1:{self.server.server_address[1]}"
+            authority = f"{config['host']}:{self.server.server_address[1]}"
             return given == f"Bearer {key}" or is_proof(given, key, self.command, [authority], self.path)
 
         def log_message(self, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer((config["host"], 0), Handler)
     threading.Thread(target=http.serve_forever, daemon=True).start()
     sys.stdout.write(f"{http.server_address[1]}\n")
     sys.stdout.flush()
@@ -127,9 +129,13 @@ def serve(config: dict[str, Any]) -> None:
 class ChildSeed:
     """A script that prints its HTTP port and is a seed until its stdin ends. Use as a context manager."""
 
-    def __init__(self, script: str, *arguments: str) -> None:
+    def __init__(self, script: str, *arguments: str, prefix: Sequence[str] = ()) -> None:
+        """
+        Args:
+            prefix: a command that starts it, for example elsewhere.
+        """
         self.process = subprocess.Popen(
-            [sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*prefix, sys.executable, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -171,9 +177,9 @@ class ChildSeed:
 class SeedProcess(ChildSeed):
     """A seed of numbers, with `config` over DEFAULTS."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, prefix: Sequence[str] = (), **config: Any) -> None:
         self.config = DEFAULTS | config
-        super().__init__(__file__, json.dumps(self.config))
+        super().__init__(__file__, json.dumps(self.config), prefix=prefix)
 
 
 if __name__ == "__main__":

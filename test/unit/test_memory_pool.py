@@ -59,3 +59,22 @@ def test_each_layer_keeps_what_its_spec_says_and_nothing_else():
             index_keys.fill_(3.0)
             assert (keys == 1.0).all()
     assert not (pool.buffer == 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("specs", [[KVSpec(2, 8, 4)] * 3, [KVSpec(1, 24, 16, is_latent=True, index_dim=5)] * 2])
+def test_pages_are_copied_from_one_cache_to_another(dtype, specs):
+    def make():
+        return TokenToKVPool(num_pages=6, page_size=4, layers=specs, dtype=dtype, device=torch.device("cpu"))
+
+    giver, taker = make(), make()
+    bits = torch.randint(0, 255, giver.buffer.view(torch.uint8).shape, dtype=torch.uint8)
+    giver.buffer.view(torch.uint8).copy_(bits)
+    data = giver.read_pages([5, 2])
+    assert len(data) == 2 * giver.page_nbytes and giver.layout == taker.layout
+    taker.write_pages([1, 6], data)
+    assert taker.read_pages([1, 6]) == data and not any(taker.read_pages([2, 3, 4, 5]))
+    for layer_id in range(len(specs)):
+        for given, taken in zip(giver.get_kv_buffer(layer_id), taker.get_kv_buffer(layer_id), strict=True):
+            given, taken = given.contiguous().view(torch.uint8), taken.contiguous().view(torch.uint8)
+            assert torch.equal(taken[4:8], given[20:24]) and torch.equal(taken[24:28], given[8:12])

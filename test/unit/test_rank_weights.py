@@ -22,6 +22,7 @@ class Recorder:
     def __init__(self, events: list[str], what: str) -> None:
         self.events, self.what = events, what
         self.registration = f"registration of {what}"
+        self.num_given_bytes = 0
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: self.events.append(f"{self.what}.{name}")

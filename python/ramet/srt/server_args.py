@@ -81,6 +81,7 @@ class ServerArgs(ServerFacts):
             fallback=self.remote_instance_weight_loader_fallback,
             timeout_s=self.remote_instance_weight_loader_timeout,
             host=self.host,
+            http_port=self.port,
             ssl_ca_certs=self.ssl_ca_certs,
             api_keys=tuple(key for key in keys if key is not None),
             weights_digest=self.weights_digest.lower() if self.weights_digest else None,

@@ -88,6 +88,17 @@ def _check_task(args: ServerFacts) -> None:
 
 
 def _check_passes(args: ServerFacts) -> None:
+    if args.clone_prefix_cache:
+        if args.disable_radix_cache:
+            raise ValueError("--clone-prefix-cache and --disable-radix-cache contradict each other")
+        if args.world_size > 1:
+            raise ValueError("--clone-prefix-cache is for instances of one rank")
+        if not args.is_seed:
+            raise ValueError(
+                "--clone-prefix-cache is for instances that give their weights or take them from others "
+                "(--remote-instance-weight-loader-start-seed-via-transfer-engine, --load-format remote_instance, "
+                "--modelexpress-config)"
+            )
     if args.tuning_dir is not None and not os.path.isdir(args.tuning_dir):
         raise ValueError(f"--tuning-dir {args.tuning_dir} is no folder")
     if args.target_itl_ms and args.chunked_prefill_size == -1:

@@ -1,5 +1,6 @@
 """Of instances that start together one reads the files; a crash releases its claim; the rest take from it."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ramet.srt.modelexpress.client.discovery import (
 )
 from ramet.srt.modelexpress.client.publisher import INITIALIZING, READY, STALE, Publisher
 from ramet.srt.modelexpress.proto import p2p_pb2
-from ramet.srt.modelexpress.records import InstanceFacts
+from ramet.srt.modelexpress.records import FACTS_KEY, InstanceFacts, encode_facts
 from ramet.srt.modelexpress.server.server import ModelExpressServer
 
 IDENTITY = make_identity()
@@ -198,6 +199,16 @@ def test_the_least_busy_comes_first() -> None:
     refs = [p2p_pb2.SourceInstanceRef(worker_id=name, source_load=load) for name, load in loads.items()]
     ordered = [ref.worker_id for ref in order_sources(refs)]
     assert ordered[:3] == ["idle", "middling", "silent"] and set(ordered[3:]) == {"busy", "odd"}
+
+
+def test_those_of_the_own_host_come_before() -> None:
+    hosts = {"here": socket.gethostname(), "there": "another-host"}
+    refs = []
+    for name, host in hosts.items():
+        ref = p2p_pb2.SourceInstanceRef(worker_id=name, source_load=0.9 if name == "here" else 0.0)
+        ref.topology[FACTS_KEY] = encode_facts(InstanceFacts(instance=f"http://{name}:1", host=host))
+        refs.append(ref)
+    assert [ref.worker_id for ref in order_sources(refs[::-1])] == ["here", "there"]
 
 
 def test_equals_come_in_any_order() -> None:

@@ -41,6 +41,7 @@ class LoadConfig:
     fallback: str = "disk"  # what follows when no seed could give the weights: "disk" or "error"
     timeout_s: float = 60.0  # for a seed to answer, and for a transfer without progress
     host: str = "127.0.0.1"  # address of this instance, for the transfer engine
+    http_port: int = 0  # of this instance's HTTP server, by which others report it; 0: it has none
     ssl_ca_certs: str | None = None  # file with the certificates that https servers are verified with; None: system's
     api_keys: tuple[str, ...] = ()  # the instances of a fleet share one: a seed with a key wants to see it
     shows_keys: bool = True  # to seeds; False where a stranger may have named them, who then sees a proof alone

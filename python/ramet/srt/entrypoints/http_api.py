@@ -31,6 +31,7 @@ from ramet.srt.entrypoints.routes.native import make_native_router
 from ramet.srt.entrypoints.routes.openai import make_openai_router
 from ramet.srt.entrypoints.routes.pauses import make_pause_router
 from ramet.srt.entrypoints.routes.pooling import make_pooling_router
+from ramet.srt.entrypoints.routes.prefixes import make_prefix_router
 from ramet.srt.entrypoints.routes.responses import make_responses_router
 from ramet.srt.entrypoints.routes.sleep import make_sleep_router
 from ramet.srt.entrypoints.routes.tokenize import make_tokenize_router
@@ -63,6 +64,7 @@ ROUTERS = (
     make_anthropic_router,
     make_pooling_router,
     make_weight_router,
+    make_prefix_router,
     make_tokenize_router,
 )
 

@@ -85,6 +85,7 @@ class Instance:
         self._children: ChildProcesses | None = None
         self._receiver: asyncio.Task[None] | None = None
         self._reporting: asyncio.Task[None] | None = None  # to the fleet's server
+        self._cloning: asyncio.Task[None] | None = None  # takes cached prefixes
         self._turning: asyncio.Task[None] | None = None  # shows that the event loop does
 
     @property
@@ -286,6 +287,10 @@ class Instance:
         )
         self.weight_sessions = WeightSessions(self.weight_updates, args.weight_session_timeout, self.sleep.note_updated)
         self.trainer_groups = TrainerGroupControl(self.manager, self.weight_updates, world_size)
+        if args.clone_prefix_cache:
+            from ramet.srt.entrypoints.prefix_cloning import prepare
+
+            asyncio.get_running_loop().run_in_executor(None, prepare)
         self._receiver = asyncio.create_task(self.manager.receive_forever())
         self._receiver.add_done_callback(self._receiver_ended)
         self.progress.mark("tokenizer ready")
@@ -314,6 +319,8 @@ class Instance:
                 await asyncio.to_thread(self.stop_processes)
                 return False
             await loading
+            if self.server_args.clone_prefix_cache and givers:
+                await self._clone_prefix_cache(givers)
         else:
             self._children.watch(self._on_death, self._on_end)
         self._start_serving(schedulers)
@@ -327,6 +334,14 @@ class Instance:
             await load_first_adapters(self.lora, self._lora_paths, self.server_args, givers)
         except (RequestError, ServiceError) as error:
             raise LaunchError(str(error)) from None
+
+    async def _clone_prefix_cache(self, givers: Sequence[str]) -> None:
+        """Begin it; it may go on while the instance serves."""
+        from ramet.srt.entrypoints.prefix_cloning import READY_S, clone_prefix_cache
+
+        cloning = clone_prefix_cache(self.manager, self.doors, self.server_args, givers)
+        self._cloning = asyncio.create_task(cloning)
+        await asyncio.wait([self._cloning], timeout=READY_S)
 
     def _start_serving(self, schedulers: list[SchedulerReady]) -> None:
         for scheduler in schedulers:
@@ -413,7 +428,7 @@ class Instance:
     async def close(self) -> None:
         """End the tokenizer manager; requests that still run get an error. Then comes `stop_processes`."""
         self.fail_requests()
-        for task in (self._turning, self._reporting):
+        for task in (self._turning, self._reporting, self._cloning):
             if task is not None:
                 task.cancel()
         if self._receiver is not None:

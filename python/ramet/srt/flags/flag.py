@@ -17,6 +17,7 @@ COUNT = Limit(lambda value: value >= 1, "be at least 1")
 NOT_NEGATIVE = Limit(lambda value: value >= 0, "not be negative")
 SECONDS = Limit(lambda value: value > 0, "be above 0")
 SHARE = Limit(lambda value: 0 < value < 1, "be between 0 and 1")
+PART = Limit(lambda value: 0 <= value <= 1, "be from 0 to 1")
 CHUNK = Limit(lambda value: value == -1 or value >= 1, "be -1 or at least 1")
 
 

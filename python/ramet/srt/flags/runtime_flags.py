@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ramet.srt.flags.flag import CHUNK, COUNT, NOT_NEGATIVE, SECONDS, SHARE, flag
+from ramet.srt.flags.flag import CHUNK, COUNT, NOT_NEGATIVE, PART, SECONDS, SHARE, flag
 
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "flash_mla", "torch_varlen", "torch_native")
@@ -91,6 +91,13 @@ class RuntimeFlags:
     )
     schedule_low_priority_values_first: bool = flag(
         False, "With --schedule-policy priority: a low value is a high priority, as in vLLM."
+    )
+    clone_prefix_cache: float = flag(
+        0.0,
+        "Share of the KV cache that an instance may take from the one it has its weights from: the pages of the "
+        "prefixes that most requests have found there, within 2 s before it is ready. That one needs this flag too. "
+        "0: nothing is taken or given.",
+        limit=PART,
     )
     disable_radix_cache: bool = flag(False, "Do not keep the KV cache of ended requests for later ones.")
     stream_interval: int = flag(1, "Output tokens between two streamed events of a request.", limit=COUNT)

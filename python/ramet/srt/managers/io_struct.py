@@ -6,6 +6,7 @@ import msgspec
 
 from ramet.srt.batch.batch_plan import Pooling
 from ramet.srt.lora.adapter import NO_ADAPTER, LoraAdapter, LoraSource
+from ramet.srt.managers.prefix_messages import PrefixCopyOutput, PrefixCopyReq
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.weights.inspection_messages import WeightInspection, WeightInspectionOutput
 from ramet.srt.weights.memory_messages import MemoryStep
@@ -189,6 +190,7 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     num_retracted_reqs: int  # total since the start
     last_gen_throughput: float  # output tokens per second over the last window
     modelexpress: PublisherStats | None = None  # of the rank that schedules, if it publishes its weights
+    num_given_bytes: int = 0  # of its weights, that others have taken piece by piece, in total
     linear_states: LinearStateStats | None = None  # of a model with linear layers
 
 
@@ -308,6 +310,8 @@ Message = (
     | WeightInspectionOutput
     | GetInternalStateReq
     | GetInternalStateReqOutput
+    | PrefixCopyReq
+    | PrefixCopyOutput
     | BatchTokenIDOutput
     | BatchEmbeddingOutput
     | DetokenizerRequest

@@ -146,6 +146,12 @@ class Metrics:
                 ("failures", "Calls to the server that failed, in total."),
             )
         }
+        self._given = Gauge(
+            "ramet:weight_given_bytes",
+            "Bytes of weights that others have taken piece by piece from the replica's first rank, in total.",
+            ["model_name", "replica"],
+            registry=self.registry,
+        )
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
 
@@ -222,6 +228,7 @@ class Metrics:
         self.num_retracted.set(sum(state.num_retracted_reqs for state in states))
         self._observe_linear_states([state.linear_states for state in states if state.linear_states is not None])
         for replica, state in enumerate(states):
+            self._given.labels(**self._labels, replica=str(replica)).set(state.num_given_bytes)
             if state.modelexpress is not None:
                 self._observe_publisher(replica, state.modelexpress)
 

@@ -24,6 +24,8 @@ from ramet.srt.managers.io_struct import (
 )
 from ramet.srt.managers.load_log import LoadLog
 from ramet.srt.managers.lora_desk import LoraDesk
+from ramet.srt.managers.prefix_desk import PrefixDesk
+from ramet.srt.managers.prefix_messages import PrefixCopyOutput, PrefixCopyReq
 from ramet.srt.managers.rank_profiler import profile_reply
 from ramet.srt.managers.schedule_batch import ScheduleBatch
 from ramet.srt.managers.scheduler import Scheduler
@@ -31,8 +33,6 @@ from ramet.srt.managers.scheduler_channel import SchedulerChannel
 from ramet.srt.managers.weight_update_desk import WeightUpdateDesk
 from ramet.srt.mem_cache.request_cache import RequestCache
 from ramet.srt.weights.inspection_messages import (
-    CheckWeightsReq,
-    ReadWeightReq,
     WeightInspection,
     WeightInspectionOutput,
 )
@@ -57,6 +57,7 @@ class SchedulerLoop:
             lambda: scheduler.results.throughput.total,
         )
         self._lora = LoraDesk(runner.lora, scheduler.lora_slots, scheduler.caches, tell, channel.reply)
+        self._prefixes = PrefixDesk(scheduler)
         self._weight_updates = WeightUpdateDesk(scheduler, runner.versions, tell, channel.reply)
 
     @property
@@ -116,8 +117,8 @@ class SchedulerLoop:
                 reply(RenameWeightsReqOutput(request_id=message.request_id))
             case _ if isinstance(message, WeightStep | MemoryStep):
                 self._weight_updates.handle(message)
-            case ReadWeightReq() | CheckWeightsReq():
-                reply(self._inspect(message))
+            case _ if isinstance(message, WeightInspection | PrefixCopyReq):
+                reply(self._look(message))
             case FlushCacheReqInput():
                 reply(self._flush_cache(message))
             case GetInternalStateReq():
@@ -127,8 +128,10 @@ class SchedulerLoop:
             case _:
                 raise RuntimeError(f"the scheduler got a message that is not for it: {type(message).__name__}")
 
-    def _inspect(self, message: WeightInspection) -> WeightInspectionOutput:
-        """Look at the weights on every rank of the replica, between the same two passes."""
+    def _look(self, message: WeightInspection | PrefixCopyReq) -> WeightInspectionOutput | PrefixCopyOutput:
+        """Look at the weights on every rank of the replica, between the same two passes; or at cached prefixes."""
+        if isinstance(message, PrefixCopyReq):
+            return self._prefixes.handle(message)
         self.scheduler.finish_passes()
         self.scheduler.passes.tell(message)
         return self.scheduler.model_runner.inspector.inspect(message)
@@ -173,6 +176,7 @@ class SchedulerLoop:
             last_gen_throughput=scheduler.results.throughput.tokens_per_s(),
             modelexpress=scheduler.model_runner.publisher_stats(),
             linear_states=_linear_states(caches),
+            num_given_bytes=scheduler.model_runner.num_given_bytes,
         )
 
 

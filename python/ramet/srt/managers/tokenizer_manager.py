@@ -44,6 +44,7 @@ from ramet.srt.managers.io_struct import (
 from ramet.srt.managers.lora_registry import LoraRegistry
 from ramet.srt.managers.metrics import Metrics
 from ramet.srt.managers.port_args import PortArgs
+from ramet.srt.managers.prefix_messages import PrefixCopyOutput, PrefixCopyReq
 from ramet.srt.managers.prepare_requests import SLOW_CHARS, Limits, SequenceInput, is_slow, prepare_requests
 from ramet.srt.managers.tokenizer_channel import TokenizerChannel
 from ramet.srt.observability.request_record import RequestRecord, current_request
@@ -70,6 +71,7 @@ Question = (
     | WeightStep
     | MemoryStep
     | WeightInspection
+    | PrefixCopyReq
 )
 AnyReply = (
     FlushCacheReqOutput
@@ -81,6 +83,7 @@ AnyReply = (
     | RenameWeightsReqOutput
     | WeightStepOutput
     | WeightInspectionOutput
+    | PrefixCopyOutput
 )
 Reply = TypeVar("Reply", bound=AnyReply)
 
@@ -236,6 +239,10 @@ class TokenizerManager:
     async def internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[GetInternalStateReqOutput]:
         """The numbers of each replica's scheduler. Raises ServiceError if one doesn't answer."""
         return await self.ask_all(GetInternalStateReq, GetInternalStateReqOutput, timeout_s)
+
+    @property
+    def num_replicas(self) -> int:
+        return self._controller.num_replicas
 
     async def receive_forever(self) -> None:
         """Hand what comes from the other processes to who waits for it. Runs until cancelled."""

@@ -135,7 +135,10 @@ class TokenToKVPool:
         self.page_size = page_size
         self.is_fp8 = dtype == FP8
         # Views, made once: every layer of every pass asks for its own.
-        parts = iter(self.buffer.split(sizes))
+        self._parts = self.buffer.split(sizes)
+        self._row_sizes = [size for spec in layers for size in spec.row_sizes]  # numbers of a token in each of them
+        self.layout = f"{page_size} tokens of {', '.join(map(str, self._row_sizes))} {str(dtype).split('.')[-1]}"
+        parts = iter(self._parts)
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._index_keys: dict[int, torch.Tensor] = {}
         for layer_id, (spec, slots) in enumerate(zip(layers, num_slots, strict=True)):
@@ -163,6 +166,30 @@ class TokenToKVPool:
     def get_index_keys(self, layer_id: int) -> torch.Tensor:
         """[num_slots, index_dim]: of a layer with a sparse index."""
         return self._index_keys[layer_id]
+
+    @property
+    def page_nbytes(self) -> int:
+        """Of a page in all layers, where all keep everything."""
+        return self.page_size * sum(self._row_sizes) * self.buffer.itemsize
+
+    def read_pages(self, pages: Sequence[int]) -> bytes:
+        """The content of pages, part by part, where all layers keep everything. Waits for the current stream."""
+        index = to_device(list(pages), torch.int64, self.buffer.device)
+        return torch.cat([part.index_select(0, index).view(-1) for part in self._paged_parts()]).cpu().numpy().tobytes()
+
+    def write_pages(self, pages: Sequence[int], data: bytes) -> None:
+        """Put what `read_pages` has read, here or in another pool of the same layout, into other pages."""
+        index = to_device(list(pages), torch.int64, self.buffer.device)
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = self._paged_parts()
+        sizes = [len(pages) * part.shape[1] for part in parts]
+        for part, new in zip(parts, content.split(sizes), strict=True):
+            part.index_copy_(0, index, new.view(len(pages), -1).to(part.device))
+
+    def _paged_parts(self) -> list[torch.Tensor]:
+        """Each part's bytes by its pages: uint8 [num_pages + 1, bytes of a page]."""
+        sizes = [self.page_size * size * self.buffer.itemsize for size in self._row_sizes]
+        return [part.view(torch.uint8).view(-1, size) for part, size in zip(self._parts, sizes, strict=True)]
 
     def set_kv_buffer(
         self, layer_id: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: torch.Tensor | None = None

@@ -25,7 +25,7 @@ class TreeNode:
 class TreeEdge(TreeNode):
     """A run of pages behind a place. `lock_ref` counts the running requests that use it or one behind it."""
 
-    __slots__ = ("keys", "last_access", "lock_ref", "pages", "parent")
+    __slots__ = ("keys", "last_access", "lock_ref", "num_hits", "pages", "parent")
 
     def __init__(self, parent: TreeNode, keys: list[PageKey], pages: list[int], last_access: int):
         super().__init__()
@@ -34,6 +34,7 @@ class TreeEdge(TreeNode):
         self.pages = pages
         self.last_access = last_access
         self.lock_ref = 0
+        self.num_hits = 0  # requests that have found it
 
 
 class RadixCache:
@@ -133,6 +134,41 @@ class RadixCache:
                 self.num_locked_pages -= len(node.pages)
             node = node.parent
 
+    def note_hit(self, node: TreeNode) -> None:
+        """A request has found the prefix that ends at `node`."""
+        while isinstance(node, TreeEdge):
+            node.num_hits += 1
+            node = node.parent
+
+    def hottest(self, max_pages: int) -> list[tuple[list[int], int]]:
+        """The prefixes that most requests have found, the latest of them first, without those of adapters.
+
+        Args:
+            max_pages: of all of them together.
+
+        Returns:
+            Runs of pages: what stands for the tokens from the beginning to the end of the run, and the index of its
+            first page; those before are in a run before.
+        """
+        root = self._roots.get(0)
+        edges = [] if root is None else _edges_below([root])
+        chosen: set[TreeEdge] = set()
+        runs: list[tuple[list[int], int]] = []
+        for edge in sorted(edges, key=lambda edge: (edge.num_hits, edge.last_access), reverse=True):
+            path = _path_to(edge)
+            for index, one in enumerate(path):
+                if one in chosen:
+                    continue
+                count = min(len(one.pages), max_pages)
+                if count <= 0:
+                    return runs
+                before = [key for upper in path[:index] for key in upper.keys]
+                keys = [token for key in before + one.keys[:count] for token in key]
+                runs.append((keys, len(before)))
+                chosen.add(one)
+                max_pages -= count
+        return runs
+
     def num_shared_pages(self, node: TreeNode) -> int:
         """Pages up to `node`, which is locked, that are locked by others too."""
         num_pages = 0
@@ -155,12 +191,8 @@ class RadixCache:
         return self._common[node]
 
     def _find_common_prefix(self, node: TreeNode) -> "tuple[TreeEdge, int] | None":
-        path: list[TreeEdge] = []
-        while isinstance(node, TreeEdge):
-            path.append(node)
-            node = node.parent
         best, most_saved, num_pages = None, 0, 0
-        for edge in reversed(path):
+        for edge in _path_to(node):
             num_pages += len(edge.pages)
             saved = (edge.lock_ref - 1) * num_pages
             if saved > most_saved:
@@ -216,7 +248,7 @@ class RadixCache:
         """Cut `edge` after `length` pages; returns the new upper part."""
         self._common.clear()
         upper = TreeEdge(edge.parent, edge.keys[:length], edge.pages[:length], edge.last_access)
-        upper.lock_ref = edge.lock_ref
+        upper.lock_ref, upper.num_hits = edge.lock_ref, edge.num_hits
         self._num_shared_edges += upper.lock_ref > 1
         edge.parent.children[upper.keys[0]] = upper
         edge.keys, edge.pages, edge.parent = edge.keys[length:], edge.pages[length:], upper
@@ -225,6 +257,15 @@ class RadixCache:
 
     def _edges(self) -> list[TreeEdge]:
         return _edges_below([*self._roots.values(), *self._old_roots])
+
+
+def _path_to(node: TreeNode) -> list[TreeEdge]:
+    """The edges from the root to a place."""
+    path: list[TreeEdge] = []
+    while isinstance(node, TreeEdge):
+        path.append(node)
+        node = node.parent
+    return path[::-1]
 
 
 def _edges_below(nodes: Iterable[TreeNode]) -> list[TreeEdge]:

@@ -130,6 +130,7 @@ class RequestCache:
         if max(num_wanted, num_missing) > self.num_available_pages:
             self.tree.unlock(match.node)
             return None
+        self.tree.note_hit(match.node)
         num_cached = len(match.pages)
         pages = match.pages + self._take_pages(num_missing)
         kv_len = num_cached * self.page_size

@@ -358,6 +358,11 @@ class ModelRunner:
         """What the metadata server has been told; None for a rank that publishes nothing."""
         return self.versions.weights.publisher_stats()
 
+    @property
+    def num_given_bytes(self) -> int:
+        """Of the weights, that others have taken piece by piece since the start."""
+        return self.versions.weights.num_given_bytes
+
     def close(self) -> None:
         """Withdraw the offer of the weights."""
         if self.lora is not None:

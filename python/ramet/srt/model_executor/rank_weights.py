@@ -24,7 +24,9 @@ from ramet.srt.model_loader.checkpoint.tied_head import folder_has_own_head
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.client.seeds_head import ask_whether_tied
 from ramet.srt.model_loader.loader import get_model_loader
-from ramet.srt.model_loader.seed.weight_seed import WeightSeed
+from ramet.srt.model_loader.seed.doors import Doors
+from ramet.srt.model_loader.seed.weight_seed import WeightSeed, open_doors
+from ramet.srt.model_loader.transport.peer_hub import PeerHub
 from ramet.srt.modelexpress.settings import check_installed
 from ramet.srt.utils.hub import has_weights
 from ramet.srt.weights.manifest import WeightManifest
@@ -94,7 +96,12 @@ class RankWeights:
             ValueError, MemoryError, WeightTransferError: see ModelLoader.load_weights.
         """
         self.arena.make_current()
-        loader = get_model_loader(self.config.load, self._finder_maker(), self.open_checkpoint)
+        loader = get_model_loader(
+            self.config.load,
+            self._finder_maker(),
+            self.open_checkpoint,
+            self._open_doors if self.config.is_seed else None,
+        )
         report, claim = loader.load_weights(self.manifest, self.arena, model_path)
         rank, role = self.manifest.parallel.world_rank, self.manifest.role
         report = msgspec.structs.replace(report, weight_version=report.weight_version or self.manifest.weight_version)
@@ -110,6 +117,9 @@ class RankWeights:
         from ramet.srt.modelexpress.client.seed_search import make_seed_search  # needs grpc
 
         return functools.partial(make_seed_search, config, self.context)
+
+    def _open_doors(self, arena: WeightArena, hub: PeerHub) -> Doors:
+        return open_doors(arena, self.config.host, self.config.network, hub)
 
     def prepare_offer(self) -> None:
         """Do beforehand, while the weights still arrive, what takes longest of offering them, if they will be offered.
@@ -130,6 +140,7 @@ class LoadedWeights:
         self.report = report
         self.claim = claim
         self.loaded_at = time.time()
+        self.num_given_bytes = 0  # by offers that have ended
         version = report.weight_version or weights.manifest.weight_version
         self.manifest = msgspec.structs.replace(weights.manifest, weight_version=version)
 
@@ -158,6 +169,7 @@ class LoadedWeights:
 
     def close(self) -> None:
         """Let another instance read the files, if this one keeps it from doing so: nobody will take the weights."""
+        self.weights.arena.close_doors()
         if self.claim is not None:
             self.claim.release()
 
@@ -267,10 +279,16 @@ class OfferedWeights:
         """What the metadata server has been told; None for a rank that publishes nothing."""
         return next((publication.stats() for publication in self._publications), None)
 
+    @property
+    def num_given_bytes(self) -> int:
+        """That others have taken piece by piece, since the weights were loaded."""
+        return self.loaded.num_given_bytes + self._seed.num_given_bytes
+
     def withdraw(self) -> LoadedWeights:
         """End the offer: first where others look for it. Processes that have mapped the memory keep it."""
         while self._publications:
             self._publications.pop().close()
+        self.loaded.num_given_bytes += self._seed.num_given_bytes
         self._seed.close()
         return self.loaded
 

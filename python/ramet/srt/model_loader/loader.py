@@ -10,6 +10,7 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoader, OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.checkpoint.whole_model import SCALE_SUFFIXES
+from ramet.srt.model_loader.client.fan_out import DoorOpener
 from ramet.srt.model_loader.client.seed_finder import FinderMaker
 from ramet.srt.model_loader.client.seeds_by_address import SeedsByAddress
 from ramet.srt.model_loader.remote_instance_loader import RemoteInstanceModelLoader
@@ -39,13 +40,17 @@ class ModelLoader(Protocol):
 
 
 def get_model_loader(
-    config: LoadConfig, make_finder: FinderMaker | None = None, open_checkpoint: OpenCheckpoint = CheckpointSource
+    config: LoadConfig,
+    make_finder: FinderMaker | None = None,
+    open_checkpoint: OpenCheckpoint = CheckpointSource,
+    open_doors: DoorOpener | None = None,
 ) -> ModelLoader:
     """The loader for a load format.
 
     Args:
         make_finder: makes who finds seeds, where they are not at the addresses in `config`.
         open_checkpoint: opens files, where they are read.
+        open_doors: lets others take what has come from instances before all has; None: they have to wait.
     """
     if config.load_format in ("auto", "safetensors"):
         return DefaultModelLoader(open_checkpoint, weights_digest=config.weights_digest)
@@ -55,7 +60,7 @@ def get_model_loader(
         return NoWeightsLoader()
     if config.load_format == "remote_instance":
         finder = make_finder or functools.partial(SeedsByAddress, config)
-        return RemoteInstanceModelLoader(config, finder, open_checkpoint)
+        return RemoteInstanceModelLoader(config, finder, open_checkpoint, open_doors)
     raise ValueError(f"unknown load format {config.load_format!r}")
 
 

@@ -13,6 +13,7 @@ from ramet.srt.model_loader.checkpoint.checkpoint_loader import DefaultModelLoad
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.attempt import Attempt
 from ramet.srt.model_loader.client.digest_check import DigestCheck
+from ramet.srt.model_loader.client.fan_out import DoorOpener
 from ramet.srt.model_loader.client.seed_finder import FinderMaker, SeedFinder
 from ramet.srt.model_loader.client.transfer import combine_errors
 from ramet.srt.model_loader.client.version_check import VersionSwitched
@@ -30,13 +31,19 @@ class RemoteInstanceModelLoader:
     """Takes a rank's weights from the ranks of seed instances; from disk when that fails, unless told not to."""
 
     def __init__(
-        self, config: LoadConfig, make_finder: FinderMaker, open_checkpoint: OpenCheckpoint = CheckpointSource
+        self,
+        config: LoadConfig,
+        make_finder: FinderMaker,
+        open_checkpoint: OpenCheckpoint = CheckpointSource,
+        open_doors: DoorOpener | None = None,
     ) -> None:
         """
         Args:
             make_finder: makes, for each load, who finds seeds.
             open_checkpoint: opens files, where they are read.
+            open_doors: see Attempt.
         """
+        self._open_doors = open_doors
         self._open_checkpoint = open_checkpoint
         self._config = config
         self._make_finder = make_finder
@@ -64,7 +71,8 @@ class RemoteInstanceModelLoader:
         for candidate in finder.candidates():
             try:
                 for num_left in range(MAX_SWITCHES, -1, -1):
-                    attempt = Attempt(finder.open(candidate), arena, self._config, digest, self._open_checkpoint)
+                    attempt = Attempt(finder.open(candidate), arena, self._config, digest, self._open_checkpoint,
+                                      self._open_doors)  # fmt: skip
                     try:
                         return attempt.run(model_path)
                     except VersionSwitched as error:

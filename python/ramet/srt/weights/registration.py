@@ -5,6 +5,7 @@ import msgspec
 from ramet.srt.utils.outside_json import Natural, decode_json
 from ramet.srt.weights.boxes import WeightRegion
 from ramet.srt.weights.manifest import WeightManifest, check_manifest, check_role
+from ramet.srt.weights.peer_messages import PeerLink
 
 BEING_CHANGED = "are being changed: ask again in a moment"
 ASLEEP = "are put away: the instance is asleep"
@@ -54,6 +55,7 @@ class SeedRegistration(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     arena_address: int | None = None  # where the manifest's offset 0 is
     local_handle: LocalHandle | None = None
     started_at: float = 0.0  # of the instance, as its records at a metadata server have it; 0 where there are none
+    link: PeerLink | None = None  # where those who take its weights hear of each other; None: nowhere
     weights_digest: str = ""  # of the checkpoint that the weights are from, where the instance knows it
     published: PublishedModel | None = None  # by a trainer; None: by an instance
     control: ControlAddress | None = None  # for the instance's main process alone: no answer has it
@@ -74,6 +76,7 @@ class SeedAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     manifest: WeightManifest | None = None
     arena_address: int | None = None
     local_handle: LocalHandle | None = None
+    link: PeerLink | None = None
     started_at: float = 0.0
     weights_digest: str = ""  # what it says proves nothing: a client compares what it has received
     published: PublishedModel | None = None
@@ -200,6 +203,7 @@ def make_answer(registration: SeedRegistration) -> bytes:
         manifest=registration.manifest,
         arena_address=registration.arena_address,
         local_handle=registration.local_handle,
+        link=registration.link,
         started_at=registration.started_at,
         weights_digest=registration.weights_digest,
         published=registration.published,

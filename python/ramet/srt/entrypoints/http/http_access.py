@@ -53,6 +53,8 @@ ADMIN_PATHS = frozenset(
         "/weight_versions",
         "/get_weights_by_name",
         "/weights_checker",
+        "/prefix_cache_hottest",
+        "/prefix_cache_pages",
     }
 )
 
@@ -64,6 +66,10 @@ WEIGHT_PATHS = (
     "/init_weights_send_group_for_remote_instance",
     "/send_weights_to_remote_instance",
 )
+
+
+# What they ask each other for of the prefix cache, whose content is what users have written.
+PREFIX_PATHS = "/prefix_cache_"
 
 
 class AccessMiddleware:
@@ -132,16 +138,17 @@ class AccessMiddleware:
         return self._api_key is None and (self._admin_api_key is None or path not in ADMIN_PATHS)
 
     def _has_proof(self, scope: Scope, headers: Headers) -> bool:
-        """Whether another instance asks for weights, and has the key without showing it."""
-        if not scope["path"].startswith(WEIGHT_PATHS):
+        """Whether another instance asks for weights, or as an administrator for more, and has the key unshown."""
+        keys = [self._api_key, self._admin_api_key]
+        if scope["path"].startswith(PREFIX_PATHS):
+            keys = [self._admin_api_key or self._api_key]
+        elif not scope["path"].startswith(WEIGHT_PATHS):
             return False
         query = scope["query_string"].decode("latin-1")
         target = scope["path"] + (f"?{query}" if query else "")
         authorization = headers.get("authorization", "")
         return any(
-            is_proof(authorization, key, scope["method"], self._authorities, target)
-            for key in (self._api_key, self._admin_api_key)
-            if key is not None
+            is_proof(authorization, key, scope["method"], self._authorities, target) for key in keys if key is not None
         )
 
     def _may_call(self, path: str, headers: Headers, is_admin: bool) -> bool:

@@ -5,7 +5,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -48,6 +48,12 @@ class LentFile:
 MemoryShare = SharedFile | LentMemory | LentFile
 
 
+class ArenaDoors(Protocol):
+    """What others take an arena's content through."""
+
+    def close(self) -> None: ...
+
+
 class WeightArena(ABC):
     """A rank's weights at addresses that never change, on some device."""
 
@@ -55,6 +61,7 @@ class WeightArena(ABC):
     broadcast_backend: str  # of torch.distributed, which sends from this memory and receives into it
     checksum_algorithm: str
     watched_nbytes: int  # that may be hashed at once, now and then, beside serving
+    can_pass_on = False  # pieces of it can be given on before it is full
     gpu_id = -1  # of the GPU that it is on, among those that this process sees; -1: none
     nbytes: int
     address: int
@@ -63,11 +70,18 @@ class WeightArena(ABC):
         self.manifest = manifest
         self.checksums: WeightChecksums | None = None  # of what is in it, once a source has made sure
         self.content_digest: DigestTable | None = None  # of the checkpoint that it was filled from, where that is known
+        self.doors: ArenaDoors | None = None  # that are open already; whoever publishes the arena takes them over
         self.is_published = False
         self.is_put_away = False  # there is no memory at the addresses
         self._num_readers = 0  # beside passes
         self._readers_changed = threading.Condition()
         self.is_made_up = False  # of content that must never serve, nor be a part of what does
+
+    def close_doors(self) -> None:
+        """Let nobody in any more who came before the arena was published."""
+        doors, self.doors = self.doors, None
+        if doors is not None:
+            doors.close()
 
     @property
     def content_digest_text(self) -> str:

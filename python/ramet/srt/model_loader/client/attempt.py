@@ -11,6 +11,7 @@ from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.checkpoint.checkpoint_loader import OpenCheckpoint
 from ramet.srt.model_loader.checkpoint.source import CheckpointSource
 from ramet.srt.model_loader.client.digest_check import DigestCheck
+from ramet.srt.model_loader.client.fan_out import DoorOpener, FanOut, can_fan_out
 from ramet.srt.model_loader.client.local import open_local
 from ramet.srt.model_loader.client.open_sources import SeedSources
 from ramet.srt.model_loader.client.seed_finder import FoundSeeds
@@ -42,8 +43,14 @@ class Attempt:
         config: LoadConfig,
         digest: DigestCheck,
         open_checkpoint: OpenCheckpoint = CheckpointSource,
+        open_doors: DoorOpener | None = None,
     ) -> None:
+        """
+        Args:
+            open_doors: lets others take what has come before all has; None: nothing is given on.
+        """
         self._open_checkpoint = open_checkpoint
+        self._open_doors = open_doors
         self._seeds = seeds
         self._digest = digest
         self._arena = arena
@@ -64,6 +71,13 @@ class Attempt:
             WeightTransferError: if the seeds could not give the weights, or have others.
             MemoryError: if the weights don't fit into memory.
         """
+        try:
+            return self._run(model_path)
+        except BaseException:
+            self._arena.close_doors()
+            raise
+
+    def _run(self, model_path: str) -> LoadReport:
         start = time.perf_counter()
         self._arena.checksums = self._arena.content_digest = None  # of what another attempt has left
         fitting = self._digest.prepare(self._seeds.instances, self._manifest)
@@ -176,14 +190,17 @@ class Attempt:
     def _transfer(self) -> LoadReport:
         arena, config = self._arena, self._config
         transfer = SeedTransfer(arena, self._seeds.instances, lambda: SeedSources(arena, config))
+        is_checked = self._fan_out(transfer)
         try:
             while True:
                 transfer.run()
                 try:
-                    verified = self._verify(transfer)
+                    verified = is_checked or self._verify(transfer)
                     self._digest.compare(arena, self._seeds.name)
                     break
                 except ChecksumMismatch as error:
+                    is_checked = False
+                    self._arena.close_doors()
                     transfer.blame([(e.offset, e.offset + e.nbytes) for e in error.entries], error)
         except WeightTransferError:
             self._broken_off = transfer
@@ -198,6 +215,29 @@ class Attempt:
             taken_from=tuple(given),
             taken_bytes=tuple(given.values()),
         )
+
+    def _fan_out(self, transfer: SeedTransfer) -> bool:
+        """Take what can be had piece by piece together with others; whether that is all, and was checked."""
+        if self._open_doors is None or not can_fan_out(self._arena, self._seeds.instances, self._config):
+            return False
+        try:
+            fan_out = FanOut(self._arena, self._seeds.instances, self._config, self._open_doors)
+        except OSError as error:
+            logger.warning("rank %d: nobody can reach this host, so nothing is given on: %s", self._rank, error)
+            return False
+        try:
+            fan_out.run()
+            transfer.start_with(
+                fan_out.received, fan_out.missing, fan_out.errors, fan_out.source_names, fan_out.seconds
+            )
+            if fan_out.missing:
+                fan_out.close()
+                return False
+        except BaseException:
+            fan_out.close()
+            raise
+        fan_out.leave_doors()
+        return True
 
     def _verify(self, transfer: SeedTransfer) -> bool:
         """Whether every tensor could be compared with what the seeds say.

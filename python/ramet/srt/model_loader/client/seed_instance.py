@@ -34,6 +34,7 @@ class SeedRank:
     answer: SeedAnswer
     is_local: bool  # its memory can be had on this host
     source: PlanSource
+    is_peer: bool = False  # it takes the same weights, and gives on what it has
 
     @property
     def seed(self) -> str:

@@ -101,7 +101,7 @@ class SeedTransfer:
         """
         totals: dict[str, int] = {}
         for rank, op in self._received:
-            name = worker_ids.get(rank.answer.rank, rank.seed)
+            name = rank.seed if rank.is_peer else worker_ids.get(rank.answer.rank, rank.seed)
             totals[name] = totals.get(name, 0) + op.nbytes
         return totals
 
@@ -118,6 +118,22 @@ class SeedTransfer:
             if not self.alive:
                 raise combine_errors(self._rank, self.errors)
             self._run_round()
+
+    def start_with(
+        self,
+        received: Sequence[tuple[SeedRank, CopyOp]],
+        missing: Sequence[CopyOp],
+        errors: Mapping[str, WeightTransferError],
+        source_names: Sequence[str],
+        seconds: float,
+    ) -> None:
+        """Something has been brought before, and checked, by whoever has failed with the seeds in `errors`."""
+        self._received = list(received)
+        self.unfinished = list(missing)
+        self.planned_nbytes = self._arena.manifest.payload_nbytes
+        self.source_names = list(source_names)
+        self.transfer_seconds = seconds
+        self._drop(dict(errors))
 
     def blame(self, ranges: Iterable[ByteRange], error: WeightTransferError) -> None:
         """Drop the seeds that have sent these ranges of the arena, which are wrong; all they sent is unfinished again.

@@ -17,13 +17,14 @@ from ramet.srt.model_loader.checksums.regions import RegionChecksums
 from ramet.srt.model_loader.remote_instance_weight_loader_utils import register_transfer_engine_info
 from ramet.srt.model_loader.seed.arena_watch import ArenaWatch
 from ramet.srt.model_loader.seed.control import WeightControlServer
-from ramet.srt.model_loader.transport.local_share import LocalShareServer
+from ramet.srt.model_loader.seed.doors import Doors
 from ramet.srt.model_loader.transport.memory_offer import (
     MemoryOffer,
     OfferFromHere,
     offer_memory,
     start_offering_process,
 )
+from ramet.srt.model_loader.transport.peer_hub import PeerHub
 from ramet.srt.model_loader.transport.transport_process import TransportMissingError, TransportProcess
 from ramet.srt.utils.net import format_address, host_identity, reachable_host
 from ramet.srt.weights.content_digest import part_of_table
@@ -41,6 +42,7 @@ from ramet.srt.weights.control_messages import (
     WeightsRenamed,
 )
 from ramet.srt.weights.manifest import WeightManifest, element_size
+from ramet.srt.weights.peer_messages import Holds, content_name
 from ramet.srt.weights.registration import LocalHandle, SeedRegistration, TransferEngineInfo
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 # Started for an offer that is still to be made, by host and rank; None where Mooncake is not installed, and needn't be.
 _prepared: dict[tuple[str, int], TransportProcess | None] = {}
+_preparing = threading.Lock()  # weights that arrive may be offered in another thread meanwhile
 _is_missing = False  # whether Mooncake is known not to be installed: nothing changes that while this process lives
 
 
@@ -61,8 +64,10 @@ class WeightSeed:
         registration: SeedRegistration,
         resources: ExitStack,
         answer: Callable[[WeightRequest], WeightReply],
+        hub: PeerHub | None = None,
     ) -> None:
         self.registration = registration
+        self._hub = hub
         self.answer = answer  # what its control socket answers with, for whoever is in this process
         self._resources = resources
 
@@ -77,8 +82,9 @@ class WeightSeed:
         Raises:
             WeightTransferError: if it does not start.
         """
-        if network != UNUSED and (host, rank) not in _prepared:
-            _prepared[host, rank] = _start_process(host, rank, network, gpu_id)
+        with _preparing:
+            if network != UNUSED and (host, rank) not in _prepared:
+                _prepared[host, rank] = _start_process(host, rank, network, gpu_id)
         importlib.import_module("ramet.srt.utils.http_client")
 
     @classmethod
@@ -118,13 +124,9 @@ class WeightSeed:
         arena.publish()
         rank = manifest.parallel.world_rank
         with ExitStack() as undo:
-            offer = _offer_memory(arena, host, rank, network)
-            if offer is not None:
-                undo.callback(offer.close)
-            session_id = format_address(reachable_host(host), 0) if offer is None else offer.session_id
-            address = arena.address if offer is None else offer.address
-            share = LocalShareServer(arena)
-            undo.callback(share.close)
+            doors = _doors_of(arena, with_checksums(manifest, checksums), host, network)
+            undo.callback(doors.close)
+            session_id = format_address(reachable_host(host), 0) if doors.memory is None else doors.memory.session_id
             requests = SeedRequests(arena, reachable_host(host), on_state, on_rename)
             undo.callback(requests.close)
             control = WeightControlServer(requests.handle, control_host)
@@ -136,11 +138,12 @@ class WeightSeed:
             rank=rank,
             role=manifest.role,
             transfer_engine_info=TransferEngineInfo(
-                session_id=session_id, weights_info_dict=weights_info(manifest, address)
+                session_id=session_id, weights_info_dict=weights_info(manifest, doors.address)
             ),
             manifest=with_checksums(manifest, checksums),
-            arena_address=address,
-            local_handle=LocalHandle(host_identity=host_identity(), socket_name=share.name),
+            arena_address=doors.address,
+            local_handle=LocalHandle(host_identity=host_identity(), socket_name=doors.share.name),
+            link=None if doors.hub is None else doors.hub.link,
             started_at=started_at,
             weights_digest=arena.content_digest_text,
             control=control.address,
@@ -150,10 +153,10 @@ class WeightSeed:
             rank,
             manifest.payload_nbytes / 1e9,
             manifest.role,
-            "without a transfer engine" if offer is None else f"as {session_id}",
+            "without a transfer engine" if doors.memory is None else f"as {session_id}",
             time.perf_counter() - start,
         )
-        return cls(registration, resources, requests.handle)
+        return cls(registration, resources, requests.handle, doors.hub)
 
     def register(
         self, bootstrap_url: str, *, admin_api_key: str | None, timeout_s: float, ca_certs: str | None = None
@@ -174,19 +177,62 @@ class WeightSeed:
         manifest = msgspec.structs.replace(registration.manifest, weight_version=version)
         self.registration = msgspec.structs.replace(registration, manifest=manifest)
 
+    @property
+    def num_given_bytes(self) -> int:
+        """That others say they have taken, of those that take piece by piece."""
+        return 0 if self._hub is None else self._hub.num_given_bytes
+
     def close(self) -> None:
         """Withdraw the offer. Processes that have mapped the memory keep it."""
         self._resources.close()
+
+
+def open_doors(arena: WeightArena, host: str, network: str, hub: PeerHub | None) -> Doors:
+    """Let others come to an arena, which need not be full.
+
+    Args:
+        network: see WeightSeed.start.
+        hub: becomes the doors'.
+
+    Raises:
+        WeightTransferError, OSError: as WeightSeed.start does.
+    """
+    return Doors(arena, _offer_memory(arena, host, arena.manifest.parallel.world_rank, network), hub)
+
+
+def _doors_of(arena: WeightArena, manifest: WeightManifest, host: str, network: str) -> Doors:
+    """Those that were opened while the weights came; else new ones.
+
+    Args:
+        manifest: with checksums.
+    """
+    doors, arena.doors = arena.doors, None
+    if isinstance(doors, Doors):
+        with _preparing:
+            spare = _prepared.pop((host, manifest.parallel.world_rank), None)
+        if spare is not None:
+            spare.kill()
+        return doors
+    hub = PeerHub(reachable_host(host), content_name(manifest)) if arena.can_pass_on else None
+    if hub is not None:
+        hub.tell(Holds(is_whole=True))
+    try:
+        return open_doors(arena, host, network, hub)
+    except BaseException:
+        if hub is not None:
+            hub.close()
+        raise
 
 
 def _offer_memory(arena: WeightArena, host: str, rank: int, network: str) -> MemoryOffer | OfferFromHere | None:
     """The arena on offer to other hosts; None where it isn't. Raises WeightTransferError and OSError as it does."""
     if network == UNUSED:
         return None
-    if (host, rank) in _prepared:
-        process = _prepared.pop((host, rank))
-    else:
-        process = _start_process(host, rank, network, arena.gpu_id)
+    with _preparing:
+        if (host, rank) in _prepared:
+            process = _prepared.pop((host, rank))
+        else:
+            process = _start_process(host, rank, network, arena.gpu_id)
     return None if process is None else offer_memory(arena, process)
 
 

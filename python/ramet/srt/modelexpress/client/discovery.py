@@ -2,6 +2,7 @@
 
 import logging
 import random
+import socket
 import time
 from collections.abc import Collection
 
@@ -44,13 +45,15 @@ class OtherTopology(msgspec.Struct, kw_only=True):
 
 
 def order_sources(refs: list[p2p_pb2.SourceInstanceRef]) -> list[p2p_pb2.SourceInstanceRef]:
-    """The least busy first; those that are equally busy in random order, so that clients spread over them."""
+    """Those of this host first, then the least busy; equal ones in random order, so that clients spread over them."""
+    here = socket.gethostname()
 
-    def busyness(ref: p2p_pb2.SourceInstanceRef) -> tuple[float, float]:
+    def distance(ref: p2p_pb2.SourceInstanceRef) -> tuple[bool, float, float]:
+        facts = read_facts(ref.topology)
         load = ref.source_load if ref.HasField("source_load") else UNKNOWN_LOAD
-        return (round(min(1.0, max(0.0, load)), 2), random.random())
+        return facts is None or facts.host != here, round(min(1.0, max(0.0, load)), 2), random.random()
 
-    return sorted(refs, key=busyness)
+    return sorted(refs, key=distance)
 
 
 def find_sources(
