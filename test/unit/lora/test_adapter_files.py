@@ -8,6 +8,7 @@ import torch
 from lora_adapters import ALL, make_adapter
 from ramet.srt.lora.adapter import LoraTargets, check_lora_name
 from ramet.srt.lora.adapter_files import read_adapter
+from ramet.srt.lora.adapter_paths import LoraPath, read_folder
 from random_models import make_model
 from safetensors.torch import load_file, save_file
 
@@ -133,3 +134,8 @@ def test_files_that_are_refused(model, tmp_path):
 def test_names_that_are_refused(name):
     with pytest.raises(ValueError, match="an adapter's name must have"):
         check_lora_name(name)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"^adapter path .*/none does not exist$"):
+        read_folder(LoraPath("a", str(tmp_path / "none")))

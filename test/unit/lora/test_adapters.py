@@ -184,6 +184,20 @@ def test_embeddings(tmp_path):
     assert "names model.layers.0.self_attn.q_proj" in engine.load_adapter(2, lost)
 
 
+def test_a_models_part_for_pictures(tmp_path):
+    """What an adapter adds there is left out, as the part itself is: requests have no pictures."""
+    model = rm.make_model(tmp_path / "model", "gemma3_vl")
+    adapter = make_adapter(tmp_path / "a", model)
+    assert any("vision_tower" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    expected = rm.hf_greedy(merge_adapter(model, adapter, tmp_path / "merged"), PROMPTS, NUM_TOKENS)
+    engine = EngineHarness(model, enable_lora=True)
+    assert engine.load_adapter(1, adapter) == ""
+    results = engine.generate(PROMPTS, lora_id=1, max_new_tokens=NUM_TOKENS)
+    assert [result.token_ids for result in results] == expected
+    idle = make_adapter(tmp_path / "b", model, targets=("fc1",))
+    assert "no part of the model for text" in engine.load_adapter(2, idle)
+
+
 def test_fused_matrices(llama, tmp_path):
     """One A for q, k and v, and one for gate and up, as adapters of models have them that have one matrix each."""
     plain = load_file(llama.adapters[1] / "adapter_model.safetensors")

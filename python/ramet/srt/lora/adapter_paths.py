@@ -97,7 +97,7 @@ def read_folder(path: LoraPath) -> tuple[LoraAdapter, LoraSource]:
     """An adapter in a folder, or on the hub. Raises ValueError if it is none, or can't be used."""
     from ramet.srt.lora.adapter_files import find_adapter_file, read_adapter  # with numpy, for the digest
 
-    folder = resolve_model_path(path.path)
+    folder = resolve_model_path(path.path, what="adapter")
     return read_adapter(path.name, folder), LoraFile(path=find_adapter_file(folder))
 
 

@@ -4,13 +4,16 @@ It is a manifest like a model's, so it comes from files and from other instances
 ways, and is verified in the same ways. It has the adapter's own type, so that its bytes are those of the file.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import msgspec
+
 from ramet.srt.configs.parallel_config import ParallelConfig
 from ramet.srt.layers.lora import LoraPart
-from ramet.srt.lora.adapter import LoraAdapter, LoraModule, lora_role
+from ramet.srt.lora.adapter import PEFT_PREFIX, LoraAdapter, LoraModule, lora_role
 from ramet.srt.model_loader.checkpoint.whole_model import WholeModel, boxes_of, collect_boxes
 from ramet.srt.weights.errors import name_some
 from ramet.srt.weights.manifest import WeightBox, WeightManifest, build_weight_manifest
@@ -46,6 +49,24 @@ class _Tensor:
     shape: Shape
     dtype: str
     boxes: Sequence[WeightBox]
+
+
+def without_surplus(adapter: LoraAdapter, surplus: str) -> LoraAdapter:
+    """The adapter without what it adds to parts of the checkpoint that the model is built without: those for pictures.
+
+    Args:
+        surplus: a regular expression of the names of their tensors; empty if there are none.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    if not surplus:
+        return adapter
+    modules = tuple(module for module in adapter.modules if not re.match(surplus, module.file_name))
+    if not modules:
+        names = name_some([module.file_name for module in adapter.modules])
+        raise ValueError(f"the adapter adds to {names} alone, which are no part of the model for text")
+    return msgspec.structs.replace(adapter, modules=modules)
 
 
 def products_of(adapter: LoraAdapter, shapes: Mapping[str, Shape]) -> list[LoraProduct]:
@@ -97,15 +118,17 @@ def _file_name(adapter: LoraAdapter, name: str) -> str:
 
 
 def describe_adapter(
-    adapter: LoraAdapter, products: Sequence[LoraProduct], whole_parts: Mapping[str, LoraPart]
+    adapter: LoraAdapter, products: Sequence[LoraProduct], whole_parts: Mapping[str, LoraPart], surplus: str
 ) -> WholeModel:
-    """What an adapter's file must hold: with the shapes that follow, and nothing else.
+    """What an adapter's file must hold: with the shapes that follow, and nothing else but the surplus.
 
     Args:
         whole_parts: of the whole model, as one rank would hold it.
+        surplus: see without_surplus.
     """
     manifest = adapter_manifest(adapter, products, adapter.name, whole_parts, ParallelConfig(), {})
-    return replace(collect_boxes(boxes_of(manifest.entries)), is_tied=False, has_head=False)
+    idle = rf"{re.escape(PEFT_PREFIX)}({surplus})" if surplus else ""
+    return replace(collect_boxes(boxes_of(manifest.entries)), is_tied=False, has_head=False, surplus=idle)
 
 
 def adapter_manifest(

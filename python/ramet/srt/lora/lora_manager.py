@@ -29,6 +29,7 @@ from ramet.srt.lora.adapter_weights import (
     check_adapter,
     describe_adapter,
     products_of,
+    without_surplus,
 )
 from ramet.srt.model_loader.arena.base import WeightArena
 from ramet.srt.model_loader.arena.host import HostWeightArena
@@ -217,6 +218,8 @@ class LoraManager:
             loaded.close()
 
     def _load(self, adapter: LoraAdapter, source: LoraSource) -> RankAdapter:
+        surplus = self._model_config.surplus_tensors
+        adapter = without_surplus(adapter, surplus)
         check_adapter(adapter, self._shapes, self._config.max_lora_rank)
         base = self._weights.load
         name, path = adapter.name, ""
@@ -237,7 +240,7 @@ class LoraManager:
                 modelexpress_url=None,
             )
         products = products_of(adapter, self._shapes)
-        whole = describe_adapter(adapter, products, self._whole_parts)
+        whole = describe_adapter(adapter, products, self._whole_parts, surplus)
         manifest = self._manifest(adapter, products, name)
         arena = HostWeightArena(manifest)
         loader = get_model_loader(config, open_checkpoint=lambda path: CheckpointSource(path, whole))

@@ -19,11 +19,12 @@ WEIGHTLESS_IGNORED = ("*.safetensors.index.json", "*.bin.index.json")
 _SNAPSHOT = re.compile(r"/models--((?:(?!--)[^/])+(?:--(?:(?!--)[^/])+)?)/snapshots/[0-9a-f]{40}$")
 
 
-def resolve_model_path(model: str, revision: str | None = None, weights: bool = True) -> str:
+def resolve_model_path(model: str, revision: str | None = None, weights: bool = True, what: str = "model") -> str:
     """The folder of `model`: `model` itself when it is a folder, else a snapshot of that hub id.
 
     Args:
         weights: whether the weight files are needed; without them only config and tokenizer are fetched.
+        what: "model", or what else lies in such a folder, for messages.
 
     Raises:
         ValueError: if it is neither a folder nor a model that the hub (or its local cache) gives us.
@@ -31,9 +32,9 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
     if os.path.isdir(model):
         return model
     if os.path.isfile(model):
-        raise ValueError(f"model path {model} is a file; the folder that holds the model is expected")
+        raise ValueError(f"{what} path {model} is a file; the folder that holds the {what} is expected")
     if not _looks_like_hub_id(model):
-        raise ValueError(f"model path {model} does not exist")
+        raise ValueError(f"{what} path {model} does not exist")
     # Imported here: only models that are not on this machine need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -52,7 +53,7 @@ def resolve_model_path(model: str, revision: str | None = None, weights: bool = 
         )
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(f"model {model} is neither a folder nor available from the hub: {reason}") from None
+        raise ValueError(f"{what} {model} is neither a folder nor available from the hub: {reason}") from None
     if (seconds := time.monotonic() - start) > QUICK_S:  # not just looked up
         logger.info("fetched %s from the hub to %s in %.1f s", model, folder, seconds)
     return folder
