@@ -346,14 +346,16 @@ def time_limit(seconds: float, on_hang: Callable[[], None]) -> Iterator[None]:
     hang = threading.Timer(seconds + GRACE_S, give_up)
     hang.daemon = True
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     hang.start()
-    try:
-        yield
+    try:  # the time may be over at any line from here on, and this process goes on then
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         hang.cancel()
+        signal.signal(signal.SIGALRM, before)
 
 
 def write_report(bench: Bench, output: Path | None) -> None:
