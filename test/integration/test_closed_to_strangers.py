@@ -45,7 +45,8 @@ def test_a_seed_is_reached_on_its_host_alone_survives_and_notices(tmp_path, mode
         flags = [*FLAGS, "--modelexpress-config", config, "--weights-check-interval", "0.5"]
         server = ServerProcess(model, tmp_path / "log", *flags, "--host", "127.0.0.1", fake=False).wait_ready()
         try:
-            assert states(mx) == ["READY", "READY"]
+            # A rank tells the metadata server just after the instance is ready.
+            wait_until(lambda: states(mx) == ["READY", "READY"], "both ranks to be told of")
             processes = [server.process.pid, *descendants(server.process.pid)]
             names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in processes]
             assert names.count("ramet-transport") == 2
