@@ -13,6 +13,7 @@ from ramet.srt.errors import one_line
 from ramet.srt.layers.kernels.choices import Choice, Key, Value, trying, watching
 from ramet.srt.layers.tuned_file import Entry, make_entry
 from ramet.srt.model_executor.layer_trials import LayerTrial
+from ramet.srt.utils.graph_timing import seconds_in_graph
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +102,8 @@ class Tuner:
         """The median of what one run takes on the device."""
         if self.device.type != "cuda":
             return _seconds_on_cpu(run, num_runs)
-        run(0)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for turn in range(num_runs):
-                run(turn)
-        times = []
-        for _ in range(NUM_MEASUREMENTS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times[1:]) / num_runs
+        with torch.cuda.device(self.device):
+            return seconds_in_graph(run, num_runs, NUM_MEASUREMENTS)
 
 
 def _seconds_on_cpu(run: Run, num_runs: int) -> float:

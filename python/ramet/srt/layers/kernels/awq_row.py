@@ -119,6 +119,7 @@ def _gated(parts_ptr, columns, mask, size, PARTS: gl.constexpr, ACTIVATION: gl.c
 def _read_x(
     x_ptr, columns, mask, num_columns, INPUT: gl.constexpr, PARTS: gl.constexpr, ACTIVATION: gl.constexpr
 ):  # fmt: skip
+    """The row's numbers at some columns, but for a norm's factor; see Input."""
     if INPUT == "gated":
         x = _gated(x_ptr, columns, mask, num_columns, PARTS, ACTIVATION)
     else:
@@ -331,11 +332,9 @@ def awq_row(
     return out
 
 
-def awq_row_sums(
-    x: Input, packed: PackedArguments, bias: torch.Tensor | None = None, tile: Tile = TILE
-) -> torch.Tensor:
+def awq_row_sums(x: Input, packed: PackedArguments, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What x W^T + b is the sum of, float32 [num_parts, num_outputs]. `packed` as for `awq_row`."""
-    return _launch(x, packed, bias, x.activation, None, tile)
+    return _launch(x, packed, bias, x.activation, None, TILE)
 
 
 def _launch(

@@ -5,7 +5,6 @@ compiles for a minute is measured there alone, not whenever an instance starts.
 """
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from ramet.srt.layers.attention.rows.flash_mla_rows import FlashMlaRows
 from ramet.srt.layers.attention.rows.flashinfer_rows import FlashInferRows
 from ramet.srt.layers.kernels.choices import LATENT_ROWS, Key, Value
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
+from ramet.srt.utils.graph_timing import seconds_in_graph
 
 logger = logging.getLogger(__name__)
 
@@ -150,18 +150,4 @@ class Trial:
 
 def _seconds(run: Callable[[], object]) -> float:
     """What the device takes for one run; launches don't count, as they don't in captured passes."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(NUM_RUNS):
-            run()
-    times = []
-    for _ in range(NUM_TRIALS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / NUM_RUNS)
-    return statistics.median(times[1:])
+    return seconds_in_graph(lambda _turn: run(), NUM_RUNS, NUM_TRIALS)
