@@ -3,7 +3,6 @@
 import logging
 import re
 import socket
-import statistics
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -245,11 +244,22 @@ def test_it_waits_for_a_source_that_is_initializing(client, seed):
     assert report.verified and not report.fallback_reason
 
 
-def test_what_discovery_adds_to_a_load(client, seed):
-    """Among 100 sources: benchmark/bench_discovery.py measures it, the aim is 50 ms; this bound has room for noise."""
+def test_what_discovery_adds_to_a_load(client, seed, monkeypatch):
+    """Two questions, however many sources there are: benchmark/bench_discovery.py measures what they take, aimed at 50 ms.
+
+    The bound in seconds is for the least of several loads: what else runs on the machine can only make a load longer.
+    """
     for _ in range(99):
         client.publish(free_port(), load=1.0)
     client.publish(seed.port, load=0.0)
+    asked = []
+    for method in (ModelExpressClient.list_sources, ModelExpressClient.get_metadata):
+
+        def ask(*args, method=method, **fields):
+            asked.append(method.__name__)
+            return method(*args, **fields)
+
+        monkeypatch.setattr(ModelExpressClient, method.__name__, ask)
 
     def seconds(loading):
         start = time.perf_counter()
@@ -258,7 +268,9 @@ def test_what_discovery_adds_to_a_load(client, seed):
 
     url = client.load_config.modelexpress_url
     times = [(seconds(LoadingClient(url)), seconds(LoadingClient.of_seeds([seed.port]))) for _ in range(5)]
-    assert statistics.median(by_name - by_address for by_name, by_address in times) < 0.15
+    assert asked == ["list_sources", "get_metadata"] * 5
+    by_name, by_address = map(min, zip(*times, strict=True))
+    assert by_name - by_address < 0.15
 
 
 @pytest.mark.parametrize("step", ["list_sources", "get_metadata", "publish", "update_status"])

@@ -1,6 +1,7 @@
 """Which kernels compute long prompts: those that are installed are tried beside Ramet's, once, in a quiet moment."""
 
 import contextlib
+import dataclasses
 import logging
 import sys
 import threading
@@ -164,11 +165,11 @@ def test_passes_go_on_while_the_choice_is_made(case, choose, monkeypatch):
     case.compare(out, case.native())
 
 
-def test_the_thread_takes_the_ranks_gpu_and_waits_for_what_is_queued_there(monkeypatch):
+def test_the_thread_takes_the_ranks_gpu_and_waits_for_what_is_queued_there(case, monkeypatch):
     calls = []
     monkeypatch.setattr(choice, "CANDIDATES", (Absent,))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    PromptChoice(SimpleNamespace(device=torch.device("cuda", 1)), LIMITS, None).wait(TIMEOUT_S)
+    PromptChoice(dataclasses.replace(case.spec, device=torch.device("cuda", 1)), LIMITS, None).wait(TIMEOUT_S)
     assert calls == [torch.device("cuda", 1)]
     monkeypatch.undo()
     own = SimpleNamespace(wait_stream=calls.append)
