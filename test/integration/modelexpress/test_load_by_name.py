@@ -245,7 +245,7 @@ def test_it_waits_for_a_source_that_is_initializing(client, seed):
 
 
 def test_what_discovery_adds_to_a_load(client, seed, monkeypatch):
-    """Two questions, however many sources there are: benchmark/bench_discovery.py measures what they take, aimed at 50 ms.
+    """Two questions, however many sources there are; bench_discovery.py measures what they take, and the aim is 50 ms.
 
     The bound in seconds is for the least of several loads: what else runs on the machine can only make a load longer.
     """
