@@ -169,7 +169,8 @@ def test_the_thread_takes_the_ranks_gpu_and_waits_for_what_is_queued_there(case,
     calls = []
     monkeypatch.setattr(choice, "CANDIDATES", (Absent,))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    PromptChoice(dataclasses.replace(case.spec, device=torch.device("cuda", 1)), LIMITS, None).wait(TIMEOUT_S)
+    spec = dataclasses.replace(case.spec, device=torch.device("cuda", 1))
+    assert PromptChoice(spec, LIMITS, None).wait(TIMEOUT_S)
     assert calls == [torch.device("cuda", 1)]
     monkeypatch.undo()
     own = SimpleNamespace(wait_stream=calls.append)
