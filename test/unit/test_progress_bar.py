@@ -11,6 +11,12 @@ from ramet.srt.observability import progress_bar as module
 from ramet.srt.observability.progress_bar import BYTES, allow_bars, progress_bar
 
 
+@pytest.fixture(autouse=True)
+def may_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each test, whatever others of this process have allowed, and behind it."""
+    monkeypatch.setitem(module._settings, "bars", False)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -45,8 +51,5 @@ def test_a_bar_in_a_terminal(caplog: pytest.LogCaptureFixture, monkeypatch: pyte
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     assert work(caplog) == [] and terminal.getvalue() == "", "not of a process that may not draw"
     allow_bars(True)
-    try:
-        assert work(caplog) == []
-    finally:
-        allow_bars(False)
+    assert work(caplog) == []
     assert "reading weights" in terminal.getvalue() and "/8.00G [" in terminal.getvalue()
