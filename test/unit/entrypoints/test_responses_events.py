@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ramet.srt.entrypoints.openai.responses_events import ResponseEvents
-from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
+from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart, merged
+from ramet.srt.text.output_parser import OutputParser
+from ramet.srt.text.reasoning.think_parser import ThinkMarks, ThinkParser
+from ramet.srt.text.tool_calls.hermes import HermesParser
+from ramet.srt.text.tool_calls.tool import Tool
 
 USAGE = {"input_tokens": 1}
 PIECE = st.text("ab \n\U0001f331", min_size=1, max_size=4)
@@ -179,6 +183,38 @@ def test_log_probabilities_are_those_of_the_message(updates: list[tuple[list[Eve
     assert [one for event in deltas for one in event["logprobs"]] == logprobs
     done = next(event for event in stream if event["type"] == "response.output_text.done")
     assert done["logprobs"] == logprobs
+
+
+def content_tokens(tokens: list[str], sizes: list[int]) -> list[list[str]]:
+    """The tokens of each message of the output, which comes in groups of so many tokens."""
+    parser = OutputParser([ThinkParser([ThinkMarks("<think>", "</think>")], False), HermesParser([Tool("f")])], None)
+    events = ResponseEvents({"id": "resp_1"})
+    left = list(tokens)
+    for size in sizes + [1] * len(tokens):
+        group, left = left[:size], left[size:]
+        events.add(merged(parser.feed("".join(group))), [token(text) for text in group])
+    events.add(merged(parser.finish()))
+    events.end("stop", USAGE, 7)
+    messages = [item["content"][0] for item in events.response["output"] if item["type"] == "message"]
+    return [[one["token"] for one in message["logprobs"]] for message in messages]
+
+
+@given(st.lists(st.integers(1, 6), max_size=8))
+def test_log_probabilities_do_not_depend_on_how_many_tokens_come_at_once(sizes: list[int]) -> None:
+    call = ["<tool_call>", '{"name": "f",', ' "arguments": ', '{"a": "look"}', "}", "</tool_call>"]
+    tokens = ["<think>", "h", "m", "</think>", "I", " look", " <", " b", ".", *call, "I", " look", "</s>"]
+    said = [["I", " look", " <", " b", "."], ["I", " look", "</s>"]]
+    assert content_tokens(tokens, sizes) == said
+
+
+def test_log_probabilities_of_text_that_is_not_that_of_its_tokens() -> None:
+    events = ResponseEvents({"id": "resp_1"})
+    broken = {**token("?"), "bytes": [0xF0]}
+    events.add([Content("a\ufffdb")], [token("a"), broken, token("b")])
+    events.add([Content("c")], [token("c")])
+    events.end("stop", USAGE, 7)
+    logprobs = events.response["output"][0]["content"][0]["logprobs"]
+    assert [one["token"] for one in logprobs] == ["a", "?", "b", "c"]
 
 
 def test_a_call_that_a_stop_string_cuts_off_is_incomplete() -> None:

@@ -6,6 +6,7 @@ Source: OpenAI's API reference of the Responses API's streaming events.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ramet.srt.entrypoints.openai.content_tokens import ContentTokens
 from ramet.srt.entrypoints.openai.responses_items import encode_reasoning, new_id
 from ramet.srt.errors import RequestError
 from ramet.srt.text.output_events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
@@ -150,7 +151,7 @@ class ResponseEvents:
         self._num_events = 0
         self._output: list[Fields] = []  # items that are done
         self._open: _OpenItem | None = None
-        self._logprobs: list[Fields] = []  # of tokens whose text has not come yet
+        self._tokens = ContentTokens()
 
     def begin(self) -> list[Fields]:
         """The events with which a stream begins."""
@@ -160,11 +161,10 @@ class ResponseEvents:
         """What the output tells next.
 
         Args:
-            logprobs: of the tokens that came with it. They go to its first piece of content; if it tells nothing, to
-                the next one; if it tells of calls or reasoning alone, they are theirs, and not shown.
+            logprobs: of the tokens that came with it. Those of content are shown, with it.
         """
         events: list[Fields] = []
-        self._logprobs += logprobs
+        self._tokens.add(logprobs)
         for one in told:
             if isinstance(one, ToolCallStart):
                 _, call_id, name = one
@@ -175,24 +175,23 @@ class ResponseEvents:
             elif isinstance(one, Reasoning):
                 if not isinstance(self._open, _OpenReasoning):
                     events += self._begin(_OpenReasoning(self._encodes_reasoning))
+                self._tokens.skip(one.text)
                 events += self._add(one.text)
             else:
                 assert isinstance(one, Content)
                 events += self._say(one.text)
-        if told:
-            self._logprobs = []
         return events
 
     def _say(self, text: str) -> list[Fields]:
-        """Content; takes the log-probabilities that wait for it."""
-        events: list[Fields] = []
-        logprobs, self._logprobs = self._logprobs, []
-        if not isinstance(self._open, _OpenMessage):
-            if self._open is not None:
-                logprobs = _last_ones(logprobs, text)
-            events += self._begin(_OpenMessage())
+        """Content."""
+        is_next, is_last = isinstance(self._open, _OpenMessage), isinstance(self._open, _OpenCall)
+        logprobs = self._tokens.take(text, is_next=is_next, is_last=is_last)
+        events = [] if is_next else self._begin(_OpenMessage())
+        return events + self._of_message(text, logprobs)
+
+    def _of_message(self, text: str, logprobs: list[Fields]) -> list[Fields]:
         assert isinstance(self._open, _OpenMessage)
-        return events + self._of_item(self._open.say(text, logprobs))
+        return self._of_item(self._open.say(text, logprobs))
 
     def end(self, finish_reason: str, usage: Fields, completed_at: int) -> list[Fields]:
         """The events with which a stream ends.
@@ -205,8 +204,8 @@ class ResponseEvents:
         is_complete = finish_reason != "length"
         status = "completed" if is_complete else "incomplete"
         events: list[Fields] = []
-        if self._logprobs and isinstance(self._open, _OpenMessage):
-            events += self._say("")  # tokens without a text, such as the one that ends the output
+        if isinstance(self._open, _OpenMessage) and (rest := self._tokens.rest()):
+            events += self._of_message("", rest)  # such as the one that ends the output
         if self._open is None or (is_complete and isinstance(self._open, _OpenReasoning)):
             events += self._begin(_OpenMessage())  # the model has chosen to say nothing
         # Behind a whole call the reason is tool_calls.
@@ -262,12 +261,3 @@ class ResponseEvents:
         event["sequence_number"] = self._num_events
         self._num_events += 1
         return event
-
-
-def _last_ones(logprobs: list[Fields], text: str) -> list[Fields]:
-    """Those of the last tokens that are enough for `text`: before them are the marks that end reasoning or a call."""
-    num_bytes, first = len(text.encode()), len(logprobs)
-    while num_bytes > 0 and first:
-        first -= 1
-        num_bytes -= len(logprobs[first]["bytes"])
-    return logprobs[first:]
