@@ -78,6 +78,7 @@ setup(
     package_data={
         "ramet": ["py.typed"],
         "ramet.srt.entrypoints.http": ["docs.html"],
+        "ramet.srt.layers.cpu_kernels": ["native/*.cpp", "native/*.h"],
         "ramet.srt.modelexpress": ["server/page/*", "proto/*.proto", "proto/*.pyi"],
     },
     python_requires=">=3.11",

@@ -38,6 +38,7 @@ FLOORS = {
     "srt.batch": "one pass as data",
     "srt.mem_cache": "the KV cache: pages, rows, prefixes",
     "srt.layers.kernels": "Triton kernels",
+    "srt.layers.cpu_kernels": "kernels for CPUs in C++, and building them",
     "srt.layers": "layers, each with the rule by which it is sharded",
     "srt.layers.attention": "attention and its backends",
     "srt.models": "model families",

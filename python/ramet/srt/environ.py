@@ -35,6 +35,10 @@ class Envs:
     RAMET_DIGEST_DIR = EnvStr("RAMET_DIGEST_DIR", "")
     # Where `ramet tune` keeps what it measures of kernels; empty: ramet/tuning, beside the digests.
     RAMET_TUNING_DIR = EnvStr("RAMET_TUNING_DIR", "")
+    # Where kernels for CPUs are kept once they are built; empty: ramet/cpu_kernels, beside the digests.
+    RAMET_CPU_KERNELS_DIR = EnvStr("RAMET_CPU_KERNELS_DIR", "")
+    # "0": PyTorch's own operations compute on CPUs, as they do without a compiler.
+    RAMET_CPU_KERNELS = EnvStr("RAMET_CPU_KERNELS", "1")
 
 
 def default_profile_dir() -> str:

@@ -3,7 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ramet.srt.layers.cpu_matmul import widening_linear, widens_weights
+from ramet.srt.layers.cpu_kernels.ops import linear as cpu_linear
+from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
+from ramet.srt.layers.cpu_matmul import lacks_instructions, widening_linear, widens_weights
 from ramet.srt.layers.fp8_matmul import (
     QuantizedRows,
     Rows,
@@ -27,6 +29,7 @@ from ramet.srt.layers.quantization.packed import (
 )
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
+MOST_CPU_ROWS = 8  # that Ramet's kernel multiplies on a CPU which has instructions for them
 MOST_ASSIGNMENTS = 256  # of tokens to experts that are multiplied one by one, whatever was measured
 
 
@@ -39,6 +42,8 @@ def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.
         return multiply_row(x, weight, bias)
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, bias)
+    if takes_cpu_kernel(x, weight):
+        return cpu_linear(x, weight, bias)
     if widens_weights(x, weight):
         return widening_linear(x, weight, bias)
     if use_kernels(x):
@@ -47,6 +52,16 @@ def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.
         if few_rows.takes(x, weight):
             return few_rows.few_rows_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def takes_cpu_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether Ramet's kernel for CPUs multiplies: a few rows, for which memory is the limit, or without instructions.
+
+    Many rows go to PyTorch's library where the processor multiplies their type (bfloat16 by AVX-512 or AMX, float16).
+    """
+    if not use_cpu_kernels(x) or x.dtype != weight.dtype or weight.dim() != 2 or not weight.is_contiguous():
+        return False
+    return x.shape[0] <= MOST_CPU_ROWS or (x.dtype != torch.float32 and lacks_instructions(x.dtype))
 
 
 def takes_gemv(x: torch.Tensor, weight: Weight) -> bool:

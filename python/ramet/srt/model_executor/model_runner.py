@@ -27,6 +27,7 @@ from ramet.srt.layers.attention.registry import (
     describe_attention,
     describe_kv_cache,
 )
+from ramet.srt.layers.cpu_kernels import library as cpu_library
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs, compute_ranks
@@ -97,6 +98,8 @@ class ModelRunner:
         self._sending: tuple[torch.distributed.Work, torch.Tensor] | None = None  # to the next pipeline stage
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_local_ranks))
+        if device.type == "cpu":
+            cpu_library.prepare(torch.get_num_threads())
         choose_kernels(config.tuning_dir, device)
         free_bytes = free_memory_nbytes(device)
         if device.type == "cpu":
