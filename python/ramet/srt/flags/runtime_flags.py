@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ramet.srt.flags.flag import CHUNK, COUNT, NOT_NEGATIVE, PART, SECONDS, SHARE, flag
 
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "flash_mla", "torch_varlen", "torch_native")
+ATTENTION_BACKENDS = ("auto", "cpu", "triton", "flashinfer", "flash_mla", "torch_varlen", "torch_native")
 SCHEDULE_POLICIES = ("deadline", "lpm", "fcfs", "priority")
 GRAMMAR_BACKENDS = ("llguidance", "none")
 
@@ -34,7 +34,7 @@ class RuntimeFlags:
     attention_backend: str = flag(
         "auto",
         "Kernels for attention; auto takes, on a GPU, the first of triton, flashinfer, torch_varlen and torch_native "
-        "that is installed and runs the model, on a CPU torch_native. torch_varlen has not run on a GPU yet. With "
+        "that is installed and runs the model, on a CPU Ramet's own (cpu). torch_varlen has not run on a GPU yet. With "
         "auto, cuDNN, FlashAttention 3 or FlashInfer compute long prompts where installed and faster than triton, and "
         "FlashMLA or FlashInfer latent attention of requests that decode. flash_mla is for latent attention alone.",
         choices=ATTENTION_BACKENDS,

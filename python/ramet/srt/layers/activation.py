@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ramet.srt.configs.moe_config import ClampedGate
+from ramet.srt.layers.cpu_kernels import ops as cpu_ops
+from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
 from ramet.srt.layers.kernels.runtime import use_kernels
 
 
@@ -54,5 +56,7 @@ def act_and_mul(x: torch.Tensor, activation: Activation) -> torch.Tensor:
         from ramet.srt.layers.kernels import activation as kernel
 
         return kernel.act_and_mul(x, activation.name)
+    if use_cpu_kernels(x):
+        return cpu_ops.act_and_mul(x, activation.name)
     gate, up = x.chunk(2, dim=-1)
     return activation(gate).mul_(up)

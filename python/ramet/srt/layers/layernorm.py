@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ramet.srt.distributed.communication_op import tensor_model_parallel_all_reduce
+from ramet.srt.layers.cpu_kernels import ops as cpu_ops
+from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.parameter import declare_weight, shard_box
 from ramet.srt.layers.row_sums import RowSums, UnscaledRow
@@ -28,6 +30,8 @@ class RMSNorm(nn.Module):
             from ramet.srt.layers.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps, offset=self.offset)
+        if use_cpu_kernels(x) and x.dim() == 2:
+            return cpu_ops.rms_norm(x, self.weight, self.eps, offset=self.offset)
         if self.offset:
             weight = self.weight.float() + self.offset
             return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
@@ -39,6 +43,8 @@ class RMSNorm(nn.Module):
             from ramet.srt.layers.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
+        if use_cpu_kernels(x) and residual.is_contiguous():
+            return cpu_ops.rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
         residual = x + residual
         return self.forward(residual), residual
 

@@ -9,6 +9,8 @@ from torch import nn
 from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.configs.latent_config import LatentTraits
 from ramet.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionLayer
+from ramet.srt.layers.cpu_kernels import ops as cpu_ops
+from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
 from ramet.srt.layers.kernels.runtime import has_fp8_units, use_kernels
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.parameter import declare_weight
@@ -101,23 +103,24 @@ class RadixAttention(nn.Module):
         if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
             slots = forward_batch.window_cache_loc
         rows, sum_dtype = qkv if isinstance(qkv, RowSums) else (qkv, None)
-        if self.has_kernels(rows):
-            from ramet.srt.layers.kernels import rotary as kernel
+        has_kernels, has_cpu_kernels = self.has_kernels(rows), use_cpu_kernels(rows)
+        if has_kernels or has_cpu_kernels:
+            arguments = {
+                "num_q_heads": self.num_heads,
+                "q_norm": norms.q.weight if norms is not None else None,
+                "k_norm": norms.k.weight if norms is not None else None,
+                "eps": norms.q.eps if norms is not None else 0.0,
+                "norm_offset": norms.q.offset if norms is not None else 0.0,
+                "has_gates": self.has_gate,
+                "kv_scales": self.layer.kv_scales,
+            }
+            places = (None if rotary is None else rotary[:2], slots, *self.kv_pool.get_kv_buffer(layer_id))
+            if has_kernels:
+                from ramet.srt.layers.kernels import rotary as kernel
 
-            q = kernel.rotate_and_store(
-                rows,
-                None if rotary is None else rotary[:2],
-                slots,
-                *self.kv_pool.get_kv_buffer(layer_id),
-                num_q_heads=self.num_heads,
-                q_norm=norms.q.weight if norms is not None else None,
-                k_norm=norms.k.weight if norms is not None else None,
-                eps=norms.q.eps if norms is not None else 0.0,
-                norm_offset=norms.q.offset if norms is not None else 0.0,
-                has_gates=self.has_gate,
-                kv_scales=self.layer.kv_scales,
-                sum_dtype=sum_dtype,
-            )
+                q = kernel.rotate_and_store(rows, *places, **arguments, sum_dtype=sum_dtype)
+            else:
+                q = cpu_ops.rotate_and_store(rows, *places, **arguments)
             return q if rotary is None or rotary.query_scale is None else q * rotary.query_scale
         heads = rows.unflatten(-1, (-1, self.kv.key_dim))
         num_query_heads = (1 + self.has_gate) * self.num_heads

@@ -72,7 +72,7 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
         raise ValueError("--kv-cache-dtype fp8_e4m3 is not served with latent attention")
     candidates: tuple[str, ...] = (name,)
     if name == "auto":
-        candidates = PREFERENCE if spec.device.type == "cuda" else ("torch_native",)
+        candidates = PREFERENCE if spec.device.type == "cuda" else ("cpu",)
         if spec.kv.is_latent and not _has_index(spec) and spec.device.type == "cuda":
             candidates = ("latent_auto", *candidates)  # Ramet's kernels, beside which libraries are measured
     obstacle: str | None = None
@@ -88,8 +88,8 @@ def choose_attn_backend(name: str, spec: AttentionSpec) -> type[AttentionBackend
 
 def _variant(name: str, spec: AttentionSpec) -> str:
     """Which of the classes that make up a backend computes this model."""
-    if name in ("triton", "torch_native") and _has_index(spec):
-        return f"sparse_{name}"
+    if name in ("cpu", "triton", "torch_native") and _has_index(spec):
+        return "sparse_triton" if name == "triton" else "sparse_torch_native"
     return f"latent_{name}" if name in ("triton", "flashinfer") and spec.kv.is_latent else name
 
 
@@ -121,6 +121,10 @@ def _backend_class(name: str) -> type[AttentionBackend]:
         from ramet.srt.layers.attention.sparse_native_backend import SparseNativeAttnBackend
 
         return SparseNativeAttnBackend
+    if name == "cpu":
+        from ramet.srt.layers.attention.cpu_backend import CpuAttnBackend
+
+        return CpuAttnBackend
     if name == "flashinfer":
         from ramet.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 

@@ -7,16 +7,49 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from ramet.srt.environ import envs
 from ramet.srt.layers.cpu_kernels import build
 
 logger = logging.getLogger(__name__)
 
-Pointer, Size, Int, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+Pointer, Size, Int, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class AttentionCall(ctypes.Structure):
+    """RametAttention of native/attention.cpp."""
+
+    _fields_ = [
+        *((name, Size) for name in ("num_sequences", "num_heads", "num_kv_heads", "key_dim", "value_dim")),
+        *((name, Size) for name in ("value_stride", "page_size", "table_stride", "window")),
+        *((name, Pointer) for name in ("rows", "starts", "ends", "first_tokens", "req_to_page")),
+        *((name, Pointer) for name in ("q", "keys", "values", "out", "kv_scales", "sinks")),
+        *((name, Float) for name in ("scale", "soft_cap")),
+        *((name, Int) for name in ("dtype", "cache_dtype")),
+    ]
+
+
+class RotationCall(ctypes.Structure):
+    """RametRotation of native/rows.cpp."""
+
+    _fields_ = [
+        *((name, Size) for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "half")),
+        *((name, Pointer) for name in ("qkv", "cos", "sin", "q_norm", "k_norm", "slots", "q", "k_cache", "v_cache")),
+        ("kv_scales", Pointer),
+        *((name, Float) for name in ("eps", "offset")),
+        *((name, Int) for name in ("has_gates", "dtype", "cache_dtype")),
+    ]
+
+
 # What each function takes; see native/.
-FUNCTIONS = {
+FUNCTIONS: dict[str, list[Any]] = {
     "ramet_linear": [Int, Pointer, Pointer, Pointer, Pointer, Size, Size, Size],
+    "ramet_rms_norm": [Int, Pointer, Pointer, Pointer, Pointer, Size, Size, Float, Float],
+    "ramet_act_and_mul": [Int, Int, Pointer, Pointer, Size, Size],
+    "ramet_rotate_and_store": [ctypes.POINTER(RotationCall)],
+    "ramet_attention": [ctypes.POINTER(AttentionCall)],
+    "ramet_best_tokens": [Pointer, Pointer, Size, Size, Size],
 }
 NICE = 10  # of the compiler: serving goes first
 
@@ -41,7 +74,7 @@ def prepare(num_threads: int) -> None:
     _begun = True
     path = build.library_path()
     if path.is_file():
-        _load(path, num_threads)
+        load(path, num_threads)
     elif build.find_compiler() is None:
         logger.warning("CPU kernels: no C++ compiler is installed; PyTorch's own operations compute, which takes longer")
     else:
@@ -61,12 +94,13 @@ def _build(num_threads: int) -> None:
         finally:
             atexit.unregister(process.kill)
     if process.returncode == 0:
-        _load(Path(out.strip()), num_threads)
+        load(Path(out.strip()), num_threads)
     else:
         logger.warning("CPU kernels are not built; PyTorch's own operations compute: %s", error.strip())
 
 
-def _load(path: Path, num_threads: int) -> None:
+def load(path: Path, num_threads: int) -> None:
+    """Compute with the library at `path` from now on; what is wrong with it is logged."""
     global _library
     try:
         loaded = ctypes.CDLL(str(path))

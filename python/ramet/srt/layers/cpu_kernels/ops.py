@@ -1,25 +1,117 @@
-"""Owns the calls of the kernels for CPUs: which tensors they take, and what they give."""
+"""Owns the calls of the kernels for CPUs: which tensors they take, and what they give.
+
+All compute in float32 and round once. Tensors that they read as a whole are made contiguous where they are not.
+"""
+
+import ctypes
 
 import torch
 
-from ramet.srt.layers.cpu_kernels.library import library
+from ramet.srt.layers.cpu_kernels.library import RotationCall, library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_cpu_kernels(x: torch.Tensor) -> bool:
     """Whether a layer takes its kernel for this input."""
-    return library() is not None and x.device.type == "cpu" and x.dtype in DTYPES
+    return library() is not None and x.device.type == "cpu" and x.dtype in COMPUTED
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; None for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b, summed in float32, for x [num_rows, input_size] and W [output_size, input_size] of its type."""
-    kernels = library()
-    assert kernels is not None
+    """x W^T + b for x [num_rows, input_size] and contiguous W [output_size, input_size] of its type."""
     x = x.contiguous()
     (num_rows, input_size), output_size = x.shape, weight.shape[0]
     y = torch.empty((num_rows, output_size), dtype=x.dtype)
-    bias_address = None if bias is None else bias.data_ptr()
-    addresses = x.data_ptr(), weight.data_ptr(), bias_address, y.data_ptr()
-    kernels.ramet_linear(DTYPES[x.dtype], *addresses, num_rows, output_size, input_size)
+    addresses = x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr()
+    _kernels().ramet_linear(DTYPES[x.dtype], *addresses, num_rows, output_size, input_size)
     return y
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None, *, offset: float = 0.0
+) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over rows of [num_rows, size].
+
+    Args:
+        residual: contiguous, like x: the norm is of their sum, which takes its place.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    addresses = x.data_ptr(), address(residual), weight.data_ptr(), y.data_ptr()
+    _kernels().ramet_rms_norm(DTYPES[x.dtype], *addresses, *x.shape, eps, offset)
+    return y
+
+
+def act_and_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """[num_rows, 2 * n] -> [num_rows, n]: activation of the first half times the second half."""
+    x = x.contiguous()
+    num_rows, num = x.shape[0], x.shape[1] // 2
+    y = torch.empty((num_rows, num), dtype=x.dtype)
+    kind = ACTIVATIONS[activation]
+    _kernels().ramet_act_and_mul(DTYPES[x.dtype], kind, x.data_ptr(), y.data_ptr(), num_rows, num)
+    return y
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    norm_offset: float,
+    has_gates: bool,
+    kv_scales: torch.Tensor | None,
+) -> torch.Tensor:
+    """Norm and rotate q and k, and write k and v to the cache; see RadixAttention.rotate_and_store.
+
+    Args:
+        qkv: [num_tokens, columns].
+        cos_sin: each [num_tokens, 1, rotary_dim / 2], contiguous, of the type of qkv.
+        slots: int64 [num_tokens].
+        k_cache, v_cache: [num_slots, num_kv_heads, head_dim].
+
+    Returns:
+        [num_tokens, num_q_heads, head_dim].
+    """
+    qkv = qkv.contiguous()
+    num_kv_heads, head_dim = k_cache.shape[1:]
+    q = torch.empty((len(qkv), num_q_heads, head_dim), dtype=qkv.dtype)
+    cos, sin = cos_sin if cos_sin is not None else (None, None)
+    call = RotationCall(
+        num_tokens=len(qkv), num_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
+        half=0 if cos is None else cos.shape[-1], qkv=qkv.data_ptr(), cos=address(cos), sin=address(sin),
+        q_norm=address(q_norm), k_norm=address(k_norm), slots=slots.data_ptr(), q=q.data_ptr(),
+        k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), kv_scales=address(kv_scales), eps=eps,
+        offset=norm_offset, has_gates=has_gates, dtype=DTYPES[qkv.dtype], cache_dtype=DTYPES[k_cache.dtype],
+    )  # fmt: skip
+    _kernels().ramet_rotate_and_store(ctypes.byref(call))
+    return q
+
+
+def best_tokens(logits: torch.Tensor, invalid: int) -> torch.Tensor:
+    """int64 [num_rows]: the first of the largest of each row of float32 [num_rows, vocab_size].
+
+    `invalid` for a row with NaN, or without a largest number that is finite.
+    """
+    logits = logits.contiguous()
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    _kernels().ramet_best_tokens(logits.data_ptr(), tokens.data_ptr(), *logits.shape, invalid)
+    return tokens
+
+
+def _kernels() -> ctypes.CDLL:
+    kernels = library()
+    assert kernels is not None, "use_cpu_kernels is asked before"
+    return kernels

@@ -12,17 +12,6 @@ constexpr int64_t MANY_ROWS = 2 * X_ROWS;    // from here on weights are widened
 constexpr int64_t RUN_BYTES = 256 << 10;    // of weights that a thread takes at once for many rows
 constexpr int64_t BLOCK_W = 16, BLOCK_X = 256, BLOCK_COLUMNS = 1024;  // 64 KB of widened weights: half of a small L2 cache
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// `num` numbers in float32, in the order of load_pair, with zeros up to a multiple of PAIR.
-template <class T> inline void widen_row(const T* from, int64_t num, float* to) {
-    for (int64_t i = 0; i < num; i += PAIR) {
-        Pair pair = num - i < PAIR ? load_some_of_pair(from + i, num - i) : load_pair(from + i);
-        store(to + i, pair.first);
-        store(to + i + LANES, pair.second);
-    }
-}
-
 // The rows of x so, `stride` apart.
 template <class T> const float* widened_rows(const T* x, int64_t num_rows, int64_t num, int64_t stride) {
     float* rows = scratch(ROWS, num_rows * stride);

@@ -138,8 +138,8 @@ static inline void dot_block(const float* x, int64_t x_stride, int64_t num_x, co
 }
 
 // out[m, c] += sum over j of weights[m, j] * values[j, c] for X rows and V vectors of columns.
-template <int X, int V>
-static inline void blend_tile(const float* weights, int64_t weights_stride, const float* values, int64_t values_stride,
+template <int X, int V, class T>
+static inline void blend_tile(const float* weights, int64_t weights_stride, const T* values, int64_t values_stride,
                               int64_t num, float* out, int64_t out_stride) {
     Vec sums[X][V];
 #pragma GCC unroll 8
@@ -163,24 +163,30 @@ static inline void blend_tile(const float* weights, int64_t weights_stride, cons
         for (int v = 0; v < V; v++) store(out + m * out_stride + v * LANES, sums[m][v]);
 }
 
+template <int X, class T>
+static inline void blend_rows(const float* weights, int64_t weights_stride, const T* values, int64_t values_stride,
+                              int64_t num, int64_t columns, float* out, int64_t out_stride) {
+    int64_t c = 0;
+    for (; c + 2 * LANES <= columns; c += 2 * LANES)
+        blend_tile<X, 2>(weights, weights_stride, values + c, values_stride, num, out + c, out_stride);
+    if (c < columns) blend_tile<X, 1>(weights, weights_stride, values + c, values_stride, num, out + c, out_stride);
+}
+
 // The same for all rows and columns; `columns` is a multiple of LANES.
-static inline void blend_block(const float* weights, int64_t weights_stride, int64_t num_x, const float* values,
+template <class T>
+static inline void blend_block(const float* weights, int64_t weights_stride, int64_t num_x, const T* values,
                                int64_t values_stride, int64_t num, int64_t columns, float* out, int64_t out_stride) {
-    for (int64_t m = 0; m < num_x;) {
+    const int64_t num_tiles = (num_x + 3) / 4;
+    for (int64_t tile = 0, m = 0; tile < num_tiles; tile++) {
+        const int64_t size = num_x / num_tiles + (tile < num_x % num_tiles);
         const float* w = weights + m * weights_stride;
         float* o = out + m * out_stride;
-        int64_t c = 0;
-        if (num_x - m >= 4) {
-            for (; c + 2 * LANES <= columns; c += 2 * LANES)
-                blend_tile<4, 2>(w, weights_stride, values + c, values_stride, num, o + c, out_stride);
-            if (c < columns) blend_tile<4, 1>(w, weights_stride, values + c, values_stride, num, o + c, out_stride);
-            m += 4;
-        } else {
-            for (; c + 4 * LANES <= columns; c += 4 * LANES)
-                blend_tile<1, 4>(w, weights_stride, values + c, values_stride, num, o + c, out_stride);
-            for (; c < columns; c += LANES)
-                blend_tile<1, 1>(w, weights_stride, values + c, values_stride, num, o + c, out_stride);
-            m += 1;
+        switch (size) {
+            case 4: blend_rows<4>(w, weights_stride, values, values_stride, num, columns, o, out_stride); break;
+            case 3: blend_rows<3>(w, weights_stride, values, values_stride, num, columns, o, out_stride); break;
+            case 2: blend_rows<2>(w, weights_stride, values, values_stride, num, columns, o, out_stride); break;
+            default: blend_rows<1>(w, weights_stride, values, values_stride, num, columns, o, out_stride);
         }
+        m += size;
     }
 }

@@ -26,6 +26,8 @@ struct Bf16 { uint16_t bits; };
 struct F16 { uint16_t bits; };
 struct F8 { uint8_t bits; };  // e4m3fn
 
+static inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 static inline Vec splat(float value) { return Vec{} + value; }
 static inline Vec as_floats(Bits bits) { return (Vec)bits; }
 static inline Bits as_bits(Vec values) { return (Bits)values; }
@@ -138,6 +140,15 @@ template <class T> static inline void store_some(T* to, Vec values, int64_t num)
 }
 
 template <class T> static inline void narrow(T* to, float value) { store_some(to, splat(value), 1); }
+
+// `num` numbers in float32, in the order of load_pair, with zeros up to a multiple of PAIR.
+template <class T> static inline void widen_row(const T* from, int64_t num, float* to) {
+    for (int64_t i = 0; i < num; i += PAIR) {
+        Pair pair = num - i < PAIR ? load_some_of_pair(from + i, num - i) : load_pair(from + i);
+        store(to + i, pair.first);
+        store(to + i + LANES, pair.second);
+    }
+}
 
 // (a0 + a1, a2 + a3, b0 + b1, b2 + b3) of each four lanes.
 static inline Vec add_neighbours(Vec a, Vec b) {
