@@ -50,7 +50,9 @@ def test_sinks(sequences, window):
 @pytest.mark.parametrize("shape", [ALONE, WIDE])
 def test_a_cache_in_fp8(kv_scales, dtype, shape):
     for sequences in MIXES.values():
-        Case(CPU, sequences, shape, dtype=dtype, kv_dtype=torch.float8_e4m3fn, kv_scales=kv_scales).check(CpuAttnBackend)
+        Case(CPU, sequences, shape, dtype=dtype, kv_dtype=torch.float8_e4m3fn, kv_scales=kv_scales).check(
+            CpuAttnBackend
+        )
 
 
 @pytest.mark.parametrize("sequences", MIXES.values(), ids=MIXES)

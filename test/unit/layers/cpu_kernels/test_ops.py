@@ -31,9 +31,15 @@ def close(actual, exact, terms=1.0):
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 11, 12, 13, 40, 300])
 @pytest.mark.parametrize("sizes", [(64, 96), (33, 7), (1, 1), (129, 130), (2100, 50)])  # input and output
 def test_linear(dtype, num_rows, sizes):
-    x, weight, bias = random(num_rows, sizes[0], dtype=dtype), random(*sizes[::-1], dtype=dtype, seed=1), random(sizes[1], dtype=dtype)
+    x, weight, bias = (
+        random(num_rows, sizes[0], dtype=dtype),
+        random(*sizes[::-1], dtype=dtype, seed=1),
+        random(sizes[1], dtype=dtype),
+    )
     for b in (None, bias):
-        close(ops.linear(x, weight, b), F.linear(x.double(), weight.double(), None if b is None else b.double()), sizes[0])
+        close(
+            ops.linear(x, weight, b), F.linear(x.double(), weight.double(), None if b is None else b.double()), sizes[0]
+        )
 
 
 def test_products_read_nothing_beside_their_rows():
@@ -108,7 +114,10 @@ def test_rotations(dtype, has_gates, has_norms, rotary_dim, is_fp8):
 
     num_queries = (1 + has_gates) * num_heads
     close(q, rotated(heads[:, : num_queries : 1 + has_gates], norms[0]), 4)
-    exact = rotated(heads[:, num_queries : num_queries + num_kv_heads], norms[1]), heads[:, num_queries + num_kv_heads :].double()
+    exact = (
+        rotated(heads[:, num_queries : num_queries + num_kv_heads], norms[1]),
+        heads[:, num_queries + num_kv_heads :].double(),
+    )
     for place, (cache, part) in enumerate(zip(caches, exact, strict=True)):
         kept = cache[slots]
         if is_fp8:

@@ -1,4 +1,4 @@
-"""Owns attention on CPUs: by Ramet's kernel, which reads keys where they lie, once it is built; by PyTorch until then."""
+"""Owns attention on CPUs: by the kernel that reads keys where they lie, once it is built; by PyTorch until then."""
 
 import ctypes
 

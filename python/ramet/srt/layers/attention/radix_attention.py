@@ -1,7 +1,7 @@
 """Owns the attention layer as models see it: rotation, cache write, attention. Its backend does the last."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ class RadixAttention(nn.Module):
         rows, sum_dtype = qkv if isinstance(qkv, RowSums) else (qkv, None)
         has_kernels, has_cpu_kernels = self.has_kernels(rows), use_cpu_kernels(rows)
         if has_kernels or has_cpu_kernels:
-            arguments = {
+            arguments: dict[str, Any] = {
                 "num_q_heads": self.num_heads,
                 "q_norm": norms.q.weight if norms is not None else None,
                 "k_norm": norms.k.weight if norms is not None else None,

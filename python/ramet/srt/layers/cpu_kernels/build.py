@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ramet.srt.environ import cache_folder, envs
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
 TIMEOUT_S = 300  # on a machine that has much else to do
 
 
@@ -81,7 +82,9 @@ def build() -> Path:
         return path
     compiler = find_compiler()
     if compiler is None:
-        raise NoCompilerError(f"there is no C++ compiler: neither $CXX nor {', '.join(COMPILERS)} nor the package ziglang")
+        raise NoCompilerError(
+            f"there is no C++ compiler: neither $CXX nor {', '.join(COMPILERS)} nor the package ziglang"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it does
@@ -91,21 +94,34 @@ def build() -> Path:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
+    """Each source by itself, as many at a time as there are processors, and all of them together in the end."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    handle, made = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    sources = sorted(str(source) for source in SOURCES.glob("*.cpp"))
-    try:
-        command = [*compiler, *FLAGS, native, "-o", made, *sources]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(f"{' '.join(compiler)} does not build the kernels: {' | '.join(lines[-5:])}")
-        os.replace(made, path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{' '.join(compiler)} does not build the kernels: {error}") from error
-    finally:
-        Path(made).unlink(missing_ok=True)
+    name = " ".join(compiler)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=path.parent) as folder:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        commands = [[*compiler, *FLAGS, native, "-c", "-o", made, str(source)]
+                    for made, source in zip(objects, sources, strict=True)]  # fmt: skip
+        try:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                for error in pool.map(_run, commands):
+                    if error:
+                        raise RuntimeError(f"{name} does not build the kernels: {error}")
+            made = f"{folder}/all.so"
+            if error := _run([*compiler, *FLAGS, "-shared", "-o", made, *objects]):
+                raise RuntimeError(f"{name} does not link the kernels: {error}")
+            os.replace(made, path)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"{name} does not build the kernels: {error}") from error
+
+
+def _run(command: list[str]) -> str:
+    """What a compiler says if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if not done.returncode:
+        return ""
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return " | ".join(lines[-5:])
 
 
 def main() -> int:

@@ -76,14 +76,20 @@ def prepare(num_threads: int) -> None:
     if path.is_file():
         load(path, num_threads)
     elif build.find_compiler() is None:
-        logger.warning("CPU kernels: no C++ compiler is installed; PyTorch's own operations compute, which takes longer")
+        logger.warning(
+            "CPU kernels: no C++ compiler is installed; PyTorch's own operations compute, which takes longer"
+        )
     else:
         logger.info("CPU kernels are built beside serving; until then PyTorch's own operations compute")
         threading.Thread(target=_build, args=(num_threads,), name="build-cpu-kernels", daemon=True).start()
 
 
 def _build(num_threads: int) -> None:
-    command = [sys.executable, "-c", f"import os; os.nice({NICE}); from {build.__name__} import main; raise SystemExit(main())"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import os; os.nice({NICE}); from {build.__name__} import main; raise SystemExit(main())",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         atexit.register(process.kill)
         try:

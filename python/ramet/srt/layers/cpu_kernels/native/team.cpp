@@ -21,12 +21,16 @@ constexpr int MAX_THREADS = 256;
 constexpr int SPINS = 4000;         // while a pass runs, before other processes get a chance at every look
 constexpr long AWAKE_NS = 2000000;  // that long after the last work the threads look for more, then they sleep
 
+// A round of work: its number, whether threads may still join it, and how many have. The caller doesn't wait for threads
+// that the system has not let run: when nothing is left to take it closes the round.
+constexpr uint64_t ONE_ROUND = uint64_t(1) << 32, OPEN = uint64_t(1) << 31, NUM_JOINED = OPEN - 1;
+
 struct Team {
     int num_threads = 1;
     void (*work)(void*) = nullptr;
     void* context = nullptr;
-    std::atomic<uint32_t> round{0};
-    std::atomic<int> num_running{0};
+    std::atomic<uint64_t> round{0};
+    std::atomic<uint32_t> num_begun{0};  // rounds; what threads sleep on
     std::atomic<int> num_sleeping{0};
     pid_t owner = 0;  // a forked child has none of the threads
 } team;
@@ -53,27 +57,36 @@ void wake_all(std::atomic<uint32_t>& value) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE_PRIVATE, MAX_THREADS, nullptr, nullptr, 0);
 }
 
-uint32_t next_round(uint32_t seen) {
+// Join the round that is open, if there is one.
+bool join() {
+    uint64_t round = team.round.load(std::memory_order_acquire);
+    while (round & OPEN)
+        if (team.round.compare_exchange_weak(round, round + 1, std::memory_order_acq_rel)) return true;
+    return false;
+}
+
+void wait_for_more(uint32_t seen) {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (team.round.load(std::memory_order_acquire) != seen) return seen + 1;
+        if (team.num_begun.load(std::memory_order_acquire) != seen) return;
         relax();
     }
     for (long began = now_ns(); now_ns() - began < AWAKE_NS;) {
-        if (team.round.load(std::memory_order_acquire) != seen) return seen + 1;
+        if (team.num_begun.load(std::memory_order_acquire) != seen) return;
         sched_yield();
     }
     team.num_sleeping.fetch_add(1);
-    while (team.round.load() == seen) sleep_while(team.round, seen);
+    while (team.num_begun.load() == seen) sleep_while(team.num_begun, seen);
     team.num_sleeping.fetch_sub(1);
-    return seen + 1;
 }
 
-void* follow(void* first) {
-    uint32_t seen = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first));
+void* follow(void*) {
     for (;;) {
-        seen = next_round(seen);
-        team.work(team.context);
-        team.num_running.fetch_sub(1, std::memory_order_release);
+        const uint32_t seen = team.num_begun.load(std::memory_order_acquire);
+        if (join()) {
+            team.work(team.context);
+            team.round.fetch_sub(1, std::memory_order_release);
+        }
+        wait_for_more(seen);
     }
     return nullptr;
 }
@@ -93,11 +106,13 @@ int num_team_threads() { return team.num_threads; }
 void run_together(void (*work)(void*), void* context) {
     team.work = work;
     team.context = context;
-    team.num_running.store(team.num_threads - 1, std::memory_order_relaxed);
-    team.round.fetch_add(1);
-    if (team.num_sleeping.load()) wake_all(team.round);
+    team.round.store((team.round.load(std::memory_order_relaxed) & ~(ONE_ROUND - 1)) + ONE_ROUND + OPEN);
+    team.num_begun.fetch_add(1);
+    if (team.num_sleeping.load()) wake_all(team.num_begun);
     work(context);
-    for (int spin = 0; team.num_running.load(std::memory_order_acquire); spin++) spin < SPINS ? relax() : (void)sched_yield();
+    team.round.fetch_and(~OPEN);
+    for (int spin = 0; team.round.load(std::memory_order_acquire) & NUM_JOINED; spin++)
+        spin < SPINS ? relax() : (void)sched_yield();
 }
 
 float* scratch(int slot, int64_t num) {
@@ -121,8 +136,7 @@ extern "C" int ramet_set_threads(int num) {
     }
     while (team.num_threads < num && team.num_threads < MAX_THREADS) {
         pthread_t thread;
-        uintptr_t round = team.round.load();
-        if (pthread_create(&thread, nullptr, follow, reinterpret_cast<void*>(round))) break;
+        if (pthread_create(&thread, nullptr, follow, nullptr)) break;
         pthread_detach(thread);
         team.num_threads++;
     }
