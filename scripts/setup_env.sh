@@ -50,3 +50,5 @@ fi
 echo "setup: installing torch and Ramet with the extras $extra,modelexpress,otel,test into $venv (the first time takes minutes)"
 "$venv/bin/pip" install -q -c constraints.txt torch || fail "pip could not install torch"
 "$venv/bin/pip" install -q -c constraints.txt -e ".[$extra,modelexpress,otel,test]" || fail "pip could not install Ramet's dependencies"
+"$venv/bin/python" -m ramet.srt.layers.cpu_kernels.build >/dev/null ||
+    echo "setup: kernels for CPUs are not built; PyTorch computes there, which takes longer (docs/cpu.md)" >&2

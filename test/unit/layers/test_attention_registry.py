@@ -51,7 +51,7 @@ def named(monkeypatch):
 
 
 def test_flag_and_preference_name_the_same_backends():
-    assert set(registry.PREFERENCE) | {"auto"} == set(ATTENTION_BACKENDS)
+    assert set(registry.PREFERENCE) | {"auto", "cpu"} == set(ATTENTION_BACKENDS)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_flag_and_preference_name_the_same_backends():
         ((), "2.13.0", {"page_size": 16}, "torch_native"),
         ((), "2.13.0", {"soft_cap": 50.0}, "torch_native"),
         ((), "2.11.0", {}, "torch_native"),
-        (("triton", "flashinfer"), "2.13.0", {"device": torch.device("cpu")}, "torch_native"),
+        (("triton", "flashinfer"), "2.13.0", {"device": torch.device("cpu")}, "cpu"),
         (("triton", "flashinfer"), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "triton"),
         (("flashinfer",), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "flashinfer"),
         ((), "2.13.0", {"kv_dtype": torch.float8_e4m3fn}, "torch_native"),
