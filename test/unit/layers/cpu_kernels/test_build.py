@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from ramet.srt.layers.cpu_kernels import build, library
@@ -116,3 +117,21 @@ def test_a_process_without_the_library_serves_until_it_is_built(caplog):
     wait_for_build()
     assert library.library() is not None and "CPU kernels: vectors of" in caplog.text
     assert os.access(build.library_path(), os.R_OK)
+
+
+def test_who_does_not_build_waits_for_who_does(compiler, cache):
+    first = subprocess.Popen([sys.executable, "-m", "ramet.srt.layers.cpu_kernels.build"], stdout=subprocess.DEVNULL)
+    while not list(cache.glob("building-*")):
+        assert first.poll() is None
+    with pytest.raises(BlockingIOError):
+        build.build(waits=False)
+    assert build.build().read_bytes() == b"made" and first.wait(TIMEOUT_S) == 0
+
+
+def test_a_build_goes_on_though_who_wanted_it_has_ended(compiler):
+    script = "from ramet.srt.layers.cpu_kernels import library; library.prepare(1); import time; time.sleep(1)"
+    subprocess.run([sys.executable, "-c", script], timeout=TIMEOUT_S, check=True)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not build.library_path().is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

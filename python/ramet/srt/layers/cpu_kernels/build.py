@@ -1,8 +1,8 @@
 """Owns building the kernels for CPUs: by the machine's own compiler, for its processor, once for each of both.
 
-    python -m ramet.srt.layers.cpu_kernels.build
+    python -m ramet.srt.layers.cpu_kernels.build [--no-wait]
 
-Several processes may build at once: one does, the others wait for it. No torch.
+Several processes may want to build at once: one does, the others wait for it. No torch.
 """
 
 import fcntl
@@ -28,6 +28,9 @@ SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
 TIMEOUT_S = 300  # on a machine that has much else to do
+
+
+EX_TEMPFAIL = 75  # of main: another process builds
 
 
 class NoCompilerError(RuntimeError):
@@ -69,10 +72,14 @@ def library_path() -> Path:
     return cache_folder("cpu_kernels", envs.RAMET_CPU_KERNELS_DIR) / f"{digest.hexdigest()[:24]}.so"
 
 
-def build() -> Path:
+def build(*, waits: bool = True) -> Path:
     """The path of the library, which is built if it is not there.
 
+    Args:
+        waits: for another process that builds.
+
     Raises:
+        BlockingIOError: if another process builds, without `waits`.
         NoCompilerError: if there is no compiler.
         RuntimeError: if it does not compile; the message ends with what the compiler says.
         OSError: if it can't be kept.
@@ -87,7 +94,9 @@ def build() -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the process ends, however it does
+        fcntl.flock(
+            lock, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # given back when the process ends, however it does
         if not path.is_file():
             _compile(compiler, path)
     return path
@@ -127,7 +136,9 @@ def _run(command: list[str]) -> str:
 def main() -> int:
     """Build, and print where the library is."""
     try:
-        print(build())
+        print(build(waits="--no-wait" not in sys.argv[1:]))
+    except BlockingIOError:
+        return EX_TEMPFAIL
     except (RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

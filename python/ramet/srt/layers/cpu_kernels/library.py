@@ -1,11 +1,11 @@
 """Owns the library of kernels for CPUs in this process: loading it, or building it beside serving, and its threads."""
 
-import atexit
 import ctypes
 import logging
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "ramet_best_tokens": [Pointer, Pointer, Size, Size, Size],
 }
 NICE = 10  # of the compiler: serving goes first
+POLL_S = 0.5  # between looks whether another process has built them
 
 _library: ctypes.CDLL | None = None
 _begun = False
@@ -85,22 +86,24 @@ def prepare(num_threads: int) -> None:
 
 
 def _build(num_threads: int) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        f"import os; os.nice({NICE}); from {build.__name__} import main; raise SystemExit(main())",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        atexit.register(process.kill)
-        try:
-            out, error = process.communicate(timeout=2 * build.TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, error = "", "it takes too long"
-        finally:
-            atexit.unregister(process.kill)
-    if process.returncode == 0:
-        load(Path(out.strip()), num_threads)
+    """Build in a process of its own, or wait for the process that does.
+
+    It goes on if this one ends: it takes seconds, and the next start needs what it makes.
+    """
+    script = f"import os; os.nice({NICE}); from {build.__name__} import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", script, "--no-wait"]
+    give_up_at = time.monotonic() + 2 * build.TIMEOUT_S
+    code, error = build.EX_TEMPFAIL, "another process builds them, and takes too long"
+    while code == build.EX_TEMPFAIL and time.monotonic() < give_up_at:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            _, said = process.communicate()
+        code, error = process.returncode, said or error
+        if code == build.EX_TEMPFAIL:
+            time.sleep(POLL_S)
+    if code == 0:
+        load(build.library_path(), num_threads)
     else:
         logger.warning("CPU kernels are not built; PyTorch's own operations compute: %s", error.strip())
 
