@@ -28,7 +28,7 @@ def close(actual, exact, terms=1.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 11, 12, 13, 40, 300])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 11, 12, 13, 40, 300, 1030])
 @pytest.mark.parametrize("sizes", [(64, 96), (33, 7), (1, 1), (129, 130), (2100, 50)])  # input and output
 def test_linear(dtype, num_rows, sizes):
     x, weight, bias = (

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int64_t CHUNK_BYTES = 64 << 10;  // of weights that a thread takes at once
+constexpr int64_t ROWS_AT_ONCE = 1024;     // of x in float32, which stay in memory
 constexpr int64_t FEW_COLUMNS = 1024;
 constexpr int64_t MANY_ROWS = 2 * X_ROWS;    // from here on weights are widened once for all rows
 constexpr int64_t RUN_BYTES = 256 << 10;    // of weights that a thread takes at once for many rows
@@ -101,12 +102,17 @@ void many_rows(const float* x, int64_t x_stride, const T* w, const T* bias, T* y
 }
 
 template <class T>
-void linear(const void* x, const void* w, const void* bias, void* y, int64_t num_rows, int64_t num_outputs, int64_t num) {
+void linear(const void* x_, const void* w, const void* bias, void* y_, int64_t num_rows, int64_t num_outputs, int64_t num) {
+    const T* x = static_cast<const T*>(x_);
+    T* y = static_cast<T*>(y_);
     const int64_t stride = round_up(num, PAIR);
-    const float* rows = widened_rows(static_cast<const T*>(x), num_rows, num, stride);
-    auto multiply = num_rows < MANY_ROWS ? few_rows<T> : many_rows<T>;
-    multiply(rows, stride, static_cast<const T*>(w), static_cast<const T*>(bias), static_cast<T*>(y), num_rows, num_outputs,
-             num);
+    for (int64_t done = 0; done < num_rows; done += ROWS_AT_ONCE) {
+        const int64_t some = std::min(ROWS_AT_ONCE, num_rows - done);
+        const float* rows = widened_rows(x + done * num, some, num, stride);
+        auto multiply = some < MANY_ROWS ? few_rows<T> : many_rows<T>;
+        multiply(rows, stride, static_cast<const T*>(w), static_cast<const T*>(bias), y + done * num_outputs, some,
+                 num_outputs, num);
+    }
 }
 
 }  // namespace
