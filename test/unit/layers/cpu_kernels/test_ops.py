@@ -1,5 +1,8 @@
 """Products, norms, activations, rotations and best tokens by the kernels for CPUs, against float64 or PyTorch."""
 
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from ramet.srt.layers.cpu_kernels import library, ops
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
 from ramet.srt.layers.sampler import INVALID_TOKEN
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of one number
@@ -180,3 +184,43 @@ def test_without_the_library_pytorch_computes(monkeypatch):
     monkeypatch.setattr(library, "_library", None)
     assert not ops.use_cpu_kernels(torch.zeros(2, 2))
     assert act_and_mul(torch.ones(2, 4), get_activation("relu")).tolist() == [[1, 1], [1, 1]]
+
+
+def same_products(num: int) -> bool:
+    """Whether products come out the same, `num` times."""
+    x, weight = random(3, 256), random(2000, 256, seed=1)
+    expected = x @ weight.T
+    return all(torch.allclose(ops.linear(x, weight), expected, atol=1e-3) for _ in range(num))
+
+
+def test_several_threads_compute_at_once():
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(same_products, [200] * 8))
+
+
+def test_a_forked_child_computes():
+    """It has none of the threads."""
+    assert same_products(1)
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(same_products, 1000)
+        for _ in range(5):
+            child = multiprocessing.get_context("fork").Process(target=check_products)
+            child.start()
+            child.join(60)
+            code = child.exitcode
+            child.kill()
+            assert code == 0
+        assert busy.result()
+
+
+def check_products() -> None:
+    torch.set_num_threads(1)
+    x, weight = torch.ones(3, 256), torch.ones(2000, 256)
+    assert torch.all(ops.linear(x, weight) == 256)
+
+
+def test_a_tensor_without_memory_is_not_computed():
+    with FakeTensorMode():
+        x = torch.empty(2, 8)
+        assert not ops.use_cpu_kernels(x)
+        assert act_and_mul(x, get_activation("silu")).shape == (2, 4)

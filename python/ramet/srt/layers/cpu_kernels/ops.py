@@ -12,11 +12,12 @@ from ramet.srt.layers.cpu_kernels.library import RotationCall, library
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)  # not the kinds that stand for a tensor
 
 
 def use_cpu_kernels(x: torch.Tensor) -> bool:
     """Whether a layer takes its kernel for this input."""
-    return library() is not None and x.device.type == "cpu" and x.dtype in COMPUTED
+    return library() is not None and type(x) in WITH_MEMORY and x.device.type == "cpu" and x.dtype in COMPUTED
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <time.h>
 
 #include <cstdlib>
@@ -32,8 +33,16 @@ struct Team {
     std::atomic<uint64_t> round{0};
     std::atomic<uint32_t> num_begun{0};  // rounds; what threads sleep on
     std::atomic<int> num_sleeping{0};
-    pid_t owner = 0;  // a forked child has none of the threads
+    std::atomic<bool> is_taken{false};
 } team;
+
+// A forked child has none of the threads.
+void forget_threads() {
+    team.num_threads = 1;
+    team.round.store(0);
+    team.num_sleeping.store(0);
+    team.is_taken.store(false);
+}
 
 long now_ns() {
     timespec now;
@@ -104,6 +113,7 @@ struct Memory {
 int num_team_threads() { return team.num_threads; }
 
 void run_together(void (*work)(void*), void* context) {
+    if (team.is_taken.exchange(true, std::memory_order_acquire)) return work(context);  // another thread has them
     team.work = work;
     team.context = context;
     team.round.store((team.round.load(std::memory_order_relaxed) & ~(ONE_ROUND - 1)) + ONE_ROUND + OPEN);
@@ -113,6 +123,7 @@ void run_together(void (*work)(void*), void* context) {
     team.round.fetch_and(~OPEN);
     for (int spin = 0; team.round.load(std::memory_order_acquire) & NUM_JOINED; spin++)
         spin < SPINS ? relax() : (void)sched_yield();
+    team.is_taken.store(false, std::memory_order_release);
 }
 
 float* scratch(int slot, int64_t num) {
@@ -126,20 +137,21 @@ float* scratch(int slot, int64_t num) {
     return memory.data[slot];
 }
 
-// The size of the team; it grows only. All calls of this library come from one thread at a time.
+// The size of the team; it grows only. One thread calls this, at a time when nothing is computed.
 // Returns how many threads there are: fewer if the system gives no more.
 extern "C" int ramet_set_threads(int num) {
-    if (team.owner != getpid()) {
-        team.owner = getpid();
-        team.num_threads = 1;
-        team.num_sleeping.store(0);
-    }
+    static const int kept = pthread_atfork(nullptr, nullptr, forget_threads);
+    (void)kept;
+    sigset_t all, before;  // signals are for the process's other threads
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     while (team.num_threads < num && team.num_threads < MAX_THREADS) {
         pthread_t thread;
         if (pthread_create(&thread, nullptr, follow, nullptr)) break;
         pthread_detach(thread);
         team.num_threads++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return team.num_threads;
 }
 

@@ -4,7 +4,8 @@
 #include <atomic>
 #include <cstdint>
 
-// Run `work(context)` in all threads of the team, the caller's among them, and wait for all.
+// Run `work(context)` in all threads of the team, the caller's among them, and wait for all. In the caller's alone, if
+// another thread has the team.
 void run_together(void (*work)(void*), void* context);
 
 int num_team_threads();
