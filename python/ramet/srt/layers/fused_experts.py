@@ -10,7 +10,10 @@ from ramet.srt.layers.fp8_matmul import activate_for
 from ramet.srt.layers.grouped_linear import can_group, grouped_linear
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.layers.matmul import multiply_row_by_experts, project, takes_experts_gemv
+from ramet.srt.layers.quantization.stored import stored_linear, takes_stored
 from ramet.srt.layers.quantization.weight import Weight
+
+MOST_ROWS = 1024  # that are in memory at once for a CPU's products, where several experts have them
 
 
 def needs_host(dtype: torch.dtype, w13: Weight, w2: Weight) -> bool:
@@ -75,7 +78,8 @@ def fused_experts(
     ids, order = ids.sort(stable=True)  # assignments of a token to an expert, those to the first expert first
     experts = torch.arange(num_experts, dtype=ids.dtype, device=x.device)
     ends = torch.searchsorted(ids, experts, right=True, out_int32=True)
-    run = _run_in_turn if waits else _run_grouped
+    is_stored = waits and takes_stored(x, w13) and takes_stored(x, w2)
+    run = _run_stored if is_stored else _run_in_turn if waits else _run_grouped
     parts = run(x, w13, w2, order, ends, top_k, gate).view(num_tokens, top_k, -1)
     total = torch.zeros_like(x, dtype=torch.float32)
     for place in range(top_k):
@@ -146,6 +150,41 @@ def _run_in_turn(
             parts[places] = _add_bias(project(hidden, w2[expert]), gate, expert)
             start = end
     return parts
+
+
+def _run_stored(
+    x: torch.Tensor,
+    w13: Weight,
+    w2: Weight,
+    order: torch.Tensor,
+    ends: torch.Tensor,
+    top_k: int,
+    gate: Gate,
+) -> torch.Tensor:
+    """The same on a CPU, with experts of few rows by one call for each product: threads take parts of all of them."""
+    parts = x.new_zeros(len(order), x.shape[1])
+    start = 0
+    for stop in _run_ends(ends.tolist()):
+        places = order[start:stop]
+        run_ends = ends.clamp(start, stop) - start  # of the others, no row
+        experts: int | torch.Tensor = 0
+        if isinstance(gate, BiasedGate):
+            experts = torch.searchsorted(run_ends, torch.arange(stop - start, dtype=ends.dtype), right=True)
+        hidden = _activate(stored_linear(x[places // top_k], w13, ends=run_ends), gate, experts)
+        parts[places] = _add_bias(stored_linear(hidden, w2, ends=run_ends), gate, experts)
+        start = stop
+    return parts
+
+
+def _run_ends(ends: list[int]) -> list[int]:
+    """Where runs of experts end that have MOST_ROWS rows together, or one expert's if those are more."""
+    result: list[int] = []
+    start = 0
+    for end, next_end in zip(ends, [*ends[1:], None], strict=True):
+        if end > start and (next_end is None or next_end - start > MOST_ROWS):
+            result.append(end)
+            start = end
+    return result
 
 
 def _run_grouped(

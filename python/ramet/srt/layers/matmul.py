@@ -27,6 +27,7 @@ from ramet.srt.layers.quantization.packed import (
     takes_packed_experts,
     takes_packed_row,
 )
+from ramet.srt.layers.quantization.stored import stored_linear, takes_stored
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
 MOST_CPU_ROWS = 8  # that Ramet's kernel multiplies on a CPU which has instructions for them
@@ -123,8 +124,10 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     """x W^T + b by the kernel that takes such a weight, or with it dequantised before the product.
 
     On a GPU the rows of x are quantised, too, where the format says so. Else weights are multiplied as they are in the
-    type of x, each product of number and scale rounded to it once.
+    type of x, each product of number and scale rounded to it once; by the kernels for CPUs in float32.
     """
+    if takes_stored(x, weight, bias):
+        return stored_linear(x, weight, bias)
     if has_fp8_kernel(weight) and takes_rows(weight):
         return fp8_linear(x, weight, bias)
     is_packed = weight.format.numbers != "e4m3"

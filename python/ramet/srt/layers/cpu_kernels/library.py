@@ -45,6 +45,7 @@ class RotationCall(ctypes.Structure):
 # What each function takes; see native/.
 FUNCTIONS: dict[str, list[Any]] = {
     "ramet_linear": [Int, Pointer, Pointer, Pointer, Pointer, Size, Size, Size],
+    "ramet_stored_linear": [Pointer, Size, Pointer, Int, Pointer, Pointer, Pointer, Size],
     "ramet_rms_norm": [Int, Pointer, Pointer, Pointer, Pointer, Size, Size, Float, Float],
     "ramet_act_and_mul": [Int, Int, Pointer, Pointer, Size, Size],
     "ramet_rotate_and_store": [ctypes.POINTER(RotationCall)],

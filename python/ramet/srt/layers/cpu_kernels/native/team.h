@@ -32,4 +32,4 @@ template <class Work> void for_each(int64_t num, const Work& work) {
 // float32 memory of the calling thread, kept from call to call: `num` numbers at a multiple of 64 bytes.
 // Purposes that are in use at once have their own `slot`.
 float* scratch(int slot, int64_t num);
-enum Scratch { ROWS, BLOCK, SUMS, QUERIES, KEYS, VALUES, SCORES, OUTPUTS, PARTS, NUM_SCRATCH };
+enum Scratch { ROWS, BLOCK, SUMS, QUERIES, KEYS, VALUES, SCORES, OUTPUTS, PARTS, SCALES, ZEROS, ROW_SUMS, NUM_SCRATCH };
