@@ -1,4 +1,4 @@
-"""Owns products on CPUs with weights as they are stored, quantised or not: which ones the kernels take, and their calls.
+"""Owns products on CPUs with weights as they are stored, quantised or not: which ones kernels take, and their calls.
 
 What a kernel is told of a weight follows from its format's grids alone. What does not fit is dequantised by others.
 """
@@ -56,8 +56,8 @@ def stored_linear(
     Args:
         x: [num_rows, input_size]; with `ends`, sorted by their matrix.
         weight: [output_size, input_size], or with `ends` a stack of those.
-        ends: contiguous int32 [num_matrices], where the rows of each matrix of the stack end. What follows the last belongs
-            to none, and its results hold anything.
+        ends: contiguous int32 [num_matrices], where the rows of each matrix of the stack end. What follows the last
+            belongs to none, and its results hold anything.
     """
     kernels = library()
     assert kernels is not None and (ends is None or (ends.dtype == torch.int32 and len(ends) == weight.shape[0]))

@@ -31,25 +31,15 @@ template <class F> class RowProducts {
     int64_t stride, num_words, row_bytes;
     const float *x, *x_sums;
 
-    RowTables<F> new_tables(float*& memory) {
-        RowTables<F> tables;
-        const int64_t num_scales = matrix.num_groups > 1 ? num_words + LANES : 1, num_read = round_up(matrix.num_groups, LANES);
-        tables.scales = scratch(SCALES, num_scales + LANES + num_read);
-        memory = tables.scales + round_up(num_scales, LANES);
-        if (F::IS_UNSIGNED) tables.zeros = scratch(ZEROS, num_scales);
-        return tables;
-    }
-
     void one_row(const Task& task) {
         const Matrix mine = matrix.of(task.place);
-        float *memory, *sums = scratch(SUMS, round_up(task.num_w, LANES));
-        RowTables<F> tables = new_tables(memory);
+        float* sums = scratch(SUMS, round_up(task.num_w, LANES));
+        RowTables<F> tables(mine);
         const float *row = x + task.first_x * stride, *row_sums = x_sums + task.first_x * num_words;
         for (int64_t r = 0; r < task.num_w; r++) {
             const char* w = mine.values + (task.first_w + r) * row_bytes;
-            tables.fill(mine, task.first_w + r, memory);
-            auto dot = tables.is_uniform ? dot_stored<F, true> : dot_stored<F, false>;
-            sums[r] = dot(w, row, row_sums, row_bytes, tables.scales, tables.zeros);
+            tables.fill(mine, task.first_w + r);
+            sums[r] = dot_stored(w, row, row_sums, row_bytes, tables);
         }
         finish(product, sums, task.num_w, task.first_x, 1, task.first_w, task.num_w);
     }
@@ -60,8 +50,7 @@ template <class F> class RowProducts {
         const int64_t num_parts = (stride + most - 1) / most;
         const int64_t columns = round_up((stride + num_parts - 1) / num_parts, X_MULTIPLE<F>);
         const int64_t sums_stride = round_up(task.num_w, LANES);
-        float* memory;
-        RowTables<F> tables = new_tables(memory);
+        RowTables<F> tables(mine);
         float* block = scratch(BLOCK, block_w * columns);
         float* sums = scratch(SUMS, task.num_x * sums_stride);
         for (int64_t first = 0; first < task.num_w; first += block_w) {
@@ -70,7 +59,7 @@ template <class F> class RowProducts {
                 const int64_t num = std::min(columns, round_up(matrix.num_columns, CHUNK<F>) - begin);
                 const int64_t bytes = begin / F::NUM * 4, num_bytes = std::min(row_bytes, bytes + num / F::NUM * 4) - bytes;
                 for (int64_t r = 0; r < num_w; r++) {
-                    tables.fill(mine, task.first_w + first + r, memory);
+                    tables.fill(mine, task.first_w + first + r);
                     const char* w = mine.values + (task.first_w + first + r) * row_bytes + bytes;
                     for (int64_t line = 0; line < num_bytes; line += LINE_BYTES) __builtin_prefetch(w + row_bytes + line);
                     widen_stored(w, num_bytes, tables, begin / F::NUM, block + r * columns);

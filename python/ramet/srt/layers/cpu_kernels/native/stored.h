@@ -46,7 +46,8 @@ struct Matrix {
         if (column_groups) one.column_groups += place * column_groups_bytes / sizeof(int32_t);
         return one;
     }
-    float middle() const { return numbers == AS_UINT4 ? 8.0f : 128.0f; }  // the zero where none are stored
+    // The zero where none are stored, of numbers as `unpack` gives them.
+    float middle() const { return numbers == AS_UINT4 ? 8.0f : numbers == AS_E2M1 ? 12.0f : 128.0f; }
 };
 
 // 2^(e - 127) of bytes e; NaN of 255. A float32 has the same exponent.
@@ -56,26 +57,32 @@ static inline Vec load_powers(const uint8_t* from) {
     return as_floats((bytes << 23) | (is_smallest & 0x00400000) | (is_nan & 0x7fc00000));
 }
 
-// The scales of a row of the matrix, where rows have theirs together: `to` has room for a multiple of LANES.
-static inline void read_scales(const Matrix& matrix, int64_t row, float* to) {
+static inline Vec load_scales(const Matrix& matrix, int64_t place) {
+    if (matrix.scale_numbers == SCALES_FLOAT32) return load(reinterpret_cast<const float*>(matrix.scales) + place);
+    if (matrix.scale_numbers == SCALES_E4M3) return load(reinterpret_cast<const F8*>(matrix.scales) + place);
+    return load_powers(reinterpret_cast<const uint8_t*>(matrix.scales) + place);
+}
+
+// The scales of a row of the matrix times a factor, where rows have theirs together: `to` has room for a multiple of LANES.
+static inline void read_scales(const Matrix& matrix, int64_t row, float factor, float* to) {
     const int64_t num = matrix.num_groups, from = (matrix.scale_rows ? matrix.scale_rows[row] : row) * num;
+    const bool has_outer = matrix.outer_scales;
+    const Vec outer = splat(has_outer ? reinterpret_cast<const float*>(matrix.outer_scales)[row] : 1.0f);
     for (int64_t g = 0; g < num; g += LANES) {
-        const int64_t some = std::min<int64_t>(LANES, num - g);
         Vec values;
-        if (matrix.scale_numbers == SCALES_FLOAT32) {
-            values = load_some(reinterpret_cast<const float*>(matrix.scales) + from + g, some);
-        } else if (matrix.scale_numbers == SCALES_E4M3) {
-            values = load_some(reinterpret_cast<const F8*>(matrix.scales) + from + g, some);
-        } else {
-            uint8_t bytes[LANES] = {};
-            memcpy(bytes, matrix.scales + from + g, some);
-            values = load_powers(bytes);
+        if (num - g >= LANES) {
+            values = load_scales(matrix, from + g);
+        } else {  // nothing behind the last one is read
+            const int64_t size = matrix.scale_numbers == SCALES_FLOAT32 ? 4 : 1;
+            char some[4 * LANES] = {};
+            memcpy(some, matrix.scales + (from + g) * size, (num - g) * size);
+            Matrix rest = matrix;
+            rest.scales = some;
+            values = load_scales(rest, 0);
         }
-        store(to + g, values);
+        if (has_outer) values = matrix.divides ? values / outer : values * outer;
+        store(to + g, values * splat(factor));
     }
-    if (!matrix.outer_scales) return;
-    const float outer = reinterpret_cast<const float*>(matrix.outer_scales)[row];
-    for (int64_t g = 0; g < num; g++) to[g] = matrix.divides ? to[g] / outer : to[g] * outer;
 }
 
 // The zero of a row and a group of columns.

@@ -189,7 +189,10 @@ template <bool IS_AWQ, int BITS> class WordProducts {
                 const int64_t group = groups ? groups[begin + i] : matrix.group_of(begin + i);
                 tile.template widen<BITS>(begin + i, scales + group * TILE, zeros + group * TILE, block + i * TILE);
             }
-            blend_block(rows + begin, stride, num_x, block, TILE, num, TILE, sums, TILE);
+            int64_t m = 0;
+            for (; m + X_ROWS <= num_x; m += X_ROWS)
+                blend_rows<X_ROWS>(rows + m * stride + begin, stride, block, TILE, num, TILE, sums + m * TILE, TILE);
+            blend_block(rows + m * stride + begin, stride, num_x - m, block, TILE, num, TILE, sums + m * TILE, TILE);
         }
     }
 
