@@ -138,5 +138,7 @@ def _quantised(weight: QuantizedWeight) -> Matrix:
     if index.rows is not None:
         matrix.scale_rows = index.rows.data_ptr()
     if weight_format.column_groups is not None:
-        matrix.column_parts = layout.indices["column_groups"].rows.data_ptr()
+        parts = layout.indices["column_groups"].rows
+        assert parts is not None, "see _fits"
+        matrix.column_parts = parts.data_ptr()
     return matrix
