@@ -5,15 +5,17 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ramet.srt.distributed.parallel_state import get_attention_dp_group, get_attention_tp_group, get_tp_group
+from ramet.srt.distributed.parallel_state import (
+    get_attention_dp_group,
+    get_attention_tp_group,
+    get_exchange,
+    get_tp_group,
+)
 
 
 def tensor_model_parallel_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over the tensor-parallel group, in place."""
-    group = get_tp_group()
-    if group is not None:
-        dist.all_reduce(tensor, group=group)
-    return tensor
+    return _all_reduce(tensor, get_tp_group())
 
 
 def tensor_model_parallel_all_gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,6 +23,8 @@ def tensor_model_parallel_all_gather(tensor: torch.Tensor) -> torch.Tensor:
     group = get_tp_group()
     if group is None:
         return tensor
+    if (exchange := get_exchange(group, tensor.dtype, tensor.numel())) is not None:
+        return exchange.gather_columns(tensor)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
@@ -36,11 +40,11 @@ def gather_attention_groups(tensor: torch.Tensor, sizes: Sequence[int]) -> torch
     Returns:
         [sum of sizes, n], the same on every rank.
     """
+    group, num_groups = get_attention_dp_group(), len(sizes)
+    if group is not None and (exchange := get_exchange(group, tensor.dtype, min(sizes))) is not None:
+        return exchange.gather_rows(tensor, sizes)
     out = tensor.new_empty((sum(sizes), *tensor.shape[1:]))
-    num_groups = len(sizes)
-    dist.all_to_all_single(
-        out, tensor.repeat(num_groups, 1), list(sizes), [len(tensor)] * num_groups, group=get_attention_dp_group()
-    )
+    dist.all_to_all_single(out, tensor.repeat(num_groups, 1), list(sizes), [len(tensor)] * num_groups, group=group)
     return out
 
 
@@ -58,15 +62,24 @@ def sum_for_attention_groups(tensor: torch.Tensor, sizes: Sequence[int], own: in
     Returns:
         [sizes[own], n], equal on the ranks of a group.
     """
-    num_groups, size = len(sizes), sizes[own]
+    num_groups, size, group = len(sizes), sizes[own], get_attention_dp_group()
+    if group is not None and (exchange := get_exchange(group, tensor.dtype, min(sizes))) is not None:
+        return attention_all_reduce(exchange.sum_shares(tensor, sizes))
     parts = tensor.new_empty((num_groups * size, *tensor.shape[1:]))
-    dist.all_to_all_single(parts, tensor.contiguous(), [size] * num_groups, list(sizes), group=get_attention_dp_group())
+    dist.all_to_all_single(parts, tensor.contiguous(), [size] * num_groups, list(sizes), group=group)
     return attention_all_reduce(parts.unflatten(0, (num_groups, size)).sum(0))
 
 
 def attention_all_reduce(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over the ranks of this one's attention group, in place."""
-    group = get_attention_tp_group()
-    if group is not None:
+    return _all_reduce(tensor, get_attention_tp_group())
+
+
+def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is None:
+        return tensor
+    if (exchange := get_exchange(group, tensor.dtype, tensor.numel())) is not None:
+        exchange.sum(tensor)
+    else:
         dist.all_reduce(tensor, group=group)
     return tensor

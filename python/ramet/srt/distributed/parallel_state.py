@@ -1,12 +1,16 @@
 """Owns the process groups of this rank. Sizes and coordinates live in ParallelConfig."""
 
 import datetime
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.host_exchange import HostExchange
+from ramet.srt.distributed.node_memory import NodeMemory
 
 
 @dataclass
@@ -18,17 +22,21 @@ class _Groups:
     attn_dp: dist.ProcessGroup | None = None  # those that have the same heads in other attention groups
     replica: dist.ProcessGroup | None = None
     parallel: ParallelConfig = ParallelConfig()
+    exchanges: dict[dist.ProcessGroup, HostExchange] = field(default_factory=dict)  # of those on this node
 
 
 _groups = _Groups()
 
 
-def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: str, timeout_s: float) -> None:
+def init_process_groups(
+    parallel: ParallelConfig, store: dist.Store, backend: str, timeout_s: float, memory: NodeMemory | None = None
+) -> None:
     """Join the instance's ranks into groups. Every rank calls it; with one rank in the world there is nothing to do.
 
     Args:
         backend: "gloo" or "nccl".
         timeout_s: for every operation between the ranks.
+        memory: over which ranks of one node add up, if they compute on CPUs and may do so.
     """
     global _groups
     if parallel.world_size == 1:
@@ -41,6 +49,7 @@ def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: st
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     groups = _Groups(parallel=parallel)
+    add_group = functools.partial(_add_group, groups, memory, timeout_s)
     replica_size = parallel.pp_size * parallel.tp_size
     for start in range(0, parallel.world_size, replica_size):  # every rank makes every group, in the same order
         replica = _new_group(list(range(start, start + replica_size)), parallel)
@@ -48,22 +57,38 @@ def init_process_groups(parallel: ParallelConfig, store: dist.Store, backend: st
         for stage in range(parallel.pp_size):
             first = start + stage * parallel.tp_size
             tp_ranks = list(range(first, first + parallel.tp_size))
-            groups.tp = _new_group(tp_ranks, parallel) or groups.tp
+            groups.tp = add_group(tp_ranks) or groups.tp
             if parallel.attn_dp_size > 1:
-                _add_attention_groups(groups, tp_ranks, parallel)
+                _add_attention_groups(groups, tp_ranks, add_group)
     _groups = groups
 
 
-def _add_attention_groups(groups: _Groups, tp_ranks: list[int], parallel: ParallelConfig) -> None:
+def _add_attention_groups(
+    groups: _Groups, tp_ranks: list[int], add_group: Callable[[list[int]], dist.ProcessGroup | None]
+) -> None:
     """Split a tensor-parallel group into its attention groups, and those across them."""
-    size = parallel.attention.tp_size
+    size = groups.parallel.attention.tp_size
     if size == 1:
         groups.attn_dp = groups.tp
         return
-    for start in range(0, parallel.tp_size, size):
-        groups.attn_tp = _new_group(tp_ranks[start : start + size], parallel) or groups.attn_tp
+    for start in range(0, len(tp_ranks), size):
+        groups.attn_tp = add_group(tp_ranks[start : start + size]) or groups.attn_tp
     for place in range(size):
-        groups.attn_dp = _new_group(tp_ranks[place::size], parallel) or groups.attn_dp
+        groups.attn_dp = add_group(tp_ranks[place::size]) or groups.attn_dp
+
+
+def _add_group(
+    groups: _Groups, memory: NodeMemory | None, timeout_s: float, ranks: list[int]
+) -> dist.ProcessGroup | None:
+    """A group that adds up, over the node's memory if all of it is on one."""
+    group = _new_group(ranks, groups.parallel)
+    if memory is None or len(ranks) == 1:
+        return group
+    piece = memory.cut(ranks)
+    if piece is not None and group is not None:
+        rank = ranks.index(groups.parallel.world_rank)
+        groups.exchanges[group] = HostExchange(memory.map(piece), rank, len(ranks), timeout_s)
+    return group
 
 
 def _new_group(ranks: list[int], parallel: ParallelConfig) -> dist.ProcessGroup | None:
@@ -87,6 +112,12 @@ def get_attention_tp_group() -> dist.ProcessGroup | None:
 def get_attention_dp_group() -> dist.ProcessGroup | None:
     """The ranks that have this one's heads in all attention groups, in their order; None if there is one group."""
     return _groups.attn_dp
+
+
+def get_exchange(group: dist.ProcessGroup, dtype: torch.dtype, fewest: int) -> HostExchange | None:
+    """What the group's next operation goes by in place of torch.distributed, if it does; see HostExchange.takes."""
+    exchange = _groups.exchanges.get(group)
+    return exchange if exchange is not None and exchange.takes(dtype, fewest) else None
 
 
 def min_over_replica(value: int) -> int:

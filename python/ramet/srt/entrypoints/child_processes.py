@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ramet.srt.configs.parallel_config import ParallelConfig
+from ramet.srt.distributed.node_memory import NodeMemory
 from ramet.srt.entrypoints.child_watch import ChildWatch
 from ramet.srt.errors import address_space_limit, one_line
 from ramet.srt.managers.child_process import WARM, ChildConfig
@@ -79,6 +80,7 @@ class ChildProcesses:
         self._children: list[Child] = []
         self._stopping = False
         self._watch: ChildWatch | None = None
+        self._exchange: io.FileIO | None = None  # memory over which the ranks add up
         self._lock = threading.Lock()
         longest = f"{self._folder.path}/scheduler-9999"
         if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
@@ -101,6 +103,7 @@ class ChildProcesses:
             self._listen_for_other_nodes(args.head_host)
         try:
             self._watch = watch = ChildWatch(args, self._kill_all)
+            self._exchange = exchange = io.FileIO(NodeMemory.create(len(args.local_ranks)))
         except OSError as error:  # the arenas need it as well
             raise LaunchError(f"memory can't be shared between processes (memfd_create): {one_line(error)}") from None
         config = ChildConfig(
@@ -113,6 +116,7 @@ class ChildProcesses:
             parent_pid=os.getpid(),
             board_fd=watch.board.fd,
             slot=DETOKENIZER_SLOT,
+            exchange_fd=exchange.fileno(),
             is_spare=as_spares,
         )
         for slot, rank in enumerate(args.local_ranks, start=DETOKENIZER_SLOT + 1):
@@ -125,7 +129,7 @@ class ChildProcesses:
                 attn_dp_size=args.attn_dp_size,
             )
             rank_config = msgspec.structs.replace(config, parallel=parallel, slot=slot)
-            self._start_one(f"scheduler (rank {rank})", self._scheduler_module, rank_config)
+            self._start_one(f"scheduler (rank {rank})", self._scheduler_module, rank_config, (exchange.fileno(),))
         if args.node_rank == 0:
             fds = () if self.port_args.detokenizer_fd is None else (self.port_args.detokenizer_fd,)
             self._start_one("detokenizer", DETOKENIZER_MODULE, config, fds)
@@ -315,6 +319,8 @@ class ChildProcesses:
                 child.process.wait()
         if self._watch is not None:
             self._watch.stop()
+        if self._exchange is not None:
+            self._exchange.close()
         for listener in self._listeners:
             listener.close()
         self._folder.close()

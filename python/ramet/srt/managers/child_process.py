@@ -36,6 +36,7 @@ class ChildConfig(msgspec.Struct, kw_only=True):
     parent_pid: int
     board_fd: int  # of the page on which the node's processes beat, see managers/pulse.py
     slot: int  # of this process on it
+    exchange_fd: int = -1  # of the memory over which the node's ranks add up, where there are several
     is_spare: bool = False  # its model is in a second configuration, which is yet to come
 
     def make_server_args(self) -> ServerArgs:

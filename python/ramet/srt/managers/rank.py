@@ -14,6 +14,7 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.load_config import LoadContext
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.scheduler_config import SchedulerConfig
+from ramet.srt.distributed.node_memory import NodeMemory
 from ramet.srt.distributed.parallel_state import init_process_groups
 from ramet.srt.distributed.rendezvous import Rendezvous
 from ramet.srt.distributed.words import NodeVoice
@@ -172,7 +173,8 @@ class RankStart:
             limit_s = WatchLimits(args.watchdog_timeout).still_s
             rendezvous.start_pulse(title, limit_s, self._voice, self._on_lost_node, _on_instance_end)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        init_process_groups(parallel, rendezvous.store, backend, args.dist_timeout)
+        memory = NodeMemory(self.config.exchange_fd, args.local_ranks) if self.device.type == "cpu" else None
+        init_process_groups(parallel, rendezvous.store, backend, args.dist_timeout, memory)
         self._on_phase("joined")
         return sockets
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ramet.srt.distributed import host_exchange
 from ramet.srt.environ import envs
 from ramet.srt.layers.cpu_kernels import build
 
@@ -117,6 +118,7 @@ def load(path: Path, num_threads: int) -> None:
         for name, types in FUNCTIONS.items():
             function = getattr(loaded, name)
             function.argtypes, function.restype = types, None
+        host_exchange.use_kernels(loaded)
         loaded.ramet_set_threads.argtypes = [Int]
         given = loaded.ramet_set_threads(num_threads)
         lanes = loaded.ramet_lanes()
