@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from typing import Any
@@ -22,6 +23,19 @@ with contextlib.suppress(ImportError):  # not every test needs httpx
     from httpx._transports import default as httpx_transports
 
     httpx_transports.create_ssl_context = functools.cache(httpx_transports.create_ssl_context)
+
+
+def _kernels_as_before() -> Generator[None]:
+    """A test computes with the kernels for CPUs if it starts what loads them, whichever tests came before it."""
+    library = sys.modules.get("ramet.srt.layers.cpu_kernels.library")
+    before = (None, False) if library is None else (library._library, library._begun)
+    yield
+    if (library := sys.modules.get("ramet.srt.layers.cpu_kernels.library")) is not None:
+        library._library, library._begun = before
+
+
+kernels_as_before_test = pytest.fixture(autouse=True)(_kernels_as_before)
+kernels_as_before_module = pytest.fixture(autouse=True, scope="module")(_kernels_as_before)
 
 
 @pytest.hookimpl(wrapper=True)

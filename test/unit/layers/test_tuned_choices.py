@@ -8,6 +8,7 @@ import random_models as rm
 import torch
 from ramet.cli import main
 from ramet.srt.layers import cpu_matmul, tuned_file
+from ramet.srt.layers.cpu_kernels import build
 from ramet.srt.layers.kernels.choices import (
     CHOICES,
     CPU_LINEAR,
@@ -244,6 +245,10 @@ def test_the_command_measures_a_model_on_a_cpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuner, "NUM_ROWS", (16, 1))
     folder = rm.make_config(tmp_path / "model", "qwen3_moe", dtype="bfloat16")
     command = ["tune", str(folder), "--device", "cpu", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(build, "find_compiler", lambda: ["c++"])
+    assert main(command) == 0
+    assert "RAMET_CPU_KERNELS=0" in capsys.readouterr().out
+    monkeypatch.setenv("RAMET_CPU_KERNELS", "0")
     assert main(command) == 0
     said = capsys.readouterr().out
     (path,) = (tmp_path / "out").iterdir()

@@ -14,6 +14,7 @@ from ramet.srt.configs.device_config import pick_device
 from ramet.srt.configs.model_config import ModelConfig
 from ramet.srt.configs.parallel_config import ParallelConfig, check_parallel_sizes
 from ramet.srt.flags.log_flags import LOG_LEVELS
+from ramet.srt.layers.cpu_kernels import library
 from ramet.srt.layers.cpu_matmul import lacks_instructions
 from ramet.srt.layers.kernels.runtime import has_triton
 from ramet.srt.layers.quantization.declare import declare_quantised
@@ -73,6 +74,8 @@ def _tune(values: argparse.Namespace) -> str:
     dtype = getattr(torch, config.dtype)
     if device.type == "cpu" and not lacks_instructions(dtype):
         return f"nothing to measure: on this processor {config.dtype} is multiplied one way alone\n"
+    if device.type == "cpu" and library.is_expected():
+        return "nothing to measure: the kernels for CPUs have no choices (RAMET_CPU_KERNELS=0 measures PyTorch's own)\n"
     if device.type == "cuda" and not has_triton():
         raise ValueError("the kernels that are measured need the package triton")
     parallel = ParallelConfig.of_rank(0, tp_size=values.tp_size, ep_size=values.ep_size)

@@ -65,6 +65,12 @@ def library() -> ctypes.CDLL | None:
     return _library
 
 
+def is_expected() -> bool:
+    """Whether instances on this machine compute with the library, if not from their first pass on."""
+    is_wanted = envs.RAMET_CPU_KERNELS.get() != "0"
+    return is_wanted and (build.library_path().is_file() or build.find_compiler() is not None)
+
+
 def prepare(num_threads: int) -> None:
     """Compute with the library from now on, or from when it is built: that happens beside what the process does.
 

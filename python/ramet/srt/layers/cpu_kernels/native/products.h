@@ -67,15 +67,24 @@ static inline void finish(const Product& product, const float* sums, int64_t str
     else write(static_cast<float*>(product.y), static_cast<const float*>(product.bias));
 }
 
-// Calls `work(row, pointer to its numbers)` for all rows of x, some at once in each thread.
+// `num` numbers in float32.
+static inline const float* widened(int dtype, const void* x, int64_t first, int64_t num, float* to) {
+    if (dtype == FLOAT32) return static_cast<const float*>(x) + first;
+    auto widen_all = [&](auto* from) {
+        for (int64_t i = 0; i < num; i += LANES)
+            num - i < LANES ? store_some(to + i, load_some(from + i, num - i), num - i) : store(to + i, load(from + i));
+    };
+    dtype == BFLOAT16 ? widen_all(static_cast<const Bf16*>(x) + first) : widen_all(static_cast<const F16*>(x) + first);
+    return to;
+}
+
+// Calls `work(row, its numbers in float32)` for all rows of x, some at once in each thread.
 template <class Work> void for_rows_of_x(const Product& product, const Work& work) {
     const int64_t num = product.matrix.num_columns, at_once = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, num));
     for_each((product.num_rows + at_once - 1) / at_once, [&](int64_t place) {
-        for (int64_t m = place * at_once; m < std::min(product.num_rows, (place + 1) * at_once); m++) {
-            if (product.dtype == BFLOAT16) work(m, static_cast<const Bf16*>(product.x) + m * num);
-            else if (product.dtype == FLOAT16) work(m, static_cast<const F16*>(product.x) + m * num);
-            else work(m, static_cast<const float*>(product.x) + m * num);
-        }
+        float* memory = scratch(SUMS, num);
+        for (int64_t m = place * at_once; m < std::min(product.num_rows, (place + 1) * at_once); m++)
+            work(m, widened(product.dtype, product.x, m * num, num, memory));
     });
 }
 

@@ -17,7 +17,7 @@ template <class F> class RowProducts {
     void run() {
         float* all = scratch(ROWS, product.num_rows * stride);
         float* sums = scratch(ROW_SUMS, F::IS_UNSIGNED ? product.num_rows * num_words : 0);
-        for_rows_of_x(product, [&](int64_t m, auto* from) {
+        for_rows_of_x(product, [&](int64_t m, const float* from) {
             in_chunks<F>(from, matrix.num_columns, all + m * stride, sums + m * num_words);
         });
         x = all, x_sums = sums;

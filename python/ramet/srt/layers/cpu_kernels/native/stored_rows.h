@@ -19,7 +19,7 @@ struct E4m3Words {
     static constexpr bool IS_UNSIGNED = false, HAS_NAN = true;
     static constexpr float FACTOR = 1.0f;  // that what `unpack` gives lacks
     static constexpr float raised(int) { return 1.0f; }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
 #pragma GCC unroll 4
         for (int i = 0; i < NUM; i++) {  // the sign goes to its place, the rest to the lower end of the exponent
             Ints bits = (Ints)(words << (24 - 8 * i)) >> 4;
@@ -33,7 +33,7 @@ struct ByteWords {
     static constexpr bool IS_UNSIGNED = true, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int place) { return place == 3 ? 1.0f : float(1 << (8 * place)); }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
 #pragma GCC unroll 4
         for (int i = 0; i < 3; i++) to[i] = __builtin_convertvector((Ints)(words & (255u << (8 * i))), Vec);
         to[3] = __builtin_convertvector((Ints)(words >> 24), Vec);
@@ -45,7 +45,7 @@ struct Int8Words {
     static constexpr bool IS_UNSIGNED = false, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int) { return 1.0f; }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
 #pragma GCC unroll 4
         for (int i = 0; i < NUM; i++) to[i] = __builtin_convertvector((Ints)(words << (24 - 8 * i)) >> 24, Vec);
     }
@@ -56,7 +56,7 @@ struct NibbleWords {
     static constexpr bool IS_UNSIGNED = true, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int place) { return place == 7 ? 1.0f : float(1 << (4 * place)); }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
 #pragma GCC unroll 8
         for (int i = 0; i < 7; i++) to[i] = __builtin_convertvector((Ints)(words & (15u << (4 * i))), Vec);
         to[7] = __builtin_convertvector((Ints)(words >> 28), Vec);
@@ -69,7 +69,7 @@ struct E2m1Words {
     static constexpr float FACTOR = 0.5f;
     static constexpr float raised(int place) { return ByteWords::raised(place / 2); }
     // Twelve plus twice the numbers in bytes below 16: 0, 1, 2, 3, 4, 6, 8, 12, and the same below zero.
-    static inline Bits twice(Chunk halves) {
+    ALWAYS_INLINE Bits twice(Chunk halves) {
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
         constexpr char TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
         Chunk table, found;
@@ -83,7 +83,7 @@ struct E2m1Words {
         return (Bits)((number ^ is_negative) - is_negative + 12);
 #endif
     }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
         Bits even = twice((Chunk)(words & 0x0f0f0f0f)), odd = twice((Chunk)((words >> 4) & 0x0f0f0f0f));
         Vec numbers[2][4];
         ByteWords::unpack(even, numbers[0]);
@@ -98,7 +98,7 @@ struct Bf16Words {
     static constexpr bool IS_UNSIGNED = false, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int) { return 1.0f; }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
         to[0] = as_floats(words << 16), to[1] = as_floats(words & 0xffff0000);
     }
 };
@@ -108,7 +108,7 @@ struct F16Words {
     static constexpr bool IS_UNSIGNED = false, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int) { return 1.0f; }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) {
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) {
 #pragma GCC unroll 2
         for (int i = 0; i < NUM; i++) {  // as load(F16*) does
             Bits bits = (words >> (16 * i)) & 0xffff;
@@ -124,7 +124,7 @@ struct F32Words {
     static constexpr bool IS_UNSIGNED = false, HAS_NAN = false;
     static constexpr float FACTOR = 1.0f;
     static constexpr float raised(int) { return 1.0f; }
-    static inline void unpack(Bits words, Vec (&to)[NUM]) { to[0] = as_floats(words); }
+    ALWAYS_INLINE void unpack(Bits words, Vec (&to)[NUM]) { to[0] = as_floats(words); }
 };
 
 template <class F> constexpr int CHUNK = F::NUM * LANES;  // numbers
@@ -138,7 +138,7 @@ static inline Bits load_chunk(const char* from, int64_t num_bytes) {
 }
 
 // `num` numbers in that order, with zeros up to a multiple of X_MULTIPLE; `sums` gets those of each word.
-template <class F, class T> static inline void in_chunks(const T* from, int64_t num, float* to, float* sums) {
+template <class F> static inline void in_chunks(const float* from, int64_t num, float* to, float* sums) {
     for (int64_t i = 0; i < round_up(num, X_MULTIPLE<F>); i += CHUNK<F>, to += CHUNK<F>) {
         float natural[CHUNK<F>];
         for (int v = 0; v < F::NUM; v++) {
@@ -169,15 +169,25 @@ enum Spread {
     ANY,     // they stand for each word
 };
 
-template <int NUM> static inline Vec repeat_each(const float* from) {  // from[0], NUM times, from[1], ...
-    Vec values = load(from);  // tables have room for a vector behind their last numbers
+// from[0], NUM times, from[1], ... No more is read: what has just been written in whole vectors comes from there then.
+template <int NUM> static inline Vec repeat_each(const float* from) {
+    constexpr int SOME = LANES / NUM;
+    if constexpr (SOME == 1) return splat(*from);
+    typedef float Part __attribute__((vector_size(SOME < 4 ? 16 : 4 * SOME)));
+    Part part;
+    if constexpr (SOME == 2) {
+        typedef int64_t Both __attribute__((vector_size(16)));
+        part = (Part)Both{load_raw<int64_t>(from), 0};
+    } else {
+        memcpy(&part, from, sizeof(part));
+    }
 #if defined(__AVX512F__)
-    return __builtin_shufflevector(values, values, 0, 1 / NUM, 2 / NUM, 3 / NUM, 4 / NUM, 5 / NUM, 6 / NUM, 7 / NUM, 8 / NUM, 9 / NUM,
+    return __builtin_shufflevector(part, part, 0, 1 / NUM, 2 / NUM, 3 / NUM, 4 / NUM, 5 / NUM, 6 / NUM, 7 / NUM, 8 / NUM, 9 / NUM,
                                    10 / NUM, 11 / NUM, 12 / NUM, 13 / NUM, 14 / NUM, 15 / NUM);
 #elif defined(__AVX__)
-    return __builtin_shufflevector(values, values, 0, 1 / NUM, 2 / NUM, 3 / NUM, 4 / NUM, 5 / NUM, 6 / NUM, 7 / NUM);
+    return __builtin_shufflevector(part, part, 0, 1 / NUM, 2 / NUM, 3 / NUM, 4 / NUM, 5 / NUM, 6 / NUM, 7 / NUM);
 #else
-    return __builtin_shufflevector(values, values, 0, 1 / NUM, 2 / NUM, 3 / NUM);
+    return __builtin_shufflevector(part, part, 0, 1 / NUM, 2 / NUM, 3 / NUM);
 #endif
 }
 
@@ -265,7 +275,7 @@ static inline bool has_nan(Chunk sizes) {
 
 // x . w for one row each; see `in_chunks` for x and its sums.
 template <class F, Spread SPREAD, bool HAS_ZEROS>
-static inline float dot_words(const char* w, const float* x, const float* x_sums, int64_t num_bytes, const RowTables<F>& tables) {
+__attribute__((noinline)) static float dot_words(const char* w, const float* x, const float* x_sums, int64_t num_bytes, const RowTables<F>& tables) {
     constexpr int AHEAD = 2048;
     Vec sums[4] = {}, zero_sum = {}, zero = splat(tables.zeros[0]);
     Chunk largest = {};
@@ -304,7 +314,7 @@ static inline float dot_words(const char* w, const float* x, const float* x_sums
 
 // What some chunks of a row stand for, in that order and raised; `word` is their first word's place.
 template <class F, Spread SPREAD>
-static inline void widen_words(const char* w, int64_t num_bytes, const RowTables<F>& tables, int64_t word, float* to) {
+__attribute__((noinline)) static void widen_words(const char* w, int64_t num_bytes, const RowTables<F>& tables, int64_t word, float* to) {
     Chunk largest = {};
     Vec zero = splat(tables.zeros[0]);
     Spreader<SPREAD> scales(tables.scales, tables.group_words, word), zeros(tables.zeros, tables.group_words, word);

@@ -20,6 +20,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, E4M3 = 3 };
 
 struct Bf16 { uint16_t bits; };

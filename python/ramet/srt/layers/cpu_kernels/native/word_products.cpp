@@ -9,6 +9,7 @@ namespace {
 
 constexpr int TILE = 8 * LANES;
 constexpr int64_t BLOCK_X = 256, BLOCK_COLUMNS = 128;  // 32 KB of widened weights
+constexpr int64_t COLUMNS_OF_PART = 256;               // at least, where a matrix has too few rows for all threads
 constexpr int AHEAD = 16;                              // words that are fetched before they are needed, from row to row of words
 constexpr uint32_t AWQ_ROWS[8] = {0, 2, 4, 6, 1, 3, 5, 7};    // of a word: whose number is the i-th from the lowest bits
 
@@ -127,49 +128,95 @@ template <bool IS_AWQ, int BITS> class WordProducts {
     void run() {
         stride = round_up(matrix.num_columns, LANES);
         float* all = scratch(ROWS, product.num_rows * stride);
-        for_rows_of_x(product, [&](int64_t m, auto* from) {
+        for_rows_of_x(product, [&](int64_t m, const float* from) {
             for (int64_t i = 0; i < matrix.num_columns; i += LANES)
                 store(all + m * stride + i, matrix.num_columns - i < LANES ? load_some(from + i, matrix.num_columns - i) : load(from + i));
         });
         x = all;
         // Two of AutoAWQ's tiles share the lines of memory.
         const std::vector<Task> tasks = tasks_of(product, BLOCK_X, IS_AWQ ? 2 * TILE : TILE);
-        for_each(tasks.size(), [&](int64_t place) { multiply(tasks[place]); });
+        const int64_t num = tasks.size(), most_parts = matrix.num_columns / COLUMNS_OF_PART;
+        if (num < 4 * num_team_threads() && num_team_threads() > 1 && !matrix.column_groups)
+            num_parts = std::max<int64_t>(1, std::min(most_parts, 4 * num_team_threads() / std::max<int64_t>(1, num)));
+        if (num_parts == 1) return for_each(num, [&](int64_t place) { multiply(tasks[place]); });
+        part_sums = scratch(PARTS, num_parts * product.num_rows * matrix.num_rows);
+        for_each(num * num_parts, [&](int64_t place) { multiply_part(tasks[place / num_parts], place % num_parts); });
+        for_each(num, [&](int64_t place) { add_parts(tasks[place]); });
     }
 
    private:
     const Product& product;
     const Matrix& matrix;
-    int64_t stride;
+    int64_t stride, num_parts = 1;
     const float* x;
+    float* part_sums;  // [parts, rows of x, rows of W]
 
-    void multiply(const Task& task) {
+    int64_t begin_of(int64_t part) const {  // columns; all words, and lines of memory, are of one part
+        return part == num_parts ? matrix.num_columns : matrix.num_columns * part / num_parts / 64 * 64;
+    }
+
+    float* sums_of(int64_t part, const Task& task) const {
+        return part_sums + (part * product.num_rows + task.first_x) * matrix.num_rows + task.first_w;
+    }
+
+    // Calls `take(tile, sums)` for the tiles of a task.
+    template <class Take> void for_tiles(const Task& task, int64_t begin, int64_t end, const Take& take) {
         const Matrix mine = matrix.of(task.place);
         float* sums = scratch(SUMS, task.num_x * TILE);
         for (int64_t first = 0; first < task.num_w; first += TILE) {
             const Tile<IS_AWQ> tile{mine, task.first_w + first, std::min<int64_t>(TILE, task.num_w - first)};
             std::fill(sums, sums + task.num_x * TILE, 0.0f);
-            add_tile(tile, task, sums);
+            add_tile(tile, task, begin, end, sums);
             if (IS_AWQ) order_rows(sums, task.num_x);
-            finish(product, sums, TILE, task.first_x, task.num_x, tile.first, tile.num);
+            take(tile, sums);
         }
     }
 
-    void add_tile(const Tile<IS_AWQ>& tile, const Task& task, float* sums) {
+    void multiply(const Task& task) {
+        for_tiles(task, 0, matrix.num_columns, [&](const Tile<IS_AWQ>& tile, const float* sums) {
+            finish(product, sums, TILE, task.first_x, task.num_x, tile.first, tile.num);
+        });
+    }
+
+    void multiply_part(const Task& task, int64_t part) {
+        float* to = sums_of(part, task);
+        for_tiles(task, begin_of(part), begin_of(part + 1), [&](const Tile<IS_AWQ>& tile, const float* sums) {
+            for (int64_t m = 0; m < task.num_x; m++)
+                memcpy(to + m * matrix.num_rows + tile.first - task.first_w, sums + m * TILE, tile.num * sizeof(float));
+        });
+    }
+
+    void add_parts(const Task& task) {
+        const int64_t sums_stride = round_up(task.num_w, LANES);
+        float* sums = scratch(SUMS, task.num_x * sums_stride);
+        for (int64_t m = 0; m < task.num_x; m++) {
+            float* row = sums + m * sums_stride;
+            std::fill(row, row + sums_stride, 0.0f);
+            for (int64_t part = 0; part < num_parts; part++) {
+                const float* from = sums_of(part, task) + m * matrix.num_rows;
+                for (int64_t r = 0; r < task.num_w; r++) row[r] += from[r];
+            }
+        }
+        finish(product, sums, sums_stride, task.first_x, task.num_x, task.first_w, task.num_w);
+    }
+
+    // Of some columns.
+    void add_tile(const Tile<IS_AWQ>& tile, const Task& task, int64_t begin, int64_t end, float* sums) {
         const float* rows = x + task.first_x * stride;
         const int32_t* parts = tile.matrix.column_parts;
-        if (!tile.matrix.column_groups) return task.num_x == 1 ? one_row(tile, rows, sums) : blocks(tile, -1, rows, task.num_x, sums);
+        if (!tile.matrix.column_groups && task.num_x == 1) return one_row(tile, begin, end, rows, sums);
+        if (!tile.matrix.column_groups) return blocks(tile, -1, begin, end, rows, task.num_x, sums);
         for (int64_t r = 0; r < tile.num; r++) {  // each part of the rows has its own groups
             const int32_t part = parts[tile.first + r];
-            if (r == 0 || part != parts[tile.first + r - 1]) blocks(tile, part, rows, task.num_x, sums);
+            if (r == 0 || part != parts[tile.first + r - 1]) blocks(tile, part, begin, end, rows, task.num_x, sums);
         }
     }
 
-    void one_row(const Tile<IS_AWQ>& tile, const float* row, float* sums) {
+    void one_row(const Tile<IS_AWQ>& tile, int64_t begin, int64_t last, const float* row, float* sums) {
         float scales[TILE], zeros[TILE], own[TILE];
-        for (int64_t begin = 0, end; begin < matrix.num_columns; begin = end) {
+        for (int64_t end; begin < last; begin = end) {
             const int64_t group = matrix.group_of(begin);
-            end = matrix.end_of(group);
+            end = std::min(last, matrix.end_of(group));
             tile.read(group, -1, scales, zeros);
             const Vec x_sum = splat(add_columns<BITS>(tile, begin, end, row, own));
             for (int i = 0; i < TILE; i += LANES)
@@ -177,14 +224,14 @@ template <bool IS_AWQ, int BITS> class WordProducts {
         }
     }
 
-    void blocks(const Tile<IS_AWQ>& tile, int32_t part, const float* rows, int64_t num_x, float* sums) {
+    void blocks(const Tile<IS_AWQ>& tile, int32_t part, int64_t begin, int64_t end, const float* rows, int64_t num_x, float* sums) {
         float* scales = scratch(SCALES, matrix.num_groups * TILE);
         float* zeros = scratch(ZEROS, matrix.num_groups * TILE);
         for (int64_t g = 0; g < matrix.num_groups; g++) tile.read(g, part, scales + g * TILE, zeros + g * TILE);
         const int32_t* groups = part < 0 ? nullptr : tile.matrix.column_groups + part * matrix.num_columns;
         float* block = scratch(BLOCK, BLOCK_COLUMNS * TILE);
-        for (int64_t begin = 0; begin < matrix.num_columns; begin += BLOCK_COLUMNS) {
-            const int64_t num = std::min(BLOCK_COLUMNS, matrix.num_columns - begin);
+        for (; begin < end; begin += BLOCK_COLUMNS) {
+            const int64_t num = std::min(BLOCK_COLUMNS, end - begin);
             for (int64_t i = 0; i < num; i++) {
                 const int64_t group = groups ? groups[begin + i] : matrix.group_of(begin + i);
                 tile.template widen<BITS>(begin + i, scales + group * TILE, zeros + group * TILE, block + i * TILE);
