@@ -20,6 +20,7 @@ GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 CALL_CATEGORIES = ("cuda_runtime", "cuda_driver")
 KERNEL_LAUNCH = re.compile(r"cu(da)?Launch(Cooperative)?Kernel")
 GRAPH_LAUNCH = re.compile(r"cu(da)?GraphLaunch")
+CPU_KERNELS = "ramet::"
 # Calls that return only when the device has got somewhere, or may: CUDA's allocations wait for it, too.
 WAITING_CALL = re.compile(r"Synchronize|Memcpy|Malloc|Free|HostAlloc|HostRegister")
 SLOW_CALL_US = 1000.0  # whatever else takes so long has waited: a launch for room in the queue, for example
@@ -160,7 +161,7 @@ def _calls(durations: dict[str, list[float]], num_passes: int) -> list[Calls]:
 
 def _self_times(events: Iterable[Event], start: float, stop: float) -> list[tuple[str, float]]:
     """Names and durations of CPU operations, less those of the operations inside them on the same thread."""
-    ops = [event for event in events if event.get("cat") == "cpu_op" and start <= event["ts"] < stop]
+    ops = [event for event in events if _is_cpu_op(event) and start <= event["ts"] < stop]
     times = [op["dur"] for op in ops]
     outer: list[int] = []
     for index in sorted(range(len(ops)), key=lambda i: (ops[i]["tid"], ops[i]["ts"], -ops[i]["dur"])):
@@ -171,6 +172,13 @@ def _self_times(events: Iterable[Event], start: float, stop: float) -> list[tupl
             times[outer[-1]] -= op["dur"]
         outer.append(index)
     return [(op["name"], time) for op, time in zip(ops, times, strict=True)]
+
+
+def _is_cpu_op(event: Event) -> bool:
+    """Also of Ramet's kernels for CPUs, which the profiler knows as annotations."""
+    return event.get("cat") == "cpu_op" or (
+        event.get("cat") == "user_annotation" and event["name"].startswith(CPU_KERNELS)
+    )
 
 
 def _end(event: Event) -> float:

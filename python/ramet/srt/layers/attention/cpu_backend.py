@@ -9,6 +9,7 @@ from ramet.srt.batch.forward_batch_info import ForwardBatch
 from ramet.srt.layers.attention.base_attn_backend import AttentionLayer, AttentionSpec
 from ramet.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from ramet.srt.layers.cpu_kernels.library import AttentionCall, library
+from ramet.srt.layers.cpu_kernels.library import call as call_kernel
 from ramet.srt.layers.cpu_kernels.ops import COMPUTED, DTYPES, address
 from ramet.srt.mem_cache.memory_pool import TokenToKVPool
 
@@ -39,8 +40,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
 
     def forward(self, q: torch.Tensor, layer: AttentionLayer, forward_batch: ForwardBatch) -> torch.Tensor:
         call = self._calls.get(layer.sliding_window)
-        kernels = library()
-        if call is None or kernels is None:
+        if call is None:
             out = super().forward(q if layer.kv_scales is None else q * layer.kv_scales[0], layer, forward_batch)
             return out if layer.kv_scales is None else out * layer.kv_scales[1]
         q = q.contiguous()
@@ -50,7 +50,7 @@ class CpuAttnBackend(TorchNativeAttnBackend):
         call.q, call.keys, call.values, call.out = (part.data_ptr() for part in (q, keys, values, out))
         call.value_stride = values.stride(1)
         call.kv_scales, call.sinks = address(layer.kv_scales), address(sinks)
-        kernels.ramet_attention(ctypes.byref(call))
+        call_kernel("attention", ctypes.byref(call))
         return out
 
     def _plan_call(self, batch: ForwardBatch, window: int | None) -> AttentionCall:

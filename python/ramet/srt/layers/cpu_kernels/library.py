@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ramet.srt.distributed import host_exchange
 from ramet.srt.environ import envs
 from ramet.srt.layers.cpu_kernels import build
@@ -63,6 +65,17 @@ _begun = False
 def library() -> ctypes.CDLL | None:
     """The library, once `prepare` has it."""
     return _library
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Have "ramet_<name>" compute, for who has seen that the library is there. A profile shows it by that name."""
+    assert _library is not None
+    function = getattr(_library, f"ramet_{name}")
+    if not torch.autograd.profiler._is_profiler_enabled:
+        function(*arguments)
+        return
+    with torch.profiler.record_function(f"ramet::{name}"):
+        function(*arguments)
 
 
 def is_expected() -> bool:

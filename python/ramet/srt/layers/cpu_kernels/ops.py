@@ -7,7 +7,7 @@ import ctypes
 
 import torch
 
-from ramet.srt.layers.cpu_kernels.library import RotationCall, library
+from ramet.srt.layers.cpu_kernels.library import RotationCall, call, library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "relu": 3}
@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     (num_rows, input_size), output_size = x.shape, weight.shape[0]
     y = torch.empty((num_rows, output_size), dtype=x.dtype)
     addresses = x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr()
-    _kernels().ramet_linear(DTYPES[x.dtype], *addresses, num_rows, output_size, input_size)
+    call("linear", DTYPES[x.dtype], *addresses, num_rows, output_size, input_size)
     return y
 
 
@@ -46,7 +46,7 @@ def rms_norm(
     x = x.contiguous()
     y = torch.empty_like(x)
     addresses = x.data_ptr(), address(residual), weight.data_ptr(), y.data_ptr()
-    _kernels().ramet_rms_norm(DTYPES[x.dtype], *addresses, *x.shape, eps, offset)
+    call("rms_norm", DTYPES[x.dtype], *addresses, *x.shape, eps, offset)
     return y
 
 
@@ -56,7 +56,7 @@ def act_and_mul(x: torch.Tensor, activation: str) -> torch.Tensor:
     num_rows, num = x.shape[0], x.shape[1] // 2
     y = torch.empty((num_rows, num), dtype=x.dtype)
     kind = ACTIVATIONS[activation]
-    _kernels().ramet_act_and_mul(DTYPES[x.dtype], kind, x.data_ptr(), y.data_ptr(), num_rows, num)
+    call("act_and_mul", DTYPES[x.dtype], kind, x.data_ptr(), y.data_ptr(), num_rows, num)
     return y
 
 
@@ -90,14 +90,14 @@ def rotate_and_store(
     num_kv_heads, head_dim = k_cache.shape[1:]
     q = torch.empty((len(qkv), num_q_heads, head_dim), dtype=qkv.dtype)
     cos, sin = cos_sin if cos_sin is not None else (None, None)
-    call = RotationCall(
+    rotation = RotationCall(
         num_tokens=len(qkv), num_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         half=0 if cos is None else cos.shape[-1], qkv=qkv.data_ptr(), cos=address(cos), sin=address(sin),
         q_norm=address(q_norm), k_norm=address(k_norm), slots=slots.data_ptr(), q=q.data_ptr(),
         k_cache=k_cache.data_ptr(), v_cache=v_cache.data_ptr(), kv_scales=address(kv_scales), eps=eps,
         offset=norm_offset, has_gates=has_gates, dtype=DTYPES[qkv.dtype], cache_dtype=DTYPES[k_cache.dtype],
     )  # fmt: skip
-    _kernels().ramet_rotate_and_store(ctypes.byref(call))
+    call("rotate_and_store", ctypes.byref(rotation))
     return q
 
 
@@ -108,11 +108,5 @@ def best_tokens(logits: torch.Tensor, invalid: int) -> torch.Tensor:
     """
     logits = logits.contiguous()
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    _kernels().ramet_best_tokens(logits.data_ptr(), tokens.data_ptr(), *logits.shape, invalid)
+    call("best_tokens", logits.data_ptr(), tokens.data_ptr(), *logits.shape, invalid)
     return tokens
-
-
-def _kernels() -> ctypes.CDLL:
-    kernels = library()
-    assert kernels is not None, "use_cpu_kernels is asked before"
-    return kernels

@@ -8,7 +8,7 @@ import ctypes
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE, WeightFormat
-from ramet.srt.layers.cpu_kernels.library import library
+from ramet.srt.layers.cpu_kernels.library import call
 from ramet.srt.layers.cpu_kernels.ops import DTYPES, use_cpu_kernels
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
@@ -59,13 +59,13 @@ def stored_linear(
         ends: contiguous int32 [num_matrices], where the rows of each matrix of the stack end. What follows the last
             belongs to none, and its results hold anything.
     """
-    kernels = library()
-    assert kernels is not None and (ends is None or (ends.dtype == torch.int32 and len(ends) == weight.shape[0]))
+    assert ends is None or (ends.dtype == torch.int32 and len(ends) == weight.shape[0])
     x = x.contiguous()
     matrix = _plain(weight) if isinstance(weight, torch.Tensor) else _quantised(weight)
     y = torch.empty((len(x), weight.shape[-2]), dtype=x.dtype)
-    kernels.ramet_stored_linear(
-        ctypes.addressof(matrix), 1 if ends is None else len(ends), None if ends is None else ends.data_ptr(),
+    call(
+        "stored_linear", ctypes.addressof(matrix),
+        1 if ends is None else len(ends), None if ends is None else ends.data_ptr(),
         DTYPES[x.dtype], x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), len(x),
     )  # fmt: skip
     return y
