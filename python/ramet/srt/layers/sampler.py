@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from ramet.srt.batch.batch_plan import LogprobRows
-from ramet.srt.layers.cpu_kernels.ops import best_tokens as cpu_best_tokens
-from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
+from ramet.srt.layers.cpu_kernels import ops as cpu_ops
 from ramet.srt.layers.kernels.runtime import use_kernels
 from ramet.srt.sampling.sampling_params import SamplingParams
 from ramet.srt.utils.device import to_device
@@ -75,8 +74,12 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
 
         if len(logits) <= MAX_TILES:
             return best_tokens(logits, INVALID_TOKEN)
-    if info.all_greedy and use_cpu_kernels(logits):
-        return cpu_best_tokens(logits, INVALID_TOKEN)
+    if cpu_ops.use_cpu_kernels(logits):
+        if info.all_greedy:
+            return cpu_ops.best_tokens(logits, INVALID_TOKEN)
+        assert uniforms is not None
+        rules = info.temperatures, info.top_ks, info.top_ps, info.min_ps
+        return cpu_ops.sample(logits, info.is_greedy, uniforms, *rules, INVALID_TOKEN)
     best, tokens = logits.max(dim=-1)
     if not info.all_greedy:
         assert uniforms is not None

@@ -11,7 +11,8 @@ from ramet.srt.layers.activation import act_and_mul, get_activation
 from ramet.srt.layers.cpu_kernels import library, ops
 from ramet.srt.layers.layernorm import RMSNorm
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
-from ramet.srt.layers.sampler import INVALID_TOKEN
+from ramet.srt.layers.sampler import INVALID_TOKEN, SamplingInfo, sample
+from ramet.srt.sampling.sampling_params import SamplingParams
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -178,6 +179,61 @@ def test_best_tokens(num_rows):
         assert ops.best_tokens(spoilt, INVALID_TOKEN)[-1] == INVALID_TOKEN
     logits[:] = float("-inf")
     assert (ops.best_tokens(logits, INVALID_TOKEN) == INVALID_TOKEN).all()
+
+
+def kept(probs, top_k, top_p, min_p):
+    """float64 [vocab_size]: those that the rules keep, which are clear of their bounds."""
+    falling, order = probs.double().sort(descending=True)
+    before = falling.cumsum(0) - falling
+    total = falling[:top_k].sum() if top_k else 1.0
+    dropped = (before > top_p * total) | (falling < min_p * falling[0])
+    if top_k:
+        dropped[top_k:] = True
+    dropped[0] = False
+    return torch.zeros_like(falling).index_copy_(0, order, falling.masked_fill(dropped, 0.0))
+
+
+@pytest.mark.parametrize("spread", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("rules", [{}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_p": 0.0}])
+def test_tokens_that_are_drawn(rules, spread):
+    rules = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 0.7} | rules
+    num = 5003
+    logits = (random(1, num) * spread).expand(200, num)
+    uniforms = torch.linspace(0, 1, 201)[:200]
+    params = [SamplingParams(**rules)] * 200
+    tokens = sample(logits, SamplingInfo.from_params(params, [0] * 200, num, logits.device), uniforms)
+    probs = kept(torch.softmax(logits[0].double() / 0.7, 0), rules["top_k"], rules["top_p"], rules["min_p"])
+    after = (probs / probs.sum()).cumsum(0)
+    before = after - probs / probs.sum()
+    assert (probs[tokens] > 0).all()
+    assert ((before[tokens] < uniforms + 1e-5) & (uniforms < after[tokens] + 1e-5)).all()
+
+
+def test_rows_are_drawn_as_they_are_alone():
+    logits = random(6, 1000) * 3
+    logits[4, 7], logits[5, 8] = float("nan"), float("inf")
+    params = [
+        SamplingParams(temperature=t, top_k=k) for t, k in ((0.0, -1), (1.0, -1), (1.5, 5), (0.3, -1), (1, -1), (1, 3))
+    ]
+    uniforms = torch.tensor([0.5, 0.1, 0.9, 0.999999, 0.3, 0.3])
+    info = [
+        SamplingInfo.from_params(some, [0] * len(some), 1000, logits.device)
+        for some in (params, *([one] for one in params))
+    ]
+    tokens = sample(logits, info[0], uniforms)
+    assert tokens.tolist() == [sample(logits[i : i + 1], info[i + 1], uniforms[i : i + 1]).item() for i in range(6)]
+    assert tokens[0] == logits[0].argmax() and tokens[4:].tolist() == [INVALID_TOKEN] * 2
+    assert tokens[2] in logits[2].topk(5).indices
+
+
+def test_equal_numbers_stay_together():
+    """As PyTorch's way has it; and what is impossible is never drawn."""
+    logits = torch.full((50, 300), float("-inf"))
+    logits[:, 100:110] = 1.0
+    uniforms = torch.linspace(0, 1 - 2**-24, 50)
+    for rules in ({"top_k": 2}, {"top_p": 0.1}, {}):
+        info = SamplingInfo.from_params([SamplingParams(temperature=1.0, **rules)] * 50, [0] * 50, 300, logits.device)
+        assert set(sample(logits, info, uniforms).tolist()) == set(range(100, 110))
 
 
 def test_without_the_library_pytorch_computes(monkeypatch):

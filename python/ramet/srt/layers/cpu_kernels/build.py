@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
+FLAGS = ("-std=c++17", "-O2", "-fpeel-loops", "-fPIC", "-pthread", "-ffp-contract=fast", "-fno-math-errno")
 TIMEOUT_S = 300  # on a machine that has much else to do
 
 

@@ -54,6 +54,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "ramet_rotate_and_store": [ctypes.POINTER(RotationCall)],
     "ramet_attention": [ctypes.POINTER(AttentionCall)],
     "ramet_best_tokens": [Pointer, Pointer, Size, Size, Size],
+    "ramet_sample": [Pointer, Pointer, Size, Size, *(Pointer for _ in range(6)), Size],
 }
 NICE = 10  # of the compiler: serving goes first
 POLL_S = 0.5  # between looks whether another process has built them

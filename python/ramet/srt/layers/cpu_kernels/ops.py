@@ -110,3 +110,27 @@ def best_tokens(logits: torch.Tensor, invalid: int) -> torch.Tensor:
     tokens = torch.empty(len(logits), dtype=torch.int64)
     call("best_tokens", logits.data_ptr(), tokens.data_ptr(), *logits.shape, invalid)
     return tokens
+
+
+def sample(
+    logits: torch.Tensor,
+    is_greedy: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    invalid: int,
+) -> torch.Tensor:
+    """int64 [num_rows]: a token for each row of float32 [num_rows, vocab_size]; see layers/sampler.py.
+
+    Args:
+        is_greedy: bool [num_rows]; the others are one number for each row, too, top_ks of int64, the rest of float32.
+        invalid: for a row with NaN, or without a largest number that is finite.
+    """
+    logits = logits.contiguous()
+    rules = [tensor.contiguous() for tensor in (is_greedy, uniforms, temperatures, top_ks, top_ps, min_ps)]
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    addresses = logits.data_ptr(), tokens.data_ptr()
+    call("sample", *addresses, *logits.shape, *(tensor.data_ptr() for tensor in rules), invalid)
+    return tokens
