@@ -85,9 +85,9 @@ void many_rows(const float* x, int64_t x_stride, const T* w, const T* bias, T* y
                     ahead.row = reinterpret_cast<const char*>(from + columns);
                     ahead.num_rows = num_w;
                     ahead.row_bytes = std::min(columns, num - begin - columns) * sizeof(T);
-                } else if (first + BLOCK_W < end) {
+                } else if (first + BLOCK_W < num_outputs) {
                     ahead.row = reinterpret_cast<const char*>(w + (first + BLOCK_W) * num);
-                    ahead.num_rows = std::min(BLOCK_W, end - first - BLOCK_W);
+                    ahead.num_rows = std::min(BLOCK_W, num_outputs - first - BLOCK_W);
                     ahead.row_bytes = std::min(columns, num) * sizeof(T);
                 }
                 ahead.row_stride = num * sizeof(T);

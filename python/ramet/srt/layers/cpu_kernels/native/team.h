@@ -1,6 +1,7 @@
 // Owns the threads that compute together.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -10,21 +11,42 @@ void run_together(void (*work)(void*), void* context);
 
 int num_team_threads();
 
-// Calls `work(place)` for all places below `num`, each in one of the threads that is free.
+// Some places of `for_each`, in order: first for one thread, and for the others when they have done theirs.
+struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+};
+constexpr int64_t MOST_RANGES = 64;
+
+// Calls `work(place)` for all places below `num`. Each thread has a range of them, so that it reads on where it has been.
 template <class Work> void for_each(int64_t num, const Work& work) {
-    if (num <= 1 || num_team_threads() == 1) {
+    const int64_t num_ranges = std::min({int64_t(num_team_threads()), num, MOST_RANGES});
+    if (num_ranges <= 1) {
         for (int64_t place = 0; place < num; place++) work(place);
         return;
     }
     struct Context {
         const Work& work;
-        const int64_t num;
-        std::atomic<int64_t> next{0};
-    } context{work, num};
+        const int64_t num_ranges;
+        std::atomic<int64_t> num_threads{0};
+        Range ranges[MOST_RANGES];
+    };
+    Context context{work, num_ranges};
+    for (int64_t i = 0; i < num_ranges; i++) {
+        context.ranges[i].next.store(num * i / num_ranges, std::memory_order_relaxed);
+        context.ranges[i].end = num * (i + 1) / num_ranges;
+    }
     run_together(
         [](void* pointer) {
             auto& mine = *static_cast<Context*>(pointer);
-            for (int64_t place; (place = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.num;) mine.work(place);
+            const int64_t own = mine.num_threads.fetch_add(1, std::memory_order_relaxed);
+            for (int64_t i = 0; i < mine.num_ranges; i++) {
+                Range& range = mine.ranges[(own + i) % mine.num_ranges];
+                while (range.next.load(std::memory_order_relaxed) < range.end) {
+                    const int64_t place = range.next.fetch_add(1, std::memory_order_relaxed);
+                    if (place < range.end) mine.work(place);
+                }
+            }
         },
         &context);
 }
