@@ -1,10 +1,11 @@
 """One request to the same shape in several formats of its weights, by turns: the rate of decoding, and first tokens.
 
-    python benchmark/bench_formats.py [--formats bfloat16,fp8,awq,gptq] [--repeats 5] [--tiny] [-- server flags]
+    python benchmark/bench_formats.py [--formats bfloat16,fp8,awq,gptq] [--repeats 5] [--cpu | --tiny] [-- server flags]
 
 A server for each format, all at once on one GPU, in the shape of Qwen3-8B and with made-up weights: outputs mean
 nothing. Each round asks each server for the same number of tokens; rates are medians of the rounds, of the tokens after
-the first one, and set against those of the first format. `--tiny` takes a small shape on a CPU, to see that it works.
+the first one, and set against those of the first format. `--cpu` measures on a CPU, in the shape of Qwen3-0.6B;
+`--tiny` takes a small shape there, to see that it works.
 """
 
 import argparse
@@ -17,14 +18,30 @@ from typing import Any
 
 from bench_common import report, running
 from completion_load import Load, Outcome, Prompts, together
-from gpu_model import SHAPE, TINY, write_config, write_large_tokenizer
+from gpu_model import SHAPE, SMALL, TINY, write_config, write_large_tokenizer
 
 INTEGERS = {"bits": 4, "group_size": 128}
+
+
+def _compressed(spelling: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False} | weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": spelling,
+        "ignore": ["lm_head"],
+        "config_groups": {"a": group},
+    }
+
+
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {},
     "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "awq": INTEGERS | {"quant_method": "awq", "version": "gemm", "zero_point": True},
     "gptq": INTEGERS | {"quant_method": "gptq", "desc_act": False, "sym": False},
+    "int8": _compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+    "int4": _compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128),
+    "mxfp4": _compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+    "nvfp4": _compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
 }
 FLAGS = ["--load-format", "dummy", "--max-total-tokens", "16384", "--max-running-requests", "16"]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16}  # whole groups and blocks of 128
@@ -33,7 +50,9 @@ WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16}
 def main() -> int:
     args = parse_args()
     shape, flags = SHAPE, [*FLAGS, *args.server_flags]
-    if args.tiny:
+    if args.cpu:
+        shape, flags = SMALL, [*flags, "--device", "cpu"]
+    elif args.tiny:
         shape, flags = TINY | WIDE | {"eos_token_id": None}, [*flags, "--device", "cpu"]
     with contextlib.ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -78,6 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--input-len", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=256, help="tokens of an output")
+    parser.add_argument("--cpu", action="store_true", help="measure on a CPU")
     parser.add_argument("--tiny", action="store_true", help="a small shape on a CPU: not a measurement")
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
     parser.add_argument("server_flags", nargs="*", help="after --: more flags for every server")

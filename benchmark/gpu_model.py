@@ -17,6 +17,10 @@ SHAPE: dict[str, Any] = {  # Qwen3-8B's published config
     "max_position_embeddings": 40960, "rope_theta": 1000000.0, "attention_bias": False, "dtype": "bfloat16",
     "eos_token_id": 151645,
 }  # fmt: skip
+SMALL: dict[str, Any] = SHAPE | {  # Qwen3-0.6B's published config
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 EXPERTS_SHAPE: dict[str, Any] = SHAPE | {  # Qwen3-30B-A3B's published config
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144,
     "num_hidden_layers": 48, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,

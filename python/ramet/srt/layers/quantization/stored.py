@@ -4,13 +4,14 @@ What a kernel is told of a weight follows from its format's grids alone. What do
 """
 
 import ctypes
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ramet.srt.configs.weight_format import WHOLE, WeightFormat
 from ramet.srt.layers.cpu_kernels.library import call
 from ramet.srt.layers.cpu_kernels.ops import DTYPES, use_cpu_kernels
-from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
+from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight, WeightLayout
 
 # In the order of native/stored.h's Numbers, Places and ScaleNumbers.
 NUMBERS = {("e4m3", 8): 0, ("e2m1", 4): 1, ("uint", 4): 2, ("uint", 8): 3, ("int", 8): 4}
@@ -37,6 +38,9 @@ class Matrix(ctypes.Structure):
     )
 
 
+_blanks: WeakKeyDictionary[WeightLayout, Matrix | None] = WeakKeyDictionary()
+
+
 def takes_stored(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> bool:
     """Whether `stored_linear` multiplies rows x with a matrix, or those of a stack, and adds such a bias."""
     if not use_cpu_kernels(x) or x.dtype not in PLAIN_NUMBERS or weight.device.type != "cpu":
@@ -45,7 +49,9 @@ def takes_stored(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = No
         return False
     if isinstance(weight, torch.Tensor):
         return weight.dtype in PLAIN_NUMBERS and weight.is_contiguous() and weight.shape[-1] % _word(weight.dtype) == 0
-    return _fits(weight)
+    if not all(tensor.is_contiguous() for tensor in weight.tensors.values()):
+        return False
+    return _blank(weight) is not None
 
 
 def stored_linear(
@@ -75,11 +81,19 @@ def _word(dtype: torch.dtype) -> int:
     return WORD_BITS // 8 // dtype.itemsize
 
 
+def _blank(weight: QuantizedWeight) -> Matrix | None:
+    """What is the same for all weights of a layout: all but where they lie. None if kernels don't take them."""
+    layout = weight.layout
+    try:
+        return _blanks[layout]
+    except KeyError:
+        blank = _make_blank(weight) if _fits(weight) else None
+        return _blanks.setdefault(layout, blank)
+
+
 def _fits(weight: QuantizedWeight) -> bool:
     weight_format, layout = weight.format, weight.layout
     if (weight_format.numbers, weight_format.bits) not in NUMBERS:
-        return False
-    if not all(tensor.is_contiguous() for tensor in weight.tensors.values()):
         return False
     dtype = SCALE_NUMBERS[weight_format.scale_numbers][1]
     if weight.scales.dtype != dtype or not _has_known_scales(weight):
@@ -121,7 +135,7 @@ def _plain(weight: torch.Tensor) -> Matrix:
     )  # fmt: skip
 
 
-def _quantised(weight: QuantizedWeight) -> Matrix:
+def _make_blank(weight: QuantizedWeight) -> Matrix:
     weight_format, layout = weight.format, weight.layout
     index = layout.indices["scales"]
     are_transposed = weight_format.scales.is_transposed
@@ -132,13 +146,21 @@ def _quantised(weight: QuantizedWeight) -> Matrix:
         places=_places(weight_format), scale_numbers=SCALE_NUMBERS[weight_format.scale_numbers][0],
         divides=weight_format.divides, zeros_add=weight_format.ones, are_transposed=are_transposed,
     )  # fmt: skip
-    for role, tensor in weight.tensors.items():
-        setattr(matrix, role, tensor.data_ptr())
-        setattr(matrix, f"{role}_bytes", tensor.stride(0) * tensor.element_size() if tensor.dim() > 2 else 0)
     if index.rows is not None:
         matrix.scale_rows = index.rows.data_ptr()
     if weight_format.column_groups is not None:
         parts = layout.indices["column_groups"].rows
         assert parts is not None, "see _fits"
         matrix.column_parts = parts.data_ptr()
+    return matrix
+
+
+def _quantised(weight: QuantizedWeight) -> Matrix:
+    blank = _blank(weight)
+    assert blank is not None, "see takes_stored"
+    matrix = Matrix.from_buffer_copy(blank)
+    for role, tensor in weight.tensors.items():
+        setattr(matrix, role, tensor.data_ptr())
+        if tensor.dim() > 2:
+            setattr(matrix, f"{role}_bytes", tensor.stride(0) * tensor.element_size())
     return matrix

@@ -1,5 +1,6 @@
 """Owns quantised weights as layers hold and use them: the tensors of their grids, and where each number's place is."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -26,13 +27,19 @@ class GridIndex(NamedTuple):
         return columns // self.columns
 
 
-class WeightLayout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class WeightLayout:
     """What is known of a rank's quantised matrix, or of each matrix of a stack, before there are bytes."""
 
     format: WeightFormat
     num_rows: int
     num_columns: int
     indices: dict[str, GridIndex]  # by the format's fields
+
+    @functools.cached_property
+    def attributes(self) -> dict[str, str]:
+        """What the names of a module's tensors have behind the weight's, by the format's fields."""
+        return {role: grid.attribute for role, grid in self.format}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +84,10 @@ Weight: TypeAlias = torch.Tensor | QuantizedWeight
 
 def weight_of(module: nn.Module, name: str) -> Weight:
     """A module's weight `name`, quantised if `declare_quantised` has made it so."""
-    layout = vars(module).get(layout_attribute(name))
+    layout: WeightLayout | None = vars(module).get(layout_attribute(name))
     if layout is None:
         return getattr(module, name)
-    return QuantizedWeight(layout, {role: getattr(module, name + grid.attribute) for role, grid in layout.format})
+    return QuantizedWeight(layout, {role: getattr(module, name + end) for role, end in layout.attributes.items()})
 
 
 def layout_attribute(name: str) -> str:

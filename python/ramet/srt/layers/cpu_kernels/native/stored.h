@@ -66,8 +66,10 @@ static inline Vec load_scales(const Matrix& matrix, int64_t place) {
 // The scales of a row of the matrix times a factor, where rows have theirs together: `to` has room for a multiple of LANES.
 static inline void read_scales(const Matrix& matrix, int64_t row, float factor, float* to) {
     const int64_t num = matrix.num_groups, from = (matrix.scale_rows ? matrix.scale_rows[row] : row) * num;
-    const bool has_outer = matrix.outer_scales;
-    const Vec outer = splat(has_outer ? reinterpret_cast<const float*>(matrix.outer_scales)[row] : 1.0f);
+    if (matrix.outer_scales) {
+        const float outer = reinterpret_cast<const float*>(matrix.outer_scales)[row];
+        factor = matrix.divides ? factor / outer : factor * outer;
+    }
     for (int64_t g = 0; g < num; g += LANES) {
         Vec values;
         if (num - g >= LANES) {
@@ -80,7 +82,6 @@ static inline void read_scales(const Matrix& matrix, int64_t row, float factor, 
             rest.scales = some;
             values = load_scales(rest, 0);
         }
-        if (has_outer) values = matrix.divides ? values / outer : values * outer;
         store(to + g, values * splat(factor));
     }
 }
