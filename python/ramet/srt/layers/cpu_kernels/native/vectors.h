@@ -65,11 +65,11 @@ static inline Vec load(const F16* from) {
     return as_floats(as_bits(size) | special | ((bits & 0x8000) << 16));
 }
 
-static inline Vec load(const F8* from) {
-    Bits bits = __builtin_convertvector(load_raw<Bytes>(from), Bits);
-    Vec size = as_floats((bits & 0x7f) << 20) * splat(1.329227995784916e+36f);  // 2^120
-    Bits special = (Bits)((bits & 0x7f) == 0x7f) & 0x7fc00000;                  // NaN; e4m3fn has no infinities
-    return as_floats(as_bits(size) | special | ((bits & 0x80) << 24));
+static inline Vec load(const F8* from) {  // by whole numbers where it is subnormal: float32's own take long
+    Bits bits = __builtin_convertvector(load_raw<Bytes>(from), Bits), size = bits & 0x7f;
+    Vec normal = as_floats((size << 20) + (120u << 23)), small = __builtin_convertvector((Ints)size, Vec) * splat(0x1p-9f);
+    Bits special = (Bits)(size == 0x7f) & 0x7fc00000;  // NaN; e4m3fn has no infinities
+    return as_floats(as_bits(select((Ints)(size < 8), small, normal)) | special | ((bits & 0x80) << 24));
 }
 
 // Two vectors of neighbouring numbers, in an order that is the type's own: for products, where both sides have the same.
