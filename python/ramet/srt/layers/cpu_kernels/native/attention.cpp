@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "team.h"
 #include "tiles.h"
@@ -34,7 +35,8 @@ struct Item {
     int64_t sequence, head, first_row, num_rows, begin, end;  // begin and end: of its keys
 };
 
-template <class T, class C> struct Pass {
+// C: of the cache. Queries and results are read and written once, in the type that the call says.
+template <class C> struct Pass {
     const RametAttention& call;
     const int64_t group = call.num_heads / call.num_kv_heads;
     const int64_t key_columns = round_up(call.key_dim, PAIR), value_columns = round_up(call.value_dim, LANES);
@@ -88,7 +90,7 @@ template <class T, class C> struct Pass {
         float* queries = scratch(QUERIES, num_rows * key_columns);
         float* scores = scratch(SCORES, num_rows * block);
         for (int64_t row = 0; row < num_rows; row++) {
-            read_query(static_cast<const T*>(call.q) + query(item, row) * call.key_dim, queries + row * key_columns);
+            read_query(query(item, row) * call.key_dim, queries + row * key_columns);
             std::fill_n(out + row * value_columns, value_columns, 0.0f);
             best[row] = NONE, total[row] = 0.0f;
         }
@@ -125,14 +127,20 @@ template <class T, class C> struct Pass {
         }
     }
 
+    // Calls `work` with a pointer of the type of queries and results to where `place` is.
+    template <class Work> auto by_type(const void* from, int64_t place, const Work& work) const {
+        if (call.dtype == BFLOAT16) return work(static_cast<const Bf16*>(from) + place);
+        if (call.dtype == FLOAT16) return work(static_cast<const F16*>(from) + place);
+        return work(static_cast<const float*>(from) + place);
+    }
+
     // A query times the scale, in the order in which keys are read.
-    void read_query(const T* from, float* to) const {
-        if (std::is_same_v<T, C>) {
-            widen_row(from, call.key_dim, to);
-        } else {
+    void read_query(int64_t place, float* to) const {
+        by_type(call.q, place, [&](auto* from) {
+            if (std::is_same_v<decltype(from), const C*>) return widen_row(from, call.key_dim, to);
             for (int64_t i = 0; i < key_columns; i += LANES)
                 store(to + i, load_some(from + i, std::clamp<int64_t>(call.key_dim - i, 0, LANES)));
-        }
+        });
         for (int64_t i = 0; i < key_columns; i += LANES) store(to + i, load(to + i) * splat(key_scale));
     }
 
@@ -178,12 +186,15 @@ template <class T, class C> struct Pass {
 
     void write(const Item& item, int64_t row, const float* blended, float best, float total) const {
         const int64_t place = query(item, row);
-        if (call.sinks) total += std::exp(widen(static_cast<const T*>(call.sinks)[place % call.num_heads]) - best);
+        if (call.sinks)
+            total += std::exp(by_type(call.sinks, place % call.num_heads, [](auto* from) { return widen(*from); }) - best);
         const Vec factor = splat(value_scale / total);
-        T* to = static_cast<T*>(call.out) + place * call.value_dim;
-        int64_t i = 0;
-        for (; i + LANES <= call.value_dim; i += LANES) store(to + i, load(blended + i) * factor);
-        if (i < call.value_dim) store_some(to + i, load(blended + i) * factor, call.value_dim - i);
+        by_type(call.out, place * call.value_dim, [&](auto* where) {
+            auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(where)>>*>(where);
+            int64_t i = 0;
+            for (; i + LANES <= call.value_dim; i += LANES) store(to + i, load(blended + i) * factor);
+            if (i < call.value_dim) store_some(to + i, load(blended + i) * factor, call.value_dim - i);
+        });
     }
 
     void compute() const {
@@ -238,16 +249,13 @@ template <class T, class C> struct Pass {
     }
 };
 
-template <class T> void attend(const RametAttention& call) {
-    if (call.cache_dtype == E4M3)
-        Pass<T, F8>{call}.compute();
-    else
-        Pass<T, T>{call}.compute();
-}
-
 }  // namespace
 
 extern "C" void ramet_attention(const RametAttention* call) {
-    auto compute = call->dtype == BFLOAT16 ? attend<Bf16> : call->dtype == FLOAT16 ? attend<F16> : attend<float>;
-    compute(*call);
+    switch (call->cache_dtype) {
+        case BFLOAT16: return Pass<Bf16>{*call}.compute();
+        case FLOAT16: return Pass<F16>{*call}.compute();
+        case E4M3: return Pass<F8>{*call}.compute();
+        default: return Pass<float>{*call}.compute();
+    }
 }

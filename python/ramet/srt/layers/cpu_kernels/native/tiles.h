@@ -118,7 +118,7 @@ static inline int64_t num_x_tiles(int64_t num_x) { return (num_x + X_ROWS - 1) /
 
 // out[m, r] (+)= x[m] . w[r] for all of num_x and num_w rows, each tile of x with all rows of w. Tiles are of like sizes.
 template <class T>
-static inline void dot_block(const float* x, int64_t x_stride, int64_t num_x, const T* w, int64_t w_stride, int64_t num_w,
+__attribute__((noinline)) void dot_block(const float* x, int64_t x_stride, int64_t num_x, const T* w, int64_t w_stride, int64_t num_w,
                              int64_t num, float* out, int64_t out_stride, bool adds, Ahead ahead = {}) {
     const int64_t num_tiles = num_x_tiles(num_x);
     for (int64_t tile = 0, m = 0; tile < num_tiles; tile++) {
@@ -174,7 +174,7 @@ static inline void blend_rows(const float* weights, int64_t weights_stride, cons
 
 // The same for all rows and columns; `columns` is a multiple of LANES.
 template <class T>
-static inline void blend_block(const float* weights, int64_t weights_stride, int64_t num_x, const T* values,
+__attribute__((noinline)) void blend_block(const float* weights, int64_t weights_stride, int64_t num_x, const T* values,
                                int64_t values_stride, int64_t num, int64_t columns, float* out, int64_t out_stride) {
     const int64_t num_tiles = (num_x + 3) / 4;
     for (int64_t tile = 0, m = 0; tile < num_tiles; tile++) {
@@ -190,3 +190,13 @@ static inline void blend_block(const float* weights, int64_t weights_stride, int
         m += size;
     }
 }
+
+// They are compiled once, in tiles.cpp.
+#define RAMET_TILES(KIND, T)                                                                                                   \
+    KIND template void dot_block(const float*, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t, bool,    \
+                                 Ahead);                                                                                       \
+    KIND template void blend_block(const float*, int64_t, int64_t, const T*, int64_t, int64_t, int64_t, float*, int64_t);
+RAMET_TILES(extern, float)
+RAMET_TILES(extern, Bf16)
+RAMET_TILES(extern, F16)
+RAMET_TILES(extern, F8)
