@@ -173,6 +173,12 @@ def test_named_routes_exist(page: Path) -> None:
 # ---- commands ----
 
 
+def problem_of_module(name: str) -> str | None:
+    module = ROOT / "python" / f"{name.replace('.', '/')}.py"
+    is_started = module.is_file() and '__name__ == "__main__"' in module.read_text()
+    return None if is_started else f"there is no module {name} to be started"
+
+
 def problem_of(words: list[str], whole: bool) -> str | None:
     """What is wrong with a command, if anything is.
 
@@ -195,7 +201,7 @@ def problem_of(words: list[str], whole: bool) -> str | None:
     if name == "curl":
         return problem_of_curl(rest)
     if name == "python" and rest[:1] == ["-m"] and rest[1].startswith("ramet"):
-        return f"there is no module {rest[1]} to be started"
+        return problem_of_module(rest[1])
     script = rest[0] if name in ("python", "bash") and rest else name if "/" in name else None
     if script is None or script.startswith("-"):
         return None
