@@ -53,3 +53,10 @@ def test_every_number_of_rows_is_multiplied_right(monkeypatch, num_rows):
 
 def test_is_for_half_precision_alone():
     assert not cpu_matmul.widens_weights(torch.zeros((64, 4)), torch.zeros((4, 4)))
+
+
+def test_who_multiplies_is_said(monkeypatch):
+    for lacks, said in ((True, "multiply all rows"), (False, "this processor's instructions")):
+        monkeypatch.setattr(cpu_matmul, "lacks_instructions", lambda dtype, lacks=lacks: lacks)
+        assert said in cpu_matmul.describe_products(torch.bfloat16)
+        assert "instructions" not in cpu_matmul.describe_products(torch.float32)

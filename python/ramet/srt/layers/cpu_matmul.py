@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ramet.srt.layers.kernels.choices import CPU_LINEAR, OTHER, OURS, row_class
 
 MIN_VECTOR_ELEMENTS = 1 << 21  # of weights: below, a vector is no faster than a matrix of one row
+MOST_CPU_ROWS = 8  # that Ramet's kernel multiplies on a CPU which has instructions for them
 MIN_ROWS = 12  # of the input, where nothing was measured; below, reading weights costs more than widening in registers
 BLOCK_ELEMENTS = 1 << 20  # of widened weights: 4 MB, few enough for a processor's shared cache
 MANY_ROWS = 256  # from here on it pays to round block by block rather than to transpose at the end
@@ -39,6 +40,14 @@ def lacks_instructions(dtype: torch.dtype) -> bool:
     except OSError:
         return False
     return bool(lines) and not NATIVE_FLAGS[dtype].intersection(lines[0])
+
+
+def describe_products(dtype: torch.dtype) -> str:
+    """How a CPU's kernels and PyTorch's library share products with plain weights; see matmul.takes_cpu_kernel."""
+    if dtype != torch.float32 and lacks_instructions(dtype):
+        return "this processor has no instructions for it: the kernels multiply all rows"
+    has = "" if dtype == torch.float32 else ", which uses this processor's instructions for it"
+    return f"the kernels multiply {MOST_CPU_ROWS} rows at most, more go to PyTorch's library{has}"
 
 
 def widens_weights(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ramet.srt.layers.cpu_kernels.ops import linear as cpu_linear
 from ramet.srt.layers.cpu_kernels.ops import use_cpu_kernels
-from ramet.srt.layers.cpu_matmul import lacks_instructions, widening_linear, widens_weights
+from ramet.srt.layers.cpu_matmul import MOST_CPU_ROWS, lacks_instructions, widening_linear, widens_weights
 from ramet.srt.layers.fp8_matmul import (
     QuantizedRows,
     Rows,
@@ -30,7 +30,6 @@ from ramet.srt.layers.quantization.packed import (
 from ramet.srt.layers.quantization.stored import stored_linear, takes_stored
 from ramet.srt.layers.quantization.weight import QuantizedWeight, Weight
 
-MOST_CPU_ROWS = 8  # that Ramet's kernel multiplies on a CPU which has instructions for them
 MOST_ASSIGNMENTS = 256  # of tokens to experts that are multiplied one by one, whatever was measured
 
 

@@ -28,6 +28,7 @@ from ramet.srt.layers.attention.registry import (
     describe_kv_cache,
 )
 from ramet.srt.layers.cpu_kernels import library as cpu_library
+from ramet.srt.layers.cpu_matmul import describe_products
 from ramet.srt.layers.moe import FusedMoE
 from ramet.srt.layers.quantization.declare import declare_quantised
 from ramet.srt.layers.sampler import compute_logprobs, compute_ranks
@@ -100,6 +101,8 @@ class ModelRunner:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.num_local_ranks))
         if device.type == "cpu":
             cpu_library.prepare(torch.get_num_threads())
+            if cpu_library.is_expected():
+                logger.info("products in %s: %s", model_config.dtype, describe_products(self.dtype))
         choose_kernels(config.tuning_dir, device)
         free_bytes = free_memory_nbytes(device)
         if device.type == "cpu":
