@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
             from ramet.srt.layers.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps, offset=self.offset)
-        if use_cpu_kernels(x) and x.dim() == 2:
+        if use_cpu_kernels(x, self.weight) and x.dim() == 2:
             return cpu_ops.rms_norm(x, self.weight, self.eps, offset=self.offset)
         if self.offset:
             weight = self.weight.float() + self.offset
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
             from ramet.srt.layers.kernels.norm import rms_norm
 
             return rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
-        if use_cpu_kernels(x) and residual.is_contiguous():
+        if use_cpu_kernels(x, self.weight, residual) and x.dim() == 2:
             return cpu_ops.rms_norm(x, self.weight, self.eps, residual, offset=self.offset), residual
         residual = x + residual
         return self.forward(residual), residual

@@ -42,7 +42,7 @@ def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.
         return multiply_row(x, weight, bias)
     if isinstance(weight, QuantizedWeight):
         return quantized_linear(x, weight, bias)
-    if takes_cpu_kernel(x, weight):
+    if takes_cpu_kernel(x, weight, bias):
         return cpu_linear(x, weight, bias)
     if widens_weights(x, weight):
         return widening_linear(x, weight, bias)
@@ -54,12 +54,12 @@ def project(x: Rows, weight: Weight, bias: torch.Tensor | None = None) -> torch.
     return F.linear(x, weight, bias)
 
 
-def takes_cpu_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def takes_cpu_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether Ramet's kernel for CPUs multiplies: a few rows, for which memory is the limit, or without instructions.
 
     Many rows go to PyTorch's library where the processor multiplies their type (bfloat16 by AVX-512 or AMX, float16).
     """
-    if not use_cpu_kernels(x) or x.dtype != weight.dtype or weight.dim() != 2 or not weight.is_contiguous():
+    if not use_cpu_kernels(x, weight, bias) or weight.dim() != 2:
         return False
     return x.shape[0] <= MOST_CPU_ROWS or (x.dtype != torch.float32 and lacks_instructions(x.dtype))
 

@@ -74,7 +74,7 @@ def sample(logits: torch.Tensor, info: SamplingInfo, uniforms: torch.Tensor | No
 
         if len(logits) <= MAX_TILES:
             return best_tokens(logits, INVALID_TOKEN)
-    if cpu_ops.use_cpu_kernels(logits):
+    if cpu_ops.use_cpu_kernels(logits) and logits.dtype == torch.float32:
         if info.all_greedy:
             return cpu_ops.best_tokens(logits, INVALID_TOKEN)
         assert uniforms is not None

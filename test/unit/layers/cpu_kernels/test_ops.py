@@ -10,6 +10,7 @@ from cpu_kernels import cpu_kernels  # noqa: F401
 from ramet.srt.layers.activation import act_and_mul, get_activation
 from ramet.srt.layers.cpu_kernels import library, ops
 from ramet.srt.layers.layernorm import RMSNorm
+from ramet.srt.layers.matmul import takes_cpu_kernel
 from ramet.srt.layers.rotary_embedding import Rotation, apply_rotary
 from ramet.srt.layers.sampler import INVALID_TOKEN, SamplingInfo, sample
 from ramet.srt.sampling.sampling_params import SamplingParams
@@ -280,3 +281,14 @@ def test_a_tensor_without_memory_is_not_computed():
         x = torch.empty(2, 8)
         assert not ops.use_cpu_kernels(x)
         assert act_and_mul(x, get_activation("silu")).shape == (2, 4)
+
+
+def test_weights_of_another_type_go_another_way():
+    x = random(3, 64, dtype=torch.bfloat16)
+    norm = RMSNorm(64, "norm", eps=1e-6, dtype=torch.float32)
+    norm.weight = torch.nn.Parameter(random(64), requires_grad=False)
+    exact = F.rms_norm(x.float(), (64,), norm.weight, 1e-6)
+    torch.testing.assert_close(norm(x).float(), exact, rtol=2e-2, atol=2e-2)
+    assert not takes_cpu_kernel(x, random(8, 64, dtype=torch.bfloat16), random(8))
+    assert not takes_cpu_kernel(x, random(8, 64), None)
+    assert takes_cpu_kernel(x, random(8, 64, dtype=torch.bfloat16), random(8, dtype=torch.bfloat16))

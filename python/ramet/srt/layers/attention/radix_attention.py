@@ -103,18 +103,20 @@ class RadixAttention(nn.Module):
         if self.layer.sliding_window is not None and forward_batch.window_cache_loc is not None:
             slots = forward_batch.window_cache_loc
         rows, sum_dtype = qkv if isinstance(qkv, RowSums) else (qkv, None)
-        has_kernels, has_cpu_kernels = self.has_kernels(rows), use_cpu_kernels(rows)
+        q_norm, k_norm = (norms.q.weight, norms.k.weight) if norms is not None else (None, None)
+        cos_sin = rotary[:2] if rotary is not None else None
+        has_kernels, has_cpu_kernels = self.has_kernels(rows), use_cpu_kernels(rows, q_norm, k_norm, *(cos_sin or ()))
         if has_kernels or has_cpu_kernels:
             arguments: dict[str, Any] = {
                 "num_q_heads": self.num_heads,
-                "q_norm": norms.q.weight if norms is not None else None,
-                "k_norm": norms.k.weight if norms is not None else None,
+                "q_norm": q_norm,
+                "k_norm": k_norm,
                 "eps": norms.q.eps if norms is not None else 0.0,
                 "norm_offset": norms.q.offset if norms is not None else 0.0,
                 "has_gates": self.has_gate,
                 "kv_scales": self.layer.kv_scales,
             }
-            places = (None if rotary is None else rotary[:2], slots, *self.kv_pool.get_kv_buffer(layer_id))
+            places = (cos_sin, slots, *self.kv_pool.get_kv_buffer(layer_id))
             if has_kernels:
                 from ramet.srt.layers.kernels import rotary as kernel
 

@@ -15,9 +15,15 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)  # not the kinds that stand for a tensor
 
 
-def use_cpu_kernels(x: torch.Tensor) -> bool:
-    """Whether a layer takes its kernel for this input."""
-    return library() is not None and type(x) in WITH_MEMORY and x.device.type == "cpu" and x.dtype in COMPUTED
+def use_cpu_kernels(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a layer takes its kernel for this input.
+
+    Args:
+        others: that have to be contiguous, and of the type of x, for that.
+    """
+    if library() is None or type(x) not in WITH_MEMORY or x.device.type != "cpu" or x.dtype not in COMPUTED:
+        return False
+    return all(other is None or (other.dtype == x.dtype and other.is_contiguous()) for other in others)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -26,7 +32,7 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b for x [num_rows, input_size] and contiguous W [output_size, input_size] of its type."""
+    """x W^T + b for x [num_rows, input_size] and contiguous W [output_size, input_size] and b of its type."""
     x = x.contiguous()
     (num_rows, input_size), output_size = x.shape, weight.shape[0]
     y = torch.empty((num_rows, output_size), dtype=x.dtype)
@@ -41,7 +47,8 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over rows of [num_rows, size].
 
     Args:
-        residual: contiguous, like x: the norm is of their sum, which takes its place.
+        weight: contiguous, of the type of x.
+        residual: the same, in the shape of x: the norm is of their sum, which takes its place.
     """
     x = x.contiguous()
     y = torch.empty_like(x)
