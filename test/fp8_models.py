@@ -1,5 +1,6 @@
 """Makes fp8 checkpoints of several kinds, plain ones of the same values, and the parameters that ranks have of them."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def on_device(weight: Weight, device: str) -> Weight:
         for role, index in layout.indices.items()
     }
     tensors = {role: tensor.to(device) for role, tensor in weight.tensors.items()}
-    return QuantizedWeight(layout._replace(indices=indices), tensors)
+    return QuantizedWeight(dataclasses.replace(layout, indices=indices), tensors)
 
 
 def check_answers(folder: Path, plain: Path) -> None:

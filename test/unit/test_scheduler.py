@@ -11,6 +11,7 @@ import random_models as rm
 from engine_harness import EngineHarness
 from ramet.srt.batch.forward_batch_info import ForwardMode
 from ramet.srt.layers import sampler
+from ramet.srt.layers.cpu_kernels import library
 from ramet.srt.managers import throughput
 from ramet.srt.managers.io_struct import AbortReq, FlushCacheReqInput, GetInternalStateReq
 
@@ -30,6 +31,7 @@ def test_warming_up_leaves_nothing_of_sampling_to_be_made_for_the_first_request(
     searched = []
     least_kept = sampler._least_kept
     monkeypatch.setattr(sampler, "_least_kept", lambda *args: searched.append(1) or least_kept(*args))
+    monkeypatch.setattr(library, "_library", None)  # CPUs choose otherwise
     engine.scheduler.warm_up()
     assert searched and not engine.channel.outputs
     engine.scheduler.check_caches()
