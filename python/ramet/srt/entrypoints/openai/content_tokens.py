@@ -15,9 +15,7 @@ class ContentTokens:
     def __init__(self) -> None:
         self._tokens: list[Token] = []  # that nobody has got
         self._text = b""  # of all tokens, without what is behind
-        self._behind = (
-            0  # bytes of the first tokens that are no longer in the text; negative: of a token that was taken
-        )
+        self._behind = 0  # bytes of the first token that are no longer in the text; negative: of one that was taken
 
     def add(self, tokens: Sequence[Token]) -> None:
         """Tokens that have come. Their text may come later."""

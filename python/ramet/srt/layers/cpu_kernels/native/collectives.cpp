@@ -51,20 +51,6 @@ struct Exchange {
     char* slot(int of) { return slots + (2 * of + step % 2) * slot_bytes; }
 };
 
-int64_t now_ns() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * int64_t(1000000000) + now.tv_nsec;
-}
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb");
-#endif
-}
-
 bool has_ended(const Exchange& exchange, int rank) {
     pollfd process{exchange.processes[rank], POLLIN, 0};
     return process.fd >= 0 && poll(&process, 1, 0) > 0;

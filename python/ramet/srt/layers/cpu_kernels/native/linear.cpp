@@ -24,19 +24,6 @@ template <class T> const float* widened_rows(const T* x, int64_t num_rows, int64
     return rows;
 }
 
-// y[m, first + r] = sums[m, r] + bias[first + r]
-template <class T>
-void finish(const float* sums, int64_t sums_stride, int64_t num_x, int64_t num_w, const T* bias, T* y, int64_t y_stride) {
-    for (int64_t m = 0; m < num_x; m++) {
-        for (int64_t r = 0; r < num_w; r += LANES) {
-            const int64_t num = std::min<int64_t>(LANES, num_w - r);
-            Vec values = load(sums + m * sums_stride + r);
-            if (bias) values += load_some(bias + r, num);
-            num == LANES ? store(y + m * y_stride + r, values) : store_some(y + m * y_stride + r, values, num);
-        }
-    }
-}
-
 template <class T>
 void few_rows(const float* x, int64_t x_stride, const T* w, const T* bias, T* y, int64_t num_rows, int64_t num_outputs,
               int64_t num) {
@@ -56,7 +43,7 @@ void few_rows(const float* x, int64_t x_stride, const T* w, const T* bias, T* y,
                               std::min<int64_t>(W_ROWS, num_w - r), std::min(columns, num - begin), sums + r, stride,
                               begin > 0);
         }
-        finish(sums, stride, num_rows, num_w, bias ? bias + first : bias, y + first, num_outputs);
+        finish_rows(sums, stride, num_rows, num_w, bias ? bias + first : bias, y + first, num_outputs);
     });
 }
 
@@ -96,7 +83,7 @@ void many_rows(const float* x, int64_t x_stride, const T* w, const T* bias, T* y
                 dot_block(x + first_x * x_stride + begin, x_stride, num_x, block, columns, num_w, round_up(length, PAIR), sums, BLOCK_W,
                           begin > 0, ahead);
             }
-            finish(sums, BLOCK_W, num_x, num_w, bias ? bias + first : bias, y + first_x * num_outputs + first, num_outputs);
+            finish_rows(sums, BLOCK_W, num_x, num_w, bias ? bias + first : bias, y + first_x * num_outputs + first, num_outputs);
         }
     });
 }

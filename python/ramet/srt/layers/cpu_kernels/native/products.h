@@ -5,6 +5,7 @@
 
 #include "stored.h"
 #include "team.h"
+#include "tiles.h"
 
 // x W^T + b for contiguous x [num_rows, num_columns] and y [num_rows, num outputs] of one type.
 struct Product {
@@ -41,18 +42,6 @@ static inline std::vector<Task> tasks_of(const Product& product, int64_t x_at_on
         for (int64_t first = 0; first < matrix.num_rows; first += at_once)
             tasks.push_back({group.place, group.first_x, group.num_x, first, std::min(at_once, matrix.num_rows - first)});
     return tasks;
-}
-
-template <class T>
-static inline void finish_rows(const float* sums, int64_t stride, int64_t num_x, int64_t num_w, const T* bias, T* y, int64_t y_stride) {
-    for (int64_t m = 0; m < num_x; m++) {
-        for (int64_t r = 0; r < num_w; r += LANES) {
-            const int64_t num = std::min<int64_t>(LANES, num_w - r);
-            Vec values = load(sums + m * stride + r);
-            if (bias) values += load_some(bias + r, num);
-            num == LANES ? store(y + m * y_stride + r, values) : store_some(y + m * y_stride + r, values, num);
-        }
-    }
 }
 
 // y[first_x + m, first_w + r] = sums[m, r] + bias[first_w + r]; sums have room for whole vectors.

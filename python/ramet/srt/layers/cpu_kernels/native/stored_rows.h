@@ -237,6 +237,8 @@ template <class F> struct RowTables {
         scales = scratch(SCALES, num + LANES + num_groups);
         read = spread == ANY ? scales + round_up(num, LANES) : scales;
         zeros = scratch(ZEROS, num);
+        std::fill(scales, scales + num + LANES + num_groups, 0.0f);  // a row's last words may read beyond its groups
+        std::fill(zeros, zeros + num, 0.0f);
         zeros[0] = F::IS_UNSIGNED ? matrix.middle() : 0.0f;
         if (!matrix.scales) scales[0] = 1.0f;
     }

@@ -5,7 +5,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <time.h>
 
 #include <cstdlib>
 #include <new>
@@ -44,20 +43,6 @@ void forget_threads() {
     team.is_taken.store(false);
 }
 
-long now_ns() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000L + now.tv_nsec;
-}
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb");
-#endif
-}
-
 void sleep_while(std::atomic<uint32_t>& value, uint32_t seen) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
@@ -79,7 +64,7 @@ void wait_for_more(uint32_t seen) {
         if (team.num_begun.load(std::memory_order_acquire) != seen) return;
         relax();
     }
-    for (long began = now_ns(); now_ns() - began < AWAKE_NS;) {
+    for (int64_t began = now_ns(); now_ns() - began < AWAKE_NS;) {
         if (team.num_begun.load(std::memory_order_acquire) != seen) return;
         sched_yield();
     }

@@ -2,8 +2,25 @@
 #pragma once
 
 #include <algorithm>
+#include <time.h>
+
 #include <atomic>
 #include <cstdint>
+
+inline int64_t now_ns() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * int64_t(1000000000) + now.tv_nsec;
+}
+
+// What a thread does between two looks at something that another one changes.
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
+}
 
 // Run `work(context)` in all threads of the team, the caller's among them, and wait for all. In the caller's alone, if
 // another thread has the team.

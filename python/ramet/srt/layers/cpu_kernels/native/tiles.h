@@ -1,6 +1,8 @@
 // Owns the innermost loops of products: some rows with some rows, and some rows with the rows of a matrix.
 #pragma once
 
+#include <algorithm>
+
 #include "vectors.h"
 
 constexpr int X_ROWS = 6;                    // of a tile, at most
@@ -188,6 +190,19 @@ __attribute__((noinline)) void blend_block(const float* weights, int64_t weights
             default: blend_rows<1>(w, weights_stride, values, values_stride, num, columns, o, out_stride);
         }
         m += size;
+    }
+}
+
+// y[m, r] = sums[m, r] + bias[r]; a row of sums has room for whole vectors.
+template <class T>
+static inline void finish_rows(const float* sums, int64_t stride, int64_t num_x, int64_t num_w, const T* bias, T* y, int64_t y_stride) {
+    for (int64_t m = 0; m < num_x; m++) {
+        for (int64_t r = 0; r < num_w; r += LANES) {
+            const int64_t num = std::min<int64_t>(LANES, num_w - r);
+            Vec values = load(sums + m * stride + r);
+            if (bias) values += load_some(bias + r, num);
+            num == LANES ? store(y + m * y_stride + r, values) : store_some(y + m * y_stride + r, values, num);
+        }
     }
 }
 
